@@ -1,0 +1,12106 @@
+#!/usr/bin/env python3
+"""mailproxy: a small daemon between an application and its SMTP servers.
+
+The promise: a message that was answered with 200 is on disk, and leaves the queue only
+by a recorded outcome; an outcome is reported until the application has acknowledged it.
+A crash at any instant costs, at worst, a second delivery of the few messages that were
+on the wire.
+
+The life of a message:
+
+    POST /commands/add-messages
+          |
+          v            its time comes
+       queued  <----------------------------  deferred
+          |                                       ^
+          |  a transaction with the server        |  4xx, no connection,
+          +---------------------------------------+  rate limit, schedule
+          |                          |
+          v  250                     v  5xx, too old
+        sent                       error
+          |                          |
+          +-----> reported <---------+      POST client_sync_url
+                     |
+                     v
+                  purged
+
+The rooms, from the top of this file to its end; each uses only those above it:
+
+    VOCABULARY, ERRORS          the types that flow between the rooms
+    SETTINGS                    config.ini, environment, command line
+    SUBMISSION                  JSON -> Message, or the reason to reject it
+    DISPOSITION                 what becomes of a message after an attempt
+    RATE LIMITS                 sliding windows
+    COMPOSITION                 Message -> RFC 5322 bytes
+    THREADS AND WAKEUPS         the border to threads, the loops' alarm clock
+    LOG AND METRICS             one event, one line; Prometheus
+    QUEUE FILE, QUEUE           one SQLite file, group commit; every SQL statement
+    OUTBOUND HTTP, ATTACHMENTS  urllib with deadlines; URL, S3 -> bytes
+    DELIVERY AGENT              one SMTP session, one transaction
+    HTTP SERVER                 a strict little HTTP/1.1 server
+    DISPATCHER, REPORTER        the two loops: mail goes out, reports go out
+    CONTROL PLANE               a handler for each route
+    DAEMON                      builds and runs all that
+    COMMAND LINE                serve, demo, check, and a client of the HTTP interface
+
+The words are those of the mail RFCs and of Postfix: envelope, transaction, reply,
+deferred, enhanced status code; a *lane* is the way out of one account's mail, a *claim* a
+message taken out for delivery, a *disposition* what is recorded of an attempt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import binascii
+import collections
+import concurrent.futures
+import configparser
+import contextlib
+import difflib
+import email
+import email.header
+import email.utils
+import enum
+import errno
+import fcntl
+import functools
+import hashlib
+import hmac
+import html
+import http.client
+import io
+import ipaddress
+import json
+import logging
+import math
+import mimetypes
+import os
+import pathlib
+import platform
+import queue
+import random
+import re
+import secrets
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import stat
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import traceback
+import types
+import typing
+import unicodedata
+import urllib.error
+import urllib.parse
+import urllib.request
+import weakref
+import zlib
+from collections import deque
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
+from email.errors import HeaderParseError
+from email.header import decode_header, make_header
+from email.utils import format_datetime, parsedate_to_datetime
+from http import HTTPStatus
+from types import MappingProxyType
+from typing import Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
+
+import aiosmtplib
+import prometheus_client
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+__version__ = "0.1.0"
+
+T = TypeVar("T")
+
+
+# ======================================================================
+# VOCABULARY - the few frozen types that flow between the rooms
+# ======================================================================
+#
+# Nothing here does anything; every room may use all of it. Times are Unix
+# seconds (UTC) unless a name says otherwise; sizes are bytes.
+
+
+class Status(enum.StrEnum):
+    """Where a message stands in its life: queued -> (deferred <->) -> sent | error."""
+
+    QUEUED = "queued"  # ready: waits for a connection alone
+    DEFERRED = "deferred"  # its deferred_ts lies ahead
+    SENT = "sent"  # a server took the responsibility: final
+    ERROR = "error"  # given up: final
+
+
+class Mailbox(NamedTuple):
+    """A person or list as a header names it (RFC 5322 3.4)."""
+
+    name: str  # display name, unquoted; "" when there is none
+    address: str  # addr-spec, its domain in A-labels; the local part may be UTF-8
+
+
+class Source(enum.StrEnum):
+    """Where the bytes of an attachment come from."""
+
+    CONTENT = "content"
+    URL = "url"
+    S3 = "s3"
+    ENDPOINT = "endpoint"
+    FILESYSTEM = "filesystem"
+
+
+class S3Object(NamedTuple):
+    """An object in a bucket; None means: as the configuration has it."""
+
+    bucket: str
+    key: str
+    region: str | None = None
+    endpoint: str | None = None
+    version_id: str | None = None
+    addressing: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """One attachment as it was asked for; its bytes may still have to be fetched."""
+
+    filename: str  # "" when the answer of the source is to name it
+    source: Source
+    location: str = ""  # the URL, storage path or file path; "" for CONTENT and S3
+    content: bytes | None = None  # decoded, CONTENT alone
+    s3: S3Object | None = None
+    content_type: str | None = None
+    content_id: str | None = None  # without angle brackets
+    inline: bool = False
+    content_md5: str | None = None  # 32 lower-case hexadecimal digits
+
+
+class Part(NamedTuple):
+    """An attachment whose bytes are here, ready for composition."""
+
+    attachment: Attachment
+    filename: str
+    content_type: str  # type/subtype, lower case
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a client asked to be sent, judged and normalised; independent of its row."""
+
+    id: str
+    account_id: str  # "default" for the account of [smtp]
+    sender: Mailbox
+    to: tuple[Mailbox, ...]
+    cc: tuple[Mailbox, ...]
+    bcc: tuple[Mailbox, ...]
+    reply_to: tuple[Mailbox, ...]
+    return_path: str  # the envelope sender
+    subject: str
+    text: str | None
+    html: str | None
+    headers: tuple[tuple[str, str], ...]
+    message_id: str  # without angle brackets; "" when the composer is not to add one
+    attachments: tuple[Attachment, ...]
+    raw: bytes | None  # a complete RFC 5322 message instead of all that
+    priority: int  # 0 (immediate) to 3 (low)
+    deferred_ts: int | None
+    expires_ts: int | None
+    batch_code: str | None
+    unknown: tuple[str, ...] = ()  # fields that mean nothing here
+
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """The envelope recipients, each once, in the order of their first mention."""
+        return tuple(dict.fromkeys(m.address for group in (self.to, self.cc, self.bcc) for m in group))
+
+
+class Envelope(NamedTuple):
+    """What the server is told, whatever the headers say (RFC 5321 2.3.1)."""
+
+    sender: str
+    recipients: tuple[str, ...]
+
+
+class Stage(enum.StrEnum):
+    """Where in its delivery a message was when a reply came (or did not come)."""
+
+    ATTACHMENT = "attachment"
+    COMPOSITION = "composition"
+    CONNECT = "connect"  # name look-up, TCP, greeting
+    TLS = "tls"
+    EHLO = "ehlo"
+    AUTH = "auth"
+    MAIL = "mail"
+    RCPT = "rcpt"
+    DATA = "data"  # the answer to the DATA command
+    END_OF_DATA = "end-of-data"
+
+
+class Cause(enum.StrEnum):
+    """Who speaks in a reply: the server, or we because it did not."""
+
+    SERVER = "server"
+    TIMEOUT = "timeout"
+    LOST = "lost"  # the connection ended
+    LOCAL = "local"  # we decided without asking (SIZE, SMTPUTF8, an attachment ...)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer of a server (RFC 5321 4.2), or ours in its place with a code of its kind."""
+
+    stage: Stage
+    code: int
+    text: str  # without code and enhanced code, on one line
+    enhanced_code: str | None = None  # "4.7.1" (RFC 3463)
+    cause: Cause = Cause.SERVER
+    retry_after_s: float | None = None  # the other side asked for this pause
+
+    @property
+    def accepted(self) -> bool:
+        return 200 <= self.code < 300
+
+    @property
+    def transient(self) -> bool:
+        return 400 <= self.code < 500
+
+    @property
+    def permanent(self) -> bool:
+        return self.code >= 500
+
+    @property
+    def in_doubt(self) -> bool:
+        """True when the message was handed over and the answer never came."""
+        return self.stage is Stage.END_OF_DATA and self.cause in (Cause.TIMEOUT, Cause.LOST)
+
+    @property
+    def words(self) -> str:
+        """The reply as a person reads it: code, enhanced code, text."""
+        return " ".join(word for word in (str(self.code), self.enhanced_code, self.text) if word)
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A secret as the operator gave it: itself, `env:NAME` or `file:/path`. Never printed."""
+
+    given: str = field(repr=False)
+
+    @property
+    def is_reference(self) -> bool:
+        return self.given.startswith(("env:", "file:"))
+
+
+class OAuth2(NamedTuple):
+    """How to get an access token for XOAUTH2 (RFC 6749 4.4 and 6)."""
+
+    token_url: str
+    client_id: str
+    client_secret: Secret | None
+    refresh_token: Secret | None  # None: client credentials with the scope
+    scope: str | None
+
+
+class Encryption(enum.StrEnum):
+    """When a connection to an account's server turns to TLS."""
+
+    NEVER = "never"
+    AUTO = "auto"  # STARTTLS when the server offers it
+    REQUIRED = "required"  # STARTTLS, or no mail
+    IMPLICIT = "implicit"  # from the first byte
+
+
+class Limits(NamedTuple):
+    """Most messages in any 60 s, hour and day; None: no limit."""
+
+    per_minute: int | None = None
+    per_hour: int | None = None
+    per_day: int | None = None
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A server to send through, and the manners to keep there."""
+
+    id: str
+    host: str
+    port: int
+    user: str | None = None
+    password: Secret | None = None
+    encryption: Encryption = Encryption.AUTO
+    verify_tls: bool = True
+    ca_file: str | None = None
+    client_cert: str | None = None
+    client_key: str | None = None
+    auth: str = "auto"  # auto, plain, login, cram-md5, xoauth2
+    oauth2: OAuth2 | None = None
+    ttl_s: float = 300  # life of a connection
+    max_connections: int = 5
+    max_messages_per_connection: int = 100
+    max_recipients: int = 100  # of one transaction
+    timeout_s: float = 60  # for each reply but the last
+    in_doubt: str = "retry"  # retry or error
+    limits: Limits = NO_LIMITS
+    limit_behavior: str = "defer"  # defer or error
+    batch_size: int = 50  # most messages of one turn
+    retry_delays_s: tuple[int, ...] = (60, 300, 900, 3600, 7200)
+    max_age_s: int = 432_000
+    max_retries: int = 0  # 0: until max_age_s
+    source: str = "http"  # or "config"
+
+
+class RecipientOutcome(NamedTuple):
+    """What became of one recipient: status is sent, error or deferred."""
+
+    status: Status
+    code: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try to deliver a message: a transaction, or the failure to come to one."""
+
+    started_at: float
+    ended_at: float
+    replies: dict[str, Reply]  # for each recipient tried; "" for all where none was reached
+    connection: str = ""  # the name of the connection, "" when there was none
+    reused: bool = False  # the connection had carried a transaction before
+
+    @property
+    def first_failure(self) -> Reply | None:
+        return next((reply for reply in self.replies.values() if not reply.accepted), None)
+
+
+class Claim(NamedTuple):
+    """A message taken out for delivery: on the wire until its outcome is recorded."""
+
+    seq: int  # its row, and its place in the order of acceptance
+    id: str
+    account_id: str
+    priority: int
+    message_id: str
+    created_at: int
+    ready_at: float  # since when it could have gone
+    attempts: int
+    deadline: int | None  # given up when not delivered by then
+    recipients: dict[str, RecipientOutcome] | None  # settled in earlier attempts
+    parts: int  # attachments and raw content to put in
+    size_bytes: int  # of payload and contents together
+    payload: str | None  # JSON as stored; None when it is large and still to be read
+    served: bool = False  # a transaction of this very turn has reached a server
+
+
+# ======================================================================
+# ERRORS - mistakes of operators, callers and programmers
+# ======================================================================
+#
+# What became of mail is a value (Reply, Disposition), never one of these.
+
+
+class MailproxyError(Exception):
+    """The root of the daemon's own exceptions; its text is one sentence for a person."""
+
+
+class ConfigurationError(MailproxyError):
+    """The operator's mistake: names the file, section and key, and says what to do."""
+
+
+class Rejected(MailproxyError):
+    """A submission that cannot be taken; the text is the reason, its first words fixed."""
+
+
+class SecretUnavailable(MailproxyError):
+    """A secret given by reference cannot be read now; the text names the reference alone."""
+
+
+class StorageUnavailable(MailproxyError):
+    """The queue file refuses to be written; nothing of the refused write was kept."""
+
+
+# ======================================================================
+# SETTINGS - one typed table of all settings, and the one reader of files and environment
+# ======================================================================
+#
+# A setting is one line below: name, type, kind (what its value must be), meaning, default.
+# That line validates, prints config.ini, fills the README and refuses what it does not know.
+# Command line over environment over file over default. No value of a secret leaves this
+# room but through `reveal`.
+
+
+class Kind(NamedTuple):
+    """What a value must be: in words for a person, and as the function that reads it."""
+
+    words: str  # "a whole number from 0 to 65535"
+    parse: Callable[[str], object]  # raises ValueError
+    unit: str = ""
+    secret: bool = False
+    many: bool = False  # a list: may go on over several lines
+
+
+def _one_of(value: str, words: Iterable[str]) -> str:
+    if value.lower() in words:
+        return value.lower()
+    raise ValueError
+
+
+def word(*words: str) -> Kind:
+    return Kind(f"one of {', '.join(words)}", lambda value: _one_of(value, words))
+
+
+def integer(low: int, high: int = 2**53, unit: str = "") -> Kind:
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", value) or not low <= int(value) <= high:
+            raise ValueError
+        return int(value)
+
+    most = "" if high == 2**53 else f" to {high}"
+    return Kind(f"a whole number from {low}{most}", parse, unit)
+
+
+TEN_YEARS_S = 10 * 365 * 86_400
+
+
+def seconds(low: float, high: float = TEN_YEARS_S) -> Kind:
+    def parse(value: str) -> float:
+        if not re.fullmatch(r"[0-9.]{1,18}", value) or not low <= float(value) <= high:
+            raise ValueError
+        return float(value)
+
+    most = "" if high == TEN_YEARS_S else f" to {high:.0f}"
+    return Kind(f"a number of seconds from {low:g}{most}", parse, "seconds")
+
+
+def size(low: int = 1) -> Kind:
+    return integer(low, unit="bytes")._replace(words=f"a whole number of bytes from {low}")
+
+
+def _boolean(value: str) -> bool:
+    true, false = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+    return _one_of(value, (*true, *false)) in true
+
+
+def _secret_as_given(value: str) -> Secret:
+    if value in ("env:", "file:"):
+        raise ValueError
+    return Secret(value)
+
+
+def _split(value: str) -> tuple[str, ...]:
+    return tuple(item for item in re.split(r"[,\s]+", value) if item)
+
+
+def _list_of(parse: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
+    def parse_all(value: str) -> tuple[object, ...]:
+        items = tuple(parse(item) for item in _split(value))
+        if not items:
+            raise ValueError
+        return items
+
+    return parse_all
+
+
+def _listening_host(value: str) -> str:
+    if re.search(r"[\s/]", value):
+        raise ValueError
+    return value.removeprefix("[").removesuffix("]")
+
+
+def _socket_path(value: str) -> str:
+    if len(os.fsencode(value)) > 103:  # sun_path of macOS; Linux has 107
+        raise ValueError
+    return value
+
+
+def _readable_file(value: str) -> str:
+    """Blocking: looks whether the file can be opened."""
+    try:
+        with open(value, "rb"):
+            return value
+    except OSError as error:
+        raise ValueError from error
+
+
+def _http_url(value: str) -> str:
+    parts = urllib.parse.urlsplit(value)
+    usable = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
+    if not usable or not value.isascii() or re.search(r"[\s\\]", value) or parts.port == 0:
+        raise ValueError
+    return value
+
+
+def _address(value: str) -> str:
+    if not re.fullmatch(r"[^@\s]+@[^@\s]+", value):
+        raise ValueError
+    return value
+
+
+def _address_or_domain(value: str) -> str:
+    return value if re.fullmatch(r"@[^@\s]+", value) else _address(value)
+
+
+def _host_or_network(value: str) -> str:
+    """A host name as it is; what looks like an address or a network must be one."""
+    if "/" in value or ":" in value or re.fullmatch(r"[0-9.]+", value):
+        ipaddress.ip_network(value, strict=False)
+    return value
+
+
+def _priority(value: str) -> int:
+    names = ("immediate", "high", "medium", "low")
+    if value.lower() in names:
+        return names.index(value.lower())
+    return int(_one_of(value, ("0", "1", "2", "3")))
+
+
+TEXT = Kind("text", str)
+BOOLEAN = Kind("true or false (or yes, no, on, off, 1, 0)", _boolean)
+PATH = Kind("a path", str)
+READABLE_FILE = Kind("the path of a file that can be read", _readable_file)
+SOCKET_PATH = Kind("a path of at most 103 bytes", _socket_path)
+LISTENING_HOST = Kind("an address or a host name", _listening_host)
+URL = Kind("an http:// or https:// URL without user and password in it", _http_url)
+SECRET = Kind("a secret: itself, env:NAME or file:/path", _secret_as_given, secret=True)
+SECRETS = Kind(
+    "a list of secrets, each itself, env:NAME or file:/path",
+    _list_of(_secret_as_given),
+    secret=True,
+    many=True,
+)
+DELAYS = Kind("a list of whole seconds", _list_of(integer(0, TEN_YEARS_S).parse), "seconds", many=True)
+MAIL_ADDRESS = Kind("a mail address", _address)
+RECIPIENTS = Kind("a list of mail addresses or @domains", _list_of(_address_or_domain), many=True)
+HOSTS = Kind("a list of host names, addresses or networks, not URLs", _list_of(_host_or_network), many=True)
+PRIORITY = Kind("0 to 3, or immediate, high, medium, low", _priority)
+
+AT_START = "read at start alone"  # marks what SIGHUP cannot change
+
+
+@dataclass(frozen=True, slots=True)
+class StorageSettings:
+    """Where the queue lives."""
+
+    db_path: Annotated[str, PATH, "File of the queue. Its directory must exist.", AT_START] = "./mailproxy.db"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """The HTTP side: where it listens, who may come in, how much it takes."""
+
+    host: Annotated[
+        str, LISTENING_HOST, "Address to listen on. Anything but loopback needs an api_token.", AT_START
+    ] = "127.0.0.1"
+    port: Annotated[int, integer(0, 65_535), "TCP port; 0 takes a free one.", AT_START] = 8000
+    unix_socket: Annotated[
+        str | None, SOCKET_PATH, "Listen on this Unix socket (mode 0660) instead of TCP.", AT_START
+    ] = None
+    api_token: Annotated[
+        tuple[Secret, ...],
+        SECRETS,
+        "What clients must send as X-API-Token or Bearer token. Several, with commas or spaces between, "
+        "are all valid: for the days in which a token is changed.",
+    ] = ()
+    tls_cert: Annotated[
+        str | None, READABLE_FILE, "Certificate chain (PEM) to speak HTTPS; needs tls_key.", AT_START
+    ] = None
+    tls_key: Annotated[str | None, READABLE_FILE, "Private key (PEM) of tls_cert.", AT_START] = None
+    max_body_bytes: Annotated[int, size(), "Largest body of a request.", AT_START] = 64 * 2**20
+    max_batch: Annotated[int, integer(1), "Most messages of one submission."] = 1000
+    max_connections: Annotated[int, integer(1), "Most connections at a time.", AT_START] = 1000
+    head_timeout_seconds: Annotated[float, seconds(0.01), "Time for the head of a request.", AT_START] = 10.0
+    idle_timeout_seconds: Annotated[
+        float, seconds(0.01), "How long a connection may be idle between requests.", AT_START
+    ] = 75.0
+    body_timeout_seconds: Annotated[
+        float, seconds(0.01), "How long the body of a request may make no progress.", AT_START
+    ] = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """The upstream: who gets the delivery reports, and serves attachments by storage path."""
+
+    client_sync_url: Annotated[
+        str | None,
+        URL,
+        "Delivery reports go here (POST). Without it results stay in the queue file until purged.",
+    ] = None
+    client_attachment_url: Annotated[
+        str | None, URL, "Attachments with fetch_mode endpoint are fetched here (POST)."
+    ] = None
+    client_sync_user: Annotated[str | None, TEXT, "User of HTTP basic authentication."] = None
+    client_sync_password: Annotated[Secret | None, SECRET, "Password of HTTP basic authentication."] = None
+    client_sync_token: Annotated[
+        Secret | None, SECRET, "Bearer token; wins over user and password when both are set."
+    ] = None
+    client_sync_secret: Annotated[
+        Secret | None,
+        SECRET,
+        "Signs each report as Standard Webhooks has it: whsec_ and base64, or any other text as it is.",
+    ] = None
+    sync_interval_seconds: Annotated[
+        float,
+        seconds(0.05),
+        "The upstream is called at least this often, with or without anything to report.",
+    ] = 300.0
+    report_batch_size: Annotated[int, integer(1, 100_000), "Most entries of one report."] = 1000
+    timeout_seconds: Annotated[float, seconds(0.05, 3600), "Time for the whole call."] = 30.0
+    ca_file: Annotated[
+        str | None,
+        READABLE_FILE,
+        "CA certificates (PEM) to trust for https upstreams instead of the system's.",
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    """Whether mail goes out at all."""
+
+    active: Annotated[
+        bool, BOOLEAN, "Deliver from the start. What suspend and activate last said wins over it.", AT_START
+    ] = True
+
+
+@dataclass(frozen=True, slots=True)
+class DeliverySettings:
+    """How mail goes out: pace, retries, retention, staging. Accounts may have their own."""
+
+    send_interval_seconds: Annotated[
+        float, seconds(0.01, 3600), "Longest sleep of the dispatcher; mail goes out at once all the same."
+    ] = 0.5
+    test_mode: Annotated[bool, BOOLEAN, "Deliver and report at run-now alone.", AT_START] = False
+    default_priority: Annotated[int, PRIORITY, "Priority of messages that have none."] = 2
+    delivery_report_retention_seconds: Annotated[
+        int, integer(0, unit="seconds"), "Final, reported messages are purged after this time."
+    ] = 604_800
+    batch_size_per_account: Annotated[
+        int, integer(1, 100_000), "Most messages an account has in one turn of the dispatcher."
+    ] = 50
+    max_connections_per_account: Annotated[
+        int, integer(1, 1000), "Most SMTP connections of an account that names no max_connections."
+    ] = 5
+    max_concurrency: Annotated[
+        int, integer(1, 10_000), "Most SMTP transactions at a time, all accounts together."
+    ] = 100
+    retry_delays: Annotated[
+        tuple[int, ...], DELAYS, "Pauses before each retry after a passing failure; the last one repeats."
+    ] = (60, 300, 900, 3600, 7200)
+    max_age_seconds: Annotated[
+        int, integer(1, unit="seconds"), "A message not delivered for so long becomes an error."
+    ] = 432_000
+    max_retries: Annotated[
+        int, integer(0, 1_000_000), "Further attempts after the first; 0 goes on until max_age_seconds."
+    ] = 0
+    id_retention_seconds: Annotated[
+        int, integer(0, unit="seconds"), "How long the id of a sent message is refused a second time."
+    ] = 2_592_000
+    shutdown_timeout_seconds: Annotated[
+        float, seconds(0, 86_400), "How long SMTP transactions in progress may finish when the daemon stops."
+    ] = 30.0
+    redirect_to: Annotated[
+        str | None,
+        MAIL_ADDRESS,
+        "Staging: every mail goes here instead, its real recipients in X-Original-To.",
+    ] = None
+    allow_recipients: Annotated[
+        tuple[str, ...],
+        RECIPIENTS,
+        "Staging: addresses or @domains mail may go to; others become errors. Empty: all.",
+    ] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AttachmentSettings:
+    """What fetching attachments may cost, and where they may come from."""
+
+    timeout_seconds: Annotated[
+        float, seconds(0.05, 3600), "Time to fetch one attachment, redirects included."
+    ] = 60.0
+    max_attachment_bytes: Annotated[int, size(), "Largest attachment."] = 25 * 2**20
+    max_message_bytes: Annotated[int, size(), "Most bytes of all attachments of a message."] = 35 * 2**20
+    memory_budget_bytes: Annotated[
+        int, size(), "Memory for all messages being put together at a time.", AT_START
+    ] = 100 * 2**20
+    cache_bytes: Annotated[
+        int, size(0), "Memory for attachments kept for the next message of a burst; 0: none.", AT_START
+    ] = 16 * 2**20
+    allow_hosts: Annotated[
+        tuple[str, ...],
+        HOSTS,
+        "Host names, addresses and networks attachments may come from although they are not public.",
+    ] = ()
+    base_dir: Annotated[
+        str | None,
+        PATH,
+        "Attachments with fetch_mode filesystem lie below this directory; without it they are refused.",
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class S3Settings:
+    """Where attachments in S3 come from; the AWS_* variables stand in for what is left out."""
+
+    access_key_id: Annotated[Secret | None, SECRET, "Else AWS_ACCESS_KEY_ID."] = None
+    secret_access_key: Annotated[Secret | None, SECRET, "Else AWS_SECRET_ACCESS_KEY."] = None
+    session_token: Annotated[
+        Secret | None, SECRET, "Else AWS_SESSION_TOKEN, when the key id comes from there too."
+    ] = None
+    region: Annotated[str | None, TEXT, "Else AWS_REGION or AWS_DEFAULT_REGION."] = None
+    endpoint: Annotated[str | None, URL, "Of a server that is not Amazon's. Else AWS_ENDPOINT_URL_S3."] = None
+    addressing: Annotated[
+        str,
+        word("auto", "path", "virtual"),
+        "Bucket in the path or the host name; auto: virtual on Amazon alone.",
+    ] = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class LoggingSettings:
+    """What is said on stderr, and how."""
+
+    level: Annotated[str, word("debug", "info", "warning", "error"), "What is logged: this, and worse."] = (
+        "info"
+    )
+    format: Annotated[str, word("text", "json"), "json: every line is an object."] = "text"
+    delivery_activity: Annotated[bool, BOOLEAN, "One line for each delivery."] = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that was configured, judged; accounts are still the words of config.ini."""
+
+    storage: StorageSettings
+    server: ServerSettings
+    client: ClientSettings
+    scheduler: SchedulerSettings
+    delivery: DeliverySettings
+    attachments: AttachmentSettings
+    s3: S3Settings
+    logging: LoggingSettings
+    accounts: Mapping[str, Mapping[str, str]] = field(repr=False)  # account id -> key -> value as written
+    source: str | None = None  # the file, if there was one
+    warnings: tuple[str, ...] = ()  # for the log, once there is one
+    origins: Mapping[tuple[str, str], str] = field(default_factory=dict, repr=False)  # of each that was given
+
+
+SECTIONS: Mapping[str, type[Any]] = MappingProxyType(
+    {
+        "storage": StorageSettings,
+        "server": ServerSettings,
+        "client": ClientSettings,
+        "scheduler": SchedulerSettings,
+        "delivery": DeliverySettings,
+        "attachments": AttachmentSettings,
+        "s3": S3Settings,
+        "logging": LoggingSettings,
+    }
+)
+
+
+class Setting(NamedTuple):
+    """One row of the table."""
+
+    section: str
+    key: str
+    kind: Kind
+    meaning: str
+    default: Any
+    at_start: bool = False
+
+
+class AccountKey(NamedTuple):
+    """One key of [smtp] and [account:ID]; its value is judged where accounts are (SUBMISSION)."""
+
+    key: str
+    default: str  # as config.ini shows it
+    meaning: str
+    secret: bool = False
+
+
+def _rows_of(section: str) -> Iterator[Setting]:
+    hints = typing.get_type_hints(SECTIONS[section], include_extras=True)
+    for row in fields(SECTIONS[section]):
+        kind, meaning, *marks = hints[row.name].__metadata__
+        yield Setting(section, row.name, kind, meaning, row.default, AT_START in marks)
+
+
+SETTINGS_TABLE: tuple[Setting, ...] = tuple(row for section in SECTIONS for row in _rows_of(section))
+
+ACCOUNT_TABLE: tuple[AccountKey, ...] = (
+    AccountKey("host", "", "Name or address of the SMTP server. Without it there is no such account."),
+    AccountKey("port", "", "587 or 25 (STARTTLS), or 465 (TLS from the first byte)."),
+    AccountKey("user", "", "Login name; without it there is no login."),
+    AccountKey("password", "", "Better env:NAME or file:/path than the password itself.", secret=True),
+    AccountKey("use_tls", "", "true: encrypted for certain; left out: by start_tls, and true on port 465."),
+    AccountKey("implicit_tls", "false", "TLS from the first byte on any port."),
+    AccountKey("start_tls", "auto", "auto (when offered), required or never."),
+    AccountKey("verify_tls", "true", "Verify the server's certificate and name."),
+    AccountKey("ca_file", "", "CA certificates (PEM) to trust instead of the system's."),
+    AccountKey("client_cert", "", "Certificate (PEM) to show to the server."),
+    AccountKey("client_key", "", "Private key (PEM) of client_cert."),
+    AccountKey("auth", "auto", "auto, plain, login, cram-md5 or xoauth2."),
+    AccountKey("oauth2_token_url", "", "Where access tokens for xoauth2 come from."),
+    AccountKey("oauth2_client_id", "", "Client id of xoauth2."),
+    AccountKey("oauth2_client_secret", "", "Client secret of xoauth2.", secret=True),
+    AccountKey(
+        "oauth2_refresh_token", "", "Refresh token; without it client credentials are used.", secret=True
+    ),
+    AccountKey("oauth2_scope", "", "Scope of the access token."),
+    AccountKey("ttl", "300", "Seconds a connection may live."),
+    AccountKey(
+        "max_connections", "", "Most connections at a time; else max_connections_per_account of [delivery]."
+    ),
+    AccountKey("max_messages_per_connection", "100", "Most messages over one connection."),
+    AccountKey("max_recipients", "100", "Most recipients of one transaction; more are split over several."),
+    AccountKey("timeout", "60", "Seconds for each reply; the last one of a message is given 600."),
+    AccountKey("in_doubt", "retry", "retry or error: what to do when the last reply never came."),
+    AccountKey("limit_per_minute", "", "Most messages in any 60 seconds."),
+    AccountKey("limit_per_hour", "", "Most messages in any hour."),
+    AccountKey("limit_per_day", "", "Most messages in any day."),
+    AccountKey("limit_behavior", "defer", "defer or error: what becomes of messages above a limit."),
+    AccountKey("batch_size", "", "Most messages of one turn; else batch_size_per_account of [delivery]."),
+    AccountKey("retry_delays", "", "Seconds before each retry; else retry_delays of [delivery]."),
+    AccountKey("max_age_seconds", "", "Else max_age_seconds of [delivery]."),
+    AccountKey("max_retries", "", "Else max_retries of [delivery]."),
+)
+
+# --- config.ini and README: the table, printed ---------------------------
+
+
+def _as_written(value: object) -> str:
+    """A default or a value as it would stand in config.ini; never a secret."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return ", ".join(_as_written(item) for item in value)
+    if isinstance(value, Secret):
+        return value.given if value.is_reference else "(set)"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None else str(value)
+
+
+CONFIG_INI_HEAD = """\
+# config.ini of mailproxy: every setting with its meaning and its default.
+# All of it may be left out. Take the # away to change a line.
+#
+# The command line wins over the environment, which wins over this file: [server] port
+# is MAILPROXY_SERVER_PORT there, [smtp] host MAILPROXY_SMTP_HOST. [account:ID] sections
+# stand in this file alone. Any secret may be written env:NAME or file:/path. A # or ;
+# begins a comment at the start of a line alone, and % is a character like any other.
+"""
+
+CONFIG_INI_SMTP = (
+    "The default account: messages that name no account go out through it. No host: no such account."
+)
+CONFIG_INI_ACCOUNT = """\
+# A further account, under the ID messages name it by. All keys of [smtp] are known here.
+#[account:ID]
+#host =
+#port ="""
+
+
+def _commented_row(key: str, meaning: str, default: str) -> list[str]:
+    return [
+        *textwrap.wrap(meaning, 98, initial_indent="# ", subsequent_indent="# "),
+        f"#{key} = {default}".rstrip(),
+        "",
+    ]
+
+
+def _ini_section(section: str) -> list[str]:
+    lines = [f"[{section}]", f"# {SECTIONS[section].__doc__}", ""]
+    for row in SETTINGS_TABLE:
+        if row.section == section:
+            words = row.kind.words + ("; needs a restart" if row.at_start else "")
+            lines += _commented_row(row.key, f"{row.meaning} [{words}]", _as_written(row.default))
+    return lines
+
+
+def config_ini() -> str:
+    """A config.ini with every setting in it, commented out, with its meaning and default."""
+    lines = [CONFIG_INI_HEAD]
+    for section in SECTIONS:
+        if section == "delivery":
+            lines += ["[smtp]", f"# {CONFIG_INI_SMTP}", ""]
+            for row in ACCOUNT_TABLE:
+                lines += _commented_row(row.key, row.meaning, row.default)
+            lines += [CONFIG_INI_ACCOUNT, ""]
+        lines += _ini_section(section)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table_row(key: str, default: str, meaning: str) -> str:
+    shown = f"`{default}`" if default else ""
+    return f"| `{key}` | {shown} | {meaning.replace('|', chr(92) + '|')} |"
+
+
+def settings_table() -> str:
+    """The table of all settings as Markdown, for the README."""
+    lines = ["| setting | default | |", "|---|---|---|"]
+    for section in SECTIONS:
+        if section == "delivery":
+            lines.append(f"| **[smtp]**, **[account:ID]** | | {CONFIG_INI_SMTP} |")
+            lines += [_table_row(row.key, row.default, row.meaning) for row in ACCOUNT_TABLE]
+        lines.append(f"| **[{section}]** | | {SECTIONS[section].__doc__} |")
+        rows = (row for row in SETTINGS_TABLE if row.section == section)
+        lines += [_table_row(row.key, _with_unit(row), row.meaning) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _with_unit(row: Setting) -> str:
+    shown = _as_written(row.default)
+    return f"{shown} {row.kind.unit}".rstrip() if shown else ""
+
+
+# --- reading: file, environment, command line ----------------------------
+
+
+class Given(NamedTuple):
+    """A value as somebody wrote it, and where."""
+
+    text: str
+    origin: str  # "/etc/mailproxy/config.ini", "environment variable X", "command line"
+
+
+GivenSettings = dict[tuple[str, str], Given]
+
+ENVIRONMENT_OF_THE_CLIENT = ("MAILPROXY_CONFIG", "MAILPROXY_URL", "MAILPROXY_TOKEN")
+
+
+def _keys_of(section: str) -> tuple[str, ...]:
+    """The keys a section knows; none for a section that is not known."""
+    if section in SECTIONS:
+        return tuple(row.name for row in fields(SECTIONS[section]))
+    if section == "smtp" or section.startswith("account:"):
+        return tuple(row.key for row in ACCOUNT_TABLE)
+    return ()
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _unknown_key(origin: str, section: str, key: str) -> ConfigurationError:
+    homes = [name for name in (*SECTIONS, "smtp") if key in _keys_of(name)]
+    hint = f"; it belongs into [{homes[0]}]" if homes else _nearest(key, _keys_of(section))
+    return ConfigurationError(f"{origin}: [{section}] {key}: unknown key{hint}")
+
+
+def _check_section(origin: str, section: str) -> None:
+    if section.startswith("account:"):
+        account_id = section.removeprefix("account:")
+        if account_id == "default":
+            raise ConfigurationError(
+                f"{origin}: [account:default]: the default account is the section [smtp]"
+            )
+        if not 1 <= len(account_id) <= 255:
+            raise ConfigurationError(f"{origin}: [account:ID]: the ID of an account has 1 to 255 characters")
+    elif not _keys_of(section):
+        known = [*SECTIONS, "smtp", "account:ID"]
+        raise ConfigurationError(f"{origin}: [{section}]: unknown section{_nearest(section.lower(), known)}")
+
+
+def _check_key(origin: str, section: str, key: str) -> None:
+    _check_section(origin, section)
+    if key not in _keys_of(section):
+        raise _unknown_key(origin, section, key)
+
+
+def _check_text(origin: str, section: str, key: str, text: str) -> None:
+    """Control characters belong into no setting; a line break into lists alone."""
+    many = any((row.section, row.key) == (section, key) and row.kind.many for row in SETTINGS_TABLE)
+    if "\n" in text and not many:
+        raise ConfigurationError(
+            f"{origin}: [{section}] {key}: goes on over several lines; is the next line indented by mistake?"
+        )
+    if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
+        raise ConfigurationError(f"{origin}: [{section}] {key}: holds a control character")
+
+
+def _config_path(config: str | None, environ: Mapping[str, str]) -> str | None:
+    """The file to read: a named one whether it is there or not, else the first that is there."""
+    named = config or environ.get("MAILPROXY_CONFIG")
+    if named:
+        return named
+    return next(
+        (path for path in ("./config.ini", "/etc/mailproxy/config.ini") if os.path.exists(path)), None
+    )
+
+
+def _file_text(path: str) -> str:
+    """Blocking: reads config.ini, which is UTF-8, with or without a byte order mark."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path}: is not UTF-8 text; save it in that encoding") from error
+
+
+def _parsed(path: str) -> configparser.RawConfigParser:
+    """The sections of a file. Errors name lines, never their text: it may hold a secret."""
+    parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
+    try:
+        parser.read_string(_file_text(path))
+    except configparser.DuplicateSectionError as error:
+        raise ConfigurationError(f"{path}: [{error.section}]: a second time in line {error.lineno}") from None
+    except configparser.DuplicateOptionError as error:
+        where = f"[{error.section}] {error.option}"
+        raise ConfigurationError(f"{path}: {where}: a second time in line {error.lineno}") from None
+    except configparser.MissingSectionHeaderError as error:
+        raise ConfigurationError(f"{path}: line {error.lineno} stands before the first [section]") from None
+    except configparser.ParsingError as error:
+        lines = ", ".join(str(line) for line, _ in error.errors)
+        raise ConfigurationError(f"{path}: line {lines} is not of the form key = value") from None
+    return parser
+
+
+def _from_file(path: str) -> GivenSettings:
+    given: GivenSettings = {}
+    parser = _parsed(path)
+    for written in parser.sections():
+        section = re.sub(r"^account:\s+", "account:", written.strip())
+        _check_section(path, section)
+        if section.startswith("account:") and not parser.items(written):
+            raise ConfigurationError(f"{path}: [{section}]: is empty; an account has at least a host")
+        for key, text in parser.items(written):
+            _check_key(path, section, key)
+            if (section, key) in given:
+                raise ConfigurationError(f"{path}: [{section}] {key}: a second time")
+            given[section, key] = Given(text, path)
+    return given
+
+
+def _from_environment(environ: Mapping[str, str]) -> GivenSettings:
+    """MAILPROXY_<SECTION>_<KEY>; an empty variable is none."""
+    return {
+        (section, key): Given(text, f"environment variable {name}")
+        for section in (*SECTIONS, "smtp")
+        for key in _keys_of(section)
+        if (text := environ.get(name := f"MAILPROXY_{section}_{key}".upper()))
+    }
+
+
+def _strangers_in(environ: Mapping[str, str]) -> Iterator[str]:
+    """A warning for each variable that looks like ours and is not."""
+    known = [
+        f"MAILPROXY_{section}_{key}".upper() for section in (*SECTIONS, "smtp") for key in _keys_of(section)
+    ]
+    known += ENVIRONMENT_OF_THE_CLIENT
+    for name in sorted(environ):
+        if name.startswith("MAILPROXY_") and name not in known:
+            yield f"environment variable {name} matches no setting and is ignored{_nearest(name, known)}"
+
+
+def _from_command_line(overrides: Mapping[str, str]) -> GivenSettings:
+    given: GivenSettings = {}
+    for name, text in overrides.items():
+        section, _, key = name.rpartition(".")
+        if not section:
+            raise ConfigurationError(
+                f"command line: {name}: write SECTION.KEY=VALUE, such as server.port=8000"
+            )
+        _check_key("command line", section, key.lower())
+        given[section, key.lower()] = Given(text, "command line")
+    return given
+
+
+def _value(row: Setting, given: Given | None) -> Any:
+    if given is None:
+        return row.default
+    text, where = given.text.strip(), f"{given.origin}: [{row.section}] {row.key}"
+    if not text and row.default in (None, ()):
+        return row.default
+    if not text:
+        raise ConfigurationError(f"{where}: is empty; it must be {row.kind.words}")
+    try:
+        return row.kind.parse(text)
+    except ValueError:
+        shown = "the value" if row.kind.secret else f'"{text[:100]}"'
+        raise ConfigurationError(f"{where}: {shown} is not {row.kind.words}") from None
+
+
+def _accounts(given: GivenSettings) -> tuple[dict[str, Mapping[str, str]], tuple[str, ...]]:
+    """The accounts as they were written, and what is to be said about them."""
+    accounts: dict[str, dict[str, str]] = {}
+    for (section, key), value in given.items():
+        if section not in SECTIONS and value.text.strip():
+            account_id = "default" if section == "smtp" else section.removeprefix("account:")
+            accounts.setdefault(account_id, {})[key] = value.text.strip()
+    frozen = {account_id: MappingProxyType(keys) for account_id, keys in accounts.items()}
+    if "default" in frozen and "host" not in frozen["default"]:
+        del frozen["default"]
+        return dict(frozen), ("[smtp] has no host: there is no default account",)
+    return dict(frozen), ()
+
+
+def _with_aws_variables(given: GivenSettings, environ: Mapping[str, str]) -> GivenSettings:
+    """[s3] completed from the AWS_* variables; the secret ones by reference."""
+    stand_ins = [
+        ("secret_access_key", "AWS_SECRET_ACCESS_KEY", "env:AWS_SECRET_ACCESS_KEY"),
+        ("region", "AWS_DEFAULT_REGION", environ.get("AWS_DEFAULT_REGION", "")),
+        ("region", "AWS_REGION", environ.get("AWS_REGION", "")),
+        ("endpoint", "AWS_ENDPOINT_URL_S3", environ.get("AWS_ENDPOINT_URL_S3", "")),
+    ]
+    given = {name: value for name, value in given.items() if name[0] != "s3" or value.text.strip()}
+    if ("s3", "access_key_id") not in given:  # a session token belongs to the key id it was issued with
+        stand_ins.append(("access_key_id", "AWS_ACCESS_KEY_ID", "env:AWS_ACCESS_KEY_ID"))
+        stand_ins.append(("session_token", "AWS_SESSION_TOKEN", "env:AWS_SESSION_TOKEN"))
+    found = {
+        ("s3", key): Given(text, f"environment variable {name}")
+        for key, name, text in stand_ins
+        if environ.get(name)
+    }
+    return found | given
+
+
+def read_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
+    """All settings, each one judged for itself: what a client of the daemon needs.
+
+    `overrides` are the command line's, by "section.key". Blocking: reads a file.
+    Raises ConfigurationError that names file, section and key.
+    """
+    path = _config_path(config, environ)
+    given = (_from_file(path) if path else {}) | _from_environment(environ) | _from_command_line(overrides)
+    for (section, key), value in given.items():
+        _check_text(value.origin, section, key, value.text)
+    given = _with_aws_variables(given, environ)
+    sections = {
+        name: kind(
+            **{
+                row.key: _value(row, given.get((name, row.key)))
+                for row in SETTINGS_TABLE
+                if row.section == name
+            }
+        )
+        for name, kind in SECTIONS.items()
+    }
+    accounts, remarks = _accounts(given)
+    return Settings(
+        **sections,
+        accounts=MappingProxyType(accounts),
+        source=path,
+        warnings=(*_strangers_in(environ), *remarks),
+        origins=MappingProxyType({name: value.origin for name, value in given.items()}),
+    )
+
+
+def load_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
+    """All settings, judged for themselves and together, as the daemon needs them to start.
+
+    Blocking: reads files. Raises ConfigurationError that names file, section and key.
+    """
+    settings = read_settings(config, environ, overrides)
+    _check_pairs(settings)
+    _check_listening(settings, api_tokens(settings, environ))
+    _check_client_secrets(settings, environ)
+    return settings
+
+
+# --- what settings mean together -----------------------------------------
+
+
+def _complaint(settings: Settings, section: str, key: str, problem: str) -> ConfigurationError:
+    origin = settings.origins.get((section, key), settings.source or "configuration")
+    return ConfigurationError(f"{origin}: [{section}] {key}: {problem}")
+
+
+def _check_pairs(settings: Settings) -> None:
+    server, client = settings.server, settings.client
+    if server.tls_cert and not server.tls_key:
+        raise _complaint(settings, "server", "tls_cert", "needs tls_key beside it")
+    if server.tls_key and not server.tls_cert:
+        raise _complaint(settings, "server", "tls_key", "needs tls_cert beside it")
+    if client.client_sync_password and not client.client_sync_user:
+        raise _complaint(settings, "client", "client_sync_password", "needs client_sync_user beside it")
+    if ":" in (client.client_sync_user or ""):
+        raise _complaint(settings, "client", "client_sync_user", "must not hold a colon (RFC 7617)")
+
+
+def is_loopback(host: str) -> bool:
+    """True for an address that nobody outside this machine can reach."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_listening(settings: Settings, tokens: tuple[str, ...]) -> None:
+    """Without a token only this machine may come in (CONTRACT: authentication)."""
+    server = settings.server
+    if tokens or server.unix_socket or is_loopback(server.host):
+        return
+    raise _complaint(
+        settings,
+        "server",
+        "host",
+        f"{server.host} can be reached from outside, and no token is set: set api_token in [server] "
+        "(or MAILPROXY_SERVER_API_TOKEN), or listen on 127.0.0.1",
+    )
+
+
+def _check_client_secrets(settings: Settings, environ: Mapping[str, str]) -> None:
+    for row in SETTINGS_TABLE:
+        secret = getattr(settings.client, row.key) if row.section == "client" else None
+        if isinstance(secret, Secret):
+            text = _revealed(settings, "client", row.key, secret, environ)
+            _check_client_secret(settings, row.key, text)
+
+
+def _check_client_secret(settings: Settings, key: str, text: str) -> None:
+    if key == "client_sync_token" and not re.fullmatch(r"[\x21-\x7e]+", text):
+        raise _complaint(settings, "client", key, "must be ASCII without spaces to go into a header")
+    if re.search(r"[\x00-\x1f\x7f]", text):
+        raise _complaint(settings, "client", key, "holds a line break or another control character")
+    if key == "client_sync_secret":
+        try:
+            webhook_key(text)
+        except ValueError:
+            raise _complaint(settings, "client", key, "after whsec_ there must be base64") from None
+
+
+def webhook_key(secret: str) -> bytes:
+    """The key of a webhook secret: what whsec_ stands before is base64 (Standard Webhooks),
+    anything else is taken as it is. Raises ValueError."""
+    if not secret.startswith("whsec_"):
+        return secret.encode()
+    encoded = secret.removeprefix("whsec_").rstrip("=")
+    try:
+        key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+    except binascii.Error:
+        raise ValueError("not base64") from None
+    if not key:
+        raise ValueError("empty")
+    return key
+
+
+# --- secrets -------------------------------------------------------------
+
+SECRET_FILE_MAX_BYTES = 65_536
+
+
+def reveal(secret: Secret, environ: Mapping[str, str]) -> str:
+    """The secret itself: as given, from the environment, or from a file without its last line end.
+
+    Blocking: may read a file. Raises SecretUnavailable, whose text names the reference alone.
+    """
+    if secret.given.startswith("env:"):
+        text = environ.get(secret.given.removeprefix("env:"), "")
+        if not text:
+            raise SecretUnavailable(f"{secret.given} is not set")
+        return text
+    if secret.given.startswith("file:"):
+        return _secret_in_file(secret.given)
+    return secret.given
+
+
+def _secret_in_file(reference: str) -> str:
+    """Blocking: reads a regular file of bounded size."""
+    path = reference.removeprefix("file:")
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe could block for ever
+            raise SecretUnavailable(f"{reference} is not a regular file")
+        with open(path, "rb") as file:
+            content = file.read(SECRET_FILE_MAX_BYTES + 1)
+    except OSError as error:
+        raise SecretUnavailable(f"{reference} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise SecretUnavailable("file: with a path that no file can have") from None
+    if len(content) > SECRET_FILE_MAX_BYTES:
+        raise SecretUnavailable(f"{reference} is larger than {SECRET_FILE_MAX_BYTES} bytes")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        raise SecretUnavailable(f"{reference} is not UTF-8 text") from None
+    text = text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise SecretUnavailable(f"{reference} is empty")
+    return text
+
+
+def _revealed(settings: Settings, section: str, key: str, secret: Secret, environ: Mapping[str, str]) -> str:
+    try:
+        return reveal(secret, environ)
+    except SecretUnavailable as error:
+        raise _complaint(settings, section, key, str(error)) from None
+
+
+def api_tokens(settings: Settings, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Every token that opens the HTTP side, read now; none means that nobody is asked for one.
+
+    Blocking: may read files. Raises ConfigurationError.
+    """
+    tokens: list[str] = []
+    for secret in settings.server.api_token:
+        found = _split(_revealed(settings, "server", "api_token", secret, environ))
+        if not found or not all(re.fullmatch(r"[\x21-\x7e]+", token) for token in found):
+            raise _complaint(settings, "server", "api_token", "a token must be ASCII without spaces")
+        tokens += found
+    return tuple(dict.fromkeys(tokens))
+
+
+# --- what is in force, and what has changed ------------------------------
+
+
+def unchangeable(old: Settings, new: Settings) -> list[str]:
+    """The settings, as "section.key", that differ and need a restart to take effect."""
+    return [
+        f"{row.section}.{row.key}"
+        for row in SETTINGS_TABLE
+        if row.at_start and _in_force(old, row) != _in_force(new, row)
+    ]
+
+
+def _in_force(settings: Settings, row: Setting) -> Any:
+    return getattr(getattr(settings, row.section), row.key)
+
+
+def describe(settings: Settings) -> list[tuple[str, str, str, str]]:
+    """What is in force: section, key, value, where it came from. No secret among it."""
+    shown = [
+        (
+            row.section,
+            row.key,
+            _value_shown(row, settings),
+            settings.origins.get((row.section, row.key), "default"),
+        )
+        for row in SETTINGS_TABLE
+    ]
+    return shown + [
+        entry for account_id in settings.accounts for entry in _described_account(settings, account_id)
+    ]
+
+
+def _value_shown(row: Setting, settings: Settings) -> str:
+    value = _in_force(settings, row)
+    if row.kind is URL and value and "?" in value:
+        return f"{value.partition('?')[0]}?..."  # a query may carry a token
+    return _as_written(value)
+
+
+def _described_account(settings: Settings, account_id: str) -> Iterator[tuple[str, str, str, str]]:
+    section = "smtp" if account_id == "default" else f"account:{account_id}"
+    given = settings.accounts[account_id]
+    for row in ACCOUNT_TABLE:
+        if row.key in given:
+            value = _as_written(Secret(given[row.key])) if row.secret else given[row.key]
+            yield section, row.key, value, settings.origins[section, row.key]
+
+
+# ======================================================================
+# SUBMISSION - JSON -> Message, or the reason to reject it
+# ======================================================================
+#
+# Each message and each account is judged here, once and alone: what passes can
+# be composed and sent, what does not is refused with a reason whose first words
+# are fixed. Pure, and linear in the length of what it is given. Addresses are
+# those of RFC 5322 3.4 within the lengths of RFC 5321 4.5.3.1.
+
+MESSAGE_FIELDS = frozenset((
+    "id", "account_id", "from", "from_name", "to", "cc", "bcc", "reply_to", "return_path", "subject",
+    "body", "content_type", "text", "html", "headers", "message_id", "attachments", "priority",
+    "deferred_ts", "expires_ts", "raw", "batch_code",
+))  # fmt: skip
+BESIDE_RAW = (  # what means nothing where a raw message stands instead
+    "from_name", "reply_to", "subject", "body", "content_type", "text", "html", "headers", "attachments",
+)  # fmt: skip
+RAW_CONTENT = -1  # where a raw message stands among the contents; attachments count from 0
+
+LARGEST_INTEGER = 2**63 - 1
+LONGEST_ID = 255  # characters
+LONGEST_ADDRESS = 254  # octets, RFC 5321 4.5.3.1.3 less the angle brackets
+LONGEST_LOCAL_PART = 64  # octets, RFC 5321 4.5.3.1.1
+LONGEST_DOMAIN = 255  # octets, RFC 5321 4.5.3.1.2
+LONGEST_MESSAGE_ID = 900  # octets: a header line has 998 at most (RFC 5322 2.1.1)
+
+# --- text -----------------------------------------------------------------
+
+_NOT_FOR_ONE_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]|([\ud800-\udfff])")
+
+
+def _one_line(value: object, field: str) -> str:
+    """Text for a header, an address or a label: no line break, no control character."""
+    if not isinstance(value, str):
+        raise Rejected(f"invalid {field}: must be a string")
+    if value.isprintable():
+        return value
+    if unfit := _NOT_FOR_ONE_LINE.search(value):
+        raise Rejected(f"invalid {field}: {_unfit(unfit)}")
+    return value
+
+
+def _unfit(found: re.Match[str]) -> str:
+    if found[1]:
+        return "is not valid Unicode (a lone surrogate)"
+    return f"must not have line breaks or control characters (U+{ord(found[0]):04X})"
+
+
+def _header_text(value: object, field: str) -> str:
+    """Text of a header, its tabs made spaces as unfolding would (RFC 5322 2.2.3)."""
+    return _one_line(value.replace("\t", " ") if isinstance(value, str) else value, field)
+
+
+def _body_text(value: object, field: str) -> str:
+    """Text of many lines: everything but NUL and what is not Unicode."""
+    if not isinstance(value, str):
+        raise Rejected(f"invalid {field}: must be a string")
+    if "\0" in value:
+        raise Rejected(f"invalid {field}: must not have NUL characters")
+    if not (value.isascii() or _is_unicode(value)):
+        raise Rejected(f"invalid {field}: is not valid Unicode (a lone surrogate)")
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _client_label(value: object, field: str) -> str:
+    """A client's own key or label: 1 to 255 characters on one line."""
+    text = _one_line(value, field)
+    if not 1 <= len(text) <= LONGEST_ID:
+        raise Rejected(f"invalid {field}: must have 1 to {LONGEST_ID} characters")
+    return text
+
+
+def _must_be_storable(value: object, field: str) -> None:
+    """Refuses what could not be written as JSON again, in fields that are kept without being understood."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise Rejected(f"invalid {field}: is not valid Unicode (a lone surrogate)") from None
+    except (ValueError, RecursionError):
+        raise Rejected(f"invalid {field}: cannot be kept as JSON") from None
+
+
+def _shown(text: str) -> str:
+    """A piece of what was given, short enough for a reason."""
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")
+
+
+# --- numbers --------------------------------------------------------------
+
+PRIORITIES = {"immediate": 0, "high": 1, "medium": 2, "low": 3}
+
+
+def parse_priority(value: object, default: int, *, field: str = "priority") -> int:
+    """The number of a priority that is given as 0 to 3 or by name."""
+    if value is None:
+        return default
+    if type(value) is int and 0 <= value <= 3:
+        return value
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word in PRIORITIES:
+            return PRIORITIES[word]
+        if word in ("0", "1", "2", "3"):
+            return int(word)
+    raise Rejected(f"invalid {field}: must be 0 to 3, or immediate, high, medium, low")
+
+
+def _timestamp_of(value: object, field: str) -> int | None:
+    if value is None:
+        return None
+    if type(value) is not int or not 0 <= value <= LARGEST_INTEGER:
+        raise Rejected(f"invalid {field}: must be a time in whole Unix seconds")
+    return value
+
+
+# --- addresses ------------------------------------------------------------
+
+_ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]"
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?"
+_PLAIN_ADDRESS = re.compile(rf"(?=[^@]{{1,64}}@){_ATEXT}+(?:\.{_ATEXT}+)*@{_LABEL}(?:\.{_LABEL})*")
+_DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_QUOTED = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_UTF8_ATEXT = r'[^\x00- "(),.:;<>@\[\\\]\x7f]'  # RFC 6532 3.2
+_DOT_ATOM = re.compile(rf"{_UTF8_ATEXT}+(?:\.{_UTF8_ATEXT}+)*")
+_QUOTED_STRING = re.compile(_QUOTED)
+_QUOTED_PAIR = re.compile(r"\\(.)")
+_BETWEEN_MAILBOXES = re.compile(r"[\s,]*")
+_MAILBOX = re.compile(
+    rf"""(?: (?P<name> (?: {_QUOTED} | [^",<>:;\\] )*+ ) < (?P<angle> (?: {_QUOTED} | [^"<>] )*+ ) >
+           | (?P<bare> (?: {_QUOTED} | \[[^\[\]\s]*+\] | [^\s",<>():;\\\[\]] )++ )
+             \s*+ (?: \( (?P<comment> [^()]*+ ) \) )?+
+         ) \s*+ (?: , | \Z )""",
+    re.VERBOSE,
+)
+_LONGEST_TO_DECODE = 500  # characters: longer texts are not looked through for encoded words
+_DOTS = re.compile("[.\u3002\uff0e\uff61]")  # RFC 3490 3.1
+
+
+def parse_mailboxes(value: object, field: str) -> tuple[Mailbox, ...]:
+    """The mailboxes of a list, or of a comma-separated string (RFC 5322 3.4, without groups)."""
+    texts = value if isinstance(value, list) else () if value is None else (value,)
+    found: list[Mailbox] = []
+    for text in texts:
+        if isinstance(text, str) and _PLAIN_ADDRESS.fullmatch(text) and len(text) <= LONGEST_ADDRESS:
+            found.append(Mailbox("", text))
+        elif isinstance(text, str):
+            found.extend(_mailboxes_of(_one_line(text, field), field))
+        else:
+            raise Rejected(f"invalid {field}: must be addresses, in a list or in one string")
+    return tuple(found)
+
+
+def _mailboxes_of(text: str, field: str) -> Iterator[Mailbox]:
+    end = len(text)
+    start = _skip(text, 0)
+    while start < end:
+        found = _MAILBOX.match(text, start)
+        if found is None:
+            raise Rejected(f"invalid {field}: {_shown(text[start:])} is not an address")
+        yield _mailbox(found, field)
+        start = _skip(text, found.end())
+
+
+def _skip(text: str, start: int) -> int:
+    between = _BETWEEN_MAILBOXES.match(text, start)
+    return between.end() if between else start
+
+
+def _mailbox(found: re.Match[str], field: str) -> Mailbox:
+    if found["bare"] is not None:
+        return Mailbox((found["comment"] or "").strip(), parse_addr_spec(found["bare"], field))
+    return Mailbox(_display_name(found["name"], field), parse_addr_spec(found["angle"], field))
+
+
+def _display_name(written: str, field: str) -> str:
+    """The name that was meant: without its quotes, encoded words (RFC 2047) decoded."""
+    name = written.strip()
+    if '"' in name:
+        name = _QUOTED_STRING.sub(lambda quoted: _QUOTED_PAIR.sub(r"\1", quoted[0][1:-1]), name)
+    return _decoded(name, field)
+
+
+def _decoded(text: str, field: str) -> str:
+    """A header text as its reader would see it; what cannot be decoded stays as it is."""
+    if "=?" not in text or len(text) > _LONGEST_TO_DECODE:
+        return text
+    try:
+        decoded = str(make_header(decode_header(text)))
+    except (ValueError, LookupError, HeaderParseError):
+        return text
+    return _header_text(decoded, field).strip()
+
+
+def parse_addr_spec(text: str, field: str) -> str:
+    """A bare address, its domain in A-labels; the local part may be UTF-8 (RFC 6531)."""
+    address = text.strip()
+    if _PLAIN_ADDRESS.fullmatch(address) and len(address) <= LONGEST_ADDRESS:
+        return address
+    local_part, at, domain = address.rpartition("@")
+    shape = _QUOTED_STRING if local_part.startswith('"') else _DOT_ATOM
+    if not at or not shape.fullmatch(local_part) or not local_part.isprintable():
+        raise Rejected(f"invalid {field}: {_shown(address)} is not an address")
+    if len(local_part.encode()) > LONGEST_LOCAL_PART:
+        raise Rejected(f"invalid {field}: the part before the @ has more than {LONGEST_LOCAL_PART} octets")
+    address = f"{local_part}@{_domain_in_ascii(domain, field)}"
+    if len(address.encode()) > LONGEST_ADDRESS:
+        raise Rejected(f"invalid {field}: an address has at most {LONGEST_ADDRESS} octets")
+    return address
+
+
+def _domain_in_ascii(domain: str, field: str) -> str:
+    """A domain as DNS has it (RFC 5890), or an address literal (RFC 5321 4.1.3)."""
+    if len(domain) > LONGEST_DOMAIN:
+        raise Rejected(f"invalid {field}: a domain has at most {LONGEST_DOMAIN} octets")
+    if domain.startswith("["):
+        return _address_literal(domain, field)
+    try:
+        labels = domain if domain.isascii() else ".".join(map(_a_label, _DOTS.split(domain)))
+    except UnicodeError:
+        labels = ""
+    if not _DOMAIN.fullmatch(labels):
+        raise Rejected(f"invalid {field}: {_shown(domain)} is not a domain")
+    return labels
+
+
+def _a_label(label: str) -> str:
+    if label.isascii():
+        return label
+    if "ß" in label or "ς" in label:  # letters of their own since IDNA 2008; the codec still maps them away
+        return "xn--" + unicodedata.normalize("NFC", label.lower()).encode("punycode").decode()
+    return label.encode("idna").decode()
+
+
+def _address_literal(literal: str, field: str) -> str:
+    inner = literal[1:].removesuffix("]")
+    is_ipv6 = inner[:5].lower() == "ipv6:"
+    try:
+        if len(inner) != len(literal) - 2 or "%" in inner:  # a scope could be any characters
+            raise ValueError
+        ipaddress.IPv6Address(inner[5:]) if is_ipv6 else ipaddress.IPv4Address(inner)
+    except ValueError:
+        raise Rejected(f"invalid {field}: {_shown(literal)} is not an address literal") from None
+    return literal
+
+
+def _one_mailbox(value: object, field: str) -> Mailbox:
+    if not isinstance(value, str):
+        raise Rejected(f"invalid {field}: must be one address in a string")
+    mailboxes = parse_mailboxes(value, field)
+    if len(mailboxes) != 1:
+        raise Rejected(f"invalid {field}: must be exactly one address")
+    return mailboxes[0]
+
+
+def _sender_of(fields: Mapping[str, object]) -> Mailbox:
+    given = fields.get("from")
+    if given is None or (isinstance(given, str) and not given.strip()):
+        raise Rejected("missing from")
+    sender = _one_mailbox(given, "from")
+    if fields.get("from_name") is None:
+        return sender
+    name = _one_line(fields["from_name"], "from_name").strip()
+    return sender if sender.name else sender._replace(name=name)
+
+
+def _return_path_of(value: object, sender: str) -> str:
+    """The envelope sender; `<>` is the null one, of mail that must not bounce (RFC 5321 4.5.5)."""
+    if value is None or value == "":
+        return sender
+    if value == "<>":
+        return ""
+    return _one_mailbox(value, "return_path").address
+
+
+def _spelled_alike(*groups: tuple[Mailbox, ...]) -> tuple[tuple[Mailbox, ...], ...]:
+    """Gives a recipient that is mentioned again, its domain in other capitals, its first spelling."""
+    if sum(map(len, groups)) < 2:
+        return groups
+    spellings: dict[tuple[str, str], str] = {}
+    return tuple(tuple(_first_spelling(mailbox, spellings) for mailbox in group) for group in groups)
+
+
+def _first_spelling(mailbox: Mailbox, spellings: dict[tuple[str, str], str]) -> Mailbox:
+    local_part, _, domain = mailbox.address.rpartition("@")
+    first = spellings.setdefault((local_part, domain.lower()), mailbox.address)
+    return mailbox if first == mailbox.address else mailbox._replace(address=first)
+
+
+# --- header fields --------------------------------------------------------
+
+_FIELD_NAME = re.compile(r"[!-9;-~]{1,76}")  # ftext, RFC 5322 3.6.8
+_OURS = frozenset(("from", "to", "cc", "bcc", "mime-version", "return-path"))
+_ONCE = frozenset(("subject", "date", "message-id", "reply-to", "sender", "in-reply-to", "references"))
+_MEANS_A_FIELD = ("subject", "message-id", "reply-to")
+_MESSAGE_ID = re.compile(r"[!-;=?-~]+")
+
+
+class _ExtraHeaders(NamedTuple):
+    """The headers of a submission, with those taken out that mean a field of the message."""
+
+    others: tuple[tuple[str, str], ...] = ()
+    subject: str | None = None
+    message_id: str | None = None
+    reply_to: tuple[Mailbox, ...] | None = None
+
+
+_NO_EXTRA_HEADERS = _ExtraHeaders()
+
+
+def _extra_headers(value: object) -> _ExtraHeaders:
+    if not isinstance(value, dict):
+        raise Rejected("invalid headers: must be an object of names and values")
+    given = [(name, text) for name, values in value.items() for text in _header_values(name, values)]
+    names = [name.lower() for name, _ in given]
+    if twice := next((name for name in names if name in _ONCE and names.count(name) > 1), None):
+        raise Rejected(f"invalid headers: {twice} can be there once only")
+    special = {name.lower(): text for name, text in given if name.lower() in _MEANS_A_FIELD}
+    _must_be_a_date(next((text for name, text in given if name.lower() == "date"), None))
+    return _ExtraHeaders(
+        others=tuple((name, text) for name, text in given if name.lower() not in special),
+        subject=_decoded(special["subject"], "headers") if "subject" in special else None,
+        message_id=_message_id(special["message-id"], "headers") if "message-id" in special else None,
+        reply_to=parse_mailboxes(special["reply-to"], "headers") if "reply-to" in special else None,
+    )
+
+
+def _header_values(name: object, values: object) -> Iterator[str]:
+    if not isinstance(name, str) or not _FIELD_NAME.fullmatch(name):
+        raise Rejected(f"invalid headers: {_shown(str(name))} is not the name of a header")
+    if name.lower() in _OURS or name.lower().startswith("content-"):
+        raise Rejected(f"invalid headers: {name} cannot be given here")
+    for value in values if isinstance(values, list) else [values]:
+        if value is not None and not isinstance(value, str) and not _is_plain_number(value):
+            raise Rejected(f"invalid headers: {name} must be a string, a number or a list of them")
+        if value is not None:
+            yield _header_text(str(value), "headers").strip(" ")
+
+
+def _is_plain_number(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return type(value) is int and -LARGEST_INTEGER <= value <= LARGEST_INTEGER
+
+
+def _must_be_a_date(text: str | None) -> None:
+    try:
+        if text is not None:
+            parsedate_to_datetime(text)
+    except (ValueError, TypeError, OverflowError):
+        raise Rejected("invalid headers: Date is not a date as mail has it") from None
+
+
+def _message_id(value: object, field: str) -> str:
+    """A Message-ID without its angle brackets (RFC 5322 3.6.4, but for its finer points)."""
+    text = _one_line(value, field).strip()
+    if text.startswith("<") and text.endswith(">"):
+        text = text[1:-1].strip()
+    has_two_sides = 0 < text.find("@") < len(text) - 1
+    if not _MESSAGE_ID.fullmatch(text) or not has_two_sides or len(text) > LONGEST_MESSAGE_ID:
+        raise Rejected(f"invalid {field}: a Message-ID looks like <left@right>, in ASCII and without spaces")
+    return text
+
+
+def random_id() -> str:
+    """The left side of a Message-ID: 128 random bits."""
+    return secrets.token_hex(16)
+
+
+# --- base64 and raw messages ----------------------------------------------
+
+_WHITE_SPACE = b" \t\r\n\f\v"
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+
+
+def decode_base64(text: str) -> bytes:
+    """Base64 (RFC 4648 4 and 5) with or without padding and white space; anything else is a ValueError."""
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        bare = text.encode("ascii").translate(_URL_SAFE, _WHITE_SPACE).rstrip(b"=")
+        return binascii.a2b_base64(bare + b"=" * (-len(bare) % 4), strict_mode=True)
+
+
+def _decoded_content(value: object, reason: str) -> bytes:
+    try:
+        if isinstance(value, str):
+            return decode_base64(value)
+    except ValueError:
+        pass
+    raise Rejected(f"{reason} is not base64")
+
+
+_END_OF_HEADER = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
+HEADER_FIELD = re.compile(rb"[!-9;-~]+[ \t]*:")
+
+
+def with_crlf(text: bytes) -> bytes:
+    """The same text with every line end CRLF, bare CR and LF included (RFC 5321 2.3.8)."""
+    line_ends = text.count(b"\r\n")
+    if text.count(b"\r") == text.count(b"\n") == line_ends:
+        return text
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+
+
+def split_raw(raw: bytes) -> tuple[list[bytes], bytes]:
+    """The header fields of a complete message, folded as they are, and its body."""
+    end = _END_OF_HEADER.search(raw)
+    header, body = (raw[: end.start()], raw[end.end() :]) if end else (raw, b"")
+    fields: list[bytes] = []
+    for line in with_crlf(header).removesuffix(b"\r\n").split(b"\r\n"):
+        if fields and line[:1] in (b" ", b"\t"):
+            fields[-1] += b"\r\n" + line
+        else:
+            fields.append(line)
+    return fields, body
+
+
+def field_name(field: bytes) -> bytes:
+    """The name of a header field, in small letters."""
+    return field.partition(b":")[0].rstrip(b" \t").lower()
+
+
+def _raw_message(content: bytes) -> tuple[bytes, str | None]:
+    """A complete message that may be sent, and its own Message-ID ("" when it has a strange one)."""
+    if b"\0" in content:
+        raise Rejected("invalid raw: must not have NUL characters")
+    fields, _ = split_raw(content)
+    if not all(HEADER_FIELD.match(field) for field in fields):
+        raise Rejected("invalid raw: does not begin with the header of a message (RFC 5322)")
+    own = next((field for field in fields if field_name(field) == b"message-id"), None)
+    if own is None:
+        return content, None
+    words = own.partition(b":")[2].decode("utf-8", "replace").split()
+    try:
+        return content, _message_id(words[0] if words else "", "raw")
+    except Rejected:
+        return content, ""
+
+
+# --- attachments ----------------------------------------------------------
+
+_ATTACHMENT_FIELDS = frozenset((
+    "filename", "content", "url", "s3", "storage_path", "fetch_mode", "content_type", "content_id",
+    "inline", "content_md5",
+))  # fmt: skip
+_SOURCES = ("content", "url", "s3", "storage_path")
+_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~\-]+"  # RFC 2045 5.1
+CONTENT_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})((?:\s*;\s*{_TOKEN}=(?:{_TOKEN}|{_QUOTED}))*)\s*;?")
+_LONGEST_CONTENT_TYPE = 255  # characters
+_MD5 = re.compile("[0-9a-fA-F]{32}")
+_FETCH_MODES: Mapping[object, Source] = {
+    "endpoint": Source.ENDPOINT,
+    "http_url": Source.URL,
+    "filesystem": Source.FILESYSTEM,
+}
+_BAD = "invalid attachments:"  # how every reason here begins
+
+
+def _attachments(value: object, contents: Mapping[int, bytes] | None) -> tuple[Attachment, ...]:
+    if not isinstance(value, list):
+        raise Rejected(f"{_BAD} must be a list")
+    return tuple(_attachment(given, index, contents) for index, given in enumerate(value))
+
+
+def _attachment(given: object, index: int, contents: Mapping[int, bytes] | None) -> Attachment:
+    """One attachment; its content is among `contents` when it was taken out for keeping."""
+    which = f"{_BAD} attachment {index + 1}"
+    if not isinstance(given, dict):
+        raise Rejected(f"{which} must be an object")
+    if unknown := {key: value for key, value in given.items() if key not in _ATTACHMENT_FIELDS}:
+        _must_be_storable(unknown, "attachments")
+    _text_of(given, "fetch_mode", which)
+    attachment = Attachment(
+        filename=_text_of(given, "filename", which) or "",
+        source=Source.CONTENT,
+        content_type=_content_type(given, which),
+        content_id=_content_id(given, which),
+        inline=_flag_of(given, "inline", which),
+        content_md5=_content_md5(given, which),
+    )
+    named = [source for source in _SOURCES if given.get(source) is not None]
+    if len(named) > 1:
+        raise Rejected(f"{which} names more than one source: {' and '.join(named)}")
+    if not named and contents is not None:
+        return replace(attachment, content=contents.get(index))
+    if not named:
+        raise Rejected(f"{which} has no source: content, url, s3 or storage_path")
+    return _SOURCE_READERS[named[0]](attachment, given, which)
+
+
+def _from_content(attachment: Attachment, given: Mapping[str, object], which: str) -> Attachment:
+    if not attachment.filename:
+        raise Rejected(f"{which} has no filename")
+    return replace(attachment, content=_decoded_content(given["content"], f"{which}: content"))
+
+
+def _from_url(attachment: Attachment, given: Mapping[str, object], which: str) -> Attachment:
+    return replace(attachment, source=Source.URL, location=_fetchable_url(given["url"], f"{which}: url"))
+
+
+def _from_s3(attachment: Attachment, given: Mapping[str, object], which: str) -> Attachment:
+    s3 = given["s3"]
+    if not isinstance(s3, dict):
+        raise Rejected(f"{which}: s3 must be an object")
+    _must_be_storable(s3, "attachments")
+    bucket, key = _text_of(s3, "bucket", which), _text_of(s3, "key", which)
+    if not bucket or not key:
+        raise Rejected(f"{which}: s3 needs bucket and key")
+    addressing = _text_of(s3, "addressing", which)
+    if addressing not in (None, "path", "virtual", "auto"):
+        raise Rejected(f"{which}: addressing must be path, virtual or auto")
+    endpoint = _text_of(s3, "endpoint", which)
+    place = S3Object(
+        bucket=bucket,
+        key=key,
+        region=_text_of(s3, "region", which),
+        endpoint=endpoint and _fetchable_url(endpoint, f"{which}: endpoint"),
+        version_id=_text_of(s3, "version_id", which),
+        addressing=addressing,
+    )
+    return replace(attachment, source=Source.S3, s3=place)
+
+
+def _from_storage_path(attachment: Attachment, given: Mapping[str, object], which: str) -> Attachment:
+    """An attachment as Genropy names it: a path, and a word for how to fetch it."""
+    path = given["storage_path"]
+    if isinstance(path, str) and path and _fetch_mode(given) == "base64":
+        return replace(attachment, content=_decoded_content(_without_prefix(path), f"{which}: storage_path"))
+    path = _text_of(given, "storage_path", which)
+    if not path:
+        raise Rejected(f"{which}: storage_path is empty")
+    source = _FETCH_MODES.get(_fetch_mode(given))
+    if source is None:
+        raise Rejected(f"{which}: fetch_mode must be endpoint, http_url, base64 or filesystem")
+    location = _fetchable_url(path, f"{which}: storage_path") if source is Source.URL else path
+    return replace(attachment, source=source, location=location)
+
+
+_SOURCE_READERS = {
+    "content": _from_content,
+    "url": _from_url,
+    "s3": _from_s3,
+    "storage_path": _from_storage_path,
+}
+
+
+def _fetch_mode(given: Mapping[str, object]) -> object:
+    """The word that was given, or what the path says."""
+    if given.get("fetch_mode") is not None:
+        return given["fetch_mode"]
+    start = str(given.get("storage_path"))[:8].lower()
+    if start.startswith("base64:"):
+        return "base64"
+    if start.startswith(("http://", "https://")):
+        return "http_url"
+    return "filesystem" if start.startswith("/") else "endpoint"
+
+
+def _without_prefix(path: str) -> str:
+    return path[7:] if path[:7].lower() == "base64:" else path
+
+
+def _fetchable_url(value: object, what: str) -> str:
+    """An HTTP or HTTPS URL with a host; whether it may be asked is judged when it is."""
+    text = value.strip() if isinstance(value, str) else ""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fits = False
+    if not fits or _NOT_FOR_ONE_LINE.search(text) or " " in text:
+        raise Rejected(f"{what} must be an http or https URL")
+    return text
+
+
+def _text_of(given: Mapping[str, object], key: str, which: str) -> str | None:
+    value = given.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise Rejected(f"{which}: {key} must be a string")
+    if not value.isprintable() and (unfit := _NOT_FOR_ONE_LINE.search(value)):
+        raise Rejected(f"{which}: {key} {_unfit(unfit)}")
+    return value
+
+
+def _flag_of(given: Mapping[str, object], key: str, which: str) -> bool:
+    value = given.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise Rejected(f"{which}: {key} must be true or false")
+    return bool(value)
+
+
+def _content_type(given: Mapping[str, object], which: str) -> str | None:
+    """type/subtype in small letters, with its parameters as they were given (RFC 2045 5.1)."""
+    text = (_text_of(given, "content_type", which) or "").strip()
+    if not text:
+        return None
+    found = CONTENT_TYPE.fullmatch(text)
+    if found is None or len(text) > _LONGEST_CONTENT_TYPE or not text.isascii():
+        raise Rejected(f"{which}: content_type must be like application/pdf")
+    return found[1].lower() + found[2]
+
+
+def _content_id(given: Mapping[str, object], which: str) -> str | None:
+    text = (_text_of(given, "content_id", which) or "").strip()
+    if not text:
+        return None
+    content_id = text[1:-1] if text.startswith("<") and text.endswith(">") else text
+    if not _MESSAGE_ID.fullmatch(content_id) or len(content_id) > LONGEST_ID:
+        raise Rejected(f"{which}: content_id must be ASCII without spaces and angle brackets")
+    return content_id
+
+
+def _content_md5(given: Mapping[str, object], which: str) -> str | None:
+    text = (_text_of(given, "content_md5", which) or "").strip()
+    if text and not _MD5.fullmatch(text):
+        raise Rejected(f"{which}: content_md5 must be 32 hexadecimal digits")
+    return text.lower() or None
+
+
+# --- messages -------------------------------------------------------------
+
+
+def parse_message(
+    fields: object,
+    *,
+    now: float | None,
+    default_priority: int = 2,
+    contents: Mapping[int, bytes] | None = None,
+    message_id: str | None = None,
+    new_id: Callable[[], str] = random_id,
+) -> Message:
+    """A submission judged and normalised, or Rejected with the reason.
+
+    Read back from the queue, a payload comes with `now` None (its time may have passed), the
+    `contents` that stored_form took out of it, and the `message_id` it was given at first.
+    """
+    if not isinstance(fields, dict):
+        raise Rejected("invalid message: must be an object")
+    get = fields.get
+    client_id = get("id")
+    if client_id is None or client_id == "":
+        raise Rejected("missing id")
+    client_id = _client_label(client_id, "id")
+    sender = _sender_of(fields)
+    to, cc, bcc = _recipients_of(fields)
+    raw, raw_id = _raw_of(fields, contents)
+    written = _Written() if raw is not None else _written_of(fields, contents)
+    given_id = None if get("message_id") is None else _message_id(get("message_id"), "message_id")
+    ids = (message_id, raw_id, written.message_id, given_id)  # whoever has the last word comes first
+    settled_id = next((one for one in ids if one is not None), None)
+    account_id, batch_code = get("account_id"), get("batch_code")
+    expires_ts = _timestamp_of(get("expires_ts"), "expires_ts")
+    if now is not None and expires_ts is not None and expires_ts <= now:
+        raise Rejected("invalid expires_ts: lies in the past")
+    return Message(
+        id=client_id,
+        account_id="default" if account_id is None else _client_label(account_id, "account_id"),
+        sender=sender,
+        to=to,
+        cc=cc,
+        bcc=bcc,
+        reply_to=written.reply_to,
+        return_path=_return_path_of(get("return_path"), sender.address),
+        subject=written.subject,
+        text=written.text,
+        html=written.html,
+        headers=written.headers,
+        message_id=f"{new_id()}@{sender.address.rpartition('@')[2]}" if settled_id is None else settled_id,
+        attachments=written.attachments,
+        raw=raw,
+        priority=parse_priority(get("priority"), default_priority),
+        deferred_ts=_timestamp_of(get("deferred_ts"), "deferred_ts"),
+        expires_ts=expires_ts,
+        batch_code=None if batch_code is None else _one_line(batch_code, "batch_code"),
+        unknown=_unknown_fields(fields, raw is not None),
+    )
+
+
+def _recipients_of(fields: Mapping[str, object]) -> tuple[tuple[Mailbox, ...], ...]:
+    to = parse_mailboxes(fields.get("to"), "to")
+    if not to:
+        raise Rejected("missing to")
+    cc, bcc = fields.get("cc"), fields.get("bcc")
+    if cc is None and bcc is None and len(to) == 1:
+        return to, (), ()
+    return _spelled_alike(to, parse_mailboxes(cc, "cc"), parse_mailboxes(bcc, "bcc"))
+
+
+class _Written(NamedTuple):
+    """What a message consists of when it is not a raw one."""
+
+    subject: str = ""
+    text: str | None = None
+    html: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+    reply_to: tuple[Mailbox, ...] = ()
+    message_id: str | None = None
+    attachments: tuple[Attachment, ...] = ()
+
+
+def _written_of(fields: Mapping[str, object], contents: Mapping[int, bytes] | None) -> _Written:
+    if fields.get("subject") is None:
+        raise Rejected("missing subject")
+    subject = _header_text(fields["subject"], "subject")
+    text, html = _bodies_of(fields)
+    reply_to = parse_mailboxes(fields.get("reply_to"), "reply_to")
+    headers, attachments = fields.get("headers"), fields.get("attachments")
+    extra = _NO_EXTRA_HEADERS if headers is None else _extra_headers(headers)
+    return _Written(
+        subject=subject if extra.subject is None else extra.subject,
+        text=text,
+        html=html,
+        headers=extra.others,
+        reply_to=extra.reply_to or reply_to,
+        message_id=extra.message_id,
+        attachments=() if attachments is None else _attachments(attachments, contents),
+    )
+
+
+def _bodies_of(fields: Mapping[str, object]) -> tuple[str | None, str | None]:
+    """The text and the html of a message; at least one of them is there."""
+    body, text, html = fields.get("body"), fields.get("text"), fields.get("html")
+    body_is_html = _body_is_html(fields)
+    if isinstance(html, bool):
+        html = None
+    if body is None and text is None and html is None:
+        raise Rejected("missing body")
+    if body is not None and body_is_html:
+        html = _only_once(body, html, "html")
+    elif body is not None:
+        text = _only_once(body, text, "text")
+    return (
+        None if text is None else _body_text(text, "body" if text is body else "text"),
+        None if html is None else _body_text(html, "body" if html is body else "html"),
+    )
+
+
+def _only_once(body: object, same: object, field: str) -> object:
+    if same is not None:
+        raise Rejected(f"invalid body: is there twice, as body and as {field}")
+    return body
+
+
+def _body_is_html(fields: Mapping[str, object]) -> bool:
+    if isinstance(html := fields.get("html"), bool) and (html or fields.get("content_type") is None):
+        return html
+    if (given := fields.get("content_type")) is None:
+        return False
+    kind = given.strip().lower().removeprefix("text/") if isinstance(given, str) else ""
+    if kind not in ("plain", "html"):
+        raise Rejected("invalid content_type: must be plain or html")
+    return kind == "html"
+
+
+def _raw_of(
+    fields: Mapping[str, object], contents: Mapping[int, bytes] | None
+) -> tuple[bytes | None, str | None]:
+    """The complete message and its own Message-ID, where there is one instead of the other fields."""
+    if contents is not None and RAW_CONTENT in contents:
+        return contents[RAW_CONTENT], None
+    if (raw := fields.get("raw")) is None:
+        return None, None
+    return _raw_message(_decoded_content(raw, "invalid raw:"))
+
+
+def _unknown_fields(fields: Mapping[str, object], is_raw: bool) -> tuple[str, ...]:
+    """The fields that mean nothing in this message; they are kept, so they must be fit for that."""
+    unknown = [name for name in fields if name not in MESSAGE_FIELDS]
+    if is_raw:
+        unknown += [name for name in BESIDE_RAW if name in fields]
+    for name in unknown:
+        _must_be_storable({name: fields[name]}, name if name.isprintable() else repr(name))
+    return tuple(name for name in unknown if fields[name] is not None)
+
+
+# --- payloads -------------------------------------------------------------
+
+
+def stored_form(fields: Mapping[str, Any], message: Message) -> tuple[Mapping[str, object], dict[int, bytes]]:
+    """The payload as the queue keeps it, and the contents taken out of it, by position.
+
+    The contents are those of `message`, which was made of these fields; -1 is the raw message.
+    """
+    if message.raw is None and not message.attachments:
+        return fields, {}
+    if message.raw is not None:
+        payload = {key: value for key, value in fields.items() if key not in ("raw", "attachments")}
+        return payload, {RAW_CONTENT: message.raw}
+    contents = {i: part.content for i, part in enumerate(message.attachments) if part.content is not None}
+    given = fields["attachments"]
+    kept = [_content_out(part) if i in contents else part for i, part in enumerate(given)]
+    return {**fields, "attachments": kept}, contents
+
+
+def _content_out(given: Mapping[str, object]) -> dict[str, object]:
+    kept = {key: value for key, value in given.items() if key not in ("content", "storage_path")}
+    return kept if given.get("storage_path") is None else {**kept, "fetch_mode": "base64"}
+
+
+def restored_fields(payload: Mapping[str, Any], contents: Mapping[int, bytes]) -> dict[str, object]:
+    """The payload as it was submitted: the contents put back into it as base64."""
+    fields = dict(payload)
+    if RAW_CONTENT in contents:
+        fields["raw"] = base64.b64encode(contents[RAW_CONTENT]).decode()
+    elif contents:
+        kept = payload["attachments"]
+        fields["attachments"] = [
+            _content_in(part, contents[i]) if i in contents else part for i, part in enumerate(kept)
+        ]
+    return fields
+
+
+def _content_in(kept: Mapping[str, object], content: bytes) -> dict[str, object]:
+    place = "storage_path" if kept.get("fetch_mode") == "base64" else "content"
+    return {**kept, place: base64.b64encode(content).decode()}
+
+
+# --- accounts -------------------------------------------------------------
+
+ACCOUNT_KEYS = (
+    "host", "port", "user", "password", "use_tls", "implicit_tls", "start_tls", "verify_tls", "ca_file",
+    "client_cert", "client_key", "auth", "oauth2", "oauth2_token_url", "oauth2_client_id",
+    "oauth2_client_secret", "oauth2_refresh_token", "oauth2_scope", "ttl", "max_connections",
+    "max_messages_per_connection", "max_recipients", "timeout", "in_doubt", "limit_per_minute",
+    "limit_per_hour", "limit_per_day", "limit_behavior", "batch_size", "retry_delays", "max_age_seconds",
+    "max_retries",
+)  # fmt: skip
+_HOST = re.compile(r"[A-Za-z0-9_.:%\-]{1,255}")
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,19}")
+_DECIMAL_NUMBER = re.compile(r"[0-9]{1,15}(?:\.[0-9]{1,9})?")
+_YES = ("true", "yes", "on", "1")
+_NO = ("false", "no", "off", "0")
+
+
+class AccountDefaults(NamedTuple):
+    """What the configuration says for accounts that do not say it themselves ([delivery])."""
+
+    retry_delays_s: tuple[int, ...] = (60, 300, 900, 3600, 7200)
+    max_age_s: int = 432_000
+    batch_size: int = 50
+    max_connections: int = 5
+    max_retries: int = 0
+
+
+def parse_account(
+    fields: object, *, source: str = "http", defaults: AccountDefaults | None = None
+) -> Account:
+    """An account from JSON, or from the words of config.ini; null and empty mean left out."""
+    if not isinstance(fields, dict):
+        raise Rejected("invalid account: must be an object")
+    given = {key: value for key, value in fields.items() if value is not None and value != ""}
+    for key in ("id", "host", "port"):
+        if key not in given:
+            raise Rejected(f"missing {key}")
+    fallback = defaults or AccountDefaults()
+    port = _number_of(given, "port", 0, 1, 65_535)
+    oauth2 = _oauth2_of(given)
+    auth = _word_of(given, "auth", ("auto", "plain", "login", "cram-md5", "xoauth2"))
+    if auth == "xoauth2" and oauth2 is None:
+        raise Rejected("invalid auth: xoauth2 needs oauth2")
+    if "client_key" in given and "client_cert" not in given:
+        raise Rejected("invalid client_key: goes with a client_cert")
+    return Account(
+        id=_client_label(given["id"], "id"),
+        host=_host_of(given["host"]),
+        port=port,
+        user=_words_of(given, "user"),
+        password=_secret_of(given, "password"),
+        encryption=_encryption_of(given, port),
+        verify_tls=_truth_of(given, "verify_tls", True),
+        ca_file=_words_of(given, "ca_file"),
+        client_cert=_words_of(given, "client_cert"),
+        client_key=_words_of(given, "client_key"),
+        auth=auth,
+        oauth2=oauth2,
+        ttl_s=_seconds_of(given, "ttl", 300),
+        max_connections=_number_of(given, "max_connections", fallback.max_connections, 1, 1000),
+        max_messages_per_connection=_number_of(given, "max_messages_per_connection", 100, 1),
+        max_recipients=_number_of(given, "max_recipients", 100, 1),
+        timeout_s=_seconds_of(given, "timeout", 60),
+        in_doubt=_word_of(given, "in_doubt", ("retry", "error")),
+        limits=Limits(
+            per_minute=_number_of(given, "limit_per_minute", 0, 0) or None,
+            per_hour=_number_of(given, "limit_per_hour", 0, 0) or None,
+            per_day=_number_of(given, "limit_per_day", 0, 0) or None,
+        ),
+        limit_behavior=_word_of(given, "limit_behavior", ("defer", "error")),
+        batch_size=_number_of(given, "batch_size", fallback.batch_size, 1),
+        retry_delays_s=_retry_delays_of(given, fallback.retry_delays_s),
+        max_age_s=_number_of(given, "max_age_seconds", fallback.max_age_s, 1),
+        max_retries=_number_of(given, "max_retries", fallback.max_retries, 0),
+        source=source,
+    )
+
+
+def _encryption_of(given: Mapping[str, object], port: int) -> Encryption:
+    """When to turn to TLS: use_tls asks for certainty, and port 465 is TLS from the first byte."""
+    start_tls = Encryption(_word_of(given, "start_tls", ("auto", "required", "never")))
+    if _truth_of(given, "implicit_tls", False):
+        return Encryption.IMPLICIT
+    if _truth_of(given, "use_tls", port == 465):
+        return Encryption.IMPLICIT if port == 465 else Encryption.REQUIRED
+    return start_tls
+
+
+def _oauth2_of(given: Mapping[str, object]) -> OAuth2 | None:
+    """The access to a token endpoint, from the nested object of JSON or the flat keys of config.ini."""
+    nested = given.get("oauth2", {})
+    if not isinstance(nested, dict):
+        raise Rejected("invalid oauth2: must be an object")
+    keys = ("token_url", "client_id", "client_secret", "refresh_token", "scope")
+    oauth2 = {key: nested.get(key) or given.get(f"oauth2_{key}") for key in keys}
+    if not any(oauth2.values()):
+        return None
+    words = {key: _words_of({"oauth2": value}, "oauth2") if value else None for key, value in oauth2.items()}
+    if not words["token_url"] or not words["client_id"]:
+        raise Rejected("invalid oauth2: needs token_url and client_id")
+    if not words["refresh_token"] and not (words["client_secret"] and words["scope"]):
+        raise Rejected("invalid oauth2: needs refresh_token, or client_secret and scope")
+    return OAuth2(
+        token_url=_fetchable_url(words["token_url"], "invalid oauth2: token_url"),
+        client_id=words["client_id"],
+        client_secret=Secret(words["client_secret"]) if words["client_secret"] else None,
+        refresh_token=Secret(words["refresh_token"]) if words["refresh_token"] else None,
+        scope=words["scope"],
+    )
+
+
+def _host_of(value: object) -> str:
+    host = _one_line(value, "host").strip()
+    if not host.isascii():
+        return _domain_in_ascii(host, "host")
+    if not _HOST.fullmatch(host):
+        raise Rejected("invalid host: must be the name or the address of a server")
+    return host
+
+
+def _words_of(given: Mapping[str, object], key: str) -> str | None:
+    value = given.get(key)
+    return None if value is None else _one_line(value, key)
+
+
+def _secret_of(given: Mapping[str, object], key: str) -> Secret | None:
+    words = _words_of(given, key)
+    return None if words is None else Secret(words)
+
+
+def _word_of(given: Mapping[str, object], key: str, known: tuple[str, ...]) -> str:
+    """One of the known words, the first of them when left out."""
+    value = given.get(key, known[0])
+    word = value.strip().lower() if isinstance(value, str) else ""
+    if word not in known:
+        raise Rejected(f"invalid {key}: must be {', '.join(known[:-1])} or {known[-1]}")
+    return word
+
+
+def _truth_of(given: Mapping[str, object], key: str, default: bool) -> bool:
+    value = given.get(key, default)
+    word = str(value).strip().lower() if isinstance(value, (str, int)) else ""
+    if word not in _YES and word not in _NO:
+        raise Rejected(f"invalid {key}: must be true or false")
+    return word in _YES
+
+
+def _number_of(
+    given: Mapping[str, object], key: str, default: int, low: int, high: int = LARGEST_INTEGER
+) -> int:
+    number = _whole_number(given.get(key, default))
+    if number is None or not low <= number <= high:
+        bounds = f"of {low} or more" if high == LARGEST_INTEGER else f"from {low} to {high}"
+        raise Rejected(f"invalid {key}: must be a whole number {bounds}")
+    return number
+
+
+def _whole_number(value: object) -> int | None:
+    if isinstance(value, str) and _WHOLE_NUMBER.fullmatch(value.strip()):
+        return int(value)
+    return value if type(value) is int else None
+
+
+def _seconds_of(given: Mapping[str, object], key: str, default: float) -> float:
+    """A duration that is more than nothing; fractions are allowed."""
+    value = given.get(key, default)
+    if isinstance(value, str) and _DECIMAL_NUMBER.fullmatch(value.strip()):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise Rejected(f"invalid {key}: must be a number of seconds")
+    if not 0 < value <= LARGEST_INTEGER or not math.isfinite(value):
+        raise Rejected(f"invalid {key}: must be more than 0 seconds")
+    return value
+
+
+LONGEST_DELAY_S = 10 * 365 * 86_400
+
+
+def _retry_delays_of(given: Mapping[str, object], default: tuple[int, ...]) -> tuple[int, ...]:
+    value = given.get("retry_delays", default)
+    items = value.split(",") if isinstance(value, str) else value
+    delays = [_whole_number(item) for item in items] if isinstance(items, (list, tuple)) else []
+    fitting = tuple(delay for delay in delays if delay is not None and 0 <= delay <= LONGEST_DELAY_S)
+    if not delays or len(fitting) < len(delays):
+        raise Rejected("invalid retry_delays: must be whole numbers of seconds, in a list or with commas")
+    return fitting
+
+
+def account_fields(account: Account, *, secrets: bool) -> dict[str, object]:
+    """An account as JSON; parse_account makes the same of it again, but for secrets left out."""
+    fields: dict[str, object] = {
+        "id": account.id,
+        "source": account.source,
+        "host": account.host,
+        "port": account.port,
+        "user": account.user,
+        "use_tls": account.encryption is Encryption.IMPLICIT
+        or (account.encryption is Encryption.REQUIRED and account.port != 465),
+        "implicit_tls": account.encryption is Encryption.IMPLICIT,
+        "start_tls": "auto" if account.encryption is Encryption.IMPLICIT else str(account.encryption),
+        "verify_tls": account.verify_tls,
+        "ca_file": account.ca_file,
+        "client_cert": account.client_cert,
+        "client_key": account.client_key,
+        "auth": account.auth,
+        "oauth2": _oauth2_fields(account.oauth2, secrets=secrets),
+        "ttl": account.ttl_s,
+        "max_connections": account.max_connections,
+        "max_messages_per_connection": account.max_messages_per_connection,
+        "max_recipients": account.max_recipients,
+        "timeout": account.timeout_s,
+        "in_doubt": account.in_doubt,
+        "limit_per_minute": account.limits.per_minute,
+        "limit_per_hour": account.limits.per_hour,
+        "limit_per_day": account.limits.per_day,
+        "limit_behavior": account.limit_behavior,
+        "batch_size": account.batch_size,
+        "retry_delays": list(account.retry_delays_s),
+        "max_age_seconds": account.max_age_s,
+        "max_retries": account.max_retries,
+    }
+    if secrets:
+        fields["password"] = account.password.given if account.password else None
+    return fields
+
+
+def _oauth2_fields(oauth2: OAuth2 | None, *, secrets: bool) -> dict[str, object] | None:
+    if oauth2 is None:
+        return None
+    fields: dict[str, object] = {
+        "token_url": oauth2.token_url,
+        "client_id": oauth2.client_id,
+        "scope": oauth2.scope,
+    }
+    if secrets:
+        fields["client_secret"] = oauth2.client_secret.given if oauth2.client_secret else None
+        fields["refresh_token"] = oauth2.refresh_token.given if oauth2.refresh_token else None
+    return fields
+
+
+# ======================================================================
+# DISPOSITION - what becomes of a message, and of its lane, after an attempt
+# ======================================================================
+#
+# Pure: the clock and the dice are arguments. A reply goes in for each recipient
+# that was still to be served; out comes what is recorded. The codes are those of
+# RFC 5321 4.2, the enhanced ones of RFC 3463.
+
+DEFERRAL_REASONS = ("schedule", "retry", "in_doubt", "attachment", "connection", "login", "limit")
+SESSION_STAGES = (Stage.CONNECT, Stage.TLS, Stage.EHLO, Stage.AUTH)
+
+
+class LaneSignal(enum.StrEnum):
+    """What an attempt tells about the account's server, not about the message."""
+
+    NONE = "none"  # nothing: the server was not asked, or the line broke
+    UP = "up"  # it works with us
+    COOL = "cool"  # it wants to be left alone for a while
+    LOGIN_REFUSED = "login refused"  # it does not know us: a person must look
+
+
+@dataclass(frozen=True, slots=True)
+class Disposition:
+    """What to record of an attempt. QUEUED means: go on at once with the recipients left."""
+
+    status: Status
+    lane: LaneSignal
+    counted: bool  # one more transaction tried
+    slot_used: bool  # a server has (or may have) the message: it counts for the rate limits
+    error: str | None = None
+    deferred_ts: int | None = None  # None with DEFERRED: until the lane's next try
+    recipients: dict[str, RecipientOutcome] | None = None  # every recipient tried so far
+    reason: str = ""  # of a deferral: one of DEFERRAL_REASONS
+
+
+def spoken(reply: Reply) -> str:
+    """A reply as an error text: the server's words with their codes, or ours alone."""
+    text = reply.words if reply.cause is Cause.SERVER else reply.text
+    return f"in doubt: {text}" if reply.in_doubt else text
+
+
+def retry_delay_s(attempts: int, delays_s: Sequence[int], jitter: float) -> float:
+    """The pause after so many attempts (1 or more): the schedule, its last one repeated,
+    spread by a fifth either way; `jitter` lies between -1 and 1."""
+    return delays_s[min(attempts, len(delays_s)) - 1] * (1 + 0.2 * jitter)
+
+
+def settle(
+    claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, untried: int = 0
+) -> Disposition:
+    """What becomes of a message after this attempt, whatever happened in it.
+
+    `untried` recipients are left for another transaction, to follow at once.
+    """
+    failure = attempt.first_failure
+    if failure is not None and failure.stage in SESSION_STAGES:
+        return _settle_without_session(claim, failure)
+    closing = next((reply for reply in attempt.replies.values() if _closes_the_connection(reply)), None)
+    if closing is not None:
+        return _settle_closing_server(claim, attempt, closing)
+    if _connection_was_stale(attempt):
+        return untouched(claim)
+    if failure is not None and failure.stage in (Stage.ATTACHMENT, Stage.COMPOSITION):
+        return _settle_incomplete(claim, failure, account, now, jitter)
+    return _settle_recipients(claim, attempt, account, now, jitter, untried)
+
+
+def _closes_the_connection(reply: Reply) -> bool:
+    return reply.code == 421 and reply.cause is Cause.SERVER
+
+
+def login_refused(failure: Reply) -> bool:
+    """True when the account's credentials are at fault: a person must look."""
+    return failure.stage is Stage.AUTH and (failure.permanent or failure.cause is Cause.LOCAL)
+
+
+def untouched(claim: Claim) -> Disposition:
+    """Nothing has become of the message: it is as ready as before."""
+    return Disposition(
+        Status.QUEUED, LaneSignal.NONE, counted=False, slot_used=False, recipients=claim.recipients
+    )
+
+
+def given_up(disposition: Disposition, why: str) -> Disposition:
+    """The same for good: sent when a server has it for any of its recipients, else an error."""
+    outcomes = _closed(disposition.recipients or {})
+    served = any(outcome.status is Status.SENT for outcome in outcomes.values())
+    return replace(
+        disposition,
+        status=Status.SENT if served else Status.ERROR,
+        error=None if served else why,
+        deferred_ts=None,
+        recipients=outcomes or None,
+        reason="",
+    )
+
+
+def _settle_without_session(claim: Claim, failure: Reply) -> Disposition:
+    refused = login_refused(failure)
+    return Disposition(
+        Status.DEFERRED,
+        LaneSignal.LOGIN_REFUSED if refused else LaneSignal.COOL,
+        counted=False,
+        slot_used=False,
+        error=spoken(failure),
+        recipients=claim.recipients,
+        reason="login" if refused else "connection",
+    )
+
+
+def _settle_closing_server(claim: Claim, attempt: Attempt, closing: Reply) -> Disposition:
+    """A 421 ends the connection, not the message: recipients without a final word wait for the lane."""
+    final = {
+        address: _outcome(reply, Status.SENT if reply.accepted else Status.ERROR)
+        for address, reply in attempt.replies.items()
+        if reply.accepted or reply.permanent
+    }
+    return Disposition(
+        Status.DEFERRED,
+        LaneSignal.COOL,
+        counted=False,
+        slot_used=any(reply.accepted for reply in attempt.replies.values()),
+        error=spoken(closing),
+        recipients=_merged(claim, final) or None,
+        reason="connection",
+    )
+
+
+def _connection_was_stale(attempt: Attempt) -> bool:
+    """True when a kept connection had died before the server took anything of this message."""
+    return (
+        attempt.reused
+        and bool(attempt.replies)
+        and all(reply.cause is Cause.LOST and not reply.in_doubt for reply in attempt.replies.values())
+    )
+
+
+def _settle_incomplete(
+    claim: Claim, failure: Reply, account: Account, now: float, jitter: float
+) -> Disposition:
+    """A message that could not be put together: later, or never."""
+    if failure.transient and not _out_of_retries(claim.attempts + 1, claim, account, now):
+        deferral = _deferral(
+            claim, spoken(failure), claim.recipients, account, now, jitter, failure.retry_after_s
+        )
+        return replace(deferral, reason="attachment")
+    return given_up(replace(untouched(claim), counted=True), spoken(failure))
+
+
+def _settle_recipients(
+    claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, untried: int
+) -> Disposition:
+    """Each recipient has a word of its own; the message is done when every one of them is final."""
+    replies = attempt.replies
+    some_accepted = any(reply.accepted for reply in replies.values())
+    crowded_out = {address for address, reply in replies.items() if some_accepted and _too_many(reply)}
+    outcomes = {
+        **(claim.recipients or {}),
+        **{
+            address: _outcome(reply, _recipient_status(reply, account))
+            for address, reply in replies.items()
+            if address not in crowded_out
+        },
+    }
+    lane = _lane_signal(replies.values())
+    used = any(reply.accepted or reply.in_doubt for reply in replies.values())
+    if crowded_out or untried:
+        return Disposition(Status.QUEUED, lane, counted=False, slot_used=used, recipients=outcomes)
+    waiting = [outcome for outcome in outcomes.values() if outcome.status is Status.DEFERRED]
+    if not waiting:
+        return _final(outcomes, lane, used)
+    if _out_of_retries(claim.attempts + 1, claim, account, now):
+        return _final(_closed(outcomes), lane, used)
+    deferral = _deferral(claim, waiting[0].text, outcomes, account, now, jitter, None)
+    in_doubt = any(reply.in_doubt for reply in replies.values())
+    return replace(deferral, lane=lane, slot_used=used, reason="in_doubt" if in_doubt else "retry")
+
+
+def _deferral(
+    claim: Claim,
+    error: str,
+    outcomes: dict[str, RecipientOutcome] | None,
+    account: Account,
+    now: float,
+    jitter: float,
+    retry_after_s: float | None,
+) -> Disposition:
+    pause_s = retry_delay_s(claim.attempts + 1, account.retry_delays_s, jitter)
+    return Disposition(
+        Status.DEFERRED,
+        LaneSignal.NONE,
+        counted=True,
+        slot_used=False,
+        error=error,
+        deferred_ts=math.ceil(now + max(pause_s, retry_after_s or 0)),
+        recipients=outcomes,
+        reason="retry",
+    )
+
+
+def _final(outcomes: dict[str, RecipientOutcome], lane: LaneSignal, used: bool) -> Disposition:
+    """Sent when any server took responsibility for any recipient, else an error."""
+    refused = [outcome for outcome in outcomes.values() if outcome.status is not Status.SENT]
+    if not refused:
+        return Disposition(Status.SENT, lane, counted=True, slot_used=used)
+    sent = len(refused) < len(outcomes)
+    return Disposition(
+        Status.SENT if sent else Status.ERROR,
+        lane,
+        counted=True,
+        slot_used=used,
+        error=None if sent else refused[0].text,
+        recipients=outcomes,
+    )
+
+
+def _closed(outcomes: Mapping[str, RecipientOutcome]) -> dict[str, RecipientOutcome]:
+    return {
+        address: outcome._replace(status=Status.ERROR) if outcome.status is Status.DEFERRED else outcome
+        for address, outcome in outcomes.items()
+    }
+
+
+def _outcome(reply: Reply, status: Status) -> RecipientOutcome:
+    return RecipientOutcome(status, reply.code, spoken(reply))
+
+
+def _merged(claim: Claim, latest: Mapping[str, RecipientOutcome]) -> dict[str, RecipientOutcome]:
+    return {**(claim.recipients or {}), **latest}
+
+
+def _recipient_status(reply: Reply, account: Account) -> Status:
+    if reply.accepted:
+        return Status.SENT
+    if reply.in_doubt:
+        return Status.ERROR if account.in_doubt == "error" else Status.DEFERRED
+    return Status.ERROR if reply.permanent else Status.DEFERRED
+
+
+def _too_many(reply: Reply) -> bool:
+    """True when a recipient was refused for the number of them (RFC 5321 4.5.3.1.10)."""
+    if reply.stage is not Stage.RCPT or reply.accepted:
+        return False
+    return reply.code == 452 or (reply.enhanced_code or "").endswith(".5.3")
+
+
+def _lane_signal(replies: Iterable[Reply]) -> LaneSignal:
+    return LaneSignal.UP if any(reply.cause is Cause.SERVER for reply in replies) else LaneSignal.NONE
+
+
+def _out_of_retries(attempts: int, claim: Claim, account: Account, now: float) -> bool:
+    if account.max_retries and attempts > account.max_retries:
+        return True
+    return claim.deadline is not None and now >= claim.deadline
+
+
+# ======================================================================
+# RATE LIMITS - how many messages an account may still send, and when
+# ======================================================================
+#
+# Sliding windows, counted in buckets: a bucket holds what was sent up to its end,
+# and leaves a window only when that end lies a whole window back. So no 60 s, hour
+# or day ever sees more than its limit, and a message waits at most one grain longer
+# than it had to. Pure; `now` is any clock that does not run backwards for long.
+
+WINDOWS_S = {"minute": (60, 1), "hour": (3_600, 60), "day": (86_400, 900)}  # length, grain
+UNLIMITED = sys.maxsize
+
+
+def grain_end(moment: float, grain_s: int) -> int:
+    """The end of the grain that a moment lies in."""
+    return math.ceil(moment / grain_s) * grain_s
+
+
+def compacted(until: float, now: float) -> int:
+    """The bucket end under which a count is to be kept, coarser the older it is.
+
+    It grows coarser only when no window sees the difference, so that counts can be merged
+    at any time. A count whose end lies a day back may be dropped.
+    """
+    for length_s, grain_s in ((3_600, 900), (60, 60)):
+        if grain_end(until, grain_s) + length_s <= now:
+            return grain_end(until, grain_s)
+    return grain_end(until, 1)
+
+
+class _Window:
+    """The messages counted in the last `length_s` seconds."""
+
+    def __init__(self, length_s: int, grain_s: int) -> None:
+        self.length_s = length_s
+        self._grain_s = grain_s
+        self._buckets: deque[tuple[int, int]] = deque()  # (end, messages), in order of their ends
+        self._counted = 0
+
+    def add(self, moment: float, n: int) -> None:
+        end = grain_end(moment, self._grain_s)
+        if self._buckets and self._buckets[-1][0] >= end:  # the same bucket, or a clock that went back
+            end, before = self._buckets.pop()
+            self._buckets.append((end, before + n))
+        else:
+            self._buckets.append((end, n))
+        self._counted += n
+
+    def counted(self, now: float) -> int:
+        while self._buckets and self._buckets[0][0] + self.length_s <= now:
+            self._counted -= self._buckets.popleft()[1]
+        return self._counted
+
+    def opens_at(self, now: float, held: int, limit: int) -> float:
+        """When fewer than `limit` are left of those counted and held."""
+        too_many = self.counted(now) + held - limit + 1
+        if too_many <= 0:
+            return now
+        for end, n in self._buckets:
+            too_many -= n
+            if too_many <= 0:
+                return end + self.length_s
+        return grain_end(now, self._grain_s) + self.length_s
+
+
+class SendWindows:
+    """How many messages one account may still send, and when the next may go.
+
+    A message is held before its transaction and afterwards either counted or given back;
+    held ones take room, so that no number of connections exceeds a limit. `counted` is what
+    was sent before: (until, n) are n messages, the last of them not later than `until`.
+    All windows are kept, limited or not: a limit that comes later finds its history.
+    """
+
+    def __init__(self, limits: Limits, counted: Iterable[tuple[float, int]] = ()) -> None:
+        self._windows = {name: _Window(length_s, grain_s) for name, (length_s, grain_s) in WINDOWS_S.items()}
+        self._held = 0
+        self.replace_limits(limits)
+        for until, n in sorted(counted):
+            self._add(until, n)
+
+    def replace_limits(self, limits: Limits) -> None:
+        """Judge by these limits from now on; what was sent stays counted."""
+        known = {"minute": limits.per_minute, "hour": limits.per_hour, "day": limits.per_day}
+        self._limits = {name: limit for name, limit in known.items() if limit is not None}
+
+    def room(self, now: float) -> int:
+        """The number of messages that may start now."""
+        return min(self.left(now).values(), default=UNLIMITED)
+
+    def left(self, now: float) -> dict[str, int]:
+        """What is left of each limit there is, by the name of its window."""
+        return {
+            name: max(0, limit - self._windows[name].counted(now) - self._held)
+            for name, limit in self._limits.items()
+        }
+
+    def opens_at(self, now: float) -> float:
+        """The earliest moment with room, as far as is known: held messages as if sent now."""
+        moments = (
+            self._windows[name].opens_at(now, self._held, limit) for name, limit in self._limits.items()
+        )
+        return max(moments, default=now)
+
+    @property
+    def held(self) -> int:
+        """Messages whose transactions are in progress."""
+        return self._held
+
+    def hold(self, n: int) -> None:
+        """Reserve room for messages whose transactions begin."""
+        self._held += n
+
+    def give_back(self, n: int = 1) -> None:
+        """These reserved messages were not sent."""
+        if n > self._held:
+            raise ValueError(f"{n} messages given back, but {self._held} held")
+        self._held -= n
+
+    def count(self, now: float, n: int = 1) -> None:
+        """These reserved messages were sent, not later than now."""
+        self.give_back(n)
+        for window in self._windows.values():
+            window.counted(now)
+        self._add(now, n)
+
+    def _add(self, moment: float, n: int) -> None:
+        for window in self._windows.values():
+            window.add(moment, n)
+
+
+# ======================================================================
+# COMPOSITION - message and fetched parts -> RFC 5322 bytes
+# ======================================================================
+#
+# What SUBMISSION accepted is composed without an exception, into the same bytes
+# on every attempt. The bytes are written directly: the email package of the
+# standard library takes forty times as long for them (it is what the tests read
+# them with). Everything but a UTF-8 local part of an address (RFC 6532) is ASCII,
+# in lines that any server takes: header texts as encoded words (RFC 2047), file
+# names by RFC 2231, bodies by RFC 2045. Dot-stuffing belongs to the transport.
+
+LONGEST_LINE = 998  # octets without CRLF, RFC 5322 2.1.1
+SHORT_LINE = 78  # octets that a header line should not exceed; 76 with encoded words (RFC 2047 2)
+LONGEST_WORD = 900  # octets of a header's word that still fits a line beside the field's name
+ENCODED_WORD_OCTETS = 45  # in one encoded word: 72 characters with its frame (RFC 2047 2: 75 at most)
+BASE64_BLOCK = 57 * 1000  # octets encoded at a time; 57 make a line of 76 characters
+FILE_NAME_LINE = 600  # characters of an encoded file name kept in one piece, as all readers know it
+
+
+class Entity(NamedTuple):
+    """A MIME entity (RFC 2045 2.4): its header lines, and its body in pieces to be joined."""
+
+    header: list[str]
+    body: list[bytes]
+
+
+def compose(message: Message, parts: Sequence[Part], *, date: float) -> bytes:
+    """The message as it goes onto the wire, with CRLF line ends; `date` (Unix seconds) is its Date."""
+    if message.raw is not None:
+        return _completed(message, message.raw, date)
+    entity = _message_body(message, parts)
+    header = "\r\n".join([*_message_header(message, date), *entity.header])
+    return b"".join([header.encode(), b"\r\n\r\n", *entity.body])
+
+
+def needs_smtputf8(message: Message) -> bool:
+    """True when an address has a local part that is not ASCII (RFC 6531 3.1)."""
+    mailboxes = (message.sender, *message.to, *message.cc, *message.bcc, *message.reply_to)
+    shown = mailboxes if message.raw is None else (*message.to, *message.cc, *message.bcc)
+    return not (message.return_path.isascii() and all(mailbox.address.isascii() for mailbox in shown))
+
+
+def redirect(message: Message, address: str) -> Message:
+    """The same message to that address alone, its recipients told in X-Original-To."""
+    headers = (*message.headers, ("X-Original-To", ", ".join(message.recipients)))
+    return replace(message, to=(Mailbox("", address),), cc=(), bcc=(), headers=headers)
+
+
+def size_estimate(message: Message, content_sizes: Iterable[int]) -> int:
+    """About the octets of the composed message, rather more than less, before anything is fetched."""
+    if message.raw is not None:
+        return len(message.raw) + 1000
+    texts = (message.subject, message.text or "", message.html or "")
+    text_octets = sum(len(text) * (3 if text.isascii() else 6) for text in texts)
+    mailboxes = len(message.to) + len(message.cc) + len(message.reply_to)
+    return 2000 + text_octets + 120 * mailboxes + sum(500 + size + size * 2 // 5 for size in content_sizes)
+
+
+# --- header ---------------------------------------------------------------
+
+_SHORT_TEXT = re.compile(r"[!-~]+(?: [!-~]+)*")
+_NEEDS_ENCODING = re.compile(rf"[^ -~]+|=\?|  |\A | \Z|(?<![!-~])[!-~]{{{LONGEST_WORD}}}")
+_WORD = re.compile(" +[^ ]+")
+_PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]+(?: [A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]+)*")
+_TO_QUOTE = re.compile(r'["\\]')
+_LONGEST_NAME = 60  # characters of a display name that is written as it is
+
+
+def _message_header(message: Message, date: float) -> Iterator[str]:
+    """The header lines of the message itself; its extra headers replace what would be generated."""
+    replaced = {name.lower() for name, _ in message.headers}
+    yield _address_header("From", (message.sender,))
+    yield _address_header("To", message.to)
+    if message.cc:
+        yield _address_header("Cc", message.cc)
+    if message.reply_to:
+        yield _address_header("Reply-To", message.reply_to)
+    yield _text_header("Subject", message.subject)
+    if "date" not in replaced:
+        yield f"Date: {_date_text(date)}"
+    if message.message_id:
+        yield f"Message-ID: <{message.message_id}>"
+    yield "MIME-Version: 1.0"
+    for name, value in message.headers:
+        yield _extra_header(name, value)
+
+
+def _date_text(unix_s: float) -> str:
+    return format_datetime(datetime.fromtimestamp(int(unix_s), UTC))
+
+
+def _text_header(name: str, text: str) -> str:
+    """A header of free text; what is not plain ASCII, from its first to its last word, is encoded."""
+    if len(name) + 2 + len(text) <= SHORT_LINE and _SHORT_TEXT.fullmatch(text) and "=?" not in text:
+        return f"{name}: {text}"
+    start, end = _span_to_encode(text)
+    encoded = _encoded_words(text[start:end], beside=len(name) + 1)
+    return _folded(name, [*_WORD.findall(f" {text[:start]}"), *encoded, *_WORD.findall(text[end:])])
+
+
+def _span_to_encode(text: str) -> tuple[int, int]:
+    """From the first to the last word that cannot be written as it is."""
+    first = _NEEDS_ENCODING.search(text)
+    if first is None:
+        return len(text), len(text)
+    end = text.find(" ", max(found.end() for found in _NEEDS_ENCODING.finditer(text)))
+    return text.rfind(" ", 0, first.start()) + 1, len(text) if end < 0 else end
+
+
+def _extra_header(name: str, value: str) -> str:
+    """A header of the client's: what is ASCII is the client's to get right, and only folded."""
+    words = _WORD.findall(f" {value}")
+    if value.isascii() and max(map(len, words), default=0) < LONGEST_WORD:
+        return _folded(name, words)
+    return _text_header(name, value)
+
+
+def _address_header(name: str, mailboxes: Sequence[Mailbox]) -> str:
+    words: list[str] = []
+    for mailbox in mailboxes:
+        if words:
+            words[-1] += ","
+        words += _mailbox_words(mailbox)
+    return _folded(name, words)
+
+
+def _mailbox_words(mailbox: Mailbox) -> list[str]:
+    """A mailbox in the pieces between which its header may be folded."""
+    name, address = mailbox
+    if not name:
+        return [f" {address}"]
+    if len(name) > _LONGEST_NAME or not _SHORT_TEXT.fullmatch(name) or "=?" in name:
+        return [*_encoded_words(name, beside=len("Reply-To:")), f" <{address}>"]
+    if _PHRASE.fullmatch(name):
+        return [f" {name}", f" <{address}>"]
+    quoted = _TO_QUOTE.sub(r"\\\g<0>", name)
+    return [f' "{quoted}"', f" <{address}>"]
+
+
+def _encoded_words(text: str, *, beside: int) -> Iterator[str]:
+    """The text as encoded words (RFC 2047), none of them ending within a character.
+
+    The first one leaves room for so many characters beside it.
+    """
+    octets = text.encode()
+    start = 0
+    room = max(8, (SHORT_LINE - 2 - len(" =?utf-8?b??=") - beside) // 4 * 3)
+    while start < len(octets):
+        end = min(start + (ENCODED_WORD_OCTETS if start else min(room, ENCODED_WORD_OCTETS)), len(octets))
+        while end < len(octets) and octets[end] & 0xC0 == 0x80:
+            end -= 1
+        yield f" =?utf-8?b?{binascii.b2a_base64(octets[start:end], newline=False).decode()}?="
+        start = end
+
+
+def _folded(name: str, words: Sequence[str]) -> str:
+    """A header line, folded before words that make it too long; each word begins with its space.
+
+    The first word stays beside the name: some readers take the fold for a part of the text.
+    """
+    first, *others = words or [""]
+    lines = [f"{name}:{first}"]
+    for word in others:
+        if len(lines[-1]) + len(word) > SHORT_LINE - 2:
+            lines.append(word)
+        else:
+            lines[-1] += word
+    return "\r\n".join(lines)
+
+
+# --- body -----------------------------------------------------------------
+
+
+def _message_body(message: Message, parts: Sequence[Part]) -> Entity:
+    """text and html are alternatives, inline parts belong to the html, attachments come after both."""
+    related = [part for part in parts if part.attachment.inline and message.html is not None]
+    attached = [part for part in parts if not part.attachment.inline or message.html is None]
+    if not parts and (message.text is None or message.html is None):
+        return _lone_text(message)
+    boundary = _boundary(message, parts)
+    alternatives = [] if message.text is None else [_text_entity(message.text, "plain")]
+    if message.html is not None:
+        html = _text_entity(message.html, "html")
+        pictures = [_attached(part) for part in related]
+        alternatives.append(_multipart("related", [html, *pictures], boundary) if related else html)
+    body = _multipart("alternative", alternatives, boundary) if len(alternatives) > 1 else alternatives[0]
+    return _multipart("mixed", [body, *map(_attached, attached)], boundary) if attached else body
+
+
+def _lone_text(message: Message) -> Entity:
+    if message.html is not None:
+        return _text_entity(message.html, "html")
+    return _text_entity(message.text or "", "plain")
+
+
+def _boundary(message: Message, parts: Sequence[Part]) -> str:
+    """A line that stands in no part: made from all that is not encoded, the same on every attempt."""
+    digest = hashlib.blake2b(message.message_id.encode(), digest_size=12)
+    for text in (message.text, message.html):
+        digest.update(f"{text}\0".encode())
+    for part in parts:
+        if _media_type(part) == "message/rfc822":
+            digest.update(part.content)
+    return digest.hexdigest()
+
+
+def _multipart(subtype: str, entities: Iterable[Entity], boundary: str) -> Entity:
+    """Entities in one (RFC 2046 5.1), the levels told apart by their initial in the boundary."""
+    line = f"=_{subtype[0]}{boundary}"
+    root = ' type="text/html";' if subtype == "related" else ""  # RFC 2387 3.1
+    header = [f"Content-Type: multipart/{subtype};{root}", f' boundary="{line}"']
+    if not root:
+        header = ["".join(header)]
+    body: list[bytes] = []
+    for entity in entities:
+        opening = "\r\n".join((f"--{line}", *entity.header)).encode()
+        body += [opening, b"\r\n\r\n", *entity.body, b"\r\n"]
+    return Entity(header, [*body, f"--{line}--\r\n".encode()])
+
+
+# --- text -----------------------------------------------------------------
+
+_NOT_ASCII = bytes(range(0x80, 0x100))
+
+
+def _text_entity(text: str, subtype: str) -> Entity:
+    """Text in complete lines, in the plainest encoding that brings it over unchanged."""
+    octets = with_crlf(text.encode())
+    if not octets.endswith(b"\r\n"):
+        octets += b"\r\n"
+    encoding, body = _encoded_text(octets)
+    content_type = f'Content-Type: text/{subtype}; charset="utf-8"'
+    return Entity([content_type, f"Content-Transfer-Encoding: {encoding}"], body)
+
+
+def _encoded_text(octets: bytes) -> tuple[str, list[bytes]]:
+    if octets.isascii():
+        if has_short_lines(octets):
+            return "7bit", [octets]
+        return "quoted-printable", [binascii.b2a_qp(octets)]
+    to_quote = len(octets) - len(octets.translate(None, _NOT_ASCII))
+    if to_quote * 6 < len(octets):  # each grows threefold: below a sixth that is less than base64's third
+        return "quoted-printable", [binascii.b2a_qp(octets)]
+    return "base64", list(_base64_lines(octets))
+
+
+def has_short_lines(octets: bytes) -> bool:
+    """True when no line is longer than SMTP allows (RFC 5321 4.5.3.1.6); lines end with CRLF."""
+    return len(octets) <= LONGEST_LINE or max(map(len, octets.split(b"\r\n"))) <= LONGEST_LINE
+
+
+def _base64_lines(octets: bytes) -> Iterator[bytes]:
+    """Base64 in lines of 76 characters (RFC 2045 6.8), every piece a number of complete lines."""
+    for start in range(0, len(octets), BASE64_BLOCK):
+        encoded = binascii.b2a_base64(octets[start : start + BASE64_BLOCK], newline=False)
+        lines = [encoded[at : at + 76] for at in range(0, len(encoded), 76)]
+        yield b"\r\n".join(lines) + b"\r\n"
+
+
+# --- attachments ----------------------------------------------------------
+
+_NOT_IN_FILE_NAMES = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]")
+_PLAIN_FILE_NAME = re.compile(r"[ !#-\[\]-~]{1,60}")
+
+
+def _attached(part: Part) -> Entity:
+    attachment = part.attachment
+    disposition = "inline" if attachment.inline else "attachment"
+    content_type, encoding, body = _attached_content(part)
+    header = [
+        f"Content-Type: {content_type}",
+        f"Content-Transfer-Encoding: {encoding}",
+        f"Content-Disposition: {disposition};\r\n {_file_name(part.filename or attachment.filename)}",
+    ]
+    if attachment.content_id:
+        header.append(f"Content-ID: <{attachment.content_id}>")
+    return Entity(header, body)
+
+
+def _attached_content(part: Part) -> tuple[str, str, list[bytes]]:
+    """Content type, encoding and body; messages must not be encoded (RFC 2046 5.2.1)."""
+    media_type = _media_type(part)
+    if media_type == "message/rfc822" and _is_plain_message(octets := with_crlf(part.content)):
+        return media_type, "7bit", [octets]
+    content_type = _content_type_of(part)
+    if media_type.startswith(("message/", "multipart/")):
+        content_type = "application/octet-stream"
+    return content_type, "base64", list(_base64_lines(part.content))
+
+
+def _is_plain_message(octets: bytes) -> bool:
+    return (
+        HEADER_FIELD.match(octets) is not None
+        and octets.isascii()
+        and b"\0" not in octets
+        and has_short_lines(octets)
+    )
+
+
+def _content_type_of(part: Part) -> str:
+    """What the client says, else what the source said: which may be anything."""
+    content_type = part.attachment.content_type or part.content_type
+    fits = CONTENT_TYPE.fullmatch(content_type) and content_type.isprintable() and len(content_type) < 500
+    return content_type if fits else "application/octet-stream"
+
+
+def _media_type(part: Part) -> str:
+    """type/subtype without parameters."""
+    return _content_type_of(part).partition(";")[0].strip().lower()
+
+
+def _file_name(name: str) -> str:
+    """The filename parameter, without path separators; in UTF-8 by RFC 2231 where it must be."""
+    safe = _NOT_IN_FILE_NAMES.sub("_", name).strip() or "attachment"
+    if _PLAIN_FILE_NAME.fullmatch(safe):
+        return f'filename="{safe}"'
+    encoded = urllib.parse.quote(safe, safe="", errors="replace")
+    if len(encoded) <= FILE_NAME_LINE:
+        return f"filename*=utf-8''{encoded}"
+    pieces = re.findall(r"(?:%..|[^%]){1,60}", f"{encoded}")
+    pieces[0] = f"utf-8''{pieces[0]}"
+    return ";\r\n ".join(f"filename*{i}*={piece}" for i, piece in enumerate(pieces))
+
+
+# --- raw messages ---------------------------------------------------------
+
+
+def _completed(message: Message, raw: bytes, date: float) -> bytes:
+    """A complete message without its Bcc, with what it lacks at the end of its header."""
+    fields, body = split_raw(raw)
+    kept = [field for field in fields if field_name(field) not in (b"bcc", b"resent-bcc")]
+    names = {field_name(field) for field in kept}
+    added = [_extra_header(name, value) for name, value in message.headers]
+    if b"date" not in names:
+        added.append(f"Date: {_date_text(date)}")
+    if b"message-id" not in names and message.message_id:
+        added.append(f"Message-ID: <{message.message_id}>")
+    header = b"\r\n".join([*kept, *(line.encode() for line in added)])
+    return b"".join([header, b"\r\n\r\n", with_crlf(body)])
+
+
+# ======================================================================
+# THREADS AND WAKEUPS - the one border to threads, and the loops' alarm clock
+# ======================================================================
+#
+# Whatever blocks (files, urllib, long parsing) crosses into a thread here and
+# nowhere else; the sqlite threads of QUEUE FILE are the one exception, because
+# there the thread is the lock.
+
+
+class InThread(Protocol):
+    """Awaits a blocking call that runs in a thread; Threads.run is one."""
+
+    def __call__(self, call: Callable[[], T], /) -> Awaitable[T]: ...
+
+
+class Threads:
+    """A bounded pool for blocking calls. A call that hangs does not keep the process from ending."""
+
+    def __init__(self, workers: int, name: str) -> None:
+        self._workers = workers
+        self._name = name
+        self._started = 0
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Await a blocking call; it keeps its thread until it ends, even when the waiter is gone."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+        self._calls.put(lambda: _answer_from_thread(call, answer, loop))
+        if self._started < self._workers:
+            self._started += 1
+            threading.Thread(target=self._work, name=f"{self._name}-{self._started}", daemon=True).start()
+        return await answer
+
+    def _work(self) -> None:
+        while call := self._calls.get():
+            call()
+
+    def close(self) -> None:
+        """Let go of the threads without waiting for calls that outlive the daemon."""
+        for _ in range(self._started):
+            self._calls.put(None)
+
+
+def _answer_from_thread(
+    call: Callable[[], T], answer: asyncio.Future[T], loop: asyncio.AbstractEventLoop
+) -> None:
+    """Run the call, unless its waiter is gone already, and hand over what came of it."""
+    if answer.cancelled():
+        return
+    tell: Callable[[], None]
+    try:
+        result = call()
+    except BaseException as error:
+        tell = functools.partial(answer.set_exception, error)
+    else:
+        tell = functools.partial(answer.set_result, result)
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(lambda: None if answer.cancelled() else tell())
+
+
+class Alarm:
+    """Wakes one loop: when it is rung, or when its time has come. Rings while awake are kept."""
+
+    def __init__(self) -> None:
+        self._rung = asyncio.Event()
+
+    def ring(self) -> None:
+        self._rung.set()
+
+    async def sleep(self, at_most_s: float) -> None:
+        if not self._rung.is_set() and at_most_s > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(at_most_s):
+                    await self._rung.wait()
+        self._rung.clear()
+
+
+# ======================================================================
+# LOG AND METRICS - one event, one line; the instruments on a registry of the daemon's own
+# ======================================================================
+#
+# Only loops and doors log. A line is a sentence and fields; nobody can forge a second line
+# by what he sends us. Labels of metrics come from short lists alone: accounts that exist,
+# routes of the table, outcomes named here. Never a message id, an address, a secret.
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+JOURNAL_PRIORITIES = (
+    (logging.ERROR, "<3>"),
+    (logging.WARNING, "<4>"),
+    (logging.INFO, "<6>"),
+    (logging.NOTSET, "<7>"),
+)
+
+
+def event(
+    log: logging.Logger,
+    level: int,
+    sentence: str,
+    /,
+    *,
+    exc_info: BaseException | None = None,
+    **fields: object,
+) -> None:
+    """Log that something happened: one sentence, and what it concerns as fields (message=, account=,
+    connection= ...). Fields that are None are left out; `exc_info` adds a traceback."""
+    if log.isEnabledFor(level):
+        known = {name: value for name, value in fields.items() if value is not None}
+        if "request" not in known and (request := request_id.get()) is not None:
+            known["request"] = request
+        log.log(level, sentence, exc_info=exc_info, extra={"fields": known})
+
+
+def _escaped(text: str) -> str:
+    """The text on one line, whatever is in it: control characters and the like as Python writes them."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _field_as_text(value: object) -> str:
+    if isinstance(value, float):
+        value = round(value, 3)
+    if isinstance(value, list | tuple | set | frozenset):
+        value = ",".join(str(item) for item in value)
+    text = str(value)
+    if text and text.isprintable() and not any(c in text for c in ' "=\\'):
+        return text
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{_escaped(quoted)}"'
+
+
+def _field_as_json(value: object) -> object:
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else str(value)
+    if isinstance(value, bool | int) or type(value) is str:
+        return value
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_field_as_json(item) for item in value]
+    return str(value)
+
+
+def _fields_of(record: logging.LogRecord) -> dict[str, object]:
+    """The fields of an event of ours, or the name of the foreign logger that spoke."""
+    return getattr(record, "fields", None) or ({} if record.name == "mailproxy" else {"logger": record.name})
+
+
+def _traceback_of(record: logging.LogRecord) -> str:
+    if record.exc_info is None or record.exc_info[1] is None:
+        return ""
+    return "".join(traceback.format_exception(record.exc_info[1])).rstrip()
+
+
+class TextLines(logging.Formatter):
+    """For people: time, level, sentence, key=value; a traceback follows indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join([self._first_line(record), *self._indented_traceback(record)])
+
+    def _first_line(self, record: logging.LogRecord) -> str:
+        fields = [f"{name}={_field_as_text(value)}" for name, value in _fields_of(record).items()]
+        return f"{self.opening(record)}{' '.join([_escaped(record.getMessage()), *fields])}"
+
+    def _indented_traceback(self, record: logging.LogRecord) -> list[str]:
+        indent = self.continuation(record)
+        return [f"{indent}{_escaped(line)}" for line in _traceback_of(record).split("\n") if line]
+
+    def opening(self, record: logging.LogRecord) -> str:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        return f"{now} {record.levelname} "
+
+    def continuation(self, record: logging.LogRecord) -> str:
+        return "    "
+
+
+class JournalLines(TextLines):
+    """For journald, which knows the time itself and reads the priority from a prefix (sd-daemon(3))."""
+
+    def opening(self, record: logging.LogRecord) -> str:
+        return next(prefix for level, prefix in JOURNAL_PRIORITIES if record.levelno >= level)
+
+    def continuation(self, record: logging.LogRecord) -> str:
+        return f"{self.opening(record)}    "
+
+
+class JsonLines(logging.Formatter):
+    """For programs: one JSON object a line, a traceback as one of its members."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, object] = {
+            "time": f"{now}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
+        line |= {
+            name: _field_as_json(value) for name, value in _fields_of(record).items() if name not in line
+        }
+        if found := _traceback_of(record):
+            line["traceback"] = found
+        return json.dumps(line)
+
+
+class LineWriter(logging.Handler):
+    """Writes each line at once to a file descriptor. One that is broken or closed loses lines, no more.
+
+    Blocking, as all that writes to stderr.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            left = f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        except Exception:  # a log that fails must not stop the mail
+            return
+
+
+def stderr_is_journal(environ: Mapping[str, str], descriptor: int = 2) -> bool:
+    """True when stderr goes straight to journald (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def configure_logging(level: str, line_format: str, *, journal: bool = False, descriptor: int = 2) -> None:
+    """Send every line of the process to stderr: ours, those of libraries (from WARNING on),
+    warnings, and what nobody caught. May be called again when the settings change."""
+    writer = LineWriter(descriptor)
+    writer.setFormatter(JsonLines() if line_format == "json" else JournalLines() if journal else TextLines())
+    root, ours = logging.getLogger(), logging.getLogger("mailproxy")
+    root.handlers = [kept for kept in root.handlers if not isinstance(kept, LineWriter)] + [writer]
+    ours.setLevel(level.upper())
+    root.setLevel(max(logging.WARNING, ours.level))  # the debug lines of libraries may hold credentials
+    logging.captureWarnings(True)
+    sys.excepthook = log_uncaught
+    sys.unraisablehook = log_unraisable
+    threading.excepthook = log_thread_failure
+
+
+def log_uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """What nobody caught in the main thread (sys.excepthook)."""
+    event(
+        logging.getLogger("mailproxy"), logging.CRITICAL, "stopped by an error nobody caught", exc_info=error
+    )
+
+
+def log_unraisable(unraisable: Any) -> None:
+    """What went wrong where nobody could catch it (sys.unraisablehook)."""
+    event(
+        logging.getLogger("mailproxy"),
+        logging.ERROR,
+        "error while clearing up",
+        exc_info=unraisable.exc_value,
+    )
+
+
+def log_thread_failure(failed: Any) -> None:
+    """What nobody caught in another thread (threading.excepthook)."""
+    event(
+        logging.getLogger("mailproxy"),
+        logging.ERROR,
+        "a thread died of an error nobody caught",
+        exc_info=failed.exc_value,
+        thread=getattr(failed.thread, "name", None),
+    )
+
+
+def log_loop_failure(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+    """What the event loop reports (loop.set_exception_handler). Tasks are named, futures are not
+    shown: their repr holds their result."""
+    task = context.get("task") or context.get("future")
+    event(
+        logging.getLogger("mailproxy"),
+        logging.ERROR,
+        "the event loop reports an error",
+        exc_info=context.get("exception"),
+        what=context.get("message"),
+        task=task.get_name() if isinstance(task, asyncio.Task) else None,
+    )
+
+
+# --- metrics -------------------------------------------------------------
+
+METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+CONNECT_OUTCOMES = ("ok", "failed", "login_refused")
+REPORT_OUTCOMES = ("acknowledged", "refused", "timeout", "unreachable")
+ATTACHMENT_OUTCOMES = ("fetched", "cached", "deferred", "failed")
+HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+UNKNOWN_ACCOUNT = "unknown"  # the label of all accounts that do not exist (any more)
+
+REQUEST_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
+COMMIT_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 10)
+TRANSACTION_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
+QUEUE_WAIT_BUCKETS_S = (0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14_400, 43_200, 86_400, 432_000)
+
+
+class LaneGauge(NamedTuple):
+    """What a lane shows at the moment of a scrape."""
+
+    up: bool
+    connections: Mapping[str, int]  # by state: busy, idle ...
+
+
+class Snapshot(NamedTuple):
+    """What is measured only when somebody looks."""
+
+    pending: int
+    in_delivery: int
+    oldest_pending_s: float  # age; 0 when nothing is pending
+    unreported: int
+    active: bool  # the scheduler is on
+    lanes: Mapping[str, LaneGauge]  # by account
+
+
+class Outcomes:
+    """A counter for each of a few named outcomes; any other name counts as "other"."""
+
+    def __init__(self, counter: prometheus_client.Counter, names: Iterable[str], *labels: str) -> None:
+        self._counters = {name: counter.labels(*labels, name) for name in (*names, "other")}
+
+    def count(self, name: str, amount: int = 1) -> None:
+        (self._counters.get(name) or self._counters["other"]).inc(amount)
+
+
+class AccountCounters(NamedTuple):
+    """The counters of one account, ready to be raised."""
+
+    accepted: prometheus_client.Counter
+    sent: prometheus_client.Counter
+    failed: prometheus_client.Counter
+    rate_limited: prometheus_client.Counter
+    deferred: Outcomes  # by DEFERRAL_REASONS
+    connects: Outcomes  # by CONNECT_OUTCOMES
+
+
+def _gauge(name: str, meaning: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"mailproxy_{name}", meaning, value=value)
+
+
+class Scrape(Collector):
+    """One look at everything: what was counted, and the gauges of this moment."""
+
+    def __init__(self, registry: prometheus_client.CollectorRegistry, snapshot: Snapshot) -> None:
+        self._registry = registry
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            # The time of creation of each series serves nobody and doubles the answer.
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
+        yield from self._queue_gauges()
+        yield from self._lane_gauges()
+
+    def _queue_gauges(self) -> Iterator[Metric]:
+        now = self._snapshot
+        yield _gauge(
+            "messages_pending", "Undelivered messages, deferred and on the wire included.", now.pending
+        )
+        yield _gauge("messages_in_delivery", "Messages on the wire.", now.in_delivery)
+        yield _gauge("oldest_pending_seconds", "Age of the oldest undelivered message.", now.oldest_pending_s)
+        yield _gauge("reports_unacknowledged", "States the upstream has not acknowledged.", now.unreported)
+        yield _gauge("scheduler_active", "1 while mail goes out, 0 while suspended.", now.active)
+
+    def _lane_gauges(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily(
+            "mailproxy_account_up",
+            "1 when mail goes out, 0 when the account's server refuses us.",
+            labels=["account"],
+        )
+        connections = GaugeMetricFamily(
+            "mailproxy_smtp_connections", "Open SMTP connections.", labels=["account", "state"]
+        )
+        for account_id, lane in self._snapshot.lanes.items():
+            up.add_metric([account_id], lane.up)
+            for state, number in lane.connections.items():
+                connections.add_metric([account_id, state], number)
+        yield from (up, connections)
+
+
+class Metrics:
+    """The instruments of one daemon. Counting costs a microsecond or two and waits for nothing."""
+
+    def __init__(self, version: str) -> None:
+        self._registry = prometheus_client.CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=self._registry)
+        self._make_message_instruments()
+        self._make_server_instruments()
+        self._make_outside_instruments()
+        build = prometheus_client.Info("mailproxy_build", "What is running.", registry=self._registry)
+        python = platform.python_version()
+        build.info({"version": version, "python": python, "sqlite": sqlite3.sqlite_version})
+        self._accounts: dict[str, AccountCounters] = {}
+        self._waits: dict[str, prometheus_client.Histogram] = {}
+        self._transactions: dict[str, prometheus_client.Histogram] = {}
+        self._requests: dict[tuple[str, str, int], prometheus_client.Counter] = {}
+        self._request_times: dict[str, prometheus_client.Histogram] = {}
+
+    def _make_message_instruments(self) -> None:
+        self._accepted = self._counter("messages_accepted", "Messages accepted from clients.", "account")
+        self._rejected = self._counter("messages_rejected", "Messages refused at submission.")
+        self._sent = self._counter("messages_sent", "Messages a server took over.", "account")
+        self._failed = self._counter("messages_failed", "Messages given up.", "account")
+        self._deferred = self._counter(
+            "messages_deferred", "Times a message was put off, by the cause.", "account", "reason"
+        )
+        self._rate_limited = self._counter(
+            "rate_limited", "Times a message met a limit of its account.", "account"
+        )
+        self._wait_time = self._histogram(
+            "queue_wait_seconds", "Time from ready to sent.", QUEUE_WAIT_BUCKETS_S, "account"
+        )
+
+    def _make_server_instruments(self) -> None:
+        self._http_requests = self._counter(
+            "http_requests", "HTTP requests answered.", "route", "method", "code"
+        )
+        self._http_time = self._histogram(
+            "http_request_seconds", "Time to answer an HTTP request.", REQUEST_BUCKETS_S, "route"
+        )
+        self._auth_failures = self._counter("auth_failures", "HTTP requests with a missing or wrong token.")
+        self._commit_time = self._histogram(
+            "storage_commit_seconds", "Duration of commits to the queue file.", COMMIT_BUCKETS_S
+        )
+        self._commit_failures = self._counter("storage_commit_failures", "Commits the queue file refused.")
+
+    def _make_outside_instruments(self) -> None:
+        self._connects = self._counter(
+            "smtp_connects", "Connections tried, by the end they had.", "account", "outcome"
+        )
+        self._transaction_time = self._histogram(
+            "smtp_transaction_seconds", "Duration of SMTP transactions.", TRANSACTION_BUCKETS_S, "account"
+        )
+        reports = self._counter("report_requests", "Calls of the upstream, by the end they had.", "outcome")
+        self.reports = Outcomes(reports, REPORT_OUTCOMES)
+        fetches = self._counter(
+            "attachment_fetches", "Attachments asked for, by the end it had.", "source", "outcome"
+        )
+        self._fetches = {source: Outcomes(fetches, ATTACHMENT_OUTCOMES, source) for source in Source}
+
+    def _counter(self, name: str, meaning: str, *labels: str) -> prometheus_client.Counter:
+        return prometheus_client.Counter(f"mailproxy_{name}", meaning, labels, registry=self._registry)
+
+    def _histogram(
+        self, name: str, meaning: str, buckets: Sequence[float], *labels: str
+    ) -> prometheus_client.Histogram:
+        return prometheus_client.Histogram(
+            f"mailproxy_{name}", meaning, labels, registry=self._registry, buckets=buckets
+        )
+
+    # -- accounts come and go
+
+    def know_account(self, account_id: str) -> None:
+        """Begin to count for an account, so that its series are there, at 0, before the first event."""
+        if account_id not in self._accounts:
+            self._accounts[account_id] = AccountCounters(
+                accepted=self._accepted.labels(account_id),
+                sent=self._sent.labels(account_id),
+                failed=self._failed.labels(account_id),
+                rate_limited=self._rate_limited.labels(account_id),
+                deferred=Outcomes(self._deferred, DEFERRAL_REASONS, account_id),
+                connects=Outcomes(self._connects, CONNECT_OUTCOMES, account_id),
+            )
+
+    def forget_account(self, account_id: str) -> None:
+        """End the series of an account that was deleted."""
+        for children in (self._accounts, self._waits, self._transactions):
+            children.pop(account_id, None)
+        counters = (
+            self._accepted,
+            self._sent,
+            self._failed,
+            self._rate_limited,
+            self._deferred,
+            self._connects,
+        )
+        for instrument in (*counters, self._wait_time, self._transaction_time):
+            instrument.remove_by_labels({"account": account_id})
+
+    def _of(self, account_id: str) -> AccountCounters:
+        """The counters of an account; those of "unknown" for one that does not exist."""
+        if account_id not in self._accounts:
+            account_id = UNKNOWN_ACCOUNT
+            self.know_account(account_id)
+        return self._accounts[account_id]
+
+    def _observe_of(
+        self,
+        account_id: str,
+        children: dict[str, prometheus_client.Histogram],
+        parent: prometheus_client.Histogram,
+        duration_s: float,
+    ) -> None:
+        """Observe for an account. A histogram begins with its first observation: it has many
+        series, and an account that sends nothing needs none of them."""
+        label = account_id if account_id in self._accounts else UNKNOWN_ACCOUNT
+        if label not in children:
+            children[label] = parent.labels(label)
+        children[label].observe(duration_s)
+
+    # -- what happens
+
+    def accepted(self, account_id: str, number: int = 1) -> None:
+        self._of(account_id).accepted.inc(number)
+
+    def rejected(self, number: int = 1) -> None:
+        self._rejected.inc(number)
+
+    def sent(self, account_id: str, number: int = 1) -> None:
+        self._of(account_id).sent.inc(number)
+
+    def failed(self, account_id: str, number: int = 1) -> None:
+        self._of(account_id).failed.inc(number)
+
+    def deferred(self, account_id: str, reason: str, number: int = 1) -> None:
+        self._of(account_id).deferred.count(reason, number)
+
+    def rate_limited(self, account_id: str, number: int = 1) -> None:
+        self._of(account_id).rate_limited.inc(number)
+
+    def queue_wait(self, account_id: str, duration_s: float) -> None:
+        """A message was sent so long after it had become ready."""
+        self._observe_of(account_id, self._waits, self._wait_time, duration_s)
+
+    def connect(self, account_id: str, outcome: str) -> None:
+        """A connection was tried: one of CONNECT_OUTCOMES."""
+        self._of(account_id).connects.count(outcome)
+
+    def transaction(self, account_id: str, duration_s: float) -> None:
+        self._observe_of(account_id, self._transactions, self._transaction_time, duration_s)
+
+    def commit(self, duration_s: float) -> None:
+        """The queue file took a commit. May be called from any thread."""
+        self._commit_time.observe(duration_s)
+
+    def commit_failed(self) -> None:
+        """The queue file refused a commit. May be called from any thread."""
+        self._commit_failures.inc()
+
+    def auth_failed(self) -> None:
+        self._auth_failures.inc()
+
+    def request(self, route: str | None, method: str, code: int, duration_s: float) -> None:
+        """An HTTP request was answered; `route` is the pattern of the table, None when none fits."""
+        route = route or "unmatched"
+        method = method if method in HTTP_METHODS else "other"
+        if (route, method, code) not in self._requests:
+            self._requests[route, method, code] = self._http_requests.labels(route, method, code)
+        if route not in self._request_times:
+            self._request_times[route] = self._http_time.labels(route)
+        self._requests[route, method, code].inc()
+        self._request_times[route].observe(duration_s)
+
+    def attachment(self, source: Source, outcome: str) -> None:
+        """An attachment was asked for: one of ATTACHMENT_OUTCOMES."""
+        self._fetches[source].count(outcome)
+
+    def exposition(self, snapshot: Snapshot) -> bytes:
+        """Everything as Prometheus' text format. Blocking: some 15 ms for each 1,000 series."""
+        return prometheus_client.generate_latest(Scrape(self._registry, snapshot))
+
+
+# ======================================================================
+# QUEUE FILE - one SQLite file, one writer, group commit; knows no mail
+# ======================================================================
+#
+# One thread owns the only writing connection. Whatever waits when it looks is
+# written in one transaction, each piece of work inside a savepoint of its own,
+# and answered after the COMMIT: one fsync (journal_mode WAL, synchronous FULL)
+# pays for many callers. A second thread owns a read-only connection, so that
+# no listing holds up a submission.
+
+BUSY_TIMEOUT_MS = 3000  # another process holds the write lock: refuse after this
+STORAGE_ERRORS = (sqlite3.OperationalError, sqlite3.DatabaseError)
+MISTAKES = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
+
+
+class FileLock:
+    """Keeps a second daemon off the queue; the lock file beside it holds the first one's pid."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = -1
+
+    def acquire(self) -> None:
+        """Raise ConfigurationError that names the holder when another process has the queue."""
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            self.release()
+            raise ConfigurationError(
+                f"The queue {self._path.removesuffix('.lock')} is in use by the mailproxy with pid {holder}; "
+                "stop that one first or choose another db_path."
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class _Work(NamedTuple):
+    """A piece of work that waits for the writer, and who waits for it."""
+
+    run: Callable[[sqlite3.Connection], Any]
+    answer: asyncio.Future[Any]
+
+
+class QueueFile:
+    """The file, its lock, its two threads."""
+
+    def __init__(
+        self, path: str, migrations: Sequence[str], *, observe_commit: Callable[[float], None]
+    ) -> None:
+        self.path = os.path.realpath(path)
+        self.refuses = False  # the last commit failed; cleared by the next that succeeds
+        self._migrations = migrations
+        self._observe_commit = observe_commit
+        self._lock = FileLock(self.path + ".lock")
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="queue-writer")
+        self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="queue-reader")
+        self._writing: sqlite3.Connection | None = None
+        self._reading: sqlite3.Connection | None = None
+        self._waiting: list[_Work] = []
+        self._waiting_guard = threading.Lock()
+        self._draining = False
+
+    # -- opening and closing
+
+    def open(self) -> None:
+        """Lock, create or migrate the file. Blocking. Raises ConfigurationError."""
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            raise ConfigurationError(f"The folder {folder} of db_path does not exist; create it first.")
+        try:
+            self._lock.acquire()
+            self._create_private()
+            self._migrate(self._writer.submit(self._connection).result())
+        except OSError as error:
+            raise ConfigurationError(f"The queue {self.path} cannot be opened: {error.strerror}.") from error
+        except STORAGE_ERRORS as error:
+            self._lock.release()
+            raise ConfigurationError(f"The queue {self.path} cannot be used: {error}.") from error
+        except ConfigurationError:
+            self._lock.release()
+            raise
+
+    def _create_private(self) -> None:
+        """Readable by the owner alone; SQLite gives its siblings the same mode."""
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        for name in (self.path, self.path + "-wal", self.path + "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.chmod(name, 0o600)
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        """Bring the schema up to date; each step and its version number are one commit."""
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(self._migrations):
+            raise ConfigurationError(
+                f"The queue {self.path} was written by a newer mailproxy (schema {version}, this one knows "
+                f"{len(self._migrations)}); start that one, or restore a backup."
+            )
+        for number, script in enumerate(self._migrations[version:], version + 1):
+            connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
+
+    async def close(self) -> None:
+        """Finish what was asked, then close both connections and let go of the lock."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._reader, self._close_reading)
+        await loop.run_in_executor(self._writer, self._close_writing)
+        self._writer.shutdown()
+        self._reader.shutdown()
+        self._lock.release()
+
+    # -- writing
+
+    async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run the work in the writer's thread; return its result once it is on disk.
+
+        Raises StorageUnavailable when the file cannot be written (nothing of the work
+        was kept), or whatever the work itself raised (it alone was undone).
+        """
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        with self._waiting_guard:
+            self._waiting.append(_Work(work, answer))
+            start, self._draining = not self._draining, True
+        if start:
+            self._writer.submit(self._drain, asyncio.get_running_loop())
+        return await answer
+
+    def _drain(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Write group after group until nobody waits. Runs in the writer's thread."""
+        while group := self._next_group():
+            results = self._commit(group)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_answer_all, group, results)
+
+    def _next_group(self) -> list[_Work]:
+        with self._waiting_guard:
+            group, self._waiting = self._waiting, []
+            self._draining = bool(group)
+            return group
+
+    def _commit(self, group: list[_Work]) -> list[Any]:
+        """The results of the group, exceptions among them, after the COMMIT."""
+        started = time.monotonic()
+        try:
+            connection = self._connection()
+            connection.execute("BEGIN IMMEDIATE")
+            results = [self._run_alone(connection, work) for work in group]
+            connection.execute("COMMIT")
+        except STORAGE_ERRORS as error:
+            self.refuses = True
+            self._close_writing()
+            return [StorageUnavailable(f"The queue cannot be written: {error}.")] * len(group)
+        self.refuses = False
+        self._observe_commit(time.monotonic() - started)
+        return results
+
+    def _run_alone(self, connection: sqlite3.Connection, work: _Work) -> Any:
+        """Run one piece of work; its exception undoes it alone and becomes its result."""
+        connection.execute("SAVEPOINT work")
+        try:
+            result = work.run(connection)
+        except MISTAKES as error:
+            result = error
+        except sqlite3.Error:
+            raise
+        except Exception as error:
+            result = error
+        if isinstance(result, Exception):
+            connection.execute("ROLLBACK TO work")
+        connection.execute("RELEASE work")
+        return result
+
+    def _connection(self) -> sqlite3.Connection:
+        """The writing connection; opened anew after a failure (what is on disk was uncertain)."""
+        if self._writing is None:
+            self._writing = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+            self._writing.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+            self._writing.execute("PRAGMA journal_mode = WAL")
+            self._writing.execute("PRAGMA synchronous = FULL")
+            self._writing.execute("PRAGMA journal_size_limit = 16777216")
+            self._writing.execute("PRAGMA temp_store = MEMORY")
+        return self._writing
+
+    def _close_writing(self) -> None:
+        if self._writing is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._writing.close()
+            self._writing = None
+
+    # -- reading
+
+    async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run the work on the read-only connection, in its own thread.
+
+        Raises StorageUnavailable when the file cannot be read.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._reader, self._read, work)
+
+    def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            if self._reading is None:
+                uri = pathlib.Path(self.path).as_uri() + "?mode=ro"
+                self._reading = sqlite3.connect(uri, uri=True, isolation_level=None)
+                self._reading.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+            return work(self._reading)
+        except STORAGE_ERRORS as error:
+            self._close_reading()
+            raise StorageUnavailable(f"The queue cannot be read: {error}.") from error
+
+    def _close_reading(self) -> None:
+        if self._reading is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._reading.close()
+            self._reading = None
+
+
+def _answer_all(group: Sequence[_Work], results: Sequence[Any]) -> None:
+    """Hand each waiting caller its result; one that gave up waiting gets none."""
+    for work, result in zip(group, results, strict=True):
+        if work.answer.cancelled():
+            continue
+        if isinstance(result, Exception):
+            work.answer.set_exception(result)
+        else:
+            work.answer.set_result(result)
+
+
+# ======================================================================
+# QUEUE - every SQL statement of the program; no message is lost in here
+# ======================================================================
+#
+# A row is pending while both sent_ts and error_ts are NULL. A pending row is
+# ready when its deferred_ts is NULL, and waits when it is not. Every statement
+# that changes a row names the state it leaves. Hot statements are index seeks
+# with a LIMIT; counts are kept by triggers (tallies), never counted.
+
+SCHEMA_1 = """
+CREATE TABLE messages (
+    seq          INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of acceptance
+    id           TEXT NOT NULL UNIQUE,               -- the client's key
+    account_id   TEXT NOT NULL,
+    priority     INTEGER NOT NULL,                   -- 0 immediate .. 3 low
+    created_at   INTEGER NOT NULL,                   -- accepted
+    updated_at   INTEGER NOT NULL,
+    deferred_ts  INTEGER,                            -- not before; NULL: ready
+    sent_ts      INTEGER,                            -- a server took the responsibility
+    error_ts     INTEGER,                            -- given up
+    error        TEXT,                               -- why, in the server's words
+    reported_ts  INTEGER,                            -- the upstream acknowledged the latest state
+    report_order INTEGER,                            -- place among the states not acknowledged
+    attempts     INTEGER NOT NULL DEFAULT 0,         -- transactions tried
+    turn         INTEGER NOT NULL DEFAULT 0,         -- 0 never tried, 1 comes back for a retry
+    deferral     TEXT,                               -- schedule, retry, in_doubt, connection, login, limit
+    ready_at     REAL NOT NULL,                      -- since when it could have gone
+    deadline     INTEGER,                            -- given up when not delivered by then
+    expires_ts   INTEGER,                            -- the client's own part of the deadline
+    batch_code   TEXT,
+    message_id   TEXT NOT NULL,
+    recipients   TEXT,                               -- JSON {address: [status, code, text]}
+    parts        INTEGER NOT NULL,                   -- attachments and raw content to put in
+    size_bytes   INTEGER NOT NULL,                   -- payload and contents together
+    payload      TEXT NOT NULL                       -- as submitted, JSON, without the contents
+);
+CREATE TABLE contents (                              -- inline attachments; -1 is a raw message
+    seq INTEGER NOT NULL, position INTEGER NOT NULL, content BLOB NOT NULL,
+    PRIMARY KEY (seq, position)
+);
+CREATE TABLE attempts (                              -- the timeline of a message
+    seq INTEGER NOT NULL, number INTEGER NOT NULL,
+    started_at REAL NOT NULL, ended_at REAL NOT NULL, outcome TEXT NOT NULL,
+    stage TEXT, code INTEGER, enhanced_code TEXT, text TEXT, recipients TEXT, connection TEXT,
+    PRIMARY KEY (seq, number)
+) WITHOUT ROWID;
+CREATE TABLE sent_ids (                              -- of purged messages: never sent again
+    id TEXT PRIMARY KEY, sent_ts INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE accounts (id TEXT PRIMARY KEY, definition TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE suspensions (account_id TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE sends (                                 -- n messages sent, the last not after until_ts
+    account_id TEXT NOT NULL, until_ts INTEGER NOT NULL, n INTEGER NOT NULL,
+    PRIMARY KEY (account_id, until_ts)
+) WITHOUT ROWID;
+CREATE TABLE holds (account_id TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;  -- slots in use
+CREATE TABLE switches (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE tallies (                               -- counts of rows, kept by the triggers below
+    account_id TEXT PRIMARY KEY,
+    ready INTEGER NOT NULL, waiting INTEGER NOT NULL, unreported INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE INDEX messages_ready ON messages (account_id, turn, priority, seq)
+    WHERE sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL;
+CREATE INDEX messages_waiting ON messages (deferred_ts)
+    WHERE sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NOT NULL;
+CREATE INDEX messages_held_back ON messages (account_id, deferral)
+    WHERE deferred_ts IS NOT NULL AND deferral IN ('limit', 'connection', 'login');
+CREATE INDEX messages_pending ON messages (seq) WHERE sent_ts IS NULL AND error_ts IS NULL;
+CREATE INDEX messages_deadline ON messages (deadline)
+    WHERE sent_ts IS NULL AND error_ts IS NULL AND deadline IS NOT NULL;
+CREATE INDEX messages_unreported ON messages (report_order) WHERE report_order IS NOT NULL;
+CREATE INDEX messages_reported ON messages (reported_ts)
+    WHERE report_order IS NULL AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL);
+CREATE INDEX messages_unreported_final ON messages (coalesce(sent_ts, error_ts))
+    WHERE report_order IS NOT NULL AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL);
+CREATE INDEX sent_ids_by_age ON sent_ids (sent_ts);
+
+CREATE TRIGGER tally_insert AFTER INSERT ON messages BEGIN
+    INSERT INTO tallies VALUES (
+        new.account_id,
+        new.sent_ts IS NULL AND new.error_ts IS NULL AND new.deferred_ts IS NULL,
+        new.sent_ts IS NULL AND new.error_ts IS NULL AND new.deferred_ts IS NOT NULL,
+        new.report_order IS NOT NULL)
+    ON CONFLICT DO UPDATE SET ready = ready + excluded.ready, waiting = waiting + excluded.waiting,
+        unreported = unreported + excluded.unreported;
+END;
+CREATE TRIGGER tally_update AFTER UPDATE OF deferred_ts, sent_ts, error_ts, report_order ON messages BEGIN
+    UPDATE tallies SET
+        ready = ready
+            + (new.sent_ts IS NULL AND new.error_ts IS NULL AND new.deferred_ts IS NULL)
+            - (old.sent_ts IS NULL AND old.error_ts IS NULL AND old.deferred_ts IS NULL),
+        waiting = waiting
+            + (new.sent_ts IS NULL AND new.error_ts IS NULL AND new.deferred_ts IS NOT NULL)
+            - (old.sent_ts IS NULL AND old.error_ts IS NULL AND old.deferred_ts IS NOT NULL),
+        unreported = unreported + (new.report_order IS NOT NULL) - (old.report_order IS NOT NULL)
+    WHERE account_id = new.account_id;
+END;
+CREATE TRIGGER tally_delete AFTER DELETE ON messages BEGIN
+    UPDATE tallies SET
+        ready = ready - (old.sent_ts IS NULL AND old.error_ts IS NULL AND old.deferred_ts IS NULL),
+        waiting = waiting - (old.sent_ts IS NULL AND old.error_ts IS NULL AND old.deferred_ts IS NOT NULL),
+        unreported = unreported - (old.report_order IS NOT NULL)
+    WHERE account_id = old.account_id;
+    DELETE FROM contents WHERE seq = old.seq;
+    DELETE FROM attempts WHERE seq = old.seq;
+END;
+CREATE TRIGGER remember_sent AFTER DELETE ON messages WHEN old.sent_ts IS NOT NULL BEGIN
+    INSERT INTO sent_ids VALUES (old.id, old.sent_ts) ON CONFLICT DO UPDATE SET sent_ts = excluded.sent_ts;
+END;
+"""
+
+MIGRATIONS = (SCHEMA_1,)  # the step to each schema version, in order; PRAGMA user_version counts them
+
+OLDEST_SEND_S = 86_400 + 900  # older counts matter to no window
+KEPT_ATTEMPTS = 100  # of one message: older ones give way
+SMALL_PAYLOAD_BYTES = 65_536  # larger ones are read under the memory budget
+RAW_POSITION = -1  # in contents: the raw message; attachments count from 0
+CHUNK = 500  # rows of one commit in work that may touch many
+STRETCH = 5_000  # rows looked at in one go by what must pass over others
+PAGE_BYTES = 1_048_576  # of payloads in one page of a listing
+
+# The one place that says what the status of a row is.
+STATUS_OF_ROW = (
+    "CASE WHEN sent_ts IS NOT NULL THEN 'sent' WHEN error_ts IS NOT NULL THEN 'error' "
+    "WHEN deferred_ts > :now THEN 'deferred' ELSE 'queued' END"
+)
+RECORD_COLUMNS = (
+    f"seq, id, account_id, priority, {STATUS_OF_ROW} AS status, created_at, updated_at, deferred_ts, sent_ts, "
+    "error_ts, error, reported_ts, batch_code, attempts, message_id, recipients, size_bytes, payload"
+)
+RECORD_OF_ID = f"SELECT {RECORD_COLUMNS} FROM messages WHERE id = :id"  # noqa: S608 - constants alone
+PAGE_OF_RECORDS = (
+    f"SELECT {RECORD_COLUMNS} FROM messages WHERE seq BETWEEN :first AND :last "  # noqa: S608 - constants alone
+    "AND (NOT :active_only OR (sent_ts IS NULL AND error_ts IS NULL)) "
+    "AND (:account IS NULL OR account_id = :account) AND (:batch IS NULL OR batch_code = :batch) "
+    f"AND (:status IS NULL OR {STATUS_OF_ROW} = :status) ORDER BY seq LIMIT :most"
+)
+
+
+class Submission(NamedTuple):
+    """A judged message as the queue stores it."""
+
+    id: str
+    account_id: str
+    priority: int
+    deferred_ts: int | None
+    expires_ts: int | None
+    deadline: int | None
+    batch_code: str | None
+    message_id: str
+    parts: int
+    payload: str
+    contents: Mapping[int, bytes]
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.payload) + sum(map(len, self.contents.values()))
+
+
+class Outcome(NamedTuple):
+    """One claimed message and what to record of it."""
+
+    claim: Claim
+    attempt: Attempt
+    disposition: Disposition
+    sent: bool  # it counts as sent for the rate limits
+    held: bool  # a slot of the rate limits is to be given back
+
+
+class Order(NamedTuple):
+    """What a lane asks for: so many ready messages of an account."""
+
+    account_id: str
+    most: int
+    retried_first: bool  # whose turn it is within a priority
+    hold: bool  # reserve a slot of the rate limits for each
+
+
+class State(NamedTuple):
+    """A state of a message that the upstream has not acknowledged."""
+
+    seq: int
+    report_order: int
+    entry: dict[str, object]
+
+
+class Tally(NamedTuple):
+    ready: int
+    waiting: int
+    unreported: int
+
+
+class Filters(NamedTuple):
+    """Which messages a listing is to hold; None: any."""
+
+    active_only: bool = False
+    status: str | None = None
+    account_id: str | None = None
+    batch_code: str | None = None
+
+
+class Record(NamedTuple):
+    """A message as it stands, for people: its row and the submitted payload."""
+
+    seq: int
+    fields: dict[str, object]
+    payload: dict[str, object]
+    size_bytes: int
+
+
+class Queue:
+    """The messages, accounts and counts of the daemon; the file is the truth."""
+
+    def __init__(self, file: QueueFile, *, now: Callable[[], float]) -> None:
+        self.file = file
+        self._now = now
+        self._on_wire: dict[int, Claim] = {}
+        self._next_seq = 1
+        self._next_report = 1
+        self.next_due_ts: float = 0  # no waiting row is due before that; 0: look
+        self.next_deadline_ts: float = 0  # no pending row is to be given up before that; 0: look
+
+    @property
+    def in_delivery(self) -> int:
+        return len(self._on_wire)
+
+    async def load(self) -> None:
+        """Take up the counters where the last run left them; slots it held count as used."""
+
+        def work(db: sqlite3.Connection) -> tuple[int, int]:
+            now = math.ceil(self._now())
+            db.execute(
+                "INSERT INTO sends SELECT account_id, :now, n FROM holds WHERE n > 0 "
+                "ON CONFLICT DO UPDATE SET n = n + excluded.n",
+                {"now": now},
+            )
+            db.execute("DELETE FROM holds")
+            seq = db.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'messages'").fetchone()[0]
+            report = db.execute("SELECT max(report_order) FROM messages WHERE report_order IS NOT NULL")
+            return seq or 0, report.fetchone()[0] or 0
+
+        seq, report = await self.file.write(work)
+        self._next_seq, self._next_report = seq + 1, report + 1
+
+    # -- submission
+
+    async def accept(self, submissions: Sequence[Submission]) -> list[str | None]:
+        """Store each submission or say why not ("already sent", "in delivery"): None is stored, on disk."""
+        now = self._now()
+        verdicts = await self.file.write(lambda db: self._accept(db, submissions, now))
+        for submission in submissions:
+            self._expect(submission.deferred_ts, submission.deadline)
+        return verdicts
+
+    def _accept(
+        self, db: sqlite3.Connection, submissions: Sequence[Submission], now: float
+    ) -> list[str | None]:
+        ids = json.dumps([submission.id for submission in submissions])
+        known = {row[0]: row for row in db.execute(
+            "SELECT id, seq, sent_ts IS NOT NULL FROM messages "
+            "WHERE id IN (SELECT value FROM json_each(:ids))", {"ids": ids},
+        )}  # fmt: skip
+        sent = {row[0] for row in db.execute(
+            "SELECT id FROM sent_ids WHERE id IN (SELECT value FROM json_each(:ids))", {"ids": ids}
+        )}  # fmt: skip
+        verdicts: list[str | None] = []
+        replaced: list[tuple[int]] = []
+        accepted: list[Submission] = []
+        for submission in submissions:
+            _, seq, was_sent = known.get(submission.id, ("", 0, False))
+            if was_sent or submission.id in sent:
+                verdicts.append("already sent")
+            elif seq in self._on_wire:
+                verdicts.append("in delivery")
+            else:
+                verdicts.append(None)
+                accepted.append(submission)
+                if seq:
+                    replaced.append((seq,))
+        if replaced:
+            db.executemany("DELETE FROM messages WHERE seq = ? AND sent_ts IS NULL", replaced)
+        self._insert(db, accepted, now)
+        return verdicts
+
+    def _insert(self, db: sqlite3.Connection, submissions: Sequence[Submission], now: float) -> None:
+        first = self._next_seq
+        self._next_seq += len(submissions)
+        at = int(now)
+        db.executemany(
+            "INSERT INTO messages (seq, id, account_id, priority, created_at, updated_at, deferred_ts, deferral, "
+            "ready_at, deadline, expires_ts, batch_code, message_id, parts, size_bytes, payload) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (
+                    seq, s.id, s.account_id, s.priority, at, at, *_schedule(s.deferred_ts, now),
+                    max(now, s.deferred_ts or 0), s.deadline, s.expires_ts, s.batch_code, s.message_id,
+                    s.parts, s.size_bytes, s.payload,
+                )
+                for seq, s in enumerate(submissions, first)
+            ],
+        )  # fmt: skip
+        contents = [
+            (seq, position, content)
+            for seq, s in enumerate(submissions, first)
+            for position, content in s.contents.items()
+        ]
+        if contents:
+            db.executemany("INSERT INTO contents VALUES (?, ?, ?)", contents)
+
+    def _expect(self, due_ts: int | None, deadline: int | None) -> None:
+        """Remember the earliest time at which a row will want attention."""
+        if due_ts is not None and due_ts < self.next_due_ts:
+            self.next_due_ts = due_ts
+        if deadline is not None and deadline < self.next_deadline_ts:
+            self.next_deadline_ts = deadline
+
+    # -- delivery
+
+    async def release_due(self) -> set[str]:
+        """Make the rows ready whose time has come; return the accounts that got mail."""
+        now = self._now()
+
+        def work(db: sqlite3.Connection) -> tuple[set[str], int | None]:
+            rows = db.execute(
+                "UPDATE messages SET ready_at = deferred_ts, deferred_ts = NULL, deferral = NULL, "
+                "report_order = NULL WHERE seq IN (SELECT seq FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
+                "AND deferred_ts IS NOT NULL AND deferred_ts <= :now ORDER BY deferred_ts LIMIT :most) "
+                "RETURNING account_id",
+                {"now": now, "most": CHUNK},
+            ).fetchall()
+            due = db.execute(
+                "SELECT min(deferred_ts) FROM messages "
+                "WHERE sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NOT NULL"
+            ).fetchone()[0]
+            return {row[0] for row in rows}, due
+
+        self.next_due_ts = math.inf  # what is deferred meanwhile lowers it again
+        try:
+            accounts, due = await self.file.write(work)
+        except BaseException:
+            self.next_due_ts = 0
+            raise
+        self._expect(due, None)
+        return accounts
+
+    async def give_up_overdue(self) -> list[tuple[str, str, str]]:
+        """End the pending messages whose deadline has passed; return (id, account, error) of each."""
+        now = self._now()
+
+        def work(db: sqlite3.Connection) -> tuple[list[tuple[str, str, str]], int | None]:
+            rows = db.execute(
+                "SELECT seq, id, account_id, expires_ts, error, recipients FROM messages "
+                "WHERE sent_ts IS NULL AND error_ts IS NULL AND deadline IS NOT NULL AND deadline <= :now "
+                "ORDER BY deadline LIMIT :most",
+                {"now": now, "most": CHUNK + len(self._on_wire)},
+            ).fetchall()
+            ended = []
+            for seq, id_, account_id, expires_ts, error, recipients in rows:
+                if seq in self._on_wire:
+                    continue
+                why = expired(expires_ts, now, error)
+                self._give_up(db, seq, why, recipients, int(now))
+                ended.append((id_, account_id, why))
+            deadline = db.execute(
+                "SELECT min(deadline) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
+                "AND deadline IS NOT NULL AND (deadline > :now OR :more)",
+                {"now": now, "more": len(rows) >= CHUNK},
+            ).fetchone()[0]
+            return ended, deadline
+
+        self.next_deadline_ts = math.inf
+        try:
+            ended, deadline = await self.file.write(work)
+        except BaseException:
+            self.next_deadline_ts = 0
+            raise
+        self._expect(None, deadline)
+        return ended
+
+    def _give_up(self, db: sqlite3.Connection, seq: int, why: str, recipients: str | None, now: int) -> None:
+        """End a pending message: as sent when a server has it for some of its recipients."""
+        outcomes = _recipients_from_row(recipients)
+        partly = outcomes is not None and any(o.status is Status.SENT for o in outcomes.values())
+        ended = {
+            address: outcome
+            if outcome.status is not Status.DEFERRED
+            else outcome._replace(status=Status.ERROR)
+            for address, outcome in (outcomes or {}).items()
+        }
+        db.execute(
+            "UPDATE messages SET sent_ts = :sent, error_ts = :failed, error = :error, updated_at = :now, "
+            "deferred_ts = NULL, deferral = NULL, recipients = :recipients, reported_ts = NULL, "
+            "report_order = :place WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL",
+            {
+                "sent": now if partly else None, "failed": None if partly else now,
+                "error": None if partly else why, "now": now, "recipients": _recipients_to_row(ended or None),
+                "place": self._place(), "seq": seq,
+            },
+        )  # fmt: skip
+
+    def _place(self) -> int:
+        """The next place in the order of reports."""
+        self._next_report += 1
+        return self._next_report - 1
+
+    async def claim(self, orders: Sequence[Order]) -> list[list[Claim]]:
+        """Take out ready messages for each order, best first; they are on the wire from now on."""
+        taken: list[list[Claim]] = []
+
+        def work(db: sqlite3.Connection) -> None:
+            taken.extend(self._claim(db, order) for order in orders)
+
+        try:
+            await self.file.write(work)
+        except BaseException:
+            self.release([claim for claims in taken for claim in claims])
+            raise
+        return taken
+
+    def _claim(self, db: sqlite3.Connection, order: Order) -> list[Claim]:
+        fresh = self._ready(db, order, 0)
+        retried = self._ready(db, order, 1)
+        claims = take_turns(fresh, retried, order.most, order.retried_first)
+        self._on_wire.update((claim.seq, claim) for claim in claims)
+        if order.hold and claims:
+            db.execute(
+                "INSERT INTO holds VALUES (:account, :n) ON CONFLICT DO UPDATE SET n = n + excluded.n",
+                {"account": order.account_id, "n": len(claims)},
+            )
+        return claims
+
+    def _ready(self, db: sqlite3.Connection, order: Order, turn: int) -> list[Claim]:
+        """The first ready messages of one kind, those on the wire left out."""
+        rows = db.execute(
+            "SELECT seq, id, account_id, priority, message_id, created_at, ready_at, attempts, deadline, "
+            "recipients, parts, size_bytes, CASE WHEN size_bytes <= :small THEN payload END FROM messages "
+            "WHERE account_id = :account AND turn = :turn "
+            "AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL "
+            "ORDER BY priority, seq LIMIT :most",
+            {
+                "account": order.account_id, "turn": turn, "small": SMALL_PAYLOAD_BYTES,
+                "most": order.most + len(self._on_wire),
+            },
+        )  # fmt: skip
+        claims: list[Claim] = []
+        for row in rows:
+            if row[0] not in self._on_wire:
+                claims.append(Claim._make((*row[:9], _recipients_from_row(row[9]), *row[10:], False)))
+                if len(claims) == order.most:
+                    break
+        return claims
+
+    def release(self, claims: Iterable[Claim]) -> None:
+        """Put claims back untouched: they were never on the wire."""
+        for claim in claims:
+            self._on_wire.pop(claim.seq, None)
+            self._expect(None, claim.deadline)
+
+    async def give_back_slot(self, account_id: str) -> None:
+        """A slot of the rate limits that was reserved with a claim is not used."""
+        await self.file.write(lambda db: _give_back(db, account_id, 1))
+
+    async def record(self, outcome: Outcome) -> None:
+        """Write what became of a claim; unless it goes on, it is off the wire then."""
+        now = self._now()
+        await self.file.write(lambda db: self._record(db, outcome, now))
+        if outcome.disposition.status is not Status.QUEUED:
+            self.release([outcome.claim])
+        self._expect(outcome.disposition.deferred_ts, outcome.claim.deadline)
+
+    def _record(self, db: sqlite3.Connection, outcome: Outcome, now: float) -> None:
+        claim, disposition = outcome.claim, outcome.disposition
+        status, at = disposition.status, int(now)
+        db.execute(
+            "UPDATE messages SET sent_ts = :sent, error_ts = :failed, error = :error, updated_at = :now, "
+            "deferred_ts = :deferred, deferral = :deferral, attempts = attempts + :counted, "
+            "turn = turn OR :counted, recipients = :recipients, "
+            "reported_ts = iif(:place IS NULL, reported_ts, NULL), report_order = coalesce(:place, report_order) "
+            "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL",
+            {
+                "sent": at if status is Status.SENT else None,
+                "failed": at if status is Status.ERROR else None,
+                "error": disposition.error,
+                "now": at,
+                "deferred": disposition.deferred_ts,
+                "deferral": disposition.reason or None,
+                "counted": disposition.counted,
+                "recipients": _recipients_to_row(disposition.recipients),
+                "place": None if status is Status.QUEUED else self._place(),
+                "seq": claim.seq,
+            },
+        )
+        _append_attempt(db, claim.seq, outcome.attempt, disposition)
+        if outcome.sent:
+            db.execute(
+                "INSERT INTO sends VALUES (:account, :until, 1) ON CONFLICT DO UPDATE SET n = n + 1",
+                {"account": claim.account_id, "until": math.floor(now) + 1},
+            )
+        if outcome.held:
+            _give_back(db, claim.account_id, 1)
+
+    async def defer_limited(self, order: Order, until_ts: int, why: str) -> list[Claim]:
+        """Defer the messages of one turn because the account's rate limit is reached."""
+        now = self._now()
+
+        def work(db: sqlite3.Connection) -> list[Claim]:
+            claims = take_turns(self._ready(db, order, 0), self._ready(db, order, 1), order.most, False)
+            db.executemany(
+                "UPDATE messages SET deferred_ts = :until, deferral = 'limit', error = :error, updated_at = :now, "
+                "reported_ts = NULL, report_order = :place "
+                "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL",
+                [
+                    {
+                        "until": until_ts,
+                        "error": why,
+                        "now": int(now),
+                        "place": self._place(),
+                        "seq": claim.seq,
+                    }
+                    for claim in claims
+                ],
+            )
+            return claims
+
+        claims = await self.file.write(work)
+        self._expect(until_ts, None)
+        return claims
+
+    async def fail_limited(self, order: Order, why: str) -> list[Claim]:
+        """End the messages of one turn because the account's rate limit is reached and says so."""
+        now = self._now()
+
+        def work(db: sqlite3.Connection) -> list[Claim]:
+            claims = take_turns(self._ready(db, order, 0), self._ready(db, order, 1), order.most, False)
+            for claim in claims:
+                self._give_up(db, claim.seq, why, _recipients_to_row(claim.recipients), int(now))
+            return claims
+
+        return await self.file.write(work)
+
+    async def let_go(self, account_id: str, deferrals: Sequence[str]) -> int:
+        """Make an account's messages ready that wait for one of these reasons; return their number."""
+
+        def work(db: sqlite3.Connection) -> int:
+            return db.execute(
+                "UPDATE messages SET deferred_ts = NULL, deferral = NULL, report_order = NULL "
+                "WHERE account_id = :account AND deferral IN (SELECT value FROM json_each(:deferrals)) "
+                "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
+                "AND sent_ts IS NULL AND error_ts IS NULL",
+                {"account": account_id, "deferrals": json.dumps(list(deferrals))},
+            ).rowcount
+
+        return await self.file.write(work)
+
+    async def payload(self, seq: int) -> str:
+        """The payload of a claimed message that was too large to come with its claim."""
+
+        def work(db: sqlite3.Connection) -> str:
+            row = db.execute("SELECT payload FROM messages WHERE seq = :seq", {"seq": seq}).fetchone()
+            return str(row[0])
+
+        return await self.file.read(work)
+
+    async def contents(self, seq: int) -> dict[int, bytes]:
+        """The inline contents of a message by position (RAW_POSITION: the raw message)."""
+        return await self.file.read(lambda db: _contents(db, seq))
+
+    # -- reports
+
+    async def unreported(self, most: int) -> list[State]:
+        """The oldest states the upstream has not acknowledged, in the order they came about."""
+
+        def work(db: sqlite3.Connection) -> list[State]:
+            rows = db.execute(
+                "SELECT seq, report_order, id, account_id, priority, sent_ts, error_ts, error, deferred_ts, "
+                "attempts, message_id, batch_code, recipients FROM messages WHERE report_order IS NOT NULL "
+                "ORDER BY report_order LIMIT :most",
+                {"most": most},
+            )
+            return [State(row[0], row[1], _report_entry(row[2:])) for row in rows]
+
+        return await self.file.read(work)
+
+    async def acknowledge(self, states: Sequence[State]) -> int:
+        """Stamp the states the upstream has taken, unless they changed meanwhile; return their number."""
+        now = int(self._now())
+
+        def work(db: sqlite3.Connection) -> int:
+            return db.executemany(
+                "UPDATE messages SET reported_ts = :now, report_order = NULL "
+                "WHERE seq = :seq AND report_order = :place",
+                [{"now": now, "seq": state.seq, "place": state.report_order} for state in states],
+            ).rowcount
+
+        return await self.file.write(work)
+
+    # -- what operators and clients ask for
+
+    async def delete(self, ids: Sequence[str]) -> tuple[int, list[str], list[str]]:
+        """Remove messages; return how many, the ids not found, and those on the wire (kept)."""
+
+        def work(db: sqlite3.Connection) -> tuple[int, list[str], list[str]]:
+            seqs = _seqs(db, ids)
+            on_wire = [id_ for id_ in ids if seqs.get(id_, (0,))[0] in self._on_wire]
+            gone = [(seq,) for id_, (seq, _) in seqs.items() if seq not in self._on_wire]
+            db.executemany("DELETE FROM messages WHERE seq = ?", gone)
+            return len(gone), [id_ for id_ in ids if id_ not in seqs], on_wire
+
+        return await self.file.write(work)
+
+    async def retry(
+        self, ids: Sequence[str], deadlines: Callable[[str], int]
+    ) -> tuple[int, list[str], list[str]]:
+        """Queue failed messages anew; return how many, the ids not found, and those not failed.
+
+        `deadlines` tells until when an account's message may be tried, counted from now.
+        """
+        now = self._now()
+
+        def work(db: sqlite3.Connection) -> tuple[int, list[str], list[str]]:
+            seqs = _seqs(db, ids)
+            failed = [id_ for id_, (_, failed_) in seqs.items() if failed_]
+            for id_ in failed:
+                self._revive(db, seqs[id_][0], now, deadlines)
+            return len(failed), [i for i in ids if i not in seqs], [i for i in seqs if i not in failed]
+
+        self.next_deadline_ts = 0
+        return await self.file.write(work)
+
+    def _revive(self, db: sqlite3.Connection, seq: int, now: float, deadlines: Callable[[str], int]) -> None:
+        """Give a failed message a new life; recipients that are served stay served."""
+        account_id, recipients = db.execute(
+            "SELECT account_id, recipients FROM messages WHERE seq = :seq", {"seq": seq}
+        ).fetchone()
+        served = {
+            address: outcome
+            for address, outcome in (_recipients_from_row(recipients) or {}).items()
+            if outcome.status is Status.SENT
+        }
+        db.execute(
+            "UPDATE messages SET error_ts = NULL, error = NULL, attempts = 0, turn = 0, reported_ts = NULL, "
+            "report_order = NULL, ready_at = :now, updated_at = :now, deferred_ts = NULL, deferral = NULL, "
+            "expires_ts = NULL, deadline = :deadline, recipients = :recipients "
+            "WHERE seq = :seq AND error_ts IS NOT NULL",
+            {
+                "now": int(now), "deadline": deadlines(account_id), "seq": seq,
+                "recipients": _recipients_to_row(served or None),
+            },
+        )  # fmt: skip
+
+    async def purge(self, older_than_s: float, *, unreported_too: bool) -> int:
+        """Remove some final messages reported (or, with no upstream, final) longer ago; 0: none is left."""
+        before = self._now() - older_than_s
+
+        def work(db: sqlite3.Connection) -> int:
+            removed = db.execute(
+                "DELETE FROM messages WHERE seq IN (SELECT seq FROM messages WHERE report_order IS NULL "
+                "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND reported_ts <= :before "
+                "ORDER BY reported_ts LIMIT :most)",
+                {"before": before, "most": CHUNK},
+            ).rowcount
+            if removed or not unreported_too:
+                return removed
+            return db.execute(
+                "DELETE FROM messages WHERE seq IN (SELECT seq FROM messages WHERE report_order IS NOT NULL "
+                "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND coalesce(sent_ts, error_ts) <= :before "
+                "ORDER BY coalesce(sent_ts, error_ts) LIMIT :most)",
+                {"before": before, "most": CHUNK},
+            ).rowcount
+
+        return await self.file.write(work)
+
+    async def forget_ids(self, id_retention_s: float) -> int:
+        """Forget some ids of purged messages whose time is over; 0: none is left."""
+        before = self._now() - id_retention_s
+
+        def work(db: sqlite3.Connection) -> int:
+            return db.execute(
+                "DELETE FROM sent_ids WHERE id IN (SELECT id FROM sent_ids WHERE sent_ts <= :before LIMIT :most)",
+                {"before": before, "most": CHUNK},
+            ).rowcount
+
+        return await self.file.write(work)
+
+    async def fold_sends(self) -> None:
+        """Fold the counts of older sends together, and drop those that no window sees any more."""
+        now = self._now()
+
+        def work(db: sqlite3.Connection) -> None:
+            sends = db.execute(
+                "SELECT account_id, until_ts, n FROM sends WHERE until_ts < :now", {"now": now - 60}
+            )
+            for account_id, until_ts, n in sends.fetchall():
+                later = math.ceil(compacted(until_ts, now))
+                if later == until_ts and until_ts > now - OLDEST_SEND_S:
+                    continue
+                key = {"account": account_id, "until": until_ts, "later": later, "n": n}
+                db.execute("DELETE FROM sends WHERE account_id = :account AND until_ts = :until", key)
+                if until_ts > now - OLDEST_SEND_S:
+                    db.execute(
+                        "INSERT INTO sends VALUES (:account, :later, :n) ON CONFLICT DO UPDATE SET n = n + :n",
+                        key,
+                    )
+
+        await self.file.write(work)
+
+    async def look_up(self, id_: str) -> tuple[Record, list[dict[str, object]]] | None:
+        """A message and the timeline of its attempts, or None."""
+        now = self._now()
+
+        def work(db: sqlite3.Connection) -> tuple[Record, list[dict[str, object]]] | None:
+            row = db.execute(RECORD_OF_ID, {"id": id_, "now": now}).fetchone()
+            return (_record(row), _attempts(db, row[0])) if row else None
+
+        return await self.file.read(work)
+
+    async def page(self, filters: Filters, after: int, most: int) -> tuple[list[Record], int | None]:
+        """Up to `most` records in the order of acceptance after a seq, and the seq to go on from (None: end).
+
+        A page looks at a bounded stretch of the table, so it may be short, or empty, before the end.
+        """
+        now = self._now()
+
+        def work(db: sqlite3.Connection) -> tuple[list[Record], int | None]:
+            first = db.execute(
+                "SELECT min(seq) FROM messages WHERE seq > :after AND sent_ts IS NULL AND error_ts IS NULL"
+                if filters.active_only
+                else "SELECT min(seq) FROM messages WHERE seq > :after",
+                {"after": after},
+            ).fetchone()[0]
+            if first is None:
+                return [], None
+            rows = db.execute(
+                PAGE_OF_RECORDS,
+                {
+                    "first": first, "last": first + STRETCH - 1, "now": now, "most": most,
+                    "active_only": filters.active_only, "account": filters.account_id,
+                    "batch": filters.batch_code, "status": filters.status,
+                },
+            )  # fmt: skip
+            records: list[Record] = []
+            size_bytes = 0
+            for row in rows:
+                records.append(_record(row))
+                size_bytes += len(row[-1])
+                if len(records) == most or size_bytes > PAGE_BYTES:
+                    return records, records[-1].seq
+            return records, first + STRETCH - 1
+
+        return await self.file.read(work)
+
+    async def tallies(self) -> dict[str, Tally]:
+        """The counts of each account that ever had a message."""
+
+        def work(db: sqlite3.Connection) -> dict[str, Tally]:
+            rows = db.execute("SELECT account_id, ready, waiting, unreported FROM tallies")
+            return {row[0]: Tally._make(row[1:]) for row in rows}
+
+        return await self.file.read(work)
+
+    async def oldest_pending_ts(self) -> int | None:
+        """When the oldest undelivered message was accepted."""
+
+        def work(db: sqlite3.Connection) -> int | None:
+            row = db.execute(
+                "SELECT created_at FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT 1"
+            ).fetchone()
+            return row[0] if row else None
+
+        return await self.file.read(work)
+
+    async def answers(self) -> None:
+        """Raise StorageUnavailable unless the file can be written now: it is tried."""
+        await self.set_switch("answers", True)
+
+    # -- accounts and switches
+
+    async def accounts(self) -> dict[str, str]:
+        """The definitions of the accounts that were added over HTTP."""
+        return await self.file.read(
+            lambda db: dict(db.execute("SELECT id, definition FROM accounts").fetchall())
+        )
+
+    async def put_account(self, account_id: str, definition: str) -> None:
+        await self.file.write(
+            lambda db: db.execute(
+                "INSERT INTO accounts VALUES (:id, :definition) "
+                "ON CONFLICT DO UPDATE SET definition = excluded.definition",
+                {"id": account_id, "definition": definition},
+            )
+        )
+
+    async def delete_account(self, account_id: str) -> None:
+        """Remove the account's definition and suspension; its messages are failed by fail_orphans."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM accounts WHERE id = :id", {"id": account_id})
+            db.execute("DELETE FROM suspensions WHERE account_id = :id", {"id": account_id})
+
+        await self.file.write(work)
+
+    async def fail_orphans(self, account_id: str, after: int, why: str) -> tuple[int, int | None]:
+        """End a deleted account's undelivered messages among the next ones after a seq; return how many,
+        and the seq to go on from (None: done)."""
+        now = int(self._now())
+
+        def work(db: sqlite3.Connection) -> tuple[int, int | None]:
+            rows = db.execute(
+                "SELECT seq, account_id, recipients FROM messages WHERE seq > :after AND "
+                "sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT :most",
+                {"after": after, "most": STRETCH},
+            ).fetchall()
+            orphans = [row for row in rows if row[1] == account_id and row[0] not in self._on_wire]
+            for seq, _, recipients in orphans:
+                self._give_up(db, seq, why, recipients, now)
+            return len(orphans), rows[-1][0] if len(rows) == STRETCH else None
+
+        return await self.file.write(work)
+
+    async def suspended(self) -> set[str]:
+        return await self.file.read(
+            lambda db: {row[0] for row in db.execute("SELECT account_id FROM suspensions")}
+        )
+
+    async def suspend(self, account_id: str) -> None:
+        await self.file.write(
+            lambda db: db.execute("INSERT OR IGNORE INTO suspensions VALUES (:id)", {"id": account_id})
+        )
+
+    async def activate(self, account_id: str) -> None:
+        await self.file.write(
+            lambda db: db.execute("DELETE FROM suspensions WHERE account_id = :id", {"id": account_id})
+        )
+
+    async def switch(self, name: str) -> bool | None:
+        """A switch as it was last set, None when it never was."""
+        row = await self.file.read(
+            lambda db: db.execute("SELECT value FROM switches WHERE name = :name", {"name": name}).fetchone()
+        )
+        return bool(row[0]) if row else None
+
+    async def set_switch(self, name: str, value: bool) -> None:
+        await self.file.write(
+            lambda db: db.execute(
+                "INSERT INTO switches VALUES (:name, :value) ON CONFLICT DO UPDATE SET value = excluded.value",
+                {"name": name, "value": value},
+            )
+        )
+
+    async def sends(self) -> dict[str, list[tuple[int, int]]]:
+        """The counted sends (until, n) of each account."""
+
+        def work(db: sqlite3.Connection) -> dict[str, list[tuple[int, int]]]:
+            counted: dict[str, list[tuple[int, int]]] = {}
+            for account_id, until_ts, n in db.execute(
+                "SELECT account_id, until_ts, n FROM sends ORDER BY until_ts"
+            ):
+                counted.setdefault(account_id, []).append((until_ts, n))
+            return counted
+
+        return await self.file.read(work)
+
+
+def take_turns(
+    fresh: Sequence[Claim], retried: Sequence[Claim], most: int, retried_first: bool
+) -> list[Claim]:
+    """The best claims of both kinds: by priority, and within one new and retried mail in turn."""
+    ranked = []
+    for claims, late in ((fresh, retried_first), (retried, not retried_first)):
+        places: dict[int, int] = {}
+        for claim in claims:
+            place = places[claim.priority] = places.get(claim.priority, -1) + 1
+            ranked.append((claim.priority, place, late, claim))
+    ranked.sort(key=lambda entry: entry[:3])
+    return [claim for *_, claim in ranked[:most]]
+
+
+def expired(expires_ts: int | None, now: float, last_error: str | None) -> str:
+    """Why a message is given up for its age, with what was said at its last try."""
+    why = (
+        "expired: expires_ts has passed"
+        if expires_ts and expires_ts <= now
+        else "expired: max_age_seconds reached"
+    )
+    return f"{why}; last: {last_error}" if last_error else why
+
+
+def _schedule(deferred_ts: int | None, now: float) -> tuple[int | None, str | None]:
+    """The deferred_ts and deferral of a new row: a time that has come already is none."""
+    return (deferred_ts, "schedule") if deferred_ts is not None and deferred_ts > now else (None, None)
+
+
+def _recipients_to_row(recipients: Mapping[str, RecipientOutcome] | None) -> str | None:
+    return json.dumps(recipients, ensure_ascii=False) if recipients else None
+
+
+def _recipients_from_row(column: str | None) -> dict[str, RecipientOutcome] | None:
+    if column is None:
+        return None
+    return {
+        address: RecipientOutcome(Status(status), code, text)
+        for address, (status, code, text) in json.loads(column).items()
+    }
+
+
+def _recipients_for_people(column: str | None) -> dict[str, dict[str, object]] | None:
+    if column is None:
+        return None
+    return {
+        address: {"status": status, "code": code, "text": text}
+        for address, (status, code, text) in json.loads(column).items()
+    }
+
+
+def _give_back(db: sqlite3.Connection, account_id: str, n: int) -> None:
+    db.execute(
+        "UPDATE holds SET n = max(n - :n, 0) WHERE account_id = :account", {"account": account_id, "n": n}
+    )
+
+
+def _append_attempt(db: sqlite3.Connection, seq: int, attempt: Attempt, disposition: Disposition) -> None:
+    """Add to the timeline; a message that is tried for days keeps its latest attempts."""
+    telling = attempt.first_failure or next(iter(attempt.replies.values()), None)
+    number = db.execute(
+        "SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = :seq", {"seq": seq}
+    ).fetchone()[0]
+    outcomes = {
+        address: (
+            "sent" if reply.accepted else "deferred" if reply.transient else "error", reply.code, reply.text
+        )
+        for address, reply in attempt.replies.items()
+        if address
+    }  # fmt: skip
+    db.execute(
+        "INSERT INTO attempts VALUES (:seq, :number, :started_at, :ended_at, :outcome, :stage, :code, "
+        ":enhanced_code, :text, :recipients, :connection)",
+        {
+            "seq": seq, "number": number, "started_at": attempt.started_at, "ended_at": attempt.ended_at,
+            "outcome": disposition.status,
+            "stage": telling.stage if telling else None, "code": telling.code if telling else None,
+            "enhanced_code": telling.enhanced_code if telling else None, "text": telling.text if telling else None,
+            "recipients": json.dumps(outcomes, ensure_ascii=False) if outcomes else None, "connection": attempt.connection or None,
+        },
+    )  # fmt: skip
+    if number > KEPT_ATTEMPTS:
+        db.execute(
+            "DELETE FROM attempts WHERE seq = :seq AND number <= :gone",
+            {"seq": seq, "gone": number - KEPT_ATTEMPTS},
+        )
+
+
+def _attempts(db: sqlite3.Connection, seq: int) -> list[dict[str, object]]:
+    rows = db.execute(
+        "SELECT started_at, ended_at, outcome, stage, code, enhanced_code, text, recipients, connection "
+        "FROM attempts WHERE seq = :seq ORDER BY number",
+        {"seq": seq},
+    )
+    return [
+        {
+            "started_at": int(row[0]), "ended_at": int(row[1]), "outcome": row[2], "stage": row[3], "code": row[4],
+            "enhanced_code": row[5], "text": row[6], "recipients": _recipients_for_people(row[7]),
+            "connection": row[8],
+        }
+        for row in rows
+    ]  # fmt: skip
+
+
+def _contents(db: sqlite3.Connection, seq: int) -> dict[int, bytes]:
+    return dict(
+        db.execute("SELECT position, content FROM contents WHERE seq = :seq", {"seq": seq}).fetchall()
+    )
+
+
+def _record(row: Sequence[Any]) -> Record:
+    names = (
+        "id", "account_id", "priority", "status", "created_at", "updated_at", "deferred_ts", "sent_ts",
+        "error_ts", "error", "reported_ts", "batch_code", "attempts", "message_id",
+    )  # fmt: skip
+    fields: dict[str, object] = dict(zip(names, row[1:15], strict=True))
+    fields["recipients"] = _recipients_for_people(row[15])
+    return Record(row[0], fields, json.loads(row[17]), row[16])
+
+
+def _report_entry(row: Sequence[Any]) -> dict[str, object]:
+    (
+        id_,
+        account_id,
+        priority,
+        sent_ts,
+        error_ts,
+        error,
+        deferred_ts,
+        attempts,
+        message_id,
+        batch,
+        recipients,
+    ) = row
+    status = Status.SENT if sent_ts else Status.ERROR if error_ts else Status.DEFERRED
+    return {
+        "id": id_, "account_id": account_id, "priority": priority, "status": status, "sent_ts": sent_ts,
+        "error_ts": error_ts, "error": error, "deferred_ts": deferred_ts, "attempts": attempts,
+        "message_id": message_id, "batch_code": batch, "recipients": _recipients_for_people(recipients),
+    }  # fmt: skip
+
+
+def _seqs(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, tuple[int, bool]]:
+    """The row of each id that is there, and whether it has failed."""
+    rows = db.execute(
+        "SELECT id, seq, error_ts IS NOT NULL FROM messages WHERE id IN (SELECT value FROM json_each(:ids))",
+        {"ids": json.dumps(list(ids))},
+    )
+    return {row[0]: (row[1], bool(row[2])) for row in rows}
+
+
+# ======================================================================
+# OUTBOUND HTTP - one request with a deadline, a size limit and an address policy
+# ======================================================================
+#
+# Everything here blocks and belongs into a thread. A request ends at its deadline
+# whatever the other side does: a head or a body that trickles is cut as well. With
+# an AddressPolicy not one packet goes to an address that was not judged: the name
+# is resolved once, and the socket connects to the number that came out of it.
+
+Address: TypeAlias = "tuple[socket.AddressFamily, tuple[Any, ...]]"  # as socket.connect() takes it
+Resolver: TypeAlias = "Callable[[str, int], Sequence[Address]]"
+Trust: TypeAlias = "Callable[[], ssl.SSLContext]"  # whoever asks often makes one context and keeps it
+OnSize: TypeAlias = "Callable[[int], None]"  # told the bytes a body will take; may raise
+
+ERROR_BODY_BYTES = 65_536  # of an answer that is not a success: enough for its reason
+BODY_PIECE_BYTES = 65_536  # read at a time from a body of unknown length
+MAX_REDIRECTS = 5
+REDIRECTS = (301, 302, 303, 307, 308)
+
+# What is not on the public Internet (RFC 6890 and its registry), spelled out because
+# ipaddress.is_global differs between releases of Python and counts multicast as public.
+NOT_PUBLIC_4 = tuple(
+    ipaddress.IPv4Network(network)
+    for network in (
+        "0.0.0.0/8",  # this host
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # behind a carrier's NAT (RFC 6598); metadata of some clouds
+        "127.0.0.0/8",
+        "168.63.129.16/32",  # public by its number, the host's own services in Azure
+        "169.254.0.0/16",  # link-local; metadata of most clouds
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.0.2.0/24",
+        "192.88.99.0/24",  # 6to4 relays (RFC 7526)
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, and broadcast
+    )
+)
+PUBLIC_6 = ipaddress.IPv6Network("2000::/3")  # all that was ever given out (RFC 4291 2.4)
+NOT_PUBLIC_6 = tuple(
+    ipaddress.IPv6Network(network)
+    for network in (
+        "2001::/23",  # protocol assignments, Teredo among them
+        "2001:db8::/32",
+        "2002::/16",  # 6to4: may hold any IPv4 address
+        "3fff::/20",
+    )
+)
+IPV4_INSIDE = ipaddress.IPv6Network("::ffff:0:0/96")  # mapped: the kernel connects by IPv4 (RFC 4291 2.5.5.2)
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # a translator connects by IPv4 (RFC 6052)
+
+# What may stand unencoded in a request line; "%" because the caller's own encoding is kept.
+PATH_CHARACTERS = "/%:@!$&'()*+,;=~-._"
+QUERY_CHARACTERS = PATH_CHARACTERS + "?[]|^`{}\\"
+
+HTTP_URL = re.compile(
+    r"(?P<scheme>https?)://(?P<authority>[^/?#]*)(?P<path>[^?#]*)(?P<query>\?[^#]*)?(#.*)?", re.IGNORECASE
+)
+HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]*))?")
+
+
+class HttpFailure(MailproxyError):
+    """No complete answer came; the text says why, without credentials or query strings."""
+
+    def __init__(self, reason: str, *, transient: bool) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.transient = transient
+
+
+class ForbiddenAddress(HttpFailure):
+    """The other side is not on the public Internet, and nobody allowed it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, transient=False)
+
+
+class TooLarge(HttpFailure):
+    """The body is larger than it may be."""
+
+    def __init__(self, what: str, max_bytes: int) -> None:
+        super().__init__(f"{what} is larger than the {max_bytes} bytes allowed", transient=False)
+
+
+class HttpAnswer(NamedTuple):
+    """A complete answer of any status. Of one that is no success the body may be cut short."""
+
+    status: int
+    headers: Mapping[str, str]  # names in lower case, repeated ones joined by commas
+    body: bytes  # its content encoding undone
+    url: str  # as requested
+
+
+class HttpTarget(NamedTuple):
+    """A URL taken apart once; what is judged, signed and sent are the same pieces."""
+
+    scheme: str
+    host: str  # lower case, A-labels, without the brackets of IPv6
+    port: int
+    path: str  # with the query, encoded
+    authorization: str | None  # from user:password@
+
+    @property
+    def netloc(self) -> str:
+        """The Host header (RFC 9110 7.2)."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _default_port(self.scheme) else f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://{self.netloc}{self.path}"
+
+    @property
+    def shown(self) -> str:
+        """The URL for people: no credentials, no query string, of bearable length."""
+        shown = f"{self.scheme}://{self.netloc}{self.path.partition('?')[0]}"
+        return shown if len(shown) <= 200 else f"{shown[:197]}..."
+
+
+def http_target(url: str) -> HttpTarget:
+    """An http or https URL, taken apart (RFC 3986), or HttpFailure when it is none."""
+    found = HTTP_URL.fullmatch(url.strip(" "))
+    if found is None or any(character < " " or character == "\x7f" for character in url):
+        raise HttpFailure("not a valid http or https URL", transient=False)
+    scheme = found["scheme"].lower()
+    try:
+        userinfo, host, port = _split_authority(found["authority"])
+        path = urllib.parse.quote(found["path"] or "/", safe=PATH_CHARACTERS)
+        query = urllib.parse.quote(found["query"] or "", safe=QUERY_CHARACTERS)
+        authorization = _basic_from_url(userinfo)
+        return HttpTarget(scheme, host, port or _default_port(scheme), path + query, authorization)
+    except ValueError:  # no host, an impossible name or port, lone surrogates
+        raise HttpFailure("not a valid http or https URL", transient=False) from None
+
+
+def basic_authorization(user: str, password: str) -> str:
+    """The value of an Authorization header (RFC 7617), in UTF-8."""
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")
+
+
+def _default_port(scheme: str) -> int:
+    return 443 if scheme == "https" else 80
+
+
+def _split_authority(authority: str) -> tuple[str | None, str, int | None]:
+    userinfo, at, place = authority.rpartition("@")
+    if not place.isascii():
+        name, colon, port = place.partition(":")
+        place = name.encode("idna").decode("ascii") + colon + port
+    found = HOST_AND_PORT.fullmatch(place)
+    if found is None:
+        raise ValueError("no host")
+    port_number = int(found["port"]) if found["port"] else None
+    if port_number is not None and not 1 <= port_number <= 65_535:
+        raise ValueError("port out of range")
+    return userinfo if at else None, found["host"].strip("[]").lower(), port_number
+
+
+def _basic_from_url(userinfo: str | None) -> str | None:
+    if userinfo is None:
+        return None
+    user, _, password = userinfo.partition(":")
+    return basic_authorization(urllib.parse.unquote(user), urllib.parse.unquote(password))
+
+
+# ----------------------------------------------------------------------
+# Which addresses may be reached
+# ----------------------------------------------------------------------
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """True for an address on the public Internet; IPv4 inside IPv6 is judged as what it is."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return not any(address in network for network in NOT_PUBLIC_4)
+    if address in IPV4_INSIDE or address in NAT64:
+        return is_public(_last_32_bits(address))
+    return address in PUBLIC_6 and not any(address in network for network in NOT_PUBLIC_6)
+
+
+def _last_32_bits(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
+    return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+
+
+class AddressPolicy:
+    """Lets through what is public, and what the operator named."""
+
+    def __init__(self, allow_hosts: Sequence[str]) -> None:
+        self._networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
+        self._names: set[str] = set()
+        for allowed in allow_hosts:
+            self._allow(allowed.strip())
+
+    def _allow(self, allowed: str) -> None:
+        try:
+            self._networks.append(ipaddress.ip_network(allowed.strip("[]"), strict=False))
+        except ValueError:
+            if "/" in allowed:
+                raise ConfigurationError(f"[attachments] allow_hosts: {allowed!r} is not a network") from None
+            self._names.add(allowed.lower().rstrip("."))
+
+    def judge(self, host: str, address: str) -> None:
+        """Raise ForbiddenAddress unless this address, reached for under this name, is allowed."""
+        if host.lower().rstrip(".") in self._names:
+            return
+        number = ipaddress.ip_address(address.partition("%")[0])
+        if isinstance(number, ipaddress.IPv6Address) and number in IPV4_INSIDE:
+            number = _last_32_bits(number)
+        if is_public(number) or any(number in network for network in self._networks):
+            return
+        raise ForbiddenAddress(
+            f"the address {number} of {host} is not public, and [attachments] allow_hosts does not name it"
+        )
+
+
+def resolve_name(host: str, port: int) -> Sequence[Address]:
+    """Every address of a name, in the order the system prefers. Blocks without a deadline."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+    return [(family, address) for family, _, _, _, address in found]
+
+
+# ----------------------------------------------------------------------
+# Sockets that know when the request has to be over
+# ----------------------------------------------------------------------
+
+
+class HttpDeadline:
+    """The instant at which a request ends, with all its redirects."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._at = time.monotonic() + timeout_s
+
+    def left_s(self) -> float:
+        left = self._at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+
+class _DeadlineSocket(socket.socket):
+    """Every send and receive has what is left until the deadline, not a timeout of its own."""
+
+    deadline: HttpDeadline
+    ended = False  # the other side has sent its last
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        self.settimeout(self.deadline.left_s())
+        received = super().recv_into(*args, **kwargs)
+        self.ended = received == 0
+        return received
+
+    def sendall(self, *args: Any, **kwargs: Any) -> None:
+        self.settimeout(self.deadline.left_s())
+        super().sendall(*args, **kwargs)
+
+
+class _DeadlineTlsSocket(ssl.SSLSocket):
+    """The same under TLS, whose sendall() is a series of send()."""
+
+    deadline: HttpDeadline
+    ended = False  # the other side has sent its last
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        self.settimeout(self.deadline.left_s())
+        received = super().recv_into(*args, **kwargs)
+        self.ended = received == 0
+        return received
+
+    def send(self, *args: Any, **kwargs: Any) -> int:
+        self.settimeout(self.deadline.left_s())
+        return super().send(*args, **kwargs)
+
+
+class _Dialer:
+    """Opens the connection of one request: resolves, judges, connects to what was judged."""
+
+    def __init__(self, deadline: HttpDeadline, policy: AddressPolicy | None, resolve: Resolver) -> None:
+        self.deadline = deadline
+        self._policy = policy
+        self._resolve = resolve
+
+    def __call__(self, place: tuple[str, int], *_: Any) -> socket.socket:
+        """Stand in for socket.create_connection()."""
+        host, port = place
+        addresses = self._permitted(host, self._look_up(host, port))
+        failure: OSError = OSError("the name has no address")
+        for tried, address in enumerate(addresses):
+            try:
+                return self._connect(address, self.deadline.left_s() / (len(addresses) - tried))
+            except OSError as error:
+                failure = error
+        raise failure
+
+    def _look_up(self, host: str, port: int) -> Sequence[Address]:
+        """A look-up knows no timeout; it gets a thread of its own, and our wait for it the deadline."""
+        found: concurrent.futures.Future[Sequence[Address]] = concurrent.futures.Future()
+
+        def look_up() -> None:
+            try:
+                found.set_result(self._resolve(host, port))
+            except Exception as error:  # raised again where somebody waits
+                found.set_exception(error)
+
+        threading.Thread(target=look_up, name="name-look-up", daemon=True).start()
+        return found.result(self.deadline.left_s())
+
+    def _permitted(self, host: str, addresses: Sequence[Address]) -> Sequence[Address]:
+        if self._policy is None:
+            return addresses
+        permitted: list[Address] = []
+        refusal: ForbiddenAddress | None = None
+        for family, address in addresses:
+            try:
+                self._policy.judge(host, address[0])
+                permitted.append((family, address))
+            except ForbiddenAddress as error:
+                refusal = refusal or error
+        if refusal is not None and not permitted:
+            raise refusal
+        return permitted
+
+    def _connect(self, address: Address, timeout_s: float) -> socket.socket:
+        family, number = address
+        connection = _DeadlineSocket(family, socket.SOCK_STREAM)
+        connection.deadline = self.deadline
+        try:
+            connection.settimeout(timeout_s)
+            connection.connect(number)
+            connection.settimeout(self.deadline.left_s())  # for the TLS handshake
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer with a whole head: http.client takes one that breaks off for a short one."""
+
+    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self._source = sock
+
+    def begin(self) -> None:
+        super().begin()
+        if self._source.ended:
+            raise http.client.IncompleteRead(b"")
+
+
+class _PlainConnection(http.client.HTTPConnection):
+    response_class = _Response
+
+    def __init__(self, host: str, *, timeout: float, dial: _Dialer) -> None:
+        super().__init__(host, timeout=timeout)
+        self._create_connection = dial
+
+
+class _TlsConnection(http.client.HTTPSConnection):
+    response_class = _Response
+
+    def __init__(self, host: str, *, timeout: float, dial: _Dialer, context: ssl.SSLContext) -> None:
+        super().__init__(host, timeout=timeout, context=context)
+        self._create_connection = dial
+
+    def connect(self) -> None:
+        super().connect()
+        if isinstance(self.sock, _DeadlineTlsSocket):
+            self.sock.deadline = self._create_connection.deadline
+
+
+class _Handler(urllib.request.AbstractHTTPHandler):
+    """urllib's own HTTP, over our connections."""
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def __init__(self, dial: _Dialer, trust: Trust) -> None:
+        super().__init__()
+        self._dial = dial
+        self._trust = trust
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(functools.partial(_PlainConnection, dial=self._dial), request)
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        connection = functools.partial(_TlsConnection, dial=self._dial, context=self._trust())
+        return self.do_open(connection, request)
+
+
+def tls_context(ca_file: str | None, verify: bool = True) -> ssl.SSLContext:
+    """Trust in the system's authorities, or in those of `ca_file` alone. Reads files: takes a while."""
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        reason = f"cannot read the certificates in {ca_file}: {error.strerror}"
+        raise HttpFailure(reason, transient=True) from None
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    context.sslsocket_class = _DeadlineTlsSocket
+    return context
+
+
+# ----------------------------------------------------------------------
+# The request
+# ----------------------------------------------------------------------
+
+
+def http_request(
+    method: str,
+    url: str,
+    *,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout_s: float,
+    deadline: HttpDeadline | None = None,
+    max_bytes: int,
+    ca_file: str | None = None,
+    verify: bool = True,
+    trust: Trust | None = None,
+    policy: AddressPolicy | None = None,
+    proxies: bool = False,
+    resolve: Resolver = resolve_name,
+    on_size: OnSize | None = None,
+) -> HttpAnswer:
+    """One request, one answer of whatever status; redirects are answers. Blocks up to `timeout_s`,
+    or until the deadline of the series it belongs to.
+
+    `on_size` is told, before the memory is taken, how many bytes the body of a success needs;
+    what it raises ends the request. `proxies` (those of the environment) are for URLs of the
+    operator; with a policy there are none, because a proxy would connect where nobody judged.
+    """
+    target = http_target(url)
+    deadline = deadline or HttpDeadline(timeout_s)
+    opener = urllib.request.OpenerDirector()  # nothing of urllib's but HTTP: no redirects, files, passwords
+    opener.addheaders = [("User-Agent", "mailproxy")]
+    trust = trust or functools.partial(tls_context, ca_file, verify)
+    opener.add_handler(_Handler(_Dialer(deadline, policy, resolve), trust))
+    if proxies and policy is None:
+        opener.add_handler(urllib.request.ProxyHandler())
+    request = urllib.request.Request(target.url, body, _request_headers(target, headers or {}), method=method)
+    try:
+        response = opener.open(request, timeout=timeout_s)
+        if response is None:
+            raise HttpFailure("the proxy in the environment is not an HTTP proxy", transient=True)
+        with response:
+            received = _read_body(response, target.shown, max_bytes, on_size or _no_matter)
+            return HttpAnswer(response.status, _header_mapping(response.headers), received, target.url)
+    except (OSError, http.client.HTTPException, ValueError, zlib.error) as error:
+        raise _http_failure(error, target, timeout_s) from None
+
+
+def _request_headers(target: HttpTarget, headers: Mapping[str, str]) -> dict[str, str]:
+    sent = {"Accept-Encoding": "identity"}
+    if target.authorization is not None:
+        sent["Authorization"] = target.authorization
+    return sent | dict(headers)
+
+
+def _header_mapping(headers: http.client.HTTPMessage) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in headers.items():
+        name = name.lower()
+        found[name] = f"{found[name]}, {value}" if name in found else value
+    return found
+
+
+def _no_matter(_size_bytes: int) -> None:
+    """Whatever the size, there is room."""
+
+
+def _http_failure(error: Exception, target: HttpTarget, timeout_s: float) -> HttpFailure:
+    """What went wrong, in a sentence; only a request that cannot even be written is lasting."""
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
+        error = error.reason
+    place = f"{target.scheme}://{target.netloc}"
+    match error:
+        case TimeoutError():
+            reason = f"{place} gave no complete answer within {timeout_s:g} s"
+        case socket.gaierror():
+            reason = f"the name {target.host} cannot be resolved: {error.strerror}"
+        case ssl.SSLCertVerificationError():
+            reason = f"the certificate of {place} is not trusted: {error.verify_message}"
+        case ssl.SSLError():
+            reason = f"no TLS with {place}: {error.reason or 'the connection ended'}"
+        case http.client.InvalidURL() | UnicodeError():
+            return HttpFailure("not a valid http or https URL", transient=False)
+        case http.client.HTTPException():  # the text may quote the answer
+            reason = f"{place} gave no complete HTTP answer ({type(error).__name__})"
+        case zlib.error():
+            reason = f"{place} answered with a body that cannot be decompressed"
+        case OSError():
+            reason = f"no connection to {place}: {error.strerror or error}"
+        case _:  # a header value http.client refuses; its text quotes the value, perhaps a token
+            return HttpFailure(f"a header for {place} cannot be sent", transient=False)
+    return HttpFailure(reason, transient=True)
+
+
+# ----------------------------------------------------------------------
+# Reading within a limit
+# ----------------------------------------------------------------------
+
+
+class _BoundedBody:
+    """Collects a body of unknown length, and asks for room before it grows."""
+
+    def __init__(self, what: str, max_bytes: int, on_size: OnSize) -> None:
+        self._what = what
+        self._max_bytes = max_bytes
+        self._on_size = on_size
+        self._room_bytes = 0
+        self._collected = io.BytesIO()  # its getvalue() is no copy
+
+    def add(self, piece: bytes) -> None:
+        size = self._collected.tell() + len(piece)
+        if size > self._max_bytes:
+            raise TooLarge(self._what, self._max_bytes)
+        if size > self._room_bytes:
+            self._room_bytes = min(8 * size, self._max_bytes)
+            self._on_size(self._room_bytes)
+        self._collected.write(piece)
+
+    def whole(self) -> bytes:
+        return self._collected.getvalue()
+
+
+def _read_body(response: http.client.HTTPResponse, what: str, max_bytes: int, on_size: OnSize) -> bytes:
+    if not 200 <= response.status < 300:
+        return response.read(ERROR_BODY_BYTES)
+    coding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if coding not in ("identity", ""):
+        return _read_encoded(response, coding, _BoundedBody(what, max_bytes, on_size))
+    if response.length is not None:
+        return _read_announced(response, response.length, what, max_bytes, on_size)
+    collected = _BoundedBody(what, max_bytes, on_size)
+    for piece in _pieces(response):
+        collected.add(piece)
+    return collected.whole()
+
+
+def _read_announced(
+    response: http.client.HTTPResponse, size_bytes: int, what: str, max_bytes: int, on_size: OnSize
+) -> bytes:
+    """A body whose Content-Length is known is read into its place at once."""
+    if size_bytes > max_bytes:
+        raise TooLarge(what, max_bytes)
+    on_size(size_bytes)
+    received = response.read(size_bytes)
+    if len(received) < size_bytes:
+        raise http.client.IncompleteRead(b"", size_bytes - len(received))
+    return received
+
+
+def _read_encoded(response: http.client.HTTPResponse, coding: str, collected: _BoundedBody) -> bytes:
+    """Undo gzip or deflate (RFC 9110 8.4.1), which some servers use though nobody asked."""
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        reason = f"the answer has the content encoding {coding[:40]!r}, which nobody asked for"
+        raise HttpFailure(reason, transient=False)
+    inflate: Any = None  # zlib's decompressor; gzip may be several members in a row (RFC 1952 2.2)
+    for piece in _pieces(response):
+        while piece:
+            inflate = inflate or zlib.decompressobj(zlib.MAX_WBITS | 32)  # either header is recognised
+            collected.add(inflate.decompress(piece, BODY_PIECE_BYTES))
+            piece = inflate.unconsumed_tail or inflate.unused_data
+            inflate = None if inflate.eof else inflate
+    while inflate is not None:  # what it still holds back because of the size of a piece
+        rest = inflate.decompress(b"", BODY_PIECE_BYTES)
+        collected.add(rest)
+        if not rest and not inflate.eof:
+            raise http.client.IncompleteRead(b"")
+        inflate = None if inflate.eof else inflate
+    return collected.whole()
+
+
+def _pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    missing = response.length
+    while piece := response.read(BODY_PIECE_BYTES):
+        missing = None if missing is None else missing - len(piece)
+        yield piece
+    if missing:
+        raise http.client.IncompleteRead(b"", missing)
+
+
+# ----------------------------------------------------------------------
+# Redirects
+# ----------------------------------------------------------------------
+
+
+def http_get_following(
+    url: str,
+    *,
+    timeout_s: float,
+    max_bytes: int,
+    policy: AddressPolicy | None,
+    trust: Trust | None = None,
+    resolve: Resolver = resolve_name,
+    on_size: OnSize | None = None,
+) -> HttpAnswer:
+    """GET with up to five redirects, each judged anew, all within one deadline. Blocks."""
+    deadline = HttpDeadline(timeout_s)
+    target = http_target(url)
+    for _ in range(MAX_REDIRECTS + 1):
+        answer = http_request(
+            "GET",
+            target.url,
+            headers={"Authorization": target.authorization} if target.authorization else {},
+            timeout_s=timeout_s,
+            deadline=deadline,
+            max_bytes=max_bytes,
+            trust=trust,
+            policy=policy,
+            resolve=resolve,
+            on_size=on_size,
+        )
+        if answer.status not in REDIRECTS or "location" not in answer.headers:
+            return answer
+        target = _redirected(target, answer.headers["location"])
+    raise HttpFailure(f"more than {MAX_REDIRECTS} redirects, the last one to {target.shown}", transient=False)
+
+
+def _redirected(target: HttpTarget, location: str) -> HttpTarget:
+    """Where a Location header leads; a password in the URL stays with the server it was meant for."""
+    location = location.encode("latin-1", "replace").decode("utf-8", "replace")  # http.client reads Latin-1
+    try:
+        next_target = http_target(urllib.parse.urljoin(target.url, location))
+    except (HttpFailure, ValueError):
+        reason = f"{target.shown} redirects to what is not a valid http or https URL"
+        raise HttpFailure(reason, transient=False) from None
+    if next_target[:3] == target[:3] and next_target.authorization is None:  # scheme, host and port
+        return next_target._replace(authorization=target.authorization)
+    return next_target
+
+
+# ======================================================================
+# ATTACHMENTS - content, URL, S3, storage -> bytes, or a Reply: later, or never
+# ======================================================================
+#
+# An attachment is never left out silently: whatever hinders it becomes a Reply of
+# the stage `attachment`, 4xx when it may pass, 5xx when it will not. The bytes of
+# all messages being put together share one budget; bytes that several messages of
+# a burst ask for are fetched once. S3: signature version 4 ("Authenticating
+# Requests: Using the Authorization Header" in Amazon's S3 API reference).
+
+FETCHES_PER_HOST = 4  # at a time: a slow server holds up its own messages, not the pool of threads
+CACHE_AGE_S = 300  # how long a burst may fall back on what was fetched
+BUILD_FACTOR = 3  # bytes a message takes while it is built, for each of its attachments: it, base64, message
+MAX_NAME_CHARACTERS = 200
+
+GOOD_ANSWERS = (200, 203)
+PASSING_ANSWERS = (408, 429)  # beside every 5xx
+GENERIC_TYPES = ("", "application/octet-stream", "binary/octet-stream", "application/x-download")
+MEDIA_TYPE = re.compile(r"\s*([A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+)\s*(?:;.*)?", re.DOTALL)
+DISPOSITION_PARAMETER = re.compile(r';\s*([A-Za-z0-9!#$&+.^_`|~*-]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;]*)')
+EXTENDED_VALUE = re.compile(r"([A-Za-z0-9!#$&+.^_`{}~-]+)'[^']*'(.*)")  # RFC 8187 3.2
+TURNS_TEXT_AROUND = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+S3_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+S3_BUCKET_IN_HOST = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")  # one label: fits a wildcard certificate
+S3_REGION = re.compile(r"[A-Za-z0-9-]{1,64}")
+S3_ERROR = re.compile(rb"<(Code|Message|Region)>([^<]*)</")
+EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
+
+
+def failed_fetch(reason: str, code: int, retry_after_s: float | None = None) -> Reply:
+    """The local reply for an attachment that is not to be had: 4xx now, 5xx ever."""
+    return Reply(
+        Stage.ATTACHMENT,
+        code,
+        f"Attachment fetch failed: {' '.join(reason.split())}",
+        cause=Cause.LOCAL,
+        retry_after_s=retry_after_s,
+    )
+
+
+class Fetched(NamedTuple):
+    """What a source gave: the bytes, and what it calls them ("" when it does not say)."""
+
+    content: bytes
+    filename: str = ""
+    content_type: str = ""
+
+
+# ----------------------------------------------------------------------
+# The memory of all messages being put together
+# ----------------------------------------------------------------------
+
+
+class MemoryShort(Exception):
+    """There is no room right now; `needed_bytes` in all would do."""
+
+    def __init__(self, needed_bytes: int) -> None:
+        super().__init__(f"{needed_bytes} bytes needed")
+        self.needed_bytes = needed_bytes
+
+
+class Reservation:
+    """A share of the memory budget, held until its block ends."""
+
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget = budget
+        self.size_bytes = 0
+        self.ended = False
+
+    def grow_to(self, size_bytes: int) -> None:
+        """Hold at least so much, at once or not at all (MemoryShort). May be called in a thread."""
+        if size_bytes > self.size_bytes and not self._budget.grow(self, size_bytes):
+            raise MemoryShort(size_bytes)
+
+    def shrink_to(self, size_bytes: int) -> None:
+        """Give back what is beyond `size_bytes`."""
+        self._budget.shrink(self, size_bytes)
+
+
+class MemoryBudget:
+    """Bytes that may be in use at a time, given out in the order of asking.
+
+    A request larger than the whole budget is granted when it is alone; nothing at all is
+    granted at once. It belongs to one event loop; only grow() may be called in a thread.
+    """
+
+    def __init__(self, total_bytes: int) -> None:
+        self._total_bytes = total_bytes
+        self._used_bytes = 0
+        self._lock = threading.Lock()
+        self._waiting: collections.deque[tuple[Reservation, int, asyncio.Future[None]]] = collections.deque()
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used_bytes
+
+    @contextlib.asynccontextmanager
+    async def reserve(self, size_bytes: int) -> AsyncIterator[Reservation]:
+        """Wait for room and hold it until the block ends; the wait has the caller's deadline."""
+        reservation = Reservation(self)
+        try:
+            if size_bytes and not self.grow(reservation, size_bytes):
+                await self._wait_for(reservation, size_bytes)
+            yield reservation
+        finally:
+            with self._lock:
+                self._used_bytes -= reservation.size_bytes
+                reservation.size_bytes = 0
+                reservation.ended = True
+            self._grant()
+
+    async def _wait_for(self, reservation: Reservation, size_bytes: int) -> None:
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        place = (reservation, size_bytes, granted)
+        self._waiting.append(place)
+        self._grant()  # what grow() left to those who wait may have become free meanwhile
+        try:
+            await granted
+        finally:
+            if place in self._waiting:
+                self._waiting.remove(place)
+
+    def grow(self, reservation: Reservation, size_bytes: int) -> bool:
+        """Let a reservation hold `size_bytes` when nobody waits and there is room; False otherwise."""
+        with self._lock:
+            return not self._waiting and self._take(reservation, size_bytes)
+
+    def shrink(self, reservation: Reservation, size_bytes: int) -> None:
+        with self._lock:
+            surplus = max(0, reservation.size_bytes - size_bytes)
+            reservation.size_bytes -= surplus
+            self._used_bytes -= surplus
+        self._grant()
+
+    def _take(self, reservation: Reservation, size_bytes: int) -> bool:
+        others = self._used_bytes - reservation.size_bytes
+        if reservation.ended or (others and others + size_bytes > self._total_bytes):
+            return False
+        self._used_bytes = others + size_bytes
+        reservation.size_bytes = size_bytes
+        return True
+
+    def _grant(self) -> None:
+        """Serve those who wait, in their order, as far as there is room."""
+        with self._lock:
+            while self._waiting and self._take(*self._waiting[0][:2]):
+                _, _, granted = self._waiting.popleft()
+                if not granted.done():
+                    granted.set_result(None)
+
+
+# ----------------------------------------------------------------------
+# Names and types
+# ----------------------------------------------------------------------
+
+
+def safe_filename(name: str) -> str:
+    """A name no mail program can take for a path, a header line or something else than it is."""
+    name = re.sub(r"[/\\]", "_", name)
+    name = "".join(character for character in name if not _is_treacherous(character)).strip().rstrip(". ")
+    stem, dot, extension = name.rpartition(".")
+    if len(name) > MAX_NAME_CHARACTERS and dot and len(extension) <= 20:
+        return f"{stem[: MAX_NAME_CHARACTERS - len(extension) - 1]}.{extension}"
+    return name[:MAX_NAME_CHARACTERS] or "attachment"
+
+
+def _is_treacherous(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in TURNS_TEXT_AROUND
+
+
+def disposition_filename(header: str) -> str:
+    """The file name in a Content-Disposition header (RFC 6266, RFC 8187), "" when there is none."""
+    parameters = {name.lower(): value for name, value in DISPOSITION_PARAMETER.findall(f";{header}")}
+    extended = EXTENDED_VALUE.fullmatch(parameters.get("filename*", "").strip().strip('"'))
+    if extended is not None:
+        with contextlib.suppress(LookupError, UnicodeError):
+            return _last_segment(urllib.parse.unquote(extended[2], encoding=extended[1], errors="strict"))
+    return _last_segment(_plain_value(parameters.get("filename", "")))
+
+
+def _plain_value(value: str) -> str:
+    """A parameter, unquoted; raw UTF-8, which http.client read as Latin-1, is put right."""
+    value = value.strip()
+    if len(value) >= 2 and value[0] == value[-1] == '"':
+        value = re.sub(r"\\(.)", r"\1", value[1:-1])
+    with contextlib.suppress(UnicodeError):
+        return value.encode("latin-1").decode("utf-8")
+    return value
+
+
+def _last_segment(path: str) -> str:
+    return path.replace("\\", "/").rpartition("/")[2]
+
+
+def media_type(header: str | None) -> str:
+    """The type/subtype of a Content-Type header in lower case, "" when it has none."""
+    found = MEDIA_TYPE.fullmatch(header or "")
+    return found[1].lower() if found else ""
+
+
+def guessed_type(filename: str) -> str:
+    """The media type that the extension of a name stands for, "" when nobody knows it."""
+    guess, encoding = mimetypes.guess_type(f"/{filename}")  # with the slash it is no data: URL
+    if encoding is None:
+        return guess or ""
+    return "application/gzip" if encoding == "gzip" else "application/octet-stream"
+
+
+def as_part(attachment: Attachment, fetched: Fetched) -> Part:
+    """Name and type the bytes: the message's word first, then the source's, then a guess."""
+    filename = safe_filename(attachment.filename or fetched.filename)
+    return Part(attachment, filename, _type_of(attachment, fetched.content_type, filename), fetched.content)
+
+
+def _type_of(attachment: Attachment, told: str, filename: str) -> str:
+    if given := media_type(attachment.content_type):
+        return given
+    if told and told not in GENERIC_TYPES and not _is_framework_default(attachment, told):
+        return told
+    return guessed_type(filename) or told or "application/octet-stream"
+
+
+def _is_framework_default(attachment: Attachment, told: str) -> bool:
+    """Web frameworks call any bytes text/html when nobody says what they are."""
+    return attachment.source is Source.ENDPOINT and told == "text/html"
+
+
+# ----------------------------------------------------------------------
+# S3
+# ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class S3Defaults:
+    """[s3] as it is in force; the secrets already read."""
+
+    access_key_id: str | None = None
+    secret_access_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+    region: str | None = None
+    endpoint: str | None = None
+    addressing: str = "auto"
+
+
+def sign_s3(
+    method: str,
+    target: HttpTarget,
+    headers: Mapping[str, str],
+    payload_sha256: str,
+    credentials: S3Defaults,
+    region: str,
+    now: float,
+) -> dict[str, str]:
+    """`headers` and those that make a request to S3 authentic at this time (signature version 4).
+
+    The path of the target is signed as it is sent: every segment encoded once, nothing normalised.
+    """
+    stamp = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
+    sent = {name.lower(): value for name, value in headers.items()}
+    sent |= {"host": target.netloc, "x-amz-content-sha256": payload_sha256, "x-amz-date": stamp}
+    if credentials.session_token:
+        sent["x-amz-security-token"] = credentials.session_token
+    signed = ";".join(sorted(sent))
+    scope = f"{stamp[:8]}/{region}/s3/aws4_request"
+    canonical = _canonical_request(method, target.path, sent, signed, payload_sha256)
+    to_sign = "\n".join(("AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()))
+    signature = hmac.new(_signing_key(credentials, scope), to_sign.encode(), hashlib.sha256).hexdigest()
+    sent["authorization"] = (
+        f"AWS4-HMAC-SHA256 Credential={credentials.access_key_id}/{scope}, "
+        f"SignedHeaders={signed}, Signature={signature}"
+    )
+    return sent
+
+
+def _canonical_request(
+    method: str, path: str, headers: Mapping[str, str], signed: str, payload_sha256: str
+) -> str:
+    path, _, query = path.partition("?")
+    parameters = sorted(f"{name}={value}" for name, value in _query_pairs(query))
+    header_lines = [f"{name}:{' '.join(headers[name].split())}" for name in sorted(headers)]
+    return "\n".join((method, path, "&".join(parameters), *header_lines, "", signed, payload_sha256))
+
+
+def _query_pairs(query: str) -> list[tuple[str, str]]:
+    pairs = (parameter.partition("=") for parameter in query.split("&") if parameter)
+    return [(name, value) for name, _, value in pairs]
+
+
+def _signing_key(credentials: S3Defaults, scope: str) -> bytes:
+    key = f"AWS4{credentials.secret_access_key}".encode()
+    for element in scope.split("/"):
+        key = hmac.new(key, element.encode(), hashlib.sha256).digest()
+    return key
+
+
+def s3_target(wanted: S3Object, defaults: S3Defaults, region: str) -> HttpTarget:
+    """Where an object is asked for: path style or virtual-host style, on Amazon or elsewhere."""
+    if not S3_BUCKET.fullmatch(wanted.bucket) or not S3_REGION.fullmatch(region):
+        raise HttpFailure("the S3 bucket or region has a name that cannot be", transient=False)
+    endpoint = http_target(wanted.endpoint or defaults.endpoint or _amazon(region))
+    prefix = endpoint.path.partition("?")[0].rstrip("/")
+    try:
+        key = urllib.parse.quote(wanted.key, safe="/")
+        version = urllib.parse.quote(wanted.version_id or "", safe="")
+    except UnicodeEncodeError:
+        raise HttpFailure("the S3 key is not valid Unicode", transient=False) from None
+    if version:
+        key = f"{key}?versionId={version}"
+    if _bucket_is_in_host(wanted, defaults, endpoint):
+        return endpoint._replace(host=f"{wanted.bucket}.{endpoint.host}".lower(), path=f"{prefix}/{key}")
+    return endpoint._replace(path=f"{prefix}/{wanted.bucket}/{key}")
+
+
+def _amazon(region: str) -> str:
+    return f"https://s3.{region}.amazonaws.com" + (".cn" if region.startswith("cn-") else "")
+
+
+def _bucket_is_in_host(wanted: S3Object, defaults: S3Defaults, endpoint: HttpTarget) -> bool:
+    addressing = wanted.addressing or defaults.addressing
+    if addressing == "auto":
+        on_amazon = endpoint.host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+        return on_amazon and S3_BUCKET_IN_HOST.fullmatch(wanted.bucket) is not None
+    return addressing == "virtual"
+
+
+def s3_error(answer: HttpAnswer) -> dict[str, str]:
+    """Code, Message and Region of S3's error document, as far as they are there."""
+    found = S3_ERROR.findall(answer.body[:ERROR_BODY_BYTES])
+    return {name.decode(): html.unescape(text.decode("utf-8", "replace")).strip() for name, text in found}
+
+
+def _s3_words(answer: HttpAnswer, credentials: S3Defaults) -> str:
+    """The error in S3's words; a server that repeats our credentials does not get them shown."""
+    error = s3_error(answer)
+    words = ": ".join(error[name] for name in ("Code", "Message") if error.get(name))
+    secrets = (credentials.access_key_id, credentials.secret_access_key, credentials.session_token)
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):  # one may be part of another
+        words = words.replace(secret, "...")
+    return words[:300]
+
+
+def _region_named(answer: HttpAnswer) -> str | None:
+    """The region that S3 says the bucket is in, when it was asked in another one."""
+    if answer.status not in (301, 307, 400):
+        return None
+    region = answer.headers.get("x-amz-bucket-region") or s3_error(answer).get("Region", "")
+    return region if S3_REGION.fullmatch(region) else None
+
+
+# ----------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------
+
+
+def read_file_below(base_dir: str, path: str, max_bytes: int, on_size: OnSize) -> bytes:
+    """The content of a regular file below `base_dir`, wherever links and dots lead. Blocks.
+
+    Links are resolved first, and the result is opened step by step without following any:
+    what changes in between is an error, not a way out.
+    """
+    base = os.path.realpath(base_dir)
+    try:
+        resolved = os.path.realpath(os.path.join(base, path))
+        inside = os.path.relpath(resolved, base) if os.path.commonpath((base, resolved)) == base else ".."
+    except ValueError:  # a null byte, or what is no Unicode
+        raise HttpFailure("the file name is not valid", transient=False) from None
+    if inside in (".", ".."):
+        raise HttpFailure(f"{path[:200]!r} is not below [attachments] base_dir", transient=False)
+    try:
+        return _read_regular_file(base, inside.split("/"), max_bytes, on_size)
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise HttpFailure(f"{path[:200]!r}: {error.strerror}", transient=error.filename == base) from None
+    except OSError as error:
+        transient = error.errno not in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+        raise HttpFailure(f"{path[:200]!r}: {error.strerror}", transient=transient) from None
+
+
+def _read_regular_file(base: str, steps: Sequence[str], max_bytes: int, on_size: OnSize) -> bytes:
+    with contextlib.ExitStack() as opened:
+        folder = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
+        opened.callback(os.close, folder)
+        for step in steps[:-1]:
+            folder = os.open(step, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            opened.callback(os.close, folder)
+        # O_NONBLOCK: a FIFO nobody writes to must not hold the thread
+        descriptor = os.open(steps[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        opened.callback(os.close, descriptor)
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise HttpFailure(f"{steps[-1]!r} is not a regular file", transient=False)
+        if found.st_size > max_bytes:
+            raise TooLarge(repr(steps[-1]), max_bytes)
+        on_size(found.st_size)
+        return opened.enter_context(open(descriptor, "rb", closefd=False)).read(found.st_size)
+
+
+# ----------------------------------------------------------------------
+# The fetcher
+# ----------------------------------------------------------------------
+
+
+class AttachmentFetcher:
+    """Gets the bytes of attachments, each once in a burst, and never more than memory allows.
+
+    `s3` and `endpoint_headers` are called in the thread of a fetch, so they may read files;
+    a SecretUnavailable of theirs defers the message. `endpoint_url`, `base_dir`: None refuses.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout_s: float,
+        max_attachment_bytes: int,
+        max_message_bytes: int,
+        cache_bytes: int,
+        policy: AddressPolicy,
+        s3: Callable[[], S3Defaults],
+        endpoint_url: str | None,
+        endpoint_headers: Callable[[], Mapping[str, str]],
+        endpoint_ca_file: str | None = None,
+        base_dir: str | None,
+        in_thread: InThread,
+        monotonic: Callable[[], float],
+        now: Callable[[], float],
+        observe: Callable[[Source, str], None],
+        resolve: Resolver = resolve_name,
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._max_attachment_bytes = max_attachment_bytes
+        self._max_message_bytes = max_message_bytes
+        self._policy = policy
+        self._s3 = s3
+        self._endpoint_url = endpoint_url
+        self._endpoint_headers = endpoint_headers
+        self._trust = functools.cache(functools.partial(tls_context, None))
+        self._endpoint_trust = functools.cache(functools.partial(tls_context, endpoint_ca_file))
+        self._base_dir = base_dir
+        self._in_thread = in_thread
+        self._now = now
+        self._observe = observe
+        self._resolve = resolve
+        self._cache = _Cache(cache_bytes, CACHE_AGE_S, monotonic)
+        self._flights: dict[tuple[object, ...], asyncio.Future[Fetched | Reply]] = {}
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
+
+    async def gather(
+        self, attachments: Sequence[Attachment], memory: Reservation, own_bytes: int
+    ) -> tuple[Part, ...] | Reply:
+        """All parts of one message, or the reply that says why there are none.
+
+        `memory` holds what building it takes: `own_bytes` is the message without its attachments.
+        Raises MemoryShort when the parts turn out larger than there is room for.
+        """
+        parts: list[Part] = []
+        together = 0
+        for attachment in attachments:
+
+            def make_room(size_bytes: int, so_far: int = own_bytes + together) -> None:
+                memory.grow_to((so_far + size_bytes) * BUILD_FACTOR)
+
+            part = await self.fetch(attachment, make_room)
+            if isinstance(part, Reply):
+                return part
+            together += len(part.content)
+            if together > self._max_message_bytes:
+                reason = (
+                    f"the attachments together are larger than the {self._max_message_bytes} bytes allowed"
+                )
+                return failed_fetch(reason, 552)
+            parts.append(part)
+        return tuple(parts)
+
+    async def fetch(self, attachment: Attachment, make_room: OnSize = _no_matter) -> Part | Reply:
+        """One attachment: its bytes, or why there are none. `make_room` is asked before they are read."""
+        if attachment.content is not None:
+            fetched: Fetched | Reply = self._within_limit(Fetched(attachment.content))
+            return await self._verified(attachment, fetched)
+        key = (attachment.source, attachment.location, attachment.s3)
+        cached = self._cache.get(key)
+        if cached is not None:
+            make_room(len(cached.content))
+            part = await self._verified(attachment, cached)
+            if isinstance(part, Part):  # otherwise the sender means a newer content than ours
+                self._observe(attachment.source, "cached")
+                return part
+        part = await self._verified(attachment, await self._fetch_once(key, attachment, make_room))
+        self._observe(attachment.source, _fetch_outcome(part))
+        return part
+
+    def _within_limit(self, fetched: Fetched) -> Fetched | Reply:
+        if len(fetched.content) <= self._max_attachment_bytes:
+            return fetched
+        return failed_fetch(f"it is larger than the {self._max_attachment_bytes} bytes allowed", 552)
+
+    async def _verified(self, attachment: Attachment, fetched: Fetched | Reply) -> Part | Reply:
+        if isinstance(fetched, Reply):
+            return fetched
+        if attachment.content_md5 is not None:
+            digest = await self._in_thread(functools.partial(_md5, fetched.content))
+            if digest != attachment.content_md5.lower():
+                return failed_fetch(f"its MD5 is {digest}, not {attachment.content_md5} as announced", 554)
+        return as_part(attachment, fetched)
+
+    async def _fetch_once(
+        self, key: tuple[object, ...], attachment: Attachment, make_room: OnSize
+    ) -> Fetched | Reply:
+        """Join a fetch that is under way, or be the one the others join."""
+        while (flight := self._flights.get(key)) is not None:
+            await asyncio.wait([flight])
+            if not flight.cancelled():
+                joined = flight.result()
+                make_room(len(joined.content) if isinstance(joined, Fetched) else 0)
+                return joined
+        flight = self._flights[key] = asyncio.get_running_loop().create_future()
+        try:
+            outcome = await self._fetch_in_turn(attachment, make_room)
+            flight.set_result(outcome)
+        finally:
+            del self._flights[key]
+            flight.cancel()  # when nothing came of it those who joined try themselves
+        if isinstance(outcome, Fetched) and attachment.source is not Source.FILESYSTEM:
+            self._cache.put(key, outcome)
+        return outcome
+
+    async def _fetch_in_turn(self, attachment: Attachment, make_room: OnSize) -> Fetched | Reply:
+        host = self._host_of(attachment)
+        turns = self._turns.get(host)
+        if turns is None:
+            turns = self._turns[host] = asyncio.Semaphore(FETCHES_PER_HOST)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await turns.acquire()
+        except TimeoutError:
+            return failed_fetch(f"{host} is still busy with other attachments", 451)
+        try:
+            return await self._in_thread(functools.partial(self._fetch_blocking, attachment, make_room))
+        finally:
+            turns.release()
+
+    def _host_of(self, attachment: Attachment) -> str:
+        """Whose turns a fetch takes."""
+        match attachment:
+            case Attachment(source=Source.URL, location=url) | Attachment(s3=S3Object(endpoint=str(url))):
+                with contextlib.suppress(HttpFailure):  # the fetch itself will say it
+                    return http_target(url).netloc
+        return attachment.source.value
+
+    # ------------------------------------------------------------------
+    # What blocks: one method a source
+    # ------------------------------------------------------------------
+
+    def _fetch_blocking(self, attachment: Attachment, make_room: OnSize) -> Fetched | Reply:
+        sources = {
+            Source.URL: self._from_url,
+            Source.S3: self._from_s3,
+            Source.ENDPOINT: self._from_endpoint,
+            Source.FILESYSTEM: self._from_file,
+        }
+        try:
+            return sources[attachment.source](attachment, make_room)
+        except TooLarge as failure:
+            return failed_fetch(failure.reason, 552)
+        except HttpFailure as failure:
+            return failed_fetch(failure.reason, 451 if failure.transient else 554)
+        except SecretUnavailable as failure:
+            return failed_fetch(str(failure), 451)
+
+    def _from_url(self, attachment: Attachment, make_room: OnSize) -> Fetched | Reply:
+        answer = http_get_following(
+            attachment.location,
+            timeout_s=self._timeout_s,
+            max_bytes=self._max_attachment_bytes,
+            policy=self._policy,
+            trust=self._trust,
+            resolve=self._resolve,
+            on_size=make_room,
+        )
+        name = urllib.parse.unquote(_last_segment(urllib.parse.urlsplit(answer.url).path))
+        return self._judged(answer, http_target(answer.url).shown, name)
+
+    def _from_endpoint(self, attachment: Attachment, make_room: OnSize) -> Fetched | Reply:
+        if self._endpoint_url is None:
+            return failed_fetch("[client] client_attachment_url is not configured", 554)
+        answer = http_request(
+            "POST",
+            self._endpoint_url,
+            body=json.dumps({"storage_path": attachment.location}).encode(),
+            headers={**self._endpoint_headers(), "Content-Type": "application/json"},
+            timeout_s=self._timeout_s,
+            max_bytes=self._max_attachment_bytes,
+            trust=self._endpoint_trust,
+            proxies=True,
+            resolve=self._resolve,
+            on_size=make_room,
+        )
+        what = f"the attachment endpoint for {attachment.location[:200]!r}"
+        return self._judged(answer, what, _last_segment(attachment.location))
+
+    def _from_file(self, attachment: Attachment, make_room: OnSize) -> Fetched:
+        if self._base_dir is None:
+            raise HttpFailure("[attachments] base_dir is not configured", transient=False)
+        content = read_file_below(self._base_dir, attachment.location, self._max_attachment_bytes, make_room)
+        return Fetched(content, _last_segment(attachment.location))
+
+    def _from_s3(self, attachment: Attachment, make_room: OnSize) -> Fetched | Reply:
+        wanted = attachment.s3
+        if wanted is None:
+            raise ValueError("an S3 attachment without its object")
+        defaults = self._s3()
+        if not defaults.access_key_id or not defaults.secret_access_key:
+            return failed_fetch("no S3 credentials: set access_key_id and secret_access_key in [s3]", 554)
+        region = wanted.region or defaults.region or "us-east-1"
+        deadline = HttpDeadline(self._timeout_s)
+        answer = self._ask_s3(wanted, defaults, region, deadline, make_room)
+        right_region = _region_named(answer)
+        if right_region is not None and right_region != region:
+            answer = self._ask_s3(wanted, defaults, right_region, deadline, make_room)
+        what = f"s3://{wanted.bucket}/{wanted.key[:200]}"
+        return self._judged(answer, what, _last_segment(wanted.key), _s3_words(answer, defaults))
+
+    def _ask_s3(
+        self, wanted: S3Object, defaults: S3Defaults, region: str, deadline: HttpDeadline, make_room: OnSize
+    ) -> HttpAnswer:
+        target = s3_target(wanted, defaults, region)
+        headers = sign_s3("GET", target, {}, EMPTY_SHA256, defaults, region, self._now())
+        return http_request(
+            "GET",
+            target.url,
+            headers=headers,
+            timeout_s=self._timeout_s,
+            deadline=deadline,
+            max_bytes=self._max_attachment_bytes,
+            policy=self._policy if wanted.endpoint else None,
+            trust=self._trust,
+            proxies=True,
+            resolve=self._resolve,
+            on_size=make_room,
+        )
+
+    def _judged(self, answer: HttpAnswer, what: str, name: str, words: str = "") -> Fetched | Reply:
+        """The content of a good answer; 408, 429 and 5xx may pass, everything else lasts."""
+        if answer.status in GOOD_ANSWERS:
+            named = disposition_filename(answer.headers.get("content-disposition", ""))
+            return Fetched(answer.body, named or name, media_type(answer.headers.get("content-type")))
+        reason = f"{what} answered {answer.status} {words}"
+        if answer.status in PASSING_ANSWERS or answer.status >= 500:
+            pause_s = retry_after_s(answer.headers.get("retry-after", ""), self._now())
+            return failed_fetch(reason, 451, pause_s)
+        return failed_fetch(reason, 550 if answer.status in (404, 410) else 554)
+
+
+def retry_after_s(header: str, now: float) -> float | None:
+    """The pause a Retry-After header asks for: seconds or a date (RFC 9110 10.2.3)."""
+    header = header.strip()
+    if header.isascii() and header.isdigit():
+        return float(header[:9])
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - now)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def _fetch_outcome(part: Part | Reply) -> str:
+    """The label under which a fetch is counted."""
+    if isinstance(part, Part):
+        return "fetched"
+    return "deferred" if part.transient else "failed"
+
+
+class _Cache:
+    """What was fetched last, as long as it is young and all of it fits."""
+
+    def __init__(self, max_bytes: int, max_age_s: float, monotonic: Callable[[], float]) -> None:
+        self._max_bytes = max_bytes
+        self._max_age_s = max_age_s
+        self._monotonic = monotonic
+        self._size_bytes = 0
+        self._kept: dict[tuple[object, ...], tuple[float, Fetched]] = {}  # used longest ago first
+
+    def get(self, key: tuple[object, ...]) -> Fetched | None:
+        kept = self._kept.get(key)
+        if kept is None:
+            return None
+        fetched_at, fetched = kept
+        if self._monotonic() - fetched_at > self._max_age_s:
+            self._drop(key)
+            return None
+        self._kept[key] = self._kept.pop(key)
+        return fetched
+
+    def put(self, key: tuple[object, ...], fetched: Fetched) -> None:
+        self._drop(key)
+        if len(fetched.content) > self._max_bytes:
+            return
+        self._kept[key] = (self._monotonic(), fetched)
+        self._size_bytes += len(fetched.content)
+        while self._size_bytes > self._max_bytes:
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, key: tuple[object, ...]) -> None:
+        kept = self._kept.pop(key, None)
+        if kept is not None:
+            self._size_bytes -= len(kept[1].content)
+
+
+# ======================================================================
+# DELIVERY AGENT - one SMTP session; one transaction -> a reply for each recipient
+# ======================================================================
+#
+# The only room that knows aiosmtplib: it connects, turns to TLS and logs in with it, then
+# takes the connection over for the transactions, which use PIPELINING where it is offered
+# (RFC 5321, 2920). Its invariant: whatever a server does, mail gets replies, never an
+# exception; and a connection that did one thing out of order is not believed again.
+
+END_OF_DATA_TIMEOUT_S = 600.0  # RFC 5321 4.5.3.2.6
+QUIT_TIMEOUT_S = 5.0
+LONGEST_TEXT = 1_000  # characters of a reply that are kept
+LONGEST_REPLY_BYTES = 65_536
+CONTENT_PIECE_BYTES = 131_072  # of a content, between two looks at the server
+TOKEN_LIFE_S = 3_600.0  # when the token endpoint does not say
+
+PostForm = Callable[[str, Mapping[str, str], float], tuple[int, bytes]]  # url, fields, timeout in s
+
+_ENHANCED_CODE = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s+|$)")  # RFC 3463
+_REPLY_LINE = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
+_UNSPEAKABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_ANY_LINE_END = re.compile(rb"\r\n|\r|\n")
+
+
+# ----- replies
+
+
+def one_line(text: str) -> str:
+    """A text of the other side as one bounded line of printable characters."""
+    if not text.isprintable():
+        text = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(text.split())[:LONGEST_TEXT]
+
+
+def server_reply(stage: Stage, code: int, lines: Iterable[str]) -> Reply:
+    """The server's own words; the enhanced code is believed when its class fits (RFC 2034 4)."""
+    enhanced_code, texts = None, []
+    for line in map(str.strip, lines):
+        found = _ENHANCED_CODE.match(line)
+        if found and line[0] == str(code)[0]:
+            enhanced_code = enhanced_code or found[1]
+            line = line[found.end() :]
+        texts.append(line)
+    return Reply(stage, code, one_line(" ".join(texts)), enhanced_code)
+
+
+def unfitting_reply(stage: Stage, answer: str) -> Reply:
+    """What we say when the server said something that is no answer at this place."""
+    return Reply(stage, 451, one_line(f"the answer does not fit: {answer}"), "4.5.0", Cause.LOCAL)
+
+
+def local_reply(stage: Stage, text: str, cause: Cause = Cause.LOCAL) -> Reply:
+    """Our word in place of the server's: for now it does not work."""
+    code, enhanced_code = {
+        Stage.CONNECT: (451, "4.4.1"),
+        Stage.TLS: (454, "4.7.5"),
+        Stage.AUTH: (451, "4.7.0"),
+    }.get(stage, (451, "4.4.2"))
+    return Reply(stage, code, one_line(text), enhanced_code, cause)
+
+
+def _reply_of_failure(stage: Stage, failure: Exception) -> Reply:
+    """A reply for what aiosmtplib, ssl or the network raised while a session was opened."""
+    if isinstance(failure, aiosmtplib.SMTPResponseException):
+        if 400 <= failure.code < 600:
+            return server_reply(stage, failure.code, failure.message.split("\n"))
+        return unfitting_reply(stage, f"{failure.code} {failure.message}".removeprefix("-1 "))
+    root = _root_of(failure)
+    if isinstance(root, ssl.SSLCertVerificationError):
+        return local_reply(Stage.TLS, f"the server's certificate is not accepted: {root.verify_message}")
+    if isinstance(root, ssl.SSLError):
+        return local_reply(Stage.TLS, f"no TLS with the server: {root.reason or root}")
+    if isinstance(root, (TimeoutError, ConnectionAbortedError)):  # the latter: a handshake took too long
+        return local_reply(stage, "no answer in time", Cause.TIMEOUT)
+    if isinstance(root, ConnectionError):
+        reason = f": {root.strerror}" if root.strerror else ""
+        return local_reply(stage, f"connection lost{reason}", Cause.LOST)
+    return local_reply(stage, str(root))
+
+
+def _root_of(failure: BaseException) -> BaseException:
+    while isinstance(failure.__cause__, OSError):
+        failure = failure.__cause__
+    return failure
+
+
+# ----- the content on the wire
+
+
+def spans_of(content: bytes) -> list[slice]:
+    """Cut a content into pieces to be written one after the other, at line ends where there are any."""
+    spans, start = [], 0
+    while len(content) - start > CONTENT_PIECE_BYTES:
+        end = content.rfind(b"\n", start, start + CONTENT_PIECE_BYTES) + 1 or start + CONTENT_PIECE_BYTES
+        if content[end - 1 : end + 1] == b"\r\n":
+            end += 1
+        spans.append(slice(start, end))
+        start = end
+    return [*spans, slice(start, len(content))]
+
+
+def as_sent(content: bytes, span: slice) -> bytes:
+    """A piece as DATA carries it: its line ends CRLF, dots at line starts doubled (RFC 5321 4.5.2)."""
+    piece = content[span]
+    if not piece.count(b"\n") == piece.count(b"\r\n") == piece.count(b"\r"):
+        piece = _ANY_LINE_END.sub(b"\r\n", piece)
+    if b"\n." in piece:
+        piece = piece.replace(b"\n.", b"\n..")
+    starts_a_line = span.start == 0 or content[span.start - 1] in b"\r\n"
+    return b"." + piece if starts_a_line and piece.startswith(b".") else piece
+
+
+def with_final_dot(piece: bytes) -> bytes:
+    """The last piece, with the line that ends the content."""
+    return piece + (b".\r\n" if not piece or piece.endswith(b"\n") else b"\r\n.\r\n")
+
+
+# ----- the wire
+
+
+class Answer(NamedTuple):
+    """One reply as it came: its code and the lines of its text."""
+
+    code: int
+    lines: tuple[bytes, ...]
+
+    @property
+    def texts(self) -> list[str]:
+        return [line.decode("utf-8", "replace") for line in self.lines]
+
+    def __str__(self) -> str:
+        return " ".join([str(self.code), *self.texts])
+
+
+class Broken(NamedTuple):
+    """Why nothing that a connection still says is believed."""
+
+    cause: Cause
+    text: str
+
+
+class Wire(asyncio.Protocol):
+    """The bytes of an open session: each answer is expected, and has its deadline."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.broken: Broken | None = None
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        self._unread = b""  # an unfinished line
+        self._lines: list[bytes] = []  # of an unfinished reply
+        self._reply_bytes = 0
+        self._answers: list[Answer] = []
+        self._expected = 0
+        self._paused = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._timeout_s = 0.0
+        self._deadline = math.inf
+        self._watchdog: asyncio.TimerHandle | None = None
+        transport.set_write_buffer_limits(high=CONTENT_PIECE_BYTES)
+        transport.set_protocol(self)
+
+    @property
+    def usable(self) -> bool:
+        return self.broken is None and not self._transport.is_closing()
+
+    @property
+    def listening(self) -> bool:
+        """True while an answer is outstanding and can still come."""
+        return self._expected > 0 and self.broken is None
+
+    async def ask(self, commands: bytes, answers: int, timeout_s: float) -> list[Answer]:
+        """Write, and wait for so many answers, each within the timeout; fewer when the wire broke."""
+        self.expect(answers, timeout_s)
+        self.write(commands)
+        while self.listening:
+            await self._something_happens()
+        self._deadline = math.inf
+        return self._answers
+
+    def expect(self, answers: int, timeout_s: float) -> None:
+        self._answers = []
+        self._expected = answers
+        self._timeout_s = timeout_s
+        self._set_deadline()
+
+    def write(self, commands: bytes) -> None:
+        if self.broken is None:
+            self._transport.write(commands)
+
+    async def write_piece(self, piece: bytes) -> list[Answer]:
+        """Write, and wait for room for more, within the timeout; answers that come early end the wait."""
+        self._set_deadline()
+        self.write(piece)
+        while self._paused and self.listening:
+            await self._something_happens()
+        return self._answers
+
+    def break_off(self, cause: Cause, text: str) -> None:
+        """End the connection at once; the first reason given stays."""
+        if self.broken is None:
+            self.broken = Broken(cause, text)
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        self._transport.abort()
+        self._wake()
+
+    async def close(self) -> None:
+        """End the connection politely (close_notify under TLS), but soon."""
+        if self.usable:
+            self._transport.close()
+            self.expect(1, QUIT_TIMEOUT_S)
+            while self.listening:
+                await self._something_happens()
+        self.break_off(Cause.LOST, "closed")
+
+    # Called by the event loop:
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        for line in lines:
+            if self.broken is None:
+                self._read_line(line.rstrip(b"\r"))
+        if self._reply_bytes + len(self._unread) > LONGEST_REPLY_BYTES:
+            self.break_off(Cause.LOCAL, "a reply without end")
+        if not self._expected:
+            self._wake()
+
+    def eof_received(self) -> None:
+        self.break_off(Cause.LOST, "connection closed by the server")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.break_off(Cause.LOST, f"connection lost: {exc}" if exc else "connection lost")
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._wake()
+
+    def _read_line(self, line: bytes) -> None:
+        found = _REPLY_LINE.fullmatch(line)
+        if found is None or (self._lines and not self._lines[0].startswith(found[1])):
+            self.break_off(Cause.LOCAL, f"malformed reply: {line[:200].decode('utf-8', 'replace')}")
+            return
+        self._lines.append(line)
+        self._reply_bytes += len(line)
+        if self._reply_bytes > LONGEST_REPLY_BYTES:
+            self.break_off(Cause.LOCAL, "a reply without end")
+        elif found[2] != b"-":
+            answer = Answer(int(found[1]), tuple(line[4:] for line in self._lines))
+            self._lines, self._reply_bytes = [], 0
+            self._take(answer)
+
+    def _take(self, answer: Answer) -> None:
+        unasked = not self._expected
+        if not unasked:
+            self._answers.append(answer)
+            self._expected -= 1
+            self._deadline = self._loop.time() + self._timeout_s
+        if answer.code == 421:  # nothing follows, asked for or not (RFC 5321 3.8)
+            self.break_off(Cause.LOST, f"the server ended the session: {answer}")
+        elif unasked:
+            self.break_off(Cause.LOCAL, f"the server spoke out of turn: {answer}")
+
+    def _set_deadline(self) -> None:
+        self._deadline = self._loop.time() + self._timeout_s
+        if self.broken is None and (self._watchdog is None or self._watchdog.when() > self._deadline):
+            self._start_watchdog()
+
+    def _start_watchdog(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        self._watchdog = self._loop.call_at(self._deadline, self._watch)
+
+    def _watch(self) -> None:
+        """One timer for a whole session: it looks whether its time has come, and else comes again."""
+        self._watchdog = None
+        if self._deadline <= self._loop.time():
+            self.break_off(Cause.TIMEOUT, f"no answer within {self._timeout_s:g} s")
+        elif self._deadline < math.inf:
+            self._start_watchdog()
+
+    async def _something_happens(self) -> None:
+        self._waiter = self._loop.create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+# ----- the session
+
+
+class Offers(NamedTuple):
+    """What the server says it can do, and what the connection is."""
+
+    size_bytes: int | None  # the largest content; None: not said
+    pipelining: bool
+    smtputf8: bool
+    eight_bit_mime: bool
+    auth: tuple[str, ...]
+    tls: str | None  # "TLSv1.3"; None: in clear
+
+
+class _Command(NamedTuple):
+    """A command of a transaction, and whom its refusal concerns: one recipient, or all."""
+
+    line: bytes
+    stage: Stage
+    recipient: str | None = None
+
+    def is_granted_by(self, answer: Answer) -> bool:
+        return answer.code == 354 if self.stage is Stage.DATA else 200 <= answer.code < 300
+
+
+def _addresses(envelope: Envelope) -> str:
+    return " ".join((envelope.sender, *envelope.recipients))
+
+
+_RSET = _Command(b"RSET\r\n", Stage.MAIL)
+_DATA = _Command(b"DATA\r\n", Stage.DATA)
+
+
+class Session:
+    """An open connection to the server of an account, logged in; carries one transaction at a time."""
+
+    def __init__(
+        self, wire: Wire, *, name: str, offers: Offers, timeout_s: float, end_of_data_timeout_s: float
+    ) -> None:
+        self.name = name
+        self.offers = offers
+        self.transactions = 0  # begun so far
+        self.opened_at = asyncio.get_running_loop().time()  # on the scale of time.monotonic()
+        self._wire = wire
+        self._timeout_s = timeout_s
+        self._end_of_data_timeout_s = end_of_data_timeout_s
+        self._clean = True  # no transaction is open at the server
+
+    @property
+    def usable(self) -> bool:
+        """False after a timeout, a 421, an answer that does not fit, and when the connection is gone."""
+        return self._wire.usable
+
+    async def transact(self, envelope: Envelope, content: bytes, *, smtputf8: bool) -> dict[str, Reply]:
+        """Offer one message to the server: a reply for each recipient, whatever happens."""
+        smtputf8 = smtputf8 or not _addresses(envelope).isascii()
+        refusal = self._refused_unasked(envelope, content, smtputf8)
+        if refusal is not None:
+            return dict.fromkeys(envelope.recipients, refusal)
+        self.transactions += 1
+        try:
+            return await self._transact(envelope, content, smtputf8)
+        except BaseException:
+            self.abort()
+            raise
+
+    async def quit(self) -> None:
+        """Say goodbye and close, within a few seconds."""
+        if self.usable:
+            await self._wire.ask(b"QUIT\r\n", 1, QUIT_TIMEOUT_S)
+        await self._wire.close()
+
+    def abort(self) -> None:
+        """Close at once, whatever is on the way."""
+        self._wire.break_off(Cause.LOST, "aborted")
+
+    def _refused_unasked(self, envelope: Envelope, content: bytes, smtputf8: bool) -> Reply | None:
+        if self.offers.size_bytes is not None and len(content) > self.offers.size_bytes:
+            text = f"message of {len(content)} bytes; the server takes {self.offers.size_bytes} at most"
+            return Reply(Stage.MAIL, 552, text, "5.3.4", Cause.LOCAL)
+        if smtputf8 and not self.offers.smtputf8:
+            text = "the message needs SMTPUTF8, which the server does not offer"
+            return Reply(Stage.MAIL, 550, text, "5.6.7", Cause.LOCAL)
+        if _UNSPEAKABLE.search(_addresses(envelope)):
+            return Reply(Stage.MAIL, 501, "an address with control characters", "5.1.3", Cause.LOCAL)
+        return None
+
+    async def _transact(self, envelope: Envelope, content: bytes, smtputf8: bool) -> dict[str, Reply]:
+        if not self.usable:
+            return dict.fromkeys(envelope.recipients, self._stale())
+        commands = self._commands(envelope, content, smtputf8)
+        self._clean = False
+        answers = await self._converse(commands)
+        replies, verdict = self._hear(commands, answers)
+        left = [recipient for recipient in envelope.recipients if recipient not in replies]
+        if left and verdict is None:
+            verdict = await self._send_content(content)
+            self._clean = verdict.accepted
+        elif len(answers) == len(commands) and commands[-1].is_granted_by(answers[-1]):
+            await self._send_nothing()
+        if verdict is not None:
+            replies.update(dict.fromkeys(left, verdict))
+        return {recipient: replies[recipient] for recipient in envelope.recipients}
+
+    def _stale(self) -> Reply:
+        broken = self._wire.broken
+        return local_reply(Stage.MAIL, broken.text if broken else "connection lost", Cause.LOST)
+
+    def _commands(self, envelope: Envelope, content: bytes, smtputf8: bool) -> list[_Command]:
+        mail = f"MAIL FROM:<{envelope.sender}>"
+        if self.offers.size_bytes is not None:
+            mail += f" SIZE={len(content)}"
+        if self.offers.eight_bit_mime and not content.isascii():  # without the offer it goes as it is
+            mail += " BODY=8BITMIME"
+        if smtputf8:
+            mail += " SMTPUTF8"
+        return [
+            *(() if self._clean else (_RSET,)),
+            _Command(f"{mail}\r\n".encode(), Stage.MAIL),
+            *(
+                _Command(f"RCPT TO:<{recipient}>\r\n".encode(), Stage.RCPT, recipient)
+                for recipient in envelope.recipients
+            ),
+            _DATA,
+        ]
+
+    async def _converse(self, commands: list[_Command]) -> list[Answer]:
+        if not self.offers.pipelining:
+            return await self._converse_in_turn(commands)
+        lines = b"".join(command.line for command in commands)
+        return await self._wire.ask(lines, len(commands), self._timeout_s)
+
+    async def _converse_in_turn(self, commands: list[_Command]) -> list[Answer]:
+        """One command at a time, as long as it can lead to a content."""
+        answers: list[Answer] = []
+        somebody = False
+        for command in commands:
+            if command is _DATA and not somebody:
+                break
+            heard = await self._wire.ask(command.line, 1, self._timeout_s)
+            answers += heard
+            granted = bool(heard) and command.is_granted_by(heard[0])
+            somebody = somebody or (granted and command.recipient is not None)
+            if not granted and (command.recipient is None or not self.usable):
+                break
+        return answers
+
+    def _hear(self, commands: list[_Command], answers: list[Answer]) -> tuple[dict[str, Reply], Reply | None]:
+        """The refusals of single recipients, and the reply for all others when it ends here."""
+        replies: dict[str, Reply] = {}
+        for command, answer in zip(commands, answers, strict=False):
+            if command.is_granted_by(answer):
+                continue
+            reply = self._refusal(command, answer)
+            if command.recipient is None or reply.code == 421 or reply.cause is not Cause.SERVER:
+                return replies, reply
+            replies[command.recipient] = reply
+        if self._wire.broken is not None and len(answers) < len(commands):
+            return replies, self._unanswered(commands[len(answers)].stage)
+        return replies, None
+
+    def _refusal(self, command: _Command, answer: Answer) -> Reply:
+        if answer.code < 400:
+            reply = unfitting_reply(command.stage, str(answer))
+            self._wire.break_off(Cause.LOCAL, reply.text)
+            return reply
+        if command is _RSET and answer.code != 421:
+            self._wire.break_off(Cause.LOST, f"RSET was refused: {answer}")
+            return self._unanswered(Stage.MAIL)
+        return server_reply(command.stage, answer.code, answer.texts)
+
+    def _unanswered(self, stage: Stage) -> Reply:
+        """The reply in place of one that did not come. After the final dot the mail is in doubt,
+        also when something came that was no answer."""
+        cause, text = self._wire.broken or Broken(Cause.LOST, "connection lost")
+        if stage is Stage.END_OF_DATA and cause is Cause.LOCAL:
+            cause = Cause.LOST
+        return local_reply(stage, text, cause)
+
+    async def _send_content(self, content: bytes) -> Reply:
+        *leading, last = spans_of(content)
+        self._wire.expect(1, self._timeout_s)
+        for span in leading:
+            answers = await self._wire.write_piece(as_sent(content, span))
+            if not self._wire.listening:
+                return self._cut_short(answers)
+        if self._wire.broken is not None:
+            return self._unanswered(Stage.DATA)
+        final = with_final_dot(as_sent(content, last))
+        answers = await self._wire.ask(final, 1, self._end_of_data_timeout_s)
+        return self._verdict(answers)
+
+    def _verdict(self, answers: list[Answer]) -> Reply:
+        if not answers:
+            return self._unanswered(Stage.END_OF_DATA)
+        answer = answers[0]
+        if 300 <= answer.code < 400:
+            self._wire.break_off(Cause.LOCAL, f"the answer does not fit: {answer}")
+            return self._unanswered(Stage.END_OF_DATA)
+        return server_reply(Stage.END_OF_DATA, answer.code, answer.texts)
+
+    def _cut_short(self, answers: list[Answer]) -> Reply:
+        """The server did not hear the content out: what it said of it, if anything."""
+        if not answers:
+            return self._unanswered(Stage.DATA)
+        self._wire.break_off(Cause.LOST, "the server did not wait for the end of the content")
+        if answers[0].code < 400:
+            return unfitting_reply(Stage.DATA, str(answers[0]))
+        return server_reply(Stage.DATA, answers[0].code, answers[0].texts)
+
+    async def _send_nothing(self) -> None:
+        """End a DATA that was granted although nobody is to get it (RFC 2920 3.1)."""
+        await self._wire.ask(b".\r\n", 1, self._timeout_s)
+
+
+# ----- opening a session: aiosmtplib's part
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """Who we are; the secret is a password or, with XOAUTH2, an access token."""
+
+    user: str
+    secret: str = field(repr=False)
+
+    @property
+    def plain(self) -> bytes:
+        """What AUTH PLAIN says (RFC 4616)."""
+        return base64.b64encode(f"\0{self.user}\0{self.secret}".encode())
+
+    @property
+    def xoauth2(self) -> bytes:
+        return base64.b64encode(f"user={self.user}\x01auth=Bearer {self.secret}\x01\x01".encode())
+
+    def scrubbed(self, reply: Reply) -> Reply:
+        """The reply of a server that may have repeated the credentials, without them."""
+        encoded = base64.b64encode(self.secret.encode()).decode()
+        text = reply.text
+        for secret in (self.plain.decode(), self.xoauth2.decode(), encoded, self.secret):
+            text = text.replace(secret, "***") if secret else text
+        return replace(reply, text=text)
+
+
+async def _connected_socket(account: Account, in_thread: InThread) -> socket.socket | Reply:
+    """Look the host up and try its addresses in turn, all within one timeout: each gets its
+    share of what is left, so that a dead first address does not use it up."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + account.timeout_s
+    look_up = functools.partial(socket.getaddrinfo, account.host, account.port, type=socket.SOCK_STREAM)
+    try:
+        async with asyncio.timeout_at(deadline):
+            addresses = await in_thread(look_up)
+    except TimeoutError:
+        return local_reply(Stage.CONNECT, f"no answer to the look-up of {account.host}", Cause.TIMEOUT)
+    except (OSError, UnicodeError) as failure:
+        return local_reply(Stage.CONNECT, f"look-up of {account.host} failed: {_reason(failure)}")
+    failures, cause = [], Cause.LOCAL
+    for tried, (family, kind, protocol, _, address) in enumerate(addresses):
+        share_s = (deadline - loop.time()) / (len(addresses) - tried)
+        try:
+            return await _connect(socket.socket(family, kind, protocol), address, share_s)
+        except OSError as failure:  # TimeoutError is one
+            cause = Cause.TIMEOUT if isinstance(failure, TimeoutError) else cause
+            failures.append(f"{account.host}[{address[0]}]:{account.port}: {_reason(failure)}")
+    return local_reply(Stage.CONNECT, "; ".join(failures), cause)
+
+
+async def _connect(sock: socket.socket, address: Any, timeout_s: float) -> socket.socket:
+    try:
+        sock.setblocking(False)
+        async with asyncio.timeout(timeout_s):
+            await asyncio.get_running_loop().sock_connect(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _reason(failure: Exception) -> str:
+    if isinstance(failure, OSError) and failure.errno and failure.errno > 0:
+        return os.strerror(failure.errno)
+    if isinstance(failure, TimeoutError):
+        return "no answer in time"
+    return getattr(failure, "strerror", None) or str(failure)
+
+
+async def _become_ready(smtp: aiosmtplib.SMTP, account: Account, login: Login | None) -> Reply | None:
+    """Greeting, EHLO, TLS, login; a reply says where it ended."""
+    steps: list[Callable[[], Awaitable[Reply | None]]] = [
+        functools.partial(_hear_greeting, smtp),
+        functools.partial(_say_hello, smtp),
+        functools.partial(_start_tls, smtp, account.encryption),
+    ]
+    if login is not None:
+        steps.append(functools.partial(_log_in, smtp, account, login))
+    for step in steps:
+        refusal = await step()
+        if refusal is not None:
+            return refusal
+    return None
+
+
+async def _hear_greeting(smtp: aiosmtplib.SMTP) -> Reply | None:
+    try:
+        await smtp.connect()
+    except (aiosmtplib.SMTPException, OSError) as failure:
+        return _reply_of_failure(Stage.TLS if _is_of_handshake(smtp, failure) else Stage.CONNECT, failure)
+    return None
+
+
+def _is_of_handshake(smtp: aiosmtplib.SMTP, failure: Exception) -> bool:
+    """True when implicit TLS failed, before there could be a greeting."""
+    of_greeting = (failure, aiosmtplib.SMTPResponseException), (failure.__cause__, aiosmtplib.SMTPException)
+    return smtp.use_tls and not any(isinstance(one, kind) for one, kind in of_greeting)
+
+
+async def _say_hello(smtp: aiosmtplib.SMTP) -> Reply | None:
+    """EHLO, or HELO to a server that does not know it (RFC 5321 3.2)."""
+    try:
+        try:
+            await smtp.ehlo()
+        except aiosmtplib.SMTPHeloError as refusal:
+            if refusal.code < 500:
+                raise
+            await smtp.helo()
+    except (aiosmtplib.SMTPException, OSError) as failure:
+        return _reply_of_failure(Stage.EHLO, failure)
+    return None
+
+
+async def _start_tls(smtp: aiosmtplib.SMTP, encryption: Encryption) -> Reply | None:
+    """STARTTLS as the account wants it, and EHLO again (RFC 3207); what fails never goes on in clear."""
+    if encryption not in (Encryption.AUTO, Encryption.REQUIRED):
+        return None
+    if not smtp.supports_extension("starttls"):
+        if encryption is Encryption.AUTO:
+            return None
+        return local_reply(Stage.TLS, "the account requires TLS, but the server does not offer STARTTLS")
+    try:
+        await smtp.starttls()
+    except (aiosmtplib.SMTPException, OSError) as failure:
+        return _reply_of_failure(Stage.TLS, failure)
+    return await _say_hello(smtp)
+
+
+async def _log_in(smtp: aiosmtplib.SMTP, account: Account, login: Login) -> Reply | None:
+    """One login with one method: a refused password is not tried again another way."""
+    method = _auth_method(smtp, account)
+    if method is None:
+        offered = ", ".join(smtp.server_auth_methods).upper()
+        return local_reply(
+            Stage.AUTH,
+            f"the server offers AUTH {offered} alone; the account wants {account.auth}"
+            if offered
+            else "the account has a user, but the server offers no AUTH",
+        )
+    try:
+        if method == "xoauth2":
+            return await _log_in_by_token(smtp, login)
+        speak = {"plain": smtp.auth_plain, "login": smtp.auth_login, "cram-md5": smtp.auth_crammd5}[method]
+        await speak(login.user, login.secret)
+    except (aiosmtplib.SMTPException, OSError) as failure:
+        return login.scrubbed(_reply_of_failure(Stage.AUTH, failure))
+    return None
+
+
+def _auth_method(smtp: aiosmtplib.SMTP, account: Account) -> str | None:
+    """The method asked for, or the best that both know: in clear one that hides the password comes first."""
+    if account.oauth2 is not None:
+        wanted = ["xoauth2"]
+    elif account.auth != "auto":
+        wanted = [account.auth]
+    elif smtp.get_transport_info("sslcontext") is not None:
+        wanted = ["plain", "login", "cram-md5"]
+    else:
+        wanted = ["cram-md5", "plain", "login"]
+    return next((method for method in wanted if method in smtp.server_auth_methods), None)
+
+
+async def _log_in_by_token(smtp: aiosmtplib.SMTP, login: Login) -> Reply | None:
+    """XOAUTH2: a refusal comes as a challenge that explains it, to be answered by an empty line."""
+    response = await smtp.execute_command(b"AUTH", b"XOAUTH2", login.xoauth2)
+    explanation = ""
+    if response.code == 334:
+        explanation = _explained(response.message)
+        response = await smtp.execute_command(b"")
+    if response.code == 235:
+        return None
+    reply = _reply_of_failure(Stage.AUTH, aiosmtplib.SMTPAuthenticationError(response.code, response.message))
+    return login.scrubbed(replace(reply, text=one_line(f"{reply.text} {explanation}")))
+
+
+def _explained(challenge: str) -> str:
+    try:
+        status = json.loads(base64.b64decode(challenge))["status"]
+    except (ValueError, TypeError, LookupError):
+        return ""
+    return f"(status {status})"
+
+
+def _offers_of(smtp: aiosmtplib.SMTP) -> Offers:
+    size = smtp.esmtp_extensions.get("size", "")
+    encryption = smtp.get_transport_info("ssl_object")
+    return Offers(
+        size_bytes=int(size) if size.isascii() and size.isdigit() and int(size) else None,
+        pipelining=smtp.supports_extension("pipelining"),
+        smtputf8=smtp.supports_extension("smtputf8"),
+        eight_bit_mime=smtp.supports_extension("8bitmime"),
+        auth=tuple(smtp.server_auth_methods),
+        tls=encryption.version() if encryption is not None else None,
+    )
+
+
+def _drop(smtp: aiosmtplib.SMTP) -> None:
+    """Close a connection that did not become a session."""
+    transport = smtp.transport
+    smtp.close()
+    if transport is not None:
+        cast(asyncio.Transport, transport).abort()
+
+
+# ----- TLS contexts
+
+
+def client_tls_context(account: Account) -> ssl.SSLContext:
+    """How the account's connections are encrypted: `ca_file` stands in place of the system's
+    authorities; without verification any certificate will do. Blocking: reads files."""
+    context = ssl.create_default_context(cafile=account.ca_file)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if not account.verify_tls:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if account.client_cert:
+        context.load_cert_chain(account.client_cert, account.client_key, password="")  # never ask a terminal
+    return context
+
+
+class TlsContexts:
+    """The TLS contexts of all accounts: each is built once, because that takes 10 ms and more,
+    and again when one of its files has changed."""
+
+    def __init__(self, in_thread: InThread) -> None:
+        self._in_thread = in_thread
+        self._lock = threading.Lock()
+        self._built: dict[tuple[object, ...], tuple[list[int], ssl.SSLContext]] = {}
+
+    async def context(self, account: Account) -> ssl.SSLContext | Reply:
+        try:
+            async with asyncio.timeout(account.timeout_s):
+                return await self._in_thread(functools.partial(self._context, account))
+        except TimeoutError:
+            return local_reply(Stage.TLS, "the certificate files cannot be read in time", Cause.TIMEOUT)
+        except (OSError, ValueError) as failure:  # ssl.SSLError is an OSError
+            return local_reply(Stage.TLS, f"the account's certificate files cannot be used: {failure}")
+
+    def _context(self, account: Account) -> ssl.SSLContext:
+        """Blocking: reads files."""
+        files = (account.ca_file, account.client_cert, account.client_key)
+        changed_at = [os.stat(file).st_mtime_ns for file in files if file]
+        with self._lock:
+            known = self._built.get((account.verify_tls, *files))
+            if known is None or known[0] != changed_at:
+                known = changed_at, client_tls_context(account)
+                self._built[account.verify_tls, *files] = known
+            return known[1]
+
+
+# ----- access tokens
+
+
+@dataclass(slots=True)
+class _Grant:
+    """What is known of one account's access; of the present settings alone."""
+
+    oauth2: OAuth2
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    fetches: int = 0
+    token: str | None = field(default=None, repr=False)
+    expires_at: float = 0.0
+    refresh_token: str | None = field(default=None, repr=False)  # the latest one, when it is rotated
+    failure: Reply | None = None  # of the latest fetch
+
+
+class TokenKeeper:
+    """Fetches access tokens and renews them before they expire (RFC 6749 4.4, 6).
+
+    The connections of an account share one token and one fetch. `post_form` blocks and
+    returns status and body; it raises MailproxyError, OSError or ValueError when there is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        post_form: PostForm,
+        reveal: Callable[[Secret], str],
+        in_thread: InThread,
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._post_form = post_form
+        self._reveal = reveal
+        self._in_thread = in_thread
+        self._monotonic = monotonic
+        self._grants: dict[str, _Grant] = {}  # by account
+
+    async def token(self, account: Account) -> str | Reply:
+        """A token that is still good for a while."""
+        grant = self._grant(account)
+        fetches = grant.fetches
+        async with grant.lock:
+            if grant.token is not None and self._monotonic() < grant.expires_at:
+                return grant.token
+            if grant.failure is None or grant.fetches == fetches:  # else it failed while we stood in line
+                grant.failure = await self._fetch(grant, account.timeout_s)
+                grant.fetches += 1
+            return grant.failure or cast(str, grant.token)
+
+    def invalidate(self, account: Account, token: str) -> None:
+        """The server refused this token: the next one asked for is fetched anew."""
+        grant = self._grant(account)
+        if grant.token == token:
+            grant.token = None
+
+    def _grant(self, account: Account) -> _Grant:
+        grant = self._grants.get(account.id)
+        if grant is None or grant.oauth2 != account.oauth2:
+            grant = self._grants[account.id] = _Grant(cast(OAuth2, account.oauth2))
+        return grant
+
+    async def _fetch(self, grant: _Grant, timeout_s: float) -> Reply | None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                status, body = await self._in_thread(functools.partial(self._post, grant, timeout_s))
+        except SecretUnavailable as failure:
+            return local_reply(Stage.AUTH, str(failure))
+        except TimeoutError:
+            return local_reply(Stage.AUTH, "no answer of the token endpoint in time", Cause.TIMEOUT)
+        except (MailproxyError, OSError, ValueError) as failure:
+            return local_reply(Stage.AUTH, f"token endpoint: {failure}", Cause.LOST)
+        return self._keep(grant, status, body)
+
+    def _post(self, grant: _Grant, timeout_s: float) -> tuple[int, bytes]:
+        """Blocking: may read secrets from files, and asks the token endpoint."""
+        oauth2 = grant.oauth2
+        fields = {"grant_type": "client_credentials", "client_id": oauth2.client_id}
+        if oauth2.client_secret is not None:
+            fields["client_secret"] = self._reveal(oauth2.client_secret)
+        if oauth2.refresh_token is not None:
+            fields["grant_type"] = "refresh_token"
+            fields["refresh_token"] = grant.refresh_token or self._reveal(oauth2.refresh_token)
+        if oauth2.scope:
+            fields["scope"] = oauth2.scope
+        return self._post_form(oauth2.token_url, fields, timeout_s)
+
+    def _keep(self, grant: _Grant, status: int, body: bytes) -> Reply | None:
+        try:
+            answer = json.loads(body)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            answer = {}
+        token = answer.get("access_token")
+        if status != 200 or not isinstance(token, str) or not token:
+            return _reply_of_token_endpoint(status, answer)
+        life_s = _life_s(answer.get("expires_in"))
+        grant.token = token
+        grant.expires_at = self._monotonic() + life_s - min(60.0, life_s / 2)
+        if isinstance(answer.get("refresh_token"), str):
+            grant.refresh_token = answer["refresh_token"]
+        return None
+
+
+def _life_s(expires_in: object) -> float:
+    """Some endpoints send the number as a string."""
+    try:
+        return max(0.0, float(cast(str, expires_in)))
+    except (TypeError, ValueError):
+        return TOKEN_LIFE_S
+
+
+def _reply_of_token_endpoint(status: int, answer: Mapping[str, object]) -> Reply:
+    """The endpoint's error code alone: a description may repeat what we sent."""
+    error = answer.get("error")
+    text = one_line(f"token endpoint: {status} {error if isinstance(error, str) else ''}")[:200]
+    if 400 <= status < 500 and status not in (408, 429):
+        return Reply(Stage.AUTH, 535, text, "5.7.8", Cause.LOCAL)
+    return Reply(Stage.AUTH, 454, text, "4.7.0")
+
+
+# ----- the agent
+
+
+class DeliveryAgent:
+    """Opens sessions for all accounts; `hostname` is what we call ourselves, in ASCII."""
+
+    def __init__(
+        self,
+        *,
+        hostname: str,
+        reveal: Callable[[Secret], str],
+        in_thread: InThread,
+        tokens: TokenKeeper,
+        end_of_data_timeout_s: float = END_OF_DATA_TIMEOUT_S,
+    ) -> None:
+        self._hostname = hostname
+        self._reveal = reveal
+        self._in_thread = in_thread
+        self._tokens = tokens
+        self._contexts = TlsContexts(in_thread)
+        self._end_of_data_timeout_s = end_of_data_timeout_s
+
+    async def open_session(self, account: Account, *, name: str) -> Session | Reply:
+        """Connect and log in, or the reply that says why not; a refused access token is renewed once."""
+        opened, token = await self._open(account, name)
+        if token and isinstance(opened, Reply) and opened.stage is Stage.AUTH and opened.permanent:
+            self._tokens.invalidate(account, token)
+            opened, _ = await self._open(account, name)
+        return opened
+
+    async def _open(self, account: Account, name: str) -> tuple[Session | Reply, str | None]:
+        """The session, and the access token that was shown for it."""
+        login = await self._login(account) if account.user else None
+        if isinstance(login, Reply):
+            return login, None
+        token = login.secret if login is not None and account.oauth2 is not None else None
+        context: ssl.SSLContext | Reply | None = None
+        if account.encryption is not Encryption.NEVER:
+            context = await self._contexts.context(account)
+        if isinstance(context, Reply):
+            return context, None
+        connected = await _connected_socket(account, self._in_thread)
+        if isinstance(connected, Reply):
+            return connected, None
+        return await self._introduce(connected, account, name, context, login), token
+
+    async def _login(self, account: Account) -> Login | Reply:
+        """The credentials, before the server is bothered."""
+        user = account.user or ""
+        if account.oauth2 is not None:
+            token = await self._tokens.token(account)
+            return token if isinstance(token, Reply) else Login(user, token)
+        if account.password is None:
+            return Login(user, "")
+        try:
+            async with asyncio.timeout(account.timeout_s):
+                return Login(user, await self._in_thread(functools.partial(self._reveal, account.password)))
+        except TimeoutError:
+            return local_reply(Stage.AUTH, "the password cannot be read in time")
+        except SecretUnavailable as failure:
+            return local_reply(Stage.AUTH, str(failure))
+
+    async def _introduce(
+        self,
+        connected: socket.socket,
+        account: Account,
+        name: str,
+        context: ssl.SSLContext | None,
+        login: Login | None,
+    ) -> Session | Reply:
+        smtp = aiosmtplib.SMTP(
+            hostname=account.host.removesuffix("."),
+            sock=connected,
+            local_hostname=self._hostname,
+            timeout=account.timeout_s,
+            use_tls=account.encryption is Encryption.IMPLICIT,
+            start_tls=False,
+            tls_context=context,
+        )
+        opened: Session | Reply | None = None
+        try:
+            opened = await _become_ready(smtp, account, login) or self._taken_over(smtp, account, name)
+        finally:
+            if not isinstance(opened, Session):
+                _drop(smtp)
+        return opened
+
+    def _taken_over(self, smtp: aiosmtplib.SMTP, account: Account, name: str) -> Session | Reply:
+        """The connection as a session of ours: from here on aiosmtplib hears nothing of it."""
+        if smtp.transport is None or smtp.transport.is_closing():
+            return local_reply(Stage.EHLO, "connection lost", Cause.LOST)
+        return Session(
+            Wire(cast(asyncio.Transport, smtp.transport)),
+            name=name,
+            offers=_offers_of(smtp),
+            timeout_s=account.timeout_s,
+            end_of_data_timeout_s=self._end_of_data_timeout_s,
+        )
+
+
+# ======================================================================
+# HTTP SERVER - bytes in, requests; answers out, bytes; knows no mail
+# ======================================================================
+#
+# A small, strict HTTP/1.1 server for this API alone (RFC 9110, RFC 9112). Its
+# invariant: a connection goes on to a next request only when every byte of the
+# one before is accounted for; at the least doubt it answers and closes. So
+# nobody can hide a request inside another one. Everything a client may send
+# is bounded, in bytes and in time.
+#
+# One task serves one connection, one request after another. No timer is set
+# for a read or a write: the connection notes a deadline, and one sweep a
+# second over all connections ends those that are late.
+
+HTTP_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 5.6.2
+REQUEST_LINE = re.compile(rf"({HTTP_TOKEN}) ([!-~]+) HTTP/([0-9]\.[0-9])")
+FIELD_LINES = re.compile(rf"{HTTP_TOKEN}:[\t -~\x80-\xff]*(?:\r\n{HTTP_TOKEN}:[\t -~\x80-\xff]*)*")
+FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")
+HOPELESS_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")
+HOST_FIELD = re.compile(r"[A-Za-z0-9._~!$&'()*+;=%:\[\]-]*")
+REQUEST_ID = re.compile(r"[!-~]{1,128}")
+REQUEST_ID_LINE = re.compile(rb"(?im)^x-request-id:[ \t]*([!-~]{1,128})[ \t]*\r?$")
+ABSOLUTE_FORM = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
+BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+
+KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
+METHODS_WITHOUT_BODY = frozenset({"GET", "HEAD", "DELETE"})  # one that comes with them is read and dropped
+JSON_TYPES = frozenset({"", "application/json", "application/x-www-form-urlencoded"})  # the last: curl's
+HTTP_REASONS = MappingProxyType({status.value: status.phrase for status in HTTPStatus})
+
+HTTP_READ_BYTES = 32_768
+QUERY_FIELDS = 100
+LINE_BYTES = 1024  # of a chunk's size with its extensions
+CHUNK_OVERHEAD_BYTES = 65_536  # by which the framing of a chunked body may outweigh it
+JSON_AT_ONCE_BYTES = 262_144  # a larger body is parsed outside the event loop
+JSON_DEPTH = 64
+SWEEP_S = 1.0
+HTTP_CLOSE_S = 5.0
+LINGER_S = 10.0
+LINGER_PAUSE_S = 2.0
+LINGER_BYTES = 268_435_456
+TURNED_AWAY = 100  # connections over the limit that wait at one time for their 503 to be read
+TURNED_AWAY_S = 1.0
+
+
+class HttpError(MailproxyError):
+    """An answer that says no: status, one sentence, further headers and members of its JSON."""
+
+    def __init__(
+        self,
+        status: int,
+        error: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        extra: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(error)
+        self.status = status
+        self.error = error
+        self.headers = dict(headers or {})
+        self.extra = dict(extra or {})
+
+    def response(self) -> Response:
+        response = json_response({"ok": False, "error": self.error, **self.extra}, self.status)
+        response.headers = self.headers
+        return response
+
+
+class ClientGone(Exception):
+    """The connection is over: nobody is there to be answered."""
+
+
+class HttpLimits(NamedTuple):
+    """What a client may use up; sizes in bytes, times in seconds."""
+
+    head_bytes: int = 32_768
+    headers: int = 100
+    head_timeout_s: float = 10  # from the first byte of a request to the end of its head
+    idle_timeout_s: float = 75  # before the first byte
+    body_progress_timeout_s: float = 60
+    write_progress_timeout_s: float = 60
+    connections: int = 1000
+    body_bytes: int = 67_108_864
+
+
+@dataclass(slots=True)
+class Request:
+    """A request, understood; the values of its headers are Latin-1, so that no byte is lost."""
+
+    method: str  # as sent when it is one of KNOWN_METHODS, else "other"
+    path: str  # as sent, without the query
+    route: str  # the pattern of its route, or "unmatched"
+    parameters: dict[str, str]  # the parts of the path that the pattern names, decoded
+    query: dict[str, str]  # decoded; the last one of a name counts
+    headers: dict[str, str] = field(repr=False)  # names in lower case; repeated ones joined by ", "
+    body: bytes = field(repr=False)
+    id: str
+    peer: str  # the client's address, or "unix"
+    in_thread: InThread = field(repr=False)
+
+    async def json_object(self) -> dict[str, object]:
+        """The body as a JSON object; no body is an empty object. HttpError 400 or 415 otherwise."""
+        if not self.body:
+            return {}
+        refuse_other_types(self.headers)
+        if len(self.body) <= JSON_AT_ONCE_BYTES:
+            return parse_json_object(self.body)
+        body = self.body
+        return await self.in_thread(lambda: parse_json_object(body))
+
+
+@dataclass(slots=True)
+class Response:
+    """An answer: bytes, or an iterator of them that is sent piece by piece as the client takes it."""
+
+    status: int = 200
+    body: bytes | AsyncIterator[bytes] = b""
+    content_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+PLAIN_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
+def json_response(content: Mapping[str, object], status: int = 200) -> Response:
+    """An answer in JSON. Half a surrogate pair, which UTF-8 has no bytes for, becomes its JSON escape."""
+    return Response(status, PLAIN_JSON.encode(content).encode("utf-8", "backslashreplace"))
+
+
+# ---------------------------------------------------------------------- JSON bodies
+
+
+def refuse_other_types(headers: Mapping[str, str]) -> None:
+    """Raises 415 for a body that is declared as anything but plain JSON."""
+    declared = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if declared not in JSON_TYPES and not declared.endswith("+json"):
+        raise HttpError(415, f"the body is to be application/json, not {declared[:80]}")
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise HttpError(415, f"a body with Content-Encoding {encoding[:80]} is not read here")
+
+
+def parse_json_object(body: bytes) -> dict[str, object]:
+    """Strict JSON (RFC 8259) of one object, or HttpError 400 that says where and why not. Blocking."""
+    try:
+        text = body.decode()
+        content = STRICT_JSON.decode(text)
+    except UnicodeDecodeError as error:
+        raise HttpError(400, f"the body is not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise HttpError(400, f"the body is not JSON: {error.msg} ({where})") from None
+    except RecursionError:
+        raise HttpError(400, f"the JSON is nested deeper than {JSON_DEPTH} levels") from None
+    except ValueError:  # CPython's limit on the digits of an integer
+        raise HttpError(400, "the JSON has a number with too many digits") from None
+    if not isinstance(content, dict):
+        raise HttpError(400, "the body is not a JSON object")
+    if text.count("{") + text.count("[") > JSON_DEPTH:
+        refuse_depth(content)
+    if "\\" in text and ("\\ud" in text or "\\uD" in text):
+        refuse_lone_surrogates(content)
+    return content
+
+
+def unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of which no field was given twice: which one should count?"""
+    fields = dict(pairs)
+    if len(fields) == len(pairs):
+        return fields
+    counts = collections.Counter(name for name, _ in pairs)
+    twice = counts.most_common(1)[0][0]
+    raise HttpError(400, f"the JSON has the field {twice[:80]!r} twice in one object")
+
+
+def finite_number(text: str) -> float:
+    number = float(text)
+    if math.isfinite(number):
+        return number
+    raise HttpError(400, f"the JSON has a number out of range ({text[:20]})")
+
+
+def refuse_constant(text: str) -> float:
+    raise HttpError(400, f"the JSON has {text}, which is no JSON number")
+
+
+STRICT_JSON = json.JSONDecoder(
+    object_pairs_hook=unique_fields, parse_float=finite_number, parse_constant=refuse_constant
+)
+
+
+def refuse_depth(content: object) -> None:
+    """Raises 400 for nesting so deep that code which walks through it might run out of stack."""
+    level = [content]
+    for _ in range(JSON_DEPTH):
+        level = [inner for outer in level for inner in members(outer) if isinstance(inner, dict | list)]
+        if not level:
+            return
+    raise HttpError(400, f"the JSON is nested deeper than {JSON_DEPTH} levels")
+
+
+def members(container: object) -> Iterable[object]:
+    if isinstance(container, dict):
+        return container.values()
+    return container if isinstance(container, list) else ()
+
+
+def refuse_lone_surrogates(content: dict[str, object]) -> None:
+    """Raises 400 naming the field that holds half a surrogate pair: no text, nothing can carry it."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        for place, text in strings_of(content, ""):
+            if half := HALF_A_PAIR.search(text):
+                escape = f"\\u{ord(half[0]):04x}"
+                raise HttpError(400, f"{place} holds half a surrogate pair ({escape})") from None
+
+
+def strings_of(value: object, place: str) -> Iterator[tuple[str, str]]:
+    """Every string of parsed JSON and its place, such as messages[3].subject."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from strings_of(item, f"{place}[{index}]")
+    elif isinstance(value, dict):
+        for name, member in value.items():
+            yield f"the name of a field in {place or 'the object'}", name
+            yield from strings_of(member, f"{place}.{name}" if place else name)
+
+
+# ---------------------------------------------------------------------- routes
+
+
+class Route(NamedTuple):
+    """One row of the API: who answers which method at which path."""
+
+    method: str
+    pattern: str  # "/account/{id}/suspend": a name in braces takes one segment
+    handler: Callable[[Request], Awaitable[Response]]
+    public: bool = False  # needs no token
+    schema: Mapping[str, object] = MappingProxyType({})  # what openapi.json says of it; not read here
+
+
+Methods = Mapping[str, Route]
+
+
+class RouteTable:
+    """Finds the rows for a path, fixed paths before patterns with parameters."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._fixed: dict[tuple[str, ...], dict[str, Route]] = {}
+        self._patterns: dict[tuple[str, ...], dict[str, Route]] = {}
+        for route in routes:
+            table = self._patterns if "{" in route.pattern else self._fixed
+            table.setdefault(tuple(route.pattern.split("/")), {})[route.method] = route
+
+    def at(self, segments: tuple[str, ...]) -> tuple[Methods, dict[str, str]]:
+        """The rows for a path by their methods, and its parameters; both empty when there is nothing."""
+        if methods := self._fixed.get(segments):
+            return methods, {}
+        for pattern, methods in self._patterns.items():
+            parameters = path_parameters(pattern, segments)
+            if parameters is not None:
+                return methods, parameters
+        return {}, {}
+
+
+def path_parameters(pattern: tuple[str, ...], segments: tuple[str, ...]) -> dict[str, str] | None:
+    """What the names in the pattern stand for in this path; None when the path does not fit."""
+    if len(pattern) != len(segments):
+        return None
+    parameters = {}
+    for expected, segment in zip(pattern, segments, strict=True):
+        if expected.startswith("{") and segment:
+            parameters[expected[1:-1]] = segment
+        elif expected != segment:
+            return None
+    return parameters
+
+
+# ---------------------------------------------------------------------- the head of a request
+
+
+def parse_request_line(line: str) -> tuple[str, str, str]:
+    """Method, target and version of a request (RFC 9112 3)."""
+    parts = REQUEST_LINE.fullmatch(line)
+    if not parts:
+        raise HttpError(400, "the request line is not one of HTTP/1.1")
+    method, target, version = parts.groups()
+    if version not in ("1.1", "1.0"):
+        raise HttpError(505, f"HTTP/{version} is not spoken here, HTTP/1.1 is")
+    return method, target, version
+
+
+def parse_fields(text: str, most: int) -> dict[str, str]:
+    """The headers of a request; no folding, no white space before the colon (RFC 9112 5)."""
+    if not text:
+        return {}
+    if not FIELD_LINES.fullmatch(text):
+        raise HttpError(400, "a header line is malformed")
+    lines = text.split("\r\n")
+    if len(lines) > most:
+        raise HttpError(431, f"more than {most} headers")
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+def refuse_bad_host(headers: Mapping[str, str], version: str) -> None:
+    """Raises 400 unless there is one Host header and it can be one (RFC 9112 3.2)."""
+    host = headers.get("host")
+    if host is None and version == "1.1":
+        raise HttpError(400, "there is no Host header")
+    if host and not HOST_FIELD.fullmatch(host):
+        raise HttpError(400, "the Host header is malformed")
+
+
+def declared_length(headers: Mapping[str, str], version: str) -> int | None:
+    """How long the body is; None: chunked. Whatever two readers might take in two ways is a 400."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if coding is None:
+        return 0 if length is None else decimal_length(length)
+    if length is not None:
+        raise HttpError(400, "Content-Length and Transfer-Encoding exclude each other")
+    if version == "1.0":
+        raise HttpError(400, "HTTP/1.0 has no Transfer-Encoding")
+    if coding.lower() != "chunked":
+        raise HttpError(501, "no Transfer-Encoding but chunked is understood here")
+    return None
+
+
+def decimal_length(text: str) -> int:
+    """Content-Length; a number beyond all sense counts as 10**18 bytes. 400 unless digits alone."""
+    if not (text.isascii() and text.isdigit()):
+        raise HttpError(400, "Content-Length is not one number")
+    return int(text) if len(text) <= 18 else 10**18
+
+
+def wants_to_go_on(headers: Mapping[str, str], version: str) -> bool:
+    """True when the client means to send another request on this connection (RFC 9112 9.3)."""
+    if "connection" not in headers:
+        return version == "1.1"
+    options = {option.strip().lower() for option in headers["connection"].split(",")}
+    if version == "1.0":
+        return "keep-alive" in options and "close" not in options
+    return "close" not in options
+
+
+def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
+    """The path as sent, its decoded segments, and the query, of a target (RFC 9112 3.2.1, 3.2.2)."""
+    if origin := ABSOLUTE_FORM.match(target):
+        target = target[origin.end() :]
+        target = target if target.startswith("/") else "/" + target
+    if not target.startswith("/") or "#" in target:
+        raise HttpError(400, "the request target is not a path")
+    path, _, query = target.partition("?")
+    segments = path.split("/")
+    if "%" in path:
+        segments = [percent_decoded(segment, "path") for segment in segments]
+    return path, tuple(segments), parse_query(query) if query else {}
+
+
+def parse_query(text: str) -> dict[str, str]:
+    """The fields of a query; 400 for more than a hundred of them."""
+    if text.count("&") >= QUERY_FIELDS:
+        raise HttpError(400, f"more than {QUERY_FIELDS} fields in the query")
+    pairs = (part.replace("+", " ").partition("=") for part in text.split("&") if part)
+    return {percent_decoded(name, "query"): percent_decoded(value, "query") for name, _, value in pairs}
+
+
+def percent_decoded(text: str, where: str) -> str:
+    """Text with its %xx decoded (RFC 3986 2.1); 400 when that gives no text, or a NUL in it."""
+    if "%" not in text:
+        return text
+    if BAD_ESCAPE.search(text):
+        raise HttpError(400, f"a % in the {where} is not followed by two hexadecimal digits")
+    try:
+        decoded = urllib.parse.unquote_to_bytes(text).decode()
+    except UnicodeDecodeError:
+        raise HttpError(400, f"the {where} is not UTF-8") from None
+    if "\0" in decoded:
+        raise HttpError(400, f"there is a NUL in the {where}")
+    return decoded
+
+
+def request_id_in(head: bytes) -> str:
+    """The client's own id of a request that cannot be understood otherwise, else a new one."""
+    line = REQUEST_ID_LINE.search(head)
+    return line[1].decode() if line else new_request_id()
+
+
+def new_request_id() -> str:
+    return f"{random.getrandbits(64):016x}"  # names a request, protects nothing
+
+
+# ---------------------------------------------------------------------- the head of an answer
+
+
+def response_head(response: Response, request_id: str, framing: str) -> bytes:
+    """Status line and headers up to the empty line; `framing` says where the body ends and what follows."""
+    lines = [
+        f"HTTP/1.1 {response.status} {HTTP_REASONS.get(response.status, '')}\r\n"
+        f"Content-Type: {response.content_type}\r\n"
+        f"X-Request-Id: {request_id}\r\n"
+        "Cache-Control: no-store\r\n"
+        "X-Content-Type-Options: nosniff\r\n"
+    ]
+    lines += [f"{name}: {value}\r\n" for name, value in response.headers.items()]
+    lines.append(f"{framing}\r\n")
+    return "".join(lines).encode("latin-1")
+
+
+async def opening_of(response: Response) -> bytes:
+    """The first piece of the answer's body: what fails up to here can still be told by a status."""
+    if response.headers and not all(FIELD_VALUE.fullmatch(value) for value in response.headers.values()):
+        raise ValueError("a header of the answer has a character that cannot be there")
+    if isinstance(response.body, bytes):
+        return response.body
+    async for piece in response.body:
+        if piece:
+            return piece
+    return b""
+
+
+# ---------------------------------------------------------------------- connections
+
+
+class HttpConnection:
+    """One client, its requests answered one after another."""
+
+    def __init__(
+        self, server: HttpServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._server = server
+        self._limits = server.limits
+        self._reader = reader
+        self._writer = writer
+        self._transport = writer.transport
+        # A write counts as done when all of it has left for the kernel: nothing unread outlives its deadline.
+        self._transport.set_write_buffer_limits(high=1, low=0)
+        self._loop = asyncio.get_running_loop()
+        self._peer = peer_address(writer)
+        self._buffer = b""  # received and not yet understood
+        self._head = b""
+        self._version = "1.1"
+        self._last = True  # the connection ends after the present request
+        self._unread = False  # the client may still be sending the present request
+        self._idle = False
+        self._began_at = 0.0  # the loop's clock, at the first byte of the request
+        self._deadline = math.inf  # the loop's clock
+        self._unsent_bytes = 0
+        self._late = False
+        self.task = asyncio.create_task(self._run(), name=f"http {self._peer}")
+
+    # What the server may do from outside.
+
+    def end_if_late(self, now: float) -> None:
+        """Ends the read or write that is past its deadline; a write that moved gets a new one."""
+        if now < self._deadline or self._late:
+            return
+        unsent = self._transport.get_write_buffer_size()
+        if unsent < self._unsent_bytes:
+            self._unsent_bytes = unsent
+            self._deadline = now + self._limits.write_progress_timeout_s
+            return
+        self._late = True
+        self.task.cancel()
+
+    def end_if_idle(self) -> None:
+        if self._idle:
+            self.task.cancel()
+
+    def cut(self) -> None:
+        self._transport.abort()
+        self.task.cancel()
+
+    # The life of the connection.
+
+    async def _run(self) -> None:
+        try:
+            await self._exchange()
+            while not self._last:
+                if self._buffer:  # requests in a row must not keep the loop from everybody else
+                    await asyncio.sleep(0)
+                await self._exchange()
+            await self._close()
+        except ClientGone:
+            pass
+        finally:
+            self._transport.abort()
+
+    async def _exchange(self) -> None:
+        """One request and its answer, whatever the request is."""
+        self._last = True
+        await self._wait_for_request()
+        self._began_at = self._loop.time()
+        self._unread = True
+        request = Request("other", "", "unmatched", {}, {}, {}, b"", "", self._peer, self._server.in_thread)
+        try:
+            response = await self._response_to(request)
+            opening = await opening_of(response)
+        except HttpError as error:
+            response = error.response()
+            opening = await opening_of(response)
+        except ClientGone:
+            raise
+        except Exception as error:
+            self._server.log_failure(request, error)
+            response = HttpError(500, "internal error: the log has more, under this X-Request-Id").response()
+            opening = await opening_of(response)
+        request.id = request.id or request_id_in(self._head or self._buffer)
+        try:
+            await self._send(request, response, opening)
+        finally:
+            self._server.observe(request, response.status, self._loop.time() - self._began_at)
+
+    async def _response_to(self, request: Request) -> Response:
+        """Reads a request step by step, as far as it is welcome, and has it answered."""
+        self._head = b""
+        self._head = await self._read_head()
+        request_line, _, fields = self._head.decode("latin-1").removeprefix("\r\n").partition("\r\n")
+        method, target, self._version = parse_request_line(request_line)
+        request.method = method if method in KNOWN_METHODS else "other"
+        request.headers = parse_fields(fields, self._limits.headers)
+        wanted_id = request.headers.get("x-request-id", "")
+        request.id = wanted_id if REQUEST_ID.fullmatch(wanted_id) else new_request_id()
+        refuse_bad_host(request.headers, self._version)
+        length = declared_length(request.headers, self._version)
+        request.path, segments, request.query = parse_target(target)
+        body_is_here = length is not None and length <= len(self._buffer)
+        if body_is_here:
+            request.body = self._taken(length or 0)
+            self._request_is_read(request)
+        route = self._server.admit(request, segments)
+        self._refuse_expectations(request)
+        if length is not None and length > self._limits.body_bytes:
+            raise self._too_large()
+        if not body_is_here:
+            await self._read_body(request, length)
+            self._request_is_read(request)
+        if request.method in METHODS_WITHOUT_BODY:
+            request.body = b""
+        return await route.handler(request)
+
+    def _request_is_read(self, request: Request) -> None:
+        self._unread = False
+        self._last = not wants_to_go_on(request.headers, self._version)
+
+    def _refuse_expectations(self, request: Request) -> None:
+        if request.headers.get("expect", "100-continue").lower() != "100-continue":
+            raise HttpError(417, "nothing can be expected here but 100-continue")
+
+    def _too_large(self) -> HttpError:
+        return HttpError(413, f"the body is larger than {self._limits.body_bytes} bytes")
+
+    # Reading.
+
+    async def _wait_for_request(self) -> None:
+        """Returns when the first bytes of a request are here."""
+        if self._buffer:
+            return
+        if self._server.stopping:
+            raise ClientGone
+        self._idle = True
+        try:
+            self._buffer = await self._received(self._limits.idle_timeout_s)
+        except TimeoutError:
+            raise ClientGone from None
+        finally:
+            self._idle = False
+        if not self._buffer:
+            raise ClientGone
+
+    async def _read_head(self) -> bytes:
+        """Request line and headers, without the empty line that ends them."""
+        seen, most = 0, self._limits.head_bytes
+        until = self._began_at + self._limits.head_timeout_s
+        while (end := self._buffer.find(b"\r\n\r\n", max(0, seen - 3))) < 0:
+            if HOPELESS_HEAD.search(self._buffer, max(0, seen - 1)):
+                raise HttpError(400, "the head has a character that cannot be there")
+            seen = len(self._buffer)
+            if seen > most:
+                break
+            await self._receive_more(until - self._loop.time())
+        if not 0 <= end <= most:
+            raise HttpError(431, f"the head of the request is larger than {most} bytes")
+        return self._taken(end + 4)[:-4]
+
+    async def _read_body(self, request: Request, length: int | None) -> None:
+        if "expect" in request.headers and self._version == "1.1" and not self._buffer:
+            await self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        pieces: list[bytes] = []
+        size = 0
+        async for piece in self._chunks() if length is None else self._pieces(length):
+            size += len(piece)
+            if size > self._limits.body_bytes:
+                raise self._too_large()
+            if request.method not in METHODS_WITHOUT_BODY:
+                pieces.append(piece)
+        request.body = b"".join(pieces)
+
+    async def _pieces(self, length: int) -> AsyncIterator[bytes]:
+        """The next `length` bytes, as they come."""
+        while length:
+            if not self._buffer:
+                await self._receive_body()
+            piece = self._taken(min(length, len(self._buffer)))
+            length -= len(piece)
+            yield piece
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        """A chunked body (RFC 9112 7.1); extensions and trailers are passed over."""
+        overhead = 0
+        while True:
+            line = await self._line(LINE_BYTES)
+            size_field = CHUNK_SIZE.fullmatch(line)
+            if not size_field:
+                raise HttpError(400, "the size of a chunk is malformed")
+            size = int(size_field[1], 16)
+            if not size:
+                break
+            overhead += len(line) + 4 - size
+            if overhead > CHUNK_OVERHEAD_BYTES:
+                raise HttpError(400, "the chunks of the body are too small for their framing")
+            async for piece in self._pieces(size):
+                yield piece
+            if await self._line(LINE_BYTES):
+                raise HttpError(400, "a chunk is longer than its size")
+        await self._pass_over_trailers()
+
+    async def _pass_over_trailers(self) -> None:
+        size = 0
+        while line := await self._line(self._limits.head_bytes):
+            size += len(line)
+            if size > self._limits.head_bytes:
+                raise HttpError(431, "the trailers are too large")
+            parse_fields(line.decode("latin-1"), 1)
+
+    async def _line(self, most: int) -> bytes:
+        """A line without its CRLF; 400 for a line end that is not CRLF, or a line that does not end."""
+        while (end := self._buffer.find(b"\n", 0, most)) < 0:
+            if len(self._buffer) >= most:
+                raise HttpError(400, "a line of the chunked body is too long")
+            await self._receive_body()
+        line = self._taken(end + 1)
+        if not line.endswith(b"\r\n"):
+            raise HttpError(400, "a line of the chunked body does not end with CRLF")
+        return line[:-2]
+
+    def _taken(self, size: int) -> bytes:
+        taken, self._buffer = self._buffer[:size], self._buffer[size:]
+        return taken
+
+    async def _receive_body(self) -> None:
+        await self._receive_more(self._limits.body_progress_timeout_s)
+        await asyncio.sleep(0)  # a body that is here already must not keep the loop from everybody else
+
+    async def _receive_more(self, timeout_s: float) -> None:
+        """Adds to the buffer; 408 when nothing comes in time, 400 when nothing will."""
+        try:
+            received = await self._received(timeout_s)
+        except TimeoutError:
+            raise HttpError(408, "the request did not come in time") from None
+        if not received:
+            raise HttpError(400, "the request ends in its middle")
+        self._buffer += received
+
+    async def _received(self, timeout_s: float) -> bytes:
+        """What the client sends next, b"" when it has finished; TimeoutError when nothing comes."""
+        self._deadline = self._loop.time() + timeout_s
+        try:
+            return await self._reader.read(HTTP_READ_BYTES)
+        except asyncio.CancelledError:
+            if not self._was_late():
+                raise
+            raise TimeoutError from None
+        except OSError:
+            raise ClientGone from None
+        finally:
+            self._deadline = math.inf
+
+    def _was_late(self) -> bool:
+        """True when it was the sweep that cancelled, which then is over and done with."""
+        if not self._late:
+            return False
+        self._late = False
+        self.task.uncancel()
+        return True
+
+    # Writing.
+
+    async def _send(self, request: Request, response: Response, opening: bytes) -> None:
+        self._last = self._last or self._server.stopping
+        head_only = request.method == "HEAD"
+        if isinstance(response.body, bytes):
+            framing = f"Content-Length: {len(opening)}\r\n{self._connection_field()}"
+            head = response_head(response, request.id, framing)
+            await self._write(head if head_only else head + opening)
+            return
+        try:
+            await self._stream(request, response, response.body, opening)
+        finally:
+            if isinstance(response.body, AsyncGenerator):
+                await response.body.aclose()
+
+    def _connection_field(self) -> str:
+        if self._last:
+            return "Connection: close\r\n"
+        return "Connection: keep-alive\r\n" if self._version == "1.0" else ""
+
+    async def _stream(
+        self, request: Request, response: Response, rest: AsyncIterator[bytes], opening: bytes
+    ) -> None:
+        """Sends a body of unknown length: in chunks, or in HTTP/1.0 up to the end of the connection."""
+        chunked = self._version == "1.1"
+        self._last = self._last or not chunked
+        framing = "Transfer-Encoding: chunked\r\n" if chunked else ""
+        head = response_head(response, request.id, framing + self._connection_field())
+        if request.method == "HEAD":
+            await self._write(head)
+            return
+        framed = as_chunk if chunked else bytes
+        await self._write(head + framed(opening) if opening else head)
+        try:
+            async for piece in rest:
+                if piece:
+                    await self._write(framed(piece))
+        except ClientGone:
+            raise
+        except Exception as error:  # too late for a status: the missing end tells the client
+            self._server.log_failure(request, error)
+            raise ClientGone from None
+        if chunked:
+            await self._write(b"0\r\n\r\n")
+
+    async def _write(self, content: bytes) -> None:
+        """Returns when the kernel has all of it; ClientGone when the client does not take it in time."""
+        if self._transport.is_closing():
+            raise ClientGone
+        self._writer.write(content)
+        self._unsent_bytes = self._transport.get_write_buffer_size()
+        if not self._unsent_bytes:
+            return
+        self._deadline = self._loop.time() + self._limits.write_progress_timeout_s
+        try:
+            await self._writer.drain()
+        except asyncio.CancelledError:
+            if not self._was_late():
+                raise
+            raise ClientGone from None
+        except OSError:
+            raise ClientGone from None
+        finally:
+            self._deadline = math.inf
+            self._unsent_bytes = 0
+
+    async def _close(self) -> None:
+        """Ends the connection so that the client sees the last answer."""
+        if self._unread or self._buffer:
+            await self._linger()
+        self._writer.close()
+        with contextlib.suppress(OSError):  # TimeoutError is one
+            async with asyncio.timeout(HTTP_CLOSE_S):
+                await self._writer.wait_closed()
+
+    async def _linger(self) -> None:
+        """Reads on for a while: closing on a client that sends would destroy the answer (RFC 9112 9.6)."""
+        if self._writer.can_write_eof():
+            with contextlib.suppress(OSError):
+                self._writer.write_eof()
+        self._buffer = b""
+        until = self._loop.time() + LINGER_S
+        left = LINGER_BYTES
+        with contextlib.suppress(TimeoutError):
+            while left > 0:
+                received = await self._received(min(LINGER_PAUSE_S, until - self._loop.time()))
+                left = left - len(received) if received else 0
+
+
+def as_chunk(piece: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
+def peer_address(writer: asyncio.StreamWriter) -> str:
+    peername = writer.get_extra_info("peername")
+    return str(peername[0]) if isinstance(peername, tuple) else "unix"
+
+
+# ---------------------------------------------------------------------- the server
+
+
+class HttpServer:
+    """Listens, and has each request answered by the row of the route table it belongs to.
+
+    `authorised` is asked about every request that is not for a public row, before anything else is told.
+    `observe` learns of every answer: request, status, seconds. `log_failure` gets what a handler
+    raised unexpectedly; the client gets a bare 500.
+    """
+
+    def __init__(
+        self,
+        routes: Sequence[Route],
+        *,
+        limits: HttpLimits,
+        authorised: Callable[[Request], bool],
+        observe: Callable[[Request, int, float], None],
+        in_thread: InThread,
+        log_failure: Callable[[Request, Exception], None],
+    ) -> None:
+        self.limits = limits
+        self.observe = observe
+        self.in_thread = in_thread
+        self.log_failure = log_failure
+        self.stopping = False
+        self._authorised = authorised
+        self._table = RouteTable(routes)
+        self._listeners: list[asyncio.Server] = []
+        self._unix_sockets: dict[str, int] = {}  # path: inode
+        self._connections: dict[asyncio.Task[None], HttpConnection] = {}
+        self._turned_away: set[asyncio.StreamWriter] = set()
+        self._sweeping: asyncio.TimerHandle | None = None
+        shortest = min(time_s for name, time_s in limits._asdict().items() if name.endswith("_s"))
+        self._sweep_s = min(SWEEP_S, shortest / 4)
+
+    async def start_tcp(
+        self, host: str, port: int, ssl_context: ssl.SSLContext | None
+    ) -> tuple[tuple[str, int], ...]:
+        """Listens on every address of `host`, with TLS when there is a context; returns (address, port)."""
+        tls = {} if ssl_context is None else self._tls_options(ssl_context)
+        listener = await asyncio.start_server(self._accept, host, port, backlog=self._backlog, **tls)
+        self._listeners.append(listener)
+        return tuple(listening.getsockname()[:2] for listening in listener.sockets)
+
+    async def start_unix(self, path: str, mode: int = 0o660) -> None:
+        """Listens on a Unix socket; OSError when another process listens there or a file is in the way."""
+        listening = bound_unix_socket(path, mode)
+        listener = await asyncio.start_unix_server(self._accept, sock=listening, backlog=self._backlog)
+        self._listeners.append(listener)
+        self._unix_sockets[path] = os.stat(path).st_ino
+
+    async def stop(self, grace_s: float) -> None:
+        """Stops listening, answers the requests in progress within `grace_s`, then cuts what is left."""
+        self.stopping = True
+        for listener in self._listeners:
+            listener.close()
+        for path, inode in self._unix_sockets.items():
+            remove_unix_socket(path, inode)
+        for writer in self._turned_away:
+            writer.transport.abort()
+        for connection in self._connections.values():
+            connection.end_if_idle()
+        await self._connections_end_within(grace_s)
+        for connection in self._connections.values():
+            connection.cut()
+        await self._connections_end_within(HTTP_CLOSE_S)
+        if self._sweeping:
+            self._sweeping.cancel()
+
+    def admit(self, request: Request, segments: tuple[str, ...]) -> Route:
+        """The row for a request; otherwise 401 before 404 and 405, so that a stranger learns nothing."""
+        methods, request.parameters = self._table.at(segments)
+        route = methods.get(request.method)
+        if route is None and request.method == "HEAD":
+            route = methods.get("GET")
+        if methods:
+            request.route = next(iter(methods.values())).pattern
+        if not (route and route.public) and not self._authorised(request):
+            raise unauthorised()
+        if not methods:
+            raise HttpError(404, "there is nothing at this path")
+        if route is None:
+            raise method_not_allowed(methods)
+        return route
+
+    @property
+    def _backlog(self) -> int:
+        return min(self.limits.connections, 1024)
+
+    def _tls_options(self, context: ssl.SSLContext) -> dict[str, Any]:
+        return {
+            "ssl": context,
+            "ssl_handshake_timeout": self.limits.head_timeout_s,
+            "ssl_shutdown_timeout": HTTP_CLOSE_S,
+        }
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.stopping or len(self._connections) >= self.limits.connections:
+            self._turn_away(writer)
+            return
+        connection = HttpConnection(self, reader, writer)
+        self._connections[connection.task] = connection
+        connection.task.add_done_callback(self._connections.pop)
+        if self._sweeping is None:
+            self._sweep()
+
+    def _turn_away(self, writer: asyncio.StreamWriter) -> None:
+        """Answers 503 without a task, and gives the client a moment to read it."""
+        if self.stopping or len(self._turned_away) >= TURNED_AWAY:
+            writer.transport.abort()
+            return
+        response = HttpError(503, "too many connections", headers={"Retry-After": "1"}).response()
+        body = response.body if isinstance(response.body, bytes) else b""
+        framing = f"Content-Length: {len(body)}\r\nConnection: close\r\n"
+        writer.write(response_head(response, new_request_id(), framing) + body)
+        if writer.can_write_eof():
+            writer.write_eof()
+        self._turned_away.add(writer)
+        asyncio.get_running_loop().call_later(TURNED_AWAY_S, self._drop, writer)
+
+    def _drop(self, writer: asyncio.StreamWriter) -> None:
+        self._turned_away.discard(writer)
+        writer.transport.abort()
+
+    def _sweep(self) -> None:
+        """Ends what is late, and comes again as long as there are connections."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for connection in self._connections.values():
+            connection.end_if_late(now)
+        self._sweeping = loop.call_later(self._sweep_s, self._sweep) if self._connections else None
+
+    async def _connections_end_within(self, seconds: float) -> None:
+        if self._connections:
+            await asyncio.wait(list(self._connections), timeout=seconds)
+
+
+def unauthorised() -> HttpError:
+    sentence = "Invalid or missing API token"
+    return HttpError(401, sentence, headers={"WWW-Authenticate": "Bearer"}, extra={"detail": sentence})
+
+
+def method_not_allowed(methods: Methods) -> HttpError:
+    allowed = sorted({*methods, "HEAD"} if "GET" in methods else methods)
+    listed = ", ".join(allowed)
+    return HttpError(405, f"this path takes {listed} alone", headers={"Allow": listed})
+
+
+def bound_unix_socket(path: str, mode: int) -> socket.socket:
+    """A Unix socket at `path`, its mode set before anybody can connect. Takes over after a dead process."""
+    refuse_live_unix_socket(path)
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        bound.bind(path)
+        os.chmod(path, mode)
+    except OSError as error:
+        bound.close()
+        raise OSError(error.errno, error.strerror or str(error), path) from None
+    return bound
+
+
+def refuse_live_unix_socket(path: str) -> None:
+    """Removes the socket file of a dead process; OSError when a process listens or it is another file."""
+    try:
+        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return
+    if not is_socket:
+        raise OSError(errno.EEXIST, "there is a file that is not a socket", path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), path) from None
+    raise OSError(errno.EADDRINUSE, "another process listens there", path)
+
+
+def remove_unix_socket(path: str, inode: int) -> None:
+    """Removes our socket file, unless somebody has put another one in its place."""
+    with contextlib.suppress(OSError):
+        if os.stat(path).st_ino == inode:
+            os.unlink(path)
+
+
+# ======================================================================
+# DISPATCHER - the first coroutine: due mail goes out
+# ======================================================================
+#
+# A lane for each account: its connections, its state, its rate windows. The loop
+# gives free slots to the lanes in turn, claims a few messages for each, and sleeps
+# until something happens. No lane waits for another; a lane that its server sends
+# away costs its own mail alone. After RFC 5321 4.5.4 and Postfix's qmgr.
+
+COOLING_S = (5, 15, 60, 300)  # pauses of a lane whose server cannot be reached
+LOGIN_COOLING_S = (60, 300, 900, 3600)  # ... or does not accept the login
+STAGGER_S = 0.02  # between the openings of further connections
+GROWTH_PAUSE_S = 10  # no further connection after one was refused
+AHEAD_S = 0.02  # claims are taken ahead for as much work as this
+PREPARED_AT_ONCE = 20  # messages of a lane whose parts are being fetched: more than there are threads for it
+KEPT_SLOTS = 4  # one slot in so many is kept for lanes that have none
+COMPOSED_INLINE_BYTES = 32_768  # larger messages are composed in a thread
+STORAGE_PAUSE_S = 1.0  # between two tries while the queue file refuses
+
+
+class Clock(NamedTuple):
+    """The wall clock for what people see, the monotonic one for durations; both in seconds."""
+
+    wall: Callable[[], float]
+    monotonic: Callable[[], float]
+
+
+class Composed(NamedTuple):
+    """A message ready for the wire."""
+
+    content: bytes
+    envelope: Envelope
+    smtputf8: bool
+
+
+class LaneState(NamedTuple):
+    """A lane as GET /status shows it; times are wall-clock seconds."""
+
+    state: str  # up, cooling, limited or suspended
+    reason: str | None
+    since: int
+    until: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryRules:
+    """The part of the settings that dispatch lives by."""
+
+    send_interval_s: float = 0.5
+    test_mode: bool = False
+    max_concurrency: int = 100
+    redirect_to: str | None = None
+    allow_recipients: tuple[str, ...] = ()
+
+    def allows(self, address: str) -> bool:
+        """True when mail may go to this address; no list allows all."""
+        if not self.allow_recipients:
+            return True
+        address = address.lower()
+        return address in self.allow_recipients or f"@{address.rpartition('@')[2]}" in self.allow_recipients
+
+
+class Lane:
+    """The mail of one account on its way out."""
+
+    def __init__(self, account: Account, windows: SendWindows, clock: Clock) -> None:
+        self.account = account
+        self.windows = windows
+        self.suspended = False
+        self.removed = False
+        self.deleted = False  # removed, and its mail is to end with it
+        self.has_mail = True  # until a claim finds less than it asked for
+        self.retried_first = False
+        self.ready: deque[Consignment] = deque()
+        self.idle: list[Session] = []
+        self.opening: set[asyncio.Future[Session | Reply]] = set()  # connections that are being opened
+        self.busy = 0  # connections at work, those being opened included
+        self.preparing = 0  # messages whose parts are being fetched or put together
+        self.generation = 0  # of the account's definition: sessions of an older one are not reused
+        self.limited_until: float | None = None  # monotonic, as all times in here
+        self._clock = clock
+        self._limit = 1  # connections allowed now
+        self._opened = 0  # number of the latest connection
+        self._live = 0  # sessions that are open
+        self._failures = 0  # cooling periods in a row
+        self._probing = False  # the next connection alone decides whether the lane is up
+        self._probe: Line | None = None
+        self._cooling_until: float | None = None
+        self._reason: str | None = None
+        self._since = int(clock.wall())
+        self._changed_at = -math.inf  # failures of what began before tell nothing
+        self._believes_since = -math.inf  # nor does success of what began before this
+        self._grown_at = clock.monotonic()
+        self._seconds_each = 0.1  # a transaction, smoothed
+
+    # -- what it can take
+
+    @property
+    def limited(self) -> bool:
+        return self.account.limits != Limits()
+
+    def open(self, now: float) -> bool:
+        """True when mail may be claimed for this lane."""
+        return not self.rests(now) and (self.limited_until is None or self.limited_until <= now)
+
+    def rests(self, now: float) -> bool:
+        """True when nothing may go out: by hand, for good, or because the server is left alone."""
+        return self.suspended or self.removed or self.cooling(now)
+
+    def cooling(self, now: float) -> bool:
+        return self._cooling_until is not None and now < self._cooling_until
+
+    def connections_allowed(self, now: float) -> int:
+        """Connections the lane may have now; grows by one every STAGGER_S while all are in use."""
+        if self._probing:
+            return self.busy + (self._probe is None)
+        if self.busy >= self._limit and now >= self._grown_at + STAGGER_S:
+            self._limit, self._grown_at = self._limit + 1, now
+        self._limit = min(self._limit, self.account.max_connections)
+        return self._limit
+
+    def connections_free(self, now: float) -> int:
+        return max(0, self.connections_allowed(now) - self.busy)
+
+    def wants(self, now: float) -> int:
+        """Messages to claim now: one for each free connection, and a little work ahead."""
+        if not (self.has_mail and self.open(now)):
+            return 0
+        free = self.connections_free(now)
+        if self._probing:
+            return max(0, free - len(self.ready) - self.preparing)
+        ahead = int(self._live * AHEAD_S / self._seconds_each)
+        if len(self.ready) * 2 > free + ahead or self.preparing >= PREPARED_AT_ONCE:
+            return 0
+        return max(0, min(free + ahead - len(self.ready), self.account.batch_size))
+
+    def wakes_at(self, now: float) -> float:
+        """When the lane will next want attention by itself."""
+        times = [at for at in (self._cooling_until, self.limited_until) if at is not None and at > now]
+        if times:
+            return max(times)
+        grows = not self._probing and self.busy >= self._limit < self.account.max_connections
+        if grows and self.open(now) and (self.has_mail or self.ready):
+            return max(now, self._grown_at + STAGGER_S)
+        return math.inf
+
+    # -- its connections
+
+    def begin(self, line: Line) -> None:
+        """One more connection goes to work; that of a lane that has cooled is its probe."""
+        self.busy += 1
+        if self._probing:
+            self._probe = line
+
+    def finish(self, line: Line) -> None:
+        self.busy -= 1
+        if self._probe is line:
+            self._probe = None
+
+    def next_name(self) -> str:
+        self._opened += 1
+        return f"{self.account.id}-{self._opened}"
+
+    def take_session(self, now: float) -> Session | None:
+        """A kept session that may carry one more transaction."""
+        while self.idle:
+            session = self.idle.pop()
+            if self.keeps(session, self.generation, now):
+                return session
+            self._live -= 1
+            session.abort()
+        return None
+
+    def keeps(self, session: Session, generation: int, now: float) -> bool:
+        return (
+            session.usable
+            and generation == self.generation
+            and now - session.opened_at < self.account.ttl_s
+            and session.transactions < self.account.max_messages_per_connection
+        )
+
+    def opened(self) -> None:
+        self._live += 1
+
+    def ended(self) -> None:
+        self._live -= 1
+
+    @property
+    def connections(self) -> int:
+        return self._live
+
+    # -- what it learns
+
+    def took(self, seconds: float) -> None:
+        self._seconds_each += (max(seconds, 0.0005) - self._seconds_each) / 4
+
+    def outdated(self, begun: float) -> bool:
+        """True when the failure of something begun then tells nothing: the lane has changed since."""
+        return begun < self._changed_at
+
+    def works(self, begun: float) -> None:
+        """The server did its part in something begun then."""
+        if begun >= self._believes_since and self._failures:
+            self.up()
+
+    def up(self) -> None:
+        """The server works with us."""
+        if self._failures:
+            self._reason, self._since = None, int(self._clock.wall())
+        self._failures = 0
+        self._probing = False
+        self._cooling_until = None
+
+    def heal(self) -> None:
+        """Somebody says that the server should be tried again now, with all that belongs to it."""
+        self.up()
+        self.limited_until = None
+        self._since = int(self._clock.wall())
+        self._changed_at = self._believes_since = self._grown_at = self._clock.monotonic()
+
+    def try_now(self) -> bool:
+        """End the cooling: the probe may go. False when the lane was not cooling."""
+        self._cooling_until = None
+        return self._probing
+
+    def recall(self) -> None:
+        """What is being opened is given up; the failures that come of it are not the server's."""
+        self._changed_at = self._clock.monotonic()
+        for opening in self.opening:
+            opening.cancel()
+
+    def suspend(self) -> None:
+        self.suspended = True
+        self._since = int(self._clock.wall())
+
+    def limit_until(self, moment: float) -> None:
+        self.limited_until = moment
+        self._since = int(self._clock.wall())
+
+    def end_limit(self) -> None:
+        self.limited_until = None
+        self._since = int(self._clock.wall())
+
+    def refused_another(self) -> None:
+        """One connection more than the server wants: make do with fewer for a while."""
+        self._limit = max(self._live, self._limit // 2, 1)
+        self._grown_at = self._clock.monotonic() + GROWTH_PAUSE_S
+
+    def cool(self, reason: str, pause_s: float) -> None:
+        """Leave the server alone for a while; then one connection is to find out."""
+        now = self._clock.monotonic()
+        if self._failures == 0 or reason != self._reason:
+            self._since = int(self._clock.wall())
+        self._failures += 1
+        self._reason = reason
+        self._probing, self._probe = True, None
+        self._limit = max(1, self._limit // 2)
+        self._cooling_until = now + pause_s
+        self._changed_at = now
+
+    def refuse_login(self, reason: str, jitter: float) -> None:
+        """Cool for long; that sessions of before still work does not heal it."""
+        self.cool(reason, self._pause_s(LOGIN_COOLING_S, jitter))
+        self._believes_since = self._changed_at
+
+    def lose_server(self, reason: str, jitter: float) -> None:
+        self.cool(reason, self._pause_s(COOLING_S, jitter))
+
+    def _pause_s(self, schedule_s: Sequence[int], jitter: float) -> float:
+        return schedule_s[min(self._failures, len(schedule_s) - 1)] * (1 + 0.2 * jitter)
+
+    def next_try_ts(self) -> int:
+        """The wall-clock second after the lane's next try: others go first."""
+        pause_s = max(0.0, (self._cooling_until or 0) - self._clock.monotonic())
+        return math.floor(self._clock.wall() + pause_s) + 1
+
+    def state(self) -> LaneState:
+        now = self._clock.monotonic()
+        if self.suspended:
+            return LaneState("suspended", "suspended by hand", self._since, None)
+        if self._probing:
+            return LaneState("cooling", self._reason, self._since, self.next_try_ts())
+        if self.limited_until is not None and self.limited_until > now:
+            until = math.ceil(self._clock.wall() + self.limited_until - now)
+            return LaneState("limited", "rate limit reached", self._since, until)
+        return LaneState("up", None, self._since, None)
+
+
+class Consignment(NamedTuple):
+    """A claimed message in its lane: composed already, or small enough to be composed on the way."""
+
+    claim: Claim
+    composed: Composed | None
+    memory: contextlib.AsyncExitStack  # its share of the memory budget
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """One connection of a lane at work, and its session as long as there is one."""
+
+    lane: Lane
+    session: Session | None = None
+    generation: int = 0  # of the account's definition that the session was opened by
+
+
+@dataclass(slots=True)
+class Turn:
+    """A message on a connection; it may take several transactions."""
+
+    claim: Claim
+    composed: Composed
+    tried: set[str] = field(default_factory=set)  # had their word in this turn, for now or for good
+
+    @property
+    def recipients_left(self) -> list[str]:
+        settled = self.claim.recipients or {}
+        final = {address for address, outcome in settled.items() if outcome.status is not Status.DEFERRED}
+        return [a for a in self.composed.envelope.recipients if a not in self.tried and a not in final]
+
+
+class Composer:
+    """Puts claimed messages together: the payload, its parts, and the rules of the house."""
+
+    def __init__(
+        self, queue: Queue, fetcher: AttachmentFetcher, budget: MemoryBudget, threads: Threads
+    ) -> None:
+        self.fetcher = fetcher  # replaced when the configuration is read again
+        self._queue = queue
+        self._budget = budget
+        self._threads = threads
+
+    def compose(self, claim: Claim, redirect_to: str | None) -> Composed:
+        """A small message without parts, at once."""
+        return _composed(_message_of(claim, claim.payload or "", {}), (), claim.created_at, redirect_to)
+
+    async def prepare(
+        self, claim: Claim, redirect_to: str | None, memory: contextlib.AsyncExitStack
+    ) -> Composed | Reply:
+        """A large message, or one with parts, in a thread; `memory` then holds its share of the budget.
+
+        Nothing is held while waiting for more: what needs more than there is room for is let go,
+        and put together anew when the room is there.
+        """
+        size_bytes = claim.size_bytes * BUILD_FACTOR
+        while True:
+            share = await memory.enter_async_context(self._budget.reserve(size_bytes))
+            try:
+                return await self._prepare_within(share, claim, redirect_to)
+            except MemoryShort as short:
+                await memory.aclose()
+                size_bytes = short.needed_bytes
+
+    async def _prepare_within(
+        self, share: Reservation, claim: Claim, redirect_to: str | None
+    ) -> Composed | Reply:
+        payload = claim.payload or await self._queue.payload(claim.seq)
+        contents = await self._queue.contents(claim.seq) if claim.parts else {}
+        message = await self._threads.run(lambda: _message_of(claim, payload, contents))
+        given_bytes = sum(len(attachment.content or b"") for attachment in message.attachments)
+        parts = await self.fetcher.gather(message.attachments, share, claim.size_bytes - given_bytes)
+        if isinstance(parts, Reply):
+            return parts
+        composed = await self._threads.run(lambda: _composed(message, parts, claim.created_at, redirect_to))
+        share.shrink_to(len(composed.content))
+        return composed
+
+
+def _message_of(claim: Claim, payload: str, contents: Mapping[int, bytes]) -> Message:
+    return parse_message(
+        json.loads(payload), now=None, contents=contents, message_id=claim.message_id.strip("<>")
+    )
+
+
+def _composed(message: Message, parts: Sequence[Part], date: float, redirect_to: str | None) -> Composed:
+    if redirect_to is not None:
+        message = redirect(message, redirect_to)
+    content = compose(message, parts, date=date)
+    return Composed(content, Envelope(message.return_path, message.recipients), needs_smtputf8(message))
+
+
+class Dispatcher:
+    """Delivers due mail through the lanes; the only one who claims."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        rules: DeliveryRules,
+        *,
+        clock: Clock,
+        jitter: Callable[[], float],
+        open_session: Callable[[Account, str], Awaitable[Session | Reply]],
+        composer: Composer,
+        metrics: Metrics,
+        log: logging.Logger,
+        reports_due: Callable[[], None],
+    ) -> None:
+        self.rules = rules
+        self.lanes: dict[str, Lane] = {}
+        self.active = True
+        self.log_deliveries = False
+        self.turned_at = clock.monotonic()
+        self._queue = queue
+        self._clock = clock
+        self._jitter = jitter
+        self._open_session = open_session
+        self._composer = composer
+        self._metrics = metrics
+        self._log = log
+        self._reports_due = reports_due
+        self._alarm = Alarm()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._preparations: set[asyncio.Task[None]] = set()  # those of the tasks that are not on the wire yet
+        self._busy = 0
+        self._asked = False  # run-now in test_mode: turn until nothing is left to do
+        self._draining = False
+        self._rotation: deque[Lane] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """True while something is being delivered, or is about to be (test_mode: until the pass is over)."""
+        return self._asked or bool(self._tasks)
+
+    # -- what others tell it
+
+    def wake(self, account_ids: Iterable[str] = ()) -> None:
+        """There is new ready mail, for these accounts."""
+        for account_id in account_ids:
+            if lane := self.lanes.get(account_id):
+                lane.has_mail = True
+        self._alarm.ring()
+
+    async def run_now(self) -> None:
+        """End all cooling and look at once; in test_mode the one way to get mail out."""
+        self._asked = self.rules.test_mode
+        for lane in [lane for lane in self.lanes.values() if lane.try_now()]:
+            await self._queue.let_go(lane.account.id, ("connection", "login"))
+            lane.has_mail = True
+        self._alarm.ring()
+
+    def add_lane(self, account: Account, counted: Iterable[tuple[float, int]], *, suspended: bool) -> None:
+        """Begin to deliver for an account; `counted` are its sends on the monotonic clock."""
+        lane = self.lanes[account.id] = Lane(account, SendWindows(account.limits, counted), self._clock)
+        lane.suspended = suspended
+        self._rotation.append(lane)
+        self._alarm.ring()
+
+    async def replace_account(self, account: Account) -> None:
+        """Deliver by the new definition; connections in use finish their message, all others end."""
+        lane = self.lanes[account.id]
+        lane.account = account
+        lane.generation += 1
+        lane.windows.replace_limits(account.limits)
+        await self._refresh(lane)
+
+    async def _refresh(self, lane: Lane) -> None:
+        self._recall(lane)
+        lane.heal()
+        await self._queue.let_go(lane.account.id, ("limit", "connection", "login"))
+        lane.has_mail = True
+        self._alarm.ring()
+
+    def suspend_lane(self, account_id: str) -> None:
+        """Deliver nothing more for the account; what is on the wire finishes."""
+        lane = self.lanes[account_id]
+        lane.suspend()
+        self._recall(lane)
+
+    async def activate_lane(self, account_id: str) -> None:
+        lane = self.lanes[account_id]
+        lane.suspended = False
+        await self._refresh(lane)
+
+    def remove_lane(self, account_id: str) -> None:
+        """Stop delivering for an account that is gone; messages on the wire finish, for good or ill.
+
+        The mail of one that stood in config.ini stays (it may come back), that of others ends.
+        """
+        lane = self.lanes.pop(account_id)
+        lane.removed = True
+        lane.deleted = lane.account.source != "config"
+        self._rotation.remove(lane)
+        self._recall(lane)
+
+    def suspend(self) -> None:
+        self.active = False
+        for lane in self.lanes.values():
+            self._recall(lane)
+
+    def activate(self) -> None:
+        self.active = True
+        self._alarm.ring()
+
+    def _recall(self, lane: Lane) -> None:
+        """Call back what is not on the wire yet, and close the connections nobody uses."""
+        lane.recall()
+        self._put_back(lane)
+        self._close_idle(lane)
+
+    def _put_back(self, lane: Lane) -> None:
+        """Return what was claimed ahead to the queue, untouched."""
+        while lane.ready:
+            self._spawn(self._return(lane, lane.ready.popleft()))
+
+    def _close_idle(self, lane: Lane) -> None:
+        while lane.idle:
+            self._part_with(lane, lane.idle.pop())
+
+    # -- the loop
+
+    async def run(self) -> None:
+        """Turn until cancelled or told to drain; anything unexpected ends the daemon."""
+        while not self._draining:
+            self.turned_at = self._clock.monotonic()
+            await self._alarm.sleep(await self._turn())
+
+    async def _turn(self) -> float:
+        """Do what is to be done now; return for how long nothing will be, in seconds."""
+        self._end_old_sessions()
+        if self.rules.test_mode and not self._asked:
+            return self.rules.send_interval_s
+        try:
+            if self._queue.file.refuses:
+                await self._queue.answers()
+            await self._step_clockwork()
+            if self.active:
+                await self._claim_for_lanes()
+        except StorageUnavailable as error:
+            event(self._log, logging.ERROR, "delivery waits for the storage", error=str(error))
+            return STORAGE_PAUSE_S
+        if self.rules.test_mode and self._is_idle():
+            self._asked = False
+            self._reports_due()
+        return self._pause_s()
+
+    async def _step_clockwork(self) -> None:
+        """Let some of the scheduled mail become ready, and some overdue mail end, when there is any."""
+        now = self._clock.wall()
+        if self._queue.next_due_ts <= now:
+            self.wake(await self._queue.release_due())
+        if self._queue.next_deadline_ts <= now:
+            for id_, account_id, why in await self._queue.give_up_overdue():
+                self._metrics.failed(account_id)
+                event(
+                    self._log, logging.WARNING, "message given up", message=id_, account=account_id, error=why
+                )
+            self._reports_due()
+
+    def _is_idle(self) -> bool:
+        """True when nothing is on its way and nothing could be."""
+        if self._tasks or self._clock.wall() >= min(self._queue.next_due_ts, self._queue.next_deadline_ts):
+            return False
+        now = self._clock.monotonic()
+        return not (self.active and any(lane.ready or lane.wants(now) for lane in self.lanes.values()))
+
+    def _pause_s(self) -> float:
+        wall, now = self._clock.wall(), self._clock.monotonic()
+        until_due = min(self._queue.next_due_ts, self._queue.next_deadline_ts) - wall
+        lanes = self.lanes.values() if self.active else ()
+        until_lane = min((lane.wakes_at(now) for lane in lanes), default=math.inf) - now
+        return max(0.0, min(self.rules.send_interval_s, until_due, until_lane))
+
+    async def _claim_for_lanes(self) -> None:
+        """Put waiting mail on free connections, and claim more for all lanes that can take it."""
+        now = self._clock.monotonic()
+        wanting: dict[Lane, int] = {}
+        for lane in tuple(self._rotation):
+            self._start_work(lane)
+            if wants := lane.wants(now):
+                wanting[lane] = await self._room_in_limits(lane, wants)
+        self._rotation.rotate(-1)
+        shares = self._shares(wanting)
+        if shares:
+            await self._claim(shares)
+
+    def _shares(self, wanting: Mapping[Lane, int]) -> dict[Lane, int]:
+        """Divide the free slots: one each in turn, beginning with the lanes that have the fewest."""
+        now = self._clock.monotonic()
+        waiting = sum(min(len(lane.ready), lane.connections_free(now)) for lane in self.lanes.values())
+        free = self.rules.max_concurrency - self._busy - waiting
+        shares = dict.fromkeys(sorted(wanting, key=lambda lane: lane.busy), 0)
+        shared = True
+        while shared:
+            shared = False
+            for lane in shares:
+                if shares[lane] < wanting[lane] and free > self._kept_from(lane, shares[lane]):
+                    shares[lane] += 1
+                    free -= 1
+                    shared = True
+        return {lane: share for lane, share in shares.items() if share}
+
+    def _kept_from(self, lane: Lane, share: int = 0) -> int:
+        """Slots the lane must leave free for others: those that have none must not wait for slow ones."""
+        return self.rules.max_concurrency // KEPT_SLOTS if lane.busy + share and len(self.lanes) > 1 else 0
+
+    def _order(self, lane: Lane, most: int) -> Order:
+        return Order(lane.account.id, most, lane.retried_first, lane.limited)
+
+    async def _claim(self, shares: Mapping[Lane, int]) -> None:
+        orders = [self._order(lane, most) for lane, most in shares.items()]
+        for lane, most in shares.items():
+            lane.windows.hold(most)
+            lane.has_mail = False  # a wake during the claim sets it again
+        try:
+            found = await self._queue.claim(orders)
+        except StorageUnavailable:
+            for lane, most in shares.items():
+                lane.windows.give_back(most)
+                lane.has_mail = True
+            raise
+        for (lane, most), claims in zip(shares.items(), found, strict=True):
+            lane.windows.give_back(most - len(claims))
+            lane.has_mail = lane.has_mail or len(claims) == most
+            lane.retried_first ^= bool(len(claims) % 2)
+            for claim in claims:
+                self._take_up(lane, claim)
+
+    async def _room_in_limits(self, lane: Lane, wants: int) -> int:
+        """How many of them the account's limits let go now; when none, the turn waits or fails."""
+        if lane.limited_until is not None:  # it has passed: those that waited keep their place
+            await self._queue.let_go(lane.account.id, ("limit",))
+            lane.end_limit()
+        now = self._clock.monotonic()
+        room = lane.windows.room(now)
+        if not room and not lane.windows.held:  # what is on the wire may yet give its slot back
+            await self._hold_back(lane, lane.windows.opens_at(now), now)
+        return min(wants, room)
+
+    async def _hold_back(self, lane: Lane, opens_at: float, now: float) -> None:
+        """The rate limit is reached: this turn's messages wait until the window opens, or fail."""
+        reached = [name for name, left in lane.windows.left(now).items() if not left]
+        limits = lane.account.limits._asdict()
+        why = "rate limit reached: " + ", ".join(f"{limits[f'per_{name}']} per {name}" for name in reached)
+        order = self._order(lane, lane.account.batch_size)
+        if lane.account.limit_behavior == "error":
+            held_back, until_ts = await self._queue.fail_limited(order, why), None
+            self._metrics.failed(lane.account.id, len(held_back))
+            self._alarm.ring()  # the next ones come up, and fail too
+        else:
+            until_ts = math.ceil(self._clock.wall() + opens_at - now)
+            lane.limit_until(opens_at)
+            held_back = await self._queue.defer_limited(order, until_ts, why)
+            self._metrics.deferred(lane.account.id, "limit", len(held_back))
+        if not held_back:
+            lane.has_mail = False
+            lane.limited_until = None
+            return
+        self._metrics.rate_limited(lane.account.id, len(held_back))
+        for claim in held_back:
+            event(
+                self._log, logging.INFO, "message held back by the rate limit", message=claim.id,
+                account=claim.account_id, until=until_ts, error=why,
+            )  # fmt: skip
+        self._reports_due()
+
+    # -- from claim to consignment
+
+    def _may_go(self, lane: Lane) -> bool:
+        """True unless mail was called back while it was on its way to the lane."""
+        return self.active and not self._draining and not lane.rests(self._clock.monotonic())
+
+    def _take_up(self, lane: Lane, claim: Claim) -> None:
+        if not self._may_go(lane):
+            self._spawn(self._release(lane, claim))
+        elif claim.payload is not None and not claim.parts and claim.size_bytes <= COMPOSED_INLINE_BYTES:
+            self._enqueue(lane, Consignment(claim, None, contextlib.AsyncExitStack()))
+        else:
+            lane.preparing += 1
+            preparation = self._spawn(self._prepare(lane, claim))
+            self._preparations.add(preparation)
+            preparation.add_done_callback(self._preparations.discard)
+
+    async def _prepare(self, lane: Lane, claim: Claim) -> None:
+        """Fetch and compose a message beside the lane; no connection waits for it."""
+        try:
+            consignment = await self._consignment(lane, claim)
+        except asyncio.CancelledError:
+            await self._release(lane, claim)
+            raise
+        finally:
+            lane.preparing -= 1
+        if consignment is not None and self._may_go(lane):
+            self._enqueue(lane, consignment)
+        elif consignment is not None:
+            self._spawn(self._return(lane, consignment))
+
+    async def _consignment(self, lane: Lane, claim: Claim) -> Consignment | None:
+        """The message put together; None when that was the end of it, for now or for good."""
+        started_at, begun = self._clock.wall(), self._clock.monotonic()
+        async with contextlib.AsyncExitStack() as memory:
+            try:
+                composed = await self._composer.prepare(claim, self.rules.redirect_to, memory)
+            except StorageUnavailable:
+                await asyncio.sleep(STORAGE_PAUSE_S)
+                await self._release(lane, claim)
+            except Exception as error:
+                await self._fail_internally(lane, claim, error)
+            else:
+                if isinstance(composed, Composed):
+                    return Consignment(claim, composed, memory.pop_all())
+                attempt = Attempt(started_at, self._clock.wall(), {"": composed})
+                await self._settle(lane, claim, attempt, begun)
+        return None
+
+    def _enqueue(self, lane: Lane, consignment: Consignment) -> None:
+        lane.ready.append(consignment)
+        self._start_work(lane)
+
+    def _start_work(self, lane: Lane) -> None:
+        """Put one more connection to work where there is work for it."""
+        if not lane.ready or not lane.connections_free(self._clock.monotonic()):
+            return
+        if self.rules.max_concurrency - self._busy > self._kept_from(lane):
+            line = Line(lane)
+            lane.begin(line)
+            self._busy += 1
+            self._spawn(self._work(line))
+
+    async def _return(self, lane: Lane, consignment: Consignment) -> None:
+        await consignment.memory.aclose()
+        await self._release(lane, consignment.claim)
+
+    async def _release(self, lane: Lane, claim: Claim) -> None:
+        """Put a claim back untouched, and its slot of the limits; with a deleted account it ends."""
+        if lane.deleted or claim.served:
+            now = self._clock.wall()
+            await self._conclude(lane, claim, Attempt(now, now, {}), untouched(claim))
+            return
+        lane.windows.give_back()
+        if lane.limited:
+            with contextlib.suppress(StorageUnavailable):
+                await self._queue.give_back_slot(claim.account_id)
+        self._queue.release([claim])
+        lane.has_mail = True
+
+    # -- one connection at work
+
+    async def _work(self, line: Line) -> None:
+        """Deliver the lane's consignments over one connection until none is left."""
+        lane = line.lane
+        try:
+            while lane.ready and not (self._draining or self._has_too_many(lane)):
+                consignment = lane.ready.popleft()
+                if len(lane.ready) <= lane.busy:
+                    self._alarm.ring()
+                try:
+                    await self._deliver(line, consignment)
+                finally:
+                    await consignment.memory.aclose()
+        finally:
+            lane.finish(line)
+            self._busy -= 1
+            self._park(line)
+            self._alarm.ring()
+
+    def _has_too_many(self, lane: Lane) -> bool:
+        """True when the lane was told to use fewer connections than it has."""
+        return lane.busy > lane.connections_allowed(self._clock.monotonic())
+
+    def _park(self, line: Line) -> None:
+        """Keep the session for the next message, or say goodbye."""
+        lane, session = line.lane, line.session
+        if session is None:
+            return
+        if self._may_go(lane) and lane.keeps(session, line.generation, self._clock.monotonic()):
+            lane.idle.append(session)
+        else:
+            self._part_with(lane, session)
+
+    def _part_with(self, lane: Lane, session: Session) -> None:
+        lane.ended()
+        if session.usable:
+            self._spawn(session.quit())
+        else:
+            session.abort()
+
+    async def _deliver(self, line: Line, consignment: Consignment) -> None:
+        """Bring one message to its disposition, or put it back untouched."""
+        lane, claim = line.lane, consignment.claim
+        if claim.deadline is not None and claim.deadline <= self._clock.wall():
+            await self._release(lane, claim)
+            return
+        try:
+            composed = consignment.composed or self._composer.compose(claim, self.rules.redirect_to)
+        except Exception as error:
+            await self._fail_internally(lane, claim, error)
+            return
+        turn = Turn(claim, composed)
+        while await self._transact(line, turn):
+            pass
+
+    async def _transact(self, line: Line, turn: Turn) -> bool:
+        """One transaction; True when the message goes on at once with the recipients that are left."""
+        lane, claim = line.lane, turn.claim
+        started_at, begun = self._clock.wall(), self._clock.monotonic()
+        left = turn.recipients_left
+        replies = {a: _not_allowed() for a in left if not (self.rules.redirect_to or self.rules.allows(a))}
+        served = tuple(a for a in left if a not in replies)[: lane.account.max_recipients]
+        untried = len(left) - len(replies) - len(served)
+        name, reused = "", False
+        if served:
+            session = await self._session(line)
+            if isinstance(session, Reply):
+                await self._without_session(line, claim, session, started_at, begun)
+                return False
+            name, reused = session.name, session.transactions > 0
+            replies |= await self._converse(line, session, turn, served)
+        attempt = Attempt(started_at, self._clock.wall(), replies, name, reused)
+        before = claim.recipients or {}
+        turn.claim, goes_on = await self._settle(lane, claim, attempt, begun, untried)
+        after = turn.claim.recipients or {}
+        turn.tried.update(a for a, outcome in after.items() if outcome is not before.get(a))
+        return goes_on
+
+    async def _session(self, line: Line) -> Session | Reply:
+        """The line's session, one that was kept, or a new one; a reply says why there is none."""
+        lane, now = line.lane, self._clock.monotonic()
+        if line.session is not None and lane.keeps(line.session, line.generation, now):
+            return line.session
+        if line.session is not None:
+            self._part_with(lane, line.session)
+        line.session, line.generation = lane.take_session(now), lane.generation
+        if line.session is not None:
+            return line.session
+        opened = await self._open(lane)
+        if isinstance(opened, Reply):
+            outcome = "login_refused" if login_refused(opened) else "failed"
+        else:
+            outcome = "ok"
+            line.session = opened
+            lane.opened()
+        self._metrics.connect(lane.account.id, outcome)
+        return opened
+
+    async def _open(self, lane: Lane) -> Session | Reply:
+        """Open a connection, unless the lane is recalled meanwhile."""
+        opening = asyncio.ensure_future(self._open_session(lane.account, lane.next_name()))
+        lane.opening.add(opening)
+        try:
+            await asyncio.wait([opening])
+        finally:
+            lane.opening.discard(opening)
+            opening.cancel()
+        if opening.cancelled():
+            return Reply(Stage.CONNECT, 451, "given up while connecting", "4.3.2", Cause.LOCAL)
+        if (error := opening.exception()) is not None:
+            event(
+                self._log, logging.ERROR, "connecting made mailproxy fail", account=lane.account.id,
+                exc_info=error,
+            )  # fmt: skip
+            return Reply(Stage.CONNECT, 451, f"internal error ({type(error).__name__})", "4.3.0", Cause.LOCAL)
+        return opening.result()
+
+    async def _converse(
+        self, line: Line, session: Session, turn: Turn, recipients: tuple[str, ...]
+    ) -> dict[str, Reply]:
+        """One SMTP transaction: a reply for each recipient, and a session only if it can carry more."""
+        lane, composed, begun = line.lane, turn.composed, self._clock.monotonic()
+        envelope = Envelope(composed.envelope.sender, recipients)
+        try:
+            replies = await session.transact(envelope, composed.content, smtputf8=composed.smtputf8)
+        except Exception as error:
+            replies = dict.fromkeys(recipients, self._internal_failure(turn.claim, error))
+        lane.took(self._clock.monotonic() - begun)
+        self._metrics.transaction(lane.account.id, self._clock.monotonic() - begun)
+        if not session.usable:
+            self._part_with(lane, session)
+            line.session = None
+        return replies
+
+    async def _without_session(
+        self, line: Line, claim: Claim, failure: Reply, started_at: float, begun: float
+    ) -> None:
+        """A connection could not be had: fewer will do when others work, else the lane cools.
+
+        When the lane was called back or changed meanwhile, the message has not had its turn.
+        """
+        lane = line.lane
+        while lane.opening and not lane.connections:  # it is not known yet whether others work
+            await asyncio.wait(lane.opening, return_when=asyncio.FIRST_COMPLETED)
+        if lane.outdated(begun) and not lane.cooling(self._clock.monotonic()):
+            await self._release(lane, claim)
+        elif lane.connections and not login_refused(failure):
+            lane.refused_another()
+            await self._release(lane, claim)
+        else:
+            await self._settle(lane, claim, Attempt(started_at, self._clock.wall(), {"": failure}), begun)
+
+    # -- what became of it
+
+    async def _settle(
+        self, lane: Lane, claim: Claim, attempt: Attempt, begun: float, untried: int = 0
+    ) -> tuple[Claim, bool]:
+        """Judge the attempt, tell the lane, record it; True when the message goes on at once."""
+        disposition = settle(claim, attempt, lane.account, self._clock.wall(), self._jitter(), untried)
+        self._tell_lane(lane, disposition, begun)
+        if disposition.status is Status.QUEUED and not (self._draining or lane.deleted):
+            await self._record(Outcome(claim, attempt, disposition, sent=False, held=False))
+            served = claim.served or disposition.slot_used
+            return claim._replace(recipients=disposition.recipients, served=served), True
+        return await self._conclude(lane, claim, attempt, disposition), False
+
+    async def _conclude(self, lane: Lane, claim: Claim, attempt: Attempt, disposition: Disposition) -> Claim:
+        """Record how the turn of a message ended; its slot, and its place on the wire, are free."""
+        if lane.deleted and disposition.status in (Status.QUEUED, Status.DEFERRED):
+            disposition = given_up(disposition, "account deleted")
+        elif disposition.status is Status.DEFERRED and disposition.deferred_ts is None:
+            disposition = replace(disposition, deferred_ts=lane.next_try_ts())
+        used = claim.served or disposition.slot_used
+        await self._record(Outcome(claim, attempt, disposition, sent=used, held=lane.limited))
+        self._tell(claim, attempt, disposition)
+        if used:
+            lane.windows.count(self._clock.monotonic())
+        else:
+            lane.windows.give_back()
+        if disposition.status is Status.QUEUED:
+            self._queue.release([claim])
+            lane.has_mail = True
+        return claim
+
+    def _tell_lane(self, lane: Lane, disposition: Disposition, begun: float) -> None:
+        """What an attempt begun then says about the server."""
+        if disposition.lane is LaneSignal.UP:
+            lane.works(begun)
+        elif disposition.lane is not LaneSignal.NONE and not lane.outdated(begun):
+            self._cool(lane, disposition)
+
+    def _cool(self, lane: Lane, disposition: Disposition) -> None:
+        if disposition.lane is LaneSignal.LOGIN_REFUSED:
+            lane.refuse_login(disposition.error or "", self._jitter())
+            level, what = logging.ERROR, "the server refuses the login of an account"
+        else:
+            lane.lose_server(disposition.error or "", self._jitter())
+            level, what = logging.WARNING, "an account's server is left alone"
+        event(
+            self._log, level, what, account=lane.account.id, until=lane.next_try_ts(), error=disposition.error
+        )
+        self._put_back(lane)
+        self._close_idle(lane)
+
+    async def _record(self, outcome: Outcome) -> None:
+        """Write the outcome, however long the storage refuses: it must not be forgotten."""
+        told = False
+        while True:
+            try:
+                await self._queue.record(outcome)
+                break
+            except StorageUnavailable as error:
+                if not told:
+                    event(
+                        self._log, logging.ERROR, "an outcome waits for the storage",
+                        message=outcome.claim.id, account=outcome.claim.account_id, error=str(error),
+                    )  # fmt: skip
+                told = True
+                await asyncio.sleep(STORAGE_PAUSE_S)
+        if outcome.disposition.status is not Status.QUEUED:
+            self._reports_due()
+
+    async def _fail_internally(self, lane: Lane, claim: Claim, error: Exception) -> None:
+        """Our own code could not put this message together: it fails alone."""
+        now = self._clock.wall()
+        attempt = Attempt(now, now, {"": self._internal_failure(claim, error)})
+        await self._settle(lane, claim, attempt, self._clock.monotonic())
+
+    def _internal_failure(self, claim: Claim, error: Exception) -> Reply:
+        event(
+            self._log, logging.ERROR, "a message made mailproxy fail", message=claim.id,
+            account=claim.account_id, exc_info=error,
+        )  # fmt: skip
+        why = f"internal error: the message could not be composed ({type(error).__name__})"
+        return Reply(Stage.COMPOSITION, 554, why, "5.6.0", Cause.LOCAL)
+
+    def _tell(self, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
+        """One line and the counters for what became of a message."""
+        fields: dict[str, Any] = {
+            "message": claim.id, "account": claim.account_id, "connection": attempt.connection or None
+        }  # fmt: skip
+        if disposition.status is Status.SENT:
+            self._metrics.sent(claim.account_id)
+            self._metrics.queue_wait(claim.account_id, max(0.0, self._clock.wall() - claim.ready_at))
+            if self.log_deliveries:
+                event(self._log, logging.INFO, "message sent", **fields, recipients=len(attempt.replies))
+        elif disposition.status is Status.ERROR:
+            self._metrics.failed(claim.account_id)
+            event(self._log, logging.WARNING, "message failed", **fields, error=disposition.error)
+        elif disposition.status is Status.DEFERRED:
+            self._metrics.deferred(claim.account_id, disposition.reason)
+            event(
+                self._log, logging.INFO, "message deferred", **fields, until=disposition.deferred_ts,
+                error=disposition.error,
+            )  # fmt: skip
+
+    def _end_old_sessions(self) -> None:
+        """Close kept sessions whose time is over, or whose server has closed them."""
+        now = self._clock.monotonic()
+        for lane in self.lanes.values():
+            for session in [s for s in lane.idle if not lane.keeps(s, lane.generation, now)]:
+                lane.idle.remove(session)
+                self._part_with(lane, session)
+
+    # -- the end
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._alarm.ring()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            event(self._log, logging.ERROR, "a delivery task failed", exc_info=error)
+
+    def drain(self) -> None:
+        """Claim nothing more; run() returns, and drained() when the transactions in progress have ended."""
+        self._draining = True
+        for preparation in self._preparations:
+            preparation.cancel()
+        for lane in self.lanes.values():
+            self._recall(lane)
+        self._alarm.ring()
+
+    async def drained(self) -> None:
+        """Wait until the transactions in progress have ended."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def cut(self) -> None:
+        """End what is still on the wire; those messages stay in the queue."""
+        for task in self._tasks:
+            task.cancel()
+
+
+def _not_allowed() -> Reply:
+    return Reply(Stage.RCPT, 550, "recipient not allowed here", "5.7.1", Cause.LOCAL)
+
+
+# ======================================================================
+# REPORTER - the second coroutine: due reports go out
+# ======================================================================
+#
+# The twin of the dispatcher. States go to the upstream in the order they came
+# about, and stay unreported until it says 2xx. One call at a time; while it runs
+# nothing is locked, so the upstream may submit from inside it.
+
+GATHER_S = 0.03  # a burst shares a call: after this long without a new state it goes out,
+GATHER_AT_MOST_S = 0.3  # ... or when the first has waited so long
+REPORT_PAUSES_S = (1, 5, 30, 60, 300)  # after calls that failed
+EAGER_PAUSES_S = (0, 0, 1, 2, 5, 15, 60)  # before calls the upstream asks for, while they bring nothing
+ANSWER_BYTES = 1_048_576  # of an acknowledgement; a larger one is not looked into
+REMARK_CHARACTERS = 500  # of an upstream's remark in the log
+HOUSEKEEPING_S = 30.0  # between two looks for what can be purged
+REPORTER_SLEEP_S = 5.0  # at most, so that it can be seen to turn
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRules:
+    """The part of the settings that reporting lives by."""
+
+    url: str | None = None
+    sync_interval_s: float = 300
+    batch_size: int = 1000
+    timeout_s: float = 30
+    retention_s: float = 604_800
+    id_retention_s: float = 2_592_000
+    test_mode: bool = False
+
+
+class WrittenReport(NamedTuple):
+    """A report as it goes over the wire."""
+
+    id: str  # the same however often it is tried
+    body: bytes
+
+
+class Acknowledgement(NamedTuple):
+    """What the upstream said to a call."""
+
+    outcome: str  # one of REPORT_OUTCOMES
+    problem: str | None  # why it counts as a failure; None: acknowledged
+    queued: int = 0
+    next_sync_after: float | None = None  # wall-clock seconds
+    remarks: tuple[tuple[str, str], ...] = ()  # for the log: field and value
+
+
+def webhook_signature(key: bytes, message_id: str, timestamp: int, body: bytes) -> str:
+    """The webhook-signature header (Standard Webhooks 1.0.0)."""
+    signed = f"{message_id}.{timestamp}.".encode() + body
+    return "v1," + base64.b64encode(hmac.digest(key, signed, "sha256")).decode()
+
+
+def write_report(states: Sequence[State]) -> WrittenReport:
+    """The call that tells of these states. Some 10 microseconds each, so meant for a thread."""
+    body = json.dumps({"delivery_report": [state.entry for state in states]}, ensure_ascii=False).encode()
+    places = repr([(state.seq, state.report_order) for state in states])
+    return WrittenReport("rep_" + hashlib.sha256(places.encode() + body).hexdigest()[:32], body)
+
+
+def parse_acknowledgement(status: int, body: bytes) -> Acknowledgement:
+    """What an answer to a report means; of its JSON only the few known fields are looked at."""
+    answer = _json_fields(body)
+    remarks = tuple((name, _remark(answer[name])) for name in ("error", "not_found") if answer.get(name))
+    if not 200 <= status < 300:
+        return Acknowledgement("refused", f"the upstream answered {status}", remarks=remarks)
+    if answer.get("ok") is False:
+        return Acknowledgement("refused", "the upstream answered ok: false", remarks=remarks)
+    queued, after = _number(answer.get("queued")), _number(answer.get("next_sync_after"))
+    return Acknowledgement("acknowledged", None, int(max(queued or 0, 0)), after, remarks)
+
+
+def _json_fields(body: bytes) -> dict[str, object]:
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def _remark(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)[:REMARK_CHARACTERS]
+    except RecursionError:
+        return "nested too deeply to be shown"
+
+
+def _number(value: object) -> float | None:
+    """A JSON number that can be reckoned with."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if -(2**53) < value < 2**53 else None
+
+
+class Reporter:
+    """Reports every state once it is on disk, until the upstream has acknowledged it."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        rules: ReportRules,
+        *,
+        clock: Clock,
+        call: Callable[[WrittenReport], Awaitable[HttpAnswer]],
+        submissions: Callable[[], int],
+        dispatching: Callable[[], bool],
+        in_thread: InThread,
+        metrics: Metrics,
+        log: logging.Logger,
+    ) -> None:
+        self.rules = rules
+        self.turned_at = clock.monotonic()
+        self._queue = queue
+        self._clock = clock
+        self._call = call
+        self._submissions = submissions
+        self._dispatching = dispatching
+        self._in_thread = in_thread
+        self._metrics = metrics
+        self._log = log
+        self._alarm = Alarm()
+        self._news = 0  # how often there were new states
+        self._pass_is_open = False  # test_mode: from run-now until all that came of it is reported
+        self._stopping = False
+        # When to call; monotonic
+        self._asked_at = math.inf if rules.test_mode else -math.inf  # at once at start, then at run-now
+        self._acknowledged_at = -math.inf
+        self._not_before = -math.inf  # next_sync_after: no empty calls before
+        self._paused_until = -math.inf
+        self._calling = False
+        self._asked_meanwhile = False  # run-now came while a call was in progress
+        self._failures = 0
+        self._eager_calls = 0  # calls the upstream asked for, in a row, that brought nothing
+        self._submissions_seen = 0
+        # What was tried
+        self._tried_up_to: int | None = None  # report_order of the last state of a batch that failed
+        self._empty_id = ""
+        self._acknowledged: Sequence[State] = ()  # and not on disk yet
+        # Housekeeping
+        self._next_housekeeping = clock.monotonic()
+        self._purged = 0
+        self._waits_for_storage = False
+
+    # -- what others tell it
+
+    def wake(self) -> None:
+        """There are new states to report."""
+        self._news += 1
+        self._alarm.ring()
+
+    def run_now(self) -> None:
+        """Call the upstream at once, whatever it said and however often it failed.
+
+        From inside a call it means one more call, but not one after another without end.
+        """
+        self._pass_is_open = True
+        self._paused_until = self._not_before = -math.inf
+        if self._calling:
+            self._asked_meanwhile = True
+        else:
+            self._asked_at = -math.inf
+        self._alarm.ring()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._alarm.ring()
+
+    # -- the loop
+
+    async def run(self) -> None:
+        """Turn until told to stop; anything unexpected ends the daemon."""
+        while not self._stopping:
+            self.turned_at = self._clock.monotonic()
+            await self._alarm.sleep(await self._turn())
+
+    async def _turn(self) -> float:
+        """Do what is to be done now; return for how long nothing will be, in seconds."""
+        if self.rules.test_mode and not self._pass_is_open:
+            return REPORTER_SLEEP_S
+        try:
+            house_is_kept = await self._keep_house()
+            pause_s = await self._report() if self.rules.url is not None else REPORTER_SLEEP_S
+        except StorageUnavailable as error:
+            return self._wait_for_storage(error)
+        self._waits_for_storage = False
+        if pause_s > 0 and not self._dispatching():
+            self._pass_is_open = False
+        return pause_s if house_is_kept else 0.0
+
+    def _wait_for_storage(self, error: StorageUnavailable) -> float:
+        if not self._waits_for_storage:
+            event(self._log, logging.ERROR, "reports wait for the storage", error=str(error))
+        self._waits_for_storage = True
+        return STORAGE_PAUSE_S
+
+    # -- one report
+
+    async def _report(self) -> float:
+        """Make the call that is due, or return for how long none will be."""
+        await self._stamp()
+        now = self._clock.monotonic()
+        if now < self._paused_until:
+            return min(self._paused_until - now, REPORTER_SLEEP_S)
+        states = await self._due_states()
+        if not states and now < self._next_empty_call_at():
+            return min(self._next_empty_call_at() - now, REPORTER_SLEEP_S)
+        self._asked_at = math.inf
+        await self._deliver(states)
+        return 0.0
+
+    def _next_empty_call_at(self) -> float:
+        """When the upstream gets its chance to submit, although there is nothing to report."""
+        regular = max(self._acknowledged_at + self.rules.sync_interval_s, self._not_before)
+        return min(regular, self._asked_at)
+
+    async def _due_states(self) -> Sequence[State]:
+        """The next states to report: those of a failed call again, else a burst as a whole."""
+        states = await self._queue.unreported(self.rules.batch_size)
+        again = [state for state in states if state.report_order <= (self._tried_up_to or 0)]
+        if again or not states:
+            return again
+        if len(states) < self.rules.batch_size:
+            await self._gather()
+            states = await self._queue.unreported(self.rules.batch_size)
+        return states
+
+    async def _gather(self) -> None:
+        """Wait while new states keep coming, but not for long."""
+        until = self._clock.monotonic() + GATHER_AT_MOST_S
+        seen = -1
+        while seen != self._news and self._clock.monotonic() < until:
+            seen = self._news
+            await asyncio.sleep(GATHER_S)
+
+    async def _deliver(self, states: Sequence[State]) -> None:
+        """One call; what it brings decides about the next."""
+        self._calling = True
+        try:
+            answer = await self._answer_to(await self._written(states))
+        finally:
+            self._calling = False
+        self._metrics.reports.count(answer.outcome)
+        for name, remark in answer.remarks:
+            event(self._log, logging.WARNING, "the upstream remarks on a report", field=name, remark=remark)
+        if answer.problem is not None:
+            self._pause_after_failure(answer.problem, states)
+        else:
+            self._plan_next_call(answer)
+            self._acknowledged = states
+            event(self._log, logging.DEBUG, "report acknowledged", entries=len(states))
+            await self._stamp()
+
+    async def _written(self, states: Sequence[State]) -> WrittenReport:
+        """The report with its id; an empty one keeps its id until it is acknowledged."""
+        report = await self._in_thread(lambda: write_report(states))
+        if states:
+            return report
+        self._empty_id = self._empty_id or "rep_" + secrets.token_hex(16)
+        return report._replace(id=self._empty_id)
+
+    async def _answer_to(self, report: WrittenReport) -> Acknowledgement:
+        began = self._clock.monotonic()
+        try:
+            answer = await self._call(report)
+        except HttpFailure as failure:
+            late = self._clock.monotonic() - began >= self.rules.timeout_s
+            return Acknowledgement("timeout" if late else "unreachable", str(failure))
+        except SecretUnavailable as failure:
+            return Acknowledgement("other", str(failure))
+        return parse_acknowledgement(answer.status, answer.body)
+
+    async def _stamp(self) -> None:
+        """Note what the upstream has taken; tried again before any further call if it cannot be written."""
+        if self._acknowledged:
+            await self._queue.acknowledge(self._acknowledged)
+            self._acknowledged = ()
+
+    # -- the next one
+
+    def _pause_after_failure(self, problem: str, states: Sequence[State]) -> None:
+        pause_s: float = REPORT_PAUSES_S[min(self._failures, len(REPORT_PAUSES_S) - 1)]
+        if self._asked_meanwhile:
+            pause_s = min(pause_s, self._eager_pause_s())
+        self._asked_meanwhile = False
+        self._failures += 1
+        self._tried_up_to = states[-1].report_order if states else None
+        self._asked_at = self._paused_until = self._clock.monotonic() + pause_s
+        event(
+            self._log, logging.WARNING, "report not acknowledged", entries=len(states), error=problem,
+            next_try_in_seconds=pause_s,
+        )  # fmt: skip
+
+    def _plan_next_call(self, answer: Acknowledgement) -> None:
+        """When to ask again with nothing to report: soon, when the upstream has more to submit."""
+        if self._failures:
+            event(self._log, logging.INFO, "the upstream takes reports again")
+        self._failures, self._tried_up_to, self._empty_id = 0, None, ""
+        now = self._acknowledged_at = self._clock.monotonic()
+        if answer.next_sync_after is not None:
+            self._not_before = now + answer.next_sync_after - self._clock.wall()
+        if self._asked_meanwhile:
+            self._asked_at = now + self._eager_pause_s()
+        elif answer.queued:
+            self._asked_at = max(now + self._eager_pause_s(), self._not_before)
+        else:
+            self._eager_calls = 0
+        self._asked_meanwhile = False
+
+    def _eager_pause_s(self) -> float:
+        """How soon to call when the upstream asks for it: later and later while that brings nothing."""
+        submissions = self._submissions()
+        self._eager_calls = 0 if submissions > self._submissions_seen else self._eager_calls + 1
+        self._submissions_seen = submissions
+        return EAGER_PAUSES_S[min(self._eager_calls, len(EAGER_PAUSES_S) - 1)]
+
+    # -- housekeeping
+
+    async def _keep_house(self) -> bool:
+        """Purge some of what is final and was reported long ago; False when there is more."""
+        now = self._clock.monotonic()
+        if now < self._next_housekeeping:
+            return True
+        purged = await self._queue.purge(self.rules.retention_s, unreported_too=self.rules.url is None)
+        self._purged += purged
+        if purged or await self._queue.forget_ids(self.rules.id_retention_s):
+            return False
+        await self._queue.fold_sends()
+        self._next_housekeeping = now + HOUSEKEEPING_S
+        if self._purged:
+            event(self._log, logging.INFO, "final messages purged", messages=self._purged)
+        self._purged = 0
+        return True
+
+
+# ======================================================================
+# CONTROL PLANE - one short handler a route: what clients and operators ask for
+# ======================================================================
+#
+# Handlers translate between HTTP and the queue; they decide nothing about mail.
+# What wakes, suspends or renews the loops comes in as the dispatcher and the
+# reporter themselves. A 200 to a submission is answered after the commit.
+
+MAX_IDS = 100_000  # of one command that names messages
+LOOP_PATIENCE_S = 10.0  # by which a loop, or the storage, may be late
+PAGE_ROWS = 200  # of a listing that is read and sent at a time
+LISTING_LIMIT = 10_000
+TRUE_WORDS, FALSE_WORDS = ("true", "1"), ("false", "0")
+ALL_REJECTED = "all messages rejected"
+
+
+class AccountBook:
+    """All accounts: those of config.ini and those added over HTTP, and which are suspended.
+
+    One change at a time: whoever looks an account up here finds it as the last change left it.
+    """
+
+    def __init__(self, queue: Queue, dispatcher: Dispatcher, clock: Clock, defaults: AccountDefaults) -> None:
+        self.defaults = defaults
+        self._queue = queue
+        self._dispatcher = dispatcher
+        self._clock = clock
+        self._one_at_a_time = asyncio.Lock()
+
+    def get(self, account_id: str) -> Account | None:
+        lane = self._dispatcher.lanes.get(account_id)
+        return lane.account if lane else None
+
+    def accounts(self) -> list[Account]:
+        return [lane.account for lane in self._dispatcher.lanes.values()]
+
+    async def renew(self, configured: Sequence[Account]) -> None:
+        """Take over the accounts of config.ini; they win over those added over HTTP.
+
+        The mail of an account that is gone stays where it is: it may come back.
+        """
+        async with self._one_at_a_time:
+            wanted = {account.id: account for account in await self._added_over_http()}
+            wanted.update((account.id, account) for account in configured)
+            for account in self.accounts():
+                if account.id not in wanted:
+                    self._dispatcher.remove_lane(account.id)
+            await self._enter([account for account in wanted.values() if account != self.get(account.id)])
+
+    async def _added_over_http(self) -> list[Account]:
+        accounts = []
+        for account_id, definition in (await self._queue.accounts()).items():
+            try:
+                accounts.append(parse_account(json.loads(definition), defaults=self.defaults))
+            except Rejected as error:
+                raise ConfigurationError(f"The account {account_id} in the queue file: {error}.") from None
+        return accounts
+
+    async def _enter(self, accounts: Sequence[Account]) -> None:
+        """Deliver for these accounts, by these definitions, from now on."""
+        sends, suspended = await self._queue.sends(), await self._queue.suspended()
+        now, offset = self._clock.monotonic(), self._clock.monotonic() - self._clock.wall()
+        for account in accounts:
+            if account.id in self._dispatcher.lanes:
+                await self._dispatcher.replace_account(account)
+            else:
+                counted = [(min(until + offset, now), n) for until, n in sends.get(account.id, ())]
+                self._dispatcher.add_lane(account, counted, suspended=account.id in suspended)
+
+    async def put(self, fields: Mapping[str, object]) -> Account:
+        """Add or replace an account; on disk first. Raises Rejected, HttpError 409."""
+        account = parse_account(fields, defaults=self.defaults)
+        definition = {key: fields[key] for key in ("id", *ACCOUNT_KEYS) if fields.get(key) is not None}
+        async with self._one_at_a_time:
+            self._refuse_configured(account.id)
+            await self._queue.put_account(account.id, json.dumps(definition))
+            await self._enter([account])
+        return account
+
+    async def delete(self, account_id: str) -> int:
+        """Remove an account; its undelivered messages become errors. Returns their number.
+
+        Its messages come first: should the storage refuse in between, the account is still there.
+        """
+        async with self._one_at_a_time:
+            account = self._known(account_id)
+            self._refuse_configured(account_id)
+            self._dispatcher.remove_lane(account_id)
+            try:
+                failed = await self._fail_orphans(account_id)
+                await self._queue.delete_account(account_id)
+            except StorageUnavailable:
+                await self._enter([account])
+                raise
+        return failed
+
+    async def _fail_orphans(self, account_id: str) -> int:
+        failed, after = 0, 0
+        while True:
+            some, go_on = await self._queue.fail_orphans(account_id, after, "account deleted")
+            failed += some
+            if go_on is None:
+                return failed
+            after = go_on
+
+    async def suspend(self, account_id: str) -> None:
+        """Deliver nothing more for an account, also after a restart."""
+        async with self._one_at_a_time:
+            self._known(account_id)
+            await self._queue.suspend(account_id)
+            self._dispatcher.suspend_lane(account_id)
+
+    async def activate(self, account_id: str) -> None:
+        """Deliver for an account again, at once."""
+        async with self._one_at_a_time:
+            self._known(account_id)
+            await self._queue.activate(account_id)
+            await self._dispatcher.activate_lane(account_id)
+
+    def _known(self, account_id: str) -> Account:
+        account = self.get(account_id)
+        if account is None:
+            raise HttpError(404, "there is no account with this id")
+        return account
+
+    def _refuse_configured(self, account_id: str) -> None:
+        account = self.get(account_id)
+        if account is not None and account.source == "config":
+            section = "[smtp]" if account_id == "default" else f"[account:{account_id}]"
+            raise HttpError(409, f"this account comes from config.ini, section {section}; change it there")
+
+
+class ControlPlane:
+    """The handlers of the route table."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        book: AccountBook,
+        dispatcher: Dispatcher,
+        reporter: Reporter,
+        *,
+        clock: Clock,
+        metrics: Metrics,
+        threads: Threads,
+        log: logging.Logger,
+        settings: Callable[[], Settings],
+    ) -> None:
+        self.submissions = 0  # accepted so far
+        self._queue = queue
+        self._book = book
+        self._dispatcher = dispatcher
+        self._reporter = reporter
+        self._clock = clock
+        self._metrics = metrics
+        self._threads = threads
+        self._log = log
+        self._settings = settings
+
+    def routes(self) -> tuple[Route, ...]:
+        return tuple(route._replace(handler=_guarded(route.handler)) for route in self._table())
+
+    def _table(self) -> tuple[Route, ...]:
+        return (
+            Route("GET", "/health", self.health, public=True),
+            Route("GET", "/ready", self.ready, public=True),
+            Route("GET", "/status", self.status),
+            Route("GET", "/metrics", self.metrics),
+            Route("POST", "/commands/add-messages", self.add_messages),
+            Route("POST", "/commands/run-now", self.run_now),
+            Route("POST", "/commands/suspend", self.suspend),
+            Route("POST", "/commands/activate", self.activate),
+            Route("POST", "/commands/delete-messages", self.delete_messages),
+            Route("POST", "/commands/cleanup-messages", self.cleanup_messages),
+            Route("POST", "/commands/retry-messages", self.retry_messages),
+            Route("GET", "/messages", self.list_messages),
+            Route("GET", "/message/{id}", self.show_message),
+            Route("GET", "/accounts", self.list_accounts),
+            Route("POST", "/account", self.put_account),
+            Route("DELETE", "/account/{id}", self.delete_account),
+            Route("POST", "/account/{id}/suspend", self.suspend_account),
+            Route("POST", "/account/{id}/activate", self.activate_account),
+        )
+
+    # -- how it goes
+
+    async def health(self, request: Request) -> Response:
+        return json_response({"ok": True, "status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        problem = await self._not_ready()
+        if problem is None:
+            return json_response({"ok": True})
+        return json_response({"ok": False, "error": problem}, 503)
+
+    def loops_turn(self) -> str | None:
+        """Which loop stands still, or None."""
+        now = self._clock.monotonic()
+        delivery, client = self._settings().delivery, self._settings().client
+        if now - self._dispatcher.turned_at > delivery.send_interval_seconds + LOOP_PATIENCE_S:
+            return "the dispatch loop does not turn"
+        if now - self._reporter.turned_at > client.timeout_seconds + REPORTER_SLEEP_S + LOOP_PATIENCE_S:
+            return "the report loop does not turn"
+        return None
+
+    async def _not_ready(self) -> str | None:
+        """What keeps mail from going its way, or None."""
+        if standing := self.loops_turn():
+            return standing
+        try:
+            async with asyncio.timeout(LOOP_PATIENCE_S):
+                await self._queue.answers()
+        except StorageUnavailable as error:
+            return str(error)
+        except TimeoutError:
+            return "the queue file does not answer"
+        return None
+
+    async def status(self, request: Request) -> Response:
+        tallies = await self._queue.tallies()
+        now = self._clock.monotonic()
+        pending = {id_: tally.ready + tally.waiting for id_, tally in tallies.items()}
+        accounts = {id_: _lane_status(lane, now) for id_, lane in self._dispatcher.lanes.items()}
+        accounts |= {id_: _no_lane_status() for id_, n in pending.items() if n and id_ not in accounts}
+        for id_, account in accounts.items():
+            account["pending"] = pending.get(id_, 0)
+        return json_response(
+            {
+                "ok": True,
+                "active": self._dispatcher.active,
+                "version": __version__,
+                "pending": sum(pending.values()),
+                "deferred": sum(tally.waiting for tally in tallies.values()),
+                "in_delivery": self._queue.in_delivery,
+                "unreported": sum(tally.unreported for tally in tallies.values()),
+                "oldest_pending_ts": await self._queue.oldest_pending_ts(),
+                "accounts": accounts,
+            }
+        )
+
+    async def metrics(self, request: Request) -> Response:
+        tallies = await self._queue.tallies()
+        oldest = await self._queue.oldest_pending_ts()
+        snapshot = Snapshot(
+            pending=sum(tally.ready + tally.waiting for tally in tallies.values()),
+            in_delivery=self._queue.in_delivery,
+            oldest_pending_s=0 if oldest is None else max(0.0, self._clock.wall() - oldest),
+            unreported=sum(tally.unreported for tally in tallies.values()),
+            active=self._dispatcher.active,
+            lanes={id_: _lane_gauge(lane) for id_, lane in self._dispatcher.lanes.items()},
+        )
+        exposition = await self._threads.run(lambda: self._metrics.exposition(snapshot))
+        return Response(200, exposition, METRICS_CONTENT_TYPE)
+
+    # -- submission
+
+    async def add_messages(self, request: Request) -> Response:
+        fields = await request.json_object()
+        messages = fields.get("messages")
+        if not isinstance(messages, list):
+            raise HttpError(400, "messages: must be a list of messages")
+        most = self._settings().server.max_batch
+        if len(messages) > most:
+            raise HttpError(413, f"messages: at most {most} in one batch, these are {len(messages)}")
+        default = self._default_priority(fields.get("default_priority"))
+        if len(request.body) <= JSON_AT_ONCE_BYTES:
+            return await self._accept(self._judge_all(messages, default))
+        return await self._accept(await self._threads.run(lambda: self._judge_all(messages, default)))
+
+    def _default_priority(self, given: object) -> int:
+        try:
+            configured = self._settings().delivery.default_priority
+            return parse_priority(given, configured, field="default_priority")
+        except Rejected as error:
+            raise HttpError(400, str(error)) from None
+
+    def _judge_all(self, messages: Sequence[object], default_priority: int) -> list[Judged]:
+        """Judge each message alone; the same id a second time is rejected."""
+        now = self._clock.wall()
+        seen: set[str] = set()
+        judged = []
+        for given in messages:
+            id_ = _usable_id(given)
+            if id_ is not None and id_ in seen:
+                judged.append(Judged(id_, "duplicate id in this batch", None, ()))
+                continue
+            judged.append(self._judge(given, id_, now, default_priority))
+            if id_ is not None:
+                seen.add(id_)
+        return judged
+
+    def _judge(self, fields: object, id_: str | None, now: float, default_priority: int) -> Judged:
+        try:
+            message = parse_message(fields, now=now, default_priority=default_priority)
+            account = self._book.get(message.account_id)
+            if account is None:
+                return Judged(id_, _no_account(message.account_id), None, ())
+            return Judged(id_, None, _submission(fields, message, account, now), message.unknown)
+        except Rejected as error:
+            return Judged(id_, str(error), None, ())
+        except Exception as error:  # a bug of ours must not spoil the batch
+            event(self._log, logging.ERROR, "a submission made mailproxy fail", message=id_, exc_info=error)
+            return Judged(id_, "invalid message: it could not be understood", None, ())
+
+    async def _accept(self, judged: Sequence[Judged]) -> Response:
+        """Store what was judged good, and tell of each message that was not."""
+        judged = [self._still_good(one) for one in judged]
+        submissions = [one.submission for one in judged if one.submission is not None]
+        verdicts = await self._queue.accept(submissions) if submissions else []
+        refused = {s.id: why for s, why in zip(submissions, verdicts, strict=True) if why is not None}
+        accepted = [s for s in submissions if s.id not in refused]
+        rejected = [
+            {"id": one.id, "reason": one.reason or refused[one.submission.id if one.submission else ""]}
+            for one in judged
+            if one.submission is None or one.submission.id in refused
+        ]
+        self._tell_accepted(accepted)
+        self._tell_rejected(rejected)
+        if rejected and not accepted:
+            detail = {"error": ALL_REJECTED, "rejected": rejected}
+            raise HttpError(400, ALL_REJECTED, extra={"rejected": rejected, "detail": detail})
+        answer: dict[str, object] = {"ok": True, "queued": len(accepted), "rejected": rejected}
+        if warnings := [_warning(one) for one in judged if one.unknown and one.id not in refused]:
+            answer["warnings"] = warnings
+        return json_response(answer)
+
+    def _still_good(self, judged: Judged) -> Judged:
+        """The same, unless its account was deleted while the batch was judged."""
+        submission = judged.submission
+        if submission is None or submission.account_id in self._dispatcher.lanes:
+            return judged
+        return Judged(judged.id, _no_account(submission.account_id), None, ())
+
+    def _tell_accepted(self, accepted: Sequence[Submission]) -> None:
+        self.submissions += len(accepted)
+        by_account = collections.Counter(submission.account_id for submission in accepted)
+        for account_id, number in by_account.items():
+            self._metrics.accepted(account_id, number)
+        if accepted:
+            self._dispatcher.wake(by_account)
+        level = logging.INFO if self._dispatcher.log_deliveries else logging.DEBUG
+        if self._log.isEnabledFor(level):
+            for submission in accepted:
+                event(
+                    self._log, level, "message accepted", message=submission.id, account=submission.account_id
+                )
+
+    def _tell_rejected(self, rejected: Sequence[Mapping[str, object]]) -> None:
+        self._metrics.rejected(len(rejected))
+        for entry in rejected:
+            event(self._log, logging.WARNING, "message rejected", message=entry["id"], reason=entry["reason"])
+
+    # -- commands
+
+    async def run_now(self, request: Request) -> Response:
+        await _only_fields(request)
+        self._reporter.run_now()
+        await self._dispatcher.run_now()
+        return json_response({"ok": True})
+
+    async def suspend(self, request: Request) -> Response:
+        await _only_fields(request)
+        await self._queue.set_switch("active", False)
+        self._dispatcher.suspend()
+        event(self._log, logging.INFO, "delivery suspended")
+        return json_response({"ok": True, "active": False})
+
+    async def activate(self, request: Request) -> Response:
+        await _only_fields(request)
+        await self._queue.set_switch("active", True)
+        self._dispatcher.activate()
+        event(self._log, logging.INFO, "delivery activated")
+        return json_response({"ok": True, "active": True})
+
+    async def delete_messages(self, request: Request) -> Response:
+        ids = _ids_of(await request.json_object())
+        removed, not_found, on_wire = await self._queue.delete(ids)
+        event(self._log, logging.INFO, "messages deleted", messages=removed)
+        return json_response({"ok": True, "removed": removed, "not_found": not_found, "in_delivery": on_wire})
+
+    async def retry_messages(self, request: Request) -> Response:
+        ids = _ids_of(await request.json_object())
+        queued, not_found, not_failed = await self._queue.retry(ids, self._deadline_of)
+        self._dispatcher.wake(self._dispatcher.lanes)
+        event(self._log, logging.INFO, "failed messages queued anew", messages=queued)
+        return json_response({"ok": True, "queued": queued, "not_found": not_found, "not_failed": not_failed})
+
+    def _deadline_of(self, account_id: str) -> int:
+        account = self._book.get(account_id)
+        max_age_s = account.max_age_s if account else self._book.defaults.max_age_s
+        return min(int(self._clock.wall()) + max_age_s, LARGEST_INTEGER)
+
+    async def cleanup_messages(self, request: Request) -> Response:
+        fields = await request.json_object()
+        age_s = fields.get("older_than_seconds")
+        if age_s is None:
+            age_s = self._settings().delivery.delivery_report_retention_seconds
+        if not isinstance(age_s, int) or isinstance(age_s, bool) or not 0 <= age_s < 2**53:
+            raise HttpError(400, "older_than_seconds: must be a whole number of seconds, 0 or more")
+        removed = 0
+        while some := await self._queue.purge(age_s, unreported_too=False):
+            removed += some
+        event(self._log, logging.INFO, "messages cleaned up", messages=removed)
+        return json_response({"ok": True, "removed": removed})
+
+    # -- looking
+
+    async def list_messages(self, request: Request) -> Response:
+        filters = Filters(
+            active_only=_flag_asked(request.query, "active_only"),
+            status=_word_asked(request.query, "status", tuple(Status)),
+            account_id=request.query.get("account_id"),
+            batch_code=request.query.get("batch_code"),
+        )
+        limit = _number_asked(request.query, "limit", 1, LISTING_LIMIT)
+        after = _number_asked(request.query, "after", 0, 2**63 - 1) or 0
+        return Response(200, self._listing(filters, after, limit, _flag_asked(request.query, "content")))
+
+    async def _listing(
+        self, filters: Filters, after: int, limit: int | None, with_contents: bool
+    ) -> AsyncIterator[bytes]:
+        """The answer piece by piece: one page of rows in memory, however many there are."""
+        left = math.inf if limit is None else limit
+        separator = b'{"ok": true, "messages": ['
+        cursor: int | None = after
+        while cursor is not None and left > 0:
+            most = 1 if with_contents else int(min(left, PAGE_ROWS))
+            records, cursor = await self._page(filters, cursor, most)
+            left -= len(records)
+            for record in records:
+                yield separator + await self._shown(record, with_contents)
+                separator = b",\n"
+        opening = b"" if separator == b",\n" else separator
+        ending = b"null" if cursor is None or not await self._go_on(filters, cursor) else b'"%d"' % cursor
+        yield opening + b'], "next": ' + ending + b"}"
+
+    async def _page(self, filters: Filters, after: int, most: int) -> tuple[list[Record], int | None]:
+        with _told_of_storage():
+            return await self._queue.page(filters, after, most)
+
+    async def _go_on(self, filters: Filters, cursor: int | None) -> bool:
+        """True when a listing has more to show after the cursor."""
+        while cursor is not None:
+            records, cursor = await self._page(filters, cursor, 1)
+            if records:
+                return True
+        return False
+
+    async def _shown(self, record: Record, with_contents: bool) -> bytes:
+        """A record as JSON; a large one is put together in a thread."""
+        contents: Mapping[int, bytes] = {}
+        if with_contents:
+            with _told_of_storage():
+                contents = await self._queue.contents(record.seq)
+        if record.size_bytes <= JSON_AT_ONCE_BYTES:
+            return _record_as_json(record, contents)
+        return await self._threads.run(lambda: _record_as_json(record, contents))
+
+    async def show_message(self, request: Request) -> Response:
+        with_contents = _flag_asked(request.query, "content")
+        found = await self._queue.look_up(request.parameters["id"])
+        if found is None:
+            raise HttpError(404, "there is no message with this id")
+        record, attempts = found
+        shown = await self._shown(record, with_contents)
+        timeline = json.dumps(attempts, ensure_ascii=False).encode()
+        return Response(200, b'{"ok": true, "message": %b, "attempts": %b}' % (shown, timeline))
+
+    # -- accounts
+
+    async def list_accounts(self, request: Request) -> Response:
+        accounts = [account_fields(account, secrets=False) for account in self._book.accounts()]
+        return json_response({"ok": True, "accounts": accounts})
+
+    async def put_account(self, request: Request) -> Response:
+        fields = await request.json_object()
+        try:
+            account = await self._book.put(fields)
+        except Rejected as error:
+            raise HttpError(400, str(error)) from None
+        self._metrics.know_account(account.id)
+        event(self._log, logging.INFO, "account set", account=account.id)
+        return json_response({"ok": True})
+
+    async def delete_account(self, request: Request) -> Response:
+        account_id = request.parameters["id"]
+        failed = await self._book.delete(account_id)
+        self._metrics.forget_account(account_id)
+        self._metrics.failed(account_id, failed)
+        self._reporter.wake()
+        event(self._log, logging.INFO, "account deleted", account=account_id, failed=failed)
+        return json_response({"ok": True, "failed": failed})
+
+    async def suspend_account(self, request: Request) -> Response:
+        await _only_fields(request)
+        account_id = request.parameters["id"]
+        await self._book.suspend(account_id)
+        event(self._log, logging.INFO, "account suspended", account=account_id)
+        return json_response({"ok": True, "active": False})
+
+    async def activate_account(self, request: Request) -> Response:
+        await _only_fields(request)
+        account_id = request.parameters["id"]
+        await self._book.activate(account_id)
+        event(self._log, logging.INFO, "account activated", account=account_id)
+        return json_response({"ok": True, "active": True})
+
+
+def _guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """The handler as it is routed: its log lines carry the request's id, a storage that refuses is a 503."""
+
+    async def guarded(request: Request) -> Response:
+        request_id.set(request.id)
+        with _told_of_storage():
+            return await handler(request)
+
+    return guarded
+
+
+@contextlib.contextmanager
+def _told_of_storage() -> Iterator[None]:
+    try:
+        yield
+    except StorageUnavailable as error:
+        raise HttpError(503, str(error), headers={"Retry-After": "1"}) from None
+
+
+class Judged(NamedTuple):
+    """One message of a batch: stored if it has a submission, rejected if it has a reason."""
+
+    id: str | None
+    reason: str | None
+    submission: Submission | None
+    unknown: tuple[str, ...]
+
+
+def _warning(judged: Judged) -> dict[str, object]:
+    return {"id": judged.id, "unknown": list(judged.unknown)}
+
+
+def _usable_id(fields: object) -> str | None:
+    """The id of a submission, if it has one that can be one."""
+    try:
+        return _client_label(fields.get("id"), "id") if isinstance(fields, dict) else None
+    except Rejected:
+        return None
+
+
+def _no_account(account_id: str) -> str:
+    return "missing account configuration" if account_id == "default" else "account not found"
+
+
+def _submission(fields: Any, message: Message, account: Account, now: float) -> Submission:
+    payload, contents = stored_form(fields, message)
+    too_old_ts = min(int(max(now, message.deferred_ts or 0)) + account.max_age_s, LARGEST_INTEGER)
+    return Submission(
+        id=message.id,
+        account_id=message.account_id,
+        priority=message.priority,
+        deferred_ts=message.deferred_ts,
+        expires_ts=message.expires_ts,
+        deadline=min(too_old_ts, message.expires_ts or too_old_ts),
+        batch_code=message.batch_code,
+        message_id=_shown_message_id(fields.get("message_id"), message.message_id),
+        parts=len(message.attachments) + (message.raw is not None),
+        payload=json.dumps({k: v for k, v in payload.items() if v is not None}, ensure_ascii=False),
+        contents=contents,
+    )
+
+
+def _shown_message_id(given: object, settled: str) -> str:
+    """The Message-ID as reports and listings show it: as the client wrote it, else in angle brackets."""
+    if isinstance(given, str) and given.strip():
+        return given.strip()
+    return f"<{settled}>" if settled else ""
+
+
+def _record_as_json(record: Record, contents: Mapping[int, bytes]) -> bytes:
+    """A message as listings show it; with `contents` as it was submitted."""
+    shown = {**record.fields, "message": restored_fields(record.payload, contents)}
+    return json.dumps(shown, ensure_ascii=False).encode()
+
+
+def _lane_status(lane: Lane, now: float) -> dict[str, object]:
+    status: dict[str, object] = {**lane.state()._asdict(), "connections": lane.connections}
+    if left := lane.windows.left(now):
+        status["limits_left"] = left
+    return status
+
+
+def _no_lane_status() -> dict[str, object]:
+    """Of an account that is gone while mail waits for it to come back."""
+    gone = "account not found"
+    return {"state": gone, "reason": gone, "since": None, "until": None, "connections": 0}
+
+
+def _lane_gauge(lane: Lane) -> LaneGauge:
+    return LaneGauge(
+        up=lane.state().state != "cooling",
+        connections={"busy": lane.busy, "idle": len(lane.idle)},
+    )
+
+
+async def _only_fields(request: Request) -> None:
+    """A command without fields: its body is read, so that a bad one is told."""
+    await request.json_object()
+
+
+def _ids_of(fields: Mapping[str, object]) -> list[str]:
+    ids = fields.get("ids")
+    if not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
+        raise HttpError(400, "ids: must be a list of message ids")
+    if len(ids) > MAX_IDS:
+        raise HttpError(413, f"ids: at most {MAX_IDS} in one call")
+    return list(dict.fromkeys(ids))
+
+
+def _flag_asked(query: Mapping[str, str], name: str) -> bool:
+    word = query.get(name, "false").lower()
+    if word not in TRUE_WORDS + FALSE_WORDS:
+        raise HttpError(400, f"{name}: must be true or false")
+    return word in TRUE_WORDS
+
+
+def _word_asked(query: Mapping[str, str], name: str, known: Sequence[str]) -> str | None:
+    word = query.get(name)
+    if word is not None and word not in known:
+        raise HttpError(400, f"{name}: must be one of {', '.join(known)}")
+    return word
+
+
+def _number_asked(query: Mapping[str, str], name: str, low: int, high: int) -> int | None:
+    text = query.get(name)
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]{1,19}", text) or not low <= int(text) <= high:
+        raise HttpError(400, f"{name}: must be a number from {low} to {high}")
+    return int(text)
+
+
+# ======================================================================
+# DAEMON - builds the rooms, starts the loops, drains and stops them
+# ======================================================================
+#
+# The composition root: the one place that knows all rooms. A loop that dies takes
+# the daemon down with it, loudly, because a proxy that looks alive and delivers
+# nothing is the worst of all.
+
+UPSTREAM_THREADS = 2  # one call at a time, and one that a stop has left behind
+TOKEN_THREADS = 8
+FETCHING_THREADS = 16
+WORKING_THREADS = 4
+HOSTNAME_PATIENCE_S = 2.0
+REPORT_PATIENCE_S = 5.0  # for a report that is under way when the daemon stops
+REQUEST_PATIENCE_S = 5.0  # at least, for requests in progress then
+NOTIFY_PATIENCE_S = 1.0
+
+
+class SystemdNotifier:
+    """Tells systemd how we are (sd_notify(3)); silent when nobody listens."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        address = environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        usec = environ.get("WATCHDOG_USEC", "")
+        mine = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watchdog_interval_s = int(usec) / 2_000_000 if usec.isdecimal() and mine else None
+
+    def tell(self, state: str) -> None:
+        if not self._address:
+            return
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(NOTIFY_PATIENCE_S)
+            sender.sendto(state.encode(), self._address)
+
+
+class Daemon:
+    """One mailproxy: a queue file, its loops, its HTTP side."""
+
+    def __init__(
+        self, settings: Settings, environ: Mapping[str, str], *, reload: Callable[[], Settings] | None = None
+    ) -> None:
+        self.settings = settings
+        self._environ = environ
+        self._reload = reload
+        self._log = logging.getLogger("mailproxy")
+        self._clock = Clock(time.time, time.monotonic)
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._serving = asyncio.Event()
+        self._renewals: set[asyncio.Task[None]] = set()
+        self._one_renewal = asyncio.Lock()
+        self._systemd = SystemdNotifier(environ)
+        self._metrics = Metrics(__version__)
+        self._upstream = Threads(UPSTREAM_THREADS, "upstream")
+        self._token_threads = Threads(TOKEN_THREADS, "tokens")
+        self._fetching = Threads(FETCHING_THREADS, "fetching")
+        self._working = Threads(WORKING_THREADS, "working")
+        self._tokens: tuple[bytes, ...] = ()
+        self._queue = Queue(
+            QueueFile(settings.storage.db_path, MIGRATIONS, observe_commit=self._metrics.commit),
+            now=time.time,
+        )
+
+    # -- the life of it
+
+    async def run(self, *, started: Callable[[str], None] = lambda url: None, signals: bool = True) -> int:
+        """Serve until stop() or a signal; `started` learns where it listens. Returns the exit status.
+
+        Raises ConfigurationError when it cannot start.
+        """
+        self._tokens = tuple(token.encode() for token in api_tokens(self.settings, self._environ))
+        configured = configured_accounts(self.settings)
+        if signals:
+            self._mind_signals()
+        self._queue.file.open()
+        try:
+            await self._build(configured)
+            status = await self._serve(await self._listen(), started)
+        except StorageUnavailable as error:
+            raise ConfigurationError(str(error)) from None
+        finally:
+            await self._queue.file.close()
+            for threads in (self._upstream, self._token_threads, self._fetching, self._working):
+                threads.close()
+        event(self._log, logging.INFO, "stopped", status=status)
+        return status
+
+    def stop(self) -> None:
+        """Finish what is on the wire and end; asked a second time: end at once."""
+        if self._stopping.is_set():
+            self._hurry.set()
+        self._stopping.set()
+
+    async def _build(self, configured: Sequence[Account]) -> None:
+        """Put the rooms together, from the queue upwards."""
+        await self._queue.load()
+        self._composer = Composer(
+            self._queue,
+            self._fetcher(),
+            MemoryBudget(self.settings.attachments.memory_budget_bytes),
+            self._working,
+        )
+        keeper = TokenKeeper(
+            post_form=post_form,
+            reveal=self._reveal,
+            in_thread=self._token_threads.run,
+            monotonic=time.monotonic,
+        )
+        agent = DeliveryAgent(
+            hostname=await self._hostname(), reveal=self._reveal, in_thread=self._working.run, tokens=keeper
+        )
+        self._dispatcher = Dispatcher(
+            self._queue,
+            self._delivery_rules(),
+            clock=self._clock,
+            jitter=lambda: random.uniform(-1, 1),
+            open_session=lambda account, name: agent.open_session(account, name=name),
+            composer=self._composer,
+            metrics=self._metrics,
+            log=self._log,
+            reports_due=lambda: self._reporter.wake(),
+        )
+        self._dispatcher.log_deliveries = self.settings.logging.delivery_activity
+        active = await self._queue.switch("active")
+        self._dispatcher.active = self.settings.scheduler.active if active is None else active
+        self._reporter = Reporter(
+            self._queue,
+            self._report_rules(),
+            clock=self._clock,
+            call=self._call_upstream,
+            submissions=lambda: self._control.submissions,
+            dispatching=lambda: self._dispatcher.busy,
+            in_thread=self._working.run,
+            metrics=self._metrics,
+            log=self._log,
+        )
+        self._book = AccountBook(self._queue, self._dispatcher, self._clock, account_defaults(self.settings))
+        await self._book.renew(configured)
+        for account in self._book.accounts():
+            self._metrics.know_account(account.id)
+        self._control = ControlPlane(
+            self._queue,
+            self._book,
+            self._dispatcher,
+            self._reporter,
+            clock=self._clock,
+            metrics=self._metrics,
+            threads=self._working,
+            log=self._log,
+            settings=lambda: self.settings,
+        )
+
+    async def _listen(self) -> str:
+        """Open the HTTP side; return where it is, as a URL."""
+        server = self.settings.server
+        self._http = HttpServer(
+            self._control.routes(),
+            limits=HttpLimits(
+                head_timeout_s=server.head_timeout_seconds,
+                idle_timeout_s=server.idle_timeout_seconds,
+                body_progress_timeout_s=server.body_timeout_seconds,
+                connections=server.max_connections,
+                body_bytes=server.max_body_bytes,
+            ),
+            authorised=self._authorised,
+            observe=self._observe_request,
+            in_thread=self._working.run,
+            log_failure=self._log_failure,
+        )
+        try:
+            if server.unix_socket is not None:
+                await self._http.start_unix(server.unix_socket)
+                return f"unix:{server.unix_socket}"
+            context = server_tls_context(server)
+            addresses = await self._http.start_tcp(server.host, server.port, context)
+        except OSError as error:
+            place = server.unix_socket or f"{server.host}:{server.port}"
+            raise ConfigurationError(
+                f"Cannot listen on {place}: {error.strerror or error}; choose another address or port."
+            ) from error
+        host, port = addresses[0]
+        return f"{'https' if context else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def _serve(self, where: str, started: Callable[[str], None]) -> int:
+        loops = {
+            asyncio.create_task(self._dispatcher.run(), name="dispatcher"),
+            asyncio.create_task(self._reporter.run(), name="reporter"),
+        }
+        watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
+        asked = asyncio.create_task(self._stopping.wait(), name="stop")
+        event(self._log, logging.INFO, "mailproxy listens", at=where, version=__version__, pid=os.getpid())
+        for warning in self.settings.warnings:
+            event(self._log, logging.WARNING, warning)
+        self._systemd.tell("READY=1")
+        self._serving.set()
+        started(where)
+        await asyncio.wait({*loops, asked}, return_when=asyncio.FIRST_COMPLETED)
+        status = 0 if self._stopping.is_set() else self._tell_of_death(loops)
+        self._systemd.tell("STOPPING=1")
+        asked.cancel()
+        await self._drain(loops)
+        watchdog.cancel()
+        return status
+
+    def _tell_of_death(self, loops: set[asyncio.Task[None]]) -> int:
+        for task in loops:
+            if task.done():
+                failure = None if task.cancelled() else task.exception()
+                event(self._log, logging.CRITICAL, "a loop ended", loop=task.get_name(), exc_info=failure)
+        return 1
+
+    async def _drain(self, loops: set[asyncio.Task[None]]) -> None:
+        """Answer the requests in progress, finish the transactions on the wire, then the loops."""
+        timeout_s = self.settings.delivery.shutdown_timeout_seconds
+        on_the_wire = self._queue.in_delivery
+        event(self._log, logging.INFO, "stopping", on_the_wire=on_the_wire, timeout_seconds=timeout_s)
+        for renewal in self._renewals:
+            renewal.cancel()
+        self._dispatcher.drain()
+        closing = asyncio.create_task(self._http.stop(max(timeout_s, REQUEST_PATIENCE_S)))
+        drained = asyncio.create_task(self._dispatcher.drained())
+        if not await self._ends(drained, timeout_s):
+            event(self._log, logging.WARNING, "cut off while delivering", on_the_wire=self._queue.in_delivery)
+        self._dispatcher.cut()
+        await drained
+        self._reporter.stop()
+        await self._ends(asyncio.create_task(asyncio.wait(loops)), REPORT_PATIENCE_S)
+        await self._ends(closing, None)  # it has a deadline of its own
+        for task in (closing, *loops):
+            task.cancel()
+        await asyncio.gather(closing, *loops, return_exceptions=True)
+
+    async def _ends(self, task: asyncio.Task[Any], within_s: float | None) -> bool:
+        """Wait for a task, but not when the daemon is told a second time to stop; True when it has ended."""
+        hurried = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait({task, hurried}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        return task.done()
+
+    async def _feed_watchdog(self) -> None:
+        """Tell systemd that we live, as long as both loops turn."""
+        if self._systemd.watchdog_interval_s is None:
+            return
+        while True:
+            if self._control.loops_turn() is None:
+                self._systemd.tell("WATCHDOG=1")
+            await asyncio.sleep(self._systemd.watchdog_interval_s)
+
+    # -- signals
+
+    def _mind_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(log_loop_failure)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        if self._reload is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._start_renewal)
+
+    def _start_renewal(self) -> None:
+        task = asyncio.create_task(self._renew(), name="renewal")
+        self._renewals.add(task)
+        task.add_done_callback(self._renewals.discard)
+
+    async def _renew(self) -> None:
+        """Read the configuration again (SIGHUP); a mistake in it changes nothing."""
+        await self._serving.wait()
+        async with self._one_renewal:
+            self._systemd.tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            try:
+                await self._apply(await self._working.run(self._read_again))
+            except ConfigurationError as error:
+                event(self._log, logging.ERROR, "the configuration was not taken over", error=str(error))
+            except StorageUnavailable as error:
+                event(self._log, logging.ERROR, "the accounts were not taken over", error=str(error))
+            self._systemd.tell("READY=1")
+
+    def _read_again(self) -> Renewal:
+        """The configuration as it is now, but for what stays until a restart. Blocking: reads files."""
+        assert self._reload is not None
+        new = self._reload()
+        fixed = unchangeable(self.settings, new)
+        settings = with_unchangeable_of(self.settings, new)
+        tokens = api_tokens(settings, self._environ)
+        _check_listening(settings, tokens)
+        return Renewal(settings, fixed, tokens, configured_accounts(settings))
+
+    async def _apply(self, renewal: Renewal) -> None:
+        self.settings = settings = renewal.settings
+        self._tokens = tuple(token.encode() for token in renewal.tokens)
+        configure_logging(
+            settings.logging.level, settings.logging.format, journal=stderr_is_journal(self._environ)
+        )
+        self._dispatcher.rules = self._delivery_rules()
+        self._dispatcher.log_deliveries = settings.logging.delivery_activity
+        self._reporter.rules = self._report_rules()
+        self._reporter.wake()
+        self._composer.fetcher = self._fetcher()
+        self._book.defaults = account_defaults(settings)
+        await self._book.renew(renewal.accounts)
+        for account in self._book.accounts():
+            self._metrics.know_account(account.id)
+        needs_restart = ", ".join(renewal.fixed) or None
+        event(self._log, logging.INFO, "configuration read again", needs_restart=needs_restart)
+
+    # -- what the rooms are handed
+
+    def _reveal(self, secret: Secret) -> str:
+        return reveal(secret, self._environ)
+
+    async def _hostname(self) -> str:
+        """What we call ourselves to SMTP servers (RFC 5321 4.1.1.1)."""
+        try:
+            async with asyncio.timeout(HOSTNAME_PATIENCE_S):
+                name = await self._working.run(socket.getfqdn)
+        except TimeoutError:
+            name = socket.gethostname()
+        return name if re.fullmatch(r"[A-Za-z0-9.-]+", name) else "localhost"
+
+    def _delivery_rules(self) -> DeliveryRules:
+        delivery = self.settings.delivery
+        return DeliveryRules(
+            send_interval_s=delivery.send_interval_seconds,
+            test_mode=delivery.test_mode,
+            max_concurrency=delivery.max_concurrency,
+            redirect_to=delivery.redirect_to,
+            allow_recipients=tuple(entry.lower() for entry in delivery.allow_recipients),
+        )
+
+    def _report_rules(self) -> ReportRules:
+        client, delivery = self.settings.client, self.settings.delivery
+        return ReportRules(
+            url=client.client_sync_url,
+            sync_interval_s=client.sync_interval_seconds,
+            batch_size=client.report_batch_size,
+            timeout_s=client.timeout_seconds,
+            retention_s=delivery.delivery_report_retention_seconds,
+            id_retention_s=delivery.id_retention_seconds,
+            test_mode=delivery.test_mode,
+        )
+
+    def _fetcher(self) -> AttachmentFetcher:
+        attachments, client = self.settings.attachments, self.settings.client
+        return AttachmentFetcher(
+            timeout_s=attachments.timeout_seconds,
+            max_attachment_bytes=attachments.max_attachment_bytes,
+            max_message_bytes=attachments.max_message_bytes,
+            cache_bytes=attachments.cache_bytes,
+            policy=AddressPolicy(attachments.allow_hosts),
+            s3=self._s3_defaults,
+            endpoint_url=client.client_attachment_url,
+            endpoint_headers=self._client_credentials,
+            endpoint_ca_file=client.ca_file,
+            base_dir=attachments.base_dir,
+            in_thread=self._fetching.run,
+            monotonic=time.monotonic,
+            now=time.time,
+            observe=self._metrics.attachment,
+        )
+
+    def _s3_defaults(self) -> S3Defaults:
+        """Blocking: may read secrets from files."""
+        s3 = self.settings.s3
+        key_id, secret, token = (
+            self._reveal(given) if given is not None else None
+            for given in (s3.access_key_id, s3.secret_access_key, s3.session_token)
+        )
+        return S3Defaults(key_id, secret, token, s3.region, s3.endpoint, s3.addressing)
+
+    def _client_credentials(self) -> Mapping[str, str]:
+        """What the upstream knows us by. Blocking: may read secrets from files."""
+        client = self.settings.client
+        if client.client_sync_token is not None:
+            return {"Authorization": f"Bearer {self._reveal(client.client_sync_token)}"}
+        if client.client_sync_user:
+            password = self._reveal(client.client_sync_password) if client.client_sync_password else ""
+            return {"Authorization": basic_authorization(client.client_sync_user, password)}
+        return {}
+
+    async def _call_upstream(self, report: WrittenReport) -> HttpAnswer:
+        return await self._upstream.run(lambda: self._post_report(report))
+
+    def _post_report(self, report: WrittenReport) -> HttpAnswer:
+        """One proxy_sync call. Blocking."""
+        client = self.settings.client
+        url = client.client_sync_url or ""
+        try:
+            return http_request(
+                "POST",
+                url,
+                body=report.body,
+                headers=self._report_headers(report),
+                timeout_s=client.timeout_seconds,
+                max_bytes=ANSWER_BYTES,
+                ca_file=client.ca_file,
+                proxies=True,
+            )
+        except TooLarge:  # only a success is read to its end: it counts, whatever it says
+            return HttpAnswer(200, {}, b"", url)
+
+    def _report_headers(self, report: WrittenReport) -> dict[str, str]:
+        """Blocking: may read secrets from files."""
+        headers = {"Content-Type": "application/json", **self._client_credentials()}
+        secret = self.settings.client.client_sync_secret
+        if secret is not None:
+            timestamp = int(self._clock.wall())
+            signature = webhook_signature(self._webhook_key(secret), report.id, timestamp, report.body)
+            headers["webhook-id"] = report.id
+            headers["webhook-timestamp"] = str(timestamp)
+            headers["webhook-signature"] = signature
+        return headers
+
+    def _webhook_key(self, secret: Secret) -> bytes:
+        try:
+            return webhook_key(self._reveal(secret))
+        except ValueError:
+            raise SecretUnavailable("client_sync_secret is not base64 after whsec_ any more") from None
+
+    def _authorised(self, request: Request) -> bool:
+        """True with one of the tokens, or when none is configured; compared in constant time."""
+        if not self._tokens:
+            return True
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        bearer = bearer.strip() if scheme.lower() == "bearer" else ""
+        given = [word.encode("latin-1") for word in (request.headers.get("x-api-token", ""), bearer)]
+        matches = [
+            hmac.compare_digest(word, token) for word in given for token in self._tokens
+        ]  # all of them
+        if any(matches):
+            return True
+        self._metrics.auth_failed()
+        event(
+            self._log,
+            logging.WARNING,
+            "a request without a valid token",
+            peer=request.peer,
+            request=request.id,
+        )
+        return False
+
+    def _observe_request(self, request: Request, status: int, seconds: float) -> None:
+        self._metrics.request(request.route, request.method, status, seconds)
+        event(
+            self._log, logging.DEBUG, "request answered", method=request.method, path=request.path[:200],
+            status=status, request=request.id, peer=request.peer, seconds=seconds,
+        )  # fmt: skip
+
+    def _log_failure(self, request: Request, failure: Exception) -> None:
+        event(
+            self._log, logging.ERROR, "a request made mailproxy fail", method=request.method,
+            route=request.route, request=request.id, exc_info=failure,
+        )  # fmt: skip
+
+
+class Renewal(NamedTuple):
+    """A configuration that was read again and can be taken over."""
+
+    settings: Settings
+    fixed: Sequence[str]  # "section.key" of what differs and needs a restart
+    tokens: Sequence[str]
+    accounts: Sequence[Account]
+
+
+def with_unchangeable_of(old: Settings, new: Settings) -> Settings:
+    """The new settings, but those that need a restart as they are in force."""
+    sections = {
+        name: replace(
+            getattr(new, name),
+            **{
+                row.key: getattr(getattr(old, name), row.key)
+                for row in SETTINGS_TABLE
+                if row.section == name and row.at_start
+            },
+        )
+        for name in SECTIONS
+    }
+    return replace(new, **sections)
+
+
+def account_defaults(settings: Settings) -> AccountDefaults:
+    delivery = settings.delivery
+    return AccountDefaults(
+        retry_delays_s=delivery.retry_delays,
+        max_age_s=delivery.max_age_seconds,
+        batch_size=delivery.batch_size_per_account,
+        max_connections=delivery.max_connections_per_account,
+        max_retries=delivery.max_retries,
+    )
+
+
+def configured_accounts(settings: Settings) -> list[Account]:
+    """The accounts of config.ini, judged. Raises ConfigurationError that names the section."""
+    accounts = []
+    for account_id, words in settings.accounts.items():
+        section = "smtp" if account_id == "default" else f"account:{account_id}"
+        try:
+            given = {**words, "id": account_id}
+            accounts.append(parse_account(given, source="config", defaults=account_defaults(settings)))
+        except Rejected as error:
+            where = settings.source or "configuration"
+            raise ConfigurationError(f"{where}: [{section}]: {error}") from None
+    return accounts
+
+
+def server_tls_context(server: ServerSettings) -> ssl.SSLContext | None:
+    """TLS for the HTTP side, when it is configured. Blocking: reads files."""
+    if server.tls_cert is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(server.tls_cert, server.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigurationError(f"[server] tls_cert and tls_key cannot be used: {error}") from error
+    return context
+
+
+def post_form(url: str, fields: Mapping[str, str], timeout_s: float) -> tuple[int, bytes]:
+    """POST a form to a token endpoint (RFC 6749 3.2); redirects are not followed. Blocking."""
+    try:
+        answer = http_request(
+            "POST",
+            url,
+            body=urllib.parse.urlencode(fields).encode(),
+            headers={"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"},
+            timeout_s=timeout_s,
+            max_bytes=ANSWER_BYTES,
+            proxies=True,
+        )
+    except HttpFailure as failure:
+        raise OSError(str(failure)) from None
+    return answer.status, answer.body
+
+
+# ======================================================================
+# COMMAND LINE - serve, demo and check, and a client of the HTTP interface
+# ======================================================================
+#
+# One row of COMMANDS for each command. Exit status: 0 done, 1 failed, 2 usage or
+# configuration; what went wrong is one sentence on stderr, never a traceback. All
+# commands but serve, demo and check speak HTTP to a running daemon, as anybody could.
+
+CLIENT_PATIENCE_S = 60.0  # for each step of a request to the daemon
+LISTED_MESSAGES = 50  # by `messages` without --limit
+CLOCK = "%Y-%m-%d %H:%M:%S"
+NEVER_TOO_WIDE = 1_000_000  # columns, where no terminal cuts the lines
+INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
+NOBODY_READS = 141  # 128 and SIGPIPE
+
+
+class CommandFailed(MailproxyError):
+    """A command could not do what it was asked to; the text says why."""
+
+
+# --- a client of the daemon ----------------------------------------------
+
+
+class DaemonAddress(NamedTuple):
+    """Where a daemon is, and how to be let in."""
+
+    url: str  # http://HOST:PORT, https://... or unix:/path
+    token: str | None = None
+    certificate: str | None = None  # the daemon's own, from its config.ini
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class DaemonAnswer(NamedTuple):
+    """What a daemon answered; a refusal is an answer too."""
+
+    status: int
+    body: bytes
+
+    def fields(self, url: str) -> dict[str, Any]:
+        """The answer as JSON. Raises CommandFailed where somebody else than mailproxy speaks."""
+        try:
+            content = json.loads(self.body)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or "ok" not in content:
+            raise CommandFailed(f"{url} answers (HTTP {self.status}), but not as mailproxy does")
+        return content
+
+
+class Client:
+    """Asks one daemon, one connection a request. Blocking."""
+
+    def __init__(self, address: DaemonAddress) -> None:
+        self.url = address.url.rstrip("/")
+        self._address = address
+        self._parts = split_daemon_url(self.url)
+
+    def ask(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> DaemonAnswer:
+        """One request. Raises CommandFailed when the daemon cannot be reached."""
+        body = None if fields is None else json.dumps(fields).encode()
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        if self._address.token is not None:
+            headers["X-API-Token"] = self._address.token
+        prefix = "" if self._parts.scheme == "unix" else self._parts.path
+        connection = self._connection()
+        try:
+            connection.request(method, prefix + path, body, headers)
+            response = connection.getresponse()
+            return DaemonAnswer(response.status, response.read())
+        except OSError as error:
+            raise CommandFailed(f"cannot reach {self.url}: {_why_unreachable(error)}") from None
+        except http.client.HTTPException:
+            raise CommandFailed(f"{self.url} does not answer as an HTTP server does") from None
+        finally:
+            connection.close()
+
+    def _connection(self) -> http.client.HTTPConnection:
+        host, port = self._parts.hostname or "", self._parts.port
+        if self._parts.scheme == "unix":
+            return UnixConnection(self._parts.path, CLIENT_PATIENCE_S)
+        if self._parts.scheme == "http":
+            return http.client.HTTPConnection(host, port, timeout=CLIENT_PATIENCE_S)
+        context = daemon_tls_context(self._address.certificate)
+        return http.client.HTTPSConnection(host, port, timeout=CLIENT_PATIENCE_S, context=context)
+
+
+def split_daemon_url(url: str) -> urllib.parse.SplitResult:
+    """The parts of a daemon's URL. Raises ConfigurationError where it is none."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme == "unix" and parts.path.startswith("/"):
+            return parts
+        fit = re.fullmatch(r"[\x21-\x7e]+", url) and parts.hostname and parts.port != 0
+        if parts.scheme in ("http", "https") and fit:
+            return parts
+    shown = f'"{url}" is not the URL of a daemon'
+    raise ConfigurationError(f"{shown}: http://HOST:PORT, https://HOST:PORT or unix:/path")
+
+
+def daemon_tls_context(certificate: str | None) -> ssl.SSLContext:
+    """TLS towards a daemon: verified by name, or against the very certificate its config.ini names.
+
+    Blocking: reads files. Raises ConfigurationError.
+    """
+    if certificate is None:
+        return ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # a loopback address is in no certificate; this one is known by itself
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    try:
+        context.load_verify_locations(certificate)
+    except OSError as error:
+        raise ConfigurationError(f"the certificate {certificate} cannot be used: {error.strerror}") from None
+    return context
+
+
+def _why_unreachable(error: OSError) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no answer within {CLIENT_PATIENCE_S:g} s"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {(error.reason or 'unknown').replace('_', ' ').lower()}"
+    reason = (error.strerror or str(error) or type(error).__name__).lower()
+    absent = isinstance(error, ConnectionRefusedError | FileNotFoundError)
+    return f"{reason}; is the daemon running?" if absent else reason
+
+
+def find_daemon(args: argparse.Namespace, environ: Mapping[str, str]) -> DaemonAddress:
+    """The daemon a command means: options, then environment, then the daemon's own config.ini.
+
+    Blocking: reads files. Raises ConfigurationError.
+    """
+    url = args.url or environ.get("MAILPROXY_URL")
+    token = _token_given(args.token or environ.get("MAILPROXY_TOKEN"), environ)
+    if url and token:
+        return DaemonAddress(url, token)
+    try:
+        configured = _configured_daemon(args.config, environ, token)
+    except ConfigurationError:
+        if not url or args.config:
+            raise
+        return DaemonAddress(url, token)
+    if not url:
+        return configured
+    here = url.rstrip("/") == configured.url or is_loopback(split_daemon_url(url).hostname or "localhost")
+    return DaemonAddress(
+        url, token or (configured.token if here else None)
+    )  # its token is for no other machine
+
+
+def _token_given(given: str | None, environ: Mapping[str, str]) -> str | None:
+    """A token from the command line or the environment, which may be env:NAME or file:/path."""
+    if not given:
+        return None
+    try:
+        token = reveal(Secret(given), environ)
+    except SecretUnavailable as error:
+        raise ConfigurationError(f"the token cannot be had: {error}") from None
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ConfigurationError("the token must be ASCII without spaces")
+    return token
+
+
+def _configured_daemon(config: str | None, environ: Mapping[str, str], token: str | None) -> DaemonAddress:
+    """The daemon that config.ini describes, as it is reached from this machine."""
+    settings = read_settings(config, environ, {})
+    tokens = [token] if token else [*api_tokens(settings, environ), None]
+    return DaemonAddress(_daemon_url(settings.server), tokens[0], settings.server.tls_cert)
+
+
+def _daemon_url(server: ServerSettings) -> str:
+    if server.unix_socket is not None:
+        return f"unix:{os.path.abspath(server.unix_socket)}"
+    if server.port == 0:
+        raise ConfigurationError("[server] port is 0, any free one: say where the daemon is with --url")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
+    scheme = "https" if server.tls_cert else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.port}"
+
+
+# --- what people read ----------------------------------------------------
+
+
+def text_width(text: str) -> int:
+    """How many columns of a terminal a text takes: two for each wide character, none for what combines."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+    )
+
+
+def fitted(text: str, width: int) -> str:
+    """The text, cut or filled up to just this width."""
+    if text_width(text) > width:
+        while text and text_width(text) > width - 1:
+            text = text[: min(len(text) - 1, width)]
+        text += "…"
+    return text + " " * (width - text_width(text))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], width: int = NEVER_TOO_WIDE) -> list[str]:
+    """Lines of aligned columns. Where they are too wide the widest are cut; the first one, the id, never."""
+    cells = [list(header), *([_escaped("" if cell is None else str(cell)) for cell in row] for row in rows)]
+    widths = [max(text_width(cell) for cell in column) for column in zip(*cells, strict=True)]
+    while len(widths) > 1 and sum(widths) + 2 * (len(widths) - 1) > width and max(widths[1:]) > 8:
+        widest = widths.index(max(widths[1:]), 1)
+        widths[widest] -= 1
+    return ["  ".join(map(fitted, row, widths)).rstrip() for row in cells]
+
+
+def output_width() -> int:
+    """The columns of the terminal; what goes into a pipe or a file is never cut."""
+    return shutil.get_terminal_size((NEVER_TOO_WIDE, 24)).columns
+
+
+def duration(seconds: float) -> str:
+    """A time span in the unit a person would choose: 40 s, 12 min, 3 h, 5 d."""
+    for unit, size_s in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size_s:
+            return f"{seconds // size_s:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+def relative(ts: float | None, now: float) -> str:
+    """How long ago, or how far ahead; "" for never."""
+    if ts is None:
+        return ""
+    return f"{duration(now - ts)} ago" if ts <= now else f"in {duration(ts - now)}"
+
+
+def local_time(ts: float | None, now: float) -> str:
+    """A time of the local clock, and how far away it is; "" for never."""
+    if ts is None:
+        return ""
+    try:
+        clock = time.strftime(CLOCK, time.localtime(ts))
+    except (ValueError, OverflowError, OSError):  # a year no calendar has
+        return str(ts)
+    return f"{clock} ({relative(ts, now)})"
+
+
+def _status_lines(status: Mapping[str, Any], now: float, width: int) -> list[str]:
+    oldest = relative(status["oldest_pending_ts"], now)
+    facts = (
+        ("delivery", "active" if status["active"] else "suspended; `mailproxy activate` goes on"),
+        ("pending", f"{status['pending']}{f', the oldest accepted {oldest}' if oldest else ''}"),
+        ("deferred", status["deferred"]),
+        ("in delivery", status["in_delivery"]),
+        ("unreported", status["unreported"]),
+        ("version", status["version"]),
+    )
+    lines = [f"{name:<12} {value}" for name, value in facts]
+    accounts = [
+        (id_, a["state"], a.get("pending"), a["connections"], _why_standing(a, now))
+        for id_, a in status["accounts"].items()
+    ]
+    if not accounts:
+        return [*lines, "", "There is no account yet: [smtp] in config.ini, or POST /account."]
+    return [*lines, "", *table(("ACCOUNT", "STATE", "PENDING", "CONNECTIONS", "WHY"), accounts, width)]
+
+
+def _why_standing(account: Mapping[str, Any], now: float) -> str:
+    until = f"until {relative(account['until'], now)}" if account["until"] else ""
+    return ", ".join(word for word in (account["reason"], until) if word)
+
+
+def _listed(given: object) -> list[str]:
+    """Recipients as they were submitted: a list, or one string with commas."""
+    listed = given if isinstance(given, list) else str(given).split(",") if given else []
+    return [str(address).strip() for address in listed]
+
+
+def _message_row(record: Mapping[str, Any], now: float) -> tuple[object, ...]:
+    payload = record["message"]
+    recipients = [address for key in ("to", "cc", "bcc") for address in _listed(payload.get(key))]
+    more = f" +{len(recipients) - 1}" if len(recipients) > 1 else ""
+    return (
+        record["id"],
+        record["status"],
+        record["account_id"],
+        "".join(recipients[:1]) + more,
+        payload.get("subject", "(raw)"),
+        record["attempts"],
+        relative(record["created_at"], now),
+        _why_waiting(record, now),
+    )
+
+
+def _why_waiting(record: Mapping[str, Any], now: float) -> str:
+    """What a person asks next of a message in a list: when it goes on, and why it did not."""
+    due = f"due {relative(record['deferred_ts'], now)}" if record["status"] == Status.DEFERRED else ""
+    return ": ".join(word for word in (due, record["error"]) if word)
+
+
+MESSAGE_COLUMNS = ("ID", "STATUS", "ACCOUNT", "TO", "SUBJECT", "ATTEMPTS", "ACCEPTED", "REMARK")
+
+
+def _message_lines(answer: Mapping[str, Any], now: float, width: int) -> list[str]:
+    """One message: its facts, and the timeline of its attempts."""
+    record, payload = answer["message"], answer["message"]["message"]
+    facts = [
+        ("id", record["id"]),
+        ("status", record["status"]),
+        ("account", record["account_id"]),
+        ("from", payload.get("from")),
+        *((key, ", ".join(_listed(payload.get(key)))) for key in ("to", "cc", "bcc")),
+        ("subject", payload.get("subject")),
+        ("batch", record["batch_code"]),
+        ("priority", record["priority"]),
+        ("accepted", local_time(record["created_at"], now)),
+        ("due", local_time(record["deferred_ts"], now) if record["status"] == Status.DEFERRED else None),
+        ("sent", local_time(record["sent_ts"], now)),
+        ("given up", local_time(record["error_ts"], now)),
+        ("reported", local_time(record["reported_ts"], now)),
+        ("error", record["error"]),
+        *(
+            (f"  {to}", f"{o['status']}: {o['code']} {o['text']}")
+            for to, o in (record.get("recipients") or {}).items()
+        ),
+    ]
+    shown = [(name, _escaped(str(value))) for name, value in facts if value not in (None, "")]
+    left = max(len(name) for name, _ in shown)
+    lines = [f"{name:<{left}}  {value}" for name, value in shown]
+    if not answer["attempts"]:
+        return [*lines, "", "No attempt yet."]
+    columns = ("ATTEMPT", "WHEN", "TOOK", "OUTCOME", "STAGE", "REPLY")
+    return [
+        *lines,
+        "",
+        *table(columns, map(_attempt_row, *zip(*enumerate(answer["attempts"], 1), strict=True)), width),
+    ]
+
+
+def _attempt_row(number: int, attempt: Mapping[str, Any]) -> tuple[object, ...]:
+    reply = (attempt["code"], attempt["enhanced_code"], attempt["text"])
+    return (
+        number,
+        time.strftime(CLOCK, time.localtime(attempt["started_at"])),
+        f"{attempt['ended_at'] - attempt['started_at']:.2f} s",
+        attempt["outcome"],
+        attempt["stage"],
+        " ".join(str(word) for word in reply if word),
+    )
+
+
+ACCOUNT_COLUMNS = ("ID", "SERVER", "USER", "TLS", "CONNECTIONS", "LIMITS", "FROM")
+
+
+def _account_row(account: Mapping[str, Any]) -> tuple[object, ...]:
+    tls = "implicit" if account["implicit_tls"] else f"starttls {account['start_tls']}"
+    limits = [
+        f"{account[f'limit_per_{unit}']}/{unit}"
+        for unit in ("minute", "hour", "day")
+        if account[f"limit_per_{unit}"] is not None
+    ]
+    return (
+        account["id"],
+        f"{account['host']}:{account['port']}",
+        account["user"],
+        tls,
+        account["max_connections"],
+        " ".join(limits),
+        "config.ini" if account["source"] == "config" else account["source"],
+    )
+
+
+# --- the commands that talk to a daemon ----------------------------------
+
+
+def _put_out(answer: DaemonAnswer) -> None:
+    """The answer as it came, for programs."""
+    text = answer.body.decode("utf-8", "backslashreplace")
+    print(text if text.endswith("\n") else f"{text}\n", end="")
+
+
+def _settled(client: Client, args: argparse.Namespace, answer: DaemonAnswer) -> dict[str, Any]:
+    """The fields of an answer, which --json has shown by now. Raises CommandFailed for a refusal."""
+    fields = answer.fields(client.url)
+    if args.json:
+        _put_out(answer)
+    if answer.status == 401:
+        raise CommandFailed(f"{client.url} does not let us in without the right token: set MAILPROXY_TOKEN")
+    if not fields["ok"]:
+        raise CommandFailed(f"{fields.get('error', f'HTTP {answer.status}')}")
+    return fields
+
+
+def _asked(
+    args: argparse.Namespace,
+    environ: Mapping[str, str],
+    method: str,
+    path: str,
+    body: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
+    """Ask the daemon once. Raises CommandFailed when it is not there, or refuses."""
+    client = Client(find_daemon(args, environ))
+    return _settled(client, args, client.ask(method, path, body))
+
+
+def _say(args: argparse.Namespace, lines: Iterable[str]) -> None:
+    """Words for people; with --json the answer has said it."""
+    if not args.json:
+        print("\n".join(lines))
+
+
+def show_status(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    status = _asked(args, environ, "GET", "/status")
+    _say(args, _status_lines(status, time.time(), output_width()))
+    return 0
+
+
+def list_messages(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    filters = {
+        "active_only": "true" if args.active_only else None,
+        "status": args.status,
+        "account_id": args.account,
+        "batch_code": args.batch,
+        "limit": args.limit,
+        "after": args.after,
+    }
+    given = {name: value for name, value in filters.items() if value is not None}
+    answer = _asked(args, environ, "GET", f"/messages?{urllib.parse.urlencode(given)}")
+    rows = [_message_row(record, time.time()) for record in answer["messages"]]
+    _say(args, table(MESSAGE_COLUMNS, rows, output_width()) if rows else ["no messages"])
+    if answer["next"] and not args.json:
+        print(f"There are more: --after {answer['next']} shows the next ones.", file=sys.stderr)
+    return 0
+
+
+def show_message(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    answer = _asked(args, environ, "GET", f"/message/{urllib.parse.quote(args.id, safe='')}")
+    _say(args, _message_lines(answer, time.time(), output_width()))
+    return 0
+
+
+def list_accounts(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    rows = [_account_row(account) for account in _asked(args, environ, "GET", "/accounts")["accounts"]]
+    _say(args, table(ACCOUNT_COLUMNS, rows, output_width()) if rows else ["no accounts"])
+    return 0
+
+
+def run_now(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    _asked(args, environ, "POST", "/commands/run-now", {})
+    _say(args, ["dispatch and reporting are awake"])
+    return 0
+
+
+def suspend(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    _asked(args, environ, "POST", _switch_path(args.account, "suspend"), {})
+    what = f"delivery of account {args.account}" if args.account else "delivery"
+    _say(args, [f"{what} is suspended; submission and reports go on"])
+    return 0
+
+
+def activate(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    _asked(args, environ, "POST", _switch_path(args.account, "activate"), {})
+    what = f"delivery of account {args.account}" if args.account else "delivery"
+    _say(args, [f"{what} is active"])
+    return 0
+
+
+def _switch_path(account_id: str | None, switch: str) -> str:
+    if account_id is None:
+        return f"/commands/{switch}"
+    return f"/account/{urllib.parse.quote(account_id, safe='')}/{switch}"
+
+
+def retry_messages(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    answer = _asked(args, environ, "POST", "/commands/retry-messages", {"ids": args.ids})
+    _say(args, [f"{answer['queued']} queued anew"])
+    return _complain_of({"not found": answer["not_found"], "not failed": answer["not_failed"]})
+
+
+def delete_messages(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    answer = _asked(args, environ, "POST", "/commands/delete-messages", {"ids": args.ids})
+    _say(args, [f"{answer['removed']} removed"])
+    return _complain_of({"not found": answer["not_found"], "in delivery just now": answer["in_delivery"]})
+
+
+def _complain_of(left_out: Mapping[str, Sequence[str]]) -> int:
+    """Name the messages a command left alone, by why; the exit status that follows."""
+    reasons = [f"{why}: {', '.join(ids)}" for why, ids in left_out.items() if ids]
+    if reasons:
+        complain("; ".join(reasons))
+    return 1 if reasons else 0
+
+
+# --- serve and check -----------------------------------------------------
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, str]:
+    """The settings that stand on the command line, by "section.key"."""
+    overrides = {}
+    for assignment in args.set:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigurationError(f"--set {name}: write SECTION.KEY=VALUE, such as server.port=8000")
+        overrides[name.strip()] = text
+    named = {"server.host": args.host, "server.port": args.port, "storage.db_path": args.db}
+    return overrides | {name: text for name, text in named.items() if text is not None}
+
+
+def serve(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """The daemon, until a signal."""
+    overrides = _overrides(args)
+
+    def reload() -> Settings:
+        return load_settings(args.config, environ, overrides)
+
+    settings = reload()
+    journal = stderr_is_journal(environ)
+    configure_logging(settings.logging.level, settings.logging.format, journal=journal)
+    try:
+        return asyncio.run(Daemon(settings, environ, reload=reload).run())
+    except MailproxyError:
+        raise
+    except Exception as error:  # the log is where a daemon tells of its own mistakes
+        log_uncaught(type(error), error, error.__traceback__)
+        return 1
+
+
+def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """What serve would start with; or what is wrong, and 2."""
+    settings = load_settings(args.config, environ, _overrides(args))
+    accounts = configured_accounts(settings)
+    rows = [(f"{section}.{key}", value, origin) for section, key, value, origin in describe(settings)]
+    print(
+        f"configuration: {settings.source or 'no config.ini; defaults, environment and command line alone'}\n"
+    )
+    print("\n".join(table(("SETTING", "VALUE", "FROM"), rows, output_width())))
+    for warning in settings.warnings:
+        complain(f"warning: {warning}")
+    problems = [*_start_problems(settings), *_account_problems(accounts, environ)]
+    for problem in problems:
+        complain(problem)
+    print("\nThis is not right yet." if problems else f"\nAll right: {_accounts_in_words(accounts)}.")
+    return 2 if problems else 0
+
+
+def _accounts_in_words(accounts: Sequence[Account]) -> str:
+    named = ", ".join(f"{a.id} ({a.host}:{a.port})" for a in accounts)
+    return f"mail goes out through {named}" if named else "no account is configured, they come over HTTP"
+
+
+def _start_problems(settings: Settings) -> Iterator[str]:
+    """What would stop the start although every setting is well written."""
+    folder = os.path.dirname(os.path.abspath(settings.storage.db_path))
+    if not os.path.isdir(folder):
+        yield f"[storage] db_path: the folder {folder} does not exist"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        yield f"[storage] db_path: the folder {folder} cannot be written by this user"
+    try:
+        server_tls_context(settings.server)
+    except ConfigurationError as error:
+        yield str(error)
+
+
+def _account_problems(accounts: Iterable[Account], environ: Mapping[str, str]) -> Iterator[str]:
+    """What would make accounts cool down. Looks at no server."""
+    for account in accounts:
+        of_oauth2 = (account.oauth2.client_secret, account.oauth2.refresh_token) if account.oauth2 else ()
+        for secret in filter(None, (account.password, *of_oauth2)):
+            try:
+                reveal(secret, environ)
+            except SecretUnavailable as error:
+                yield f"account {account.id} cannot log in: {error}"
+
+
+# --- demo ----------------------------------------------------------------
+
+DEMO_PATIENCE_S = 15.0
+DEMO_AHEAD_S = 3  # of the scheduled message
+DEMO_SIZE_BYTES = 10_000_000
+DEMO_OUTCOMES: Mapping[str, str] = MappingProxyType(
+    {"plain": "sent", "picture": "sent", "refused": "error", "greylisted": "sent", "scheduled": "sent"}
+)
+DEMO_TITLE = """\
+mailproxy {version}: five messages go in by REST, out by SMTP, and come back as reports.
+It all happens on this machine; a temporary folder holds the queue and goes away with it.
+
+  plain       some text
+  picture     html with a picture inside
+  refused     to a mailbox that does not exist
+  greylisted  to a server that says "later" at the first try
+  scheduled   not before {ahead} seconds from now
+
+  app        POSTs messages, takes reports at    {reports}
+  mailproxy  the daemon, queue on disk           {daemon}
+  smtp       a small mail server                 {smtp}
+"""
+COLOURS: Mapping[str, str] = MappingProxyType(
+    {"2": "32", "s": "32", "4": "33", "d": "33", "5": "31", "e": "31"}
+)
+
+
+class Passage(NamedTuple):
+    """Something went from one to another, seconds after the start of the demo."""
+
+    at_s: float
+    who: str
+    whom: str
+    id: str  # of the message it is about, if it is about one
+    what: str  # the words; a reply or a status comes first
+
+
+class DemoSmtpServer:
+    """A small SMTP server (RFC 5321) that tells what it gets, and keeps none of it.
+
+    The recipient chooses its manners: refused@ has no mailbox here, greylisted@ is told
+    to come back the first time, everybody else has mail.
+    """
+
+    def __init__(self, arrived: Callable[[str, str], None], replied: Callable[[str, str], None]) -> None:
+        self.port = 0
+        self.arrived = arrived  # (recipient, what came)
+        self.replied = replied  # (recipient, the reply)
+        self.taken = 0
+        self._greylist: set[str] = set()
+        self._sessions: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=DEMO_SIZE_BYTES)
+        self.port = self._listener.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        self._listener.close()
+        for session in self._sessions:
+            session.cancel()
+        await asyncio.gather(*self._sessions, return_exceptions=True)
+
+    def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        session = asyncio.create_task(DemoSmtpSession(self, reader, writer).run())
+        self._sessions.add(session)
+        session.add_done_callback(self._sessions.discard)
+
+    def verdict_on(self, recipient: str) -> str:
+        """The reply to RCPT."""
+        if recipient.startswith("refused@"):
+            return "550 5.1.1 No such mailbox here"
+        if recipient.startswith("greylisted@") and recipient not in self._greylist:
+            self._greylist.add(recipient)
+            return "450 4.7.1 Greylisted, come back later"
+        return "250 2.1.5 Ok"
+
+
+class DemoSmtpSession:
+    """One client's connection. Replies go out in the order of the commands (PIPELINING, RFC 2920)."""
+
+    def __init__(
+        self, server: DemoSmtpServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._server = server
+        self._reader = reader
+        self._writer = writer
+        self._sender: str | None = None
+        self._recipients: list[str] = []
+
+    async def run(self) -> None:
+        try:
+            await self._say("220 smtp.demo.example ESMTP")
+            while await self._obey(await self._line()):
+                pass
+        except (OSError, EOFError, ValueError):  # the client went away, or sends lines without end
+            pass
+        finally:
+            self._writer.close()
+
+    async def _say(self, *lines: str) -> None:
+        self._writer.write("".join(f"{line}\r\n" for line in lines).encode())
+        await self._writer.drain()
+
+    async def _line(self) -> bytes:
+        async with asyncio.timeout(300):  # RFC 5321 4.5.3.2.7
+            line = await self._reader.readline()
+        if not line.endswith(b"\n"):
+            raise EOFError
+        return line
+
+    async def _obey(self, line: bytes) -> bool:
+        """Do what one command says. False: the client takes its leave."""
+        verb, _, rest = line.decode("utf-8", "replace").strip().partition(" ")
+        match verb.upper():
+            case "EHLO":
+                self._reset()
+                features = ("PIPELINING", "8BITMIME", "ENHANCEDSTATUSCODES")
+                await self._say(
+                    "250-smtp.demo.example", *(f"250-{f}" for f in features), f"250 SIZE {DEMO_SIZE_BYTES}"
+                )
+            case "HELO":
+                self._reset()
+                await self._say("250 smtp.demo.example")
+            case "MAIL":
+                await self._say(self._mail(rest))
+            case "RCPT":
+                await self._say(self._rcpt(rest))
+            case "DATA":
+                await self._data()
+            case "RSET":
+                self._reset()
+                await self._say("250 2.0.0 Ok")
+            case "NOOP":
+                await self._say("250 2.0.0 Ok")
+            case "QUIT":
+                await self._say("221 2.0.0 Bye")
+                return False
+            case _:
+                await self._say("500 5.5.2 I do not know this command")
+        return True
+
+    def _reset(self) -> None:
+        self._sender, self._recipients = None, []
+
+    def _mail(self, rest: str) -> str:
+        path = re.match(r"FROM:<([^>]*)>(?:.* SIZE=(\d{1,18}))?", rest, re.IGNORECASE)
+        if path is None:
+            return "501 5.5.4 MAIL FROM:<address>, please"
+        if self._sender is not None:
+            return "503 5.5.1 There is a sender already"
+        if int(path[2] or 0) > DEMO_SIZE_BYTES:
+            return "552 5.3.4 Too large"
+        self._sender = path[1]
+        return "250 2.1.0 Ok"
+
+    def _rcpt(self, rest: str) -> str:
+        path = re.match(r"TO:<([^>]+)>", rest, re.IGNORECASE)
+        if path is None:
+            return "501 5.5.4 RCPT TO:<address>, please"
+        if self._sender is None:
+            return "503 5.5.1 MAIL comes first"
+        reply = self._server.verdict_on(path[1])
+        if reply.startswith("2"):
+            self._recipients.append(path[1])
+        else:
+            self._server.arrived(path[1], f"RCPT TO:<{path[1]}>")
+            self._server.replied(path[1], reply)
+        return reply
+
+    async def _data(self) -> None:
+        if not self._recipients:
+            await self._say("503 5.5.1 There is no recipient to send it to")
+            return
+        await self._say("354 End with a dot on a line of its own")
+        content = await self._content()
+        reply = "552 5.3.4 Too large"
+        if len(content) <= DEMO_SIZE_BYTES:
+            self._server.taken += 1
+            reply = f"250 2.0.0 Ok: taken as number {self._server.taken}"
+        for recipient in self._recipients:
+            self._server.arrived(recipient, mail_in_words(content))
+            self._server.replied(recipient, reply)
+        self._reset()
+        await self._say(reply)
+
+    async def _content(self) -> bytes:
+        """The lines up to the one that is a dot, the stuffed dots taken off (RFC 5321 4.5.2)."""
+        content = bytearray()
+        begins = True  # a line, that is: after CRLF, not after a bare LF
+        while (line := await self._line()) != b".\r\n" or not begins:
+            if len(content) <= DEMO_SIZE_BYTES:
+                content += line.removeprefix(b".") if begins else line
+            begins = line.endswith(b"\r\n")
+        return bytes(content)
+
+
+def mail_in_words(content: bytes) -> str:
+    """What a mail looks like to who gets it: subject, size, parts."""
+    mail = email.message_from_bytes(content)
+    subject = str(email.header.make_header(email.header.decode_header(mail.get("Subject", ""))))
+    parts = [part for part in mail.walk() if not part.is_multipart()]
+    named = [" ".join(filter(None, (part.get_content_type(), part["Content-ID"]))) for part in parts]
+    return f'"{subject}", {len(content) / 1000:.1f} kB: {" + ".join(named)}'
+
+
+def tiny_png() -> bytes:
+    """A picture of 32 by 32 pixels that turns from green to blue."""
+    side = range(0, 256, 8)
+    rows = b"".join(b"\0" + bytes(colour for x in side for colour in (y // 2, 255 - x, x)) for y in side)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+        )
+
+    header = len(side).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])  # 8 bits of red, green and blue
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def demo_messages(now: float) -> list[dict[str, object]]:
+    """Five messages, named after what will happen to them."""
+    picture = {
+        "filename": "picture.png",
+        "content": base64.b64encode(tiny_png()).decode(),
+        "content_id": "picture",
+        "inline": True,
+    }
+    own: dict[str, dict[str, object]] = {
+        "plain": {"subject": "Your receipt", "body": "Thank you!\n.\nThe line above is a dot.\n"},
+        "picture": {
+            "subject": "Grüße mit Bild",
+            "html": '<p>Look: <img src="cid:picture" alt="green to blue"></p>',
+            "attachments": [picture],
+        },
+        "refused": {"subject": "Anybody there?", "body": "No."},
+        "greylisted": {"subject": "Patience", "body": "It took two tries to bring this.\n"},
+        "scheduled": {
+            "subject": "On time",
+            "body": "Not a second too early.\n",
+            "deferred_ts": math.ceil(now) + DEMO_AHEAD_S - 1,
+        },
+    }
+    return [
+        {"id": id_, "from": "mailproxy <demo@app.example>", "to": f"{id_}@demo.example", **fields}
+        for id_, fields in own.items()
+    ]
+
+
+class Demo:
+    """The whole thing in one process: application, daemon and mail server, over real sockets."""
+
+    def __init__(self, folder: str, *, coloured: bool, patience_s: float = DEMO_PATIENCE_S) -> None:
+        self._folder = folder
+        self._patience_s = patience_s
+        self._coloured = coloured
+        self._token = secrets.token_urlsafe()
+        self._passages: asyncio.Queue[Passage] = asyncio.Queue()
+        self._outcomes: dict[str, str] = {}  # as reported
+        self._started_at = time.monotonic()
+        self._daemon: Daemon | None = None
+
+    async def run(self) -> int:
+        """Show it. Raises CommandFailed when something did not come as it should, or in time."""
+        self._smtp = DemoSmtpServer(
+            arrived=lambda to, what: self._tell("mailproxy", "smtp", to, what),
+            replied=lambda to, reply: self._tell("smtp", "mailproxy", to, reply),
+        )
+        self._threads = Threads(1, "demo")
+        self._app = HttpServer(
+            [Route("POST", "/reports", self._take_report, public=True)],
+            limits=HttpLimits(),
+            authorised=lambda request: False,
+            observe=lambda request, status, seconds: None,
+            in_thread=self._threads.run,
+            log_failure=lambda request, failure: complain(f"the receiver of reports failed: {failure!r}"),
+        )
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._start()
+                await self._submit()
+                await self._watch()
+                await self._sum_up()
+        except TimeoutError:
+            missing = ", ".join(id_ for id_ in DEMO_OUTCOMES if id_ not in self._outcomes)
+            raise CommandFailed(
+                f"the demo failed: no final report of {missing} within {self._patience_s:g} s"
+            ) from None
+        finally:
+            await self._stop()
+        return 0
+
+    def _tell(self, who: str, whom: str, about: str, what: str) -> None:
+        """Remember that something passed; it is shown in its turn."""
+        at_s = time.monotonic() - self._started_at
+        self._passages.put_nowait(Passage(at_s, who, whom, about.partition("@")[0], what))
+
+    # -- what there is to start and stop
+
+    async def _start(self) -> None:
+        await self._smtp.start()
+        (host, port), *_ = await self._app.start_tcp("127.0.0.1", 0, None)
+        reports = f"http://{host}:{port}/reports"
+        settings = load_settings(self._config_ini(reports), {}, {})
+        listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._daemon = Daemon(settings, {})
+        self._serving = asyncio.create_task(self._daemon.run(started=listening.set_result, signals=False))
+        either: set[asyncio.Future[Any]] = {self._serving, listening}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if self._serving.done():
+            raise CommandFailed(f"the daemon did not start (status {await self._serving})")
+        self._client = Client(DaemonAddress(listening.result(), self._token))
+        smtp = f"127.0.0.1:{self._smtp.port}"
+        print(
+            DEMO_TITLE.format(
+                version=__version__, ahead=DEMO_AHEAD_S, reports=reports, daemon=self._client.url, smtp=smtp
+            )
+        )
+        self._started_at = time.monotonic()
+
+    def _config_ini(self, reports: str) -> str:
+        """Write the daemon's configuration, as anybody would; return its path."""
+        path = os.path.join(self._folder, "config.ini")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(
+                f"[storage]\ndb_path = {self._folder}/mailproxy.db\n"
+                f"[server]\nport = 0\napi_token = {self._token}\n"
+                f"[smtp]\nhost = 127.0.0.1\nport = {self._smtp.port}\n"
+                f"[client]\nclient_sync_url = {reports}\n"
+                "[delivery]\nretry_delays = 1\n"
+            )
+        return path
+
+    async def _stop(self) -> None:
+        if self._daemon is not None:
+            self._daemon.stop()
+            await asyncio.gather(self._serving, return_exceptions=True)
+        await self._app.stop(1)
+        await self._smtp.stop()
+        self._threads.close()
+
+    # -- the part of the application
+
+    async def _ask(
+        self, method: str, path: str, fields: Mapping[str, object] | None = None
+    ) -> dict[str, Any]:
+        answer = await self._threads.run(lambda: self._client.ask(method, path, fields))
+        return answer.fields(self._client.url)
+
+    async def _submit(self) -> None:
+        messages = demo_messages(time.time())
+        self._tell("app", "mailproxy", "", f"POST /commands/add-messages: {len(messages)} messages")
+        answer = await self._ask("POST", "/commands/add-messages", {"messages": messages})
+        if answer.get("queued") != len(messages):
+            raise CommandFailed(f"the demo failed: the submission was answered with {json.dumps(answer)}")
+        self._tell("mailproxy", "app", "", '200 "queued": 5, that is: safe on disk')
+
+    async def _take_report(self, request: Request) -> Response:
+        """The application's end of proxy_sync."""
+        report: dict[str, Any] = await request.json_object()
+        for entry in report["delivery_report"]:
+            self._tell("mailproxy", "app", entry["id"], _report_in_words(entry, time.time()))
+            if entry["status"] != Status.DEFERRED:
+                self._outcomes[entry["id"]] = entry["status"]
+        return json_response({"ok": True})
+
+    # -- what is seen of it
+
+    async def _watch(self) -> None:
+        """Show what passes until every message has its final report."""
+        while self._passages.qsize() or self._outcomes.keys() != DEMO_OUTCOMES.keys():
+            print(self._line(await self._passages.get()), flush=True)
+
+    def _line(self, passage: Passage) -> str:
+        way = f"{passage.who:<9} -> {passage.whom:<9}"
+        what = self._paint(passage.what, passage.what.removeprefix("report: ")[:1])
+        return f"{passage.at_s:6.2f}s  {way}  {f'{passage.id:<12}' if passage.id else ''}{what}"
+
+    def _paint(self, text: str, kind: str) -> str:
+        """Green, yellow or red, by the first letter of a reply or a status."""
+        colour = COLOURS.get(kind) if self._coloured else None
+        return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
+
+    async def _sum_up(self) -> None:
+        """The table at the end. Raises CommandFailed when it is not the expected one."""
+        rows = []
+        for id_ in DEMO_OUTCOMES:
+            story = await self._ask("GET", f"/message/{id_}")
+            last = story["attempts"][-1]
+            reply = " ".join(
+                str(word) for word in (last["code"], last["enhanced_code"], last["text"]) if word
+            )
+            rows.append((id_, story["message"]["status"], story["message"]["attempts"], reply))
+        header, *lines = table(("MESSAGE", "STATUS", "ATTEMPTS", "WHAT THE SERVER SAID"), rows)
+        print(
+            "\n".join(
+                ["", header, *(self._paint(line, row[1][0]) for line, row in zip(lines, rows, strict=True))]
+            )
+        )
+        wrong = [
+            f"{id_} ended as {self._outcomes[id_]}"
+            for id_, end in DEMO_OUTCOMES.items()
+            if self._outcomes[id_] != end
+        ]
+        if wrong or self._smtp.taken != 4:
+            raise CommandFailed(
+                f"the demo failed: {', '.join(wrong) or f'{self._smtp.taken} mails arrived, not 4'}"
+            )
+        taken_s = time.monotonic() - self._started_at
+        print(f"\nall delivered and reported: 4 sent, 1 refused by its server, in {taken_s:.1f} s")
+        print("With a server of your own: serve --help, and README.md")
+
+
+def _report_in_words(entry: Mapping[str, Any], now: float) -> str:
+    if entry["status"] == Status.DEFERRED:
+        return f"report: deferred, due {relative(entry['deferred_ts'], now)}"
+    return ": ".join(word for word in ("report", entry["status"], entry["error"]) if word)
+
+
+def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Five messages through a daemon of their own."""
+    os.environ["no_proxy"] = "*"  # urllib reads it there; nothing here leaves the machine
+    configure_logging("error", "text")
+    in_terminal = isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty()
+    coloured = in_terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+    with tempfile.TemporaryDirectory(prefix="mailproxy-demo-") as folder:
+        return asyncio.run(Demo(folder, coloured=coloured).run())
+
+
+# --- the table of commands, and main -------------------------------------
+
+
+class Option(NamedTuple):
+    """An option or argument, as argparse has it."""
+
+    names: tuple[str, ...]
+    how: Mapping[str, Any]
+
+
+def option(*names: str, **how: Any) -> Option:
+    return Option(names, how)
+
+
+def _listing_limit(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= LISTING_LIMIT:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {LISTING_LIMIT}")
+    return int(text)
+
+
+CONFIG = option(
+    "--config", metavar="FILE", help="else MAILPROXY_CONFIG, ./config.ini, /etc/mailproxy/config.ini"
+)
+SERVING = (
+    CONFIG,
+    option("--host", help="address to listen on"),
+    option("--port", help="TCP port to listen on"),
+    option("--db", metavar="FILE", help="file of the queue"),
+    option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        action="append",
+        default=[],
+        help="any other setting; may be repeated",
+    ),
+)
+ASKING = (
+    option(
+        "--url",
+        help="of the daemon: http(s)://HOST:PORT or unix:/path; else MAILPROXY_URL, else by config.ini",
+    ),
+    option(
+        "--token",
+        help="better in MAILPROXY_TOKEN, or as env:NAME or file:/path: options show in the list of processes",
+    ),
+    CONFIG,
+    option("--json", action="store_true", help="print the daemon's answer as it is"),
+)
+FILTERS = (
+    option("--active-only", "--active", action="store_true", help="those that are not final yet"),
+    option("--status", choices=[str(status) for status in Status], help="those in this state"),
+    option("--account", "--account-id", metavar="ID", help="those of this account"),
+    option("--batch", "--batch-code", metavar="CODE", help="those with this batch_code"),
+    option(
+        "--limit",
+        type=_listing_limit,
+        default=LISTED_MESSAGES,
+        metavar="N",
+        help="at most so many (%(default)s)",
+    ),
+    option("--after", metavar="CURSOR", help="go on where an earlier list ended"),
+)
+ONE_ACCOUNT = option("--account", metavar="ID", help="this account alone; else all delivery")
+IDS = option("ids", metavar="ID", nargs="+", help="id of a message")
+
+
+class Command(NamedTuple):
+    """One command: its name, what it is for, its options, what runs it, and how it is used."""
+
+    name: str
+    meaning: str
+    run: Callable[[argparse.Namespace, Mapping[str, str]], int]
+    options: tuple[Option, ...]
+    examples: tuple[str, ...] = ()
+
+
+COMMANDS = (
+    Command("serve", "run the daemon", serve, SERVING, (
+        "mailproxy serve",
+        "mailproxy serve --config /etc/mailproxy/config.ini",
+        "mailproxy serve --port 8025 --set smtp.host=mail.example.com --set smtp.port=587",
+    )),
+    Command("demo", "show it all on this machine, with nothing configured", demo, (), ("mailproxy demo",)),
+    Command("check", "say what is wrong with the configuration, or what is in force", check, SERVING, (
+        "mailproxy check",
+        "mailproxy check --config new.ini && mv new.ini config.ini",
+    )),
+    Command("status", "how the daemon is", show_status, ASKING, (
+        "mailproxy status",
+        "mailproxy status --json | jq .pending",
+    )),
+    Command("messages", "list messages, in order of acceptance", list_messages, (*FILTERS, *ASKING), (
+        "mailproxy messages --status error",
+        "mailproxy messages --active --account billing --limit 1000",
+        "mailproxy messages --status error --json | jq -r '.messages[].id' | xargs mailproxy retry",
+    )),
+    Command("message", "one message, and every attempt to deliver it", show_message, (
+        option("id", metavar="ID", help="id of the message"), *ASKING,
+    ), ("mailproxy message invoice-4711",)),
+    Command("accounts", "list the accounts mail goes out by", list_accounts, ASKING, ("mailproxy accounts",)),
+    Command("run-now", "deliver and report at once", run_now, ASKING, ("mailproxy run-now",)),
+    Command("suspend", "stop delivery; submission and reports go on", suspend, (ONE_ACCOUNT, *ASKING), (
+        "mailproxy suspend",
+        "mailproxy suspend --account billing",
+    )),
+    Command("activate", "take delivery up again", activate, (ONE_ACCOUNT, *ASKING), (
+        "mailproxy activate",
+        "mailproxy activate --account billing",
+    )),
+    Command("retry", "queue failed messages anew", retry_messages, (IDS, *ASKING), (
+        "mailproxy retry invoice-4711 invoice-4712",
+    )),
+    Command("delete", "remove messages, whatever their state", delete_messages, (IDS, *ASKING), (
+        "mailproxy delete invoice-4711",
+    )),
+)  # fmt: skip
+
+USAGE_HINTS = """\
+for a start:
+  mailproxy demo                        five messages, from REST to report, on this machine
+  mailproxy serve --set smtp.host=mail.example.com --set smtp.port=587
+  mailproxy COMMAND --help              what a command takes, with examples
+
+exit status: 0 done, 1 failed, 2 usage or configuration"""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse, but one sentence for a mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        complain(f"{message}; see {self.prog} --help")
+        sys.exit(2)
+
+
+def command_parser() -> CommandParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        prog="mailproxy",
+        description="A small daemon between an application and its SMTP servers.",
+        epilog=USAGE_HINTS,
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"mailproxy {__version__}")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for command in COMMANDS:
+        examples = "\n  ".join(("examples:", *command.examples))
+        about = f"{command.meaning[0].upper()}{command.meaning[1:]}."
+        added = commands.add_parser(
+            command.name, help=command.meaning, description=about, epilog=examples, formatter_class=raw
+        )
+        for names, how in command.options:
+            added.add_argument(*names, **how)
+        added.set_defaults(run=command.run)
+    return parser
+
+
+def complain(sentence: object) -> None:
+    """One sentence on stderr."""
+    print(f"mailproxy: {_escaped(str(sentence))}", file=sys.stderr)
+
+
+def _give_up_stdout() -> None:
+    """Nobody reads it any more: what is still in its buffer goes nowhere, without a complaint at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _politely(run: Callable[[], int]) -> int:
+    """The exit status of a command; its failure becomes a sentence."""
+    try:
+        status = run()
+        print(end="", flush=True)
+        return status
+    except ConfigurationError as error:
+        complain(error)
+        return 2
+    except MailproxyError as error:
+        complain(error)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _give_up_stdout()
+        return NOBODY_READS
+    except OSError as error:
+        _give_up_stdout()
+        complain(error.strerror or error)
+        return 1
+    except Exception as error:
+        complain(f"this should not happen: {type(error).__name__}: {error}")
+        return 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return 0 when it is done, 1 when it failed, 2 for usage or configuration."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a subject need not fit the terminal's character set
+    parser = command_parser()
+    args = parser.parse_args(argv)
+    if args.run is None:
+        parser.print_help(sys.stderr)
+        return 2
+    return _politely(lambda: args.run(args, os.environ))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

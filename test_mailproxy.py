@@ -1,0 +1,12498 @@
+"""The tests of mailproxy: real sockets, real files, real servers; fake only time and dice."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import collections
+import concurrent.futures
+import contextlib
+import datetime
+import email
+import email.message
+import email.policy
+import errno
+import functools
+import gzip
+import hashlib
+import hmac
+import http.client
+import http.server
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import os
+import pathlib
+import pty
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from email.header import decode_header, make_header
+from email.message import EmailMessage, MIMEPart
+from email.utils import getaddresses, parsedate_to_datetime
+from itertools import pairwise, starmap
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import hypothesis
+import hypothesis.strategies as st
+import prometheus_client
+import prometheus_client.parser
+import pytest
+from aiosmtpd.smtp import SMTP, AuthResult
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import mailproxy
+from mailproxy import Attachment, Reply, S3Object, Source
+
+# ======================================================================
+# RIGS - the world around the daemon: servers that behave as they are told
+# ======================================================================
+#
+# Each rig is a context manager on loopback, on a port of its own, and stops
+# only what it started. Every wait has a deadline.
+
+PROGRAM = Path(__file__).with_name("mailproxy.py")
+
+
+def needs(*programs: str) -> None:
+    """Skip the test where a program is missing; fail it where MAILPROXY_REQUIRE_SERVERS promised them all."""
+    missing = [program for program in programs if not found(program)]
+    if not missing:
+        return
+
+    reason = f"needs {', '.join(missing)}"
+    if os.environ.get("MAILPROXY_REQUIRE_SERVERS"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def found(program: str) -> str | None:
+    """The path of a program, also where servers live and the PATH of a user does not look."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout: float = 10) -> Any:
+    """The first true value of the condition; a failure that says what never came after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what}: not within {timeout} s")
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    """A port nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def open_folder(prefix: str) -> Iterator[Path]:
+    """A folder that servers running as other users can walk into; pytest's own are closed to them."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------
+# certificates
+# ----------------------------------------------------------------------
+
+
+class Certificate(NamedTuple):
+    """A certificate and its key, as PEM files."""
+
+    cert: Path
+    key: Path
+
+    def server_context(self) -> ssl.SSLContext:
+        """What a server that shows this certificate listens with."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.cert, self.key)
+        return context
+
+
+class PrivateCA:
+    """A certificate authority nobody trusts unless told to; passes the strict checks of Python 3.13."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"CA of {folder.name}"[:64])])
+        self._now = datetime.datetime.now(datetime.UTC)
+        self.ca_file = folder / "ca.pem"
+        self.ca_file.write_bytes(self._self_signed().public_bytes(serialization.Encoding.PEM))
+
+    def good(self) -> Certificate:
+        """The certificate of the server the tests mean: localhost, 127.0.0.1 and ::1."""
+        return self.issue("good", "localhost", "127.0.0.1", "::1")
+
+    def other_name(self) -> Certificate:
+        """A valid certificate of somebody else."""
+        return self.issue("other-name", "elsewhere.example")
+
+    def expired(self) -> Certificate:
+        """The good one, a day too late."""
+        return self.issue("expired", "localhost", "127.0.0.1", "::1", valid_days=-1)
+
+    def client(self) -> Certificate:
+        """What a client shows when the server asks who it is."""
+        return self.issue("client.example", usage=ExtendedKeyUsageOID.CLIENT_AUTH)
+
+    def issue(
+        self,
+        label: str,
+        *names: str,
+        valid_days: int = 30,
+        usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.SERVER_AUTH,
+    ) -> Certificate:
+        """A certificate for DNS names and addresses, valid from a month ago until `valid_days` from now."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        alternatives = x509.SubjectAlternativeName([_general_name(name) for name in names or (label,)])
+        certificate = (
+            self._builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, label)]), key, valid_days)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(alternatives, critical=False)
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(_key_usage(signs_certificates=False), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        return self._write(label, certificate, key)
+
+    def _self_signed(self) -> x509.Certificate:
+        return (
+            self._builder(self._name, self._key, valid_days=60)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_key_usage(signs_certificates=True), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+
+    def _builder(
+        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, valid_days: int
+    ) -> x509.CertificateBuilder:
+        issuer_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(self._now - datetime.timedelta(days=30))
+            .not_valid_after(self._now + datetime.timedelta(days=valid_days))
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(issuer_key, critical=False)
+        )
+
+    def _write(
+        self, label: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey
+    ) -> Certificate:
+        written = Certificate(self._folder / f"{label}.pem", self._folder / f"{label}.key")
+        written.cert.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        written.key.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        return written
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    with contextlib.suppress(ValueError):
+        return x509.IPAddress(ipaddress.ip_address(name))
+    return x509.DNSName(name)
+
+
+def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+# ----------------------------------------------------------------------
+# a mail server whose behaviour the recipient's address chooses
+# ----------------------------------------------------------------------
+#
+#     ok@ (and any other)   accepted                    temp@  451 at RCPT, always
+#     perm@                 550 at RCPT                 550@, 452@ ...  that reply at RCPT (421@ hangs up too)
+#     greylist2@            450 twice, then accepted    datatemp@, dataperm@  451, 554 at the end of data
+#     slow@, slow3@, slow200ms@  waits before the reply to the end of data
+#     slowrcpt3@            waits before the reply to RCPT
+#     drop@, drop1@         cuts the connection at RCPT (always; the first time)
+#     lost@, lost1@         cuts it at the end of data, and keeps no message
+#     dropdata@, dropdata1@ cuts it at the end of data, and keeps the message
+#
+# Behind the word anything may follow: perm+7@, slow3.invoice@, 550-x@. A sender
+# such as 451@ gets that reply at MAIL.
+
+_MANNER = re.compile(r"(?P<word>[245]\d\d|[a-z]+)(?P<number>\d+)?(?P<milli>ms)?(?:[+.-].*)?")
+_REFUSALS = {"temp": "451 4.3.0 Try again later", "perm": "550 5.1.1 No such user here"}
+_DATA_REFUSALS = {"datatemp": "451 4.3.0 Not stored, try again", "dataperm": "554 5.6.0 Not taken"}
+
+
+class Manner(NamedTuple):
+    """What an address asks of the server."""
+
+    word: str
+    number: int | None
+    seconds: float
+
+
+def manner_of(address: str) -> Manner:
+    """The behaviour an address chooses; a plain name chooses none."""
+    match = _MANNER.fullmatch(address.rpartition("@")[0])
+    if not match:
+        return Manner("ok", None, 0)
+    number = int(match["number"]) if match["number"] else None
+    seconds = 1.0 if number is None else float(number)
+    return Manner(match["word"], number, seconds / 1000 if match["milli"] else seconds)
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message the server took responsibility for (or pretended not to)."""
+
+    sender: str
+    recipients: list[str]
+    content: bytes  # as sent, its dots unstuffed
+    arrived_at: float
+    connection: int  # 1 for the first connection, and so on
+    options: list[str]  # of MAIL: SIZE=..., BODY=8BITMIME, SMTPUTF8
+
+    @functools.cached_property
+    def message(self) -> email.message.EmailMessage:
+        return email.message_from_bytes(self.content, policy=email.policy.default)
+
+
+class _Line(SMTP):
+    """One connection to the server."""
+
+    def __init__(self, smtp_server: SmtpServer, **options: Any) -> None:
+        super().__init__(smtp_server, **options)
+        self.smtp_server = smtp_server
+        self.number = 0  # 0 until greeted
+
+    def connection_made(self, transport: Any) -> None:
+        if self.number:  # once more, after STARTTLS
+            return super().connection_made(transport)
+
+        refusal = self.smtp_server._admit(self, transport)
+        if refusal:
+            transport.write(refusal.encode() + b"\r\n")
+            return transport.close()
+        return super().connection_made(transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.number:
+            self.smtp_server._leave(self)
+            super().connection_lost(error)
+
+    def eof_received(self) -> bool | None:
+        return super().eof_received() if self.number else None
+
+
+class SmtpServer:
+    """A real SMTP server on a thread of its own; keeps what it received and counts who came."""
+
+    def __init__(
+        self,
+        *,
+        certificate: Certificate | None = None,  # offers STARTTLS
+        implicit_tls: bool = False,
+        accounts: Mapping[str, str] | None = None,  # user -> password; AUTH is required when given
+        size_limit: int = 50_000_000,
+        max_recipients: int = 1_000,  # of one transaction, then 452 4.5.3
+        max_connections: int = 1_000,  # at once, then 421 at the greeting
+        greeting: str | None = None,  # refuses every connection with these words
+        smtputf8: bool = True,
+        pipelining: bool = False,
+    ) -> None:
+        self.host, self.port = "127.0.0.1", 0
+        self.max_recipients, self.max_connections, self.greeting = max_recipients, max_connections, greeting
+        self.accounts = dict(accounts) if accounts else {}
+        self.received: list[Received] = []
+        self.connections = 0  # ever greeted
+        self.refused = 0  # turned away at the greeting
+        self.most_connections = 0  # at once
+        self.logins: list[tuple[str, bool]] = []  # user, accepted
+        self.visits: Counter[str] = Counter()  # RCPT commands by address
+        self._context = certificate.server_context() if certificate else None
+        self._implicit_tls = implicit_tls
+        self._pipelining = pipelining
+        self._options: dict[str, Any] = {
+            "data_size_limit": size_limit,
+            "enable_SMTPUTF8": smtputf8,
+            "hostname": "sink.test",
+            "tls_context": None if implicit_tls else self._context,
+            "auth_require_tls": bool(certificate and not implicit_tls),
+            "authenticator": self._authenticate,
+        }
+        self._lines: dict[int, _Line] = {}
+        self._news = threading.Condition()
+
+    def __enter__(self) -> SmtpServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Listen; after a stop on the same port again."""
+        self._loop = asyncio.new_event_loop()
+        listening = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(listening,), name="smtp-server", daemon=True)
+        self._thread.start()
+        assert listening.wait(10), "the SMTP server did not start"
+
+    def stop(self) -> None:
+        """Cut every connection and listen no more: from now on connections are refused."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stopping.set)
+            self._thread.join(10)
+            assert not self._thread.is_alive(), "the SMTP server did not stop"
+
+    def cut_connections(self) -> None:
+        """Close all connections without a word, as a server does with idle ones."""
+        closing = asyncio.run_coroutine_threadsafe(self._abort_all(), self._loop)
+        closing.result(10)
+
+    def wait_for(self, count: int, timeout: float = 10) -> list[Received]:
+        """The messages received, once there are at least so many."""
+        with self._news:
+            came = self._news.wait_for(lambda: len(self.received) >= count, timeout)
+            received = list(self.received)
+        if not came:
+            pytest.fail(f"{len(received)} messages of {count} came within {timeout} s: {received}")
+        return received
+
+    def received_by(self, recipient: str) -> list[Received]:
+        """The messages one recipient got."""
+        with self._news:
+            return [received for received in self.received if recipient in received.recipients]
+
+    def _run(self, listening: threading.Event) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._serve(listening))
+        finally:
+            self._loop.close()
+
+    async def _serve(self, listening: threading.Event) -> None:
+        self._stopping = asyncio.Event()
+        context = self._context if self._implicit_tls else None
+        server = await self._loop.create_server(self._line, self.host, self.port, ssl=context)
+        self.port = server.sockets[0].getsockname()[1]
+        listening.set()
+        await self._stopping.wait()
+        server.close()
+        await self._abort_all()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    def _line(self) -> _Line:
+        return _Line(self, loop=self._loop, **self._options)
+
+    async def _abort_all(self) -> None:
+        for line in list(self._lines.values()):
+            if line.transport:
+                line.transport.abort()
+        while self._lines:
+            await asyncio.sleep(0.005)
+
+    def _admit(self, line: _Line, transport: Any) -> str | None:
+        """Count a connection in, or the words that turn it away."""
+        refusal = self.greeting
+        if not refusal and len(self._lines) >= self.max_connections:
+            refusal = "421 4.7.0 Too many connections"
+        with self._news:
+            if refusal:
+                self.refused += 1
+                return refusal
+            self.connections += 1
+            line.number = self.connections
+            self._lines[line.number] = line
+            self.most_connections = max(self.most_connections, len(self._lines))
+        return None
+
+    def _leave(self, line: _Line) -> None:
+        with self._news:
+            self._lines.pop(line.number, None)
+
+    def _authenticate(
+        self, _line: Any, _session: Any, _envelope: Any, _mechanism: str, login: Any
+    ) -> AuthResult:
+        user, password = login.login.decode(), login.password.decode()
+        accepted = user in self.accounts and self.accounts[user] == password
+        with self._news:
+            self.logins.append((user, accepted))
+        return AuthResult(success=accepted, handled=False, auth_data=login)
+
+    async def handle_EHLO(
+        self, _line: Any, session: Any, _envelope: Any, hostname: str, words: list[str]
+    ) -> list[str]:
+        session.host_name = hostname
+        if not self.accounts:
+            words = [word for word in words if not word.startswith("250-AUTH")]
+        if self._pipelining:
+            words.insert(-1, "250-PIPELINING")
+        return words
+
+    async def handle_MAIL(
+        self, line: Any, session: Any, envelope: Any, address: str, options: list[str]
+    ) -> str:
+        if self.accounts and not session.authenticated:
+            return "530 5.7.0 Authentication required"
+        word = manner_of(address).word
+        if word.isdigit():
+            return await self._say(line, word)
+        envelope.mail_from = address
+        envelope.mail_options.extend(options)
+        return "250 2.1.0 Ok"
+
+    async def handle_RCPT(
+        self, line: Any, _session: Any, envelope: Any, address: str, _options: list[str]
+    ) -> str:
+        with self._news:
+            self.visits[address] += 1
+        manner = manner_of(address)
+        if manner.word == "slowrcpt":
+            await asyncio.sleep(manner.seconds)
+        if manner.word == "drop" and self._still(address, manner):
+            await self._hang_up(line)
+        if manner.word == "greylist" and self.visits[address] <= (manner.number or 1):
+            return "450 4.7.1 Greylisted, try again"
+        if manner.word.isdigit():
+            return await self._say(line, manner.word)
+        if manner.word in _REFUSALS:
+            return _REFUSALS[manner.word]
+        if len(envelope.rcpt_tos) >= self.max_recipients:
+            return "452 4.5.3 Too many recipients"
+        envelope.rcpt_tos.append(address)
+        return "250 2.1.5 Ok"
+
+    async def handle_DATA(self, line: Any, _session: Any, envelope: Any) -> str:
+        asked = {address: manner_of(address) for address in envelope.rcpt_tos}
+        await asyncio.sleep(max(m.seconds if m.word == "slow" else 0 for m in asked.values()))
+        for address, manner in asked.items():
+            if manner.word in _DATA_REFUSALS:
+                return _DATA_REFUSALS[manner.word]
+            if manner.word == "lost" and self._still(address, manner):
+                await self._hang_up(line)
+
+        self._keep(line, envelope)
+        if any(m.word == "dropdata" and self._still(address, m) for address, m in asked.items()):
+            await self._hang_up(line)
+        return f"250 2.0.0 Ok: queued as {len(self.received)}"
+
+    def _still(self, address: str, manner: Manner) -> bool:
+        """Whether the address misbehaves this time: drop@ always does, drop1@ the first time."""
+        return manner.number is None or self.visits[address] <= manner.number
+
+    def _keep(self, line: _Line, envelope: Any) -> None:
+        received = Received(
+            sender=envelope.mail_from,
+            recipients=list(envelope.rcpt_tos),
+            content=bytes(envelope.original_content),
+            arrived_at=time.time(),
+            connection=line.number,
+            options=list(envelope.mail_options),
+        )
+        with self._news:
+            self.received.append(received)
+            self._news.notify_all()
+
+    async def _say(self, line: Any, code: str) -> str:
+        """The reply of an address such as 550@; 421 ends the connection (RFC 5321 3.8)."""
+        reply = f"{code} {code[0]}.0.0 As the address asks"
+        if code == "421":
+            line.transport.write(reply.encode() + b"\r\n")
+            line.transport.close()
+            await asyncio.Event().wait()  # ends when the connection does
+        return reply
+
+    async def _hang_up(self, line: Any) -> None:
+        line.transport.abort()
+        await asyncio.Event().wait()  # ends when the connection does
+
+
+# ----------------------------------------------------------------------
+# the upstream that receives delivery reports
+# ----------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """How the upstream answers one call."""
+
+    status: int = 200
+    body: Any = field(default_factory=lambda: {"ok": True})  # JSON; bytes go out as they are
+    headers: dict[str, str] = field(default_factory=dict)
+    delay: float = 0  # seconds before it
+    close: bool = False  # hangs up instead
+
+    @property
+    def acknowledges(self) -> bool:
+        refuses = isinstance(self.body, dict) and self.body.get("ok") is False
+        return 200 <= self.status < 300 and not refuses and not self.close
+
+
+class ReportCall(NamedTuple):
+    """One call of the daemon, and how it was answered."""
+
+    path: str
+    headers: http.client.HTTPMessage
+    content: bytes
+    entries: list[dict[str, Any]]
+    arrived_at: float
+    answer: Answer
+
+
+class ReportReceiver:
+    """The upstream: takes `proxy_sync` calls; answers as scripted, else with 200."""
+
+    def __init__(self) -> None:
+        self.calls: list[ReportCall] = []
+        self.answers: deque[Answer] = deque()  # for the calls to come, one each
+        self.inside: Callable[[list[dict[str, Any]]], object] | None = None  # runs before the answer
+        self._news = threading.Condition()
+        self._closing = threading.Event()
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._request_class())
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/proxy_sync"
+
+    def __enter__(self) -> ReportReceiver:
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(10)
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """Every entry of every call so far, in order, the unacknowledged ones too."""
+        with self._news:
+            return [entry for call in self.calls for entry in call.entries]
+
+    @property
+    def acknowledged(self) -> list[dict[str, Any]]:
+        """The entries of the calls that were acknowledged, in order."""
+        with self._news:
+            return [entry for call in self.calls if call.answer.acknowledges for entry in call.entries]
+
+    def entries_of(self, message_id: str) -> list[dict[str, Any]]:
+        """What was reported of one message, in order."""
+        return [entry for entry in self.entries if entry["id"] == message_id]
+
+    def wait_for(self, condition: Callable[[ReportReceiver], Any], timeout: float = 10) -> Any:
+        """The first true value of the condition, asked again after each call."""
+        with self._news:
+            value = self._news.wait_for(lambda: condition(self), timeout)
+            seen = [[(entry.get("id"), entry.get("status")) for entry in call.entries] for call in self.calls]
+        if not value:
+            pytest.fail(f"the report did not come within {timeout} s; calls so far: {seen[-20:]}")
+        return value
+
+    def wait_for_entry(self, message_id: str, status: str, timeout: float = 10) -> dict[str, Any]:
+        """The first report of a message with that status."""
+        return self.wait_for(
+            lambda reports: next((e for e in reports.entries_of(message_id) if e["status"] == status), None),
+            timeout,
+        )
+
+    def _take(self, request: http.server.BaseHTTPRequestHandler) -> Answer:
+        content = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        entries = json.loads(content).get("delivery_report", [])
+        arrived_at = time.time()
+        if self.inside:
+            self.inside(entries)
+        with self._news:
+            answer = self.answers.popleft() if self.answers else Answer()
+            self.calls.append(ReportCall(request.path, request.headers, content, entries, arrived_at, answer))
+            self._news.notify_all()
+        return answer
+
+    def _request_class(self) -> type[http.server.BaseHTTPRequestHandler]:
+        receiver = self
+
+        class Request(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                answer = receiver._take(self)
+                receiver._closing.wait(answer.delay)
+                with contextlib.suppress(ConnectionError):
+                    self._give(answer)
+
+            def _give(self, answer: Answer) -> None:
+                if answer.close:
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                content = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
+                self.send_response(answer.status)
+                for name, value in {"Content-Type": "application/json", **answer.headers}.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_args: object) -> None:
+                pass
+
+        return Request
+
+
+# ----------------------------------------------------------------------
+# the daemon itself, as a process
+# ----------------------------------------------------------------------
+
+
+class HttpAnswer(NamedTuple):
+    """What the daemon answered."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    content: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+
+class Daemon:
+    """The real program: `mailproxy.py serve` in a folder of its own, on a port of its own.
+
+    `smtp` becomes the default account and `reports` the upstream; what `config` says wins.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Mapping[str, object]] | None = None,
+        *,
+        smtp: SmtpServer | Postfix | None = None,
+        reports: ReportReceiver | None = None,
+        token: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.config: dict[str, dict[str, object]] = {
+            "storage": {"db_path": folder / "queue.db"},
+            "server": {"host": "127.0.0.1", "port": 0},
+        }
+        if token:
+            self.config["server"]["api_token"] = token
+        if smtp:
+            self.config["smtp"] = {"host": smtp.host, "port": smtp.port}
+        if reports:
+            self.config["client"] = {"client_sync_url": reports.url}
+        for section, values in (config or {}).items():
+            self.config.setdefault(section, {}).update(values)
+        self.token = token
+        self.port = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self._environment = {**_plain_environment(), "HOME": str(folder), **(environment or {})}
+        self._log_file = folder / "daemon.log"
+        self._threads = threading.local()  # a kept connection for each thread
+        self._connections: list[http.client.HTTPConnection] = []  # of all threads, to the present process
+
+    def __enter__(self) -> Daemon:
+        self.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        try:
+            self.stop()
+        finally:
+            self._hang_up()
+            print(self.log, file=sys.stderr)  # pytest shows it when the test fails
+
+    def start(self, timeout: float = 10) -> None:
+        """Start and wait until it is ready."""
+        self.write_config()
+        self._log_starts_at = len(self.log)
+        self._hang_up()
+        with self._log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, PROGRAM, "serve", "--config", self.folder / "config.ini"],
+                cwd=self.folder,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self.port = wait_until(self._port_in_log, "the daemon's address in its log", timeout)
+        wait_until(self._ready, "the daemon's readiness", timeout)
+
+    def write_config(self) -> None:
+        """Write config.ini as `self.config` has it; a running daemon reads it again at SIGHUP."""
+        lines = []
+        for section, values in self.config.items():
+            lines.append(f"[{section}]")
+            lines += [f"{key} = {value}" for key, value in values.items()]
+        (self.folder / "config.ini").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def signal(self, number: int) -> None:
+        """Send the process a signal."""
+        assert self.process
+        self.process.send_signal(number)
+
+    def stop(self, timeout: float = 40) -> int | None:
+        """SIGTERM, and the exit status once it is down; the one it ended with when it is down already."""
+        if not self.process:
+            return None
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.wait_for_exit(timeout)
+
+    def wait_for_exit(self, timeout: float = 40) -> int:
+        """The exit status; a daemon that stays up is killed, and the test fails."""
+        assert self.process
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"the daemon was still there after {timeout} s")
+
+    def kill(self) -> None:
+        """SIGKILL: it gets no chance to say goodbye."""
+        assert self.process
+        self.process.kill()
+        self.process.wait(10)
+
+    def restart(self) -> None:
+        """Stop when it runs, and start again on the same file."""
+        self.stop()
+        self.start()
+
+    @property
+    def log(self) -> str:
+        """All it has written so far, over restarts too."""
+        if not self._log_file.exists():
+            return ""
+        return self._log_file.read_text(encoding="utf-8", errors="replace")
+
+    def wait_for_log(self, words: str, timeout: float = 10) -> str:
+        """The first line of the log with these words in it."""
+        return wait_until(
+            lambda: next((line for line in self.log.splitlines() if words in line), None),
+            f"{words!r} in the log",
+            timeout,
+        )
+
+    def request(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> HttpAnswer:
+        """One request; a body that is not bytes is sent as JSON. The connection is kept."""
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        sent = {"X-API-Token": self.token} if self.token else {}
+        if content is not None:
+            sent["Content-Type"] = "application/json"
+        sent.update(headers or {})
+        connection = self._connection()
+        try:
+            connection.request(method, path, content, sent)
+            answer = connection.getresponse()
+            return HttpAnswer(answer.status, answer.headers, answer.read())
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            raise
+
+    def get(self, path: str, **options: Any) -> HttpAnswer:
+        return self.request("GET", path, **options)
+
+    def post(self, path: str, body: Any = None, **options: Any) -> HttpAnswer:
+        return self.request("POST", path, body, **options)
+
+    def delete(self, path: str, **options: Any) -> HttpAnswer:
+        return self.request("DELETE", path, **options)
+
+    def submit(self, *messages: Mapping[str, Any]) -> None:
+        """Submit messages that must all be accepted."""
+        answer = self.post("/commands/add-messages", {"messages": messages})
+        assert (answer.status, answer.json.get("rejected")) == (200, []), answer.content
+        assert answer.json["queued"] == len(messages)
+
+    def message(self, message_id: str) -> dict[str, Any]:
+        """The record of a message."""
+        return dict(self._story(message_id)["message"])
+
+    def attempts(self, message_id: str) -> list[dict[str, Any]]:
+        """The timeline of its attempts."""
+        return list(self._story(message_id)["attempts"])
+
+    def wait_status(self, message_id: str, status: str, timeout: float = 10) -> dict[str, Any]:
+        """The record of a message once it has that status."""
+        last: dict[str, Any] = {}
+
+        def has_status() -> bool:
+            last.update(self.message(message_id))
+            return last["status"] == status
+
+        try:
+            wait_until(has_status, f"{message_id} to be {status}", timeout)
+        except pytest.fail.Exception as failure:
+            pytest.fail(f"{failure}; it is {last}")
+        return last
+
+    def status(self) -> dict[str, Any]:
+        """The answer of `/status`."""
+        return dict(self.get("/status").json)
+
+    @contextlib.contextmanager
+    def db(self) -> Iterator[sqlite3.Connection]:
+        """The queue file, read-only, as an operator's sqlite3 sees it."""
+        path = urllib.parse.quote(str(self.config["storage"]["db_path"]))
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+            connection.row_factory = sqlite3.Row
+            yield connection
+
+    def _story(self, message_id: str) -> dict[str, Any]:
+        answer = self.get("/message/" + urllib.parse.quote(message_id, safe=""))
+        assert answer.status == 200, answer.content
+        return dict(answer.json)
+
+    def _connection(self) -> http.client.HTTPConnection:
+        """This thread's connection to the daemon as it was last started."""
+        connection = getattr(self._threads, "connection", None)
+        if connection not in self._connections:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+            self._threads.connection = connection
+            self._connections.append(connection)
+        return connection
+
+    def _hang_up(self) -> None:
+        """Close the connections of all threads."""
+        while self._connections:
+            self._connections.pop().close()
+
+    def _port_in_log(self) -> int | None:
+        """The port of the address it says it listens on since the last start."""
+        assert self.process
+        new = self.log[self._log_starts_at :]
+        if self.process.poll() is not None:
+            pytest.fail(f"the daemon ended with status {self.process.returncode}:\n{new}")
+        match = re.search(r"http://127\.0\.0\.1:(\d+)", new)
+        return int(match[1]) if match else None
+
+    def _ready(self) -> bool:
+        return self.get("/ready").status == 200
+
+
+def _plain_environment() -> dict[str, str]:
+    """This environment without what would configure the daemon, or send loopback through a proxy."""
+    unwanted = re.compile(r"MAILPROXY_.*|AWS_.*|.*_PROXY|NOTIFY_SOCKET|WATCHDOG_.*", re.IGNORECASE)
+    return {name: value for name, value in os.environ.items() if not unwanted.fullmatch(name)}
+
+
+# ----------------------------------------------------------------------
+# Postfix
+# ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """One recipient's copy, as it lies in the mailbox."""
+
+    recipient: str
+    trace: email.message.Message  # what Postfix put before it: Return-Path, Received ...
+    content: bytes  # what was sent, with bare line feeds
+    delivered_at: float
+
+    @functools.cached_property
+    def message(self) -> email.message.EmailMessage:
+        return email.message_from_bytes(self.content, policy=email.policy.default)
+
+
+class Postfix:
+    """A Postfix of the test's own, with its queue and configuration in a folder of its own; needs root.
+
+    It accepts every domain, offers STARTTLS, and puts each recipient's copy
+    into one Maildir through virtual(8). `rejects` maps a recipient to the reply
+    it gets; `users` (user -> password) makes AUTH a must; `settings` are lines of main.cf.
+    """
+
+    def __init__(
+        self,
+        *,
+        certificate: Certificate | None = None,
+        rejects: Mapping[str, str] | None = None,
+        users: Mapping[str, str] | None = None,
+        settings: Mapping[str, object] | None = None,
+    ) -> None:
+        self.host, self.port = "127.0.0.1", free_port()
+        self._certificate = certificate
+        self._rejects, self._users, self._settings = rejects or {}, users or {}, settings or {}
+        self._stack = contextlib.ExitStack()
+        self._master: subprocess.Popen[bytes] | None = None
+
+    @staticmethod
+    def needed(*, with_users: bool = False) -> None:
+        """Skip the test (or fail it, where servers were promised) when it cannot run here."""
+        needs("postfix", *(["saslpasswd2"] if with_users else []))
+        if os.geteuid() == 0:
+            return
+        if os.environ.get("MAILPROXY_REQUIRE_SERVERS"):
+            pytest.fail("needs root")
+        pytest.skip("needs root")
+
+    def __enter__(self) -> Postfix:
+        with contextlib.ExitStack() as stack:
+            self.folder = stack.enter_context(open_folder("mailproxy-postfix-"))
+            self._lay_out()
+            stack.callback(self._stop)
+            self._start()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stack.close()
+
+    @property
+    def log(self) -> str:
+        log = self.folder / "log"
+        return log.read_text(errors="replace") if log.exists() else ""
+
+    def delivered(self) -> list[Delivered]:
+        """Every copy in the mailbox."""
+        return [_delivered(path) for path in self._copies()]
+
+    def wait_for(self, count: int, timeout: float = 20) -> list[Delivered]:
+        """Every copy in the mailbox, once there are at least so many."""
+        try:
+            wait_until(lambda: sum(1 for _ in self._copies()) >= count, f"{count} copies", timeout)
+        except pytest.fail.Exception as failure:
+            copies = sum(1 for _ in self._copies())
+            pytest.fail(f"{failure}; there are {copies}. The end of Postfix's log:\n{self.log[-3000:]}")
+        return self.delivered()
+
+    def _copies(self) -> Iterator[Path]:
+        inbox = self.folder / "mail" / "inbox" / "new"
+        return inbox.iterdir() if inbox.exists() else iter(())
+
+    def _lay_out(self) -> None:
+        """The folders and files `postfix set-permissions` would make, and no more."""
+        for name, owner, mode in [
+            ("etc", "root", 0o755),
+            ("queue", "root", 0o755),
+            ("data", "postfix", 0o700),
+            ("mail", "nobody", 0o700),
+            *[(f"queue/{name}", "postfix", 0o700) for name in _QUEUES],
+            ("queue/pid", "root", 0o755),
+            ("queue/maildrop", "postfix", 0o730),
+            ("queue/public", "postfix", 0o710),
+        ]:
+            path = self.folder / name
+            path.mkdir()
+            path.chmod(mode)
+            shutil.chown(path, owner)
+        for name in ("queue/maildrop", "queue/public"):
+            shutil.chown(self.folder / name, group="postdrop")
+        rejects = "".join(f"{address} {reply}\n" for address, reply in self._rejects.items())
+        self._write("rejects", rejects)
+        settings = {**self._main_cf(), **self._tls(), **self._sasl(), **self._settings}
+        self._write("main.cf", "".join(f"{name} = {value}\n" for name, value in settings.items()))
+        self._write("master.cf", _MASTER_CF.format(port=self.port))
+
+    def _write(self, name: str, text: str) -> None:
+        """A file of the configuration, dated long ago: Postfix waits until a fresh one is two seconds old."""
+        path = self.folder / "etc" / name
+        path.write_text(text)
+        os.utime(path, (0, 0))
+
+    def _main_cf(self) -> dict[str, object]:
+        folder = self.folder
+        return {
+            "compatibility_level": "3.6",
+            "queue_directory": folder / "queue",
+            "data_directory": folder / "data",
+            "maillog_file": folder / "log",
+            "maillog_file_prefixes": folder,
+            "myhostname": "postfix.test",
+            "mydestination": "",
+            "mynetworks": "127.0.0.0/8",
+            "inet_interfaces": "127.0.0.1",
+            "inet_protocols": "ipv4",
+            "alias_maps": "",
+            "alias_database": "",
+            "virtual_mailbox_domains": "static:all",
+            "virtual_mailbox_maps": "static:inbox/",
+            "virtual_mailbox_base": folder / "mail",
+            "virtual_minimum_uid": 1,
+            "virtual_uid_maps": f"static:{(folder / 'mail').stat().st_uid}",
+            "virtual_gid_maps": f"static:{(folder / 'mail').stat().st_uid}",
+            "virtual_mailbox_limit": 0,
+            "message_size_limit": 60_000_000,
+            # What arrives stays as it was sent, a Bcc header that should not be there included.
+            "message_drop_headers": "",
+            "local_header_rewrite_clients": "",
+            "smtpd_relay_restrictions": "permit_mynetworks, reject",
+            "smtpd_recipient_restrictions": f"check_recipient_access texthash:{folder}/etc/rejects, permit",
+            "smtputf8_enable": "yes",
+            "strict_smtputf8": "yes",
+            "in_flow_delay": 0,
+            "smtpd_client_event_limit_exceptions": "",
+        }
+
+    def _tls(self) -> dict[str, object]:
+        if not self._certificate:
+            return {}
+        return {
+            "smtpd_tls_security_level": "may",
+            "smtpd_tls_cert_file": self._certificate.cert,
+            "smtpd_tls_key_file": self._certificate.key,
+            "smtpd_tls_received_header": "yes",
+        }
+
+    def _sasl(self) -> dict[str, object]:
+        """AUTH by Cyrus SASL from a file of users."""
+        if not self._users:
+            return {}
+        folder, realm = self.folder / "etc" / "sasl", "postfix.test"
+        folder.mkdir()
+        passwords = folder / "users.db"
+        for user, password in self._users.items():
+            command = [found("saslpasswd2"), "-p", "-c", "-f", passwords, "-u", realm, user]
+            subprocess.run(command, input=password.encode(), check=True, timeout=10)
+        shutil.chown(passwords, "postfix")
+        (folder / "smtpd.conf").write_text(
+            "pwcheck_method: auxprop\nauxprop_plugin: sasldb\n"
+            f"mech_list: PLAIN LOGIN CRAM-MD5\nsasldb_path: {passwords}\n"
+        )
+        return {
+            "cyrus_sasl_config_path": folder,
+            "smtpd_sasl_auth_enable": "yes",
+            "smtpd_sasl_local_domain": realm,
+            "smtpd_client_restrictions": "permit_sasl_authenticated, reject",
+        }
+
+    def _start(self) -> None:
+        lookup = subprocess.run(
+            [found("postconf"), "-c", self.folder / "etc", "-hx", "daemon_directory"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+        with (self.folder / "master.out").open("wb") as out:
+            self._master = subprocess.Popen(
+                [Path(lookup.stdout.strip()) / "master", "-c", self.folder / "etc", "-s"],
+                cwd=self.folder / "queue",
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,  # it signals its whole process group when it ends
+            )
+        try:
+            wait_until(self._greets, "Postfix's greeting", 20)
+        except pytest.fail.Exception as failure:
+            pytest.fail(f"{failure}. Its log:\n{self.log[-3000:]}")
+
+    def _greets(self) -> bool:
+        assert self._master
+        if self._master.poll() is not None:
+            output = (self.folder / "master.out").read_text()
+            pytest.fail(f"Postfix ended with status {self._master.returncode}:\n{output}{self.log}")
+        with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), 10) as line:
+            return line.recv(4) == b"220 "
+        return False
+
+    def _stop(self) -> None:
+        if not self._master:
+            return
+        self._master.terminate()
+        try:
+            self._master.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._master.pid, signal.SIGKILL)
+            self._master.wait(10)
+
+
+_QUEUES = (
+    *("active", "bounce", "corrupt", "defer", "deferred", "flush"),
+    *("hold", "incoming", "private", "saved", "trace"),
+)
+
+_MASTER_CF = """\
+127.0.0.1:{port} inet n - n - - smtpd
+pickup    unix      n - n 60 1 pickup
+cleanup   unix      n - n - 0 cleanup
+qmgr      unix      n - n 300 1 qmgr
+tlsmgr    unix      - - n 1000? 1 tlsmgr
+rewrite   unix      - - n - - trivial-rewrite
+bounce    unix      - - n - 0 bounce
+defer     unix      - - n - 0 bounce
+trace     unix      - - n - 0 bounce
+verify    unix      - - n - 1 verify
+proxymap  unix      - - n - - proxymap
+error     unix      - - n - - error
+retry     unix      - - n - - error
+virtual   unix      - n n - - virtual
+anvil     unix      - - n - 1 anvil
+postlog   unix-dgram n - n - 1 postlogd
+"""
+
+
+def _delivered(path: Path) -> Delivered:
+    """A copy, parted into what Postfix added at its head and what was sent."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    end = next(number for number, line in enumerate(lines) if not _is_trace(line))
+    trace = email.message_from_bytes(b"".join(lines[:end]))
+    return Delivered(trace["X-Original-To"], trace, b"".join(lines[end:]), path.stat().st_mtime)
+
+
+def _is_trace(line: bytes) -> bool:
+    names = (b"Return-Path:", b"X-Original-To:", b"Delivered-To:", b"Received:", b" ", b"\t")
+    return line.startswith(names)
+
+
+# ----------------------------------------------------------------------
+# the rigs as fixtures
+# ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def ca(tmp_path: Path) -> PrivateCA:
+    """A certificate authority of the test's own."""
+    return PrivateCA(tmp_path)
+
+
+@pytest.fixture
+def smtp() -> Iterator[SmtpServer]:
+    """A mail server whose behaviour the recipient's address chooses."""
+    with SmtpServer() as server:
+        yield server
+
+
+@pytest.fixture
+def reports() -> Iterator[ReportReceiver]:
+    """The upstream that receives the delivery reports."""
+    with ReportReceiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver) -> Iterator[Daemon]:
+    """The daemon between the two, as it comes out of the box."""
+    with Daemon(tmp_path, smtp=smtp, reports=reports) as running:
+        yield running
+
+
+# ======================================================================
+# SETTINGS
+# ======================================================================
+
+
+def written(folder: Path, text: str, name: str = "config.ini") -> str:
+    """A config file with this text; its path."""
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def loaded(folder: Path, text: str = "", environ: dict[str, str] | None = None, **overrides: str):
+    named = {name.replace("__", "."): value for name, value in overrides.items()}
+    return mailproxy.load_settings(written(folder, text), environ or {}, named)
+
+
+def refusal(folder: Path, text: str = "", environ: dict[str, str] | None = None, **overrides: str) -> str:
+    """The sentence with which these settings are refused."""
+    with pytest.raises(mailproxy.ConfigurationError) as caught:
+        loaded(folder, text, environ, **overrides)
+    return str(caught.value)
+
+
+def test_without_a_file_everything_has_its_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    settings = mailproxy.load_settings(None, {}, {})
+
+    assert settings.server.port == 8000
+    assert settings.server.host == "127.0.0.1"
+    assert settings.storage.db_path == "./mailproxy.db"
+    assert settings.delivery.retry_delays == (60, 300, 900, 3600, 7200)
+    assert settings.attachments.max_attachment_bytes == 25 * 1024 * 1024
+    assert settings.client.client_sync_url is None
+    assert dict(settings.accounts) == {}
+    assert settings.source is None
+    assert settings.warnings == ()
+
+
+def test_the_command_line_wins_over_the_environment_over_the_file_over_the_default(tmp_path):
+    text = "[server]\nport = 1001\nmax_batch = 7\n[delivery]\nmax_retries = 4\n"
+    environ = {"MAILPROXY_SERVER_PORT": "1002", "MAILPROXY_SERVER_MAX_BATCH": "8"}
+
+    settings = loaded(tmp_path, text, environ, server__port="1003")
+
+    assert settings.server.port == 1003
+    assert settings.server.max_batch == 8
+    assert settings.delivery.max_retries == 4
+    assert settings.delivery.max_concurrency == 100
+
+
+def test_an_empty_environment_variable_is_none_at_all(tmp_path):
+    settings = loaded(tmp_path, "[server]\nport = 1001\n", {"MAILPROXY_SERVER_PORT": ""})
+
+    assert settings.server.port == 1001
+
+
+@pytest.mark.parametrize("where", ["argument", "variable", "folder"])
+def test_the_file_is_the_named_one_else_that_of_the_variable_else_that_of_the_folder(
+    tmp_path, monkeypatch, where
+):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "[server]\nport = 1\n")
+    environ = (
+        {} if where == "folder" else {"MAILPROXY_CONFIG": written(tmp_path, "[server]\nport = 2\n", "b.ini")}
+    )
+    config = written(tmp_path, "[server]\nport = 3\n", "a.ini") if where == "argument" else None
+
+    settings = mailproxy.load_settings(config, environ, {})
+
+    assert settings.server.port == {"argument": 3, "variable": 2, "folder": 1}[where]
+    assert settings.warnings == ()
+
+
+@pytest.mark.parametrize("environ", [{}, {"MAILPROXY_CONFIG": "/nowhere/else.ini"}])
+def test_a_named_file_that_is_not_there_stops_the_start(environ):
+    config = None if environ else "/nowhere/else.ini"
+
+    with pytest.raises(
+        mailproxy.ConfigurationError, match=r"/nowhere/else.ini: cannot be read: No such file"
+    ):
+        mailproxy.load_settings(config, environ, {})
+
+
+VALUES = [
+    ("server", "port", "0", 0),
+    ("server", "host", "[::1]", "::1"),
+    ("server", "tls_cert", "", None),
+    ("scheduler", "active", "No", False),
+    ("scheduler", "active", "on", True),
+    ("scheduler", "active", "0", False),
+    ("delivery", "send_interval_seconds", "0.05", 0.05),
+    ("delivery", "default_priority", "High", 1),
+    ("delivery", "default_priority", "3", 3),
+    ("delivery", "retry_delays", "1, 2,3", (1, 2, 3)),
+    ("delivery", "allow_recipients", "a@b.example, @c.example", ("a@b.example", "@c.example")),
+    ("delivery", "redirect_to", "all@test.example", "all@test.example"),
+    ("attachments", "allow_hosts", "files.example, 10.0.0.0/8, ::1", ("files.example", "10.0.0.0/8", "::1")),
+    ("attachments", "allow_hosts", "a.example\n  b.example", ("a.example", "b.example")),
+    ("logging", "level", "DEBUG", "debug"),
+    ("logging", "format", "JSON", "json"),
+    ("client", "client_sync_url", "http://127.0.0.1:9/x?y=1", "http://127.0.0.1:9/x?y=1"),
+    ("client", "client_sync_user", "100% ; # mine", "100% ; # mine"),
+    ("s3", "addressing", "Virtual", "virtual"),
+]
+
+
+@pytest.mark.parametrize(("section", "key", "text", "value"), VALUES)
+def test_a_value_becomes_what_its_setting_is(tmp_path, section, key, text, value):
+    settings = loaded(tmp_path, f"[{section}]\n{key} = {text}\n")
+
+    assert getattr(getattr(settings, section), key) == value
+
+
+WRONG_VALUES = [
+    ("server", "port", "http", '"http" is not a whole number from 0 to 65535'),
+    ("server", "port", "65536", '"65536" is not a whole number'),
+    ("server", "port", "-1", '"-1" is not a whole number'),
+    ("server", "port", "8_000", '"8_000" is not a whole number'),
+    ("server", "port", "", "is empty; it must be a whole number"),
+    ("server", "host", "a b", '"a b" is not an address or a host name'),
+    ("server", "unix_socket", "/x" * 60, "is not a path of at most 103 bytes"),
+    ("server", "tls_cert", "/nowhere.pem", '"/nowhere.pem" is not the path of a file that can be read'),
+    ("storage", "db_path", "", "is empty; it must be a path"),
+    ("scheduler", "active", "maybe", '"maybe" is not true or false'),
+    ("delivery", "send_interval_seconds", "0", "is not a number of seconds from 0.01"),
+    ("delivery", "send_interval_seconds", "nan", "is not a number of seconds"),
+    ("delivery", "send_interval_seconds", "inf", "is not a number of seconds"),
+    ("delivery", "send_interval_seconds", "1.2.3", "is not a number of seconds"),
+    ("delivery", "retry_delays", "1,soon", '"1,soon" is not a list of whole seconds'),
+    ("delivery", "retry_delays", ",", '"," is not a list of whole seconds'),
+    ("delivery", "retry_delays", "", "is empty"),
+    ("delivery", "default_priority", "4", "is not 0 to 3, or immediate, high, medium, low"),
+    ("delivery", "redirect_to", "nobody", '"nobody" is not a mail address'),
+    ("delivery", "allow_recipients", "a@b, c", "is not a list of mail addresses or @domains"),
+    ("delivery", "max_retries", "1\n  2", "goes on over several lines"),
+    ("attachments", "allow_hosts", "10.0.0.0/33", "is not a list of host names"),
+    ("attachments", "allow_hosts", "http://files.example/", "is not a list of host names"),
+    ("logging", "level", "loud", '"loud" is not one of debug, info, warning, error'),
+    ("client", "client_sync_url", "ftp://x/", '"ftp://x/" is not an http:// or https:// URL'),
+    ("client", "client_sync_url", "//x/", "is not an http:// or https:// URL"),
+    ("client", "client_sync_url", "https://u:p@x/", "is not an http:// or https:// URL without user"),
+    ("client", "client_sync_url", "http://x:99999/", "is not an http:// or https:// URL"),
+    ("client", "client_sync_user", "a\x01b", "holds a control character"),
+    ("client", "client_sync_password", "env:", "the value is not a secret"),
+]
+
+
+@pytest.mark.parametrize(("section", "key", "text", "problem"), WRONG_VALUES)
+def test_a_wrong_value_is_refused_with_file_section_key_and_what_it_should_be(
+    tmp_path, section, key, text, problem
+):
+    sentence = refusal(tmp_path, f"[{section}]\n{key} = {text}\n")
+
+    assert sentence.startswith(f"{tmp_path}/config.ini: [{section}] {key}: ")
+    assert problem in sentence
+
+
+UNKNOWN = [
+    ("[server]\nprot = 1\n", "[server] prot: unknown key; did you mean port?"),
+    ("[server]\nretry_delays = 1\n", "[server] retry_delays: unknown key; it belongs into [delivery]"),
+    ("[smtp]\nusername = x\n", "[smtp] username: unknown key; did you mean user?"),
+    ("[account:a]\nhost = x\ntenant_id = 3\n", "[account:a] tenant_id: unknown key"),
+    ("[Server]\nport = 1\n", "[Server]: unknown section; did you mean server?"),
+    ("[DEFAULT]\nport = 1\n", "[DEFAULT]: unknown section"),
+    ("[deliverry]\n", "[deliverry]: unknown section; did you mean delivery?"),
+    ("[account:]\nhost = x\n", "[account:ID]: the ID of an account has 1 to 255 characters"),
+    (f"[account:{'x' * 256}]\nhost = x\n", "the ID of an account has 1 to 255 characters"),
+    ("[account:default]\nhost = x\n", "the default account is the section [smtp]"),
+    ("[account:a]\n", "[account:a]: is empty"),
+]
+
+
+@pytest.mark.parametrize(("text", "problem"), UNKNOWN)
+def test_what_is_not_known_is_refused_with_the_nearest_known_name(tmp_path, text, problem):
+    sentence = refusal(tmp_path, text)
+
+    assert sentence.startswith(f"{tmp_path}/config.ini: ")
+    assert problem in sentence
+
+
+BROKEN_FILES = [
+    ("[server]\nport = 1\nport = 2\n", "[server] port: a second time in line 3"),
+    ("[server]\nport = 1\nPORT = 2\n", "[server] port: a second time in line 3"),
+    ("[server]\nport = 1\n[server]\n", "[server]: a second time in line 3"),
+    ("[account:a]\nhost = x\n[account: a]\nhost = y\n", "[account:a] host: a second time"),
+    ("port = 1\n", "line 1 stands before the first [section]"),
+    ("[client]\nhunter2-the-password\n", "line 2 is not of the form key = value"),
+]
+
+
+@pytest.mark.parametrize(("text", "problem"), BROKEN_FILES)
+def test_a_file_that_cannot_be_read_as_settings_is_refused_with_the_line(tmp_path, text, problem):
+    sentence = refusal(tmp_path, text)
+
+    assert problem in sentence
+    assert "hunter2" not in sentence
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path):
+    path = tmp_path / "config.ini"
+    path.write_bytes("[smtp]\npassword = pässword\n".encode("latin-1"))
+
+    with pytest.raises(mailproxy.ConfigurationError, match=r"config.ini: is not UTF-8 text"):
+        mailproxy.load_settings(str(path), {}, {})
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path):
+    path = tmp_path / "config.ini"
+    path.write_bytes("\ufeff[server]\r\nport = 81\r\n".encode())
+
+    assert mailproxy.load_settings(str(path), {}, {}).server.port == 81
+
+
+def test_a_wrong_value_of_the_environment_or_the_command_line_says_where_it_stands(tmp_path):
+    by_variable = refusal(tmp_path, "", {"MAILPROXY_SERVER_PORT": "x"})
+    by_option = refusal(tmp_path, "", {}, server__port="x")
+    unknown = refusal(tmp_path, "", {}, server__prot="1")
+    shapeless = refusal(tmp_path, "", {}, port="1")
+
+    assert by_variable.startswith('environment variable MAILPROXY_SERVER_PORT: [server] port: "x" is not')
+    assert by_option.startswith('command line: [server] port: "x" is not')
+    assert unknown == "command line: [server] prot: unknown key; did you mean port?"
+    assert "SECTION.KEY=VALUE" in shapeless
+
+
+def test_a_variable_that_matches_no_setting_is_a_warning(tmp_path):
+    environ = {"MAILPROXY_SERVER_PROT": "s3cret", "MAILPROXY_URL": "http://x", "MAILPROXY_TOKEN": "t"}
+
+    settings = loaded(tmp_path, "", environ)
+
+    assert settings.warnings == (
+        "environment variable MAILPROXY_SERVER_PROT matches no setting and is ignored; "
+        "did you mean MAILPROXY_SERVER_PORT?",
+    )
+
+
+def test_accounts_are_handed_on_as_they_were_written(tmp_path):
+    text = "[smtp]\nhost = a.example\nport: 25\n[account:second one]\nhost = b.example\nretry_delays = 1,2\n"
+
+    settings = loaded(tmp_path, text, {"MAILPROXY_SMTP_PORT": "2525"}, **{"account:second one__port": "26"})
+
+    assert {name: dict(keys) for name, keys in settings.accounts.items()} == {
+        "default": {"host": "a.example", "port": "2525"},
+        "second one": {"host": "b.example", "port": "26", "retry_delays": "1,2"},
+    }
+
+
+def test_smtp_without_a_host_is_no_account(tmp_path):
+    empty = loaded(tmp_path, "[smtp]\n")
+    hostless = loaded(tmp_path, "[smtp]\nuser = me\n")
+
+    assert "default" not in empty.accounts
+    assert empty.warnings == ()
+    assert "default" not in hostless.accounts
+    assert hostless.warnings == ("[smtp] has no host: there is no default account",)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "mail.example"])
+def test_without_a_token_only_this_machine_may_come_in(tmp_path, host):
+    sentence = refusal(tmp_path, f"[server]\nhost = {host}\n")
+
+    assert f"[server] host: {host} can be reached from outside" in sentence
+    assert "set api_token" in sentence
+    loaded(tmp_path, f"[server]\nhost = {host}\napi_token = t\n")
+    loaded(tmp_path, f"[server]\nhost = {host}\nunix_socket = /run/x.sock\n")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost", "LOCALHOST"])
+def test_loopback_needs_no_token(tmp_path, host):
+    assert loaded(tmp_path, f"[server]\nhost = {host}\n").server.api_token == ()
+
+
+def test_a_client_of_the_daemon_may_read_what_the_daemon_could_not_start_with(tmp_path):
+    path = written(tmp_path, "[server]\nhost = ::\nport = 81\n[client]\nclient_sync_token = file:/nowhere\n")
+
+    assert mailproxy.read_settings(path, {}, {}).server.port == 81
+
+
+def test_several_tokens_are_valid_at_a_time_wherever_they_stand(tmp_path):
+    (tmp_path / "token").write_text("in-file-1 in-file-2\n")
+    environ = {"OLD": "from-env"}
+    settings = loaded(
+        tmp_path, f"[server]\napi_token = plain, env:OLD file:{tmp_path}/token, plain\n", environ
+    )
+
+    tokens = mailproxy.api_tokens(settings, environ)
+
+    assert tokens == ("plain", "from-env", "in-file-1", "in-file-2")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[server]\napi_token = env:NOT_SET\n", "[server] api_token: env:NOT_SET is not set"),
+        (
+            "[server]\napi_token = file:/nowhere\n",
+            "[server] api_token: file:/nowhere cannot be read: No such file",
+        ),
+        ("[server]\napi_token = tökén\n", "[server] api_token: a token must be ASCII"),
+        (
+            "[client]\nclient_sync_token = file:/\n",
+            "[client] client_sync_token: file:/ is not a regular file",
+        ),
+        (
+            "[client]\nclient_sync_token = two words\n",
+            "[client] client_sync_token: must be ASCII without spaces",
+        ),
+        (
+            "[client]\nclient_sync_secret = whsec_?\n",
+            "[client] client_sync_secret: after whsec_ there must be",
+        ),
+        (
+            "[client]\nclient_sync_secret = whsec_\n",
+            "[client] client_sync_secret: after whsec_ there must be",
+        ),
+        ("[client]\nclient_sync_password = x\n", "[client] client_sync_password: needs client_sync_user"),
+        ("[client]\nclient_sync_user = a:b\n", "[client] client_sync_user: must not hold a colon"),
+    ],
+)
+def test_a_secret_that_cannot_be_used_stops_the_start_and_is_not_told(tmp_path, text, problem):
+    sentence = refusal(tmp_path, text)
+
+    assert problem in sentence
+    assert "two words" not in sentence
+    assert "tökén" not in sentence
+
+
+def test_secrets_of_accounts_and_of_s3_may_be_missing_at_start(tmp_path):
+    settings = loaded(
+        tmp_path, "[smtp]\nhost = a\nport = 25\npassword = env:NO\n[s3]\nsecret_access_key = file:/no\n"
+    )
+
+    assert settings.accounts["default"]["password"] == "env:NO"
+
+
+@pytest.mark.parametrize(("key", "other"), [("tls_cert", "tls_key"), ("tls_key", "tls_cert")])
+def test_certificate_and_key_belong_together(tmp_path, key, other):
+    pem = written(tmp_path, "x", "x.pem")
+
+    assert refusal(tmp_path, f"[server]\n{key} = {pem}\n").endswith(
+        f"[server] {key}: needs {other} beside it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "secret"),
+    [
+        ("s3cret", "s3cret"),
+        ("s3cret\n", "s3cret"),
+        ("s3cret\r\n", "s3cret"),
+        ("s3cret\n\n", "s3cret\n"),
+        (" s3 crét ", " s3 crét "),
+    ],
+)
+def test_a_secret_in_a_file_loses_its_last_line_end_alone(tmp_path, content, secret):
+    path = tmp_path / "secret"
+    path.write_bytes(content.encode())
+
+    assert mailproxy.reveal(mailproxy.Secret(f"file:{path}"), {}) == secret
+
+
+def test_a_secret_is_itself_or_in_the_environment():
+    assert mailproxy.reveal(mailproxy.Secret("env:X"), {"X": "s3cret"}) == "s3cret"
+    assert mailproxy.reveal(mailproxy.Secret("environment"), {}) == "environment"
+
+
+def unreadable_secrets(folder: Path) -> list[tuple[str, str]]:
+    (folder / "empty").write_text("\n")
+    (folder / "latin").write_bytes(b"p\xe4ss")
+    (folder / "large").write_bytes(b"x" * 70_000)
+    os.mkfifo(folder / "pipe")
+    return [
+        ("env:NOT_SET", "env:NOT_SET is not set"),
+        (f"file:{folder}/none", "cannot be read: No such file or directory"),
+        (f"file:{folder}", "is not a regular file"),
+        (f"file:{folder}/pipe", "is not a regular file"),
+        (f"file:{folder}/empty", "is empty"),
+        (f"file:{folder}/latin", "is not UTF-8 text"),
+        (f"file:{folder}/large", "is larger than 65536 bytes"),
+        ("file:/a\0b", "a path that no file can have"),
+    ]
+
+
+def test_a_secret_that_cannot_be_read_is_named_by_its_reference(tmp_path):
+    for reference, problem in unreadable_secrets(tmp_path):
+        with pytest.raises(mailproxy.SecretUnavailable) as caught:
+            mailproxy.reveal(mailproxy.Secret(reference), {})
+
+        assert problem in str(caught.value)
+
+
+def test_a_webhook_secret_is_base64_after_its_prefix_and_itself_otherwise():
+    key = bytes(range(24))
+
+    assert mailproxy.webhook_key("whsec_" + base64.b64encode(key).decode()) == key
+    assert mailproxy.webhook_key("plain tëxt") == "plain tëxt".encode()
+
+
+def test_the_aws_variables_stand_in_for_what_s3_leaves_out(tmp_path):
+    environ = {
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "key",
+        "AWS_SESSION_TOKEN": "session",
+        "AWS_DEFAULT_REGION": "eu-south-1",
+        "AWS_REGION": "eu-west-1",
+        "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9000",
+    }
+
+    s3 = loaded(tmp_path, "[s3]\naccess_key_id =\n", environ).s3
+    own = loaded(tmp_path, "[s3]\naccess_key_id = mine\nsecret_access_key = own\nregion = r\n", environ).s3
+
+    assert mailproxy.reveal(s3.access_key_id, environ) == "id"
+    assert mailproxy.reveal(s3.secret_access_key, environ) == "key"
+    assert mailproxy.reveal(s3.session_token, environ) == "session"
+    assert (s3.region, s3.endpoint, s3.addressing) == ("eu-west-1", "http://127.0.0.1:9000", "auto")
+    assert mailproxy.reveal(own.access_key_id, environ) == "mine"
+    assert mailproxy.reveal(own.secret_access_key, environ) == "own"
+    assert own.session_token is None
+    assert own.region == "r"
+
+
+def test_no_secret_is_in_what_is_described_or_printed(tmp_path):
+    text = """
+[server]
+api_token = hunter2a, env:TOKEN
+[client]
+client_sync_url = http://127.0.0.1/x?key=hunter2b
+client_sync_user = me
+client_sync_password = hunter2c
+client_sync_secret = hunter2d
+[smtp]
+host = a
+password = hunter2e
+[account:x]
+host = b
+password = file:/run/x
+oauth2_client_secret = hunter2f
+oauth2_refresh_token = hunter2g
+[s3]
+secret_access_key = hunter2h
+"""
+    settings = loaded(tmp_path, text, {"TOKEN": "hunter2i"})
+
+    rows = mailproxy.describe(settings)
+
+    assert "hunter2" not in repr(rows)
+    assert "hunter2" not in repr(settings).replace("key=hunter2b", "")
+    assert ("server", "api_token", "(set), env:TOKEN", f"{tmp_path}/config.ini") in rows
+    assert ("client", "client_sync_url", "http://127.0.0.1/x?...", f"{tmp_path}/config.ini") in rows
+    assert ("smtp", "password", "(set)", f"{tmp_path}/config.ini") in rows
+    assert ("account:x", "password", "file:/run/x", f"{tmp_path}/config.ini") in rows
+    assert ("server", "port", "8000", "default") in rows
+
+
+def test_what_a_restart_alone_can_change_is_named(tmp_path):
+    old = loaded(tmp_path, "[server]\nport = 81\n[logging]\nlevel = debug\n")
+    new = loaded(tmp_path, "[server]\nport = 82\nunix_socket = /x\n[storage]\ndb_path = other.db\n")
+
+    assert mailproxy.unchangeable(old, new) == ["storage.db_path", "server.port", "server.unix_socket"]
+    assert mailproxy.unchangeable(old, old) == []
+
+
+def test_the_printed_config_ini_holds_every_setting_with_its_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = mailproxy.config_ini()
+    switched_on = re.sub(
+        r"(?m)^#([a-z0-9_]+ =)", r"\1", printed.replace("#[account:ID]\n#host =\n#port =\n", "")
+    )
+    defaults = mailproxy.load_settings(None, {}, {})
+
+    as_printed = loaded(tmp_path, printed)
+    with_all_lines = loaded(tmp_path, switched_on)
+
+    for section in mailproxy.SECTIONS:
+        assert getattr(as_printed, section) == getattr(defaults, section)
+        assert getattr(with_all_lines, section) == getattr(defaults, section)
+    for row in mailproxy.SETTINGS_TABLE:
+        assert f"\n#{row.key} =" in printed.partition(f"[{row.section}]")[2]
+    for key in mailproxy.ACCOUNT_TABLE:
+        assert f"\n#{key.key} =" in printed.partition("[smtp]\n")[2]
+
+
+def test_config_ini_at_the_top_level_is_the_table_printed():
+    path = Path(mailproxy.__file__).with_name("config.ini")
+
+    assert path.read_text(encoding="utf-8") == mailproxy.config_ini()
+
+
+def test_the_table_of_the_readme_has_a_row_for_every_setting():
+    lines = mailproxy.settings_table().splitlines()
+
+    for row in (*mailproxy.SETTINGS_TABLE, *mailproxy.ACCOUNT_TABLE):
+        assert any(line.startswith(f"| `{row.key}` |") for line in lines)
+    assert "| `port` | `8000` | TCP port; 0 takes a free one. |" in lines
+
+
+# ======================================================================
+# SUBMISSION
+# ======================================================================
+
+NOON = 1_700_000_000.0
+
+
+def submission_fields(**fields: Any) -> dict[str, Any]:
+    """A message that passes, with these fields instead; None takes a field out."""
+    whole = {
+        "id": "m-1",
+        "from": "a@example.com",
+        "to": ["b@example.org"],
+        "subject": "Hello",
+        "body": "Hi\n",
+    }
+    return {name: value for name, value in {**whole, **fields}.items() if value is not None}
+
+
+def parsed_submission(**fields: Any) -> mailproxy.Message:
+    return mailproxy.parse_message(submission_fields(**fields), now=NOON, new_id=lambda: "new")
+
+
+def reason_to_refuse(**fields: Any) -> str:
+    with pytest.raises(mailproxy.Rejected) as rejected:
+        parsed_submission(**fields)
+    return str(rejected.value)
+
+
+def as_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def test_a_plain_submission_becomes_a_message_with_all_defaults_settled() -> None:
+    message = parsed_submission()
+
+    assert (message.id, message.account_id, message.priority) == ("m-1", "default", 2)
+    assert message.sender == mailproxy.Mailbox("", "a@example.com")
+    assert message.to == (mailproxy.Mailbox("", "b@example.org"),)
+    assert (message.text, message.html, message.subject) == ("Hi\n", None, "Hello")
+    assert message.return_path == "a@example.com"
+    assert message.message_id == "new@example.com"
+    assert message.unknown == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"id": None}, "missing id"),
+        ({"id": ""}, "missing id"),
+        ({"from": None}, "missing from"),
+        ({"from": "  "}, "missing from"),
+        ({"to": None}, "missing to"),
+        ({"to": []}, "missing to"),
+        ({"to": " , "}, "missing to"),
+        ({"to": ["", " "]}, "missing to"),
+        ({"subject": None}, "missing subject"),
+        ({"body": None}, "missing body"),
+        ({"body": None, "html": True}, "missing body"),
+    ],
+)
+def test_what_is_missing_is_said_in_fixed_words(fields: dict[str, Any], reason: str) -> None:
+    assert reason_to_refuse(**fields) == reason
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id", 7), ("id", True), ("id", "x" * 256), ("id", "a\nb"), ("id", "a\0b"), ("id", "\ud800"),
+        ("id", ["x"]),
+        ("account_id", ""), ("account_id", 5), ("account_id", "a\x7f"),
+        ("from", 5), ("from", ["a@example.com"]), ("from", "a@b.com, c@d.com"), ("from", "nobody"),
+        ("from", "a@b.com\r\nBcc: x@y.com"), ("from", "a@b.com\ud800"), ("from", "Evil\nX: y <a@b.com>"),
+        ("from_name", "a\nb"), ("from_name", 1), ("from_name", "\udfff"),
+        ("to", 5), ("to", {"a@b.com": 1}), ("to", [5]), ("to", ["a@b.com", None]),
+        ("to", "Team: a@b.com, c@d.com;"),
+        ("to", "undisclosed-recipients:;"), ("to", "a b@c.com"), ("to", "<a@b.com"),
+        ("to", '"open <a@b.com>'),
+        ("to", "a@b.com c@d.com"), ("to", "a@b@c.com"), ("to", "@c.com"), ("to", "a@"), ("to", "a@-b.com"),
+        ("to", "a@b..com"), ("to", ".a@b.com"), ("to", "a..b@c.com"), ("to", "a@[1.2.3]"),
+        ("to", "<a@[IPv6:::1% x]>"),
+        ("to", "a@[1.2.3.4"),
+        ("to", "a@b.com\n"), ("to", "a@b.com\x00"), ("to", f"{'x' * 65}@b.com"), ("to", f"{'é' * 33}@b.com"),
+        ("to", "a@" + ".".join(["x" * 60] * 5)), ("to", f"{'x' * 60}@{'.'.join(['y' * 60] * 3)}.{'z' * 30}"),
+        ("to", "a@" + "x" * 64 + ".com"), ("to", "a\u2028@b.com"), ("to", "a@\u200b.com"),
+        ("to", "\u00a0@b.com"),
+        ("to", "=?utf-8?q?a=0D=0ABcc=3A?= <a@b.com>"),
+        ("cc", "nobody"), ("bcc", 7), ("reply_to", "x"), ("return_path", "x"),
+        ("return_path", "a@b.com, c@d.com"),
+        ("subject", 5), ("subject", "a\r\nBcc: x"), ("subject", "a\u2028b"), ("subject", "a\0"),
+        ("subject", "\ud83d"),
+        ("subject", "a\x85b"), ("subject", "a\x0bb"),
+        ("body", 5), ("body", "a\0b"), ("body", "a\ud800"), ("body", ["x"]),
+        ("text", "twice"), ("html", 5), ("html", "a\0"), ("content_type", "markdown"), ("content_type", 1),
+        ("headers", []), ("headers", "X: y"), ("headers", {"X Y": "z"}), ("headers", {"": "z"}),
+        ("headers", {"X:": "z"}), ("headers", {"X-É": "z"}), ("headers", {"X": True}),
+        ("headers", {"X": {"a": 1}}),
+        ("headers", {"X": [["a"]]}), ("headers", {"X": "a\nB: c"}), ("headers", {"X\nY": "a"}),
+        ("headers", {"X": "\0"}),
+        ("headers", {"X": "\ud800"}), ("headers", {"X": float("inf")}), ("headers", {"X": 2**64}),
+        ("headers", {"From": "x@y.com"}), ("headers", {"TO": "x"}), ("headers", {"cc": "x"}),
+        ("headers", {"Bcc": "x"}),
+        ("headers", {"content-type": "x"}), ("headers", {"Content-Anything": "x"}),
+        ("headers", {"MIME-version": "1"}),
+        ("headers", {"Return-Path": "x"}), ("headers", {"Date": "tomorrow"}),
+        ("headers", {"Message-ID": "x"}),
+        ("headers", {"Date": ["Fri, 21 Nov 1997 09:55:06 -0600"] * 2}),
+        ("headers", {"Subject": "a", "subject": "b"}),
+        ("headers", {"Reply-To": "nobody"}),
+        ("message_id", "x"), ("message_id", "a b@c"), ("message_id", "a@é"), ("message_id", "<a@b"),
+        ("message_id", 5),
+        ("message_id", "a@" + "b" * 1000), ("message_id", "@b"), ("message_id", "a@"),
+        ("message_id", "a@b\nX: y"),
+        ("priority", 4), ("priority", -1), ("priority", 1.0), ("priority", 1e308), ("priority", True),
+        ("priority", "urgent"), ("priority", 10**30), ("priority", [1]),
+        ("deferred_ts", -1), ("deferred_ts", 1.5), ("deferred_ts", 2**63), ("deferred_ts", "5"),
+        ("deferred_ts", False),
+        ("expires_ts", NOON - 1), ("expires_ts", int(NOON)), ("expires_ts", 1e20), ("expires_ts", 1),
+        ("batch_code", 5), ("batch_code", "a\nb"), ("batch_code", "\ud800"),
+        ("raw", 5), ("raw", "?"), ("raw", as_base64(b"no header")), ("raw", as_base64(b"")),
+        ("raw", as_base64(b"\r\nA: b\r\n\r\n")),
+        ("raw", as_base64(b"A: b\r\n\r\nx\0y")), ("raw", as_base64(b"From me\r\nA: b\r\n\r\n")),
+        ("raw", as_base64(b" A: b\r\n\r\n")),
+        ("attachments", {}), ("attachments", "x"), ("attachments", [5]),
+    ],
+)  # fmt: skip
+def test_an_invalid_field_is_named(field: str, value: object) -> None:
+    named = "body" if field == "text" else field
+    assert reason_to_refuse(**{field: value}).startswith(f"invalid {named}: ")
+
+
+def test_fields_that_mean_nothing_are_told_but_those_that_are_null_are_not() -> None:
+    message = parsed_submission(name="x", tenant_id=5)
+    with_null = mailproxy.parse_message({**submission_fields(), "colour": None}, now=NOON)
+
+    assert message.unknown == ("name", "tenant_id")
+    assert with_null.unknown == ()
+
+
+@pytest.mark.parametrize("value", ["\ud800", ["\ud800"], {"a": {"\ud800": 1}}, float("nan"), [float("inf")]])
+def test_even_a_field_that_means_nothing_must_be_fit_to_be_kept(value: object) -> None:
+    assert reason_to_refuse(colour=value).startswith("invalid colour: ")
+
+
+def test_a_field_name_that_is_no_unicode_is_refused_in_words_that_are() -> None:
+    reason = reason_to_refuse(**{"\ud800": 1})
+
+    assert reason.startswith("invalid '\\ud800': ")
+    reason.encode()
+
+
+def test_a_submission_that_is_no_object_is_refused() -> None:
+    with pytest.raises(mailproxy.Rejected, match=r"^invalid message: "):
+        mailproxy.parse_message(["id"], now=NOON)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("a@b.com", [("", "a@b.com")]),
+        ("A.B+c@B.com", [("", "A.B+c@B.com")]),
+        (" a@b.com ", [("", "a@b.com")]),
+        ("<a@b.com>", [("", "a@b.com")]),
+        ("Ann <a@b.com>", [("Ann", "a@b.com")]),
+        ("Ann Lee<a@b.com>", [("Ann Lee", "a@b.com")]),
+        ("J. R. Öhm <a@b.com>", [("J. R. Öhm", "a@b.com")]),
+        ('"Doe, John" <a@b.com>, c@d.com', [("Doe, John", "a@b.com"), ("", "c@d.com")]),
+        (r'"say \"hi\" \\" <a@b.com>', [('say "hi" \\', "a@b.com")]),
+        ('Dr. "Who <is>" X <a@b.com>', [("Dr. Who <is> X", "a@b.com")]),
+        ("Bob (Sales) <a@b.com>", [("Bob (Sales)", "a@b.com")]),
+        ("a@b.com (Cron Daemon)", [("Cron Daemon", "a@b.com")]),
+        ("a@b.com <a@b.com>", [("a@b.com", "a@b.com")]),
+        ("=?utf-8?b?SsO2cmc=?= <a@b.com>", [("Jörg", "a@b.com")]),
+        ("=?nonsense?q?x?= <a@b.com>", [("=?nonsense?q?x?=", "a@b.com")]),
+        ("a@b.com,,c@d.com,", [("", "a@b.com"), ("", "c@d.com")]),
+        (["Ann <a@b.com>", "c@d.com"], [("Ann", "a@b.com"), ("", "c@d.com")]),
+        ('"john doe"@b.com', [("", '"john doe"@b.com')]),
+        ('<"a>b,c"@b.com>', [("", '"a>b,c"@b.com')]),
+        ("jörg@b.com", [("", "jörg@b.com")]),
+        ("a@bücher.example", [("", "a@xn--bcher-kva.example")]),
+        ("a@BÜCHER.example", [("", "a@xn--bcher-kva.example")]),
+        ("a@straße.example", [("", "a@xn--strae-oqa.example")]),
+        ("a@bücher。example", [("", "a@xn--bcher-kva.example")]),
+        ("a@xn--bcher-kva.example", [("", "a@xn--bcher-kva.example")]),
+        ("a@localhost", [("", "a@localhost")]),
+        ("a@[127.0.0.1]", [("", "a@[127.0.0.1]")]),
+        ("Ann <a@[IPv6:2001:db8::1]>", [("Ann", "a@[IPv6:2001:db8::1]")]),
+        ("", []),
+        (None, []),
+    ],
+)
+def test_addresses_are_read_as_people_and_rfc_5322_write_them(given: object, expected: list[Any]) -> None:
+    assert mailproxy.parse_mailboxes(given, "to") == tuple(starmap(mailproxy.Mailbox, expected))
+
+
+def test_the_longest_lawful_address_passes() -> None:
+    longest = f"{'x' * 64}@{'y' * 60}.{'y' * 60}.{'y' * 60}.{'z' * 6}"
+
+    assert len(longest) == 254
+    assert parsed_submission(to=longest).recipients == (longest,)
+
+
+def test_the_same_recipient_twice_is_one_whatever_the_capitals_of_its_domain() -> None:
+    message = parsed_submission(
+        to="Ann <a@Example.org>, b@x.org", cc=["a@example.ORG"], bcc="A@example.org, b@x.org"
+    )
+
+    assert message.recipients == ("a@Example.org", "b@x.org", "A@example.org")
+
+
+def test_from_name_stands_beside_a_bare_address_and_gives_way_to_a_name() -> None:
+    assert parsed_submission(from_name="Ann").sender.name == "Ann"
+    assert parsed_submission(**{"from": "Bob <a@b.com>"}, from_name="Ann").sender.name == "Bob"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("x@y.com", "x@y.com"), ("<x@y.com>", "x@y.com"), ("<>", ""), ("", "a@example.com")],
+)
+def test_the_return_path_is_the_envelope_sender(given: str, expected: str) -> None:
+    assert parsed_submission(return_path=given).return_path == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "html"),
+    [
+        ({"body": "x"}, "x", None),
+        ({"body": "x", "content_type": "plain"}, "x", None),
+        ({"body": "x", "content_type": "html"}, None, "x"),
+        ({"body": "x", "content_type": "text/html"}, None, "x"),
+        ({"body": "x", "html": True}, None, "x"),
+        ({"body": "x", "html": False}, "x", None),
+        ({"body": "x", "html": "y"}, "x", "y"),
+        ({"body": "x", "text": "y", "content_type": "html"}, "y", "x"),
+        ({"body": None, "text": "y"}, "y", None),
+        ({"body": None, "html": "y"}, None, "y"),
+        ({"body": None, "text": "x", "html": "y"}, "x", "y"),
+        ({"body": ""}, "", None),
+    ],
+)
+def test_body_text_and_html(fields: dict[str, Any], text: str | None, html: str | None) -> None:
+    message = parsed_submission(**fields)
+
+    assert (message.text, message.html) == (text, html)
+
+
+def test_an_empty_subject_is_a_subject_and_a_tab_in_it_a_space() -> None:
+    assert parsed_submission(subject="").subject == ""
+    assert parsed_submission(subject="a\tb").subject == "a b"
+
+
+def test_extra_headers_are_strings_numbers_or_lists_of_them() -> None:
+    message = parsed_submission(headers={"X-One": "a", "X-Two": [1, "b", 2.5], "X-Null": None, "X-None": []})
+
+    assert message.headers == (("X-One", "a"), ("X-Two", "1"), ("X-Two", "b"), ("X-Two", "2.5"))
+
+
+def test_headers_that_mean_a_field_become_that_field() -> None:
+    message = parsed_submission(
+        headers={"message-id": "<x@y>", "SUBJECT": "=?utf-8?q?=C3=9C?=", "Reply-To": "Ann <a@b.com>"},
+        reply_to="c@d.com",
+        message_id="other@y",
+    )
+
+    assert (message.message_id, message.subject, message.headers) == ("x@y", "Ü", ())
+    assert message.reply_to == (mailproxy.Mailbox("Ann", "a@b.com"),)
+
+
+@pytest.mark.parametrize("given", ["x.1@y.z", "<x.1@y.z>", " <x.1@y.z> "])
+def test_a_message_id_is_kept_without_its_brackets(given: str) -> None:
+    assert parsed_submission(message_id=given).message_id == "x.1@y.z"
+
+
+def test_every_submission_gets_a_message_id_of_its_own() -> None:
+    ids = {mailproxy.parse_message(submission_fields(), now=NOON).message_id for _ in range(50)}
+
+    assert len(ids) == 50
+    assert all(message_id.endswith("@example.com") for message_id in ids)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(0, 0), (3, 3), ("immediate", 0), ("high", 1), ("Medium", 2), ("LOW", 3), ("1", 1), (None, 2)],
+)
+def test_priorities_have_numbers_and_names(given: object, expected: int) -> None:
+    assert mailproxy.parse_priority(given, 2) == expected
+
+
+def test_the_priority_of_the_batch_serves_where_a_message_names_none() -> None:
+    assert mailproxy.parse_message(submission_fields(), now=NOON, default_priority=0).priority == 0
+
+
+def test_a_time_limit_that_has_passed_does_not_spoil_a_payload_read_back() -> None:
+    fields = submission_fields(expires_ts=5, deferred_ts=4)
+
+    message = mailproxy.parse_message(fields, now=None, message_id="old@example.com")
+
+    assert (message.expires_ts, message.deferred_ts, message.message_id) == (5, 4, "old@example.com")
+
+
+# --- raw ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "message_id"),
+    [
+        (b"Subject: x\r\n\r\nbody", "new@example.com"),
+        (b"message-ID : <own@id>\n\nbody", "own@id"),
+        (b"Message-ID:\r\n <folded@id>\r\n\r\n", "folded@id"),
+        (b"Message-ID: strange\r\n\r\n", ""),
+        (b"X: y\r\n\r\nMessage-ID: <not@header>\r\n", "new@example.com"),
+        (b"Subject: header only", "new@example.com"),
+    ],
+)
+def test_a_raw_message_keeps_its_own_message_id(raw: bytes, message_id: str) -> None:
+    message = parsed_submission(raw=as_base64(raw), subject=None, body=None)
+
+    assert message.raw == raw
+    assert message.message_id == message_id
+
+
+def test_what_stands_beside_a_raw_message_means_nothing() -> None:
+    message = parsed_submission(raw=as_base64(b"A: b\r\n\r\n"), attachments="nonsense")
+
+    assert message.unknown == ("subject", "body", "attachments")
+    assert (message.subject, message.text, message.attachments) == ("", None, ())
+
+
+# --- attachments ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["+/+/YQ==", "-_-_YQ", " +/+/\r\n\tYQ = = ", "+/-_YQ=", "+/+/YQ", "+/+/YQ==\n"],
+)
+def test_base64_is_read_with_white_space_in_either_alphabet_and_without_padding(written: str) -> None:
+    assert mailproxy.decode_base64(written) == b"\xfb\xff\xbf\x61"
+
+
+@pytest.mark.parametrize(
+    "written", ["a", "abcde", "YQ==YQ==", "Y*Q=", "YQ\0=", "é", "data:x;base64,YQ==", "Y=Q="]
+)
+def test_garbage_is_no_base64(written: str) -> None:
+    with pytest.raises(ValueError, match=r"[a-z]"):
+        mailproxy.decode_base64(written)
+
+
+@pytest.mark.parametrize(
+    ("given", "source", "location", "content"),
+    [
+        ({"filename": "a", "content": "YQ=="}, "content", "", b"a"),
+        ({"filename": "a", "content": ""}, "content", "", b""),
+        ({"url": "https://x.org/a?b=c"}, "url", "https://x.org/a?b=c", None),
+        ({"url": "HTTP://x.org:8080/"}, "url", "HTTP://x.org:8080/", None),
+        ({"storage_path": "vol:a/b.pdf"}, "endpoint", "vol:a/b.pdf", None),
+        ({"storage_path": "/a/b"}, "filesystem", "/a/b", None),
+        ({"storage_path": "http://x.org/a"}, "url", "http://x.org/a", None),
+        ({"storage_path": "base64:YQ"}, "content", "", b"a"),
+        ({"storage_path": "YQ==", "fetch_mode": "base64"}, "content", "", b"a"),
+        ({"storage_path": "base64:YQ==", "fetch_mode": "base64"}, "content", "", b"a"),
+        ({"storage_path": "a/b", "fetch_mode": "filesystem"}, "filesystem", "a/b", None),
+        ({"storage_path": "/a/b", "fetch_mode": "endpoint"}, "endpoint", "/a/b", None),
+        ({"storage_path": "https://x.org", "fetch_mode": "http_url"}, "url", "https://x.org", None),
+    ],
+)
+def test_attachments_have_their_sources(
+    given: dict[str, Any], source: str, location: str, content: bytes | None
+) -> None:
+    (attachment,) = parsed_submission(attachments=[given]).attachments
+
+    assert (attachment.source, attachment.location, attachment.content) == (source, location, content)
+
+
+def test_an_attachment_keeps_what_it_is_called_and_is() -> None:
+    given = {
+        "filename": "Größe/1.png", "s3": {"bucket": "b", "key": "k/ü", "region": "r", "addressing": "path"},
+        "content_type": "Image/PNG; x=Y", "content_id": "<logo@x>", "inline": True, "content_md5": "AB" * 16,
+    }  # fmt: skip
+
+    (attachment,) = parsed_submission(attachments=[given]).attachments
+
+    assert attachment.s3 == mailproxy.S3Object("b", "k/ü", region="r", addressing="path")
+    assert (attachment.filename, attachment.content_type) == ("Größe/1.png", "image/png; x=Y")
+    assert (attachment.content_id, attachment.inline, attachment.content_md5) == ("logo@x", True, "ab" * 16)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"filename": "a"},
+        {"filename": "a", "content": None},
+        {"content": "YQ=="},
+        {"filename": "", "content": "YQ=="},
+        {"filename": "a", "content": "?"},
+        {"filename": "a", "content": 5},
+        {"filename": "a\nb", "content": "YQ=="},
+        {"filename": "a\0b", "content": "YQ=="},
+        {"filename": "\ud800", "content": "YQ=="},
+        {"filename": 5, "content": "YQ=="},
+        {"filename": "a", "content": "YQ==", "url": "http://x.org"},
+        {"url": "ftp://x.org/a"},
+        {"url": "file:///etc/passwd"},
+        {"url": "http://"},
+        {"url": "http://[::1"},
+        {"url": "http://x.org:99999/"},
+        {"url": "http://x.org/a b"},
+        {"url": "http://x.org/\r\nX: y"},
+        {"url": 5},
+        {"url": "//x.org/a"},
+        {"s3": "bucket/key"},
+        {"s3": {"bucket": "b"}},
+        {"s3": {"bucket": "b", "key": ""}},
+        {"s3": {"bucket": "b", "key": 5}},
+        {"s3": {"bucket": "b", "key": "k", "addressing": "round"}},
+        {"s3": {"bucket": "b", "key": "k", "endpoint": "gopher://x"}},
+        {"s3": {"bucket": "b", "key": "k", "colour": "\ud800"}},
+        {"storage_path": ""},
+        {"storage_path": 5},
+        {"storage_path": "x", "fetch_mode": "carrier pigeon"},
+        {"storage_path": "x", "fetch_mode": 5},
+        {"storage_path": "x", "fetch_mode": ["base64"]},
+        {"storage_path": "ftp://x", "fetch_mode": "http_url"},
+        {"storage_path": "base64:?"},
+        {"filename": "a", "content": "YQ==", "inline": "yes"},
+        {"filename": "a", "content": "YQ==", "content_type": "pdf"},
+        {"filename": "a", "content": "YQ==", "content_type": "a/b\r\nX: y"},
+        {"filename": "a", "content": "YQ==", "content_id": "a b"},
+        {"filename": "a", "content": "YQ==", "content_md5": "xyz"},
+        {"filename": "a", "content": "YQ==", "colour": "\ud800"},
+    ],
+)
+def test_an_attachment_that_cannot_be_had_is_refused_at_once(given: dict[str, Any]) -> None:
+    assert reason_to_refuse(attachments=[given]).startswith("invalid attachments: ")
+
+
+# --- payloads -------------------------------------------------------------
+
+
+def stored_and_read_back(
+    fields: dict[str, Any],
+) -> tuple[mailproxy.Message, mailproxy.Message, dict[str, Any]]:
+    message = mailproxy.parse_message(fields, now=NOON)
+    payload, contents = mailproxy.stored_form(fields, message)
+    kept = json.loads(json.dumps(payload))
+    again = mailproxy.parse_message(kept, now=None, contents=contents, message_id=message.message_id)
+    return message, again, mailproxy.restored_fields(kept, contents)
+
+
+def test_a_payload_is_kept_without_contents_and_read_back_as_the_same_message() -> None:
+    fields = submission_fields(
+        attachments=[
+            {"filename": "a", "content": "YQ=="},
+            {"filename": "b", "url": "http://x.org/"},
+            {"filename": "c", "storage_path": "base64:Yw=="},
+        ],
+    )
+
+    message, again, restored = stored_and_read_back(fields)
+
+    assert again == message
+    assert restored["attachments"][0] == fields["attachments"][0]
+    assert restored["attachments"][2] == {"filename": "c", "storage_path": "Yw==", "fetch_mode": "base64"}
+    assert "YQ==" not in json.dumps(mailproxy.stored_form(fields, message)[0])
+
+
+def test_a_raw_message_is_kept_apart_and_read_back_as_the_same_message() -> None:
+    fields = submission_fields(raw=as_base64(b"A: b\r\n\r\n\xff"), subject=None, body=None)
+
+    message, again, restored = stored_and_read_back(fields)
+
+    assert again == message
+    assert restored == fields
+
+
+def test_a_plain_payload_is_kept_as_it_came() -> None:
+    fields = submission_fields(colour="blue")
+
+    message, again, restored = stored_and_read_back(fields)
+
+    assert mailproxy.stored_form(fields, message) == (fields, {})
+    assert again == message
+    assert restored == fields
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=())),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(mailproxy.MESSAGE_FIELDS)), JSON_VALUES))
+def test_whatever_json_is_submitted_it_is_accepted_or_rejected_and_never_breaks_anything(
+    fields: dict[str, Any],
+) -> None:
+    whole = {**submission_fields(), **fields}
+
+    try:
+        mailproxy.parse_message(whole, now=NOON)
+    except mailproxy.Rejected as rejected:
+        str(rejected).encode()
+    else:
+        stored_and_read_back(whole)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    ["a" * 10**6, "a." * 500_000, "a@" * 500_000, '"' * 10**6, '"\\' * 500_000, "<" * 10**6, "(" * 10**6,
+     '"a" ' * 250_000, "a@b.com," * 125_000 + '"', "a@" + "b." * 500_000, " " * 10**6 + "x", "[" * 10**6,
+     "=?a?q?" * 160_000 + " <a@b.com>", "a <" * 300_000, "é@" * 500_000, "\\" * 10**6, "a@" + "b" * 10**6],
+    ids=lambda text: f"{text[:8]!r}",
+)  # fmt: skip
+def test_a_megabyte_of_hostile_address_costs_no_more_than_its_length(hostile: str) -> None:
+    started = time.process_time()
+
+    with contextlib.suppress(mailproxy.Rejected):
+        parsed_submission(to=hostile)
+
+    assert time.process_time() - started < 2
+
+
+# --- accounts -------------------------------------------------------------
+
+
+def parsed_account(**fields: Any) -> mailproxy.Account:
+    return mailproxy.parse_account({"id": "a", "host": "mail.example.com", "port": 587, **fields})
+
+
+def test_an_account_has_the_manners_of_the_contract_unless_it_says_otherwise() -> None:
+    plain = parsed_account()
+
+    assert plain == mailproxy.Account(id="a", host="mail.example.com", port=587)
+
+
+def test_json_and_config_ini_say_the_same_account() -> None:
+    from_json = parsed_account(
+        user="u", password="p", use_tls=True, verify_tls=False, ttl=10, timeout=2.5, limit_per_hour=100,
+        retry_delays=[60, 300], max_connections=3, auth="xoauth2", max_retries=4, limit_per_day=None,
+        oauth2={"token_url": "https://x.org/t", "client_id": "c", "client_secret": "s", "scope": "mail"},
+    )  # fmt: skip
+    from_ini = parsed_account(
+        port="587", user="u", password="p", use_tls="yes", verify_tls="False", ttl="10", timeout="2.5",
+        limit_per_hour="100", retry_delays="60, 300", max_connections="3", auth="XOAUTH2", max_retries="4",
+        limit_per_day="", oauth2_token_url="https://x.org/t", oauth2_client_id="c", oauth2_client_secret="s",
+        oauth2_scope="mail",
+    )  # fmt: skip
+
+    assert from_json == from_ini
+    assert from_json.limits == mailproxy.Limits(per_hour=100)
+    assert from_json.retry_delays_s == (60, 300)
+
+
+@pytest.mark.parametrize(
+    ("fields", "encryption"),
+    [
+        ({}, "auto"),
+        ({"use_tls": False}, "auto"),
+        ({"use_tls": True}, "required"),
+        ({"use_tls": True, "start_tls": "never"}, "required"),
+        ({"start_tls": "required"}, "required"),
+        ({"start_tls": "never"}, "never"),
+        ({"implicit_tls": True}, "implicit"),
+        ({"port": 465}, "implicit"),
+        ({"port": 465, "use_tls": True}, "implicit"),
+        ({"port": 465, "use_tls": False}, "auto"),
+        ({"port": 465, "use_tls": False, "start_tls": "required"}, "required"),
+        ({"port": 2525, "use_tls": 1}, "required"),
+    ],
+)
+def test_when_an_account_turns_to_tls(fields: dict[str, Any], encryption: str) -> None:
+    once = parsed_account(**fields)
+    again = mailproxy.parse_account(mailproxy.account_fields(once, secrets=True))
+
+    assert once.encryption == encryption
+    assert again == once
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"id": None}, "missing id"), ({"id": ""}, "missing id"), ({"host": ""}, "missing host"),
+        ({"port": None}, "missing port"), ({"id": "a\nb"}, "invalid id: "), ({"id": 5}, "invalid id: "),
+        ({"host": "a b"}, "invalid host: "), ({"host": 5}, "invalid host: "),
+        ({"host": "smtp://x"}, "invalid host: "),
+        ({"port": 0}, "invalid port: "), ({"port": 65536}, "invalid port: "),
+        ({"port": "x"}, "invalid port: "),
+        ({"port": True}, "invalid port: "), ({"port": 25.0}, "invalid port: "),
+        ({"user": "a\n"}, "invalid user: "),
+        ({"password": 5}, "invalid password: "), ({"password": "a\0"}, "invalid password: "),
+        ({"use_tls": "perhaps"}, "invalid use_tls: "), ({"start_tls": "often"}, "invalid start_tls: "),
+        ({"auth": "ntlm"}, "invalid auth: "), ({"auth": "xoauth2"}, "invalid auth: "),
+        ({"oauth2": 5}, "invalid oauth2: "), ({"oauth2": {"client_id": "c"}}, "invalid oauth2: "),
+        ({"oauth2": {"token_url": "ftp://x", "client_id": "c", "refresh_token": "r"}}, "invalid oauth2: "),
+        ({"oauth2": {"token_url": "https://x", "client_id": "c"}}, "invalid oauth2: "),
+        ({"ttl": 0}, "invalid ttl: "), ({"timeout": -1}, "invalid timeout: "),
+        ({"timeout": "1e9"}, "invalid timeout: "),
+        ({"timeout": float("inf")}, "invalid timeout: "),
+        ({"max_connections": 0}, "invalid max_connections: "),
+        ({"limit_per_minute": -1}, "invalid limit_per_minute: "),
+        ({"limit_per_day": 1.5}, "invalid limit_per_day: "),
+        ({"limit_behavior": "drop"}, "invalid limit_behavior: "), ({"in_doubt": "x"}, "invalid in_doubt: "),
+        ({"retry_delays": []}, "invalid retry_delays: "),
+        ({"retry_delays": "60, x"}, "invalid retry_delays: "),
+        ({"retry_delays": [-1]}, "invalid retry_delays: "), ({"retry_delays": 60}, "invalid retry_delays: "),
+        ({"batch_size": 0}, "invalid batch_size: "), ({"max_age_seconds": 0}, "invalid max_age_seconds: "),
+        ({"max_recipients": 0}, "invalid max_recipients: "), ({"max_retries": -1}, "invalid max_retries: "),
+        ({"client_key": "/k"}, "invalid client_key: "),
+    ],
+)  # fmt: skip
+def test_an_account_out_of_range_names_the_field(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(mailproxy.Rejected) as rejected:
+        parsed_account(**fields)
+
+    assert str(rejected.value).startswith(reason)
+
+
+def test_a_limit_of_nothing_is_no_limit() -> None:
+    assert parsed_account(limit_per_minute=0).limits == mailproxy.Limits()
+
+
+def test_the_configuration_serves_where_an_account_is_silent() -> None:
+    defaults = mailproxy.AccountDefaults(retry_delays_s=(1,), max_connections=2)
+
+    silent = mailproxy.parse_account({"id": "a", "host": "h", "port": 25}, source="config", defaults=defaults)
+
+    assert (silent.retry_delays_s, silent.max_connections, silent.source) == ((1,), 2, "config")
+
+
+def test_no_secret_leaves_with_an_account_unless_it_is_asked_for() -> None:
+    oauth2 = {
+        "token_url": "https://x.org",
+        "client_id": "c",
+        "client_secret": "env:S1",
+        "refresh_token": "S2",
+    }
+    guarded = parsed_account(password="S3", oauth2=oauth2)
+
+    shown = json.dumps(mailproxy.account_fields(guarded, secrets=False)) + repr(guarded)
+    kept = mailproxy.account_fields(guarded, secrets=True)
+
+    assert not any(secret in shown for secret in ("S1", "S2", "S3"))
+    assert mailproxy.parse_account(kept) == guarded
+
+
+# ======================================================================
+# DISPOSITION
+# ======================================================================
+
+SETTLED_AT = 1_800_000_000.0
+IN_A_MINUTE = SETTLED_AT + 60
+STAGE, CAUSE, SIGNAL, STATUS = mailproxy.Stage, mailproxy.Cause, mailproxy.LaneSignal, mailproxy.Status
+
+
+def word(stage: str, code: int, text: str = "as told", enhanced: str | None = None, **fields: Any) -> Any:
+    """A reply of the server, or ours when a cause is given."""
+    return mailproxy.Reply(STAGE(stage), code, text, enhanced, **fields)
+
+
+TAKEN = word("end-of-data", 250)
+GREYLISTED = word("rcpt", 450, "Greylisted", "4.7.1")
+NO_SUCH_USER = word("rcpt", 550, "No such user", "5.1.1")
+TOO_MANY = word("rcpt", 452, "Too many recipients", "4.5.3")
+CLOSING = word("mail", 421, "Going down", "4.3.2")
+TIMED_OUT = word("rcpt", 451, "no answer within 60 s", "4.4.2", cause=CAUSE.TIMEOUT)
+LOST = word("mail", 451, "connection lost", "4.4.2", cause=CAUSE.LOST)
+LOST_AFTER_THE_DOT = word("end-of-data", 451, "connection lost", "4.4.2", cause=CAUSE.LOST)
+SILENT_AFTER_THE_DOT = word("end-of-data", 451, "no answer", "4.4.2", cause=CAUSE.TIMEOUT)
+NOT_FETCHED = word("attachment", 451, "Attachment fetch failed: 503", cause=CAUSE.LOCAL)
+GONE = word("attachment", 550, "Attachment fetch failed: 404", cause=CAUSE.LOCAL)
+
+
+def claimed(attempts: int = 0, deadline: int | None = None, **settled: str) -> Any:
+    """A claim; `settled` has the status of recipients that had their word in earlier attempts."""
+    outcomes = {
+        name: mailproxy.RecipientOutcome(STATUS(status), 250 if status == "sent" else 451, f"was {status}")
+        for name, status in settled.items()
+    }
+    return mailproxy.Claim(
+        1, "m-1", "main", 2, "<m-1@example.com>", 0, 0.0, attempts, deadline, outcomes or None, 0, 100, "{}"
+    )
+
+
+def settled(
+    replies: Mapping[str, Any], claim: Any = None, *, reused: bool = False, untried: int = 0,
+    jitter: float = 0, **account: Any,
+) -> Any:  # fmt: skip
+    account = {"retry_delays_s": (60, 300), **account}
+    return mailproxy.settle(
+        claim or claimed(),
+        mailproxy.Attempt(SETTLED_AT - 1, SETTLED_AT, dict(replies), "main-1", reused),
+        mailproxy.Account("main", "mail.example.com", 25, **account),
+        SETTLED_AT,
+        jitter,
+        untried,
+    )
+
+
+# What becomes of the message, what it says of the lane, an attempt counted, a slot of the limits used.
+DONE = ("sent", "up", True, True)
+FAILED = ("error", "up", True, False)
+FAILED_UNASKED = ("error", "none", True, False)
+LATER = ("deferred", "up", True, False)
+LATER_THE_REST = ("deferred", "up", True, True)
+LATER_UNANSWERED = ("deferred", "none", True, False)
+LATER_IN_DOUBT = ("deferred", "none", True, True)
+NOW_THE_REST = ("queued", "up", False, True)
+COOLED = ("deferred", "cool", False, False)
+STRANGERS = ("deferred", "login refused", False, False)
+
+
+def ours(stage: str, text: str, code: int = 451) -> Any:
+    return word(stage, code, text, cause=CAUSE.LOCAL)
+
+
+@pytest.mark.parametrize(
+    ("replies", "verdict", "error", "deferred_ts", "reason"),
+    [
+        # all recipients have the same word
+        ({"a": TAKEN}, DONE, None, None, ""),
+        ({"a": NO_SUCH_USER}, FAILED, "550 5.1.1 No such user", None, ""),
+        ({"a": GREYLISTED}, LATER, "450 4.7.1 Greylisted", IN_A_MINUTE, "retry"),
+        ({"a": word("mail", 451)}, LATER, "451 as told", IN_A_MINUTE, "retry"),
+        ({"a": word("data", 451)}, LATER, "451 as told", IN_A_MINUTE, "retry"),
+        ({"a": word("end-of-data", 452)}, LATER, "452 as told", IN_A_MINUTE, "retry"),
+        ({"a": word("end-of-data", 554)}, FAILED, "554 as told", None, ""),
+        ({"a": TOO_MANY}, LATER, "452 4.5.3 Too many recipients", IN_A_MINUTE, "retry"),
+        # some have another than the others
+        ({"a": TAKEN, "b": NO_SUCH_USER}, DONE, None, None, ""),
+        ({"a": TAKEN, "b": GREYLISTED}, LATER_THE_REST, "450 4.7.1 Greylisted", IN_A_MINUTE, "retry"),
+        ({"a": NO_SUCH_USER, "b": GREYLISTED}, LATER, "450 4.7.1 Greylisted", IN_A_MINUTE, "retry"),
+        ({"a": TAKEN, "b": TOO_MANY}, NOW_THE_REST, None, None, ""),
+        ({"a": TAKEN, "b": word("rcpt", 552, enhanced="5.5.3")}, NOW_THE_REST, None, None, ""),
+        # the server says nothing
+        ({"a": TIMED_OUT}, LATER_UNANSWERED, "no answer within 60 s", IN_A_MINUTE, "retry"),
+        ({"a": LOST}, LATER_UNANSWERED, "connection lost", IN_A_MINUTE, "retry"),
+        ({"a": LOST_AFTER_THE_DOT}, LATER_IN_DOUBT, "in doubt: connection lost", IN_A_MINUTE, "in_doubt"),
+        ({"a": SILENT_AFTER_THE_DOT}, LATER_IN_DOUBT, "in doubt: no answer", IN_A_MINUTE, "in_doubt"),
+        # the lane is at fault, not the message
+        ({"a": CLOSING}, COOLED, "421 4.3.2 Going down", None, "connection"),
+        ({"a": word("end-of-data", 421)}, COOLED, "421 as told", None, "connection"),
+        ({"": ours("connect", "refused")}, COOLED, "refused", None, "connection"),
+        ({"": word("connect", 554, "Go away")}, COOLED, "554 Go away", None, "connection"),
+        ({"": word("connect", 421)}, COOLED, "421 as told", None, "connection"),
+        ({"": ours("tls", "expired")}, COOLED, "expired", None, "connection"),
+        ({"": word("ehlo", 550)}, COOLED, "550 as told", None, "connection"),
+        ({"": word("auth", 454)}, COOLED, "454 as told", None, "connection"),
+        ({"": word("auth", 451, "silence", cause=CAUSE.TIMEOUT)}, COOLED, "silence", None, "connection"),
+        ({"": word("auth", 535, "Bad password")}, STRANGERS, "535 Bad password", None, "login"),
+        ({"": ours("auth", "no such file")}, STRANGERS, "no such file", None, "login"),
+        # the server was not asked
+        ({"": NOT_FETCHED}, LATER_UNANSWERED, "Attachment fetch failed: 503", IN_A_MINUTE, "attachment"),
+        ({"": GONE}, FAILED_UNASKED, "Attachment fetch failed: 404", None, ""),
+        ({"": ours("composition", "a bug", 554)}, FAILED_UNASKED, "a bug", None, ""),
+        ({"a": ours("mail", "too large", 552)}, FAILED_UNASKED, "too large", None, ""),
+        ({"a": ours("rcpt", "not here", 550), "b": TAKEN}, DONE, None, None, ""),
+    ],
+)
+def test_what_becomes_of_a_message_after_one_attempt(
+    replies: Any, verdict: Any, error: Any, deferred_ts: Any, reason: str
+) -> None:
+    disposition = settled(replies)
+
+    assert (disposition.status, disposition.lane, disposition.counted, disposition.slot_used) == verdict
+    assert (disposition.error, disposition.deferred_ts, disposition.reason) == (error, deferred_ts, reason)
+
+
+@pytest.mark.parametrize(
+    ("replies", "before", "left"),
+    [
+        ({"a": TAKEN, "b": NO_SUCH_USER}, {}, {"a": "sent", "b": "error"}),
+        ({"a": TAKEN, "b": GREYLISTED}, {}, {"a": "sent", "b": "deferred"}),
+        ({"a": TAKEN, "b": TOO_MANY}, {}, {"a": "sent"}),
+        ({"b": GREYLISTED}, {"a": "sent", "b": "deferred"}, {"a": "sent", "b": "deferred"}),
+        ({"b": NO_SUCH_USER}, {"a": "sent", "b": "deferred"}, {"a": "sent", "b": "error"}),
+        ({"b": CLOSING}, {"a": "sent"}, {"a": "sent"}),
+        ({"b": CLOSING, "c": NO_SUCH_USER}, {"a": "sent"}, {"a": "sent", "c": "error"}),
+        ({"": word("connect", 421)}, {"a": "sent", "b": "deferred"}, {"a": "sent", "b": "deferred"}),
+        ({"": NOT_FETCHED}, {"a": "sent", "b": "deferred"}, {"a": "sent", "b": "deferred"}),
+        ({"": GONE}, {"a": "sent", "b": "deferred"}, {"a": "sent", "b": "error"}),
+        ({"a": TAKEN}, {}, {}),
+        ({"b": TAKEN}, {"a": "sent", "b": "deferred"}, {}),
+    ],
+)
+def test_a_recipient_that_had_its_final_word_keeps_it(replies: Any, before: Any, left: Any) -> None:
+    disposition = settled(replies, claimed(**before))
+
+    outcomes = disposition.recipients or {}
+    assert {address: outcome.status for address, outcome in outcomes.items()} == left
+
+
+def test_the_outcome_of_a_recipient_has_the_code_and_the_words() -> None:
+    disposition = settled({"a": TAKEN, "b": NO_SUCH_USER, "c": TIMED_OUT})
+
+    assert disposition.recipients["b"] == (STATUS.ERROR, 550, "550 5.1.1 No such user")
+    assert disposition.recipients["c"] == (STATUS.DEFERRED, 451, "no answer within 60 s")
+
+
+def test_a_message_that_some_recipient_got_earlier_ends_as_sent() -> None:
+    disposition = settled({"b": NO_SUCH_USER}, claimed(a="sent", b="deferred"))
+
+    assert (disposition.status, disposition.error) == (STATUS.SENT, None)
+    assert not disposition.slot_used
+
+
+def test_recipients_left_for_another_transaction_count_no_attempt_yet() -> None:
+    disposition = settled({"a": GREYLISTED}, untried=1)
+
+    assert (disposition.status, disposition.counted) == (STATUS.QUEUED, False)
+    assert disposition.recipients["a"].status is STATUS.DEFERRED
+
+
+@pytest.mark.parametrize("lost", [LOST, word("data", 451, "connection lost", cause=CAUSE.LOST)])
+def test_a_kept_connection_that_turns_out_dead_counts_no_attempt(lost: Any) -> None:
+    disposition = settled({"a": lost, "b": lost}, reused=True)
+
+    assert disposition == mailproxy.untouched(claimed())
+
+
+def test_a_kept_connection_lost_after_the_dot_is_in_doubt_all_the_same() -> None:
+    disposition = settled({"a": LOST_AFTER_THE_DOT}, reused=True)
+
+    assert (disposition.status, disposition.counted, disposition.reason) == (
+        STATUS.DEFERRED,
+        True,
+        "in_doubt",
+    )
+
+
+@pytest.mark.parametrize("reply", [LOST_AFTER_THE_DOT, SILENT_AFTER_THE_DOT])
+def test_what_is_in_doubt_is_an_error_when_the_account_says_so(reply: Any) -> None:
+    disposition = settled({"a": reply}, in_doubt="error")
+
+    assert disposition.status is STATUS.ERROR
+    assert disposition.error.startswith("in doubt: ")
+
+
+@pytest.mark.parametrize(
+    ("attempts", "jitter", "pause_s"),
+    [(0, 0, 60), (1, 0, 300), (2, 0, 300), (99, 0, 300), (0, 1, 72), (0, -1, 48), (1, 0.5, 330)],
+)
+def test_the_pauses_follow_the_schedule_with_a_fifth_of_jitter(
+    attempts: int, jitter: float, pause_s: float
+) -> None:
+    disposition = settled({"a": GREYLISTED}, claimed(attempts), jitter=jitter)
+
+    assert disposition.deferred_ts == SETTLED_AT + pause_s
+
+
+@pytest.mark.parametrize(("asked_s", "pause_s"), [(None, 60), (5, 60), (90, 90), (90.2, 91)])
+def test_a_pause_that_the_other_side_asks_for_is_kept_when_it_is_longer(asked_s: Any, pause_s: float) -> None:
+    disposition = settled({"": replace(NOT_FETCHED, retry_after_s=asked_s)})
+
+    assert disposition.deferred_ts == SETTLED_AT + pause_s
+
+
+@pytest.mark.parametrize(
+    ("claim", "max_retries", "status"),
+    [
+        (claimed(attempts=0), 1, "deferred"),
+        (claimed(attempts=1), 1, "error"),
+        (claimed(attempts=500), 0, "deferred"),
+        (claimed(deadline=int(SETTLED_AT) + 1), 0, "deferred"),
+        (claimed(deadline=int(SETTLED_AT)), 0, "error"),
+    ],
+)
+@pytest.mark.parametrize("replies", [{"a": GREYLISTED}, {"": NOT_FETCHED}])
+def test_a_message_is_given_up_after_its_last_retry_and_at_its_deadline(
+    replies: Any, claim: Any, max_retries: int, status: str
+) -> None:
+    disposition = settled(replies, claim, max_retries=max_retries)
+
+    assert disposition.status == status
+    assert disposition.error == mailproxy.spoken(next(iter(replies.values())))
+
+
+def test_giving_up_is_sent_when_a_server_has_it_for_somebody() -> None:
+    nobody, somebody = (
+        mailproxy.given_up(mailproxy.untouched(claimed(**before)), "account deleted")
+        for before in ({"b": "deferred"}, {"a": "sent", "b": "deferred"})
+    )
+
+    assert (nobody.status, nobody.error) == (STATUS.ERROR, "account deleted")
+    assert (somebody.status, somebody.error) == (STATUS.SENT, None)
+    assert somebody.recipients["b"].status is STATUS.ERROR
+
+
+_LAST_WORDS = st.sampled_from(
+    [TAKEN, GREYLISTED, NO_SUCH_USER, TOO_MANY, CLOSING, TIMED_OUT, LOST, LOST_AFTER_THE_DOT]
+)
+
+
+@given(
+    replies=st.dictionaries(st.sampled_from("abcd"), _LAST_WORDS, min_size=1),
+    before=st.dictionaries(st.sampled_from("efg"), st.sampled_from(["sent", "error"])),
+    reused=st.booleans(),
+    untried=st.integers(0, 1),
+)
+def test_no_accepted_recipient_is_ever_forgotten(
+    replies: Any, before: Any, reused: bool, untried: int
+) -> None:
+    disposition = settled(replies, claimed(**before), reused=reused, untried=untried)
+
+    accepted = {a for a, status in before.items() if status == "sent"}
+    accepted |= {a for a, reply in replies.items() if reply.accepted}
+    outcomes = disposition.recipients or {}
+    if disposition.status is STATUS.SENT:
+        assert accepted
+        assert not outcomes or {a for a, o in outcomes.items() if o.status is STATUS.SENT} == accepted
+    else:
+        assert {a for a, o in outcomes.items() if o.status is STATUS.SENT} == accepted
+    if disposition.status is STATUS.ERROR:
+        assert not accepted
+    assert disposition.slot_used == any(
+        r.accepted or (r.in_doubt and disposition.lane != "cool") for r in replies.values()
+    )
+
+
+# ======================================================================
+# RATE LIMITS
+# ======================================================================
+
+
+def test_a_held_message_takes_room_until_it_is_given_back():
+    windows = mailproxy.SendWindows(mailproxy.Limits(per_minute=3))
+
+    windows.hold(2)
+    assert windows.room(1000.0) == 1
+
+    windows.give_back(2)
+    assert windows.room(1000.0) == 3
+
+
+def test_a_counted_message_takes_room_for_a_whole_window():
+    windows = mailproxy.SendWindows(mailproxy.Limits(per_minute=1))
+    windows.hold(1)
+
+    windows.count(1000.0)
+
+    assert windows.room(1059.9) == 0
+    assert windows.opens_at(1000.0) == 1060
+    assert windows.room(1060.0) == 1
+
+
+def test_without_limits_there_is_always_room():
+    windows = mailproxy.SendWindows(mailproxy.Limits())
+
+    windows.hold(100_000)
+    windows.count(5.0, 100_000)
+
+    assert windows.room(5.0) > 10**9
+    assert windows.opens_at(5.0) == 5.0
+    assert windows.left(5.0) == {}
+
+
+@pytest.mark.parametrize(
+    ("limits", "opens_at"),
+    [
+        (mailproxy.Limits(per_minute=2), 10_071),  # to the second
+        (mailproxy.Limits(per_hour=2), 13_620),  # to the minute: 10,010.5 lies in the one to 10,020
+        (mailproxy.Limits(per_day=2), 10_800 + 86_400),  # to a quarter of an hour
+        (mailproxy.Limits(per_minute=2, per_hour=2, per_day=2), 10_800 + 86_400),
+    ],
+)
+def test_a_window_opens_when_its_oldest_bucket_has_left_it(limits, opens_at):
+    windows = mailproxy.SendWindows(limits)
+    windows.hold(2)
+    windows.count(10_010.5)
+    windows.count(10_030.0)
+
+    opened = windows.opens_at(10_040.0)
+
+    assert opened == opens_at
+    assert windows.room(opened - 0.001) == 0
+    assert windows.room(opened) > 0
+
+
+def test_held_messages_are_taken_for_sent_now_when_the_opening_is_asked_for():
+    windows = mailproxy.SendWindows(mailproxy.Limits(per_minute=2))
+    windows.hold(2)
+
+    assert windows.opens_at(100.5) == 161
+
+
+def test_a_limit_of_nothing_is_asked_about_again_and_again():
+    windows = mailproxy.SendWindows(mailproxy.Limits(per_minute=0))
+
+    assert windows.room(100.0) == 0
+    assert windows.opens_at(100.0) == 160
+
+
+def test_new_limits_judge_what_was_sent_before_they_came():
+    windows = mailproxy.SendWindows(mailproxy.Limits())
+    windows.hold(5)
+    windows.count(1000.0, 5)
+
+    windows.replace_limits(mailproxy.Limits(per_minute=6, per_hour=4))
+
+    assert windows.left(1001.0) == {"minute": 1, "hour": 0}
+
+
+def test_counts_of_before_a_restart_are_in_every_window():
+    windows = mailproxy.SendWindows(mailproxy.Limits(10, 10, 10), [(80_000.0, 2), (1000.0, 1), (79_000.0, 3)])
+
+    assert windows.left(80_001.0) == {"minute": 8, "hour": 5, "day": 4}
+
+
+def test_giving_back_more_than_was_held_is_a_mistake():
+    windows = mailproxy.SendWindows(mailproxy.Limits(per_minute=3))
+    windows.hold(1)
+
+    with pytest.raises(ValueError, match="2 messages given back, but 1 held"):
+        windows.give_back(2)
+
+
+def test_a_clock_that_goes_back_a_little_loses_no_message():
+    windows = mailproxy.SendWindows(mailproxy.Limits(per_minute=3))
+    windows.hold(3)
+
+    windows.count(1000.0)
+    windows.count(990.0)
+    windows.count(1001.0)
+
+    assert windows.room(1001.0) == 0
+    assert windows.room(1059.0) == 0
+    assert windows.room(1061.0) == 3
+
+
+def test_the_memory_of_the_windows_is_bounded_whatever_the_limit():
+    windows = mailproxy.SendWindows(mailproxy.Limits(per_day=1_000_000))
+    windows.hold(200_000)
+
+    for tick in range(200_000):
+        windows.count(tick * 0.9)
+
+    buckets = [len(window._buckets) for window in windows._windows.values()]
+    assert all(len_now <= most for len_now, most in zip(buckets, (62, 62, 98), strict=True))
+
+
+def true_windows_hold(sent, limits):
+    """By the definition: no half-open window that ends with a message holds more than its limit."""
+    lengths = (60, limits.per_minute), (3_600, limits.per_hour), (86_400, limits.per_day)
+    return all(
+        sum(1 for other in sent if moment - length < other <= moment) <= limit
+        for length, limit in lengths
+        if limit is not None
+        for moment in sent
+    )
+
+
+limits_of_all_kinds = st.builds(
+    mailproxy.Limits,
+    st.none() | st.integers(1, 4),
+    st.none() | st.integers(1, 9),
+    st.none() | st.integers(1, 15),
+)
+sending_pauses = st.sampled_from([0.0, 0.3, 1.0, 17.5, 60.0, 61.0, 700.0, 3_600.0, 30_000.0]) | st.floats(
+    0, 4_000
+)
+sending_steps = st.tuples(
+    sending_pauses, st.sampled_from(["begin", "begin", "sent", "failed", "restart"]), st.floats(0, 1)
+)
+
+
+@given(limits=limits_of_all_kinds, story=st.lists(sending_steps, max_size=80), start=st.floats(0, 1e9))
+@settings(max_examples=200, deadline=None)
+def test_no_true_window_ever_holds_more_than_its_limit(limits, story, start):
+    windows, now = mailproxy.SendWindows(limits), start
+    begun, sent, counted = [], [], []
+
+    for pause, what, when in story:
+        now += pause
+        if what == "begin" and windows.room(now) > 0:
+            windows.hold(1)
+            begun.append(now)
+        elif what == "sent" and begun:
+            began_at = begun.pop(0)
+            sent.append(min(now, began_at + (now - began_at) * when))  # the server took it somewhere between
+            windows.count(now)
+            counted.append(now)
+        elif what == "failed" and begun:
+            begun.pop()
+            windows.give_back()
+        elif what == "restart":
+            windows = mailproxy.SendWindows(limits, [(mailproxy.compacted(at, now), 1) for at in counted])
+            windows.hold(len(begun))
+
+    assert true_windows_hold(sent, limits)
+
+
+@given(
+    limits=limits_of_all_kinds,
+    pauses_s=st.lists(sending_pauses, min_size=1, max_size=60),
+    start=st.integers(0, 10**9),
+    restarts=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_no_message_waits_more_than_a_grain_longer_than_it_must(limits, pauses_s, start, restarts):
+    windows, now, sent = mailproxy.SendWindows(limits), float(start), []
+
+    for pause in pauses_s:
+        now += pause
+        if windows.room(now) > 0:
+            windows.hold(1)
+            windows.count(now)
+            sent.append(now)
+        if restarts:
+            windows = mailproxy.SendWindows(
+                limits, [(mailproxy.compacted(moment, now), 1) for moment in sent]
+            )
+
+    opens_at = windows.opens_at(now)
+    kinds = ((60, 1, limits.per_minute), (3_600, 60, limits.per_hour), (86_400, 900, limits.per_day))
+    latest = [
+        sent[-limit] + length + grain
+        for length, grain, limit in kinds
+        if limit is not None and len(sent) >= limit
+    ]
+    assert windows.room(opens_at) > 0
+    assert now <= opens_at <= max([now, *latest])
+
+
+@pytest.mark.parametrize(
+    ("age_s", "kept_as"),
+    [(0, 100_001), (79, 100_001), (80, 100_020), (4_399, 100_020), (4_400, 100_800), (90_000, 100_800)],
+)
+def test_old_counts_are_kept_by_the_minute_and_then_by_the_quarter_of_an_hour(age_s, kept_as):
+    assert mailproxy.compacted(100_000.5, 100_000.5 + age_s) == kept_as
+
+
+# ======================================================================
+# COMPOSITION
+# ======================================================================
+
+SENT_AT = 1_700_000_000.0
+
+
+def composed_submission(*, content_types: tuple[str, ...] = (), **fields: Any) -> bytes:
+    """The bytes of a submission with these fields, its attachments as if they had been fetched."""
+    whole = {
+        "id": "m-1",
+        "from": "a@example.com",
+        "to": ["b@example.org"],
+        "subject": "Hello",
+        "body": "Hi\n",
+    }
+    given_fields = {name: value for name, value in {**whole, **fields}.items() if value is not None}
+    message = mailproxy.parse_message(given_fields, now=None, new_id=lambda: "new")
+    parts = [
+        mailproxy.Part(one, one.filename, one.content_type or "application/octet-stream", one.content or b"")
+        for one in message.attachments
+    ]
+    return mailproxy.compose(message, parts, date=SENT_AT)
+
+
+def read_by_a_client(octets: bytes) -> EmailMessage:
+    """The message as the email package reads it, after it was found fit for the wire."""
+    assert b"\n" not in octets.replace(b"\r\n", b"")
+    assert b"\r" not in octets.replace(b"\r\n", b"")
+    assert max(map(len, octets.split(b"\r\n"))) <= 998
+    assert octets.endswith(b"\r\n")
+    return email.message_from_bytes(octets, policy=email.policy.default)
+
+
+def attachment_fields(content: bytes = b"x", **fields: Any) -> dict[str, Any]:
+    return {"filename": "a.bin", "content": base64.b64encode(content).decode(), **fields}
+
+
+def text_read(part: Any) -> str:
+    content = part.get_content()
+    assert isinstance(content, str)
+    return content.replace("\r\n", "\n")
+
+
+def test_a_plain_message_is_written_exactly_like_this() -> None:
+    octets = composed_submission(
+        cc="Ann Lee <c@x.org>", bcc="secret@x.org", reply_to="r@x.org", headers={"X-Tag": [1, "b"]}
+    )
+
+    assert octets.decode("ascii").split("\r\n") == [
+        "From: a@example.com",
+        "To: b@example.org",
+        "Cc: Ann Lee <c@x.org>",
+        "Reply-To: r@x.org",
+        "Subject: Hello",
+        "Date: Tue, 14 Nov 2023 22:13:20 +0000",
+        "Message-ID: <new@example.com>",
+        "MIME-Version: 1.0",
+        "X-Tag: 1",
+        "X-Tag: b",
+        'Content-Type: text/plain; charset="utf-8"',
+        "Content-Transfer-Encoding: 7bit",
+        "",
+        "Hi",
+        "",
+    ]
+
+
+# --- the email package as the judge ---------------------------------------
+
+SHORT_WORDS = st.from_regex(r"[A-Za-z0-9,.!?-]{1,18}( [A-Za-z0-9,.!?-]{1,18}){0,2}", fullmatch=True)
+SHORT_LINES = st.lists(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=78), max_size=8)
+SHORT_TEXTS = SHORT_LINES.map("\n".join)
+
+
+def by_the_email_package(subject: str, text: str | None, html: str | None, boundary: str) -> bytes:
+    """The same message, made by the standard library; the boundary is free, so it is ours."""
+    policy = email.policy.SMTP
+    reference = EmailMessage(policy=policy)
+    reference["From"] = "a@example.com"
+    reference["To"] = "b@example.org"
+    reference["Subject"] = subject
+    reference["Date"] = parsedate_to_datetime("Tue, 14 Nov 2023 22:13:20 +0000")
+    reference["Message-ID"] = "<new@example.com>"
+    reference["MIME-Version"] = "1.0"
+    if text is None or html is None:
+        reference.set_content(text if html is None else html, subtype="plain" if html is None else "html")
+        return reference.as_bytes()
+    reference.make_alternative()
+    for body, subtype in ((text, "plain"), (html, "html")):
+        part: Any = MIMEPart(policy=policy)
+        part.set_content(body, subtype=subtype)
+        reference.attach(part)
+    reference.set_boundary(boundary)
+    return reference.as_bytes()
+
+
+@settings(max_examples=300, deadline=None)
+@given(SHORT_WORDS, st.none() | SHORT_TEXTS, st.none() | SHORT_TEXTS)
+def test_simple_messages_are_byte_for_byte_those_of_the_email_package(
+    subject: str, text: str | None, html: str | None
+) -> None:
+    if text is None and html is None:
+        text = ""
+
+    octets = composed_submission(subject=subject, body=None, text=text, html=html)
+
+    boundary = read_by_a_client(octets).get_boundary("")
+    assert octets == by_the_email_package(subject, text, html, boundary)
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+HEADER_TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=200)
+# Readers strip and join white space in names as they like.
+NAMES = HEADER_TEXT.map(lambda text: " ".join(text.split())).filter(lambda name: "=?" not in name)
+LOCAL_PARTS = st.from_regex(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]{1,20}(\.[a-z]{1,20})?", fullmatch=True)
+DOMAINS = st.from_regex(r"[a-z0-9]{1,20}(\.[a-z]{2,9}){0,3}", fullmatch=True)
+ADDRESSES = st.builds("{}@{}".format, LOCAL_PARTS, DOMAINS)
+PEOPLE = st.lists(st.tuples(NAMES, ADDRESSES), min_size=1, max_size=5)
+FILES = st.lists(
+    st.fixed_dictionaries(
+        {"filename": HEADER_TEXT.filter(lambda name: name.strip()), "content": st.binary(max_size=300)},
+        optional={
+            "inline": st.booleans(),
+            "content_type": st.sampled_from(["image/png", "message/rfc822", "a/b; c=d"]),
+        },
+    ),
+    max_size=3,
+)
+
+
+QUOTED, BACKSLASHED = r'(["\\])', r"\\\1"
+
+
+def mailboxes_written(people: list[tuple[str, str]]) -> list[str]:
+    """The people as a client would write them: names quoted, with all that needs it escaped."""
+    return [f'"{re.sub(QUOTED, BACKSLASHED, name)}" <{address}>' for name, address in people]
+
+
+def mailboxes_read(octets: bytes, header: str) -> list[tuple[str, str]]:
+    """Names and addresses of a header (the newer parser puts spaces between encoded words until 3.13)."""
+    written = str(email.message_from_bytes(octets)[header])
+    return [(str(make_header(decode_header(name))), address) for name, address in getaddresses([written])]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(PEOPLE, PEOPLE, HEADER_TEXT, HEADER_TEXT, ANY_TEXT, st.none() | ANY_TEXT, FILES)
+def test_what_is_accepted_is_composed_and_reads_back_as_it_was_meant(
+    to: list[tuple[str, str]],
+    reply_to: list[tuple[str, str]],
+    subject: str,
+    tag: str,
+    text: str,
+    html: str | None,
+    files: list[dict[str, Any]],
+) -> None:
+    attachments = [{**one, "content": base64.b64encode(one["content"]).decode()} for one in files]
+
+    octets = composed_submission(
+        to=mailboxes_written(to),
+        reply_to=", ".join(mailboxes_written(reply_to)),
+        headers={"X-Tag": tag},
+        subject=subject,
+        body=None,
+        text=text,
+        html=html,
+        attachments=attachments,
+    )
+
+    message = read_by_a_client(octets)
+    assert mailboxes_read(octets, "To") == to
+    assert mailboxes_read(octets, "Reply-To") == reply_to
+    assert message["Subject"] == subject
+    assert message["X-Tag"] == tag.strip(" ")
+    assert_bodies(message, text, html)
+    assert_files(message, files, html)
+
+
+def assert_bodies(message: EmailMessage, text: str, html: str | None) -> None:
+    plain, rich = message.get_body(("plain",)), message.get_body(("html",))
+    assert text_read(plain).removesuffix("\n") == lines_of(text)
+    assert (rich is None) == (html is None)
+    if html is not None:
+        assert text_read(rich).removesuffix("\n") == lines_of(html)
+
+
+def lines_of(text: str) -> str:
+    """Text with plain line ends, without the last one."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+
+
+def assert_files(message: EmailMessage, files: list[dict[str, Any]], html: str | None) -> None:
+    related = [one for one in files if one.get("inline") and html is not None]
+    attached = [one for one in files if one not in related]
+    leaves = [part for part in message.walk() if part.get_filename() is not None]
+    assert [part.get_filename() for part in leaves] == [
+        re.sub(r"[/\\]", "_", one["filename"]).strip() for one in related + attached
+    ]
+    for part, one in zip(leaves, related + attached, strict=True):
+        if part.get_content_type() != "message/rfc822":
+            assert part.get_payload(decode=True) == one["content"]
+
+
+# --- header ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "subject",
+    ["", " ", "Größe", "a  b", " a ", "=?utf-8?q?x?=", "word " * 60, "x" * 5000, "日本語" * 400, "a" * 71,
+     "a" * 68, "plain then ünusual then plain again " * 5, "😀" * 50, "e\u0301" * 80, "a" + " " * 3000 + "b",
+     "?=", "=? ?="],
+    ids=lambda text: ascii(text[:12]),
+)  # fmt: skip
+def test_every_subject_arrives_as_it_was_written(subject: str) -> None:
+    message = read_by_a_client(composed_submission(subject=subject))
+
+    assert message["Subject"] == subject
+
+
+def test_header_lines_are_short_even_when_they_are_encoded() -> None:
+    octets = composed_submission(
+        subject="Grüße " * 30, to=[f"Jürgen {i} <j{i}@example.org>" for i in range(40)]
+    )
+
+    assert max(map(len, octets.partition(b"\r\n\r\n")[0].split(b"\r\n"))) <= 76
+
+
+def test_extra_headers_replace_what_would_be_generated() -> None:
+    date = "Fri, 21 Nov 1997 09:55:06 -0600"
+
+    message = read_by_a_client(
+        composed_submission(
+            headers={"Date": date, "Message-ID": "<x@y>", "reply-to": "c@d.org", "subject": "S"}
+        )
+    )
+
+    assert message.get_all("Date") == [date]
+    assert message.get_all("Message-ID") == ["<x@y>"]
+    assert message.get_all("Reply-To") == ["c@d.org"]
+    assert message.get_all("Subject") == ["S"]
+
+
+def test_an_extra_header_in_ascii_is_folded_and_not_otherwise_touched() -> None:
+    references = " ".join(f"<{i}.{'x' * 40}@example.com>" for i in range(50))
+
+    octets = composed_submission(
+        headers={"References": references, "List-Unsubscribe": "<https://x.org/?" + "a" * 500 + ">"}
+    )
+
+    header = octets.partition(b"\r\n\r\n")[0].replace(b"\r\n ", b" ").decode()
+    assert f"References: {references}" in header.split("\r\n")
+    assert f"List-Unsubscribe: <https://x.org/?{'a' * 500}>" in header.split("\r\n")
+
+
+def test_an_extra_header_keeps_its_address_readable_beside_a_name_that_is_encoded() -> None:
+    octets = composed_submission(headers={"Sender": "Jörg <j@example.org>"})
+
+    assert b"\r\nSender: =?utf-8?b?SsO2cmc=?= <j@example.org>\r\n" in octets
+
+
+@pytest.mark.parametrize("content_type", ["plain", "html"])
+def test_a_bcc_is_in_no_header(content_type: str) -> None:
+    octets = composed_submission(bcc=["Hidden Person <hidden@example.org>"], content_type=content_type)
+
+    assert b"hidden" not in octets.lower()
+
+
+def test_a_local_part_in_utf_8_goes_out_as_it_is_and_needs_smtputf8() -> None:
+    fields = {"id": "1", "from": "a@b.org", "to": "Jörg <jörg@bücher.example>", "subject": "ü", "body": "x"}
+    unusual = mailproxy.parse_message(fields, now=None)
+    plain = mailproxy.parse_message({**fields, "to": "j@bücher.example"}, now=None)
+
+    octets = mailproxy.compose(unusual, (), date=SENT_AT)
+
+    assert "\r\nTo: =?utf-8?b?SsO2cmc=?= <jörg@xn--bcher-kva.example>\r\n".encode() in octets
+    assert mailproxy.needs_smtputf8(unusual)
+    assert not mailproxy.needs_smtputf8(plain)
+
+
+def test_a_message_is_the_same_bytes_on_every_attempt() -> None:
+    fields: dict[str, Any] = {
+        "text": "a",
+        "html": "b",
+        "body": None,
+        "message_id": "x@y",
+        "attachments": [attachment_fields()],
+    }
+
+    assert composed_submission(**fields) == composed_submission(**fields)
+
+
+# --- body -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("plain", "7bit"),
+        ("x" * 998, "7bit"),
+        ("x" * 999, "quoted-printable"),
+        ("Grüße aus Köln, und noch etwas mehr Text dazu", "quoted-printable"),
+        ("日本語だけの文章です", "base64"),
+        (". \n.\n..\nFrom me \n \t\n" + "é" + "x " * 2000, "quoted-printable"),
+    ],
+)
+def test_text_goes_in_the_plainest_encoding_that_keeps_it(text: str, encoding: str) -> None:
+    message = read_by_a_client(composed_submission(body=text))
+
+    assert message["Content-Transfer-Encoding"] == encoding
+    assert text_read(message) == f"{text}\n"
+
+
+def test_html_with_its_pictures_beside_the_text_and_before_the_attachments() -> None:
+    octets = composed_submission(
+        body=None,
+        text="see",
+        html='<img src="cid:logo">',
+        attachments=[
+            attachment_fields(b"pdf", filename="a.pdf", content_type="application/pdf"),
+            attachment_fields(
+                b"png", filename="logo.png", content_type="image/png", content_id="logo", inline=True
+            ),
+        ],
+    )
+
+    message = read_by_a_client(octets)
+    types = [part.get_content_type() for part in message.walk()]
+    picture = next(part for part in message.walk() if part.get_content_type() == "image/png")
+    assert types == [
+        "multipart/mixed", "multipart/alternative", "text/plain", "multipart/related", "text/html",
+        "image/png", "application/pdf",
+    ]  # fmt: skip
+    assert (picture["Content-ID"], picture.get_content_disposition()) == ("<logo>", "inline")
+    assert [part.get_content() for part in message.iter_attachments()] == [b"pdf"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arrives_as"),
+    [
+        ("a.pdf", "a.pdf"),
+        ("two words.pdf", "two words.pdf"),
+        ('say "hi".pdf', 'say "hi".pdf'),
+        ("../../etc/passwd", ".._.._etc_passwd"),
+        ("C:\\x.txt", "C:_x.txt"),
+        ("Größe 日本.pdf", "Größe 日本.pdf"),
+        ("100%;a=b'c.pdf", "100%;a=b'c.pdf"),
+        ("ü" * 250 + ".pdf", "ü" * 250 + ".pdf"),
+        ("x" * 240 + ".pdf", "x" * 240 + ".pdf"),
+    ],
+    ids=lambda name: ascii(name[:12]),
+)
+def test_file_names_arrive_as_they_are_but_for_path_separators(name: str, arrives_as: str) -> None:
+    message = read_by_a_client(composed_submission(attachments=[attachment_fields(filename=name)]))
+
+    assert [part.get_filename() for part in message.iter_attachments()] == [arrives_as]
+
+
+@pytest.mark.parametrize(
+    "content_type", ["text/x\r\nX-Evil: y", "nonsense", "", "multipart/mixed", "a/" + "b" * 999]
+)
+def test_what_a_server_calls_an_attachment_cannot_harm_the_header(content_type: str) -> None:
+    message = mailproxy.parse_message(
+        {
+            "id": "1",
+            "from": "a@b.org",
+            "to": "c@d.org",
+            "subject": "",
+            "body": "",
+            "attachments": [{"url": "http://x"}],
+        },
+        now=None,
+    )
+    part = mailproxy.Part(message.attachments[0], "a\r\nX-Evil: y\0.bin", content_type, b"x")
+
+    (arrived,) = read_by_a_client(mailproxy.compose(message, [part], date=SENT_AT)).iter_attachments()
+
+    assert arrived["X-Evil"] is None
+    assert (arrived.get_content_type(), arrived.get_content()) == ("application/octet-stream", b"x")
+
+
+def test_an_attached_message_stays_a_message() -> None:
+    inner = b"From: x@y.org\nSubject: inner\n\nbody\n"
+
+    message = read_by_a_client(
+        composed_submission(
+            attachments=[attachment_fields(inner, filename="m.eml", content_type="message/rfc822")]
+        )
+    )
+
+    (attached,) = message.iter_attachments()
+    assert attached.get_content_type() == "message/rfc822"
+    assert attached.get_content()["Subject"] == "inner"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0", b"no header", b"Subject: \xff\r\n\r\n", b"A: b\r\n\r\n" + b"x" * 2000, b"A: b\r\n\r\n\xc3"],
+)
+def test_an_attached_message_that_would_not_travel_unencoded_becomes_a_file(content: bytes) -> None:
+    message = read_by_a_client(
+        composed_submission(
+            attachments=[attachment_fields(content, filename="m.eml", content_type="message/rfc822")]
+        )
+    )
+
+    (attached,) = message.iter_attachments()
+    assert (attached.get_content_type(), attached.get_content()) == ("application/octet-stream", content)
+
+
+def test_a_calendar_keeps_the_method_of_its_content_type() -> None:
+    content_type = "text/calendar; charset=utf-8; method=REQUEST"
+
+    octets = composed_submission(
+        attachments=[attachment_fields("BEGIN:VCALENDAR ü\r\n".encode(), content_type=content_type)]
+    )
+
+    assert f"\r\nContent-Type: {content_type}\r\n".encode() in octets
+
+
+def test_large_attachments_are_base64_in_lines_of_76_characters() -> None:
+    content = bytes(range(256)) * 1000
+
+    octets = composed_submission(attachments=[attachment_fields(content)])
+
+    (attached,) = read_by_a_client(octets).iter_attachments()
+    assert attached.get_content() == content
+    assert max(map(len, octets.split(b"\r\n"))) <= 78
+
+
+# --- raw, staging, sizes --------------------------------------------------
+
+
+def composed_raw(octets: bytes, **fields: Any) -> bytes:
+    return composed_submission(raw=base64.b64encode(octets).decode(), subject=None, body=None, **fields)
+
+
+def test_a_complete_message_goes_out_byte_for_byte() -> None:
+    octets = (
+        b"Return-Path: <x@y>\r\nDATE : x\r\nMessage-Id: <a@b>\r\nX-Odd:   \xff \r\n\tfold\r\n"
+        b"\r\n.\r\n\xe9  \r\n\r\nend"
+    )
+
+    assert composed_raw(octets) == octets
+
+
+def test_a_complete_message_loses_every_bcc_and_gains_date_and_message_id() -> None:
+    octets = composed_raw(
+        b"bcc: x@y.org,\n z@y.org\nSubject: x\nBCC : a@b.org\nTo: c@d.org\r\r\n"
+        b"body\rmore\nBcc: kept in the body\n"
+    )
+
+    assert octets == (
+        b"Subject: x\r\nTo: c@d.org\r\n"
+        b"Date: Tue, 14 Nov 2023 22:13:20 +0000\r\nMessage-ID: <new@example.com>\r\n\r\n"
+        b"body\r\nmore\r\nBcc: kept in the body\r\n"
+    )
+
+
+def test_a_complete_message_may_be_a_header_alone() -> None:
+    assert composed_raw(b"Date: x\nMessage-ID: <a@b>") == b"Date: x\r\nMessage-ID: <a@b>\r\n\r\n"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([b"Bcc: x", b"A: b", b" c", b"\r", b"\n", b"\r\n", b"x", b":"]), max_size=15))
+def test_no_complete_message_that_is_accepted_hides_a_bcc_from_us(pieces: list[bytes]) -> None:
+    try:
+        octets = composed_raw(b"A: b\r\n" + b"".join(pieces))
+    except mailproxy.Rejected:
+        return
+
+    header = io.BytesIO(octets.partition(b"\r\n\r\n")[0])
+    assert not any(line.lower().startswith(b"bcc") for line in header)
+
+
+@pytest.mark.parametrize("given_raw", [None, base64.b64encode(b"To: real@example.org\r\n\r\nx").decode()])
+def test_staging_sends_everything_to_one_address_and_tells_the_real_ones(given_raw: str | None) -> None:
+    fields = {
+        "id": "1",
+        "from": "a@b.org",
+        "to": "real@x.org",
+        "cc": "c@x.org",
+        "bcc": "d@x.org",
+        "subject": "s",
+    }
+    message = mailproxy.parse_message({**fields, "body": "x", "raw": given_raw}, now=None)
+
+    redirected = mailproxy.redirect(message, "test@staging.org")
+
+    arrived = email.message_from_bytes(mailproxy.compose(redirected, (), date=SENT_AT))
+    assert redirected.recipients == ("test@staging.org",)
+    assert arrived["X-Original-To"] == "real@x.org, c@x.org, d@x.org"
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (10_000, 1), (3_000_000,)])
+@pytest.mark.parametrize("text", ["", "ascii " * 1000, "日本語" * 1000, "é" * 3000])
+def test_the_estimated_size_is_never_too_small_and_not_absurd(sizes: tuple[int, ...], text: str) -> None:
+    fields = {
+        "id": "1",
+        "from": "a@b.org",
+        "to": "c@d.org",
+        "subject": text[:100],
+        "text": text,
+        "html": text,
+    }
+    files = [attachment_fields(b"x" * size) for size in sizes]
+    message = mailproxy.parse_message({**fields, "attachments": files}, now=None)
+    parts = [mailproxy.Part(one, one.filename, "a/b", one.content or b"") for one in message.attachments]
+
+    size = len(mailproxy.compose(message, parts, date=SENT_AT))
+
+    assert size <= mailproxy.size_estimate(message, sizes) <= 3 * size + 10_000
+
+
+# ======================================================================
+# LOG AND METRICS
+# ======================================================================
+
+
+class Lines:
+    """The reading end of a pipe that stands for stderr."""
+
+    def __init__(self) -> None:
+        self._reading, self.descriptor = os.pipe()
+        os.set_blocking(self._reading, False)
+
+    def read(self) -> str:
+        try:
+            return os.read(self._reading, 1_000_000).decode()
+        except BlockingIOError:
+            return ""
+
+    def close_reader(self) -> None:
+        os.close(self._reading)
+
+
+@pytest.fixture
+def lines() -> Iterator[Lines]:
+    """A place for log lines; the logging of the test process is put back afterwards."""
+    root, ours = logging.getLogger(), logging.getLogger("mailproxy")
+    kept = (root.handlers[:], root.level, ours.level)
+    hooks = (sys.excepthook, sys.unraisablehook, mailproxy.threading.excepthook)
+    pipe = Lines()
+    yield pipe
+    os.close(pipe.descriptor)
+    sys.excepthook, sys.unraisablehook, mailproxy.threading.excepthook = hooks
+    logging.captureWarnings(False)
+    root.handlers, level, own = kept
+    root.setLevel(level)
+    ours.setLevel(own)
+
+
+LOG = logging.getLogger("mailproxy")
+
+
+def test_a_line_is_time_level_sentence_and_fields(lines):
+    mailproxy.configure_logging("info", "text", descriptor=lines.descriptor)
+
+    mailproxy.event(
+        LOG, logging.INFO, "message sent", message="m1", account=None, seconds=0.12345, to=["a", "b"]
+    )
+
+    line = lines.read()
+    assert datetime.datetime.fromisoformat(line[:20]).tzinfo is datetime.UTC
+    assert line[20:] == " INFO message sent message=m1 seconds=0.123 to=a,b\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("plain", "plain"),
+        ("two words", '"two words"'),
+        ("", '""'),
+        ("a=b", '"a=b"'),
+        ('say "hi"', '"say \\"hi\\""'),
+        ("back\\slash", '"back\\\\slash"'),
+        ("a\r\nINFO forged", '"a\\r\\nINFO forged"'),
+        ("\x1b[31mred", '"\\x1b[31mred"'),
+        ("\u2028\u202e", '"\\u2028\\u202e"'),
+        ("\ud800", '"\\ud800"'),
+        ("città", "città"),
+        (mailproxy.Secret("hunter2"), "Secret()"),
+        (mailproxy.Status.SENT, "sent"),
+        (True, "True"),
+    ],
+)
+def test_whatever_a_value_holds_it_stays_on_its_line(lines, value, shown):
+    mailproxy.configure_logging("info", "text", descriptor=lines.descriptor)
+
+    mailproxy.event(LOG, logging.INFO, "seen", value=value)
+
+    assert lines.read()[20:] == f" INFO seen value={shown}\n"
+
+
+def test_a_sentence_cannot_forge_a_line_and_takes_no_percent_for_a_placeholder(lines):
+    mailproxy.configure_logging("info", "text", descriptor=lines.descriptor)
+
+    mailproxy.event(LOG, logging.INFO, "100%s\nINFO forged")
+
+    assert lines.read()[20:] == " INFO 100%s\\nINFO forged\n"
+
+
+def test_a_traceback_follows_indented_so_that_it_forges_nothing(lines):
+    mailproxy.configure_logging("info", "text", descriptor=lines.descriptor)
+
+    mailproxy.event(
+        LOG, logging.ERROR, "it failed", exc_info=ValueError("a\n2026 INFO forged\x1b"), message="m1"
+    )
+
+    first, *rest = lines.read().splitlines()
+    assert first.endswith(" ERROR it failed message=m1")
+    assert rest == ["    ValueError: a", "    2026 INFO forged\\x1b"]
+
+
+def test_the_request_is_named_in_every_line_it_causes(lines):
+    mailproxy.configure_logging("info", "text", descriptor=lines.descriptor)
+
+    async def request(name: str) -> None:
+        mailproxy.request_id.set(name)
+        await asyncio.sleep(0)
+        mailproxy.event(LOG, logging.INFO, "seen")
+
+    async def both() -> None:
+        await asyncio.gather(request("r1"), request("r2"))
+        mailproxy.event(LOG, logging.INFO, "outside")
+
+    asyncio.run(both())
+
+    assert [line[20:] for line in lines.read().splitlines()] == [
+        " INFO seen request=r1",
+        " INFO seen request=r2",
+        " INFO outside",
+    ]
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+def test_the_level_can_be_changed_while_running(lines, level):
+    mailproxy.configure_logging("info", "text", descriptor=lines.descriptor)
+    mailproxy.configure_logging(level, "json", descriptor=lines.descriptor)
+
+    for name in ("debug", "info", "warning", "error"):
+        mailproxy.event(LOG, getattr(logging, name.upper()), "seen")
+
+    seen = [json.loads(line)["level"] for line in lines.read().splitlines()]
+    assert seen == ["debug", "info", "warning", "error"][-len(seen) :]
+    assert seen[0] == level
+
+
+def test_the_debug_lines_of_libraries_are_never_written(lines):
+    mailproxy.configure_logging("debug", "text", descriptor=lines.descriptor)
+
+    logging.getLogger("some.library").debug("password hunter2")
+    logging.getLogger("some.library").info("password hunter2")
+    logging.getLogger("some.library").warning("%s is odd", "this")
+
+    assert lines.read()[20:] == " WARNING this is odd logger=some.library\n"
+
+
+def test_json_lines_keep_the_types_of_fields(lines):
+    mailproxy.configure_logging("info", "json", descriptor=lines.descriptor)
+
+    mailproxy.event(
+        LOG, logging.WARNING, "seen\n", code=250, ok=True, took=float("nan"), status=mailproxy.Status.SENT,
+        to=["ü", "\ud800"], time="forged", exc_info=ValueError("why"),
+    )  # fmt: skip
+
+    line = json.loads(lines.read())
+    assert line.pop("time").endswith("Z")
+    assert line.pop("traceback") == "ValueError: why"
+    assert line == {
+        "level": "warning",
+        "event": "seen\n",
+        "code": 250,
+        "ok": True,
+        "took": "nan",
+        "status": "sent",
+        "to": ["ü", "\ud800"],
+    }
+
+
+def test_journald_gets_priorities_and_no_time(lines):
+    mailproxy.configure_logging("debug", "text", journal=True, descriptor=lines.descriptor)
+
+    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.CRITICAL):
+        mailproxy.event(LOG, level, "seen")
+    mailproxy.event(LOG, logging.ERROR, "failed", exc_info=ValueError("a\nb"))
+
+    assert lines.read().splitlines() == [
+        "<7>seen", "<6>seen", "<4>seen", "<3>seen", "<3>failed", "<3>    ValueError: a", "<3>    b",
+    ]  # fmt: skip
+
+
+def test_stderr_is_the_journal_when_systemd_says_so_of_this_very_file(lines):
+    found = os.fstat(lines.descriptor)
+    journal = {"JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}
+
+    assert mailproxy.stderr_is_journal(journal, lines.descriptor)
+    assert not mailproxy.stderr_is_journal({"JOURNAL_STREAM": "8:1"}, lines.descriptor)
+    assert not mailproxy.stderr_is_journal({}, lines.descriptor)
+
+
+def test_a_reader_that_went_away_stops_nothing(lines):
+    mailproxy.configure_logging("info", "text", descriptor=lines.descriptor)
+    lines.close_reader()
+
+    mailproxy.event(LOG, logging.INFO, "nobody reads this")
+
+    mailproxy.configure_logging("info", "text", descriptor=987_654)
+    mailproxy.event(LOG, logging.INFO, "nor this")
+
+
+def test_what_cannot_be_written_at_once_is_written_in_parts_or_dropped(lines):
+    os.set_blocking(lines.descriptor, False)
+    mailproxy.configure_logging("info", "text", descriptor=lines.descriptor)
+
+    mailproxy.event(LOG, logging.INFO, "x" * 500_000)
+
+    assert 0 < len(lines.read()) < 500_000
+
+
+NOBODY_CATCHES = """
+import asyncio, logging, sys, threading, time, warnings
+import mailproxy
+mailproxy.configure_logging("info", "json")
+warnings.warn("deprecated thing")
+threading.Thread(target=lambda: 1 / 0, name="writer").start()
+async def main():
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(mailproxy.log_loop_failure)
+    loop.call_soon(lambda: [][1])
+    await asyncio.sleep(0.01)
+asyncio.run(main())
+class Odd:
+    def __del__(self):
+        raise OSError("odd")
+Odd()
+raise RuntimeError("the end\\nof it")
+"""
+
+
+def test_every_line_is_json_whoever_speaks():
+    folder = Path(mailproxy.__file__).parent
+
+    ended = subprocess.run(
+        [sys.executable, "-c", NOBODY_CATCHES],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=30,
+        check=False,
+    )
+
+    found = [json.loads(line) for line in ended.stderr.splitlines()]
+    assert ended.returncode == 1
+    assert [(line["level"], line.get("logger")) for line in found] == [
+        ("warning", "py.warnings"),
+        ("error", None),
+        ("error", None),
+        ("error", None),
+        ("critical", None),
+    ]
+    assert found[1]["thread"] == "writer"
+    endings = ["ZeroDivisionError: division by zero", "IndexError: list index out of range", "OSError: odd"]
+    for line, ending in zip(found[1:4], endings, strict=True):
+        assert line["traceback"].endswith(ending)
+    assert found[4]["traceback"].endswith("RuntimeError: the end\nof it")
+
+
+def test_a_closed_stderr_does_not_change_the_exit_status():
+    code = "import mailproxy, logging\nmailproxy.configure_logging('info', 'text')\n" + (
+        "mailproxy.event(logging.getLogger('mailproxy'), logging.INFO, 'seen')"
+    )
+    folder = Path(mailproxy.__file__).parent
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    ended = subprocess.run([sys.executable, "-c", code], stderr=writing, cwd=folder, timeout=30, check=False)
+
+    os.close(writing)
+    assert ended.returncode == 0
+
+
+# --- metrics -------------------------------------------------------------
+
+SNAPSHOT = mailproxy.Snapshot(
+    pending=3,
+    in_delivery=1,
+    oldest_pending_s=12.5,
+    unreported=2,
+    active=True,
+    lanes={
+        "default": mailproxy.LaneGauge(up=True, connections={"busy": 1, "idle": 2}),
+        "a": mailproxy.LaneGauge(up=False, connections={"busy": 0, "idle": 0}),
+    },
+)
+
+
+def samples(metrics: mailproxy.Metrics, snapshot: mailproxy.Snapshot = SNAPSHOT) -> dict[str, float]:
+    """The exposition as {name{label="value"}: number}, labels in alphabetical order."""
+    found = {}
+    for family in prometheus_client.parser.text_string_to_metric_families(
+        metrics.exposition(snapshot).decode()
+    ):
+        for sample in family.samples:
+            labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def busy_metrics() -> mailproxy.Metrics:
+    """Instruments of which every one was used."""
+    metrics = mailproxy.Metrics("1.2.3")
+    metrics.know_account("default")
+    metrics.accepted("default", 3)
+    metrics.rejected(2)
+    metrics.sent("default")
+    metrics.failed("default")
+    metrics.deferred("default", "retry")
+    metrics.rate_limited("default")
+    metrics.queue_wait("default", 2)
+    metrics.connect("default", "ok")
+    metrics.transaction("default", 0.2)
+    metrics.commit(0.002)
+    metrics.commit_failed()
+    metrics.auth_failed()
+    metrics.reports.count("acknowledged")
+    metrics.attachment(mailproxy.Source.URL, "fetched")
+    metrics.request("/status", "GET", 200, 0.003)
+    return metrics
+
+
+def test_every_metric_of_the_contract_is_there_and_counts():
+    found = samples(busy_metrics())
+
+    assert found['mailproxy_messages_accepted_total{account="default"}'] == 3
+    assert found["mailproxy_messages_rejected_total"] == 2
+    assert found['mailproxy_messages_sent_total{account="default"}'] == 1
+    assert found['mailproxy_messages_failed_total{account="default"}'] == 1
+    assert found['mailproxy_messages_deferred_total{account="default",reason="retry"}'] == 1
+    assert found['mailproxy_rate_limited_total{account="default"}'] == 1
+    assert found["mailproxy_messages_pending"] == 3
+    assert found["mailproxy_messages_in_delivery"] == 1
+    assert found["mailproxy_oldest_pending_seconds"] == 12.5
+    assert found["mailproxy_reports_unacknowledged"] == 2
+    assert found['mailproxy_report_requests_total{outcome="acknowledged"}'] == 1
+    assert found['mailproxy_smtp_connections{account="default",state="idle"}'] == 2
+    assert found['mailproxy_smtp_connects_total{account="default",outcome="ok"}'] == 1
+    assert found['mailproxy_account_up{account="default"}'] == 1
+    assert found['mailproxy_account_up{account="a"}'] == 0
+    assert found['mailproxy_smtp_transaction_seconds_count{account="default"}'] == 1
+    assert found['mailproxy_queue_wait_seconds_sum{account="default"}'] == 2
+    assert found["mailproxy_storage_commit_seconds_count"] == 1
+    assert found["mailproxy_storage_commit_failures_total"] == 1
+    assert found["mailproxy_auth_failures_total"] == 1
+    assert found['mailproxy_http_requests_total{code="200",method="GET",route="/status"}'] == 1
+    assert found['mailproxy_http_request_seconds_count{route="/status"}'] == 1
+    assert found['mailproxy_attachment_fetches_total{outcome="fetched",source="url"}'] == 1
+    assert [name for name in found if name.startswith("mailproxy_build_info{") and 'version="1.2.3"' in name]
+    if sys.platform == "linux":
+        assert found["process_resident_memory_bytes"] > 1_000_000
+
+
+def test_what_is_known_beforehand_is_there_at_zero():
+    metrics = mailproxy.Metrics("1")
+    metrics.know_account("a")
+
+    found = samples(metrics)
+
+    assert found['mailproxy_messages_failed_total{account="a"}'] == 0
+    assert found['mailproxy_messages_deferred_total{account="a",reason="login"}'] == 0
+    assert found['mailproxy_smtp_connects_total{account="a",outcome="login_refused"}'] == 0
+    assert found['mailproxy_report_requests_total{outcome="timeout"}'] == 0
+    assert found['mailproxy_attachment_fetches_total{outcome="deferred",source="s3"}'] == 0
+
+
+def test_no_label_can_be_made_up_by_a_client():
+    metrics = mailproxy.Metrics("1")
+    for number in range(50):
+        metrics.request(None, f"BREW{number}", 405, 0.1)
+        metrics.failed(f"stranger {number}")
+        metrics.transaction(f"stranger {number}", 1)
+        metrics.reports.count(f"outcome {number}")
+
+    found = samples(metrics)
+
+    assert found['mailproxy_http_requests_total{code="405",method="other",route="unmatched"}'] == 50
+    assert found['mailproxy_messages_failed_total{account="unknown"}'] == 50
+    assert found['mailproxy_report_requests_total{outcome="other"}'] == 50
+    assert not [name for name in found if "stranger" in name or "BREW" in name]
+
+
+def test_an_account_that_is_forgotten_takes_its_series_along():
+    metrics = busy_metrics()
+    metrics.know_account("gone")
+    metrics.sent("gone")
+    metrics.transaction("gone", 1)
+    metrics.queue_wait("gone", 1)
+
+    metrics.forget_account("gone")
+    metrics.forget_account("never known")
+
+    found = samples(metrics)
+    assert not [name for name in found if "gone" in name]
+    assert found['mailproxy_messages_sent_total{account="default"}'] == 1
+    metrics.know_account("gone")
+    assert samples(metrics)['mailproxy_messages_sent_total{account="gone"}'] == 0
+
+
+def test_an_account_with_an_odd_name_keeps_the_exposition_whole():
+    metrics = mailproxy.Metrics("1")
+    metrics.know_account('a"b\\c\nd')
+
+    families = prometheus_client.parser.text_string_to_metric_families(metrics.exposition(SNAPSHOT).decode())
+
+    sent = next(family for family in families if family.name == "mailproxy_messages_sent")
+    assert [sample.labels["account"] for sample in sent.samples] == ['a"b\\c\nd']
+
+
+def test_two_daemons_in_one_process_count_apart():
+    one, other = mailproxy.Metrics("1"), mailproxy.Metrics("1")
+
+    one.rejected()
+
+    assert samples(one)["mailproxy_messages_rejected_total"] == 1
+    assert samples(other)["mailproxy_messages_rejected_total"] == 0
+
+
+def test_names_and_help_follow_the_conventions_of_prometheus():
+    for family in prometheus_client.parser.text_string_to_metric_families(
+        busy_metrics().exposition(SNAPSHOT).decode()
+    ):
+        assert family.documentation.endswith(".")
+        assert family.name.startswith(("mailproxy_", "process_"))
+        names = {sample.name for sample in family.samples}
+        assert not {name for name in names if name.endswith("_created")}
+        assert all(name.endswith("_total") == (family.type == "counter") for name in names)
+        if family.type == "histogram":
+            assert family.name.endswith("_seconds")
+
+
+# ======================================================================
+# QUEUE FILE
+# ======================================================================
+
+
+@contextlib.contextmanager
+def queue_file(
+    folder: Path, migrations: Sequence[str] = ("CREATE TABLE t (x INTEGER PRIMARY KEY)",)
+) -> Iterator[Any]:
+    """An open queue file and a runner for coroutines on one loop."""
+    file = mailproxy.QueueFile(str(folder / "queue.db"), migrations, observe_commit=lambda seconds: None)
+    with asyncio.Runner() as runner:
+        file.open()
+        try:
+            yield file, runner.run
+        finally:
+            runner.run(file.close())
+
+
+def rows_of(folder: Path, statement: str = "SELECT x FROM t ORDER BY x") -> list[Any]:
+    """What another process sees in the file now."""
+    with contextlib.closing(sqlite3.connect(folder / "queue.db")) as other:
+        return [row[0] for row in other.execute(statement)]
+
+
+def insert(x: int) -> Callable[[sqlite3.Connection], Any]:
+    return lambda db: db.execute("INSERT INTO t VALUES (?)", (x,))
+
+
+def test_a_write_is_in_the_file_when_it_is_answered(tmp_path: Path) -> None:
+    with queue_file(tmp_path) as (file, run):
+        run(file.write(insert(1)))
+
+        assert rows_of(tmp_path) == [1]
+
+
+def test_writes_that_wait_together_share_a_commit(tmp_path: Path) -> None:
+    commits: list[float] = []
+    file = mailproxy.QueueFile(
+        str(tmp_path / "queue.db"), ("CREATE TABLE t (x)",), observe_commit=commits.append
+    )
+    file.open()
+
+    async def burst() -> None:
+        await asyncio.gather(*(file.write(insert(x)) for x in range(200)))
+        await file.close()
+
+    asyncio.run(burst())
+    assert rows_of(tmp_path) == list(range(200))
+    assert len(commits) < 50
+
+
+def test_work_that_raises_is_undone_alone(tmp_path: Path) -> None:
+    def insert_and_raise(db: sqlite3.Connection) -> None:
+        db.execute("INSERT INTO t VALUES (2)")
+        raise KeyError("two")
+
+    async def three(file: Any) -> list[Any]:
+        works = (insert(1), insert_and_raise, insert(3))
+        return await asyncio.gather(*(file.write(work) for work in works), return_exceptions=True)
+
+    with queue_file(tmp_path) as (file, run):
+        results = run(three(file))
+
+        assert isinstance(results[1], KeyError)
+        assert rows_of(tmp_path) == [1, 3]
+
+
+def test_a_broken_constraint_goes_to_its_own_caller(tmp_path: Path) -> None:
+    with queue_file(tmp_path) as (file, run):
+        run(file.write(insert(1)))
+
+        with pytest.raises(sqlite3.IntegrityError):
+            run(file.write(insert(1)))
+
+        assert not file.refuses
+
+
+def test_a_locked_file_refuses_and_comes_back_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mailproxy, "BUSY_TIMEOUT_MS", 50)
+    with queue_file(tmp_path) as (file, run):
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(mailproxy.StorageUnavailable):
+                run(file.write(insert(1)))
+            assert file.refuses
+
+        run(file.write(insert(2)))
+
+        assert not file.refuses
+        assert rows_of(tmp_path) == [2]
+
+
+def test_reading_goes_on_while_a_write_waits(tmp_path: Path) -> None:
+    with queue_file(tmp_path) as (file, run):
+        run(file.write(insert(1)))
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+
+            assert run(file.read(lambda db: db.execute("SELECT x FROM t").fetchall())) == [(1,)]
+
+
+def test_the_reading_connection_cannot_write(tmp_path: Path) -> None:
+    with queue_file(tmp_path) as (file, run), pytest.raises(mailproxy.StorageUnavailable, match="readonly"):
+        run(file.read(insert(1)))
+
+
+def test_the_file_and_its_siblings_are_private_even_when_they_were_not(tmp_path: Path) -> None:
+    (tmp_path / "queue.db").touch(mode=0o644)
+
+    with queue_file(tmp_path) as (file, run):
+        run(file.write(insert(1)))
+
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("queue.db", "queue.db-wal", "queue.db-shm", "queue.db.lock"), 0o600)
+
+
+def test_commits_are_synced_and_the_journal_is_a_wal(tmp_path: Path) -> None:
+    with queue_file(tmp_path) as (file, run):
+        pragmas = ("journal_mode", "synchronous")
+        found = run(file.write(lambda db: [db.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas]))
+
+    assert found == ["wal", 2]
+
+
+def test_a_second_process_is_refused_and_told_the_first_ones_pid(tmp_path: Path) -> None:
+    with queue_file(tmp_path):
+        second = mailproxy.QueueFile(str(tmp_path / "queue.db"), (), observe_commit=lambda seconds: None)
+
+        with pytest.raises(mailproxy.ConfigurationError, match=f"pid {os.getpid()}"):
+            second.open()
+
+
+def test_a_file_is_migrated_step_by_step_and_a_newer_one_refused(tmp_path: Path) -> None:
+    first = "CREATE TABLE t (x)"
+    with queue_file(tmp_path, (first,)) as (file, run):
+        run(file.write(insert(1)))
+
+    with queue_file(tmp_path, (first, "ALTER TABLE t ADD COLUMN y DEFAULT 7")) as (file, run):
+        assert run(file.read(lambda db: db.execute("SELECT x, y FROM t").fetchall())) == [(1, 7)]
+    assert rows_of(tmp_path, "PRAGMA user_version") == [2]
+    with pytest.raises(mailproxy.ConfigurationError, match="newer"), queue_file(tmp_path, (first,)):
+        pass
+
+
+def test_a_migration_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    first = "CREATE TABLE t (x)"
+    with queue_file(tmp_path, (first,)):
+        pass
+
+    with (
+        pytest.raises(mailproxy.ConfigurationError),
+        queue_file(tmp_path, (first, "CREATE TABLE u (x); SELECT nonsense")),
+    ):
+        pass
+
+    assert rows_of(tmp_path, "PRAGMA user_version") == [1]
+    assert rows_of(tmp_path, "SELECT name FROM sqlite_master WHERE name = 'u'") == []
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(mailproxy.ConfigurationError, match="does not exist"),
+        queue_file(tmp_path / "nowhere"),
+    ):
+        pass
+
+
+# ======================================================================
+# QUEUE
+# ======================================================================
+
+NOW = 1_800_000_000
+
+
+class QueueRig:
+    """A queue on a real file, with a clock that the test turns."""
+
+    def __init__(self, folder: Path, run: Callable[[Any], Any]) -> None:
+        self.now: float = NOW
+        self.run = run
+        self.file = mailproxy.QueueFile(
+            str(folder / "queue.db"), mailproxy.MIGRATIONS, observe_commit=lambda seconds: None
+        )
+        self.file.open()
+        self.queue = mailproxy.Queue(self.file, now=lambda: self.now)
+        run(self.queue.load())
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """The queue's method of that name, run to its end."""
+        return lambda *words, **options: self.run(getattr(self.queue, name)(*words, **options))
+
+    def sql(self, statement: str) -> list[Any]:
+        with contextlib.closing(sqlite3.connect(self.file.path)) as other:
+            return other.execute(statement).fetchall()
+
+    def accepted(self, *submissions: Any) -> None:
+        assert self.accept(submissions) == [None] * len(submissions)
+
+    def claimed(self, most: int = 100, account: str = "main", **options: Any) -> list[Any]:
+        order = {"retried_first": False, "hold": False, **options}
+        return self.claim([mailproxy.Order(account, most, **order)])[0]
+
+    def recorded(self, claim: Any, status: Any, **options: Any) -> None:
+        fields = {"lane": mailproxy.LaneSignal.UP, "counted": True, "slot_used": status is SENT, **options}
+        reply = mailproxy.Reply(mailproxy.Stage.END_OF_DATA, 250 if status is SENT else 451, "as told")
+        attempt = mailproxy.Attempt(self.now, self.now, {"to@example.com": reply}, "main-1")
+        disposition = mailproxy.Disposition(status, **fields)
+        self.record(mailproxy.Outcome(claim, attempt, disposition, sent=status is SENT, held=False))
+
+    def tally(self, account: str = "main") -> tuple[int, int, int]:
+        return tuple(self.tallies()[account])
+
+
+SENT, ERROR, DEFERRED, QUEUED = (mailproxy.Status(word) for word in ("sent", "error", "deferred", "queued"))
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[QueueRig]:
+    with asyncio.Runner() as runner:
+        rig = QueueRig(tmp_path, runner.run)
+        yield rig
+        runner.run(rig.file.close())
+
+
+def submission(id_: str, **fields: Any) -> Any:
+    given = {
+        "account_id": "main", "priority": 2, "deferred_ts": None, "expires_ts": None, "deadline": NOW + 432_000,
+        "batch_code": None, "message_id": f"<{id_}@example.com>", "parts": 0, "payload": '{"subject": "hello"}',
+        "contents": {},
+    }  # fmt: skip
+    return mailproxy.Submission(id=id_, **{**given, **fields})
+
+
+def ids(claims: Sequence[Any]) -> list[str]:
+    return [claim.id for claim in claims]
+
+
+def test_messages_are_claimed_by_priority_and_within_one_in_the_order_of_acceptance(rig: QueueRig) -> None:
+    rig.accepted(submission("a"), submission("b", priority=0), submission("c"), submission("d", priority=3))
+
+    assert ids(rig.claimed()) == ["b", "a", "c", "d"]
+
+
+def test_a_claimed_message_is_not_claimed_again_until_it_is_released(rig: QueueRig) -> None:
+    rig.accepted(submission("a"), submission("b"))
+    (first,) = rig.claimed(1)
+
+    assert ids(rig.claimed()) == ["b"]
+    rig.queue.release([first])
+    assert ids(rig.claimed()) == ["a"]
+
+
+def test_accounts_are_claimed_apart(rig: QueueRig) -> None:
+    rig.accepted(submission("a"), submission("b", account_id="other"))
+
+    assert ids(rig.claimed(account="other")) == ["b"]
+
+
+def test_new_and_retried_mail_take_turns(rig: QueueRig) -> None:
+    rig.accepted(*(submission(f"old{i}") for i in range(3)))
+    for claim in rig.claimed():
+        rig.recorded(claim, DEFERRED, deferred_ts=NOW + 60, reason="retry")
+    rig.accepted(*(submission(f"new{i}") for i in range(3)))
+    rig.now += 61
+    rig.release_due()
+
+    assert ids(rig.claimed(4)) == ["new0", "old0", "new1", "old1"]
+    assert ids(rig.claimed(4, retried_first=True)) == ["old2", "new2"]
+
+
+def test_a_scheduled_message_is_ready_when_its_time_has_come(rig: QueueRig) -> None:
+    rig.accepted(submission("later", deferred_ts=NOW + 10))
+    assert rig.claimed() == []
+    assert rig.queue.next_due_ts == 0 or rig.queue.next_due_ts <= NOW + 10
+
+    rig.now += 10
+
+    assert rig.release_due() == {"main"}
+    assert ids(rig.claimed()) == ["later"]
+
+
+def test_the_next_due_time_is_known_without_asking(rig: QueueRig) -> None:
+    rig.release_due()
+
+    rig.accepted(submission("later", deferred_ts=NOW + 10), submission("now"))
+    (claim,) = rig.claimed()
+    rig.recorded(claim, DEFERRED, deferred_ts=NOW + 5, reason="retry")
+
+    assert rig.queue.next_due_ts == NOW + 5
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict"), [(SENT, "already sent"), (ERROR, None), (DEFERRED, None), (QUEUED, "in delivery")]
+)
+def test_the_same_id_again(rig: QueueRig, status: Any, verdict: str | None) -> None:
+    rig.accepted(submission("a", payload='{"subject": "first"}'))
+    (claim,) = rig.claimed()
+    rig.recorded(claim, status, deferred_ts=NOW + 60 if status is DEFERRED else None, error="as told")
+
+    assert rig.accept([submission("a", payload='{"subject": "second"}')]) == [verdict]
+
+    record, attempts = rig.look_up("a")
+    replaced = verdict is None
+    assert record.payload["subject"] == ("second" if replaced else "first")
+    assert (record.fields["attempts"], record.fields["error"]) == ((0, None) if replaced else (1, "as told"))
+    assert attempts == [] if replaced else len(attempts) == 1
+
+
+def test_a_sent_id_is_remembered_after_the_message_is_purged_and_forgotten_in_time(rig: QueueRig) -> None:
+    rig.accepted(submission("a"))
+    rig.recorded(rig.claimed()[0], SENT)
+    rig.acknowledge(rig.unreported(10))
+    rig.now += 100
+    assert rig.purge(50, unreported_too=False) == 1
+
+    assert rig.accept([submission("a")]) == ["already sent"]
+    rig.now += 1000
+    assert rig.forget_ids(1000) == 1
+    assert rig.accept([submission("a")]) == [None]
+
+
+def test_only_final_reported_messages_are_purged(rig: QueueRig) -> None:
+    rig.accepted(*(submission(id_) for id_ in ("sent", "failed", "deferred", "unreported", "waiting")))
+    claims = {claim.id: claim for claim in rig.claimed()}
+    rig.recorded(claims["sent"], SENT)
+    rig.recorded(claims["failed"], ERROR, error="no")
+    rig.recorded(claims["deferred"], DEFERRED, deferred_ts=NOW + 9999, reason="retry")
+    rig.acknowledge(rig.unreported(10))
+    rig.recorded(claims["unreported"], SENT)
+    rig.now += 100
+
+    assert rig.purge(50, unreported_too=False) == 2
+    assert rig.purge(50, unreported_too=False) == 0
+    assert rig.purge(50, unreported_too=True) == 1
+    assert rig.sql("SELECT id FROM messages ORDER BY seq") == [("deferred",), ("waiting",)]
+
+
+def test_states_are_reported_in_the_order_they_came_about_and_each_once(rig: QueueRig) -> None:
+    rig.accepted(submission("a"), submission("b"), submission("c"))
+    a, b, c = rig.claimed()
+    rig.recorded(c, SENT)
+    rig.recorded(a, ERROR, error="550 no")
+    rig.recorded(b, DEFERRED, deferred_ts=NOW + 60, reason="retry", error="451 later")
+
+    states = rig.unreported(10)
+
+    assert [(s.entry["id"], s.entry["status"]) for s in states] == [
+        ("c", "sent"),
+        ("a", "error"),
+        ("b", "deferred"),
+    ]
+    assert rig.acknowledge(states) == 3
+    assert rig.unreported(10) == []
+
+
+def test_a_state_that_changed_while_it_was_reported_is_reported_again(rig: QueueRig) -> None:
+    rig.accepted(submission("a"))
+    rig.recorded(rig.claimed()[0], DEFERRED, deferred_ts=NOW, reason="retry")
+    states = rig.unreported(10)
+    rig.release_due()
+    rig.recorded(rig.claimed()[0], SENT)
+
+    assert rig.acknowledge(states) == 0
+    assert [s.entry["status"] for s in rig.unreported(10)] == ["sent"]
+
+
+def test_a_deferral_that_is_over_before_it_was_reported_is_left_out(rig: QueueRig) -> None:
+    rig.accepted(submission("a"))
+    rig.recorded(rig.claimed()[0], DEFERRED, deferred_ts=NOW, reason="retry")
+
+    rig.release_due()
+
+    assert rig.unreported(10) == []
+
+
+def test_a_message_past_its_deadline_is_given_up_unless_it_is_on_the_wire(rig: QueueRig) -> None:
+    rig.accepted(submission("a", deadline=NOW + 5, expires_ts=NOW + 5), submission("b", deadline=NOW + 5))
+    rig.claimed(1)
+    rig.now += 6
+
+    ended = rig.give_up_overdue()
+
+    assert [entry[:2] for entry in ended] == [("b", "main")]
+    assert "max_age_seconds" in rig.look_up("b")[0].fields["error"]
+    assert rig.look_up("a")[0].fields["status"] == "queued"
+
+
+def test_an_expired_message_that_some_have_received_ends_as_sent(rig: QueueRig) -> None:
+    rig.accepted(submission("a", deadline=NOW + 5))
+    recipients = {
+        "has@example.com": mailproxy.RecipientOutcome(SENT, 250, "ok"),
+        "waits@example.com": mailproxy.RecipientOutcome(DEFERRED, 451, "later"),
+    }
+    rig.recorded(rig.claimed()[0], DEFERRED, deferred_ts=NOW + 1, reason="retry", recipients=recipients)
+    rig.now += 6
+
+    rig.give_up_overdue()
+
+    fields = rig.look_up("a")[0].fields
+    assert fields["status"] == "sent"
+    assert {a: o["status"] for a, o in fields["recipients"].items()} == {
+        "has@example.com": "sent", "waits@example.com": "error",
+    }  # fmt: skip
+
+
+def test_a_rate_limited_turn_is_deferred_and_those_behind_it_wait_untouched(rig: QueueRig) -> None:
+    rig.accepted(*(submission(f"m{i}") for i in range(5)))
+
+    order = mailproxy.Order("main", 3, retried_first=False, hold=True)
+    held_back = rig.defer_limited(order, NOW + 60, "rate limit reached")
+
+    assert ids(held_back) == ["m0", "m1", "m2"]
+    assert [s.entry["status"] for s in rig.unreported(10)] == ["deferred"] * 3
+    assert ids(rig.claimed()) == ["m3", "m4"]
+
+
+def test_rate_limited_mail_keeps_its_place(rig: QueueRig) -> None:
+    rig.accepted(submission("a"), submission("b"))
+    rig.defer_limited(mailproxy.Order("main", 1, False, True), NOW + 60, "rate limit reached")
+
+    assert rig.let_go("main", ("limit",)) == 1
+
+    assert ids(rig.claimed()) == ["a", "b"]
+
+
+def test_slots_that_were_held_at_a_crash_count_as_used(rig: QueueRig) -> None:
+    rig.accepted(submission("a"), submission("b"))
+    rig.claimed(2, hold=True)
+    rig.give_back_slot("main")
+
+    rig.load()
+
+    assert rig.sends() == {"main": [(NOW, 1)]}
+    assert rig.sql("SELECT * FROM holds") == []
+
+
+def test_old_send_counts_are_folded_together_and_dropped_after_a_day(rig: QueueRig) -> None:
+    rig.accepted(*(submission(f"m{i}") for i in range(90)))
+    for claim in rig.claimed():
+        rig.now += 1
+        rig.recorded(claim, SENT)
+    rig.now += 3600 * 3
+
+    rig.fold_sends()
+
+    assert sum(n for _, n in rig.sends()["main"]) == 90
+    assert len(rig.sends()["main"]) <= 2
+    rig.now += 86_400
+    rig.fold_sends()
+    assert rig.sends() == {}
+
+
+def test_failed_messages_get_a_new_life(rig: QueueRig) -> None:
+    rig.accepted(submission("failed"), submission("sent"))
+    for claim, status in zip(rig.claimed(), (ERROR, SENT), strict=True):
+        rig.recorded(claim, status, error="550 no")
+
+    assert rig.retry(["failed", "sent", "unknown"], lambda account: NOW + 77) == (1, ["unknown"], ["sent"])
+
+    fields = rig.look_up("failed")[0].fields
+    assert (fields["status"], fields["attempts"], fields["error"], fields["error_ts"]) == (
+        "queued",
+        0,
+        None,
+        None,
+    )
+    assert ids(rig.claimed()) == ["failed"]
+
+
+def test_what_is_on_the_wire_is_not_deleted(rig: QueueRig) -> None:
+    rig.accepted(submission("a"), submission("b"))
+    rig.claimed(1)
+
+    assert rig.delete(["a", "b", "c"]) == (1, ["c"], ["a"])
+
+
+def test_the_mail_of_a_deleted_account_fails_and_no_others(rig: QueueRig) -> None:
+    rig.accepted(submission("a"), submission("b", deferred_ts=NOW + 99), submission("other", account_id="x"))
+
+    assert rig.fail_orphans("main", 0, "account deleted") == (2, None)
+
+    assert rig.sql("SELECT id FROM messages WHERE error = 'account deleted' ORDER BY seq") == [("a",), ("b",)]
+
+
+def test_the_counts_are_those_of_the_table_whatever_happened(rig: QueueRig) -> None:
+    rig.accepted(*(submission(f"m{i}") for i in range(6)), submission("later", deferred_ts=NOW + 60))
+    claims = rig.claimed(3)
+    rig.recorded(claims[0], SENT)
+    rig.recorded(claims[1], ERROR, error="no")
+    rig.recorded(claims[2], DEFERRED, deferred_ts=NOW + 5, reason="retry")
+    assert rig.tally() == (3, 2, 3)
+
+    rig.accepted(submission("m5"), submission("later"))
+    rig.delete(["m3", "m1"])
+    rig.acknowledge(rig.unreported(1))
+    rig.retry(["m1"], lambda account: NOW)
+
+    assert rig.tally() == (3, 1, 1)
+
+
+def test_a_timeline_is_bounded(rig: QueueRig) -> None:
+    rig.accepted(submission("a"))
+    for _ in range(mailproxy.KEPT_ATTEMPTS + 5):
+        (claim,) = rig.claimed()
+        rig.recorded(claim, DEFERRED, deferred_ts=int(rig.now), reason="retry")
+        rig.release_due()
+
+    assert len(rig.look_up("a")[1]) == mailproxy.KEPT_ATTEMPTS
+
+
+def test_contents_live_and_die_with_their_message(rig: QueueRig) -> None:
+    rig.accepted(submission("a", contents={0: b"\x00\xff", -1: b"raw"}))
+    assert rig.contents(1) == {0: b"\x00\xff", -1: b"raw"}
+
+    rig.delete(["a"])
+
+    assert rig.sql("SELECT * FROM contents") == []
+
+
+def test_pages_cover_every_message_once(rig: QueueRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailproxy, "STRETCH", 7)
+    rig.accepted(*(submission(f"m{i}", batch_code="even" if i % 2 == 0 else None) for i in range(40)))
+    rig.delete([f"m{i}" for i in range(8, 24)])
+
+    found, after = [], 0
+    while after is not None:
+        records, after = rig.page(mailproxy.Filters(batch_code="even"), after, 5)
+        found += [record.fields["id"] for record in records]
+
+    assert found == [f"m{i}" for i in (*range(0, 8, 2), *range(24, 40, 2))]
+
+
+def test_no_hot_statement_scans_or_sorts_the_table(rig: QueueRig) -> None:
+    """Every statement that delivery and reports run is watched, and its plan asked for."""
+    watched: set[str] = set()
+
+    def watch(db: sqlite3.Connection) -> None:
+        db.set_trace_callback(watched.add)
+
+    rig.run(rig.file.write(watch))
+    rig.run(rig.file.read(watch))
+    rig.accepted(submission("a"), submission("b", deferred_ts=NOW + 1))
+    rig.accepted(submission("a"))
+    rig.now += 2
+    rig.release_due()
+    for claim, status in zip(rig.claimed(hold=True), (SENT, DEFERRED), strict=True):
+        rig.recorded(claim, status, deferred_ts=NOW + 60 if status is DEFERRED else None, reason="retry")
+    rig.acknowledge(rig.unreported(10))
+    rig.give_up_overdue()
+    rig.oldest_pending_ts()
+    rig.purge(1, unreported_too=True)
+    rig.let_go("main", ("limit",))
+
+    plans = {
+        statement: rig.sql(f"EXPLAIN QUERY PLAN {statement}")
+        for statement in watched
+        if "messages" in statement
+    }
+    details = {(statement, row[3]) for statement, plan in plans.items() for row in plan}
+    assert len(plans) > 10
+    assert not [
+        entry
+        for entry in details
+        if re.search(r"SCAN messages(?! USING (COVERING )?INDEX)|TEMP B-TREE", entry[1])
+    ]
+
+
+# ======================================================================
+# OUTBOUND HTTP
+# ======================================================================
+
+
+LOOPBACK_ALLOWED = mailproxy.AddressPolicy(["127.0.0.1"])
+NOBODY_ALLOWED = mailproxy.AddressPolicy([])
+
+
+class Scripted:
+    """A TCP server: for each connection it keeps the request and runs a script on the socket."""
+
+    def __init__(self, script, context=None, host="127.0.0.1", family=socket.AF_INET):
+        self.requests = []
+        self.connections = 0
+        self._script = script
+        self._context = context
+        self._listener = socket.create_server(
+            (host, 0), family=family, dualstack_ipv6=family == socket.AF_INET6
+        )
+        self._stop_reading, self._stop = os.pipe()
+        self.stopping = threading.Event()
+        self.port = self._listener.getsockname()[1]
+        self._threads = [threading.Thread(target=self._serve)]
+        self._threads[0].start()
+
+    def url(self, path="/file.bin"):
+        return f"{'https' if self._context else 'http'}://127.0.0.1:{self.port}{path}"
+
+    def _serve(self):
+        while True:
+            ready, _, _ = select.select([self._listener, self._stop_reading], [], [])
+            if self._stop_reading in ready:
+                return
+            connection, _ = self._listener.accept()
+            self.connections += 1
+            thread = threading.Thread(target=self._talk, args=(connection,))
+            self._threads.append(thread)
+            thread.start()
+
+    def _talk(self, connection):
+        with contextlib.suppress(OSError), connection:
+            connection.settimeout(10)
+            if self._context is not None:
+                connection = self._context.wrap_socket(connection, server_side=True)
+            with connection:
+                received = b""
+                while b"\r\n\r\n" not in received:
+                    piece = connection.recv(65536)
+                    if not piece:
+                        return
+                    received += piece
+                head, _, body = received.partition(b"\r\n\r\n")
+                announced = re.search(rb"(?i)content-length: (\d+)", head)
+                while announced and len(body) < int(announced[1]):
+                    body += connection.recv(65536)
+                self.requests.append((head.decode("latin-1"), body))
+                self._script(self, connection)
+
+    def close(self):
+        self.stopping.set()
+        os.write(self._stop, b"x")
+        for thread in self._threads:
+            thread.join(10)
+        self._listener.close()
+        os.close(self._stop_reading)
+        os.close(self._stop)
+
+
+@contextlib.contextmanager
+def scripted(script, **options):
+    if isinstance(script, bytes):
+        answer, script = script, lambda server, connection: connection.sendall(answer)
+    server = Scripted(script, **options)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def answered(body=b"hello", headers=(), status="200 OK"):
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def http_get(url, **options):
+    return mailproxy.http_request("GET", url, **({"timeout_s": 10, "max_bytes": 1_000_000} | options))
+
+
+def http_failure_of(url, **options):
+    with pytest.raises(mailproxy.HttpFailure) as caught:
+        http_get(url, **options)
+    return caught.value
+
+
+def trickle(octets, pause_s=0.02):
+    def script(server, connection):
+        for octet in itertools.chain(octets, itertools.cycle(b"x")):
+            connection.sendall(bytes([octet]))
+            if server.stopping.wait(pause_s):
+                return
+
+    return script
+
+
+# --- what is sent, what comes back
+
+
+def test_a_request_goes_out_once_and_its_answer_comes_back_whole():
+    with scripted(answered(b"body", ["X-One: 1", "X-One: 2"])) as server:
+        answer = mailproxy.http_request(
+            "POST", server.url("/a?b=c"), body=b"{}", headers={"X-Token": "t"}, timeout_s=10, max_bytes=100
+        )
+
+    assert (answer.status, answer.body, answer.headers["x-one"]) == (200, b"body", "1, 2")
+    head, body = server.requests[0]
+    assert head.startswith("POST /a?b=c HTTP/1.1\r\n")
+    assert body == b"{}"
+    assert f"Host: 127.0.0.1:{server.port}" in head
+    assert "X-Token: t" in head
+    assert "Accept-Encoding: identity" in head
+
+
+@pytest.mark.parametrize("status", ["204 No Content", "302 Found", "404 Not Found", "429 Slow", "500 Oh"])
+def test_every_status_is_an_answer_and_a_redirect_is_not_followed(status):
+    with scripted(answered(b"", ["Location: /elsewhere"], status)) as server:
+        answer = http_get(server.url())
+
+    assert answer.status == int(status[:3])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "sent"),
+    [
+        ("", "/"),
+        ("/a//b/./../c", "/a//b/./../c"),
+        ("//a", "//a"),
+        ("/a b", "/a%20b"),
+        ("/a%20b+c%2Fd", "/a%20b+c%2Fd"),
+        ("/è?q=à b", "/%C3%A8?q=%C3%A0%20b"),
+        ("/a#fragment", "/a"),
+        ("/100%", "/100%"),
+        ("?x=1", "/?x=1"),
+    ],
+)
+def test_the_path_is_sent_as_given_and_only_what_cannot_be_sent_is_encoded(path, sent):
+    with scripted(answered()) as server:
+        http_get(f"http://127.0.0.1:{server.port}{path}")
+
+    assert server.requests[0][0].split(" HTTP/1.1")[0] == f"GET {sent}"
+
+
+def test_user_and_password_of_a_url_become_basic_authorization():
+    with scripted(answered()) as server:
+        answer = http_get(f"http://us%40er:p%C3%A0ss@127.0.0.1:{server.port}/x")
+
+    assert f"Authorization: {mailproxy.basic_authorization('us@er', 'pàss')}" in server.requests[0][0]
+    assert answer.url == server.url("/x")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "file:///etc/passwd", "ftp://h/x", "//h/x", "http:/h", "http://", "http:///x", "http://h:0/",
+        "http://h:65536/",
+        "http://h:x/", "http://a b/", "http://h%2f@/", "http://[::1/", "http://[::1%25lo]/",
+        "http://h\r\nX: y/", "http://h/\x00",
+        "http://h/a\tb", "http://h/\ud800", "http://" + "ü" * 300 + "/", "javascript:alert(1)",
+        "http://h\\x/",
+    ],
+)  # fmt: skip
+def test_what_is_no_http_url_is_refused_for_good_before_anything_is_sent(url):
+    failure = http_failure_of(url, resolve=lambda host, port: pytest.fail("resolved"))
+
+    assert not failure.transient
+    assert failure.reason == "not a valid http or https URL"
+
+
+# --- deadlines
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        lambda server, connection: server.stopping.wait(10),
+        trickle(b"HTTP/1.1 200 OK\r\nX-Long: "),
+        trickle(b"HTTP/1.1 200 OK\r\n\r\n"),
+        trickle(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"),
+        trickle(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffff\r\n"),
+        trickle(b"HTTP/1.1 404 Gone\r\nContent-Length: 100000\r\n\r\n"),
+        trickle(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, 0.001),
+    ],
+    ids=["silent", "head", "until close", "length", "chunked", "error", "continue"],
+)
+def test_the_deadline_cuts_whatever_trickles(script):
+    with scripted(script) as server:
+        begun = time.monotonic()
+        failure = http_failure_of(server.url(), timeout_s=0.4)
+        took = time.monotonic() - begun
+
+    assert failure.transient
+    assert "within 0.4 s" in failure.reason
+    assert 0.3 < took < 2
+
+
+def test_the_deadline_holds_for_a_body_that_nobody_reads():
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with listener:
+        begun = time.monotonic()
+        with pytest.raises(mailproxy.HttpFailure, match="within"):
+            mailproxy.http_request(
+                "POST",
+                f"http://127.0.0.1:{listener.getsockname()[1]}/",
+                body=bytes(20_000_000),
+                timeout_s=0.4,
+                max_bytes=9,
+            )
+
+    assert time.monotonic() - begun < 2
+
+
+def test_the_deadline_holds_for_a_tls_handshake_that_does_not_come():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        failure = http_failure_of(f"https://127.0.0.1:{listener.getsockname()[1]}/", timeout_s=0.4)
+
+    assert failure.transient
+    assert "within" in failure.reason
+
+
+def test_the_deadline_holds_for_a_name_look_up_that_does_not_end():
+    ended = threading.Event()
+
+    failure = http_failure_of(
+        "http://slow.example/", timeout_s=0.3, resolve=lambda host, port: ended.wait(10) and []
+    )
+    ended.set()
+
+    assert failure.transient
+    assert "within" in failure.reason
+
+
+def test_an_unknown_name_is_a_passing_failure():
+    def resolve(host, port):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    failure = http_failure_of("http://gone.example/x?signature=secret", resolve=resolve)
+
+    assert failure.transient
+    assert failure.reason == "the name gone.example cannot be resolved: Name or service not known"
+
+
+def test_a_refused_connection_is_a_passing_failure_and_tells_no_secrets():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+    failure = http_failure_of(f"http://user:pass@127.0.0.1:{port}/token?signature=secret")
+
+    assert failure.transient
+    assert failure.reason == f"no connection to http://127.0.0.1:{port}: Connection refused"
+
+
+def test_a_header_that_cannot_be_sent_is_not_quoted():
+    with scripted(answered()) as server:
+        failure = http_failure_of(server.url(), headers={"Authorization": "Bearer geheim\r\nX: y"})
+
+    assert not failure.transient
+    assert "geheim" not in failure.reason
+    assert failure.__cause__ is None
+
+
+def test_the_second_address_is_tried_when_the_first_does_not_answer():
+    with scripted(answered()) as server, socket.create_server(("127.0.0.1", 0)) as gone:
+        gone_port = gone.getsockname()[1]
+        gone.close()
+        addresses = [(socket.AF_INET, ("127.0.0.1", port)) for port in (gone_port, server.port)]
+        answer = http_get("http://two.example/", resolve=lambda host, port: addresses)
+
+    assert answer.body == b"hello"
+
+
+# --- size limits
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        answered(bytes(1001)),
+        b"HTTP/1.1 200 OK\r\n\r\n" + bytes(1001),
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3e9\r\n" + bytes(1001) + b"\r\n0\r\n\r\n",
+        answered(gzip.compress(bytes(1001)), ["Content-Encoding: gzip"]),
+        answered(gzip.compress(bytes(600)) + gzip.compress(bytes(600)), ["Content-Encoding: gzip"]),
+    ],
+    ids=["length", "until close", "chunked", "gzip", "gzip members"],
+)
+def test_a_body_larger_than_the_limit_is_refused_for_good(answer):
+    with scripted(answer) as server:
+        failure = http_failure_of(server.url(), max_bytes=1000)
+
+    assert isinstance(failure, mailproxy.TooLarge)
+    assert not failure.transient
+    assert "larger than the 1000 bytes allowed" in failure.reason
+
+
+def test_an_endless_body_is_left_at_the_limit():
+    sent = []
+
+    def endless(server, connection):
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        while not server.stopping.is_set():
+            connection.sendall(bytes(65536))
+            sent.append(65536)
+
+    with scripted(endless) as server:
+        failure = http_failure_of(server.url(), max_bytes=1_000_000)
+
+    assert isinstance(failure, mailproxy.TooLarge)
+    assert sum(sent) < 20_000_000
+
+
+def test_a_decompression_bomb_costs_no_more_than_the_limit():
+    asked = []
+    with scripted(answered(gzip.compress(bytes(50_000_000)), ["Content-Encoding: gzip"])) as server:
+        failure = http_failure_of(server.url(), max_bytes=1_000_000, on_size=asked.append)
+
+    assert isinstance(failure, mailproxy.TooLarge)
+    assert max(asked) <= 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("answer", "body"),
+    [
+        (answered(bytes(1000)), bytes(1000)),
+        (answered(b""), b""),
+        (b"HTTP/1.0 200 OK\r\n\r\nuntil close", b"until close"),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nT: v\r\n"
+            b"\r\n",
+            b"abcde",
+        ),
+        (answered(gzip.compress(b"a" * 1000), ["Content-Encoding: GZIP"]), b"a" * 1000),
+        (answered(gzip.compress(b"ab") + gzip.compress(b"cd"), ["Content-Encoding: gzip"]), b"abcd"),
+        (answered(zlib.compress(b"abc"), ["Content-Encoding: deflate"]), b"abc"),
+        (answered(b"abc", ["Content-Encoding: identity"]), b"abc"),
+    ],
+)
+def test_a_body_within_the_limit_comes_whole(answer, body):
+    with scripted(answer) as server:
+        assert http_get(server.url(), max_bytes=1000).body == body
+
+
+def test_a_large_gzip_body_comes_back_as_it_was():
+    content = os.urandom(300_000) + bytes(3_000_000)
+    with scripted(answered(gzip.compress(content), ["Content-Encoding: gzip"])) as server:
+        assert http_get(server.url(), max_bytes=4_000_000).body == content
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n64\r\nshort",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\nContent-Encoding: gzip\r\n\r\nshort",
+        answered(gzip.compress(os.urandom(1000))[:-20], ["Content-Encoding: gzip"]),
+        answered(b"not compressed", ["Content-Encoding: gzip"]),
+        b"HTTP/1.1 200 OK\r\nContent-Le",
+        b"SSH-2.0-OpenSSH\r\n",
+        b"",
+    ],
+)
+def test_an_answer_that_breaks_off_is_a_passing_failure(answer):
+    with scripted(answer) as server:
+        assert http_failure_of(server.url()).transient
+
+
+@pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip"])
+def test_a_content_encoding_that_nobody_asked_for_is_refused_for_good(coding):
+    with scripted(answered(b"x", [f"Content-Encoding: {coding}"])) as server:
+        assert not http_failure_of(server.url()).transient
+
+
+def test_of_an_error_answer_only_the_beginning_is_read():
+    with scripted(answered(bytes(5_000_000), status="404 Not Found")) as server:
+        answer = http_get(server.url(), max_bytes=10)
+
+    assert (answer.status, len(answer.body)) == (404, 65536)
+
+
+def test_the_room_for_a_body_is_asked_for_before_it_is_read():
+    asked = []
+    with scripted(answered(bytes(1000))) as server:
+        http_get(server.url(), on_size=asked.append)
+    assert asked == [1000]
+
+    class NoRoom(Exception):
+        pass
+
+    def refuse(size_bytes):
+        raise NoRoom
+
+    with scripted(answered(bytes(1000))) as server, pytest.raises(NoRoom):
+        http_get(server.url(), on_size=refuse)
+
+
+# --- the address policy
+
+FORBIDDEN_ADDRESSES = [
+    "0.0.0.0", "0.1.2.3", "10.1.2.3", "100.64.0.1", "100.100.100.200", "127.0.0.1", "127.255.255.254",
+    "168.63.129.16",
+    "169.254.169.254", "172.16.0.1", "172.31.255.255", "192.0.0.8", "192.0.2.1", "192.88.99.1",
+    "192.168.1.1", "198.18.0.1",
+    "198.51.100.1", "203.0.113.1", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255",
+    "::", "::1", "::127.0.0.1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:169.254.169.254",
+    "64:ff9b::7f00:1",
+    "64:ff9b::a9fe:a9fe", "64:ff9b:1::1", "100::1", "2001::1", "2001:0:7f00:1::", "2001:20::1",
+    "2001:db8::1", "2002:7f00:1::1",
+    "2002:808:808::1", "3fff::1", "fc00::1", "fd00:ec2::254", "fe80::1", "fe80::1%lo", "fec0::1", "ff02::1",
+    "4000::1", "::ffff:0:7f00:1",
+]  # fmt: skip
+PUBLIC_ADDRESSES = [
+    "1.1.1.1",
+    "8.8.8.8",
+    "100.63.255.255",
+    "172.32.0.1",
+    "192.0.1.1",
+    "223.255.255.255",
+    "2606:4700::1111",
+    "2a00:1450::1",
+]
+
+
+@pytest.mark.parametrize("address", FORBIDDEN_ADDRESSES)
+def test_an_address_that_is_not_public_is_refused(address):
+    with pytest.raises(mailproxy.ForbiddenAddress):
+        NOBODY_ALLOWED.judge("host.example", address)
+
+
+@pytest.mark.parametrize("address", [*PUBLIC_ADDRESSES, "::ffff:8.8.8.8", "64:ff9b::808:808"])
+def test_a_public_address_is_let_through(address):
+    NOBODY_ALLOWED.judge("host.example", address)
+
+
+@hypothesis.given(st.ip_addresses())
+@hypothesis.settings(max_examples=300, deadline=None)
+def test_nothing_that_python_calls_private_is_public(address):
+    if mailproxy.is_public(address) and (address.version == 4 or address not in mailproxy.NAT64):
+        mapped = getattr(address, "ipv4_mapped", None)
+        assert (mapped or address).is_global
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host", "address"),
+    [
+        ("127.0.0.1", "any.example", "127.0.0.1"),
+        ("127.0.0.1", "any.example", "::ffff:127.0.0.1"),
+        ("10.0.0.0/8", "any.example", "10.200.0.1"),
+        ("10.0.0.7/8", "any.example", "10.200.0.1"),
+        ("::1", "any.example", "::1"),
+        ("[::1]", "any.example", "::1"),
+        ("fd00::/8", "any.example", "fd12::1"),
+        ("Files.Example", "files.example.", "10.0.0.1"),
+        (" localhost ", "LOCALHOST", "127.0.0.1"),
+    ],
+)
+def test_allow_hosts_lets_through_what_it_names(allowed, host, address):
+    mailproxy.AddressPolicy([allowed]).judge(host, address)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host", "address"),
+    [
+        ("127.0.0.1", "any.example", "127.0.0.2"),
+        ("127.0.0.1", "any.example", "::1"),
+        ("files.example", "evil.files.example", "10.0.0.1"),
+        ("files.example", "files.example.evil.example", "10.0.0.1"),
+        ("10.0.0.0/8", "10.0.0.1", "192.168.0.1"),
+    ],
+)
+def test_allow_hosts_lets_through_nothing_else(allowed, host, address):
+    with pytest.raises(mailproxy.ForbiddenAddress):
+        mailproxy.AddressPolicy([allowed]).judge(host, address)
+
+
+def test_a_network_that_is_none_stops_the_start():
+    with pytest.raises(mailproxy.ConfigurationError, match=r"allow_hosts: '10\.0\.0\.0/33'"):
+        mailproxy.AddressPolicy(["10.0.0.0/33"])
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "017700000001", "0", "0.0.0.0",
+        "[::1]", "[::]",
+        "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "localhost", "public.example@127.0.0.1",
+        "public.example:80@localhost",
+        "public.example\\@127.0.0.1", "127.0.0.1.", "①②⑦.0.0.1", "１２７.0.0.1", "127。0。0。1",
+    ],
+)  # fmt: skip
+def test_no_spelling_of_a_forbidden_address_gets_a_packet_to_it(place):
+    with scripted(answered(), host="::", family=socket.AF_INET6) as server:
+        assert http_get(f"http://127.0.0.1:{server.port}/").status == 200
+        failure = http_failure_of(f"http://{place}:{server.port}/", policy=NOBODY_ALLOWED)
+
+    assert isinstance(failure, mailproxy.ForbiddenAddress) or "cannot be resolved" in failure.reason
+    assert server.connections == 1
+
+
+def test_of_several_addresses_only_the_permitted_ones_are_connected_to():
+    with scripted(answered()) as server:
+        addresses = [
+            (socket.AF_INET, ("127.0.0.2", server.port)),
+            (socket.AF_INET, ("127.0.0.1", server.port)),
+        ]
+        answer = http_get(
+            "http://two.example/", policy=LOOPBACK_ALLOWED, resolve=lambda host, port: addresses
+        )
+
+    assert answer.status == 200
+    assert server.connections == 1
+
+
+def test_a_name_is_resolved_once_so_it_cannot_change_between_judgement_and_connection():
+    with scripted(answered()) as forbidden:
+        asked = []
+
+        def rebinding(host, port):
+            asked.append(host)
+            number = "192.0.2.1" if len(asked) > 1 else "127.0.0.1"
+            return [(socket.AF_INET, (number, forbidden.port))]
+
+        failure = http_failure_of("http://rebinding.example/", policy=NOBODY_ALLOWED, resolve=rebinding)
+
+    assert isinstance(failure, mailproxy.ForbiddenAddress)
+    assert (len(asked), forbidden.connections) == (1, 0)
+
+
+def test_with_a_policy_the_proxy_of_the_environment_is_not_used(monkeypatch):
+    with scripted(answered(b"proxy")) as proxy, scripted(answered(b"origin")) as origin:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
+        monkeypatch.delenv("no_proxy", raising=False)
+
+        judged = http_get(origin.url(), policy=LOOPBACK_ALLOWED, proxies=True)
+        operators = http_get(origin.url(), proxies=True)
+
+    assert (judged.body, operators.body) == (b"origin", b"proxy")
+    assert proxy.requests[0][0].startswith(f"GET http://127.0.0.1:{origin.port}/file.bin HTTP/1.1")
+
+
+# --- TLS
+
+
+@pytest.fixture(scope="module")
+def http_certificate(tmp_path_factory):
+    """A certificate of its own authority for localhost: (certificate and key, authority)."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    def made(subject, public_key, issuer, issuer_key, *extensions):
+        now = datetime.datetime.now(datetime.UTC)
+        builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(public_key)
+        builder = builder.serial_number(x509.random_serial_number())
+        builder = builder.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(
+            now + datetime.timedelta(days=1)
+        )
+        for extension, critical in extensions:
+            builder = builder.add_extension(extension, critical)
+        return builder.sign(issuer_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    authority = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test authority")])
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    key_id = x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key())
+    signing = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "ca.pem").write_bytes(
+        made(authority, authority_key.public_key(), authority, authority_key,
+             (x509.BasicConstraints(True, None), True), (key_id, False), (signing, True))
+    )  # fmt: skip
+    pem = made(
+        subject, key.public_key(), authority, authority_key,
+        (x509.SubjectAlternativeName([x509.DNSName("localhost")]), False),
+        (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(key_id), False),
+    )  # fmt: skip
+    pem += key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (folder / "server.pem").write_bytes(pem)
+    return str(folder / "server.pem"), str(folder / "ca.pem")
+
+
+@pytest.fixture
+def http_tls(http_certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(http_certificate[0])
+    return context
+
+
+def test_https_is_verified_against_the_authority_given(http_tls, http_certificate):
+    with scripted(answered(os.urandom(100_000)), context=http_tls) as server:
+        answer = http_get(f"https://localhost:{server.port}/", ca_file=http_certificate[1])
+        unknown_authority = http_failure_of(f"https://localhost:{server.port}/")
+        wrong_name = http_failure_of(f"https://127.0.0.1:{server.port}/", ca_file=http_certificate[1])
+        unverified = http_get(server.url(), verify=False)
+
+    assert answer.status == unverified.status == 200
+    assert unknown_authority.transient
+    assert "certificate" in unknown_authority.reason
+    assert wrong_name.transient
+    assert "certificate" in wrong_name.reason
+
+
+def test_the_deadline_cuts_what_trickles_under_tls(http_tls, http_certificate):
+    with scripted(trickle(b"HTTP/1.1 200 OK\r\n\r\n"), context=http_tls) as server:
+        begun = time.monotonic()
+        failure = http_failure_of(
+            f"https://localhost:{server.port}/", ca_file=http_certificate[1], timeout_s=0.5
+        )
+
+    assert "within" in failure.reason
+    assert time.monotonic() - begun < 2
+
+
+def test_a_forbidden_address_gets_no_tls_hello(http_tls):
+    with scripted(answered(), context=http_tls) as server:
+        failure = http_failure_of(server.url(), policy=NOBODY_ALLOWED)
+
+    assert isinstance(failure, mailproxy.ForbiddenAddress)
+    assert server.connections == 0
+
+
+def test_a_certificate_file_that_is_not_there_is_named():
+    failure = http_failure_of("https://localhost/", ca_file="/nowhere/ca.pem")
+
+    assert failure.transient
+    assert "/nowhere/ca.pem" in failure.reason
+
+
+# --- redirects
+
+
+def following(url, **options):
+    return mailproxy.http_get_following(
+        url, **({"timeout_s": 10, "max_bytes": 1000, "policy": LOOPBACK_ALLOWED} | options)
+    )
+
+
+def redirecting(hops, final=b"here"):
+    """A server whose /N redirects to /N-1, and whose /0 answers."""
+
+    def script(server, connection):
+        path = server.requests[-1][0].split()[1]
+        left = int(path.strip("/"))
+        connection.sendall(
+            answered(final) if left == 0 else answered(b"", [f"Location: {hops(left)}"], "302 Found")
+        )
+
+    return scripted(script)
+
+
+def test_five_redirects_are_followed_and_a_sixth_is_not():
+    with redirecting(lambda left: f"/{left - 1}") as server:
+        assert following(server.url("/5")).body == b"here"
+        with pytest.raises(mailproxy.HttpFailure, match="more than 5 redirects") as caught:
+            following(server.url("/6"))
+
+    assert not caught.value.transient
+
+
+def test_every_redirect_is_judged_anew():
+    with scripted(answered(b"secret"), host="127.0.0.2") as forbidden:
+        leading = answered(b"", [f"Location: http://127.0.0.2:{forbidden.port}/"], "307 Temporary Redirect")
+        with scripted(leading) as server, pytest.raises(mailproxy.ForbiddenAddress):
+            following(server.url())
+
+    assert forbidden.connections == 0
+
+
+@pytest.mark.parametrize(
+    "location", ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://h:0/", "data:,x", "http://[x"]
+)
+def test_a_redirect_to_anything_but_http_ends_it_for_good(location):
+    refused = pytest.raises(mailproxy.HttpFailure, match="redirects to what is not")
+    with scripted(answered(b"", [f"Location: {location}"], "301 Moved")) as server, refused as caught:
+        following(server.url())
+
+    assert not caught.value.transient
+
+
+def test_a_password_in_the_url_is_not_carried_to_another_server():
+    def elsewhere(server, connection):
+        connection.sendall(answered(b"", [f"Location: {other.url()}"], "302 Found"))
+
+    with scripted(answered(b"other")) as other, scripted(elsewhere) as server:
+        answer = following(f"http://user:pass@127.0.0.1:{server.port}/")
+
+    assert answer.body == b"other"
+    assert "Authorization" in server.requests[0][0]
+    assert "Authorization" not in other.requests[0][0]
+
+
+def test_all_redirects_share_one_deadline():
+    def slow(server, connection):
+        server.stopping.wait(0.25)
+        connection.sendall(answered(b"", ["Location: /again"], "302 Found"))
+
+    with scripted(slow) as server:
+        begun = time.monotonic()
+        with pytest.raises(mailproxy.HttpFailure, match="within"):
+            following(server.url(), timeout_s=0.6)
+
+    assert time.monotonic() - begun < 2
+    assert len(server.requests) <= 3
+
+
+# ======================================================================
+# ATTACHMENTS
+# ======================================================================
+
+
+FETCH_TIME = 1_700_000_000.0
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def a_fetcher(**changes):
+    options = {
+        "timeout_s": 5,
+        "max_attachment_bytes": 1_000_000,
+        "max_message_bytes": 2_000_000,
+        "cache_bytes": 10_000_000,
+        "policy": LOOPBACK_ALLOWED,
+        "s3": mailproxy.S3Defaults,
+        "endpoint_url": None,
+        "endpoint_headers": dict,
+        "base_dir": None,
+        "in_thread": asyncio.to_thread,
+        "monotonic": Clock(),
+        "now": lambda: FETCH_TIME,
+        "observe": lambda source, outcome: None,
+    }
+    return mailproxy.AttachmentFetcher(**(options | changes))
+
+
+def fetched(attachment, **changes):
+    return asyncio.run(a_fetcher(**changes).fetch(attachment))
+
+
+def from_url(url, filename="", **fields):
+    return Attachment(filename, Source.URL, url, **fields)
+
+
+def assert_failed(outcome, *, transient, saying):
+    assert isinstance(outcome, Reply)
+    assert outcome.text.startswith("Attachment fetch failed: ")
+    assert (outcome.stage, outcome.cause) == (mailproxy.Stage.ATTACHMENT, mailproxy.Cause.LOCAL)
+    assert (outcome.transient, outcome.permanent) == (transient, not transient)
+    assert saying in outcome.text
+
+
+# --- from a URL
+
+
+def test_a_url_becomes_a_part_named_and_typed_by_its_answer():
+    headers = ["Content-Type: Application/PDF; x=y", 'Content-Disposition: attachment; filename="bill 7.pdf"']
+    with scripted(answered(b"%PDF", headers)) as server:
+        part = fetched(from_url(server.url("/download?id=7")))
+
+    assert part[1:] == ("bill 7.pdf", "application/pdf", b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "given", "given_type", "filename", "content_type"),
+    [
+        ("/a/b%20%C3%A8.txt?x=/y.pdf", [], "", None, "b è.txt", "text/plain"),
+        ("/a.txt", ["Content-Type: image/png"], "mine.pdf", None, "mine.pdf", "image/png"),
+        (
+            "/a.txt",
+            ["Content-Type: application/octet-stream"],
+            "mine.pdf",
+            None,
+            "mine.pdf",
+            "application/pdf",
+        ),
+        (
+            "/a.txt",
+            ["Content-Type: application/octet-stream"],
+            "mine",
+            None,
+            "mine",
+            "application/octet-stream",
+        ),
+        ("/a.txt", ["Content-Type: nonsense"], "mine.tar.gz", None, "mine.tar.gz", "application/gzip"),
+        ("/a.txt", ["Content-Type: image/png"], "mine.pdf", "Text/CSV; charset=x", "mine.pdf", "text/csv"),
+        ("/", [], "", None, "attachment", "application/octet-stream"),
+        ("/..%2f..%2fetc%2Fpasswd", [], "", None, ".._.._etc_passwd", "application/octet-stream"),
+    ],
+)
+def test_the_message_names_first_then_the_answer_then_the_url(
+    path, headers, given, given_type, filename, content_type
+):
+    with scripted(answered(b"x", headers)) as server:
+        part = fetched(from_url(server.url(path), given, content_type=given_type))
+
+    assert (part.filename, part.content_type) == (filename, content_type)
+
+
+@pytest.mark.parametrize(
+    ("header", "name"),
+    [
+        ("attachment", ""),
+        ("attachment; filename=plain.pdf", "plain.pdf"),
+        ("filename=plain.pdf", "plain.pdf"),
+        ('attachment; filename="with; semicolon=.pdf"; size=3', "with; semicolon=.pdf"),
+        (r'attachment; filename="quo\"ted.pdf"', 'quo"ted.pdf'),
+        ("attachment; FileName=x.pdf ; creation-date=y", "x.pdf"),
+        ("attachment; filename*=UTF-8''%e2%82%ac%20rates.pdf", "€ rates.pdf"),
+        ("attachment; filename=\"fallback.pdf\"; filename*=UTF-8'en'%C3%A8.pdf", "è.pdf"),
+        ("attachment; filename*=UTF-8''%ff; filename=fallback.pdf", "fallback.pdf"),
+        ("attachment; filename*=no-such''%41; filename=fallback.pdf", "fallback.pdf"),
+        ("attachment; filename*=ISO-8859-1''%e8.pdf", "è.pdf"),
+        ('attachment; filename="../../etc/passwd"', "passwd"),
+        ('attachment; filename="C:\\\\Users\\\\me.pdf"', "me.pdf"),
+        ('attachment; filename="è.pdf"'.encode().decode("latin-1"), "è.pdf"),
+        ('attachment; filename="\xe8.pdf"', "è.pdf"),
+        ('attachment; x="; filename=wrong.pdf"; filename=right.pdf', "right.pdf"),
+    ],
+)
+def test_the_name_is_read_from_content_disposition(header, name):
+    assert mailproxy.disposition_filename(header) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("plain.pdf", "plain.pdf"),
+        ("Report 3/2024.pdf", "Report 3_2024.pdf"),
+        ("a\\b.pdf", "a_b.pdf"),
+        ("line\r\nbreak\x00\x7f\u2028.pdf", "linebreak.pdf"),
+        ("gnp\u202efdp.exe", "gnpfdp.exe"),
+        ("🙂 è.pdf", "🙂 è.pdf"),
+        ('quo"ted.pdf', 'quo"ted.pdf'),
+        ("\ud800.pdf", ".pdf"),
+        ("..", "attachment"),
+        (" ", "attachment"),
+        ("x" * 300 + ".pdf", "x" * 196 + ".pdf"),
+    ],
+)
+def test_a_file_name_is_made_safe(name, safe):
+    assert mailproxy.safe_filename(name) == safe
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504, 408, 429])
+def test_a_passing_answer_defers(status):
+    with scripted(answered(b"", status=f"{status} x")) as server:
+        assert_failed(fetched(from_url(server.url())), transient=True, saying=f"answered {status}")
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 418, 204, 206, 304])
+def test_a_lasting_answer_fails(status):
+    with scripted(answered(b"", status=f"{status} x")) as server:
+        assert_failed(fetched(from_url(server.url())), transient=False, saying=f"answered {status}")
+
+
+@pytest.mark.parametrize(
+    ("header", "pause_s"),
+    [
+        ("120", 120.0), (" 0 ", 0.0), ("Tue, 14 Nov 2023 22:15:00 GMT", 100.0),
+        ("Tue, 14 Nov 2023 22:00:00 GMT", 0.0),
+        ("", None), ("soon", None), ("-5", None), ("1.5", None), ("²", None), ("9" * 400, 999_999_999.0),
+    ],
+)  # fmt: skip
+def test_retry_after_is_seconds_or_a_date(header, pause_s):
+    assert mailproxy.retry_after_s(header, FETCH_TIME) == pause_s
+
+
+def test_the_pause_that_the_server_asks_for_is_in_the_reply():
+    with scripted(answered(b"", ["Retry-After: 77"], "429 Too Many Requests")) as server:
+        assert fetched(from_url(server.url())).retry_after_s == 77
+
+
+def test_a_slow_server_a_refused_connection_and_an_unknown_name_defer():
+    def resolve(host, port):
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    with scripted(lambda server, connection: server.stopping.wait(10)) as server:
+        slow = fetched(from_url(server.url("/x?token=secret")), timeout_s=0.3)
+    refused = fetched(from_url(server.url("/x?token=secret")))
+    unknown = fetched(from_url("http://nowhere.example/x?token=secret"), resolve=resolve)
+
+    assert_failed(slow, transient=True, saying="within 0.3 s")
+    assert_failed(refused, transient=True, saying="Connection refused")
+    assert_failed(unknown, transient=True, saying="nowhere.example cannot be resolved")
+    assert "secret" not in slow.text + refused.text + unknown.text
+
+
+def test_a_forbidden_address_a_wrong_scheme_and_too_large_a_body_fail():
+    with scripted(answered(bytes(1001))) as server:
+        forbidden = fetched(from_url(server.url()), policy=NOBODY_ALLOWED)
+        assert server.connections == 0
+        too_large = fetched(from_url(server.url()), max_attachment_bytes=1000)
+
+    assert_failed(forbidden, transient=False, saying="127.0.0.1 is not public")
+    assert_failed(fetched(from_url("ftp://h/x")), transient=False, saying="not a valid http or https URL")
+    assert_failed(too_large, transient=False, saying="larger than the 1000 bytes allowed")
+
+
+def test_md5_is_verified():
+    digest = hashlib.md5(b"hello").hexdigest()
+    with scripted(answered(b"hello")) as server:
+        right = fetched(from_url(server.url(), content_md5=digest.upper()))
+        wrong = fetched(from_url(server.url(), content_md5="0" * 32))
+
+    assert right.content == b"hello"
+    assert_failed(wrong, transient=False, saying=f"its MD5 is {digest}")
+
+
+def test_content_that_came_with_the_message_is_judged_too():
+    attachment = Attachment("a/b.txt", Source.CONTENT, content=b"hello", content_md5="0" * 32)
+
+    assert fetched(Attachment("a/b.txt", Source.CONTENT, content=b"hello"))[1:] == (
+        "a_b.txt",
+        "text/plain",
+        b"hello",
+    )
+    assert_failed(fetched(attachment), transient=False, saying="MD5")
+    assert_failed(
+        fetched(attachment, max_attachment_bytes=4), transient=False, saying="larger than the 4 bytes"
+    )
+
+
+# --- once in a burst
+
+
+def test_the_same_url_in_a_burst_is_fetched_once():
+    observed = []
+
+    def script(server, connection):
+        server.stopping.wait(0.2)
+        connection.sendall(answered(b"hello"))
+
+    with scripted(script) as server:
+        fetcher = a_fetcher(observe=lambda source, outcome: observed.append((source.value, outcome)))
+
+        async def burst():
+            url = server.url()
+            together = await asyncio.gather(*(fetcher.fetch(from_url(url, f"{n}.txt")) for n in range(50)))
+            return [*together, await fetcher.fetch(from_url(url, "50.txt"))]
+
+        parts = asyncio.run(burst())
+
+    assert [part.filename for part in parts] == [f"{n}.txt" for n in range(51)]
+    assert len({id(part.content) for part in parts}) == 1
+    assert server.connections == 1
+    assert observed == [("url", "fetched")] * 50 + [("url", "cached")]
+
+
+def test_what_was_fetched_is_forgotten_by_age_by_size_and_when_the_md5_says_so():
+    clock = Clock()
+    contents = [bytes([n]) * 400 for n in range(8)]
+    with scripted(
+        lambda server, connection: connection.sendall(answered(contents[len(server.requests) - 1]))
+    ) as server:
+        fetcher = a_fetcher(monotonic=clock, cache_bytes=900)
+
+        async def fetch_all():
+            content = []
+            for path, md5 in [
+                ("/a", None),
+                ("/a", None),
+                ("/b", None),
+                ("/a", None),
+                ("/c", None),
+                ("/a", None),
+                ("/b", None),
+            ]:
+                content.append((await fetcher.fetch(from_url(server.url(path), content_md5=md5))).content[0])
+            clock.now += mailproxy.CACHE_AGE_S + 1
+            content.append((await fetcher.fetch(from_url(server.url("/b")))).content[0])
+            newer = from_url(server.url("/b"), content_md5=hashlib.md5(contents[5]).hexdigest())
+            content.append((await fetcher.fetch(newer)).content[0])
+            return content
+
+        content = asyncio.run(fetch_all())
+
+    assert content == [0, 0, 1, 0, 2, 0, 3, 4, 5]
+
+
+def test_failures_are_not_kept():
+    script = [answered(b"", status="503 x"), answered(b"hello")]
+    with scripted(lambda server, connection: connection.sendall(script[len(server.requests) - 1])) as server:
+        fetcher = a_fetcher()
+
+        async def twice():
+            return [await fetcher.fetch(from_url(server.url())) for _ in range(2)]
+
+        first, second = asyncio.run(twice())
+
+    assert first.transient
+    assert second.content == b"hello"
+
+
+def test_those_who_joined_a_fetch_go_on_when_the_first_is_cancelled():
+    def script(server, connection):
+        server.stopping.wait(0.3)
+        connection.sendall(answered(b"hello"))
+
+    with scripted(script) as server:
+        fetcher = a_fetcher()
+
+        async def cancel_the_first():
+            first, second = (asyncio.create_task(fetcher.fetch(from_url(server.url()))) for _ in range(2))
+            await asyncio.sleep(0.1)
+            first.cancel()
+            return await second
+
+        assert asyncio.run(cancel_the_first()).content == b"hello"
+
+
+def test_a_slow_server_leaves_threads_to_the_others():
+    with (
+        scripted(lambda server, connection: server.stopping.wait(10)) as slow,
+        scripted(answered(b"fast")) as fast,
+    ):
+        fetcher = a_fetcher(timeout_s=2)
+
+        async def race():
+            pool = mailproxy.FETCHES_PER_HOST + 1
+            asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(pool))
+            waiting = [asyncio.create_task(fetcher.fetch(from_url(slow.url(f"/{n}")))) for n in range(20)]
+            await asyncio.sleep(0.1)
+            begun = time.monotonic()
+            part = await fetcher.fetch(from_url(fast.url()))
+            took = time.monotonic() - begun
+            outcomes = await asyncio.gather(*waiting)
+            return part, took, outcomes
+
+        part, took, outcomes = asyncio.run(race())
+
+    assert part.content == b"fast"
+    assert took < 1
+    assert slow.connections <= 2 * mailproxy.FETCHES_PER_HOST
+    for outcome in outcomes:
+        assert_failed(outcome, transient=True, saying="")
+
+
+# --- memory
+
+
+def test_memory_is_given_out_in_the_order_of_asking_and_never_beyond_the_budget():
+    async def story():
+        budget = mailproxy.MemoryBudget(100)
+        order, most = [], 0
+
+        async def use(name, size_bytes):
+            nonlocal most
+            async with budget.reserve(size_bytes):
+                order.append(name)
+                most = max(most, budget.used_bytes)
+                await asyncio.sleep(0.01)
+
+        await asyncio.gather(use("a", 60), use("b", 60), use("c", 30), use("d", 10), use("nothing", 0))
+        return order, most, budget.used_bytes
+
+    assert asyncio.run(story()) == (["a", "nothing", "b", "c", "d"], 100, 0)
+
+
+def test_a_request_larger_than_the_budget_is_granted_alone():
+    async def story():
+        budget = mailproxy.MemoryBudget(100)
+        async with budget.reserve(10):
+            huge = asyncio.create_task(budget.reserve(1000).__aenter__())
+            await asyncio.sleep(0)
+            waited = not huge.done()
+        return waited, (await huge).size_bytes, budget.used_bytes
+
+    assert asyncio.run(story()) == (True, 1000, 1000)
+
+
+def test_who_stops_waiting_for_memory_holds_up_nobody():
+    async def story():
+        budget = mailproxy.MemoryBudget(100)
+
+        async def hold(size_bytes):
+            async with budget.reserve(size_bytes):
+                await asyncio.sleep(0.05)
+
+        holder, huge, small = (asyncio.create_task(hold(size)) for size in (50, 90, 20))
+        await asyncio.sleep(0.01)
+        huge.cancel()
+        await asyncio.wait_for(small, 5)
+        await holder
+        return budget.used_bytes
+
+    assert asyncio.run(story()) == 0
+
+
+def test_a_reservation_grows_when_there_is_room_and_nobody_waits():
+    async def story():
+        budget = mailproxy.MemoryBudget(100)
+        async with budget.reserve(0) as one, budget.reserve(40) as other:
+            one.grow_to(60)
+            with pytest.raises(mailproxy.MemoryShort):
+                one.grow_to(61)
+            other.shrink_to(30)
+            one.grow_to(70)
+            waiting = asyncio.create_task(budget.reserve(50).__aenter__())
+            await asyncio.sleep(0)
+            other.shrink_to(10)
+            with pytest.raises(mailproxy.MemoryShort):
+                one.grow_to(71)
+        await waiting
+        with pytest.raises(mailproxy.MemoryShort):
+            one.grow_to(1)
+        return budget.used_bytes
+
+    assert asyncio.run(story()) == 50
+
+
+def chunked(body):
+    pieces = [body[at : at + 50_000] for at in range(0, len(body), 50_000)]
+    encoded = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+    return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + encoded + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("encode", [answered, chunked], ids=["length", "chunked"])
+def test_messages_that_do_not_fit_together_are_built_one_after_the_other(encode):
+    body = bytes(300_000)
+    with scripted(encode(body)) as server:
+        fetcher = a_fetcher(cache_bytes=0)
+        budget = mailproxy.MemoryBudget(2 * mailproxy.BUILD_FACTOR * len(body))
+
+        async def build(number):
+            attachments = [from_url(server.url(f"/{number}/{part}"), "x") for part in range(2)]
+            size_bytes = 1000
+            while True:
+                async with budget.reserve(size_bytes * mailproxy.BUILD_FACTOR) as memory:
+                    try:
+                        parts = await fetcher.gather(attachments, memory, 1000)
+                    except mailproxy.MemoryShort as short:
+                        size_bytes = short.needed_bytes // mailproxy.BUILD_FACTOR
+                        continue
+                    built = sum(len(part.content) for part in parts)
+                    assert memory.size_bytes >= (built + 1000) * mailproxy.BUILD_FACTOR
+                    assert (
+                        budget.used_bytes
+                        <= 2 * mailproxy.BUILD_FACTOR * len(body) + 1000 * mailproxy.BUILD_FACTOR
+                    )
+                    return built
+
+        async def build_all():
+            return await asyncio.wait_for(asyncio.gather(*(build(number) for number in range(6))), 30)
+
+        assert asyncio.run(build_all()) == [600_000] * 6
+        assert budget.used_bytes == 0
+
+
+def test_attachments_that_together_are_too_large_fail():
+    attachments = [Attachment("a", Source.CONTENT, content=bytes(600)) for _ in range(2)]
+
+    async def story(fetcher):
+        async with mailproxy.MemoryBudget(10).reserve(0) as memory:
+            return await fetcher.gather(attachments, memory, 0)
+
+    assert len(asyncio.run(story(a_fetcher(max_message_bytes=1200)))) == 2
+    assert_failed(asyncio.run(story(a_fetcher(max_message_bytes=1199))), transient=False, saying="together")
+
+
+# --- from the endpoint
+
+
+def from_endpoint(path, filename=""):
+    return Attachment(filename, Source.ENDPOINT, path)
+
+
+def test_the_endpoint_is_asked_by_storage_path_with_the_credentials_of_the_report():
+    with scripted(answered(b"%PDF", ["Content-Type: text/html; charset=utf-8"])) as server:
+        part = fetched(
+            from_endpoint("invoices:2024/è 7.pdf"),
+            endpoint_url=server.url("/attachments"),
+            endpoint_headers=lambda: {"Authorization": "Bearer t"},
+            policy=NOBODY_ALLOWED,
+        )
+
+    head, body = server.requests[0]
+    assert head.startswith("POST /attachments HTTP/1.1")
+    assert "Authorization: Bearer t" in head
+    assert "Content-Type: application/json" in head
+    assert json.loads(body) == {"storage_path": "invoices:2024/è 7.pdf"}
+    assert part[1:] == ("è 7.pdf", "application/pdf", b"%PDF")
+
+
+@pytest.mark.parametrize(("status", "transient"), [(404, False), (503, True), (302, False), (429, True)])
+def test_the_endpoints_404_lasts_and_its_503_passes(status, transient):
+    with scripted(answered(b"", ["Location: /login", "Retry-After: 9"], f"{status} x")) as server:
+        outcome = fetched(from_endpoint("x"), endpoint_url=server.url())
+
+    assert_failed(outcome, transient=transient, saying=f"the attachment endpoint for 'x' answered {status}")
+    assert outcome.retry_after_s == (9 if transient else None)
+    assert len(server.requests) == 1
+
+
+def test_the_endpoint_may_have_an_authority_of_its_own(http_tls, http_certificate):
+    with scripted(answered(b"hello"), context=http_tls) as server:
+        url = f"https://localhost:{server.port}/"
+        trusted = fetched(from_endpoint("x"), endpoint_url=url, endpoint_ca_file=http_certificate[1])
+        untrusted = fetched(from_endpoint("x"), endpoint_url=url)
+
+    assert trusted.content == b"hello"
+    assert_failed(untrusted, transient=True, saying="is not trusted")
+
+
+def test_without_an_endpoint_or_its_secret_the_reason_is_told():
+    def headers():
+        raise mailproxy.SecretUnavailable("file:/run/token cannot be read")
+
+    assert_failed(fetched(from_endpoint("x")), transient=False, saying="client_attachment_url")
+    unreadable = fetched(from_endpoint("x"), endpoint_url="http://127.0.0.1:9/", endpoint_headers=headers)
+    assert_failed(unreadable, transient=True, saying="file:/run/token cannot be read")
+
+
+# --- from the file system
+
+
+@pytest.fixture
+def stored_files(tmp_path):
+    stored_files = tmp_path / "base"
+    (stored_files / "sub").mkdir(parents=True)
+    (stored_files / "sub" / "a.txt").write_bytes(b"inside")
+    (stored_files / "top.txt").write_bytes(b"top")
+    (tmp_path / "secret.txt").write_bytes(b"secret")
+    (tmp_path / "base-sibling").mkdir()
+    (tmp_path / "base-sibling" / "secret.txt").write_bytes(b"secret")
+    (stored_files / "link-in").symlink_to("sub/a.txt")
+    (stored_files / "link-folder").symlink_to(stored_files / "sub")
+    (stored_files / "link-out").symlink_to(tmp_path / "secret.txt")
+    (stored_files / "link-up").symlink_to("..")
+    (stored_files / "loop").symlink_to("loop")
+    (stored_files / "dangling").symlink_to("nowhere")
+    os.mkfifo(stored_files / "fifo")
+    return stored_files
+
+
+def from_file(stored_files, path, **changes):
+    return fetched(
+        Attachment("", Source.FILESYSTEM, path),
+        base_dir=str(stored_files) if stored_files else None,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "sub/a.txt",
+        "./sub//a.txt",
+        "sub/../sub/a.txt",
+        "link-in",
+        "link-folder/a.txt",
+        "{stored_files}/sub/a.txt",
+        "{stored_files}/link-in",
+    ],
+)
+def test_a_file_below_base_dir_is_read(stored_files, path):
+    part = from_file(stored_files, path.format(stored_files=stored_files))
+
+    assert (part.content, part.content_type) == (
+        b"inside",
+        "text/plain" if path.endswith("txt") else "application/octet-stream",
+    )
+    assert part.filename == path.rpartition("/")[2]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../secret.txt", "sub/../../secret.txt", "{stored_files}/../secret.txt", "/etc/passwd",
+        "../base-sibling/secret.txt", "link-out",
+        "link-up/secret.txt", "link-up/base-sibling/secret.txt", ".", "", "sub/..", "{stored_files}", "/",
+    ],
+)  # fmt: skip
+def test_nothing_outside_base_dir_is_read(stored_files, path):
+    assert_failed(
+        from_file(stored_files, path.format(stored_files=stored_files)),
+        transient=False,
+        saying="is not below [attachments] base_dir",
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "saying"),
+    [
+        ("gone.txt", "No such file"), ("top.txt/x", "Not a directory"), ("sub", "not a regular file"),
+        ("fifo", "not a regular file"),
+        ("loop", "symbolic links"), ("dangling", "No such file"), ("x" * 300, "name too long"), ("a\x00b",
+            "not valid"), ("\ud800", "not valid"),
+    ],
+)  # fmt: skip
+def test_what_is_no_file_fails_at_once(stored_files, path, saying):
+    assert_failed(from_file(stored_files, path), transient=False, saying=saying)
+
+
+def test_a_link_that_appears_after_the_path_was_judged_is_not_followed(stored_files):
+    with pytest.raises(OSError, match=r"Too many levels|symbolic link"):
+        mailproxy._read_regular_file(str(stored_files), ["link-out"], 100, lambda size_bytes: None)
+    with pytest.raises(OSError, match=r"Not a directory|symbolic link"):
+        mailproxy._read_regular_file(
+            str(stored_files), ["link-up", "secret.txt"], 100, lambda size_bytes: None
+        )
+
+
+def test_a_file_too_large_fails_a_missing_base_dir_defers_and_none_refuses(stored_files):
+    assert_failed(
+        from_file(stored_files, "sub/a.txt", max_attachment_bytes=5),
+        transient=False,
+        saying="larger than the 5 bytes",
+    )
+    assert_failed(from_file(stored_files / "unmounted", "a.txt"), transient=True, saying="No such file")
+    assert_failed(from_file(None, "a.txt"), transient=False, saying="base_dir is not configured")
+
+
+# --- from S3: signatures
+
+AMAZONS_EXAMPLE = mailproxy.S3Defaults("AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY")
+MAY_24_2013 = 1_369_353_600
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "payload", "signature"),
+    [
+        (
+            "GET",
+            "/test.txt",
+            {"Range": "bytes=0-9"},
+            b"",
+            "f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41",
+        ),
+        (
+            "PUT",
+            "/test%24file.text",
+            {"Date": "Fri, 24 May 2013 00:00:00 GMT", "x-amz-storage-class": "REDUCED_REDUNDANCY"},
+            b"Welcome to Amazon S3.",
+            "98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd",
+        ),
+        ("GET", "/?lifecycle", {}, b"", "fea454ca298b7da1c68078a5d1bdbfbbe0d65c699e0f91ac7a200a0136783543"),
+        (
+            "GET",
+            "/?prefix=J&max-keys=2",
+            {},
+            b"",
+            "34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7",
+        ),
+    ],
+)
+def test_signatures_are_those_amazon_published(method, path, headers, payload, signature):
+    target = mailproxy.http_target(f"https://examplebucket.s3.amazonaws.com{path}")
+
+    signed = mailproxy.sign_s3(
+        method,
+        target,
+        headers,
+        hashlib.sha256(payload).hexdigest(),
+        AMAZONS_EXAMPLE,
+        "us-east-1",
+        MAY_24_2013,
+    )
+
+    assert signed["authorization"].endswith(f"Signature={signature}")
+
+
+KEYS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=20)
+
+
+@hypothesis.given(
+    key=KEYS,
+    version=st.text("aB0 +/=&%~", max_size=5),
+    token=st.none() | st.text("ab/+=", min_size=1, max_size=9),
+)
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_signatures_of_any_key_are_those_botocore_makes(key, version, token):
+    auth = pytest.importorskip("botocore.auth")
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    defaults = mailproxy.S3Defaults("id", "secret", token, endpoint="https://files.example:9000/prefix")
+    target = mailproxy.s3_target(S3Object("papers", key, version_id=version or None), defaults, "eu-south-1")
+    assert mailproxy.http_target(target.url) == target
+
+    signed = mailproxy.sign_s3("GET", target, {}, mailproxy.EMPTY_SHA256, defaults, "eu-south-1", FETCH_TIME)
+
+    request = AWSRequest("GET", target.url, headers={"x-amz-content-sha256": mailproxy.EMPTY_SHA256})
+    request.context["timestamp"] = "20231114T221320Z"
+    request.headers["X-Amz-Date"] = request.context["timestamp"]
+    if token:
+        request.headers["X-Amz-Security-Token"] = token
+    signer = auth.S3SigV4Auth(Credentials("id", "secret", token), "s3", "eu-south-1")
+    canonical = signer.canonical_request(request)
+    assert signed["authorization"].endswith(
+        f"Signature={signer.signature(signer.string_to_sign(request, canonical), request)}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "defaults", "url"),
+    [
+        (S3Object("papers", "a/b.pdf"), {}, "https://papers.s3.eu-west-1.amazonaws.com/a/b.pdf"),
+        (S3Object("pa.pers", "a"), {}, "https://s3.eu-west-1.amazonaws.com/pa.pers/a"),
+        (S3Object("Papers", "a"), {}, "https://s3.eu-west-1.amazonaws.com/Papers/a"),
+        (S3Object("papers", "a", addressing="path"), {}, "https://s3.eu-west-1.amazonaws.com/papers/a"),
+        (S3Object("papers", "a"), {"endpoint": "http://minio:9000"}, "http://minio:9000/papers/a"),
+        (S3Object("papers", "a"), {"endpoint": "http://minio:9000/s3/"}, "http://minio:9000/s3/papers/a"),
+        (S3Object("papers", "a"), {"endpoint": "http://minio", "addressing": "virtual"},
+            "http://papers.minio/a"),
+        (S3Object("papers", "a", addressing="path"), {"endpoint": "http://minio", "addressing": "virtual"},
+            "http://minio/papers/a"),
+        (S3Object("papers", "a", endpoint="https://other"), {"endpoint": "http://minio"},
+            "https://other/papers/a"),
+        (S3Object("papers", "/a//b/../c d+é%20'.x "), {"endpoint": "http://m"},
+            "http://m/papers//a//b/../c%20d%2B%C3%A9%2520%27.x%20"),
+        (S3Object("papers", "a?b#c", version_id="v/+="), {"endpoint": "http://m"},
+            "http://m/papers/a%3Fb%23c?versionId=v%2F%2B%3D"),
+        (S3Object("papers", "a"), {"endpoint": "http://[::1]:9000"}, "http://[::1]:9000/papers/a"),
+    ],
+)  # fmt: skip
+def test_where_an_object_is_asked_for(wanted, defaults, url):
+    assert mailproxy.s3_target(wanted, mailproxy.S3Defaults(**defaults), "eu-west-1").url == url
+
+
+def test_amazon_in_china_is_elsewhere():
+    target = mailproxy.s3_target(S3Object("papers", "a"), mailproxy.S3Defaults(), "cn-north-1")
+
+    assert target.host == "papers.s3.cn-north-1.amazonaws.com.cn"
+
+
+@pytest.mark.parametrize(
+    ("bucket", "key", "region"),
+    [
+        ("a/b", "k", "r"),
+        ("evil.example#", "k", "r"),
+        ("", "k", "r"),
+        ("papers", "k", "r.evil.example/"),
+        ("papers", "\ud800", "r"),
+    ],
+)
+def test_names_that_cannot_be_are_refused_for_good(bucket, key, region):
+    with pytest.raises(mailproxy.HttpFailure) as caught:
+        mailproxy.s3_target(S3Object(bucket, key), mailproxy.S3Defaults(), region)
+
+    assert not caught.value.transient
+
+
+# --- from S3: servers
+
+
+def from_s3(key="a.txt", bucket="papers", **fields):
+    return Attachment("", Source.S3, s3=S3Object(bucket, key, **fields))
+
+
+def s3_defaults(**changes):
+    return lambda: mailproxy.S3Defaults(
+        **({"access_key_id": "AKID", "secret_access_key": "geheim"} | changes)
+    )
+
+
+def test_secrets_of_s3_are_not_printed():
+    assert "geheim" not in repr(s3_defaults(session_token="geheim-token")())
+
+
+def test_without_credentials_nothing_is_asked_and_the_reason_told():
+    outcome = fetched(from_s3(), s3=lambda: mailproxy.S3Defaults(endpoint="http://127.0.0.1:9"))
+
+    assert_failed(outcome, transient=False, saying="no S3 credentials")
+
+
+def test_the_endpoint_of_the_configuration_is_not_judged_that_of_a_message_is():
+    with scripted(answered(b"hello")) as server:
+        operators = fetched(from_s3(), s3=s3_defaults(endpoint=server.url("")), policy=NOBODY_ALLOWED)
+        before = server.connections
+        senders = fetched(from_s3(endpoint=server.url("")), s3=s3_defaults(), policy=NOBODY_ALLOWED)
+
+    assert operators[1:] == ("a.txt", "text/plain", b"hello")
+    assert_failed(senders, transient=False, saying="is not public")
+    assert (before, server.connections) == (1, 1)
+
+
+def test_a_bucket_in_the_host_name_is_asked_for_under_that_name():
+    asked = []
+
+    with scripted(answered(b"hello")) as server:
+
+        def resolve(host, port):
+            asked.append(host)
+            return [(socket.AF_INET, ("127.0.0.1", server.port))]
+
+        part = fetched(
+            from_s3(), s3=s3_defaults(endpoint="http://s3.example", addressing="virtual"), resolve=resolve
+        )
+
+    assert part.content == b"hello"
+    assert asked == ["papers.s3.example"]
+    assert "Host: papers.s3.example\r\n" in server.requests[0][0]
+    assert "GET /a.txt HTTP" in server.requests[0][0]
+
+
+def s3_says(status, code, message="Because.", headers=(), extra=""):
+    document = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message>{extra}</Error>"
+    return answered(document.encode(), headers, f"{status} x")
+
+
+@pytest.mark.parametrize(
+    "wrong_region",
+    [
+        s3_says(301, "PermanentRedirect", headers=["x-amz-bucket-region: eu-west-3"]),
+        s3_says(400, "AuthorizationHeaderMalformed", extra="<Region>eu-west-3</Region>"),
+    ],
+)
+def test_a_bucket_in_another_region_is_asked_for_there_once(wrong_region):
+    with scripted(
+        lambda server, connection: connection.sendall(
+            [wrong_region, answered(b"hello")][len(server.requests) - 1]
+        )
+    ) as server:
+        part = fetched(from_s3(), s3=s3_defaults(endpoint=server.url("")))
+    with scripted(wrong_region) as stubborn:
+        outcome = fetched(from_s3(), s3=s3_defaults(endpoint=stubborn.url("")))
+
+    assert part.content == b"hello"
+    assert ["/us-east-1/s3/" in server.requests[0][0], "/eu-west-3/s3/" in server.requests[1][0]] == [
+        True,
+        True,
+    ]
+    assert_failed(outcome, transient=False, saying="answered")
+    assert len(stubborn.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "transient"),
+    [
+        (503, "SlowDown", True),
+        (500, "InternalError", True),
+        (404, "NoSuchKey", False),
+        (403, "AccessDenied", False),
+    ],
+)
+def test_an_error_is_told_in_the_words_of_s3_without_credentials(status, code, transient):
+    with scripted(s3_says(status, code, "Not for AKID &amp; geheim-token, no.")) as server:
+        outcome = fetched(from_s3(), s3=s3_defaults(endpoint=server.url(""), session_token="geheim-token"))
+
+    assert_failed(
+        outcome,
+        transient=transient,
+        saying=f"s3://papers/a.txt answered {status} {code}: Not for ... & ..., no.",
+    )
+
+
+TRICKY_KEYS = [
+    "plain.txt", "with space.txt", "a+b=c&d.txt", "naïve/日本.txt", "it's (a) *!~$@:,;?.txt",
+    "%20literal.txt", "a//b/./c..txt", "trailing ",
+    "hash#question?x=1.txt",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def moto_s3():
+    """A server that checks signatures; credentials of a user and of a session; versions of a key."""
+    boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("moto.server")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    environment = {**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": "4"}
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_server(server, f"http://127.0.0.1:{port}/moto-api/")
+        yield furnished(boto3, f"http://127.0.0.1:{port}")
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def wait_for_server(server, url):
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1):
+            return
+        time.sleep(0.05)
+    pytest.fail("moto did not start")
+
+
+def furnished(boto3, url):
+    def client(service, key_id, secret):
+        return boto3.client(
+            service,
+            endpoint_url=url,
+            region_name="us-east-1",
+            aws_access_key_id=key_id,
+            aws_secret_access_key=secret,
+        )
+
+    iam = client("iam", "anyone", "anything")
+    allowed = json.dumps(
+        {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
+    )
+    iam.create_user(UserName="mailproxy")
+    key = iam.create_access_key(UserName="mailproxy")["AccessKey"]
+    iam.put_user_policy(UserName="mailproxy", PolicyName="all", PolicyDocument=allowed)
+    role = iam.create_role(RoleName="sender", AssumeRolePolicyDocument=allowed)["Role"]["Arn"]
+    user = (key["AccessKeyId"], key["SecretAccessKey"])
+    client("iam", *user).put_role_policy(RoleName="sender", PolicyName="all", PolicyDocument=allowed)
+    session = client("sts", *user).assume_role(RoleArn=role, RoleSessionName="sender")["Credentials"]
+    s3 = client("s3", *user)
+    s3.create_bucket(Bucket="papers")
+    s3.put_bucket_versioning(Bucket="papers", VersioningConfiguration={"Status": "Enabled"})
+    for tricky in TRICKY_KEYS:
+        s3.put_object(Bucket="papers", Key=tricky, Body=tricky.encode())
+    versions = [
+        s3.put_object(Bucket="papers", Key="v.txt", Body=body)["VersionId"] for body in (b"old", b"new")
+    ]
+    return {
+        "defaults": {"endpoint": url, "access_key_id": user[0], "secret_access_key": user[1]},
+        "session": {
+            "endpoint": url,
+            "access_key_id": session["AccessKeyId"],
+            "secret_access_key": session["SecretAccessKey"],
+            "session_token": session["SessionToken"],
+        },
+        "versions": versions,
+    }
+
+
+@pytest.mark.parametrize("key", TRICKY_KEYS)
+def test_objects_of_any_name_come_from_a_server_that_checks_signatures(moto_s3, key):
+    part = fetched(from_s3(key), s3=s3_defaults(**moto_s3["defaults"]), now=time.time)
+
+    assert part.content == key.encode()
+
+
+def test_a_version_is_had_and_so_is_the_latest(moto_s3):
+    defaults = s3_defaults(**moto_s3["defaults"])
+
+    old = fetched(from_s3("v.txt", version_id=moto_s3["versions"][0]), s3=defaults, now=time.time)
+    latest = fetched(from_s3("v.txt"), s3=defaults, now=time.time)
+
+    assert (old.content, latest.content) == (b"old", b"new")
+
+
+def test_a_bucket_in_the_host_name_is_understood_by_a_server(moto_s3):
+    port = int(moto_s3["defaults"]["endpoint"].rpartition(":")[2])
+    defaults = moto_s3["defaults"] | {"endpoint": f"http://s3.us-east-1.amazonaws.com:{port}"}
+    asked = []
+
+    def resolve(host, port):
+        asked.append(host)
+        return [(socket.AF_INET, ("127.0.0.1", port))]
+
+    part = fetched(from_s3("with space.txt"), s3=s3_defaults(**defaults), resolve=resolve, now=time.time)
+
+    assert part.content == b"with space.txt"
+    assert asked == ["papers.s3.us-east-1.amazonaws.com"]
+
+
+def test_a_session_token_is_sent_and_signed(moto_s3):
+    with_token = fetched(from_s3("plain.txt"), s3=s3_defaults(**moto_s3["session"]), now=time.time)
+    wrong = moto_s3["session"] | {"session_token": "no-such-token"}
+    with_wrong_token = fetched(from_s3("plain.txt"), s3=s3_defaults(**wrong), now=time.time)
+
+    assert with_token.content == b"plain.txt"
+    assert_failed(with_wrong_token, transient=False, saying="answered 4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "saying"),
+    [
+        ({"secret_access_key": "wrong"}, "plain.txt", "403 SignatureDoesNotMatch"),
+        ({"access_key_id": "AKIAUNKNOWN"}, "plain.txt", "403 InvalidAccessKeyId"),
+        ({}, "gone.txt", "404 NoSuchKey"),
+    ],
+)
+def test_what_the_server_refuses_fails_in_its_words(moto_s3, changes, key, saying):
+    outcome = fetched(from_s3(key), s3=s3_defaults(**(moto_s3["defaults"] | changes)), now=time.time)
+
+    assert_failed(outcome, transient=False, saying=saying)
+    assert moto_s3["defaults"]["secret_access_key"] not in outcome.text
+
+
+# ======================================================================
+# DELIVERY AGENT
+# ======================================================================
+
+
+class ScriptedServer:
+    """An SMTP server that does as it is told, for one session after the other.
+
+    `replies` maps the beginning of a command ("." for the end of data) to what is said; a list
+    gives one for each time. "drop" closes, "silence" says nothing any more, "trickle TEXT" says it
+    one byte at a time; a text with line breaks is sent as it is.
+    """
+
+    def __init__(self, replies=None, offers="PIPELINING", tls=None, implicit_tls=None, deaf=False):
+        self.replies = {
+            "": "250 ok",
+            "EHLO": "250-test",
+            "DATA": "354 go",
+            "AUTH": "235 ok",
+            **(replies or {}),
+        }
+        self.replies = {
+            verb: list(said) if isinstance(said, list) else said for verb, said in self.replies.items()
+        }
+        self.offers = offers.split(",") if offers else []
+        self.tls, self.implicit_tls, self.deaf = tls, implicit_tls, deaf
+        self.heard, self.packets, self.contents, self.sessions = [], [], [], 0
+        self.never, self.tasks = asyncio.Event(), []
+
+    async def __call__(self, reader, writer):
+        self.tasks.append(asyncio.current_task())
+        self.sessions += 1
+        self.lines, self.rest = collections.deque(), b""
+        try:
+            await self.speak(writer, "GREETING", "220 test")
+            while line := await self.line(reader):
+                self.heard.append(line.decode().strip())
+                await self.obey(reader, writer, line.decode().strip())
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.transport.abort()
+
+    async def line(self, reader):
+        while not self.lines:
+            packet = await reader.read(65_536)
+            if not packet:
+                return b""
+            self.packets.append(packet)
+            *lines, self.rest = (self.rest + packet).split(b"\n")
+            self.lines.extend(lines)
+        return self.lines.popleft()
+
+    async def obey(self, reader, writer, command):
+        if command == "EHLO us" and "EHLO us" not in self.replies:
+            lines = ["test", *self.offers]
+            writer.write(
+                "".join(f"250{'-' if line is not lines[-1] else ' '}{line}\r\n" for line in lines).encode()
+            )
+            return
+        if command == "STARTTLS" and command not in self.replies:
+            writer.write(b"220 go\r\n")
+            await writer.start_tls(self.tls)
+            self.offers = [offer for offer in self.offers if offer != "STARTTLS"]
+            return
+        said = await self.speak(writer, command, None)
+        if command == "QUIT":
+            raise ConnectionError
+        if said.startswith("354") and self.deaf:
+            await self.never.wait()
+        if said.startswith("354"):
+            await self.take_content(reader, writer)
+
+    async def take_content(self, reader, writer):
+        lines = []
+        while (line := await self.line(reader)) != b".\r":
+            if not line:
+                raise ConnectionError
+            lines.append(line + b"\n")
+            if "MID-DATA" in self.replies:
+                await self.speak(writer, "MID-DATA", None)
+        self.contents.append(b"".join(lines))
+        await self.speak(writer, ".", "250 2.0.0 queued as 1")
+
+    async def speak(self, writer, command, otherwise):
+        known = [verb for verb in self.replies if command.startswith(verb)]
+        said = self.replies[max(known, key=len)] if otherwise is None or max(known, key=len) else otherwise
+        if isinstance(said, list):
+            said = said.pop(0) if len(said) > 1 else said[0]
+        if said == "drop":
+            await asyncio.sleep(0.01)  # what was said before arrives
+            raise ConnectionError
+        if said == "silence":
+            await self.never.wait()
+        for piece in said.removeprefix("trickle ") if said.startswith("trickle ") else [said + "\r\n"]:
+            writer.write(piece.encode())
+            await writer.drain()
+            if len(piece) == 1:
+                await asyncio.sleep(0.03)
+        return said
+
+
+def in_a_thread(call):
+    return asyncio.to_thread(call)
+
+
+def no_form(url, fields, timeout_s):
+    raise OSError("no token endpoint here")
+
+
+def smtp_agent(*, post_form=no_form, reveal=lambda secret: secret.given, end_of_data_timeout_s=1.0):
+    tokens = mailproxy.TokenKeeper(
+        post_form=post_form, reveal=reveal, in_thread=in_a_thread, monotonic=time.monotonic
+    )
+    return mailproxy.DeliveryAgent(
+        hostname="us",
+        reveal=reveal,
+        in_thread=in_a_thread,
+        tokens=tokens,
+        end_of_data_timeout_s=end_of_data_timeout_s,
+    )
+
+
+def smtp_account(port, **fields):
+    defaults = {"id": "main", "host": "127.0.0.1", "timeout_s": 5.0}
+    return mailproxy.Account(port=port, **{**defaults, **fields})
+
+
+def with_smtp_server(server, story, agent=None, **account):
+    """Run `story(open)` where open() is a session at the server, or the reply in its place."""
+
+    async def main():
+        listening = await asyncio.start_server(server, "127.0.0.1", 0, ssl=server.implicit_tls)
+        port = listening.sockets[0].getsockname()[1]
+        using = agent or smtp_agent()
+
+        async def open_session():
+            return await using.open_session(smtp_account(port, **account), name="main-1")
+
+        try:
+            async with asyncio.timeout(20):
+                return await story(open_session)
+        finally:
+            listening.close()
+            for task in server.tasks:
+                task.cancel()
+            await asyncio.gather(*server.tasks, return_exceptions=True)
+
+    return asyncio.run(main())
+
+
+def envelope_to(*recipients):
+    return mailproxy.Envelope("from@x", recipients)
+
+
+def transact(server, *recipients, content=b"Subject: x\r\n\r\nhello\r\n", times=1, agent=None, **account):
+    """Open a session and run the transaction; answers the replies of the last one, and the session."""
+
+    async def story(open_session):
+        session = await open_session()
+        assert isinstance(session, mailproxy.Session), session
+        for _ in range(times):
+            replies = await session.transact(envelope_to(*recipients), content, smtputf8=False)
+        usable = session.usable
+        await session.quit()
+        return replies, usable
+
+    return with_smtp_server(server, story, agent, **account)
+
+
+def refused_opening(server, agent=None, **account):
+    async def story(open_session):
+        return await open_session()
+
+    reply = with_smtp_server(server, story, agent, **account)
+    assert isinstance(reply, mailproxy.Reply), reply
+    return reply
+
+
+smtp_modes = pytest.mark.parametrize("offers", ["PIPELINING", ""], ids=["pipelined", "in turn"])
+
+
+# ----- replies and contents
+
+
+@pytest.mark.parametrize(
+    ("code", "lines", "words"),
+    [
+        (250, ["2.0.0 Ok: queued"], "250 2.0.0 Ok: queued"),
+        (550, ["5.1.1 <a@x>: no such", "5.1.1 user"], "550 5.1.1 <a@x>: no such user"),
+        (550, ["4.1.1 wrong class"], "550 4.1.1 wrong class"),  # stays in the text
+        (450, ["4.1 short"], "450 4.1 short"),
+        (450, ["4.2.1"], "450 4.2.1"),
+        (451, ["a\x00b\tc \x1b[31m\u202ered"], "451 a b c [31m red"),
+        (451, ["  spaces  ", "", " here"], "451 spaces here"),
+        (421, [], "421"),
+    ],
+)
+def test_a_reply_is_one_line_with_the_enhanced_code_taken_out(code, lines, words):
+    reply = mailproxy.server_reply(mailproxy.Stage.RCPT, code, lines)
+
+    assert reply.words == words
+    assert reply.text.isprintable()
+
+
+def test_the_text_of_a_reply_is_bounded():
+    reply = mailproxy.server_reply(mailproxy.Stage.RCPT, 550, ["x" * 50_000])
+
+    assert len(reply.text) == 1_000
+
+
+@pytest.mark.parametrize(
+    ("content", "sent"),
+    [
+        (b"", b".\r\n"),
+        (b"a\r\nb\r\n", b"a\r\nb\r\n.\r\n"),
+        (b"no end", b"no end\r\n.\r\n"),
+        (b".\r\n..\r\n.a\r\n", b"..\r\n...\r\n..a\r\n.\r\n"),
+        (b"a\nb\rc\r\n\n", b"a\r\nb\r\nc\r\n\r\n.\r\n"),
+        (b"a\n.\nb\r.\r", b"a\r\n..\r\nb\r\n..\r\n.\r\n"),
+    ],
+)
+def test_dots_are_doubled_and_line_ends_made_crlf(content, sent):
+    (span,) = mailproxy.spans_of(content)
+
+    assert mailproxy.with_final_dot(mailproxy.as_sent(content, span)) == sent
+
+
+@given(
+    st.lists(st.sampled_from([b"\r\n", b"\n", b"\r", b".", b"x", b"y" * 70_000, b".z" * 65_536]), max_size=12)
+)
+@settings(max_examples=60, deadline=None)
+def test_a_content_cut_in_pieces_is_the_content_as_a_whole(parts):
+    content = b"".join(parts)
+
+    pieces = [mailproxy.as_sent(content, span) for span in mailproxy.spans_of(content)]
+
+    assert b"".join(pieces) == mailproxy.as_sent(content, slice(0, len(content)))
+    assert all(len(content[span]) <= 131_073 for span in mailproxy.spans_of(content))
+
+
+# ----- transactions
+
+
+@smtp_modes
+def test_a_message_is_accepted_for_all_its_recipients(offers):
+    server = ScriptedServer(offers=offers)
+
+    replies, usable = transact(server, "a@x", "b@x", content=b".dot\r\nline\r\n")
+
+    accepted = mailproxy.Reply(mailproxy.Stage.END_OF_DATA, 250, "queued as 1", "2.0.0")
+    assert replies == {"a@x": accepted, "b@x": accepted}
+    assert usable
+    assert server.heard == ["EHLO us", "MAIL FROM:<from@x>", "RCPT TO:<a@x>", "RCPT TO:<b@x>", "DATA", "QUIT"]
+    assert server.contents == [b"..dot\r\nline\r\n"]
+
+
+def test_with_pipelining_the_envelope_is_one_packet_and_the_content_waits_for_the_go_ahead():
+    server = ScriptedServer(offers="PIPELINING")
+
+    transact(server, "a@x", "b@x")
+
+    assert server.packets[1] == b"MAIL FROM:<from@x>\r\nRCPT TO:<a@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n"
+    assert server.packets[2] == b"Subject: x\r\n\r\nhello\r\n.\r\n"
+
+
+def test_without_pipelining_each_command_waits_for_the_answer_to_the_last():
+    server = ScriptedServer(offers="")
+
+    transact(server, "a@x", "b@x")
+
+    assert [packet.count(b"\r\n") for packet in server.packets[:5]] == [1] * 5
+
+
+def test_mail_says_what_the_server_offered_to_hear():
+    server = ScriptedServer(offers="SIZE 1000,8BITMIME,SMTPUTF8")
+
+    async def story(open_session):
+        session = await open_session()
+        await session.transact(envelope_to("ü@x"), "ü\r\n".encode(), smtputf8=True)
+
+    with_smtp_server(server, story)
+
+    assert server.heard[1:3] == ["MAIL FROM:<from@x> SIZE=4 BODY=8BITMIME SMTPUTF8", "RCPT TO:<ü@x>"]
+
+
+@smtp_modes
+def test_each_refused_recipient_has_its_own_reply_and_the_others_get_the_message(offers):
+    server = ScriptedServer({"RCPT TO:<b": "550 5.1.1 who?", "RCPT TO:<c": "450 later"}, offers)
+
+    replies, usable = transact(server, "a@x", "b@x", "c@x")
+
+    assert {who: reply.words for who, reply in replies.items()} == {
+        "a@x": "250 2.0.0 queued as 1",
+        "b@x": "550 5.1.1 who?",
+        "c@x": "450 later",
+    }
+    assert replies["b@x"].stage is mailproxy.Stage.RCPT
+    assert usable
+
+
+@smtp_modes
+@pytest.mark.parametrize(
+    ("replies", "stage", "words"),
+    [
+        ({"MAIL": "451 4.7.1 not you"}, "mail", "451 4.7.1 not you"),
+        ({"RCPT": "550 no"}, "rcpt", "550 no"),
+        ({"DATA": "554 no"}, "data", "554 no"),
+        ({".": "552 5.3.4 too much"}, "end-of-data", "552 5.3.4 too much"),
+    ],
+)
+def test_after_a_refusal_the_session_is_reset_and_carries_the_next_message(offers, replies, stage, words):
+    once = {verb: [said, {"DATA": "354 go"}.get(verb, "250 ok")] for verb, said in replies.items()}
+    server = ScriptedServer(once, offers)
+
+    async def story(open_session):
+        session = await open_session()
+        first = await session.transact(envelope_to("a@x"), b"one\r\n", smtputf8=False)
+        second = await session.transact(envelope_to("b@x"), b"two\r\n", smtputf8=False)
+        return first["a@x"], second["b@x"]
+
+    first, second = with_smtp_server(server, story)
+
+    assert (first.stage, first.words) == (stage, words)
+    assert second.accepted
+    assert server.heard.count("RSET") == 1
+    assert server.contents[-1] == b"two\r\n"
+
+
+def test_the_first_refusal_counts_when_the_commands_behind_it_are_refused_too():
+    server = ScriptedServer({"MAIL": "550 no", "RCPT": "503 what?", "DATA": "503 what?"}, "PIPELINING")
+
+    replies, usable = transact(server, "a@x", "b@x")
+
+    assert {(reply.stage, reply.words) for reply in replies.values()} == {("mail", "550 no")}
+    assert usable
+
+
+def test_a_go_ahead_for_nobody_is_answered_by_a_lone_dot():
+    server = ScriptedServer({"RCPT": ["550 no", "250 ok"]}, "PIPELINING")
+
+    replies, _ = transact(server, "a@x", times=2)
+
+    assert server.contents == [b"", b"Subject: x\r\n\r\nhello\r\n"]
+    assert replies["a@x"].accepted
+
+
+def test_after_an_accepted_message_no_reset_is_spent():
+    server = ScriptedServer()
+
+    transact(server, "a@x", times=3)
+
+    assert "RSET" not in server.heard
+    assert len(server.contents) == 3
+
+
+def test_a_refused_reset_makes_the_connection_stale_not_the_message_bad():
+    server = ScriptedServer({"RCPT": ["550 no", "250 ok"], "RSET": "500 what?"}, "")
+
+    replies, usable = transact(server, "a@x", times=2)
+
+    assert replies["a@x"].cause is mailproxy.Cause.LOST
+    assert replies["a@x"].stage is mailproxy.Stage.MAIL
+    assert not usable
+
+
+def test_a_message_larger_than_the_server_takes_is_refused_without_asking():
+    server = ScriptedServer(offers="SIZE 10")
+
+    replies, usable = transact(server, "a@x", content=b"x" * 11)
+
+    assert replies["a@x"].words.startswith("552 5.3.4 ")
+    assert replies["a@x"].cause is mailproxy.Cause.LOCAL
+    assert usable
+    assert "MAIL" not in str(server.heard)
+
+
+@pytest.mark.parametrize("offer", ["SIZE", "SIZE 0", "SIZE many"])
+def test_a_size_that_says_nothing_limits_nothing(offer):
+    replies, _ = transact(ScriptedServer(offers=offer), "a@x")
+
+    assert replies["a@x"].accepted
+
+
+def test_an_address_beyond_ascii_needs_smtputf8():
+    replies, usable = transact(ScriptedServer(offers=""), "ü@x")
+
+    assert replies["ü@x"].words.startswith("550 5.6.7 ")
+    assert usable
+
+
+def test_an_address_cannot_smuggle_a_command():
+    server = ScriptedServer()
+
+    replies, _ = transact(server, "a@x>\r\nRCPT TO:<b@x")
+
+    assert [reply.code for reply in replies.values()] == [501]
+    assert "RCPT" not in str(server.heard)
+
+
+# ----- servers that misbehave
+
+
+@smtp_modes
+@pytest.mark.parametrize(
+    ("at", "stage"), [("MAIL", "mail"), ("RCPT", "rcpt"), ("DATA", "data"), (".", "end-of-data")]
+)
+@pytest.mark.parametrize(
+    ("deed", "cause", "text"),
+    [
+        ("drop", "lost", "connection "),
+        ("silence", "timeout", "no answer within 0.3 s"),
+        ("trickle 250-slow", "timeout", "no answer within 0.3 s"),
+    ],
+)
+def test_an_answer_that_does_not_come_is_a_transient_reply_of_its_stage(offers, at, stage, deed, cause, text):
+    server = ScriptedServer({at: deed + (" ly" * 20 if "slow" in deed else "")}, offers)
+
+    replies, usable = transact(server, "a@x", timeout_s=0.3, agent=smtp_agent(end_of_data_timeout_s=0.3))
+
+    reply = replies["a@x"]
+    assert (reply.stage, reply.code, reply.cause) == (stage, 451, cause)
+    assert text in reply.text
+    assert reply.in_doubt == (stage == "end-of-data")
+    assert not usable
+
+
+@smtp_modes
+@pytest.mark.parametrize(
+    ("at", "stage"), [("MAIL", "mail"), ("RCPT", "rcpt"), ("DATA", "data"), (".", "end-of-data")]
+)
+def test_a_421_is_the_reply_for_all_and_ends_the_session(offers, at, stage):
+    server = ScriptedServer({at: "421 4.3.2 going down"}, offers)
+
+    replies, usable = transact(server, "a@x", "b@x")
+
+    assert {reply.words for reply in replies.values()} == {"421 4.3.2 going down"}
+    assert {reply.stage for reply in replies.values()} == {stage}
+    assert not replies["a@x"].in_doubt
+    assert not usable
+
+
+@smtp_modes
+def test_a_421_leaves_the_refusals_before_it_as_they_are(offers):
+    server = ScriptedServer({"RCPT TO:<b": "550 no", "RCPT TO:<c": "421 enough"}, offers)
+
+    replies, _ = transact(server, "a@x", "b@x", "c@x", "d@x")
+
+    assert {who: reply.code for who, reply in replies.items()} == {
+        "a@x": 421,
+        "b@x": 550,
+        "c@x": 421,
+        "d@x": 421,
+    }
+
+
+@smtp_modes
+def test_a_connection_lost_among_the_recipients_keeps_the_refusals_heard(offers):
+    server = ScriptedServer({"RCPT TO:<b": "550 no", "RCPT TO:<c": "drop"}, offers)
+
+    replies, _ = transact(server, "a@x", "b@x", "c@x")
+
+    assert replies["b@x"].words == "550 no"
+    assert {replies[who].cause for who in ("a@x", "c@x")} == {"lost"}
+    assert {replies[who].stage for who in ("a@x", "c@x")} == {"rcpt"}
+
+
+@smtp_modes
+@pytest.mark.parametrize(
+    ("at", "said", "stage"),
+    [
+        ("MAIL", "hello there", "mail"),
+        ("MAIL", "354 go", "mail"),
+        ("RCPT", "250-one\r\n550 two", "rcpt"),
+        ("RCPT", "9", "rcpt"),
+        ("DATA", "250 fine", "data"),
+        ("DATA", "354 go\r\n250 queued already", "data"),
+        ("MAIL", "250-" + "x" * 70_000 + "\r\n250-\r\n250-", "mail"),
+        ("MAIL", "250-x\r\n" * 40_000 + "250-", "mail"),
+    ],
+)
+def test_an_answer_that_does_not_fit_ends_the_session_and_nothing_is_sent(offers, at, said, stage):
+    server = ScriptedServer({at: said}, offers)
+
+    replies, usable = transact(server, "a@x", timeout_s=0.5)
+
+    assert (replies["a@x"].stage, replies["a@x"].code) == (stage, 451)
+    assert replies["a@x"].cause is mailproxy.Cause.LOCAL
+    assert not usable
+    assert server.contents == []
+
+
+@pytest.mark.parametrize("said", ["what?", "354 more"])
+def test_an_answer_to_the_content_that_does_not_fit_leaves_it_in_doubt(said):
+    replies, usable = transact(ScriptedServer({".": said}), "a@x")
+
+    assert replies["a@x"].in_doubt
+    assert replies["a@x"].stage is mailproxy.Stage.END_OF_DATA
+    assert not usable
+
+
+def test_a_word_too_many_after_the_last_answer_ends_the_session_but_not_the_success():
+    replies, usable = transact(ScriptedServer({".": "250 ok\r\n250 ok"}), "a@x")
+
+    assert replies["a@x"].accepted
+    assert not usable
+
+
+def test_a_connection_closed_while_idle_is_noticed_and_its_message_is_not_in_doubt():
+    server = ScriptedServer({".": ["250 ok\r\n421 idle for too long"]})
+
+    async def story(open_session):
+        session = await open_session()
+        await session.transact(envelope_to("a@x"), b"one\r\n", smtputf8=False)
+        while session.usable:
+            await asyncio.sleep(0.001)
+        return await session.transact(envelope_to("b@x"), b"two\r\n", smtputf8=False)
+
+    replies = with_smtp_server(server, story)
+
+    assert replies["b@x"].cause is mailproxy.Cause.LOST
+    assert replies["b@x"].stage is mailproxy.Stage.MAIL
+    assert server.contents == [b"one\r\n"]
+
+
+def test_a_large_content_arrives_byte_for_byte():
+    content = b"".join(b"%07d .dots\r\n.lead\r\n" % number for number in range(40_000))
+    server = ScriptedServer()
+
+    replies, _ = transact(server, "a@x", content=content)
+
+    assert replies["a@x"].accepted
+    assert server.contents == [content.replace(b"\n.", b"\n..")]
+
+
+def test_a_server_that_stops_reading_times_out_before_the_end_of_the_content():
+    server = ScriptedServer(deaf=True)
+
+    replies, usable = transact(server, "a@x", content=(b"x" * 76 + b"\r\n") * 300_000, timeout_s=0.3)
+
+    assert (replies["a@x"].stage, replies["a@x"].cause) == ("data", "timeout")
+    assert not replies["a@x"].in_doubt
+    assert not usable
+
+
+def test_a_refusal_in_the_middle_of_the_content_is_heard():
+    server = ScriptedServer({"MID-DATA": "552 5.3.4 enough of it"})
+
+    replies, usable = transact(server, "a@x", content=(b"x" * 76 + b"\r\n") * 200_000)
+
+    assert replies["a@x"].words == "552 5.3.4 enough of it"
+    assert replies["a@x"].stage is mailproxy.Stage.DATA
+    assert not usable
+
+
+def test_a_transaction_that_is_cancelled_ends_its_connection():
+    server = ScriptedServer({"DATA": "silence"})
+
+    async def story(open_session):
+        session = await open_session()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await session.transact(envelope_to("a@x"), b"one\r\n", smtputf8=False)
+        return session.usable
+
+    assert with_smtp_server(server, story) is False
+
+
+def test_a_session_knows_its_name_its_age_and_what_it_carried():
+    async def story(open_session):
+        before = time.monotonic()
+        session = await open_session()
+        await session.transact(envelope_to("a@x"), b"one\r\n", smtputf8=False)
+        await session.quit()
+        return (
+            session.name,
+            session.transactions,
+            before <= session.opened_at <= time.monotonic(),
+            session.usable,
+        )
+
+    assert with_smtp_server(ScriptedServer(), story) == ("main-1", 1, True, False)
+
+
+# ----- opening a session
+
+
+def test_a_host_without_a_server_is_a_reply_that_names_the_address():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+
+        reply = asyncio.run(smtp_agent().open_session(smtp_account(port, host="localhost"), name="main-1"))
+
+    assert (reply.stage, reply.code) == ("connect", 451)
+    assert f"localhost[127.0.0.1]:{port}: Connection refused" in reply.text
+
+
+def test_a_name_that_does_not_resolve_is_a_reply():
+    reply = asyncio.run(smtp_agent().open_session(smtp_account(25, host="nowhere.invalid"), name="main-1"))
+
+    assert (reply.stage, reply.code, reply.cause) == ("connect", 451, "local")
+    assert reply.text.startswith("look-up of nowhere.invalid failed: ")
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next_one():
+    server, looked_up = ScriptedServer(), []
+
+    async def story_of_two_addresses():
+        listening = await asyncio.start_server(server, "127.0.0.1", 0)
+        good = listening.sockets[0].getsockname()
+
+        async def two_addresses(call):
+            if getattr(call, "func", None) is not socket.getaddrinfo:
+                return await asyncio.to_thread(call)
+            looked_up.append(call.args[0])
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", where) for where in (("127.0.0.1", 1), good)]
+
+        tokens = mailproxy.TokenKeeper(
+            post_form=no_form, reveal=str, in_thread=in_a_thread, monotonic=time.monotonic
+        )
+        agent = mailproxy.DeliveryAgent(hostname="us", reveal=str, in_thread=two_addresses, tokens=tokens)
+        async with listening:
+            session = await agent.open_session(smtp_account(good[1], host="mail.x"), name="main-1")
+            await session.quit()
+            return session
+
+    session = asyncio.run(story_of_two_addresses())
+
+    assert isinstance(session, mailproxy.Session)
+    assert looked_up == ["mail.x"]
+
+
+@pytest.mark.parametrize(
+    ("replies", "stage", "words"),
+    [
+        ({"GREETING": "421 4.7.0 too many connections"}, "connect", "421 4.7.0 too many connections"),
+        ({"GREETING": "554-go\r\n554 away"}, "connect", "554 go away"),
+        ({"GREETING": "drop"}, "connect", "451 4.4.1 connection lost"),
+        ({"GREETING": "silence"}, "connect", "451 4.4.1 no answer in time"),
+        ({"GREETING": "SSH-2.0-OpenSSH"}, "connect", "451 4.5.0 the answer does not fit: Malformed SMTP"),
+        ({"EHLO us": "421 not now"}, "ehlo", "421 not now"),
+        ({"EHLO us": "silence"}, "ehlo", "451 4.4.2 no answer in time"),
+        ({"EHLO us": "550 no", "HELO": "550 still no"}, "ehlo", "550 still no"),
+    ],
+)
+def test_a_server_that_does_not_greet_us_is_a_reply(replies, stage, words):
+    reply = refused_opening(ScriptedServer(replies), timeout_s=0.3)
+
+    assert reply.stage == stage
+    assert reply.words.startswith(words)
+
+
+def test_a_server_of_the_old_kind_is_greeted_by_helo():
+    server = ScriptedServer({"EHLO us": "502 unknown"})
+
+    replies, _ = transact(server, "a@x")
+
+    assert replies["a@x"].accepted
+    assert server.heard[:2] == ["EHLO us", "HELO us"]
+
+
+def test_without_tls_ehlo_is_said_once():
+    server = ScriptedServer()
+
+    transact(server, "a@x")
+
+    assert server.heard.count("EHLO us") == 1
+
+
+# ----- TLS
+
+
+class Authority:
+    """A certificate authority of a test, its certificates as files."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
+        self.ca_file = self.write("ca", self.key, self.sign(self.name, self.key, is_authority=True))
+
+    def sign(self, subject, key, is_authority=False, host="127.0.0.1"):
+        now = datetime.datetime.now(datetime.UTC)
+        usage = dict.fromkeys(
+            ["content_commitment", "data_encipherment", "key_agreement", "encipher_only", "decipher_only"],
+            False,
+        )
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self.name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(hours=1))
+            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host))]), False)
+            .add_extension(x509.BasicConstraints(is_authority, None), True)
+            .add_extension(
+                x509.KeyUsage(
+                    digital_signature=True,
+                    key_encipherment=False,
+                    key_cert_sign=is_authority,
+                    crl_sign=is_authority,
+                    **usage,
+                ),
+                True,
+            )
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), False)
+            .sign(self.key, hashes.SHA256())
+        )
+
+    def write(self, name, key, certificate):
+        private = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        file = self.folder / f"{name}.pem"
+        file.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+        return str(file)
+
+    def certificate(self, name, host="127.0.0.1"):
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        return self.write(name, key, self.sign(subject, key, host=host))
+
+    def server_context(self, name="server", host="127.0.0.1", ask_for_certificate=False):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate(name, host))
+        if ask_for_certificate:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(self.ca_file)
+        return context
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory):
+    return Authority(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture
+def quiet_loop(caplog):
+    """asyncio's servers log the handshakes that fail."""
+    caplog.set_level("CRITICAL", logger="asyncio")
+
+
+def test_starttls_is_used_when_it_is_offered_and_ehlo_is_said_again(authority):
+    server = ScriptedServer(offers="STARTTLS,PIPELINING", tls=authority.server_context())
+
+    replies, _ = transact(server, "a@x", ca_file=authority.ca_file)
+
+    assert replies["a@x"].accepted
+    assert server.heard[:4] == ["EHLO us", "STARTTLS", "EHLO us", "MAIL FROM:<from@x>"]
+
+
+@pytest.mark.parametrize("encryption", ["required", "implicit"])
+def test_a_large_content_goes_through_tls_as_well(authority, encryption):
+    context = authority.server_context()
+    offers = "STARTTLS,PIPELINING" if encryption == "required" else "PIPELINING"
+    server = ScriptedServer(
+        offers=offers, tls=context, implicit_tls=context if encryption == "implicit" else None
+    )
+    content = b"".join(b"%07d\r\n" % number for number in range(100_000))
+
+    async def story(open_session):
+        session = await open_session()
+        replies = await session.transact(envelope_to("a@x"), content, smtputf8=False)
+        await session.quit()
+        return replies, session.offers.tls
+
+    account = {"ca_file": authority.ca_file, "encryption": mailproxy.Encryption(encryption)}
+    replies, tls = with_smtp_server(server, story, **account)
+
+    assert replies["a@x"].accepted
+    assert server.contents == [content]
+    assert tls == "TLSv1.3"
+
+
+def test_never_means_in_clear_even_when_starttls_is_offered():
+    server = ScriptedServer(offers="STARTTLS")
+
+    replies, _ = transact(server, "a@x", encryption=mailproxy.Encryption.NEVER)
+
+    assert replies["a@x"].accepted
+    assert "STARTTLS" not in server.heard
+
+
+def test_required_tls_without_an_offer_is_a_reply_and_no_mail_in_clear():
+    server = ScriptedServer()
+
+    reply = refused_opening(server, encryption=mailproxy.Encryption.REQUIRED)
+
+    assert (reply.stage, reply.code) == ("tls", 454)
+    assert "does not offer STARTTLS" in reply.text
+    assert server.heard == ["EHLO us"]
+
+
+@pytest.mark.usefixtures("quiet_loop")
+@pytest.mark.parametrize("encryption", ["auto", "required", "implicit"])
+@pytest.mark.parametrize("wrong", ["authority", "name"])
+def test_a_certificate_that_does_not_fit_is_a_reply_and_never_mail_in_clear(authority, encryption, wrong):
+    context = authority.server_context(host="127.0.0.1" if wrong == "authority" else "127.0.0.2")
+    server = ScriptedServer(
+        offers="STARTTLS", tls=context, implicit_tls=context if encryption == "implicit" else None
+    )
+    ca_file = None if wrong == "authority" else authority.ca_file
+
+    reply = refused_opening(server, encryption=mailproxy.Encryption(encryption), ca_file=ca_file)
+
+    assert (reply.stage, reply.code, reply.cause) == ("tls", 454, "local")
+    assert reply.text.startswith("the server's certificate is not accepted: ")
+    assert "MAIL" not in str(server.heard)
+
+
+@pytest.mark.parametrize("encryption", ["auto", "implicit"])
+def test_without_verification_any_certificate_will_do(authority, encryption):
+    context = authority.server_context(host="127.0.0.2")
+    server = ScriptedServer(
+        offers="STARTTLS", tls=context, implicit_tls=context if encryption == "implicit" else None
+    )
+
+    replies, _ = transact(server, "a@x", verify_tls=False, encryption=mailproxy.Encryption(encryption))
+
+    assert replies["a@x"].accepted
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("454 4.7.0 not now", "454 4.7.0 not now"),
+        ("220 go\r\n250 injected", None),  # no handshake follows either way
+        ("drop", "454 4.7.5 connection lost"),
+        ("silence", "454 4.7.5 no answer in time"),
+        ("220 go\r\n250 in clear", None),
+    ],
+)
+def test_a_starttls_that_fails_is_never_followed_by_mail_in_clear(said, words):
+    server = ScriptedServer({"STARTTLS": said}, offers="STARTTLS")
+
+    reply = refused_opening(server, timeout_s=0.5)
+
+    assert reply.stage == "tls"
+    assert words is None or reply.words == words
+    assert not any(line.startswith("MAIL") for line in server.heard)
+
+
+def test_words_injected_before_the_handshake_are_not_taken_for_the_servers(authority):
+    class Injecting(ScriptedServer):
+        async def obey(self, reader, writer, command):
+            if command == "STARTTLS":
+                writer.write(b"220 go\r\n250-injected\r\n250 PIPELINING\r\n")
+                await writer.start_tls(self.tls)
+                self.offers = []
+            else:
+                await super().obey(reader, writer, command)
+
+    server = Injecting(offers="STARTTLS", tls=authority.server_context())
+
+    async def story(open_session):
+        session = await open_session()
+        await session.quit()
+        return session.offers.pipelining
+
+    assert with_smtp_server(server, story, ca_file=authority.ca_file) is False
+
+
+@pytest.mark.usefixtures("quiet_loop")
+@pytest.mark.parametrize("encryption", ["auto", "implicit"])
+def test_a_server_that_asks_for_a_certificate_gets_the_accounts(authority, encryption):
+    context = authority.server_context(ask_for_certificate=True)
+    fields = {"ca_file": authority.ca_file, "encryption": mailproxy.Encryption(encryption)}
+
+    def server():
+        implicit = context if encryption == "implicit" else None
+        return ScriptedServer(offers="STARTTLS", tls=context, implicit_tls=implicit)
+
+    replies, _ = transact(server(), "a@x", client_cert=authority.certificate("client"), **fields)
+    without = refused_opening(server(), **fields)
+
+    assert replies["a@x"].accepted
+    assert without.code == 454 or without.cause is mailproxy.Cause.LOST
+
+
+@pytest.mark.parametrize("field", ["ca_file", "client_cert"])
+def test_a_certificate_file_that_cannot_be_used_is_a_reply(tmp_path, field):
+    nonsense = tmp_path / "nonsense.pem"
+    nonsense.write_text("not a certificate")
+
+    replies = [
+        refused_opening(ScriptedServer(), **{field: str(file)}) for file in (nonsense, tmp_path / "none")
+    ]
+
+    assert {(reply.stage, reply.code, reply.cause) for reply in replies} == {("tls", 454, "local")}
+    assert all("certificate files cannot be used" in reply.text for reply in replies)
+
+
+def test_a_tls_context_is_built_once_and_again_when_its_file_changes(authority, tmp_path):
+    ca_file = tmp_path / "ca.pem"
+    ca_file.write_bytes(pathlib.Path(authority.ca_file).read_bytes())
+    account, contexts = smtp_account(25, ca_file=str(ca_file)), mailproxy.TlsContexts(in_a_thread)
+
+    first, again = asyncio.run(contexts.context(account)), asyncio.run(contexts.context(account))
+    os.utime(ca_file, (1, 1))
+    renewed = asyncio.run(contexts.context(account))
+
+    assert first is again
+    assert renewed is not first
+
+
+# ----- logging in
+
+
+class LoginServer(ScriptedServer):
+    """Knows one user, and what a login looks like by each method; `echo` repeats what it was told."""
+
+    user, secret = "mé", "gehëim"
+
+    def __init__(self, methods, replies=None, echo=False, **fields):
+        super().__init__(replies, offers=f"AUTH {methods},PIPELINING", **fields)
+        self.logins, self.echo = [], echo
+
+    async def obey(self, reader, writer, command):
+        if not command.startswith("AUTH ") or command in self.replies:
+            await super().obey(reader, writer, command)
+            return
+        _, method, *said = command.split()
+        right, told = await getattr(self, method.lower().replace("-", "_"))(reader, writer, *said)
+        self.logins.append(method)
+        refusal = f"535 5.7.8 refused {told}" if self.echo else "535 5.7.8 refused"
+        writer.write((("235 2.7.0 ok" if right else refusal) + "\r\n").encode())
+
+    async def plain(self, reader, writer, said):
+        return base64.b64decode(said).decode() == f"\0{self.user}\0{self.secret}", said
+
+    async def login(self, reader, writer, said):
+        password = await self.asked(reader, writer, "Password:")
+        return (base64.b64decode(said).decode(), password.decode()) == (
+            self.user,
+            self.secret,
+        ), password.decode()
+
+    async def cram_md5(self, reader, writer):
+        user, digest = (await self.asked(reader, writer, "<1@x>")).decode().split()
+        return (user, digest) == (self.user, hmac.new(self.secret.encode(), b"<1@x>", "md5").hexdigest()), ""
+
+    async def xoauth2(self, reader, writer, said):
+        if base64.b64decode(said).decode() == f"user={self.user}\x01auth=Bearer {self.secret}\x01\x01":
+            return True, said
+        assert await self.asked(reader, writer, '{"status":"400","schemes":"Bearer"}') == b""
+        return False, said
+
+    async def asked(self, reader, writer, challenge):
+        writer.write(b"334 " + base64.b64encode(challenge.encode()) + b"\r\n")
+        return base64.b64decode(await self.line(reader))
+
+
+def log_in_at(server, agent=None, **fields):
+    """The reply, or None for a session."""
+
+    async def story(open_session):
+        opened = await open_session()
+        if isinstance(opened, mailproxy.Reply):
+            return opened
+        await opened.quit()
+        return None
+
+    return with_smtp_server(
+        server,
+        story,
+        agent,
+        **{"user": LoginServer.user, "password": mailproxy.Secret(LoginServer.secret), **fields},
+    )
+
+
+@pytest.mark.parametrize("method", ["PLAIN", "LOGIN", "CRAM-MD5"])
+def test_each_method_logs_in_with_a_password_in_utf_8(method):
+    server = LoginServer(method)
+
+    assert log_in_at(server) is None
+    assert server.logins == [method]
+
+
+@pytest.mark.parametrize("method", ["plain", "login", "cram-md5"])
+def test_a_refused_password_costs_one_login_and_keeps_the_servers_words(method):
+    server = LoginServer("PLAIN LOGIN CRAM-MD5")
+
+    reply = log_in_at(server, password=mailproxy.Secret("wrong"), auth=method)
+
+    assert (reply.stage, reply.words, reply.cause) == ("auth", "535 5.7.8 refused", "server")
+    assert server.logins == [method.upper()]
+
+
+@pytest.mark.parametrize(("encrypted", "method"), [(True, "PLAIN"), (False, "CRAM-MD5")])
+def test_auto_hides_the_password_from_the_wire_one_way_or_the_other(authority, encrypted, method):
+    server = LoginServer(
+        "LOGIN PLAIN CRAM-MD5", implicit_tls=authority.server_context() if encrypted else None
+    )
+    encryption = mailproxy.Encryption.IMPLICIT if encrypted else mailproxy.Encryption.AUTO
+
+    assert log_in_at(server, encryption=encryption, ca_file=authority.ca_file) is None
+    assert server.logins == [method]
+
+
+@pytest.mark.parametrize("secret", ["wröng", "w"])
+@pytest.mark.parametrize("method", ["plain", "login", "xoauth2"])
+def test_credentials_that_a_server_repeats_are_not_in_the_reply(method, secret):
+    server = LoginServer("PLAIN LOGIN XOAUTH2", echo=True)
+
+    reply = log_in_at(server, password=mailproxy.Secret(secret), auth=method)
+
+    assert reply.code == 535
+    assert "***" in reply.text
+    assert secret not in reply.text
+    for word in reply.text.split():
+        with contextlib.suppress(ValueError):
+            assert secret.encode() not in base64.b64decode(word, validate=True)
+
+
+@pytest.mark.parametrize(
+    ("offers", "fields", "words"),
+    [
+        ("", {}, "the server offers no AUTH"),
+        ("AUTH GSSAPI", {}, "the server offers AUTH GSSAPI alone"),
+        ("AUTH LOGIN", {"auth": "plain"}, "the server offers AUTH LOGIN alone; the account wants plain"),
+    ],
+)
+def test_a_server_that_offers_no_fitting_login_is_a_reply(offers, fields, words):
+    reply = log_in_at(ScriptedServer(offers=offers), **fields)
+
+    assert (reply.stage, reply.code, reply.cause) == ("auth", 451, "local")
+    assert words in reply.text
+
+
+@pytest.mark.parametrize(
+    ("said", "words", "cause"),
+    [
+        ("454 4.7.0 later", "454 4.7.0 later", "server"),
+        ("421 bye", "421 bye", "server"),
+        ("250 fine", "451 4.5.0 the answer does not fit: 250 fine", "local"),
+        ("drop", "451 4.7.0 connection lost", "lost"),
+        ("silence", "451 4.7.0 no answer in time", "timeout"),
+    ],
+)
+def test_a_login_that_comes_to_nothing_is_a_reply(said, words, cause):
+    reply = log_in_at(ScriptedServer({"AUTH": said}, offers="AUTH PLAIN"), timeout_s=0.4)
+
+    assert (reply.stage, reply.words, reply.cause) == ("auth", words, cause)
+
+
+def test_a_secret_that_cannot_be_read_is_a_reply_and_no_connection():
+    def reveal(secret):
+        raise mailproxy.SecretUnavailable(f"{secret.given} is not set")
+
+    server = ScriptedServer(offers="AUTH PLAIN")
+
+    reply = log_in_at(server, smtp_agent(reveal=reveal), password=mailproxy.Secret("env:PW"))
+
+    assert (reply.stage, reply.cause, reply.text) == ("auth", "local", "env:PW is not set")
+    assert server.sessions == 0
+
+
+# ----- access tokens
+
+
+class TokenEndpoint:
+    """Answers in turn with what it was given; keeps the forms it got."""
+
+    def __init__(self, *answers):
+        self.answers, self.forms = list(answers), []
+
+    def __call__(self, url, fields, timeout_s):
+        self.forms.append((url, dict(fields)))
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        status, body = answer
+        return status, body if isinstance(body, bytes) else json.dumps(body).encode()
+
+
+def token_granted(token, **fields):
+    return 200, {"access_token": token, "expires_in": 3600, "token_type": "Bearer", **fields}
+
+
+OAUTH2 = mailproxy.OAuth2("https://x/token", "client", mailproxy.Secret("cs"), mailproxy.Secret("rt"), None)
+
+
+def by_token(**fields):
+    return smtp_account(25, user=LoginServer.user, oauth2=OAUTH2._replace(**fields))
+
+
+def keeper_of(endpoint, now=lambda: 0.0):
+    return mailproxy.TokenKeeper(
+        post_form=endpoint, reveal=lambda secret: secret.given, in_thread=in_a_thread, monotonic=now
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        (
+            {},
+            {
+                "grant_type": "refresh_token",
+                "client_id": "client",
+                "client_secret": "cs",
+                "refresh_token": "rt",
+            },
+        ),
+        (
+            {"refresh_token": None, "scope": "https://x/.default"},
+            {
+                "grant_type": "client_credentials",
+                "client_id": "client",
+                "client_secret": "cs",
+                "scope": "https://x/.default",
+            },
+        ),
+        (
+            {"client_secret": None},
+            {"grant_type": "refresh_token", "client_id": "client", "refresh_token": "rt"},
+        ),
+    ],
+)
+def test_a_token_is_asked_for_by_refresh_token_or_client_credentials(fields, form):
+    endpoint = TokenEndpoint(token_granted("t1"))
+
+    token = asyncio.run(keeper_of(endpoint).token(by_token(**fields)))
+
+    assert token == "t1"
+    assert endpoint.forms == [("https://x/token", form)]
+
+
+def test_a_token_is_kept_until_a_minute_before_it_expires():
+    endpoint, clock = TokenEndpoint(token_granted("t1"), token_granted("t2")), [1000.0]
+    keeper = keeper_of(endpoint, lambda: clock[0])
+
+    tokens = [asyncio.run(keeper.token(by_token()))]
+    for moment in (1000.0 + 3539, 1000.0 + 3541):
+        clock[0] = moment
+        tokens.append(asyncio.run(keeper.token(by_token())))
+
+    assert tokens == ["t1", "t1", "t2"]
+
+
+@pytest.mark.parametrize("answer", [token_granted("t"), (400, {"error": "invalid_grant"})])
+def test_connections_that_ask_at_the_same_time_share_one_fetch_and_its_outcome(answer):
+    endpoint = TokenEndpoint(answer)
+
+    async def story():
+        keeper = keeper_of(endpoint)
+        return await asyncio.gather(*(keeper.token(by_token()) for _ in range(16)))
+
+    tokens = asyncio.run(story())
+
+    assert len(endpoint.forms) == 1
+    assert len(set(tokens)) == 1
+
+
+def test_a_failed_fetch_is_tried_again_by_the_next_who_asks():
+    endpoint = TokenEndpoint((503, b"busy"), token_granted("t"))
+    keeper = keeper_of(endpoint)
+
+    first, second = asyncio.run(keeper.token(by_token())), asyncio.run(keeper.token(by_token()))
+
+    assert first.words == "454 4.7.0 token endpoint: 503"
+    assert second == "t"
+
+
+def test_a_rotated_refresh_token_takes_the_place_of_the_one_given():
+    endpoint = TokenEndpoint(token_granted("t1", refresh_token="rt2"), token_granted("t2"))
+    keeper = keeper_of(endpoint)
+
+    asyncio.run(keeper.token(by_token()))
+    keeper.invalidate(by_token(), "t1")
+    asyncio.run(keeper.token(by_token()))
+
+    assert [form["refresh_token"] for _, form in endpoint.forms] == ["rt", "rt2"]
+
+
+def test_an_old_token_that_is_refused_late_does_not_cost_the_new_one():
+    endpoint = TokenEndpoint(token_granted("t1"), token_granted("t2"), token_granted("t3"))
+    keeper = keeper_of(endpoint)
+    asyncio.run(keeper.token(by_token()))
+    keeper.invalidate(by_token(), "t1")
+    asyncio.run(keeper.token(by_token()))
+
+    keeper.invalidate(by_token(), "t1")
+
+    assert asyncio.run(keeper.token(by_token())) == "t2"
+
+
+def test_a_replaced_account_starts_with_a_new_token():
+    endpoint = TokenEndpoint(token_granted("t1", refresh_token="rotated"), token_granted("t2"))
+    keeper = keeper_of(endpoint)
+    asyncio.run(keeper.token(by_token()))
+
+    token = asyncio.run(keeper.token(by_token(refresh_token=mailproxy.Secret("other"))))
+
+    assert token == "t2"
+    assert endpoint.forms[1][1]["refresh_token"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("answer", "words", "cause"),
+    [
+        (
+            (400, {"error": "invalid_grant", "error_description": "rt cs"}),
+            "535 5.7.8 token endpoint: 400 invalid_grant",
+            "local",
+        ),
+        ((401, b"<html>"), "535 5.7.8 token endpoint: 401", "local"),
+        ((429, {}), "454 4.7.0 token endpoint: 429", "server"),
+        ((500, b""), "454 4.7.0 token endpoint: 500", "server"),
+        ((200, b"[]"), "454 4.7.0 token endpoint: 200", "server"),
+        ((200, {"access_token": 7}), "454 4.7.0 token endpoint: 200", "server"),
+        (OSError("refused"), "451 4.7.0 token endpoint: refused", "lost"),
+        (TimeoutError(), "451 4.7.0 no answer of the token endpoint in time", "timeout"),
+    ],
+)
+def test_a_token_that_cannot_be_had_is_a_reply_of_the_login(answer, words, cause):
+    reply = asyncio.run(keeper_of(TokenEndpoint(answer)).token(by_token()))
+
+    assert (reply.stage, reply.words, reply.cause) == ("auth", words, cause)
+
+
+@pytest.mark.parametrize("life", ["3600", None, "soon", 30, -5])
+def test_whatever_is_said_of_its_life_a_token_is_a_token(life):
+    keeper = keeper_of(TokenEndpoint((200, {"access_token": "t", "expires_in": life})))
+
+    assert asyncio.run(keeper.token(by_token())) == "t"
+
+
+def test_xoauth2_logs_in_with_the_token():
+    server = LoginServer("PLAIN XOAUTH2")
+
+    reply = log_in_at(
+        server, smtp_agent(post_form=TokenEndpoint(token_granted(server.secret))), oauth2=OAUTH2
+    )
+
+    assert reply is None
+    assert server.logins == ["XOAUTH2"]
+
+
+def test_a_refused_token_is_renewed_once():
+    endpoint, server = (
+        TokenEndpoint(token_granted("revoked"), token_granted(LoginServer.secret)),
+        LoginServer("XOAUTH2"),
+    )
+
+    reply = log_in_at(server, smtp_agent(post_form=endpoint), oauth2=OAUTH2)
+
+    assert reply is None
+    assert len(endpoint.forms) == 2
+    assert server.logins == ["XOAUTH2", "XOAUTH2"]
+
+
+def test_a_token_refused_twice_is_a_reply_that_says_what_the_challenge_said():
+    endpoint, server = TokenEndpoint(token_granted("wrong")), LoginServer("XOAUTH2")
+
+    reply = log_in_at(server, smtp_agent(post_form=endpoint), oauth2=OAUTH2)
+
+    assert reply.words == "535 5.7.8 refused (status 400)"
+    assert len(server.logins) == 2
+
+
+def test_nothing_that_is_printed_shows_a_secret():
+    shown = [repr(mailproxy.Login("me", "geheim")), repr(by_token())]
+
+    assert not any(secret in text for text in shown for secret in ("geheim", "'rt'", "'cs'"))
+
+
+# ======================================================================
+# HTTP SERVER
+# ======================================================================
+
+
+TOKEN_HEADER = "X-API-Token: secret\r\n"
+
+
+class HttpService:
+    """A server of a few routes on a loopback port, with what it observed and logged."""
+
+    def __init__(self, **limits):
+        self.observed = []
+        self.failures = []
+        self.threads = 0
+        self.started = asyncio.Event()
+        self.release = asyncio.Event()
+        self.finished = 0
+        self.limits = mailproxy.HttpLimits(**limits)
+        self.server = mailproxy.HttpServer(
+            self.routes(),
+            limits=self.limits,
+            authorised=lambda request: request.headers.get("x-api-token") == "secret",
+            observe=lambda request, status, seconds: self.observed.append(
+                (request.route, request.method, status)
+            ),
+            in_thread=self.in_thread,
+            log_failure=lambda request, error: self.failures.append((request.id, error)),
+        )
+
+    def routes(self):
+        return [
+            mailproxy.Route("GET", "/health", self.health, public=True),
+            mailproxy.Route("POST", "/echo", self.echo),
+            mailproxy.Route("POST", "/length", self.length),
+            mailproxy.Route("GET", "/query", self.query),
+            mailproxy.Route("GET", "/message/{id}", self.message),
+            mailproxy.Route("DELETE", "/message/{id}", self.message),
+            mailproxy.Route("POST", "/account/{id}/suspend", self.message),
+            mailproxy.Route("GET", "/bug", self.bug),
+            mailproxy.Route("GET", "/no", self.no),
+            mailproxy.Route("GET", "/stream", self.stream),
+            mailproxy.Route("GET", "/broken-stream", self.broken_stream),
+            mailproxy.Route("GET", "/endless", self.endless),
+            mailproxy.Route("GET", "/large", self.large),
+            mailproxy.Route("GET", "/stillborn-stream", self.stillborn_stream),
+            mailproxy.Route("POST", "/slow", self.slow),
+            mailproxy.Route("GET", "/bad-header", self.bad_header),
+        ]
+
+    async def in_thread(self, work):
+        self.threads += 1
+        return await asyncio.to_thread(work)
+
+    async def health(self, request):
+        return mailproxy.json_response({"ok": True, "status": "ok"})
+
+    async def echo(self, request):
+        return mailproxy.json_response({"ok": True, "got": await request.json_object()})
+
+    async def length(self, request):
+        return mailproxy.json_response({"ok": True, "length": len(request.body)})
+
+    async def query(self, request):
+        return mailproxy.json_response({"ok": True, "query": request.query})
+
+    async def message(self, request):
+        return mailproxy.json_response({"ok": True, **request.parameters, "length": len(request.body)})
+
+    async def bug(self, request):
+        raise RuntimeError("the password is hunter2")
+
+    async def no(self, request):
+        raise mailproxy.HttpError(409, "not now", headers={"Retry-After": "5"}, extra={"rejected": [1]})
+
+    async def stream(self, request):
+        async def pieces():
+            for piece in (b"[1", b"", b",2", b"]"):
+                yield piece
+
+        return mailproxy.Response(body=pieces())
+
+    async def broken_stream(self, request):
+        async def pieces():
+            yield b"[1"
+            raise OSError("disk gone")
+
+        return mailproxy.Response(body=pieces())
+
+    async def stillborn_stream(self, request):
+        async def pieces():
+            raise OSError("disk gone")
+            yield b""
+
+        return mailproxy.Response(body=pieces())
+
+    async def endless(self, request):
+        async def pieces():
+            try:
+                while True:
+                    yield b"x" * 65_536
+            finally:
+                self.finished += 1
+
+        return mailproxy.Response(body=pieces())
+
+    async def large(self, request):
+        return mailproxy.Response(body=b"x" * 30_000_000)
+
+    async def slow(self, request):
+        self.started.set()
+        await self.release.wait()
+        self.finished += 1
+        return mailproxy.json_response({"ok": True})
+
+    async def bad_header(self, request):
+        return mailproxy.Response(headers={"X-Name": "a\r\nSet-Cookie: b"})
+
+
+def with_http_service(story, **limits):
+    """Runs a story against a started service; every wait of it together has ten seconds."""
+
+    async def told():
+        loop_errors = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: loop_errors.append(context))
+        service = HttpService(**limits)
+        ((_, port),) = await service.server.start_tcp("127.0.0.1", 0, None)
+        service.port = port
+        try:
+            async with asyncio.timeout(10):
+                await story(service)
+        finally:
+            await service.server.stop(0)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not others
+        assert not loop_errors
+
+    asyncio.run(told())
+
+
+async def http_connect(service):
+    return await asyncio.open_connection("127.0.0.1", service.port)
+
+
+async def http_answers_to(service, sent):
+    """All that comes back on one connection until the server or a half-closed client ends it."""
+    reader, writer = await http_connect(service)
+    writer.write(sent)
+    writer.write_eof()
+    try:
+        return await reader.read(-1)
+    finally:
+        writer.close()
+
+
+async def read_http_answer(reader):
+    """One answer with a Content-Length: status, headers, body."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:-2])}
+    return int(head[0].split()[1]), headers, await reader.readexactly(int(headers.get("content-length", 0)))
+
+
+def answer_parts(answer):
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status_line, *lines = head.decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    return int(status_line.split()[1]), headers, body
+
+
+def http_request(method="POST", path="/echo", headers="", body=b"", length=True):
+    lengths = f"Content-Length: {len(body)}\r\n" if body and length else ""
+    return f"{method} {path} HTTP/1.1\r\nHost: x\r\n{TOKEN_HEADER}{lengths}{headers}\r\n".encode() + body
+
+
+async def http_until(condition):
+    """Waits for a condition; the story's own timeout bounds it."""
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def test_a_get_is_answered_with_json_and_the_connection_stays():
+    async def story(service):
+        reader, writer = await http_connect(service)
+
+        for _ in range(3):
+            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            status, headers, body = await read_http_answer(reader)
+
+            assert (status, json.loads(body)) == (200, {"ok": True, "status": "ok"})
+            assert headers["content-type"] == "application/json"
+            assert headers["x-content-type-options"] == "nosniff"
+            assert headers["cache-control"] == "no-store"
+            assert "connection" not in headers
+        writer.close()
+        assert service.observed == [("/health", "GET", 200)] * 3
+
+    with_http_service(story)
+
+
+HOST_LINE = b"Host: x\r\n"
+HOST_AND_TOKEN = HOST_LINE + TOKEN_HEADER.encode()
+REFUSED_HEADS = {
+    "no version": (b"GET /health\r\n\r\n", 400),
+    "empty line first": (b"\r\n\r\n", 400),
+    "two spaces": (b"GET  /health HTTP/1.1\r\n" + HOST_LINE + b"\r\n", 400),
+    "tab for a space": (b"GET\t/health HTTP/1.1\r\n" + HOST_LINE + b"\r\n", 400),
+    "space at the end": (b"GET /health HTTP/1.1 \r\n" + HOST_LINE + b"\r\n", 400),
+    "bad method": (b"G@T /health HTTP/1.1\r\n" + HOST_LINE + b"\r\n", 400),
+    "lower-case protocol": (b"GET /health http/1.1\r\n" + HOST_LINE + b"\r\n", 400),
+    "two digits of version": (b"GET /health HTTP/1.10\r\n" + HOST_LINE + b"\r\n", 400),
+    "http/2": (b"GET /health HTTP/2.0\r\n" + HOST_LINE + b"\r\n", 505),
+    "http/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    "http/3": (b"GET /health HTTP/3.0\r\n" + HOST_LINE + b"\r\n", 505),
+    "tls hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    "no host": (b"GET /health HTTP/1.1\r\n\r\n", 400),
+    "two hosts": (b"GET /health HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", 400),
+    "two empty hosts": (b"GET /health HTTP/1.1\r\nHost:\r\nHost:\r\n\r\n", 400),
+    "host with a space": (b"GET /health HTTP/1.1\r\nHost: x y\r\n\r\n", 400),
+    "bare lf": (b"GET /health HTTP/1.1\nHost: x\n\n", 400),
+    "one bare lf": (b"GET /health HTTP/1.1\r\nHost: x\nA: b\r\n\r\n", 400),
+    "bare cr": (b"GET /health HTTP/1.1\r\nHost: x\rA: b\r\n\r\n", 400),
+    "nul in a value": (b"GET /health HTTP/1.1\r\nHost: x\r\nA: b\0c\r\n\r\n", 400),
+    "escape in a value": (b"GET /health HTTP/1.1\r\nHost: x\r\nA: \x1b[0m\r\n\r\n", 400),
+    "space before the colon": (b"GET /health HTTP/1.1\r\nHost : x\r\n\r\n", 400),
+    "tab before the colon": (b"GET /health HTTP/1.1\r\nHost\t: x\r\n\r\n", 400),
+    "folded": (b"GET /health HTTP/1.1\r\nHost: x\r\nA: b\r\n c\r\n\r\n", 400),
+    "folded by a tab": (b"GET /health HTTP/1.1\r\nHost: x\r\nA: b\r\n\tc\r\n\r\n", 400),
+    "first header indented": (b"GET /health HTTP/1.1\r\n Host: x\r\n\r\n", 400),
+    "no colon": (b"GET /health HTTP/1.1\r\nHost: x\r\nnonsense\r\n\r\n", 400),
+    "no name": (b"GET /health HTTP/1.1\r\nHost: x\r\n: b\r\n\r\n", 400),
+    "name with a bracket": (b"GET /health HTTP/1.1\r\nHost: x\r\nA(b): c\r\n\r\n", 400),
+    "name beyond ascii": (b"GET /health HTTP/1.1\r\nHost: x\r\nA\xe9: c\r\n\r\n", 400),
+    "asterisk": (b"OPTIONS * HTTP/1.1\r\n" + HOST_LINE + b"\r\n", 400),
+    "authority form": (b"CONNECT x:80 HTTP/1.1\r\n" + HOST_LINE + b"\r\n", 400),
+    "ftp": (b"GET ftp://x/health HTTP/1.1\r\n" + HOST_LINE + b"\r\n", 400),
+    "no slash": (b"GET health HTTP/1.1\r\n" + HOST_LINE + b"\r\n", 400),
+    "fragment": (b"GET /health#a HTTP/1.1\r\n" + HOST_LINE + b"\r\n", 400),
+    "bytes beyond ascii in the target": (b"GET /h\xc3\xa9 HTTP/1.1\r\n" + HOST_LINE + b"\r\n", 400),
+    "nul in the path": (b"GET /message/%00 HTTP/1.1\r\n" + HOST_AND_TOKEN + b"\r\n", 400),
+    "nul in the query": (b"GET /query?a=%00 HTTP/1.1\r\n" + HOST_AND_TOKEN + b"\r\n", 400),
+    "half an escape": (b"GET /message/%4 HTTP/1.1\r\n" + HOST_AND_TOKEN + b"\r\n", 400),
+    "no escape": (b"GET /message/%zz HTTP/1.1\r\n" + HOST_AND_TOKEN + b"\r\n", 400),
+    "no utf-8 in the path": (b"GET /message/%ff HTTP/1.1\r\n" + HOST_AND_TOKEN + b"\r\n", 400),
+    "overlong utf-8 in the path": (b"GET /message/%c0%ae HTTP/1.1\r\n" + HOST_AND_TOKEN + b"\r\n", 400),
+    "no utf-8 in the query": (b"GET /query?a=%ff HTTP/1.1\r\n" + HOST_AND_TOKEN + b"\r\n", 400),
+    "bad escape in the query": (b"GET /query?a=%x HTTP/1.1\r\n" + HOST_AND_TOKEN + b"\r\n", 400),
+    "too many query fields": (
+        b"GET /query?" + b"a&" * 100 + b"a HTTP/1.1\r\n" + HOST_AND_TOKEN + b"\r\n",
+        400,
+    ),
+    "too many headers": (b"GET /health HTTP/1.1\r\n" + HOST_LINE + b"A: b\r\n" * 100 + b"\r\n", 431),
+    "too large a header": (
+        b"GET /health HTTP/1.1\r\n" + HOST_LINE + b"A: " + b"b" * 33_000 + b"\r\n\r\n",
+        431,
+    ),
+    "endless request line": (b"GET /" + b"a" * 40_000, 431),
+    "endless header": (b"GET /health HTTP/1.1\r\nA: " + b"a" * 40_000, 431),
+    "a head that stops": (b"GET /health HTTP/1.1\r\nHos", 400),
+    "unknown expectation": (b"GET /health HTTP/1.1\r\n" + HOST_LINE + b"Expect: cake\r\n\r\n", 417),
+}
+
+
+@pytest.mark.parametrize(("sent", "status"), REFUSED_HEADS.values(), ids=REFUSED_HEADS.keys())
+def test_a_head_that_is_not_strictly_right_is_refused(sent, status):
+    async def story(service):
+        answer = await http_answers_to(service, sent)
+
+        got, headers, body = answer_parts(answer)
+        assert got == status
+        assert json.loads(body)["ok"] is False
+        assert json.loads(body)["error"]
+        assert len(headers["x-request-id"]) == 16
+        assert not service.failures
+
+    with_http_service(story)
+
+
+@pytest.mark.parametrize(
+    "sent", [REFUSED_HEADS[name][0] for name in ("bare lf", "bare cr", "no colon", "folded")]
+)
+def test_a_malformed_head_is_refused_in_the_same_way_when_it_comes_byte_by_byte(sent):
+    async def story(service):
+        reader, writer = await http_connect(service)
+
+        for byte in sent:
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0)
+        status, _, _ = await read_http_answer(reader)
+
+        assert status == 400
+        writer.close()
+
+    with_http_service(story)
+
+
+HEALTH = b"GET /health HTTP/1.1\r\n" + HOST_LINE + b"\r\n"
+AMBIGUOUS = {
+    "both": (b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", 400),
+    "both the other way round": (b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n", 400),
+    "two lengths": (b"Content-Length: 5\r\nContent-Length: 6\r\n", 400),
+    "the same twice": (b"Content-Length: 5\r\nContent-Length: 5\r\n", 400),
+    "a list": (b"Content-Length: 5, 5\r\n", 400),
+    "plus": (b"Content-Length: +5\r\n", 400),
+    "minus": (b"Content-Length: -5\r\n", 400),
+    "hex": (b"Content-Length: 0x5\r\n", 400),
+    "underscore": (b"Content-Length: 1_0\r\n", 400),
+    "superscript": (b"Content-Length: \xb2\r\n", 400),
+    "fraction": (b"Content-Length: 5.0\r\n", 400),
+    "empty": (b"Content-Length:\r\n", 400),
+    "huge": (b"Content-Length: " + b"9" * 30 + b"\r\n", 413),
+    "beyond the digits of int": (b"Content-Length: " + b"9" * 5000 + b"\r\n", 413),
+    "xchunked": (b"Transfer-Encoding: xchunked\r\n", 501),
+    "identity": (b"Transfer-Encoding: identity\r\n", 501),
+    "gzip": (b"Transfer-Encoding: gzip, chunked\r\n", 501),
+    "chunked twice": (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", 501),
+    "chunked and more": (b"Transfer-Encoding: chunked, identity\r\n", 501),
+    "quoted": (b'Transfer-Encoding: "chunked"\r\n', 501),
+    "vertical tab": (b"Transfer-Encoding: \x0bchunked\r\n", 400),
+    "space before the colon": (b"Transfer-Encoding : chunked\r\n", 400),
+    "folded": (b"Transfer-Encoding:\r\n chunked\r\n", 400),
+    "empty coding": (b"Transfer-Encoding:\r\n", 501),
+}
+
+
+@pytest.mark.parametrize(("fields", "status"), AMBIGUOUS.values(), ids=AMBIGUOUS.keys())
+def test_a_body_whose_end_is_in_doubt_is_refused_and_nothing_behind_it_is_read_as_a_request(fields, status):
+    async def story(service):
+        answer = await http_answers_to(
+            service, b"POST /length HTTP/1.1\r\n" + HOST_AND_TOKEN + fields + b"\r\n0\r\n\r\n" + HEALTH
+        )
+
+        assert answer_parts(answer)[0] == status
+        assert answer.count(b"HTTP/1.1 ") == 1
+        assert answer_parts(answer)[1]["connection"] == "close"
+
+    with_http_service(story)
+
+
+def test_http_1_0_has_no_transfer_encoding():
+    async def story(service):
+        answer = await http_answers_to(
+            service, b"POST /length HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+        )
+
+        assert answer_parts(answer)[0] == 400
+
+    with_http_service(story)
+
+
+CHUNKED_BODIES = {
+    "one": (b"5\r\nhello\r\n0\r\n\r\n", 5),
+    "two": (b"5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n", 6),
+    "none": (b"0\r\n\r\n", 0),
+    "capital hex": (b"A\r\n0123456789\r\n0\r\n\r\n", 10),
+    "leading zeros": (b"0005\r\nhello\r\n000\r\n\r\n", 5),
+    "extension": (b'5;a=b;c="d"\r\nhello\r\n0;x\r\n\r\n', 5),
+    "trailers": (b"5\r\nhello\r\n0\r\nA: b\r\nContent-Length: 7\r\n\r\n", 5),
+    "many small": (b"1\r\nx\r\n" * 5000 + b"0\r\n\r\n", 5000),
+}
+
+
+@pytest.mark.parametrize(("body", "length"), CHUNKED_BODIES.values(), ids=CHUNKED_BODIES.keys())
+def test_a_chunked_body_is_put_together_and_the_next_request_follows(body, length):
+    async def story(service):
+        head = b"POST /length HTTP/1.1\r\n" + HOST_AND_TOKEN + b"Transfer-Encoding: Chunked\r\n\r\n"
+        reader, writer = await http_connect(service)
+
+        writer.write(head + body + HEALTH)
+        first, second = await read_http_answer(reader), await read_http_answer(reader)
+
+        assert json.loads(first[2]) == {"ok": True, "length": length}
+        assert json.loads(second[2])["status"] == "ok"
+        writer.close()
+
+    with_http_service(story)
+
+
+BAD_CHUNKS = {
+    "plus": b"+5\r\nhello\r\n0\r\n\r\n",
+    "minus": b"-5\r\nhello\r\n0\r\n\r\n",
+    "0x": b"0x5\r\nhello\r\n0\r\n\r\n",
+    "underscore": b"0_5\r\nhello\r\n0\r\n\r\n",
+    "space first": b" 5\r\nhello\r\n0\r\n\r\n",
+    "space behind": b"5 \r\nhello\r\n0\r\n\r\n",
+    "no number": b"g\r\nhello\r\n0\r\n\r\n",
+    "empty size": b"\r\nhello\r\n0\r\n\r\n",
+    "overflow": b"1" * 17 + b"\r\nhello\r\n0\r\n\r\n",
+    "too short a size": b"4\r\nhello\r\n0\r\n\r\n",
+    "too long a size": b"6\r\nhello\r\n0\r\n\r\n",
+    "bare lf after the size": b"5\nhello\r\n0\r\n\r\n",
+    "bare lf after the chunk": b"5\r\nhello\n0\r\n\r\n",
+    "bare cr in an extension": b"5;a\rb\r\nhello\r\n0\r\n\r\n",
+    "long extension": b"5;" + b"a" * 2000 + b"\r\nhello\r\n0\r\n\r\n",
+    "many extensions": (b"1;" + b"a" * 900 + b"\r\nx\r\n") * 100 + b"0\r\n\r\n",
+    "bad trailer": b"0\r\nno trailer\r\n\r\n",
+    "folded trailer": b"0\r\nA: b\r\n c\r\n\r\n",
+    "it ends early": b"5\r\nhel",
+    "no last chunk": b"5\r\nhello\r\n",
+}
+
+
+@pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS.keys())
+def test_a_malformed_chunked_body_is_refused_and_ends_the_connection(body):
+    async def story(service):
+        head = b"POST /length HTTP/1.1\r\n" + HOST_AND_TOKEN + b"Transfer-Encoding: chunked\r\n\r\n"
+
+        answer = await http_answers_to(service, head + body + HEALTH * body.endswith(b"0\r\n\r\n"))
+
+        assert answer_parts(answer)[0] == 400
+        assert answer.count(b"HTTP/1.1 ") == 1
+
+    with_http_service(story)
+
+
+def test_endless_trailers_are_cut_off():
+    async def story(service):
+        head = b"POST /length HTTP/1.1\r\n" + HOST_AND_TOKEN + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"
+
+        answer = await http_answers_to(service, head + b"A: bcdefgh\r\n" * 5000)
+
+        assert answer_parts(answer)[0] == 431
+
+    with_http_service(story)
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "allow"),
+    [
+        ("PUT /health", 405, "GET, HEAD"),
+        ("OPTIONS /health", 405, "GET, HEAD"),
+        ("TRACE /echo", 405, "POST"),
+        ("BREW /message/1", 405, "DELETE, GET, HEAD"),
+        ("GET /nowhere", 404, None),
+        ("GET //health", 404, None),
+        ("GET /health/", 404, None),
+        ("GET /message/", 404, None),
+        ("GET /message/../health", 404, None),
+        ("GET /./health", 404, None),
+        ("GET /message/a/b", 404, None),
+        ("POST /account/a%2Fsuspend", 404, None),
+    ],
+)
+def test_a_path_or_method_that_is_not_there_is_404_or_405_and_keeps_the_connection(head, status, allow):
+    async def story(service):
+        answer = await http_answers_to(
+            service, f"{head} HTTP/1.1\r\nHost: x\r\n{TOKEN_HEADER}\r\n".encode() + HEALTH
+        )
+
+        got, headers, _ = answer_parts(answer)
+        assert (got, headers.get("allow")) == (status, allow)
+        assert answer.count(b"HTTP/1.1 ") == 2
+
+    with_http_service(story)
+
+
+@pytest.mark.parametrize(
+    "head", ["GET /nowhere", "POST /health", "GET /echo", "GET /message/1", "BREW /", "POST /echo"]
+)
+def test_without_a_token_everything_that_is_not_public_is_401(head):
+    async def story(service):
+        answer = await http_answers_to(service, f"{head} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+
+        status, headers, body = answer_parts(answer)
+        assert status == 401
+        assert headers["www-authenticate"] == "Bearer"
+        sentence = "Invalid or missing API token"
+        assert json.loads(body) == {"ok": False, "error": sentence, "detail": sentence}
+
+    with_http_service(story)
+
+
+@pytest.mark.parametrize(
+    ("path", "message_id"),
+    [
+        ("/message/a", "a"),
+        ("/message/a%2Fb", "a/b"),
+        ("/message/%2e%2e", ".."),
+        ("/message/..", ".."),
+        ("/message/a%20b+c", "a b+c"),
+        ("/message/%C3%A9%E2%82%AC", "é€"),
+        ("/message/a%252Fb", "a%2Fb"),
+        ("/m%65ssage/a", "a"),
+        ("http://other.example/message/a", "a"),
+        ("HTTPS://other.example:1/message/a?x=y", "a"),
+    ],
+)
+def test_a_path_is_decoded_segment_by_segment(path, message_id):
+    async def story(service):
+        _, _, body = answer_parts(await http_answers_to(service, http_request("GET", path)))
+
+        assert json.loads(body)["id"] == message_id
+        assert service.observed[0][0] == "/message/{id}"
+
+    with_http_service(story)
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("", {}),
+        ("?", {}),
+        ("?a=1&b=2", {"a": "1", "b": "2"}),
+        ("?a=1&a=2", {"a": "2"}),
+        ("?a", {"a": ""}),
+        ("?a=b=c&&", {"a": "b=c"}),
+        ("?a+b=c%2Bd+e", {"a b": "c+d e"}),
+        ("?a=/?:@", {"a": "/?:@"}),
+        ("?%C3%A9=%E2%82%AC", {"é": "€"}),
+    ],
+)
+def test_a_query_is_decoded_and_the_last_of_a_name_counts(query, expected):
+    async def story(service):
+        _, _, body = answer_parts(await http_answers_to(service, http_request("GET", f"/query{query}")))
+
+        assert json.loads(body)["query"] == expected
+
+    with_http_service(story)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        "",
+        "Content-Type: application/json\r\n",
+        "Content-Type: Application/JSON; charset=utf-8\r\n",
+        "Content-Type: application/problem+json\r\n",
+        "Content-Type: application/x-www-form-urlencoded\r\n",
+        "Content-Encoding: identity\r\n",
+    ],
+)
+def test_a_body_that_is_or_may_be_json_is_read_as_json(headers):
+    async def story(service):
+        _, _, body = answer_parts(
+            await http_answers_to(service, http_request(headers=headers, body='{"a": "é"}'.encode()))
+        )
+
+        assert json.loads(body)["got"] == {"a": "é"}
+
+    with_http_service(story)
+
+
+@pytest.mark.parametrize(
+    "header", ["Content-Type: text/plain", "Content-Type: multipart/form-data", "Content-Encoding: gzip"]
+)
+def test_a_body_declared_as_something_else_is_415(header):
+    async def story(service):
+        status, _, _ = answer_parts(
+            await http_answers_to(service, http_request(headers=f"{header}\r\n", body=b"{}"))
+        )
+
+        assert status == 415
+
+    with_http_service(story)
+
+
+def test_a_post_without_a_body_has_an_empty_object():
+    async def story(service):
+        _, _, body = answer_parts(
+            await http_answers_to(service, http_request(headers="Content-Type: text/plain\r\n"))
+        )
+
+        assert json.loads(body)["got"] == {}
+
+    with_http_service(story)
+
+
+BAD_JSON = {
+    "not json": (b"{nonsense", "not JSON"),
+    "white space": (b"  ", "not JSON"),
+    "two": (b"{} {}", "not JSON"),
+    "bom": (b"\xef\xbb\xbf{}", "not JSON"),
+    "list": (b"[]", "not a JSON object"),
+    "null": (b"null", "not a JSON object"),
+    "latin-1": (b'{"a": "\xe9"}', "not UTF-8 (byte 7)"),
+    "utf-16": ("{}".encode("utf-16"), "not UTF-8"),
+    "raw surrogate": (b'{"a": "\xed\xa0\x80"}', "not UTF-8"),
+    "nan": (b'{"a": NaN}', "NaN"),
+    "infinity": (b'{"a": -Infinity}', "-Infinity"),
+    "beyond a float": (b'{"a": 1e999}', "out of range"),
+    "huge integer": (b'{"a": ' + b"9" * 5000 + b"}", "too many digits"),
+    "deep list": (b'{"a": ' + b"[" * 100_000, "nested deeper than 64"),
+    "deep object": (b'{"a":' * 70 + b"1" + b"}" * 70, "nested deeper than 64"),
+    "deep mix": (b'{"a":[1,' * 40 + b"1" + b"]}" * 40, "nested deeper than 64"),
+    "twice": (b'{"a": 1, "b": 2, "a": 3}', "'a' twice"),
+    "twice inside": (b'{"m": [{"id": 1, "id": 2}]}', "'id' twice"),
+    "lone surrogate": (
+        b'{"m": [1, {"subject": "a\\ud800b"}]}',
+        "m[1].subject holds half a surrogate pair (\\ud800)",
+    ),
+    "low surrogate": (b'{"a": "\\uDC00"}', "a holds half a surrogate pair (\\udc00)"),
+    "surrogate in a name": (b'{"a": {"\\ud800": 1}}', "the name of a field in a holds half a surrogate pair"),
+    "control character": (b'{"a": "\x01"}', "not JSON"),
+}
+
+
+@pytest.mark.parametrize(("body", "words"), BAD_JSON.values(), ids=BAD_JSON.keys())
+def test_json_that_is_not_strictly_right_is_400_and_says_why(body, words):
+    async def story(service):
+        status, _, answer = answer_parts(await http_answers_to(service, http_request(body=body)))
+
+        assert status == 400
+        assert words in json.loads(answer)["error"]
+        assert not service.failures
+
+    with_http_service(story)
+
+
+def test_a_whole_surrogate_pair_and_64_levels_are_fine():
+    async def story(service):
+        inner = b'{"a": "\\ud83d\\ude00"}'
+
+        _, _, body = answer_parts(
+            await http_answers_to(service, http_request(body=b'{"m":' * 63 + inner + b"}" * 63))
+        )
+
+        content = json.loads(body)["got"]
+        for _ in range(63):
+            content = content["m"]
+        assert content == {"a": "😀"}
+
+    with_http_service(story)
+
+
+def test_a_large_body_is_parsed_on_a_thread_and_a_small_one_is_not():
+    async def story(service):
+        small, large = ({"a": "x" * size} for size in (200_000, 300_000))
+
+        await http_answers_to(service, http_request(body=json.dumps(small).encode()))
+        assert service.threads == 0
+        _, _, body = answer_parts(
+            await http_answers_to(service, http_request(body=json.dumps(large).encode()))
+        )
+
+        assert json.loads(body)["got"] == large
+        assert service.threads == 1
+
+    with_http_service(story)
+
+
+def test_half_a_surrogate_pair_in_an_answer_becomes_its_json_escape():
+    response = mailproxy.json_response({"a": "\udc80é"})
+
+    assert response.body == b'{"a": "\\udc80\xc3\xa9"}'
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("abc-123", True),
+        ("x" * 128, True),
+        ("!~", True),
+        ("x" * 129, False),
+        ("a b", False),
+        ("é", False),
+        ("", False),
+    ],
+)
+def test_the_clients_own_request_id_comes_back_when_it_is_a_decent_one(given, kept):
+    async def story(service):
+        sent = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-Id: " + given.encode() + b"\r\n\r\n"
+
+        _, headers, _ = answer_parts(await http_answers_to(service, sent))
+
+        assert (headers["x-request-id"] == given) is kept
+        assert re.fullmatch(r"[!-~]{1,128}", headers["x-request-id"])
+
+    with_http_service(story)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /health HTTP/2.0\r\nX-Request-Id: mine\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nbad line\r\nX-Request-Id: mine\r\n\r\n",
+        b"GET /nowhere HTTP/1.1\r\nHost: x\r\nx-request-id:mine\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nX-Request-Id: mine\r\nA: " + b"b" * 40_000,
+        b"GET /health HTTP/1.1\r\nX-Request-Id: mine\r\nHost: x\n",
+        b"GET /bug HTTP/1.1\r\nHost: x\r\nX-API-Token: secret\r\nX-Request-Id: mine\r\n\r\n",
+    ],
+)
+def test_even_a_refused_request_gets_its_own_id_back(sent):
+    async def story(service):
+        _, headers, _ = answer_parts(await http_answers_to(service, sent))
+
+        assert headers["x-request-id"] == "mine"
+
+    with_http_service(story)
+
+
+def test_requests_in_a_row_are_answered_in_order():
+    async def story(service):
+        requests = [http_request(body=json.dumps({"n": n}).encode()) for n in range(200)]
+        reader, writer = await http_connect(service)
+
+        writer.write(b"".join(requests))
+        answers = [json.loads((await read_http_answer(reader))[2])["got"]["n"] for _ in requests]
+
+        assert answers == list(range(200))
+        writer.close()
+
+    with_http_service(story)
+
+
+def test_a_request_that_comes_byte_by_byte_is_the_same_request():
+    async def story(service):
+        reader, writer = await http_connect(service)
+
+        for byte in b"\r\n" + http_request(body=b'{"a": 1}'):
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0)
+        _, _, body = await read_http_answer(reader)
+
+        assert json.loads(body)["got"] == {"a": 1}
+        writer.close()
+
+    with_http_service(story)
+
+
+@pytest.mark.parametrize(
+    ("sent", "connection"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", "close"),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: TE, Close\r\n\r\n", "close"),
+        (b"GET /health HTTP/1.0\r\n\r\n", "close"),
+        (b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", "keep-alive"),
+    ],
+)
+def test_the_connection_goes_on_or_ends_as_the_client_wishes(sent, connection):
+    async def story(service):
+        reader, writer = await http_connect(service)
+
+        writer.write(sent)
+        _, headers, _ = await read_http_answer(reader)
+
+        assert headers["connection"] == connection
+        if connection == "close":
+            assert await reader.read() == b""
+            async with asyncio.timeout(1):
+                await http_until(lambda: not service.server._connections)
+        writer.close()
+
+    with_http_service(story)
+
+
+def test_head_is_answered_as_get_without_the_body():
+    async def story(service):
+        get = answer_parts(await http_answers_to(service, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))
+        head = answer_parts(await http_answers_to(service, b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n"))
+        missing = answer_parts(await http_answers_to(service, b"HEAD /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"))
+
+        assert (head[0], head[1]["content-length"], head[2]) == (200, str(len(get[2])), b"")
+        assert (missing[0], missing[2]) == (401, b"")
+
+    with_http_service(story)
+
+
+def test_head_of_a_stream_has_no_body_and_keeps_the_connection():
+    async def story(service):
+        answer = await http_answers_to(service, http_request("HEAD", "/stream") + HEALTH)
+
+        head, _, rest = answer.partition(b"\r\n\r\n")
+        assert b"Transfer-Encoding: chunked" in head
+        assert answer_parts(rest)[0] == 200
+
+    with_http_service(story)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/message/1"), ("DELETE", "/message/1"), ("HEAD", "/message/1")]
+)
+def test_a_body_that_means_nothing_is_read_and_dropped(method, path):
+    async def story(service):
+        body = b"x" * 100_000
+
+        answer = await http_answers_to(service, http_request(method, path, body=body) + HEALTH)
+
+        assert answer.count(b"HTTP/1.1 200") == 2
+        assert b'"length": 100000' not in answer
+
+    with_http_service(story)
+
+
+def test_a_stream_is_sent_in_chunks_and_the_connection_stays():
+    async def story(service):
+        answer = await http_answers_to(service, http_request("GET", "/stream") + HEALTH)
+
+        head, _, rest = answer.partition(b"\r\n\r\n")
+        assert b"Transfer-Encoding: chunked" in head
+        assert rest.startswith(b"2\r\n[1\r\n2\r\n,2\r\n1\r\n]\r\n0\r\n\r\nHTTP/1.1 200")
+
+    with_http_service(story)
+
+
+def test_a_stream_to_an_http_1_0_client_ends_with_the_connection():
+    async def story(service):
+        sent = f"GET /stream HTTP/1.0\r\n{TOKEN_HEADER}Connection: keep-alive\r\n\r\n".encode()
+
+        _, headers, body = answer_parts(await http_answers_to(service, sent))
+
+        assert body == b"[1,2]"
+        assert headers["connection"] == "close"
+        assert "transfer-encoding" not in headers
+
+    with_http_service(story)
+
+
+def test_a_stream_that_fails_in_its_middle_is_cut_without_its_last_chunk_and_logged():
+    async def story(service):
+        answer = await http_answers_to(service, http_request("GET", "/broken-stream"))
+
+        assert answer.endswith(b"\r\n\r\n2\r\n[1\r\n")
+        assert [str(error) for _, error in service.failures] == ["disk gone"]
+
+    with_http_service(story)
+
+
+def test_a_stream_that_fails_before_its_first_byte_is_a_500():
+    async def story(service):
+        status, _, _ = answer_parts(await http_answers_to(service, http_request("GET", "/stillborn-stream")))
+
+        assert status == 500
+        assert [str(error) for _, error in service.failures] == ["disk gone"]
+
+    with_http_service(story)
+
+
+def test_an_unexpected_exception_is_a_500_that_tells_nothing_and_a_log_entry_that_tells_all():
+    async def story(service):
+        reader, writer = await http_connect(service)
+
+        writer.write(http_request("GET", "/bug"))
+        status, headers, body = await read_http_answer(reader)
+        writer.write(HEALTH)
+        after = await read_http_answer(reader)
+
+        assert status == 500
+        assert json.loads(body)["error"].startswith("internal error")
+        assert b"hunter2" not in body
+        ((request_id, error),) = service.failures
+        assert request_id == headers["x-request-id"]
+        assert error.__traceback__
+        assert after[0] == 200
+        writer.close()
+
+    with_http_service(story)
+
+
+def test_a_handler_says_no_with_status_headers_and_members_of_its_own():
+    async def story(service):
+        status, headers, body = answer_parts(await http_answers_to(service, http_request("GET", "/no")))
+
+        assert (status, headers["retry-after"]) == (409, "5")
+        assert json.loads(body) == {"ok": False, "error": "not now", "rejected": [1]}
+        assert not service.failures
+
+    with_http_service(story)
+
+
+def test_a_line_break_never_gets_into_the_head_of_an_answer():
+    async def story(service):
+        answer = await http_answers_to(service, http_request("GET", "/bad-header"))
+
+        assert answer_parts(answer)[0] == 500
+        assert b"Set-Cookie" not in answer
+
+    with_http_service(story)
+
+
+def test_100_continue_is_sent_before_a_body_that_is_welcome():
+    async def story(service):
+        reader, writer = await http_connect(service)
+
+        writer.write(http_request(headers="Expect: 100-continue\r\nContent-Length: 2\r\n"))
+        interim = await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"{}")
+        status, _, _ = await read_http_answer(reader)
+
+        assert (interim, status) == (b"HTTP/1.1 100 Continue\r\n\r\n", 200)
+        writer.close()
+
+    with_http_service(story)
+
+
+@pytest.mark.parametrize(
+    ("path", "token", "length", "status"),
+    [("/echo", "", 2, 401), ("/nowhere", TOKEN_HEADER, 2, 404), ("/echo", TOKEN_HEADER, 2**40, 413)],
+)
+def test_100_continue_is_not_sent_before_a_body_that_will_be_refused(path, token, length, status):
+    async def story(service):
+        reader, writer = await http_connect(service)
+
+        fields = f"Host: x\r\n{token}Expect: 100-continue\r\nContent-Length: {length}\r\n"
+        writer.write(f"POST {path} HTTP/1.1\r\n{fields}\r\n".encode())
+        got, headers, _ = await read_http_answer(reader)
+
+        assert (got, headers["connection"]) == (status, "close")
+        writer.close()
+
+    with_http_service(story)
+
+
+def sent_whole_by_a_client_that_reads_only_afterwards(port, head, size):
+    """What a simple blocking client sees: it sends all of its body, then looks for an answer."""
+    with socket.create_connection(("127.0.0.1", port), timeout=8) as client:
+        client.sendall(head)
+        piece = b"x" * 65_536
+        for _ in range(size // len(piece)):
+            client.sendall(piece)
+        received = b""
+        while piece := client.recv(65_536):
+            received += piece
+    return received
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (f"POST /echo HTTP/1.1\r\nHost: x\r\n{TOKEN_HEADER}Content-Length: 33554432\r\n\r\n", 413),
+        ("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 33554432\r\n\r\n", 401),
+        (f"POST /nowhere HTTP/1.1\r\nHost: x\r\n{TOKEN_HEADER}Content-Length: 33554432\r\n\r\n", 404),
+        (
+            f"POST /echo HTTP/1.1\r\nHost: x\r\n{TOKEN_HEADER}Transfer-Encoding: chunked\r\n\r\n2000000\r\n",
+            413,
+        ),
+    ],
+)
+def test_a_client_that_is_still_sending_32_mib_sees_the_refusal(head, status):
+    async def story(service):
+        answer = await asyncio.to_thread(
+            sent_whole_by_a_client_that_reads_only_afterwards, service.port, head.encode(), 33_554_432
+        )
+
+        assert answer_parts(answer)[0] == status
+
+    with_http_service(story, body_bytes=1_000_000)
+
+
+def test_a_refusal_does_not_wait_for_the_body():
+    async def story(service):
+        reader, writer = await http_connect(service)
+
+        writer.write(b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 60000000\r\n\r\nx")
+        status, _, _ = await read_http_answer(reader)
+
+        assert status == 401
+        writer.close()
+
+    with_http_service(story)
+
+
+def test_a_body_of_exactly_the_limit_is_taken():
+    async def story(service):
+        exact = answer_parts(
+            await http_answers_to(service, http_request("POST", "/length", body=b"x" * 1000))
+        )
+        over = answer_parts(await http_answers_to(service, http_request("POST", "/length", body=b"x" * 1001)))
+
+        assert (exact[0], over[0]) == (200, 413)
+
+    with_http_service(story, body_bytes=1000)
+
+
+def test_a_head_that_does_not_come_in_time_is_408():
+    async def story(service):
+        reader, writer = await http_connect(service)
+
+        async def trickle():
+            for byte in b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 1000:
+                writer.write(bytes([byte]))
+                await asyncio.sleep(0.02)
+
+        trickling = asyncio.create_task(trickle())
+        status, headers, _ = await read_http_answer(reader)
+        trickling.cancel()
+
+        assert status == 408
+        assert headers["connection"] == "close"
+        assert headers["x-request-id"]
+        writer.close()
+        await asyncio.wait([trickling])
+
+    with_http_service(story, head_timeout_s=0.2)
+
+
+def test_a_body_without_progress_is_408_and_one_that_moves_is_not():
+    async def story(service):
+        reader, writer = await http_connect(service)
+        writer.write(http_request("POST", "/length", headers="Content-Length: 20\r\n"))
+
+        for _ in range(20):
+            writer.write(b"x")
+            await asyncio.sleep(0.05)
+        moving, _, _ = await read_http_answer(reader)
+        writer.write(http_request("POST", "/length", headers="Content-Length: 20\r\n") + b"x")
+        stuck, _, _ = await read_http_answer(reader)
+
+        assert (moving, stuck) == (200, 408)
+        writer.close()
+
+    with_http_service(story, body_progress_timeout_s=0.4)
+
+
+def test_a_connection_on_which_nothing_is_asked_is_closed_without_a_word():
+    async def story(service):
+        never_asked, silent_writer = await http_connect(service)
+        reader, writer = await http_connect(service)
+        writer.write(HEALTH)
+        await read_http_answer(reader)
+
+        assert await never_asked.read() == b""
+        assert await reader.read() == b""
+        for each in (silent_writer, writer):
+            each.close()
+
+    with_http_service(story, idle_timeout_s=0.2)
+
+
+def test_a_slow_handler_is_not_ended_by_the_clients_limits():
+    async def story(service):
+        reader, writer = await http_connect(service)
+        writer.write(http_request("POST", "/slow"))
+        await service.started.wait()
+
+        await asyncio.sleep(0.3)
+        service.release.set()
+        status, _, _ = await read_http_answer(reader)
+
+        assert status == 200
+        writer.close()
+
+    tenth = dict.fromkeys(("head_timeout_s", "idle_timeout_s", "body_progress_timeout_s"), 0.1)
+    with_http_service(story, **tenth, write_progress_timeout_s=0.1)
+
+
+def test_a_client_that_does_not_read_is_cut_off():
+    async def story(service):
+        _, writer = await http_connect(service)
+        writer.transport.pause_reading()
+
+        writer.write(http_request("GET", "/endless"))
+
+        await http_until(lambda: service.finished == 1)
+        await http_until(lambda: service.observed)
+        assert not service.failures
+        writer.transport.abort()
+
+    with_http_service(story, write_progress_timeout_s=0.3)
+
+
+def test_a_client_that_reads_one_large_answer_slowly_is_not_cut_off():
+    async def story(service):
+        reader, writer = await http_connect(service)
+        writer.write(http_request("GET", "/large"))
+
+        head = await reader.readuntil(b"\r\n\r\n")
+        for _ in range(30):
+            await reader.readexactly(1_000_000)
+            await asyncio.sleep(0.04)
+
+        assert b"Content-Length: 30000000" in head
+        writer.close()
+
+    with_http_service(story, write_progress_timeout_s=0.4)
+
+
+def test_a_client_that_goes_away_does_not_stop_the_handler():
+    async def story(service):
+        _, writer = await http_connect(service)
+        writer.write(http_request("POST", "/slow"))
+        await service.started.wait()
+
+        writer.transport.abort()
+        await asyncio.sleep(0.05)
+        service.release.set()
+
+        await http_until(lambda: service.finished == 1)
+        assert not service.failures
+
+    with_http_service(story)
+
+
+def test_an_upload_that_breaks_off_leaves_nothing_behind():
+    async def story(service):
+        for _ in range(20):
+            _, writer = await http_connect(service)
+            writer.write(
+                http_request("POST", "/length", headers="Content-Length: 100000\r\n") + b"x" * 10_000
+            )
+            await writer.drain()
+            writer.transport.abort()
+
+        await http_until(lambda: not service.server._connections)
+        assert not service.failures
+        assert all(status == 400 for _, _, status in service.observed)
+
+    with_http_service(story)
+
+
+def test_two_hundred_idle_connections_do_not_keep_a_client_waiting():
+    async def story(service):
+        idle = [await http_connect(service) for _ in range(200)]
+        begun = asyncio.get_running_loop().time()
+
+        answer = await http_answers_to(service, HEALTH)
+
+        assert answer_parts(answer)[0] == 200
+        assert asyncio.get_running_loop().time() - begun < 1
+        for _, writer in idle:
+            writer.close()
+
+    with_http_service(story)
+
+
+def test_one_connection_too_many_is_turned_away_with_503():
+    async def story(service):
+        first, second = await http_connect(service), await http_connect(service)
+        for reader, writer in (first, second):
+            writer.write(HEALTH)
+            assert (await read_http_answer(reader))[0] == 200
+
+        reader, writer = await http_connect(service)
+        writer.write(HEALTH)
+        status, headers, _ = await read_http_answer(reader)
+        assert (status, headers["connection"]) == (503, "close")
+        assert headers["x-request-id"]
+        assert await reader.read() == b""
+
+        first[1].close()
+        await http_until(lambda: len(service.server._connections) < 2)
+        assert answer_parts(await http_answers_to(service, HEALTH))[0] == 200
+        for each in (second[1], writer):
+            each.close()
+
+    with_http_service(story, connections=2)
+
+
+def test_a_long_row_of_requests_leaves_the_loop_to_others():
+    async def story(service):
+        size = len(await http_answers_to(service, HEALTH))
+        reader, writer = await http_connect(service)
+        turns = 0
+
+        writer.write(HEALTH * 2000)
+        reading = asyncio.create_task(reader.readexactly(2000 * size))
+        while not reading.done():
+            await asyncio.sleep(0)
+            turns += 1
+
+        assert turns > 1500
+        writer.close()
+
+    with_http_service(story)
+
+
+def test_stopping_closes_idle_connections_at_once_and_answers_requests_in_progress():
+    async def story(service):
+        idle, idle_writer = await http_connect(service)
+        idle_writer.write(HEALTH)
+        await read_http_answer(idle)
+        busy, busy_writer = await http_connect(service)
+        busy_writer.write(http_request("POST", "/slow") + HEALTH)
+        await service.started.wait()
+
+        stopping = asyncio.create_task(service.server.stop(5))
+        assert await idle.read() == b""
+        with pytest.raises(ConnectionRefusedError):
+            await http_connect(service)
+        assert not stopping.done()
+        service.release.set()
+        status, headers, _ = await read_http_answer(busy)
+        await stopping
+
+        assert (status, headers["connection"]) == (200, "close")
+        assert await busy.read() == b""
+        for writer in (idle_writer, busy_writer):
+            writer.close()
+
+    with_http_service(story)
+
+
+def test_stopping_cuts_what_is_not_done_within_the_grace():
+    async def story(service):
+        reader, writer = await http_connect(service)
+        writer.write(http_request("POST", "/slow"))
+        await service.started.wait()
+
+        await service.server.stop(0.1)
+
+        assert await reader.read() == b""
+        assert service.finished == 0
+        writer.close()
+
+    with_http_service(story)
+
+
+def test_a_request_that_is_still_being_sent_is_answered_while_stopping():
+    async def story(service):
+        reader, writer = await http_connect(service)
+        writer.write(http_request("POST", "/length", headers="Content-Length: 2\r\n") + b"x")
+        await http_until(lambda: service.server._connections)
+        await asyncio.sleep(0.05)
+
+        stopping = asyncio.create_task(service.server.stop(5))
+        await asyncio.sleep(0.05)
+        writer.write(b"x")
+        status, headers, _ = await read_http_answer(reader)
+        await stopping
+
+        assert (status, headers["connection"]) == (200, "close")
+        writer.close()
+
+    with_http_service(story)
+
+
+async def unix_answer(path):
+    reader, writer = await asyncio.open_unix_connection(path)
+    writer.write(HEALTH)
+    answer = await read_http_answer(reader)
+    writer.close()
+    return answer
+
+
+def test_a_unix_socket_has_its_mode_serves_and_goes_with_the_server(tmp_path):
+    async def story():
+        service = HttpService()
+        path = str(tmp_path / "api.sock")
+
+        await service.server.start_unix(path, 0o660)
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        status, _, _ = await unix_answer(path)
+        await service.server.stop(1)
+
+        assert (mode, status) == (0o660, 200)
+        assert list(tmp_path.iterdir()) == []
+
+    asyncio.run(story())
+
+
+def test_the_socket_file_of_a_dead_process_is_replaced_and_that_of_a_live_one_is_not(tmp_path):
+    async def story():
+        path = str(tmp_path / "api.sock")
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(path)
+        first, second = HttpService(), HttpService()
+
+        await first.server.start_unix(path)
+        with pytest.raises(OSError, match="another process listens there") as refused:
+            await second.server.start_unix(path)
+
+        assert refused.value.errno == errno.EADDRINUSE
+        assert (await unix_answer(path))[0] == 200
+        await second.server.stop(0)
+        assert (await unix_answer(path))[0] == 200
+        await first.server.stop(0)
+
+    asyncio.run(story())
+
+
+def test_a_socket_that_somebody_else_put_in_our_place_is_not_removed(tmp_path):
+    async def story():
+        path = tmp_path / "api.sock"
+        service = HttpService()
+        await service.server.start_unix(str(path))
+
+        path.rename(tmp_path / "old.sock")
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(path))
+            await service.server.stop(0)
+
+        assert path.is_socket()
+
+    asyncio.run(story())
+
+
+def test_a_file_that_is_no_socket_is_left_alone(tmp_path):
+    path = tmp_path / "api.sock"
+    path.write_text("precious")
+
+    with pytest.raises(OSError, match="not a socket"):
+        asyncio.run(HttpService().server.start_unix(str(path)))
+
+    assert path.read_text() == "precious"
+
+
+@pytest.fixture(scope="module")
+def tls_files(tmp_path_factory):
+    """A private key and a self-signed tls_files for 127.0.0.1."""
+    folder = tmp_path_factory.mktemp("tls")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
+        )
+        .sign(key, hashes.SHA256())
+    )
+    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "cert.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, *plain))
+    return folder
+
+
+def test_tls_serves_keeps_the_connection_streams_and_shows_a_413_to_a_client_that_is_still_sending(
+    tls_files,
+):
+    async def story():
+        service = HttpService(body_bytes=1000)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls_files / "cert.pem", tls_files / "key.pem")
+        trusting = ssl.create_default_context(cafile=tls_files / "cert.pem")
+        ((host, port),) = await service.server.start_tcp("127.0.0.1", 0, context)
+        reader, writer = await asyncio.open_connection(host, port, ssl=trusting)
+
+        writer.write(HEALTH + http_request("GET", "/stream"))
+        first, _, _ = await read_http_answer(reader)
+        await reader.readuntil(b"\r\n0\r\n\r\n")
+        writer.write(http_request("POST", "/echo", headers="Content-Length: 10000000\r\n"))
+        for _ in range(100):
+            writer.write(b"x" * 100_000)
+            await writer.drain()
+        refused, _, _ = await read_http_answer(reader)
+        writer.close()
+        await service.server.stop(5)
+
+        assert (first, refused) == (200, 413)
+
+    asyncio.run(story())
+
+
+def test_a_client_that_does_not_finish_the_tls_handshake_is_cut_off(tls_files):
+    async def story():
+        service = HttpService(head_timeout_s=0.3)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls_files / "cert.pem", tls_files / "key.pem")
+        ((host, port),) = await service.server.start_tcp("127.0.0.1", 0, context)
+        reader, writer = await asyncio.open_connection(host, port)
+
+        writer.write(b"\x16")
+        async with asyncio.timeout(5):
+            assert await reader.read() == b""
+        writer.close()
+        await service.server.stop(0)
+
+    asyncio.run(story())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=40),
+            st.sampled_from(
+                [
+                    *(b"GET ", b"POST ", b"/health", b"/echo", b" HTTP/1.1", b"\r\n", b"\r\n\r\n"),
+                    *(b"Host: x\r\n", TOKEN_HEADER.encode(), b"Content-Length: 3\r\n"),
+                    *(b"Transfer-Encoding: chunked\r\n", b"0\r\n\r\n", b"3\r\nabc\r\n", b"{}"),
+                    *(b"Expect: 100-continue\r\n", b"%", b"?a=b", b"\r", b"\n", b": "),
+                ]
+            ),
+        ),
+        max_size=20,
+    ).map(b"".join)
+)
+def test_no_bytes_at_all_lead_to_a_500_a_hung_connection_or_a_leaked_task(sent):
+    async def story(service):
+        answer = await http_answers_to(service, sent)
+
+        assert b"HTTP/1.1 500" not in answer
+        assert not service.failures
+        if sent and sent.strip(b"\r\n"):
+            assert answer.startswith(b"HTTP/1.1 ")
+
+    with_http_service(story)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a:" * 20_000 + "\0",
+        "a" * 30_000 + "\0",
+        "a: " + " " * 30_000 + "\0",
+        "a:b\r\n" * 6000 + "\0",
+        ":" * 30_000,
+    ],
+)
+def test_judging_a_hostile_head_takes_no_noticeable_time(text):
+    begun = time.perf_counter()
+
+    with pytest.raises(mailproxy.HttpError):
+        mailproxy.parse_fields(text, 100)
+
+    assert time.perf_counter() - begun < 0.5
+
+
+def test_secrets_in_a_request_are_not_in_its_repr():
+    asked = mailproxy.Request(
+        "GET", "/", "/", {}, {}, {"x-api-token": "hunter2"}, b'{"password": "hunter2"}', "1", "unix", None
+    )
+
+    assert "hunter2" not in repr(asked)
+
+
+# ======================================================================
+# DISPATCHER
+# ======================================================================
+
+
+FRIENDLY = {
+    "GREETING": "220 moody.test", "EHLO": "250 moody.test", "MAIL": "250 2.1.0 Ok", "RCPT": "250 2.1.5 Ok",
+    "DATA": "354 Go", ".": "250 2.0.0 Taken", "RSET": "250 2.0.0 Ok", "QUIT": "221 2.0.0 Bye",
+}  # fmt: skip
+
+
+class MoodySmtpServer:
+    """An SMTP server that says what it is told, a thread for each connection.
+
+    `moods` maps a verb ("GREETING", "EHLO", "MAIL", "RCPT", "DATA", "." for the end of data) to
+    what it says the next times; afterwards it is friendly. That is a reply (a 421 hangs up too),
+    "drop" (hangs up), or seconds to wait before the friendly reply.
+    """
+
+    def __init__(self, **moods: list[str | float]) -> None:
+        self.moods = {verb: deque(said) for verb, said in moods.items()}
+        self.heard: Counter[str] = Counter()  # verbs
+        self.received: list[tuple[str, ...]] = []  # the recipients of each message
+        self.most_connections = 0
+        self._open: set[socket.socket] = set()
+        self._stopping = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self.host, self.port = self._listener.getsockname()
+
+    def __enter__(self) -> MoodySmtpServer:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stopping.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for line in list(self._open):
+            with contextlib.suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                line, _ = self._listener.accept()
+                self._open.add(line)
+                self.most_connections = max(self.most_connections, len(self._open))
+                threading.Thread(target=self._converse, args=(line,), daemon=True).start()
+
+    def _converse(self, line: socket.socket) -> None:
+        recipients: list[str] = []
+        with contextlib.suppress(OSError), line, line.makefile("rb") as commands:
+            verb = "GREETING"
+            while self._say(line, verb, recipients) and (command := commands.readline().decode()):
+                verb = command[:4].strip().upper()
+                if verb == "MAIL":
+                    recipients = []
+                if verb == "RCPT":
+                    recipients.append(command.partition("<")[2].partition(">")[0])
+                if verb == "DATA":
+                    if not self._say(line, verb, recipients):
+                        break
+                    while commands.readline() not in (b".\r\n", b""):
+                        pass
+                    verb = "."
+        self._open.discard(line)
+
+    def _say(self, line: socket.socket, verb: str, recipients: list[str]) -> bool:
+        self.heard[verb] += 1
+        mood = self.moods[verb].popleft() if self.moods.get(verb) else 0.0
+        if mood == "drop":
+            return False
+        if verb == "." and isinstance(mood, float):
+            self.received.append(tuple(recipients))
+        if isinstance(mood, float):
+            self._stopping.wait(mood)
+            mood = FRIENDLY[verb]
+        line.sendall(mood.encode() + b"\r\n")
+        return not mood.startswith(("421", "221"))
+
+
+@pytest.fixture
+def black_hole() -> Iterator[socket.socket]:
+    """A server that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0), backlog=500) as listener:
+        yield listener
+
+
+class SleepyDaemon(Daemon):
+    """A daemon whose dispatch loop sleeps for a minute: whatever is to happen must wake it."""
+
+    def __init__(self, folder: Path, config: Any = None, **options: Any) -> None:
+        super().__init__(folder, config, **options)
+        self.config.setdefault("delivery", {}).setdefault("send_interval_seconds", 60)
+
+
+def letter(id_: str, *to: str, **fields: Any) -> dict[str, Any]:
+    """A message as a client submits it; the recipients' addresses say how the server takes it."""
+    recipients = list(to) or ["ok@example.com"]
+    return {"id": id_, "from": "me@example.com", "to": recipients, "subject": id_, "body": "Hello.", **fields}
+
+
+def letters(name: str, count: int, to: str = "ok@example.com", **fields: Any) -> list[dict[str, Any]]:
+    return [letter(f"{name}-{number}", to, **fields) for number in range(count)]
+
+
+def account_at(id_: str, server: Any, **fields: Any) -> dict[str, Any]:
+    host, port = server.getsockname() if isinstance(server, socket.socket) else (server.host, server.port)
+    return {"id": id_, "host": host, "port": port, **fields}
+
+
+def subjects(server: SmtpServer) -> list[str]:
+    """The ids of the messages the server has, in the order of their arrival."""
+    return [received.message["Subject"] for received in list(server.received)]
+
+
+def wait_sent(daemon: Daemon, *ids: str) -> list[dict[str, Any]]:
+    return [daemon.wait_status(id_, "sent") for id_ in ids]
+
+
+def wait_still(daemon: Daemon) -> None:
+    """Until nothing is on the wire."""
+    wait_until(lambda: daemon.status()["in_delivery"] == 0, "an empty wire")
+
+
+def state_of(daemon: Daemon, account: str = "default") -> str:
+    return str(daemon.status()["accounts"][account]["state"])
+
+
+def cpu_seconds(daemon: Daemon) -> float:
+    assert daemon.process
+    fields = Path(f"/proc/{daemon.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def ask(daemon: Daemon, path: str, body: Any = None) -> Any:
+    answer = daemon.post(path, body)
+    assert answer.status == 200, answer.content
+    return answer.json
+
+
+QUICK: dict[str, dict[str, object]] = {"delivery": {"retry_delays": 0}, "smtp": {"timeout": 1}}
+
+# -- what a server says decides about its message
+
+
+def test_what_the_server_does_decides_about_the_message(tmp_path: Path, reports: ReportReceiver) -> None:
+    stories = {  # recipient: status in the end, attempts, the beginning of the error
+        "ok@example.com": ("sent", 1, None),
+        "perm@example.com": ("error", 1, "550 5.1.1 No such user here"),
+        "greylist2@example.com": ("sent", 3, None),
+        "dataperm@example.com": ("error", 1, "554 5.6.0 Not taken"),
+        "temp@example.com": ("error", 3, "451 4.3.0 Try again later"),
+        "datatemp@example.com": ("error", 3, "451 4.3.0 Not stored"),
+        "lost1@example.com": ("sent", 2, None),
+        "dropdata1@example.com": ("sent", 2, None),
+        "slowrcpt2@example.com": ("error", 3, "no answer within"),
+        "müller@example.com": ("error", 1, "the message needs SMTPUTF8"),
+    }
+    config = {
+        "delivery": {"retry_delays": "0", "max_retries": 2},
+        "smtp": {"timeout": 0.3, "max_connections": 12},
+    }
+    with (
+        SmtpServer(smtputf8=False, size_limit=20_000) as smtp,
+        SleepyDaemon(tmp_path, config, smtp=smtp, reports=reports) as daemon,
+    ):
+        daemon.submit(*(letter(to, to) for to in stories), letter("large", body="x" * 30_000))
+
+        for to, (status, attempts, error) in stories.items():
+            record = daemon.wait_status(to, status)
+            assert (record["attempts"], str(record["error"])[: len(error or "None")]) == (
+                attempts,
+                str(error),
+            ), record
+            assert reports.wait_for_entry(to, status)["error"] == record["error"]
+        assert daemon.wait_status("large", "error")["error"].startswith("message of 31")
+        assert smtp.visits["perm@example.com"] == 1
+        assert len(smtp.received_by("dropdata1@example.com")) == 2
+        deferral = reports.wait_for_entry("dropdata1@example.com", "deferred")
+        assert "in doubt" in deferral["error"]
+        assert state_of(daemon) == "up"
+
+
+def test_a_recipient_that_was_accepted_is_never_sent_to_again(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    with SleepyDaemon(tmp_path, QUICK, smtp=smtp, reports=reports) as daemon:
+        daemon.submit(letter("m", "ok@a.example", "greylist2@a.example", "perm@a.example"))
+
+        deferral = reports.wait_for_entry("m", "deferred")
+        assert {a: o["status"] for a, o in deferral["recipients"].items()} == {
+            "ok@a.example": "sent", "greylist2@a.example": "deferred", "perm@a.example": "error",
+        }  # fmt: skip
+        record = daemon.wait_status("m", "sent")
+
+        assert [received.recipients for received in smtp.received] == [
+            ["ok@a.example"],
+            ["greylist2@a.example"],
+        ]
+        assert smtp.visits["perm@a.example"] == 1
+        assert (record["attempts"], record["recipients"]["perm@a.example"]["code"]) == (3, 550)
+
+
+def test_many_recipients_are_split_and_those_too_many_follow_at_once(
+    tmp_path: Path, reports: ReportReceiver
+) -> None:
+    with (
+        SmtpServer(max_recipients=4) as smtp,
+        SleepyDaemon(tmp_path, {"smtp": {"max_recipients": 10}}, smtp=smtp, reports=reports) as daemon,
+    ):
+        recipients = [f"ok+{number}@example.com" for number in range(25)]
+        daemon.submit(letter("m", *recipients))
+
+        assert daemon.wait_status("m", "sent")["attempts"] == 1
+        assert max(len(received.recipients) for received in smtp.received) == 4
+        assert sorted(a for received in smtp.received for a in received.recipients) == sorted(recipients)
+        assert reports.wait_for_entry("m", "sent")["recipients"] is None
+
+
+def test_kill_9_between_two_transactions_of_a_message_sends_nothing_twice(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    with SleepyDaemon(tmp_path, {"smtp": {"max_recipients": 1}}, smtp=smtp) as daemon:
+        daemon.submit(letter("m", "ok@example.com", "ok+2@example.com", "slow500ms@example.com"))
+        wait_until(lambda: smtp.visits["slow500ms@example.com"], "the third transaction")
+
+        daemon.kill()
+        daemon.start()
+
+        assert daemon.wait_status("m", "sent")["attempts"] == 1
+        assert len(smtp.received_by("ok@example.com")) == len(smtp.received_by("ok+2@example.com")) == 1
+
+
+def test_connections_that_the_server_closed_while_idle_cost_nothing(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(tmp_path, smtp=smtp) as daemon:
+        for round_ in range(3):
+            daemon.submit(*letters(f"r{round_}", 8, "slow20ms@example.com"))
+            wait_sent(daemon, *(f"r{round_}-{number}" for number in range(8)))
+            smtp.cut_connections()
+
+        assert len(smtp.received) == 24
+        records = daemon.get("/messages").json["messages"]
+        assert {record["attempts"] for record in records} == {1}
+
+
+def test_a_new_connection_lost_before_the_dot_counts_an_attempt(tmp_path: Path) -> None:
+    config = {**QUICK, "smtp": {"max_connections": 1, "max_messages_per_connection": 1}}
+    with (
+        MoodySmtpServer(MAIL=["drop"], RCPT=["drop"], DATA=["drop"]) as moody,
+        SleepyDaemon(tmp_path, config, smtp=moody) as daemon,
+    ):
+        daemon.submit(*letters("m", 3))
+
+        assert [record["attempts"] for record in wait_sent(daemon, "m-0", "m-1", "m-2")] == [2, 2, 2]
+        assert [attempt["outcome"] for attempt in daemon.attempts("m-1")] == ["deferred", "sent"]
+        assert [attempt["stage"] for attempt in daemon.attempts("m-1")] == ["rcpt", "end-of-data"]
+
+
+def test_a_kept_connection_that_breaks_at_its_next_use_costs_nothing(tmp_path: Path) -> None:
+    with (
+        MoodySmtpServer(MAIL=[0.0, "drop"], RCPT=[0.0, 0.0, "drop"]) as moody,
+        SleepyDaemon(tmp_path, smtp=moody) as daemon,
+    ):
+        for number in range(4):
+            daemon.submit(letter(f"m-{number}"))
+            assert daemon.wait_status(f"m-{number}", "sent")["attempts"] == 1
+
+        assert (moody.heard["GREETING"], len(moody.received)) == (3, 4)
+
+
+def test_what_is_in_doubt_is_an_error_where_the_account_says_so(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(tmp_path, {"smtp": {"in_doubt": "error"}}, smtp=smtp) as daemon:
+        daemon.submit(letter("m", "dropdata@example.com"))
+
+        assert daemon.wait_status("m", "error")["error"].startswith("in doubt: ")
+        assert len(smtp.received) == 1
+
+
+def test_a_421_cools_the_lane_and_counts_no_attempt(tmp_path: Path, reports: ReportReceiver) -> None:
+    with (
+        MoodySmtpServer() as moody,
+        SleepyDaemon(tmp_path, {"smtp": {"max_connections": 1}}, smtp=moody, reports=reports) as daemon,
+    ):
+        for verb in ("GREETING", "MAIL", "RCPT", "DATA", "."):
+            moody.moods[verb] = deque(["421 4.3.2 Going down"])
+            daemon.submit(letter(f"first {verb}"), letter(f"second {verb}"))
+
+            deferral = reports.wait_for_entry(f"first {verb}", "deferred")
+            assert (deferral["attempts"], deferral["error"]) == (0, "421 4.3.2 Going down")
+            account = daemon.status()["accounts"]["default"]
+            assert (account["state"], account["reason"]) == ("cooling", "421 4.3.2 Going down")
+            ask(daemon, "/commands/run-now")
+            sent = wait_sent(daemon, f"first {verb}", f"second {verb}")
+            assert [record["attempts"] for record in sent] == [1, 1]
+            assert state_of(daemon) == "up"
+
+
+# -- lanes
+
+
+def test_a_lane_whose_server_is_down_waits_and_leaves_its_other_mail_alone(
+    tmp_path: Path, reports: ReportReceiver
+) -> None:
+    config = {"smtp": {"host": "127.0.0.1", "port": free_port()}}
+    with SleepyDaemon(tmp_path, config, reports=reports) as daemon:
+        daemon.submit(*letters("m", 30))
+
+        deferral = reports.wait_for_entry("m-0", "deferred")
+        wait_still(daemon)
+        account = daemon.status()["accounts"]["default"]
+        counts = Counter(record["status"] for record in daemon.get("/messages").json["messages"])
+        assert (account["state"], account["connections"]) == ("cooling", 0)
+        assert "refused" in account["reason"]
+        assert 3 <= account["until"] - time.time() <= 7
+        assert (deferral["attempts"], deferral["error"]) == (0, account["reason"])
+        assert abs(deferral["deferred_ts"] - account["until"]) <= 1
+        assert 1 <= counts["deferred"] <= 5
+        assert counts["deferred"] + counts["queued"] == 30
+        assert 'mailproxy_account_up{account="default"} 0.0' in daemon.get("/metrics").content.decode()
+
+
+def test_after_cooling_one_connection_finds_out_before_others_follow(tmp_path: Path) -> None:
+    with (
+        MoodySmtpServer(GREETING=["554 Not now"] * 50, MAIL=[0.4] + [0.02] * 30) as moody,
+        SleepyDaemon(tmp_path, QUICK, smtp=moody) as daemon,
+    ):
+        daemon.submit(*letters("m", 30))
+        daemon.wait_for_log("is left alone")
+        wait_still(daemon)
+        moody.moods["GREETING"].clear()
+        moody.most_connections = 0
+
+        ask(daemon, "/commands/run-now")
+        wait_until(lambda: moody.heard["MAIL"] == 1, "the probe")
+        alone = moody.most_connections
+        wait_until(lambda: len(moody.received) == 30, "all the mail")
+
+        assert alone == 1
+        assert moody.most_connections > 1
+        assert daemon.get("/messages?status=sent").json["messages"][0]["attempts"] == 1
+
+
+def test_a_server_that_takes_fewer_connections_gets_fewer(tmp_path: Path, reports: ReportReceiver) -> None:
+    with (
+        SmtpServer(max_connections=2) as smtp,
+        SleepyDaemon(tmp_path, {"smtp": {"max_connections": 8}}, smtp=smtp, reports=reports) as daemon,
+    ):
+        daemon.submit(*letters("m", 30, "slow20ms@example.com"))
+
+        smtp.wait_for(30)
+        wait_sent(daemon, "m-29")
+        assert (smtp.most_connections, state_of(daemon)) == (2, "up")
+        assert smtp.refused <= 6
+        assert {entry["status"] for entry in reports.entries} <= {"sent"}
+
+
+def test_connections_grow_to_the_most_allowed_and_end_as_the_account_says(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    config = {"smtp": {"max_connections": 3, "max_messages_per_connection": 5, "ttl": 1}}
+    with Daemon(tmp_path, config, smtp=smtp) as daemon:
+        daemon.submit(*letters("m", 30, "slow20ms@example.com"))
+
+        received = smtp.wait_for(30)
+        by_connection = Counter(one.connection for one in received)
+        assert smtp.most_connections == 3
+        assert max(by_connection.values()) <= 5
+        wait_until(
+            lambda: daemon.status()["accounts"]["default"]["connections"] == 0, "the end of their life"
+        )
+
+
+def test_a_refused_login_costs_a_few_logins_and_no_message(tmp_path: Path, reports: ReportReceiver) -> None:
+    with SmtpServer(accounts={"me": "right"}) as smtp, SleepyDaemon(tmp_path, reports=reports) as daemon:
+        wrong = account_at("main", smtp, user="me", password="wrong")
+        ask(daemon, "/account", wrong)
+        daemon.submit(*letters("m", 30, account_id="main"))
+        daemon.wait_for_log("refuses the login")
+        wait_still(daemon)
+        ask(daemon, "/commands/run-now")
+        wait_until(lambda: len(smtp.logins) >= 2, "another login")
+        wait_still(daemon)
+
+        account = daemon.status()["accounts"]["main"]
+        assert (account["state"], account["reason"][:3]) == ("cooling", "535")
+        assert account["until"] - time.time() > 40
+        assert len(smtp.logins) <= 6
+        assert not {"sent", "error"} & {m["status"] for m in daemon.get("/messages").json["messages"]}
+        assert 'mailproxy_account_up{account="main"} 0.0' in daemon.get("/metrics").content.decode()
+
+        smtp.accounts["me"] = "wrong"  # the server changes its mind; the definition does not
+        ask(daemon, "/account", wrong)
+        smtp.wait_for(30)
+        assert {record["attempts"] for record in wait_sent(daemon, "m-0", "m-29")} == {1}
+        assert state_of(daemon, "main") == "up"
+
+
+def test_black_holes_with_hundreds_of_messages_hold_up_nobody_else(
+    tmp_path: Path, smtp: SmtpServer, black_hole: socket.socket
+) -> None:
+    config = {"delivery": {"max_concurrency": 12}}
+    with SleepyDaemon(tmp_path, config, smtp=smtp) as daemon:
+        for name in ("hole", "pit"):
+            ask(daemon, "/account", account_at(name, black_hole, timeout=60, max_connections=16))
+            daemon.submit(*letters(name, 500, account_id=name))
+        wait_until(lambda: daemon.status()["in_delivery"] >= 9, "the black holes to take what they can")
+
+        for number in range(3):
+            daemon.submit(letter(f"m-{number}"))
+            smtp.wait_for(number + 1, timeout=1)
+
+        ask(daemon, "/account", account_at("hole", smtp))  # what hangs is given up at once
+        smtp.wait_for(503, timeout=5)
+        started = time.monotonic()
+        assert daemon.stop() == 0  # nor does the pit hold up the end
+        assert time.monotonic() - started < 2
+
+
+def test_slow_transactions_leave_slots_to_others(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(tmp_path, {"delivery": {"max_concurrency": 4}}, smtp=smtp) as daemon:
+        ask(daemon, "/account", account_at("slow", smtp))
+        daemon.submit(*letters("s", 10, "slow3@example.com", account_id="slow"))
+        wait_until(lambda: smtp.visits["slow3@example.com"] >= 3, "the slow ones")
+
+        daemon.submit(*letters("m", 5))
+
+        wait_until(lambda: len(smtp.received_by("ok@example.com")) == 5, "the others", timeout=1)
+        assert smtp.visits["slow3@example.com"] == 3
+        daemon.kill()
+
+
+def test_slots_are_shared_in_turn(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(tmp_path, {"delivery": {"max_concurrency": 3}}, smtp=smtp) as daemon:
+        ask(daemon, "/commands/suspend")
+        for name in ("a", "b", "c"):
+            ask(daemon, "/account", account_at(name, smtp))
+            daemon.submit(*letters(name, 20, "slow20ms@example.com", account_id=name))
+        ask(daemon, "/commands/activate")
+
+        smtp.wait_for(60)
+        half = Counter(subject[0] for subject in subjects(smtp)[:30])
+        assert min(half.values()) >= 7, half
+        assert smtp.most_connections <= 9  # kept ones included
+
+
+# -- what a lane learns, with a clock that the test turns
+
+
+class LaneRig:
+    def __init__(self, **account: Any) -> None:
+        self.now = 1000.0
+        definition = mailproxy.Account("main", "mail.example.com", 25, **account)
+        windows = mailproxy.SendWindows(definition.limits)
+        self.lane = mailproxy.Lane(definition, windows, mailproxy.Clock(lambda: self.now, lambda: self.now))
+
+    def pause_after(self, fail: Callable[[str, float], None]) -> float:
+        """The seconds until the lane may be tried again."""
+        fail("451 not now", 0)
+        start = self.now
+        while not self.lane.open(self.now):
+            self.now += 1
+        return self.now - start
+
+
+def test_the_pauses_of_a_lane_grow_until_something_works() -> None:
+    rig = LaneRig()
+
+    assert [rig.pause_after(rig.lane.lose_server) for _ in range(5)] == [5, 15, 60, 300, 300]
+    rig.lane.works(rig.now)
+    assert (rig.lane.state().state, rig.pause_after(rig.lane.lose_server)) == ("up", 5)
+    rig.lane.heal()
+    assert [rig.pause_after(rig.lane.refuse_login) for _ in range(5)] == [60, 300, 900, 3600, 3600]
+
+
+def test_a_lane_that_cooled_is_cooling_until_its_probe_has_worked() -> None:
+    rig = LaneRig()
+    rig.pause_after(rig.lane.lose_server)
+    line = mailproxy.Line(rig.lane)
+
+    assert (rig.lane.state().state, rig.lane.connections_free(rig.now), rig.lane.wants(rig.now)) == (
+        "cooling",
+        1,
+        1,
+    )
+    rig.lane.begin(line)
+    assert (rig.lane.connections_free(rig.now), rig.lane.wants(rig.now)) == (0, 0)
+    rig.lane.finish(line)
+    assert rig.lane.connections_free(rig.now) == 1
+
+
+def test_what_began_before_a_refused_login_does_not_heal_it() -> None:
+    rig = LaneRig()
+    before = rig.now
+    rig.now += 1
+
+    rig.lane.refuse_login("535 no", 0)
+    assert rig.lane.outdated(before)
+    rig.lane.works(before)
+    assert rig.lane.state().state == "cooling"
+    rig.lane.works(rig.now)
+    assert rig.lane.state().state == "up"
+
+
+def test_what_began_before_a_421_heals_it() -> None:
+    rig = LaneRig()
+    before = rig.now
+    rig.now += 1
+
+    rig.lane.lose_server("421 busy", 0)
+    rig.lane.works(before)
+    assert rig.lane.state().state == "up"
+
+
+def test_a_lane_grows_by_one_connection_at_a_time_and_never_spins() -> None:
+    rig = LaneRig(max_connections=3)
+    allowed = []
+    for _ in range(10):
+        while rig.lane.connections_free(rig.now):
+            rig.lane.begin(mailproxy.Line(rig.lane))
+        allowed.append(rig.lane.busy)
+        wakes_at = rig.lane.wakes_at(rig.now)
+        assert wakes_at > rig.now
+        rig.now = min(wakes_at, rig.now + 1)
+
+    assert allowed == [1, 2, *[3] * 8]
+    assert wakes_at == math.inf
+
+
+# -- limits
+
+
+def test_a_limit_is_exact_with_many_connections_and_submitters(
+    tmp_path: Path, reports: ReportReceiver
+) -> None:
+    with SmtpServer() as smtp, SleepyDaemon(tmp_path, reports=reports) as daemon:
+        limited = account_at("main", smtp, max_connections=16, limit_per_minute=20, limit_per_day=1_000_000)
+        ask(daemon, "/account", limited)
+        submitters = [
+            threading.Thread(
+                target=daemon.submit, args=letters(f"s{n}", 25, "slow10ms@example.com", account_id="main")
+            )
+            for n in range(4)
+        ]
+        for submitter in submitters:
+            submitter.start()
+        for submitter in submitters:
+            submitter.join()
+
+        reports.wait_for(lambda r: sum(entry["status"] == "deferred" for entry in r.entries) == 50)
+        account = daemon.status()["accounts"]["main"]
+        deferral = next(entry for entry in reports.entries if entry["status"] == "deferred")
+        assert len(smtp.received) == 20
+        assert (account["state"], account["limits_left"]["minute"]) == ("limited", 0)
+        assert (deferral["error"], deferral["attempts"]) == ("rate limit reached: 20 per minute", 0)
+        assert abs(deferral["deferred_ts"] - account["until"]) <= 1
+        assert 55 < deferral["deferred_ts"] - time.time() < 62
+        statuses = Counter(message["status"] for message in daemon.get("/messages").json["messages"])
+        assert statuses == {"sent": 20, "deferred": 50, "queued": 30}  # those behind wait untouched
+
+        daemon.submit(letter("late", account_id="main"))
+        ask(daemon, "/account", {**limited, "limit_per_minute": 30})
+        smtp.wait_for(30)
+        wait_until(lambda: state_of(daemon, "main") == "limited", "the higher limit")
+        wait_still(daemon)
+        assert len(smtp.received) == 30
+        assert "late" not in subjects(smtp)
+
+
+def test_slots_in_use_count_after_kill_9(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(tmp_path, {"smtp": {"limit_per_hour": 5}}, smtp=smtp) as daemon:
+        daemon.submit(*letters("m", 2), *letters("s", 8, "slow2@example.com"))
+        wait_until(lambda: smtp.visits["slow2@example.com"] == 3, "all slots in use")
+        wait_sent(daemon, "m-0", "m-1")
+
+        daemon.kill()
+        daemon.start()
+
+        daemon.wait_for_log("held back by the rate limit")
+        assert state_of(daemon) == "limited"
+        assert smtp.visits["slow2@example.com"] == 3
+
+
+def test_slots_come_back_when_nothing_was_sent(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(tmp_path, {"smtp": {"limit_per_minute": 3}}, smtp=smtp) as daemon:
+        daemon.submit(
+            *letters("p", 8, "perm@example.com"), *letters("t", 8, "temp@example.com"), *letters("m", 4)
+        )
+
+        smtp.wait_for(3)
+        wait_until(lambda: state_of(daemon) == "limited", "the limit")
+        statuses = Counter(message["status"] for message in daemon.get("/messages").json["messages"])
+        assert statuses == {"error": 8, "deferred": 9, "sent": 3}
+
+
+def test_a_limit_may_fail_what_comes_up(tmp_path: Path, reports: ReportReceiver, smtp: SmtpServer) -> None:
+    config = {"smtp": {"limit_per_minute": 2, "limit_behavior": "error"}}
+    with SleepyDaemon(tmp_path, config, smtp=smtp, reports=reports) as daemon:
+        daemon.submit(*letters("m", 150))
+
+        reports.wait_for(lambda r: len(r.entries) == 150, timeout=5)
+        errors = Counter(entry["error"] for entry in reports.entries)
+        assert errors == {None: 2, "rate limit reached: 2 per minute": 148}
+
+
+def test_when_the_window_opens_those_that_waited_go_first(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(
+        tmp_path, {"smtp": {"limit_per_minute": 20, "max_connections": 1}}, smtp=smtp
+    ) as daemon:
+        daemon.stop()
+        opens_ts = int(time.time()) + 3
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
+            db.execute("INSERT INTO sends VALUES ('default', ?, 20)", (opens_ts - 60,))
+        daemon.start()
+        daemon.submit(*letters("m", 80))
+
+        received = smtp.wait_for(20)
+        wait_still(daemon)
+        assert 0 <= received[0].arrived_at - opens_ts < 1.3  # the grain of the window is a second
+        assert subjects(smtp) == [f"m-{number}" for number in range(20)]
+
+
+# -- what is due, and in which order
+
+
+def test_run_now_in_test_mode_brings_out_what_is_due_and_no_more(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    with SleepyDaemon(
+        tmp_path,
+        {"delivery": {"test_mode": "true", "send_interval_seconds": 0.1}},
+        smtp=smtp,
+        reports=reports,
+    ) as daemon:
+        daemon.submit(*letters("m", 70), letter("later", deferred_ts=int(time.time()) + 3600))
+        time.sleep(0.3)
+        assert (len(smtp.received), len(reports.calls)) == (0, 0)
+
+        ask(daemon, "/commands/run-now")
+        reports.wait_for(lambda r: len(r.acknowledged) == 70)
+        daemon.submit(letter("next"))
+        time.sleep(0.3)
+        assert len(smtp.received) == 70
+
+        ask(daemon, "/commands/run-now")
+        reports.wait_for_entry("next", "sent")
+
+
+def test_scheduled_mail_goes_out_when_its_time_comes(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(tmp_path, smtp=smtp) as daemon:
+        due_ts = int(time.time()) + 2
+        daemon.submit(letter("m", deferred_ts=due_ts))
+
+        assert daemon.message("m")["status"] == "deferred"
+        assert 0 <= smtp.wait_for(1)[0].arrived_at - due_ts < 1
+
+
+def test_mail_that_is_too_old_ends_wherever_it_waits(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    config = {
+        "delivery": {"max_age_seconds": 1},
+        "account:gone": {"host": smtp.host, "port": smtp.port},
+        "account:down": {"host": smtp.host, "port": free_port()},
+        "account:quiet": {"host": smtp.host, "port": smtp.port, "max_age_seconds": 60},
+    }
+    with SleepyDaemon(tmp_path, config, smtp=smtp, reports=reports) as daemon:
+        for account in ("gone", "quiet"):
+            ask(daemon, f"/account/{account}/suspend")
+        daemon.submit(
+            letter("gone", account_id="gone"),
+            letter("down", account_id="down"),
+            letter("quiet", account_id="quiet", expires_ts=int(time.time()) + 2),
+            letter("kept", account_id="quiet"),
+        )
+        del daemon.config["account:gone"]
+        daemon.write_config()
+        daemon.signal(signal.SIGHUP)
+
+        errors = {
+            id_: reports.wait_for_entry(id_, "error", timeout=5)["error"] for id_ in ("gone", "down", "quiet")
+        }
+        assert errors["gone"] == "expired: max_age_seconds reached"
+        assert errors["quiet"] == "expired: expires_ts has passed"
+        assert errors["down"].startswith("expired: max_age_seconds reached; last: ")
+        assert "refused" in errors["down"]
+        assert daemon.message("kept")["status"] == "queued"
+
+
+def test_one_connection_keeps_to_priority_and_order_and_lets_retries_take_turns(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    config = {"delivery": {"retry_delays": 1}, "smtp": {"max_connections": 1}}
+    with SleepyDaemon(tmp_path, config, smtp=smtp) as daemon:
+        daemon.submit(*(letter(f"old-{number}", f"greylist1+{number}@example.com") for number in range(4)))
+        wait_until(lambda: len(smtp.visits) == 4, "the first attempts")
+        wait_still(daemon)
+        ask(daemon, "/commands/suspend")
+        daemon.submit(*letters("low", 3, priority="low"), *letters("new", 4), letter("now", priority=0))
+        wait_until(lambda: daemon.status()["deferred"] == 0, "the time of the retries")
+
+        ask(daemon, "/commands/activate")
+        smtp.wait_for(12)
+        order = subjects(smtp)
+        assert order[0] == "now"
+        assert order[-3:] == ["low-0", "low-1", "low-2"]
+        assert [name for name in order if name.startswith("new")] == [f"new-{n}" for n in range(4)]
+        assert [name for name in order if name.startswith("old")] == [f"old-{n}" for n in range(4)]
+        kinds = [name[:3] for name in order[1:9]]
+        assert all(one != other for one, other in pairwise(kinds)), order
+
+
+# -- accounts
+
+
+def test_a_suspended_account_delivers_nothing_and_others_go_on(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(tmp_path, smtp=smtp) as daemon:
+        ask(daemon, "/account", account_at("main", smtp))
+        daemon.submit(*letters("s", 50, "slow100ms@example.com", account_id="main"))
+        wait_until(lambda: smtp.visits["slow100ms@example.com"] >= 5, "mail on the wire")
+
+        ask(daemon, "/account/main/suspend")
+        begun = smtp.visits["slow100ms@example.com"]
+        daemon.submit(letter("m"))
+        wait_sent(daemon, "m")
+        wait_still(daemon)
+        assert smtp.visits["slow100ms@example.com"] <= begun + 1  # one may have been on its way
+        assert state_of(daemon, "main") == "suspended"
+        daemon.restart()
+        assert state_of(daemon, "main") == "suspended"
+
+        ask(daemon, "/account/main/activate")
+        smtp.wait_for(51)
+        assert len(smtp.received) == 51
+
+
+def test_the_mail_of_a_deleted_account_ends_as_errors(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver, black_hole: socket.socket
+) -> None:
+    with SleepyDaemon(tmp_path, smtp=smtp, reports=reports) as daemon:
+        ask(daemon, "/account", account_at("main", black_hole, limit_per_minute=100))
+        daemon.submit(
+            *letters("m", 30, account_id="main"), letter("large", body="x" * 100_000, account_id="main")
+        )
+        wait_until(lambda: daemon.status()["in_delivery"], "connections to nowhere")
+
+        assert daemon.delete("/account/main").status == 200
+
+        reports.wait_for(lambda r: len(r.entries) == 31, timeout=5)
+        assert {(entry["status"], entry["error"]) for entry in reports.entries} == {
+            ("error", "account deleted")
+        }
+        assert (daemon.status()["pending"], daemon.status()["in_delivery"]) == (0, 0)
+
+
+def test_staging_sends_everything_to_one_address(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(tmp_path, {"delivery": {"redirect_to": "staging@example.org"}}, smtp=smtp) as daemon:
+        daemon.submit(letter("m", "a@example.com", "b@example.com"))
+
+        received = smtp.wait_for(1)[0]
+        assert received.recipients == ["staging@example.org"]
+        assert "a@example.com" in received.message["X-Original-To"]
+
+
+def test_only_allowed_recipients_get_mail(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(
+        tmp_path, {"delivery": {"allow_recipients": "@Example.org, a@example.com"}}, smtp=smtp
+    ) as daemon:
+        daemon.submit(
+            letter("m", "A@example.com", "x@example.org", "b@example.com"), letter("n", "b@example.com")
+        )
+
+        assert daemon.wait_status("n", "error")["error"] == "recipient not allowed here"
+        outcomes = daemon.wait_status("m", "sent")["recipients"]
+        assert outcomes["b@example.com"]["status"] == "error"
+        assert sorted(smtp.wait_for(1)[0].recipients) == ["A@example.com", "x@example.org"]
+
+
+# -- accidents
+
+
+def test_a_message_that_makes_us_fail_fails_alone(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(tmp_path, smtp=smtp) as daemon:
+        ask(daemon, "/commands/suspend")
+        daemon.submit(*letters("m", 5), letter("large", body="x" * 100_000), letter("last"))
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db", timeout=10)) as db, db:
+            db.execute("UPDATE messages SET payload = '{}' WHERE id IN ('m-1', 'large')")
+        ask(daemon, "/commands/activate")
+
+        wait_sent(daemon, "m-0", "m-2", "m-3", "m-4", "last")
+        for id_ in ("m-1", "large"):
+            assert daemon.wait_status(id_, "error")["error"].startswith("internal error: ")
+        assert (daemon.status()["in_delivery"], state_of(daemon)) == (0, "up")
+
+
+def test_large_messages_all_go_out_on_a_small_memory_budget(tmp_path: Path, smtp: SmtpServer) -> None:
+    config = {"attachments": {"memory_budget_bytes": 4_000_000}, "smtp": {"max_connections": 8}}
+    content = base64.b64encode(bytes(500_000)).decode()
+    with SleepyDaemon(tmp_path, config, smtp=smtp) as daemon:
+        for number in range(12):
+            parts = [{"filename": f"{n}.bin", "content": content} for n in range(1 + number % 2)]
+            daemon.submit(letter(f"a-{number}", "slow50ms@example.com", attachments=parts))
+            daemon.submit(letter(f"b-{number}", body="x" * 300_000))
+
+        smtp.wait_for(24, timeout=20)
+        wait_still(daemon)
+
+
+def test_an_outcome_waits_for_the_storage_and_nothing_is_doubled(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(tmp_path, {"smtp": {"max_connections": 3}}, smtp=smtp) as daemon:
+        daemon.submit(*letters("m", 6, "slow300ms@example.com"))
+        wait_until(lambda: smtp.visits["slow300ms@example.com"] == 3, "mail on the wire")
+        with contextlib.closing(
+            sqlite3.connect(tmp_path / "queue.db", timeout=10, isolation_level=None)
+        ) as db:
+            db.execute("BEGIN IMMEDIATE")
+            daemon.wait_for_log("an outcome waits for the storage")
+            db.execute("ROLLBACK")
+
+        wait_sent(daemon, *(f"m-{number}" for number in range(6)))
+        assert sorted(subjects(smtp)) == [f"m-{number}" for number in range(6)]
+
+
+# -- the end
+
+
+def test_sigterm_lets_what_is_on_the_wire_finish(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(tmp_path, {"smtp": {"max_connections": 10}}, smtp=smtp) as daemon:
+        daemon.submit(*letters("m", 25, "slow300ms@example.com"))
+        wait_until(lambda: smtp.visits["slow300ms@example.com"] == 10, "mail on the wire")
+
+        assert daemon.stop() == 0
+        finished = len(smtp.received)
+        daemon.start()
+
+        smtp.wait_for(25)
+        wait_still(daemon)
+        assert finished == 10
+        assert len(set(subjects(smtp))) == len(smtp.received) == 25
+
+
+def test_a_second_sigterm_ends_at_once_and_loses_nothing(tmp_path: Path, smtp: SmtpServer) -> None:
+    with SleepyDaemon(tmp_path, {"smtp": {"limit_per_hour": 100}}, smtp=smtp) as daemon:
+        daemon.submit(*letters("m", 8, "slow30@example.com"))
+        wait_until(lambda: smtp.visits["slow30@example.com"] == 5, "mail on the wire")
+        daemon.signal(signal.SIGTERM)
+        daemon.wait_for_log("stopping")
+
+        started = time.monotonic()
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait_for_exit(10) == 0
+        assert time.monotonic() - started < 2
+        with daemon.db() as db:
+            assert (
+                db.execute(
+                    "SELECT count(*) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL"
+                ).fetchone()[0]
+                == 8
+            )
+
+
+def test_waiting_costs_no_processor_time(tmp_path: Path, smtp: SmtpServer, black_hole: socket.socket) -> None:
+    with SleepyDaemon(
+        tmp_path, {"smtp": {"max_connections": 20}, "delivery": {"send_interval_seconds": 0.5}}, smtp=smtp
+    ) as daemon:
+        ask(daemon, "/account", account_at("down", SimpleNamespace(host="127.0.0.1", port=free_port())))
+        ask(daemon, "/account", account_at("limited", smtp, limit_per_minute=1))
+        ask(daemon, "/account", account_at("hole", black_hole))
+        ask(daemon, "/account", account_at("suspended", smtp))
+        ask(daemon, "/account/suspended/suspend")
+        for account in ("down", "limited", "hole", "suspended"):
+            daemon.submit(*letters(account, 60, account_id=account))
+        daemon.submit(letter("overdue", "slow30@example.com", expires_ts=int(time.time()) + 1))
+        daemon.submit(*letters("slow", 5, "slow30@example.com"))
+        wait_until(
+            lambda: state_of(daemon, "limited") == "limited" and state_of(daemon, "down") == "cooling",
+            "a jam",
+        )
+        wait_until(lambda: smtp.visits["slow30@example.com"] == 6, "mail on the wire")
+        time.sleep(0.5)
+
+        for command in ("activate", "suspend"):
+            ask(daemon, f"/commands/{command}")
+            before = cpu_seconds(daemon)
+            time.sleep(0.7)
+            assert cpu_seconds(daemon) - before < 0.1, command
+        daemon.kill()
+
+
+# ======================================================================
+# REPORTER
+# ======================================================================
+
+
+def mail(id_: str = "m-1", to: str = "ok@example.com", **fields: Any) -> dict[str, Any]:
+    """A message as a client submits it; the recipient's address says how the server will take it."""
+    return {"id": id_, "from": "me@example.com", "to": [to], "subject": "hello", "body": "Hello.", **fields}
+
+
+# -- the signature
+
+
+def test_the_signature_is_the_one_of_the_standard_webhooks_specification() -> None:
+    key = mailproxy.webhook_key("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+
+    signature = mailproxy.webhook_signature(
+        key, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}'
+    )
+
+    assert signature == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+# -- what an answer means
+
+ACKNOWLEDGED, REFUSED = "acknowledged", "refused"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "outcome"),
+    [
+        (200, b'{"ok": true}', ACKNOWLEDGED),
+        (200, b"", ACKNOWLEDGED),
+        (204, b"", ACKNOWLEDGED),
+        (299, b"<html>thank you</html>", ACKNOWLEDGED),
+        (200, b"\xff\xfe", ACKNOWLEDGED),
+        (200, b"[" * 100_000, ACKNOWLEDGED),
+        (200, b"[false]", ACKNOWLEDGED),
+        (200, b'{"error": ["m-1"], "not_found": ["m-2"]}', ACKNOWLEDGED),
+        (200, b'{"ok": null}', ACKNOWLEDGED),
+        (200, b'{"ok": 0}', ACKNOWLEDGED),
+        (200, b'{"ok": false}', REFUSED),
+        (200, b'{"ok": false, "queued": 3}', REFUSED),
+        (301, b'{"ok": true}', REFUSED),
+        (307, b"", REFUSED),
+        (404, b"", REFUSED),
+        (500, b'{"ok": true}', REFUSED),
+    ],
+)
+def test_a_2xx_acknowledges_unless_its_json_says_ok_false(status: int, body: bytes, outcome: str) -> None:
+    answer = mailproxy.parse_acknowledgement(status, body)
+
+    assert answer.outcome == outcome
+    assert (answer.problem is None) == (outcome == ACKNOWLEDGED)
+
+
+@pytest.mark.parametrize(
+    ("body", "queued", "next_sync_after"),
+    [
+        (b'{"queued": 3}', 3, None),
+        (b'{"queued": 0}', 0, None),
+        (b'{"queued": -1}', 0, None),
+        (b'{"queued": true}', 0, None),
+        (b'{"queued": "3"}', 0, None),
+        (b'{"queued": null, "next_sync_after": null}', 0, None),
+        (b'{"next_sync_after": 1800000000}', 0, 1_800_000_000),
+        (b'{"next_sync_after": 1800000000.5}', 0, 1_800_000_000.5),
+        (b'{"next_sync_after": true}', 0, None),
+        (b'{"next_sync_after": NaN}', 0, None),
+        (b'{"next_sync_after": Infinity}', 0, None),
+        (b'{"next_sync_after": 1' + b"0" * 400 + b"}", 0, None),
+        (b'{"queued": 1' + b"0" * 5000 + b"}", 0, None),
+    ],
+)
+def test_of_an_acknowledgement_only_sensible_numbers_count(
+    body: bytes, queued: int, next_sync_after: float | None
+) -> None:
+    answer = mailproxy.parse_acknowledgement(200, body)
+
+    assert (answer.problem, answer.queued, answer.next_sync_after) == (None, queued, next_sync_after)
+
+
+def test_what_the_upstream_remarks_is_kept_for_the_log_and_not_endless() -> None:
+    answer = mailproxy.parse_acknowledgement(
+        200, json.dumps({"error": "é" * 9_000, "not_found": ["m"]}).encode()
+    )
+
+    assert [name for name, _ in answer.remarks] == ["error", "not_found"]
+    assert all(len(remark) <= 500 for _, remark in answer.remarks)
+
+
+# -- when the calls come: a reporter whose clock the test turns
+
+
+class ReporterRig:
+    """A reporter on a real queue; the upstream is a list of answers, and time passes as the test says."""
+
+    def __init__(self, folder: Path, run: Callable[[Any], Any], **rules: Any) -> None:
+        self.run = run
+        self.wall, self.monotonic = 1_800_000_000.0, 5_000.0
+        self.file = mailproxy.QueueFile(
+            str(folder / "queue.db"), mailproxy.MIGRATIONS, observe_commit=lambda seconds: None
+        )
+        self.file.open()
+        self.queue = mailproxy.Queue(self.file, now=lambda: self.wall)
+        run(self.queue.load())
+        self.answers: deque[Any] = deque()
+        self.calls: list[tuple[float, str, list[str]]] = []  # when, id, ids of the messages
+        self.inside: Callable[[], object] | None = None
+        self.submissions = 0
+        self.reporter = mailproxy.Reporter(
+            self.queue,
+            mailproxy.ReportRules(**{"url": "http://upstream.test/", "sync_interval_s": 300, **rules}),
+            clock=mailproxy.Clock(lambda: self.wall, lambda: self.monotonic),
+            call=self._call,
+            submissions=lambda: self.submissions,
+            dispatching=lambda: False,
+            in_thread=mailproxy.Threads(1, "test").run,
+            metrics=mailproxy.Metrics("test"),
+            log=logging.getLogger("mailproxy"),
+        )
+
+    async def _call(self, report: Any) -> Any:
+        entries = json.loads(report.body)["delivery_report"]
+        self.calls.append((self.monotonic, report.id, [entry["id"] for entry in entries]))
+        if self.inside:
+            self.inside()
+        answer = self.answers.popleft() if self.answers else {}
+        if isinstance(answer, Exception):
+            raise answer
+        status, body = answer if isinstance(answer, tuple) else (200, answer)
+        return mailproxy.HttpAnswer(status, {}, json.dumps(body).encode(), "http://upstream.test/")
+
+    def pass_time(self, seconds: float) -> None:
+        """Let the reporter turn whenever it wants to, for so long."""
+        end = self.monotonic + seconds
+        while True:
+            pause_s = self.run(self.reporter._turn())
+            if self.monotonic + pause_s > end:
+                self.monotonic, self.wall = end, self.wall + end - self.monotonic
+                return
+            self.monotonic, self.wall = self.monotonic + pause_s, self.wall + pause_s
+            assert len(self.calls) < 1_000, "a tight loop"
+
+    def times(self) -> list[float]:
+        return [round(at - 5_000.0, 3) for at, _, _ in self.calls]
+
+    def fail(self, *ids: str) -> None:
+        """Bring messages into their final state, one after the other."""
+        for id_ in ids:
+            self.run(self.queue.accept([a_submission(id_)]))
+        self.run(self.queue.fail_orphans("main", 0, "given up"))
+        self.reporter.wake()
+
+
+def a_submission(id_: str, **fields: Any) -> Any:
+    given = {
+        "account_id": "main", "priority": 2, "deferred_ts": None, "expires_ts": None, "deadline": None,
+        "batch_code": None, "message_id": f"<{id_}@example.com>", "parts": 0, "payload": "{}", "contents": {},
+    }  # fmt: skip
+    return mailproxy.Submission(id=id_, **{**given, **fields})
+
+
+@pytest.fixture
+def make_reporter(tmp_path: Path) -> Iterator[Callable[..., ReporterRig]]:
+    made: list[ReporterRig] = []
+    with asyncio.Runner() as runner:
+
+        def make(**rules: Any) -> ReporterRig:
+            made.append(ReporterRig(tmp_path, runner.run, **rules))
+            return made[-1]
+
+        yield make
+        for rig in made:
+            runner.run(rig.file.close())
+
+
+UNREACHABLE = mailproxy.HttpFailure("no connection", transient=True)
+
+
+def test_the_upstream_is_called_at_start_and_at_each_interval(make_reporter: Any) -> None:
+    rig = make_reporter(sync_interval_s=300)
+
+    rig.pass_time(900)
+
+    assert rig.times() == [0, 300, 600, 900]
+    assert len({id_ for _, id_, _ in rig.calls}) == 4
+
+
+def test_the_pauses_after_failures_grow_and_the_id_of_the_report_stays(make_reporter: Any) -> None:
+    rig = make_reporter()
+    rig.fail("a")
+    rig.answers.extend([UNREACHABLE, (500, {}), (200, {"ok": False}), (302, {}), UNREACHABLE, UNREACHABLE])
+
+    rig.pass_time(1 + 5 + 30 + 60 + 300 + 300)
+
+    assert rig.times() == [0, 1, 6, 36, 96, 396, 696]
+    assert {(id_, *ids) for _, id_, ids in rig.calls} == {(rig.calls[0][1], "a")}
+    assert rig.run(rig.queue.unreported(10)) == []
+
+
+def test_an_empty_call_that_failed_is_tried_again_under_its_id(make_reporter: Any) -> None:
+    rig = make_reporter()
+    rig.answers.extend([UNREACHABLE, UNREACHABLE])
+
+    rig.pass_time(10)
+
+    assert rig.times() == [0, 1, 6]
+    assert len({id_ for _, id_, _ in rig.calls}) == 1
+
+
+def test_a_failed_batch_goes_out_again_as_it_was_and_newer_states_follow(make_reporter: Any) -> None:
+    rig = make_reporter()
+    rig.fail("a")
+    rig.answers.append((503, {}))
+    rig.pass_time(0.5)
+
+    rig.fail("b", "c")
+    rig.pass_time(5)
+
+    assert [ids for _, _, ids in rig.calls] == [["a"], ["a"], ["b", "c"]]
+    assert rig.calls[0][1] == rig.calls[1][1] != rig.calls[2][1]
+
+
+def test_after_success_the_pauses_begin_anew(make_reporter: Any) -> None:
+    rig = make_reporter(sync_interval_s=100)
+    rig.answers.extend([UNREACHABLE, UNREACHABLE, {}, UNREACHABLE, {}])
+
+    rig.pass_time(110)
+
+    assert rig.times() == [0, 1, 6, 106, 107]
+
+
+def test_run_now_ends_a_pause(make_reporter: Any) -> None:
+    rig = make_reporter()
+    rig.answers.extend([UNREACHABLE, UNREACHABLE, UNREACHABLE])
+    rig.pass_time(10)
+
+    rig.reporter.run_now()
+    rig.pass_time(0)
+
+    assert rig.times() == [0, 1, 6, 10]
+
+
+def test_no_empty_calls_before_next_sync_after_but_reports_go_out(make_reporter: Any) -> None:
+    rig = make_reporter(sync_interval_s=300)
+    rig.answers.append({"next_sync_after": rig.wall + 1_000})
+    rig.pass_time(500)
+    rig.fail("a")
+
+    rig.pass_time(900)
+
+    assert rig.times() == [0, 500, 1_000, 1_300]
+    assert [ids for _, _, ids in rig.calls] == [[], ["a"], [], []]
+
+
+def test_run_now_overrides_next_sync_after(make_reporter: Any) -> None:
+    rig = make_reporter()
+    rig.answers.append({"next_sync_after": rig.wall + 100_000})
+    rig.pass_time(10)
+
+    rig.reporter.run_now()
+    rig.pass_time(300)
+
+    assert rig.times() == [0, 10, 310]
+
+
+def test_queued_brings_the_next_call_at_once_and_slows_down_while_it_brings_nothing(
+    make_reporter: Any,
+) -> None:
+    rig = make_reporter()
+    rig.answers.extend({"queued": 1} for _ in range(8))
+
+    rig.pass_time(200)
+
+    assert rig.times() == [0, 0, 1, 3, 8, 23, 83, 143]
+
+
+def test_queued_goes_on_at_once_while_it_brings_submissions(make_reporter: Any) -> None:
+    rig = make_reporter()
+    rig.answers.extend({"queued": 1} for _ in range(20))
+
+    def submit() -> None:
+        rig.submissions += 1
+
+    rig.inside = submit
+    rig.pass_time(0)
+
+    assert rig.times() == [0] * 21
+
+
+def test_an_upstream_that_asks_for_run_now_in_each_call_makes_no_tight_loop(make_reporter: Any) -> None:
+    rig = make_reporter()
+    rig.inside = rig.reporter.run_now
+
+    rig.pass_time(8)
+
+    assert rig.times() == [0, 0, 1, 3, 8]
+
+
+def test_run_now_during_a_call_that_fails_is_not_forgotten(make_reporter: Any) -> None:
+    rig = make_reporter()
+    rig.pass_time(1)
+    rig.reporter.run_now()
+    rig.answers.append(UNREACHABLE)
+
+    def once() -> None:
+        rig.inside = None
+        rig.reporter.run_now()
+
+    rig.inside = once
+    rig.pass_time(0)
+
+    assert rig.times() == [0, 1, 1]
+
+
+def test_a_shorter_interval_counts_from_now_on(make_reporter: Any) -> None:
+    rig = make_reporter(sync_interval_s=10_000)
+    rig.pass_time(50)
+
+    rig.reporter.rules = mailproxy.ReportRules(url="http://upstream.test/", sync_interval_s=60)
+    rig.pass_time(20)
+
+    assert rig.times() == [0, 60]
+
+
+def test_batches_hold_the_states_in_the_order_they_came_about(make_reporter: Any) -> None:
+    rig = make_reporter(batch_size=2)
+    rig.fail("a", "b", "c", "d", "e")
+
+    rig.pass_time(0)
+
+    assert [ids for _, _, ids in rig.calls] == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_a_state_that_changed_during_the_call_is_reported_again(make_reporter: Any) -> None:
+    rig = make_reporter()
+    rig.fail("a")
+
+    def change_it() -> None:
+        rig.inside = None
+        with contextlib.closing(sqlite3.connect(rig.file.path)) as other, other:
+            other.execute("UPDATE messages SET report_order = report_order + 100, error = 'changed'")
+
+    rig.inside = change_it
+    rig.pass_time(0)
+
+    assert [ids for _, _, ids in rig.calls] == [["a"], ["a"]]
+
+
+def test_in_test_mode_the_upstream_is_called_at_run_now_alone(make_reporter: Any) -> None:
+    rig = make_reporter(test_mode=True, sync_interval_s=10)
+    rig.fail("a")
+    rig.pass_time(100)
+    assert rig.calls == []
+
+    rig.reporter.run_now()
+    rig.pass_time(100)
+
+    assert rig.times() == [100]
+
+
+def test_without_an_upstream_final_messages_are_purged_by_age(make_reporter: Any) -> None:
+    rig = make_reporter(url=None, retention_s=100)
+    rig.fail("a")
+    rig.pass_time(90)
+    assert rig.run(rig.queue.look_up("a")) is not None
+
+    rig.pass_time(45)
+
+    assert rig.run(rig.queue.look_up("a")) is None
+    assert rig.calls == []
+
+
+def test_with_an_upstream_a_message_is_purged_only_after_its_report(make_reporter: Any) -> None:
+    rig = make_reporter(retention_s=100)
+    rig.fail("a", "b")
+    rig.answers.extend([UNREACHABLE] * 4)
+    rig.pass_time(95)
+    assert rig.run(rig.queue.look_up("a")) is not None
+
+    rig.pass_time(60)
+    assert rig.run(rig.queue.look_up("a")) is not None
+    rig.pass_time(80)
+
+    assert rig.run(rig.queue.look_up("a")) is None
+
+
+# -- against a real upstream
+
+
+class Relay(NamedTuple):
+    """A daemon between its two neighbours, for the tests that leave it as they found it."""
+
+    daemon: Daemon
+    smtp: SmtpServer
+    reports: ReportReceiver
+
+
+@pytest.fixture(scope="module")
+def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+    folder = tmp_path_factory.mktemp("relay")
+    with (
+        SmtpServer() as smtp,
+        ReportReceiver() as reports,
+        Daemon(folder, smtp=smtp, reports=reports) as daemon,
+    ):
+        reports.wait_for(lambda r: r.calls)
+        yield Relay(daemon, smtp, reports)
+
+
+def test_a_result_is_reported_within_a_second_with_all_its_members(tmp_path: Path, smtp: SmtpServer) -> None:
+    with ReportReceiver() as reports, Daemon(tmp_path, smtp=smtp, reports=reports) as daemon:
+        reports.wait_for(lambda r: len(r.calls) == 1)
+        daemon.submit(mail(batch_code="june", message_id="<x@example.com>", priority="high"))
+        smtp.wait_for(1)
+        began = time.monotonic()
+        entry = reports.wait_for_entry("m-1", "sent")
+
+        assert time.monotonic() - began < 1
+        assert entry == {
+            "id": "m-1", "account_id": "default", "priority": 1, "status": "sent",
+            "sent_ts": entry["sent_ts"], "error_ts": None, "error": None, "deferred_ts": None, "attempts": 1,
+            "message_id": "<x@example.com>", "batch_code": "june", "recipients": entry["recipients"],
+        }  # fmt: skip
+        assert not entry["recipients"]
+        assert abs(entry["sent_ts"] - time.time()) < 5
+        wait_until(lambda: daemon.message("m-1")["reported_ts"], "the stamp")
+        assert reports.calls[0].entries == []
+
+
+def test_a_burst_makes_few_calls_in_order(daemon: Daemon, reports: ReportReceiver) -> None:
+    daemon.submit(*[mail(f"m-{n}", to="perm@example.com") for n in range(200)])
+
+    reports.wait_for(lambda r: len(r.acknowledged) == 200)
+
+    assert len(reports.calls) <= 10
+    failed = re.findall("message failed message=(m-[0-9]+)", daemon.log)
+    assert [entry["id"] for entry in reports.acknowledged] == failed
+
+
+def test_a_deferral_is_reported_with_its_reason_and_the_refused_recipients(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    with Daemon(tmp_path, smtp=smtp, reports=reports) as daemon:
+        daemon.submit(mail(to="temp@example.com", cc=["ok@example.com", "perm@example.com"]))
+
+        entry = reports.wait_for_entry("m-1", "deferred")
+
+        assert "451" in entry["error"]
+        assert entry["deferred_ts"] > time.time()
+        assert {a: (r["status"], r["code"]) for a, r in entry["recipients"].items()} == {
+            "temp@example.com": ("deferred", 451),
+            "ok@example.com": ("sent", 250),
+            "perm@example.com": ("error", 550),
+        }
+        assert daemon.message("m-1")["recipients"] == entry["recipients"]
+
+
+def test_a_scheduled_message_is_not_reported_before_its_time(relay: Relay) -> None:
+    daemon, _, reports = relay
+    daemon.submit(mail("later", deferred_ts=int(time.time()) + 3_600), mail("now"))
+
+    reports.wait_for_entry("now", "sent")
+    wait_until(lambda: daemon.status()["unreported"] == 0, "the stamp")
+
+    assert reports.entries_of("later") == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(status=500),
+        Answer(status=302, headers={"Location": "/elsewhere"}),
+        Answer(body={"ok": False}),
+        Answer(close=True),
+        Answer(delay=1),
+    ],
+    ids=["500", "redirect", "ok-false", "dies", "too-late"],
+)
+def test_without_an_acknowledgement_nothing_is_stamped_and_run_now_tries_at_once(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver, answer: Answer
+) -> None:
+    config = {"client": {"timeout_seconds": 0.3, "client_sync_secret": "open sesame"}}
+    with Daemon(tmp_path, config, smtp=smtp, reports=reports) as daemon:
+        reports.wait_for(lambda r: r.calls)
+        reports.answers.append(answer)
+        daemon.submit(mail())
+        daemon.wait_for_log("report not acknowledged")
+        assert daemon.message("m-1")["reported_ts"] is None
+
+        assert daemon.status()["unreported"] == 1
+        daemon.post("/commands/run-now")
+        wait_until(lambda: daemon.message("m-1")["reported_ts"], "the stamp", 0.8)
+
+        told = [call for call in reports.calls if call.entries]
+        assert [call.path for call in told] == ["/proxy_sync"] * 2
+        assert len({call.headers["webhook-id"] for call in told}) == 1
+
+
+def test_whatever_a_2xx_says_of_single_messages_it_acknowledges_them(relay: Relay) -> None:
+    body = {"error": ["strange is strange"], "not_found": ["strange"], "sent": []}
+    relay.reports.answers.append(Answer(status=202, body=body))
+
+    relay.daemon.submit(mail("strange"))
+
+    wait_until(lambda: relay.daemon.message("strange")["reported_ts"], "the stamp")
+    assert "strange is strange" in relay.daemon.wait_for_log("field=error")
+    assert "strange" in relay.daemon.wait_for_log("field=not_found")
+
+
+def test_an_acknowledgement_of_many_megabytes_is_one_all_the_same(relay: Relay) -> None:
+    relay.reports.answers.append(Answer(body=b"thanks " * 500_000))
+
+    relay.daemon.submit(mail("thanked"))
+
+    wait_until(lambda: relay.daemon.message("thanked")["reported_ts"], "the stamp")
+
+
+@pytest.mark.parametrize(
+    ("config", "authorization"),
+    [
+        ({"client_sync_user": "jörg", "client_sync_password": "pässwort"}, "Basic asO2cmc6cMOkc3N3b3J0"),
+        ({"client_sync_token": "env:TOKEN"}, "Bearer t0ken"),
+        (
+            {"client_sync_token": "t0ken", "client_sync_user": "me", "client_sync_password": "x"},
+            "Bearer t0ken",
+        ),
+        ({}, None),
+    ],
+)
+def test_the_upstream_is_told_who_calls(
+    tmp_path: Path, reports: ReportReceiver, config: dict[str, object], authorization: str | None
+) -> None:
+    with Daemon(tmp_path, {"client": config}, reports=reports, environment={"TOKEN": "t0ken"}) as daemon:
+        reports.wait_for(lambda r: r.calls)
+
+        assert reports.calls[0].headers["Authorization"] == authorization
+        assert reports.calls[0].headers["Content-Type"] == "application/json"
+        assert reports.calls[0].headers["webhook-signature"] is None
+        assert "t0ken" not in daemon.log
+        assert "pässwort" not in daemon.log
+
+
+def test_a_signed_call_can_be_verified(tmp_path: Path, reports: ReportReceiver) -> None:
+    key = b"0123456789abcdef0123456789abcdef"
+    secret = "whsec_" + base64.b64encode(key).decode()
+    with Daemon(tmp_path, {"client": {"client_sync_secret": secret}}, reports=reports):
+        reports.wait_for(lambda r: r.calls)
+
+    headers, content = reports.calls[0].headers, reports.calls[0].content
+    signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + content
+    expected = base64.b64encode(hmac.digest(key, signed, "sha256")).decode()
+    assert headers["webhook-signature"] == f"v1,{expected}"
+    assert abs(int(headers["webhook-timestamp"]) - time.time()) < 10
+
+
+def test_a_secret_that_cannot_be_read_any_more_costs_no_report(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\n")
+    config = {"client": {"client_sync_secret": f"file:{secret}"}}
+    with Daemon(tmp_path, config, smtp=smtp, reports=reports) as daemon:
+        reports.wait_for(lambda r: r.calls)
+        secret.write_text("whsec_&&&")
+        daemon.submit(mail())
+        daemon.wait_for_log("report not acknowledged")
+
+        secret.write_text("another one")
+        daemon.post("/commands/run-now")
+
+        reports.wait_for_entry("m-1", "sent")
+
+
+def test_the_upstream_may_use_every_endpoint_from_inside_the_call(relay: Relay) -> None:
+    daemon, _, reports = relay
+    statuses: list[int] = []
+
+    def call_back(entries: list[dict[str, Any]]) -> None:
+        reports.inside = None
+        submitted = daemon.post("/commands/add-messages", {"messages": [mail("from-inside")]})
+        others = [
+            daemon.get(path) for path in ("/status", "/messages", "/ready", "/metrics", "/message/calls")
+        ]
+        told_to = daemon.post("/commands/run-now")
+        statuses.extend(answer.status for answer in (submitted, *others, told_to))
+
+    reports.inside = call_back
+    daemon.submit(mail("calls"))
+
+    reports.wait_for_entry("from-inside", "sent")
+    assert statuses == [200] * 7
+
+
+def test_a_purged_message_is_remembered_as_sent(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    with Daemon(tmp_path, smtp=smtp, reports=reports) as daemon:
+        daemon.submit(mail("gone"), mail("bad", to="perm@example.com"), mail("later", deferred_ts=2**40))
+        wait_until(lambda: reports.entries_of("gone") and reports.entries_of("bad"), "the reports")
+        wait_until(lambda: daemon.status()["unreported"] == 0, "the stamps")
+        kept = daemon.post("/commands/cleanup-messages", {"older_than_seconds": 3_600}).json
+        removed = daemon.post("/commands/cleanup-messages", {"older_than_seconds": 0}).json
+
+        assert (kept, removed) == ({"ok": True, "removed": 0}, {"ok": True, "removed": 2})
+        assert [m["id"] for m in daemon.get("/messages").json["messages"]] == ["later"]
+        again = daemon.post("/commands/add-messages", {"messages": [mail("gone"), mail("bad")]}).json
+        assert (again["queued"], again["rejected"]) == (1, [{"id": "gone", "reason": "already sent"}])
+
+
+# ======================================================================
+# CONTROL PLANE
+# ======================================================================
+
+
+def submitted(daemon: Daemon, *messages: Any, **batch: Any) -> HttpAnswer:
+    """The answer to a batch, good or bad."""
+    return daemon.post("/commands/add-messages", {"messages": list(messages), **batch})
+
+
+def account(id_: str, smtp: SmtpServer, **fields: Any) -> dict[str, Any]:
+    return {"id": id_, "host": smtp.host, "port": smtp.port, **fields}
+
+
+def listed(daemon: Daemon, query: str = "") -> list[str]:
+    """The ids of a listing."""
+    return [record["id"] for record in daemon.get(f"/messages?{query}").json["messages"]]
+
+
+def counted(daemon: Daemon) -> dict[str, Any]:
+    """What /status ought to say, counted over the table."""
+    with daemon.db() as db:
+        row = db.execute(
+            "SELECT count(*) FILTER (WHERE pending) AS pending, "
+            "count(*) FILTER (WHERE pending AND deferred_ts IS NOT NULL) AS deferred, "
+            "count(*) FILTER (WHERE report_order IS NOT NULL) AS unreported, "
+            "min(created_at) FILTER (WHERE pending) AS oldest_pending_ts "
+            "FROM (SELECT *, sent_ts IS NULL AND error_ts IS NULL AS pending FROM messages)"
+        ).fetchone()
+    return dict(row)
+
+
+def told(daemon: Daemon) -> dict[str, Any]:
+    status = daemon.status()
+    return {name: status[name] for name in ("pending", "deferred", "unreported", "oldest_pending_ts")}
+
+
+FAR = 4_000_000_000
+
+
+@pytest.fixture
+def quiet(tmp_path: Path, smtp: SmtpServer) -> Iterator[Daemon]:
+    """A daemon that is suspended: what is submitted stays as it is."""
+    with Daemon(tmp_path, {"scheduler": {"active": "false"}}, smtp=smtp) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One daemon for all submissions of a table; nothing listens where it would deliver."""
+    config = {"smtp": {"host": "127.0.0.1", "port": 9}, "scheduler": {"active": "false"}}
+    with Daemon(tmp_path_factory.mktemp("judge"), config) as running:
+        yield running
+
+
+# -- how it goes
+
+
+def test_health_ready_and_status_of_a_daemon_with_nothing_to_do(quiet: Daemon, smtp: SmtpServer) -> None:
+    assert quiet.get("/health").json == {"ok": True, "status": "ok"}
+    assert quiet.get("/ready").json == {"ok": True}
+    status = quiet.status()
+    default = status["accounts"].pop("default")
+    assert status == {
+        "ok": True, "active": False, "version": mailproxy.__version__, "pending": 0, "deferred": 0,
+        "in_delivery": 0, "unreported": 0, "oldest_pending_ts": None, "accounts": {},
+    }  # fmt: skip
+    assert (default["state"], default["reason"], default["until"], default["connections"]) == (
+        "up",
+        None,
+        None,
+        0,
+    )
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/status", "/messages", "/accounts", "/metrics"])
+def test_head_works_where_get_does(judge: Daemon, path: str) -> None:
+    got, head = judge.get(path), judge.request("HEAD", path)
+
+    assert (head.status, head.content) == (200, b"")
+    assert head.headers["Content-Type"] == got.headers["Content-Type"]
+
+
+def test_metrics_have_the_names_of_the_contract_and_true_numbers(
+    daemon: Daemon, reports: ReportReceiver
+) -> None:
+    daemon.submit(mail("a"), mail("b", to="perm@example.com"), mail("c", deferred_ts=FAR))
+    submitted(daemon, {"id": "bad"})
+    reports.wait_for_entry("a", "sent")
+    reports.wait_for_entry("b", "error")
+    wait_until(lambda: daemon.status()["unreported"] == 0, "the stamps")
+
+    text = daemon.get("/metrics").content.decode()
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+
+    prefix = "mailproxy_"
+    assert values[prefix + 'messages_accepted_total{account="default"}'] == "3.0"
+    assert values[prefix + "messages_rejected_total"] == "1.0"
+    assert values[prefix + 'messages_sent_total{account="default"}'] == "1.0"
+    assert values[prefix + 'messages_failed_total{account="default"}'] == "1.0"
+    assert values[prefix + "messages_pending"] == "1.0"
+    assert values[prefix + "messages_in_delivery"] == "0.0"
+    assert values[prefix + "reports_unacknowledged"] == "0.0"
+    assert 0 <= float(values[prefix + "oldest_pending_seconds"]) < 20
+    assert values[prefix + 'account_up{account="default"}'] == "1.0"
+    assert float(values[prefix + 'report_requests_total{outcome="acknowledged"}']) >= 2
+    assert values[prefix + 'smtp_transaction_seconds_count{account="default"}'] == "2.0"
+    assert values[prefix + 'queue_wait_seconds_count{account="default"}'] == "1.0"
+    assert float(values[prefix + 'smtp_connects_total{account="default",outcome="ok"}']) >= 1
+    for name in (
+        *("messages_deferred_total{", "rate_limited_total{", "smtp_connections{", "build_info{"),
+        *("http_requests_total{", "http_request_seconds_bucket{", "storage_commit_seconds_bucket{"),
+        "attachment_fetches_total{",
+    ):
+        assert any(line.startswith(prefix + name) for line in values), name
+    assert any(line.startswith("process_") for line in values)
+    assert "example.com" not in text
+
+
+def test_the_numbers_of_status_are_those_of_the_table_whatever_happens(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    reports.answers.extend([Answer(status=500)] * 50)
+    with Daemon(tmp_path, smtp=smtp, reports=reports) as daemon:
+        daemon.submit(
+            *[mail(f"ok-{n}") for n in range(5)],
+            *[mail(f"bad-{n}", to="perm@example.com") for n in range(5)],
+            *[mail(f"back-{n}", to="temp@example.com") for n in range(5)],
+            *[mail(f"later-{n}", deferred_ts=FAR) for n in range(5)],
+        )
+        wait_until(lambda: told(daemon)["unreported"] == 15, "all results")
+        assert told(daemon) == counted(daemon)
+        assert (told(daemon)["pending"], told(daemon)["deferred"]) == (10, 10)
+
+        daemon.post("/commands/suspend")
+        daemon.post("/commands/delete-messages", {"ids": ["later-0", "back-0", "bad-0", "ok-0"]})
+        assert told(daemon) == counted(daemon)
+        daemon.post("/commands/retry-messages", {"ids": ["bad-1", "bad-2"]})
+        daemon.submit(mail("later-1"), mail("back-1", deferred_ts=FAR), mail("bad-3"))
+        expected = {"pending": 11, "deferred": 7, "unreported": 8}
+        assert {name: told(daemon)[name] for name in expected} == expected
+        assert told(daemon) == counted(daemon)
+
+        daemon.restart()
+        assert told(daemon) == counted(daemon)
+        reports.answers.clear()
+        daemon.post("/commands/run-now")
+        wait_until(lambda: told(daemon)["unreported"] == 0, "the stamps")
+        daemon.post("/commands/cleanup-messages", {"older_than_seconds": 0})
+        assert told(daemon) == counted(daemon)
+        daemon.post("/commands/activate")
+        wait_until(lambda: told(daemon)["pending"] == 7, "what can be delivered")
+        wait_until(lambda: told(daemon) == counted(daemon), "numbers that are true")
+
+
+def test_what_a_suspension_keeps_is_deferred_no_more_once_its_time_has_come(quiet: Daemon) -> None:
+    quiet.submit(mail(deferred_ts=int(time.time()) + 1))
+    assert told(quiet)["deferred"] == 1
+
+    wait_until(lambda: told(quiet)["deferred"] == 0, "its time")
+
+    assert (told(quiet)["pending"], quiet.message("m-1")["status"]) == (1, "queued")
+
+
+# -- submission
+
+
+@pytest.mark.parametrize(
+    ("message", "id_", "reason"),
+    [
+        ({**mail(), "id": None}, None, "missing id"),
+        ({**mail(), "id": ""}, None, "missing id"),
+        ({**mail(), "id": 7}, None, "invalid id:"),
+        ({**mail(), "id": "x" * 256}, None, "invalid id:"),
+        ({**mail(), "id": "two\nlines"}, None, "invalid id:"),
+        ({**mail(), "from": None}, "m-1", "missing from"),
+        ({**mail(), "to": []}, "m-1", "missing to"),
+        ({**mail(), "to": None}, "m-1", "missing to"),
+        ({**mail(), "subject": None}, "m-1", "missing subject"),
+        ({**mail(), "body": None}, "m-1", "missing body"),
+        ({**mail(), "account_id": "nobody"}, "m-1", "account not found"),
+        ({**mail(), "to": ["no address"]}, "m-1", "invalid to:"),
+        ({**mail(), "subject": "two\r\nBcc: x@example.com"}, "m-1", "invalid subject:"),
+        ({**mail(), "priority": 1.5}, "m-1", "invalid priority"),
+        ({**mail(), "priority": 1e308}, "m-1", "invalid priority"),
+        ({**mail(), "priority": -1}, "m-1", "invalid priority"),
+        ({**mail(), "deferred_ts": 2**63}, "m-1", "invalid deferred_ts"),
+        ({**mail(), "expires_ts": 1}, "m-1", "invalid expires_ts"),
+        ({**mail(), "headers": {"Bcc": "x@example.com"}}, "m-1", "invalid headers"),
+        ({**mail(), "attachments": [{"filename": "x"}]}, "m-1", "invalid attachments: "),
+        ("no object", None, "invalid message:"),
+        (None, None, "invalid message:"),
+    ],
+)
+def test_each_message_is_judged_alone_and_rejected_with_its_reason(
+    judge: Daemon, message: Any, id_: str | None, reason: str
+) -> None:
+    alone = submitted(judge, message)
+    among = submitted(judge, mail("good-1", deferred_ts=FAR), message, mail("good-2", deferred_ts=FAR))
+
+    rejected = alone.json["rejected"]
+    assert rejected[0]["id"] == id_
+    assert rejected[0]["reason"].startswith(reason)
+    assert (alone.status, alone.json) == (400, {
+        "ok": False, "error": "all messages rejected", "rejected": rejected,
+        "detail": {"error": "all messages rejected", "rejected": rejected},
+    })  # fmt: skip
+    assert (among.status, among.json) == (200, {"ok": True, "queued": 2, "rejected": rejected})
+
+
+def test_a_message_for_the_default_account_needs_one(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        reason = submitted(daemon, mail()).json["rejected"][0]["reason"]
+
+        assert reason.startswith("missing account configuration")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"", 400, "messages"),
+        (b"{}", 400, "messages"),
+        (b'{"messages": null}', 400, "messages"),
+        (b'{"messages": {}}', 400, "messages"),
+        (b'{"messages": [', 400, "JSON"),
+        (b"[]", 400, "object"),
+        (b'{"messages": [], "default_priority": 4}', 400, "default_priority"),
+        (b'{"messages": [], "default_priority": 1.5}', 400, "default_priority"),
+        (b'{"messages": [' + b",".join([b"{}"] * 1001) + b"]}", 413, "1000"),
+    ],
+)
+def test_a_batch_that_is_none_is_refused_as_a_whole(
+    judge: Daemon, body: bytes, status: int, words: str
+) -> None:
+    answer = judge.post("/commands/add-messages", body)
+
+    assert (answer.status, answer.json["ok"]) == (status, False)
+    assert words in answer.json["error"]
+
+
+def test_an_empty_batch_is_fine(judge: Daemon) -> None:
+    answer = submitted(judge, default_priority=None)
+
+    assert (answer.status, answer.json) == (200, {"ok": True, "queued": 0, "rejected": []})
+
+
+def test_fields_that_mean_nothing_are_warned_of_and_null_means_left_out(judge: Daemon) -> None:
+    answer = submitted(
+        judge, mail("odd", colour="blue", tenant_id=None, cc=None, priority=None, batch_code=None)
+    )
+
+    assert answer.json == {
+        "ok": True, "queued": 1, "rejected": [], "warnings": [{"id": "odd", "unknown": ["colour"]}]
+    }  # fmt: skip
+    record = judge.message("odd")
+    assert record["message"]["colour"] == "blue"
+    assert not {"cc", "tenant_id", "priority", "batch_code"} & set(record["message"])
+    assert record["priority"] == 2
+
+
+def test_the_default_priority_is_the_batchs_before_the_configurations(judge: Daemon) -> None:
+    submitted(judge, mail("p-1"), mail("p-2", priority=0), default_priority="low")
+
+    assert [judge.message(id_)["priority"] for id_ in ("p-1", "p-2")] == [3, 0]
+
+
+def test_the_same_id_twice_in_a_batch_the_second_is_rejected(judge: Daemon) -> None:
+    twice = submitted(judge, mail("twin", subject="first"), mail("twin", subject="second"))
+    bad_first = submitted(judge, mail("twin-2", to="nobody"), mail("twin-2"))
+
+    assert (twice.status, twice.json["queued"]) == (200, 1)
+    assert twice.json["rejected"] == [{"id": "twin", "reason": "duplicate id in this batch"}]
+    assert judge.message("twin")["message"]["subject"] == "first"
+    assert bad_first.status == 400
+    assert bad_first.json["rejected"][1] == {"id": "twin-2", "reason": "duplicate id in this batch"}
+
+
+def test_times_as_late_as_64_bits_go_are_taken(judge: Daemon) -> None:
+    answer = submitted(judge, mail("latest", deferred_ts=2**63 - 1, expires_ts=2**63 - 1))
+
+    assert answer.status == 200
+    assert judge.message("latest")["deferred_ts"] == 2**63 - 1
+
+
+def test_the_same_id_again_replaces_what_was_not_sent(daemon: Daemon, smtp: SmtpServer) -> None:
+    daemon.submit(mail("a", to="temp@example.com"), mail("b", to="perm@example.com"), mail("c"))
+    daemon.wait_status("a", "deferred")
+    daemon.wait_status("b", "error")
+    daemon.wait_status("c", "sent")
+    wait_until(lambda: daemon.message("b")["reported_ts"], "the report")
+    daemon.post("/commands/suspend")
+
+    again = submitted(daemon, mail("a"), mail("b"), mail("c")).json
+
+    assert (again["queued"], again["rejected"]) == (2, [{"id": "c", "reason": "already sent"}])
+    for id_ in ("a", "b"):
+        anew = daemon.message(id_)
+        assert (anew["status"], anew["attempts"]) == ("queued", 0)
+        assert [anew[name] for name in ("error", "error_ts", "deferred_ts", "reported_ts")] == [None] * 4
+        assert daemon.attempts(id_) == []
+    daemon.post("/commands/activate")
+    daemon.wait_status("a", "sent")
+    daemon.wait_status("b", "sent")
+    assert len(smtp.received) == 3
+
+
+def test_what_is_on_the_wire_is_neither_replaced_nor_deleted(relay: Relay) -> None:
+    daemon, smtp, _ = relay
+    daemon.submit(mail("slow", to="slow700ms@example.com"))
+    wait_until(lambda: smtp.visits["slow700ms@example.com"], "the transaction")
+
+    assert daemon.status()["in_delivery"] == 1
+    assert submitted(daemon, mail("slow")).json["rejected"] == [{"id": "slow", "reason": "in delivery"}]
+    assert daemon.post("/commands/delete-messages", {"ids": ["slow", "nobody"]}).json == {
+        "ok": True, "removed": 0, "not_found": ["nobody"], "in_delivery": ["slow"]
+    }  # fmt: skip
+    daemon.wait_status("slow", "sent")
+
+
+@pytest.mark.parametrize("id_", ["a/b", "ä ö/ü?#%", "100%25", "..", "x" * 255, "💌"])
+def test_an_id_may_have_any_printable_characters(judge: Daemon, id_: str) -> None:
+    assert submitted(judge, mail(id_)).json["queued"] == 1
+
+    assert judge.message(id_)["id"] == id_
+    assert judge.post("/commands/delete-messages", {"ids": [id_]}).json["removed"] == 1
+    assert judge.get("/message/" + urllib.parse.quote(id_, safe="")).status == 404
+
+
+def test_a_batch_of_many_megabytes_holds_up_nobody(judge: Daemon) -> None:
+    text = "x" * 60_000
+    batch = json.dumps({"messages": [mail(f"big-{n}", text=text, body=None) for n in range(500)]}).encode()
+    answers: list[HttpAnswer] = []
+    thread = threading.Thread(target=lambda: answers.append(judge.post("/commands/add-messages", batch)))
+
+    waits = [0.0]
+    thread.start()
+    while thread.is_alive():
+        began = time.monotonic()
+        assert judge.get("/health").status == 200
+        waits.append(time.monotonic() - began)
+    thread.join()
+
+    assert answers[0].json == {"ok": True, "queued": 500, "rejected": []}
+    assert max(waits) < 0.6, "the event loop was held up"  # other processes and the GIL have their part in it
+    removed = judge.post("/commands/delete-messages", {"ids": [f"big-{n}" for n in range(500)]}).json
+    assert removed["removed"] == 500
+
+
+# -- commands
+
+
+@pytest.mark.parametrize("path", ["activate", "run-now", "suspend"])
+def test_a_command_takes_no_body_or_an_empty_object(judge: Daemon, path: str) -> None:
+    assert judge.post(f"/commands/{path}").status == 200
+    assert judge.post(f"/commands/{path}", {}).status == 200
+    assert judge.post(f"/commands/{path}", b"[]").status == 400
+    assert judge.post(f"/commands/{path}", b"no json").status == 400
+
+
+def test_suspend_and_activate_survive_a_restart_and_win_over_the_configuration(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    with Daemon(tmp_path, smtp=smtp) as daemon:
+        assert daemon.post("/commands/suspend").json == {"ok": True, "active": False}
+        daemon.submit(mail())
+        daemon.restart()
+        assert daemon.status()["active"] is False
+        assert daemon.message("m-1")["status"] == "queued"
+
+        assert daemon.post("/commands/activate").json == {"ok": True, "active": True}
+        daemon.wait_status("m-1", "sent")
+
+
+def test_failed_messages_are_retried_by_hand_and_others_are_not(daemon: Daemon, smtp: SmtpServer) -> None:
+    daemon.submit(mail("bad", to="perm@example.com"), mail("good"), mail("later", deferred_ts=FAR))
+    daemon.wait_status("bad", "error")
+    daemon.wait_status("good", "sent")
+    daemon.post("/commands/suspend")
+
+    answer = daemon.post("/commands/retry-messages", {"ids": ["bad", "good", "later", "nobody", "bad"]}).json
+
+    assert (answer["ok"], answer["queued"], answer["not_found"]) == (True, 1, ["nobody"])
+    assert sorted(answer["not_failed"]) == ["good", "later"]
+    assert (daemon.message("bad")["status"], daemon.message("bad")["attempts"]) == ("queued", 0)
+    daemon.post("/commands/activate")
+    daemon.wait_status("bad", "error")
+    assert smtp.visits["perm@example.com"] == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("delete-messages", {}, "ids"),
+        ("delete-messages", {"ids": None}, "ids"),
+        ("delete-messages", {"ids": "m-1"}, "ids"),
+        ("retry-messages", {"ids": [1]}, "ids"),
+        ("cleanup-messages", {"older_than_seconds": -1}, "older_than_seconds"),
+        ("cleanup-messages", {"older_than_seconds": "1"}, "older_than_seconds"),
+        ("cleanup-messages", {"older_than_seconds": True}, "older_than_seconds"),
+        ("cleanup-messages", {"older_than_seconds": 1.5}, "older_than_seconds"),
+        ("cleanup-messages", {"older_than_seconds": 2**64}, "older_than_seconds"),
+    ],
+)
+def test_a_bad_field_of_a_command_is_named(judge: Daemon, path: str, body: Any, words: str) -> None:
+    answer = judge.post(f"/commands/{path}", body)
+
+    assert (answer.status, answer.json["ok"]) == (400, False)
+    assert words in answer.json["error"]
+
+
+def test_cleanup_without_a_number_goes_by_the_configured_retention(judge: Daemon) -> None:
+    for body in (None, {}, {"older_than_seconds": None}):
+        assert judge.post("/commands/cleanup-messages", body).json == {"ok": True, "removed": 0}
+
+
+def test_in_test_mode_mail_goes_out_at_run_now_alone(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    config = {"delivery": {"test_mode": "true", "send_interval_seconds": 0.05}}
+    with Daemon(tmp_path, config, smtp=smtp, reports=reports) as daemon:
+        daemon.submit(*[mail(f"m-{n}") for n in range(120)])
+        assert daemon.get("/ready").status == 200
+        assert (smtp.received, reports.calls) == ([], [])
+
+        daemon.post("/commands/run-now")
+        reports.wait_for(lambda r: len(r.acknowledged) == 120)
+
+        assert len(smtp.received) == 120
+
+
+# -- listing
+
+
+TEN_MESSAGES = [
+    mail(
+        f"m-{n}",
+        account_id="other" if n % 2 else None,
+        batch_code="even fifth" if n % 5 == 0 else None,
+        deferred_ts=FAR if n >= 8 else None,
+    )
+    for n in range(10)
+]
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon that holds ten messages of two accounts, two batches and two states."""
+    server = {"host": "127.0.0.1", "port": 9}
+    config = {"smtp": server, "account:other": server, "scheduler": {"active": "false"}}
+    with Daemon(tmp_path_factory.mktemp("shelf"), config) as running:
+        running.submit(*TEN_MESSAGES)
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("query", "numbers"),
+    [
+        ("", range(10)),
+        ("active_only=true", range(10)),
+        ("active_only=1&active_only=0", range(10)),
+        ("status=queued", range(8)),
+        ("status=deferred", [8, 9]),
+        ("status=sent", []),
+        ("account_id=other", [1, 3, 5, 7, 9]),
+        ("account_id=default&status=deferred", [8]),
+        ("account_id=nobody", []),
+        ("batch_code=even%20fifth", [0, 5]),
+        ("batch_code=even+fifth&limit=1", [0]),
+        ("limit=3", [0, 1, 2]),
+        ("limit=10000", range(10)),
+        ("tenant_id=7&colour", range(10)),
+    ],
+)
+def test_a_listing_holds_what_the_filters_ask_for_in_the_order_of_acceptance(
+    shelf: Daemon, query: str, numbers: Any
+) -> None:
+    assert listed(shelf, query) == [f"m-{n}" for n in numbers]
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ("limit=0", "limit"),
+        ("limit=10001", "limit"),
+        ("limit=", "limit"),
+        ("limit=1.0", "limit"),
+        ("limit=%EF%BC%91", "limit"),
+        ("after=x", "after"),
+        ("after=-1", "after"),
+        ("after=99999999999999999999", "after"),
+        ("status=pending", "status"),
+        ("active_only=perhaps", "active_only"),
+        ("content=2", "content"),
+    ],
+)
+def test_a_bad_value_in_a_query_is_named(judge: Daemon, query: str, field: str) -> None:
+    answer = judge.get(f"/messages?{query}")
+
+    assert (answer.status, answer.json["ok"]) == (400, False)
+    assert field in answer.json["error"]
+
+
+def test_a_record_has_every_member_and_the_payload(shelf: Daemon) -> None:
+    record = shelf.get("/messages?batch_code=even+fifth").json["messages"][1]
+
+    assert set(record) >= {
+        "id", "account_id", "priority", "status", "created_at", "updated_at", "deferred_ts", "sent_ts",
+        "error_ts", "error", "reported_ts", "batch_code", "attempts", "message", "recipients",
+    }  # fmt: skip
+    assert (record["id"], record["account_id"], record["status"]) == ("m-5", "other", "queued")
+    assert abs(record["created_at"] - time.time()) < 10
+    assert record["message"] == {**mail("m-5", account_id="other", batch_code="even fifth")}
+    shown = shelf.get("/message/m-5").json
+    assert shown == {"ok": True, "message": record, "attempts": []}
+
+
+def test_pages_are_complete_while_mail_is_delivered_meanwhile(quiet: Daemon, smtp: SmtpServer) -> None:
+    quiet.post("/account", account("other", smtp))
+    quiet.submit(*TEN_MESSAGES)
+    found: list[str] = []
+    after = ""
+    while True:
+        page = quiet.get(f"/messages?limit=3{after}").json
+        found += [record["id"] for record in page["messages"]]
+        if page["next"] is None:
+            break
+        after = f"&after={urllib.parse.quote(page['next'])}"
+        if len(found) == 3:
+            quiet.post("/commands/activate")
+            quiet.wait_status("m-4", "sent")
+            quiet.post("/commands/delete-messages", {"ids": ["m-2", "m-4"]})
+
+    assert found == ["m-0", "m-1", "m-2", "m-3", "m-5", "m-6", "m-7", "m-8", "m-9"]
+
+
+@pytest.mark.parametrize(("limit", "pages"), [(5, 2), (10, 1), (11, 1), (9, 2), (1, 10)])
+def test_next_is_null_exactly_at_the_end(shelf: Daemon, limit: int, pages: int) -> None:
+    seen, after = 1, ""
+    while cursor := shelf.get(f"/messages?limit={limit}{after}").json["next"]:
+        assert isinstance(cursor, str)
+        seen, after = seen + 1, f"&after={cursor}"
+
+    assert seen == pages
+
+
+def test_contents_are_left_out_unless_they_are_asked_for(quiet: Daemon) -> None:
+    content, raw = os.urandom(300_000), b"From: me@example.com\r\nSubject: raw\r\n\r\nHello.\r\n"
+    attachments = [
+        {"filename": "a.bin", "content": base64.b64encode(content).decode()},
+        {"filename": "b.txt", "url": "https://example.com/b.txt"},
+    ]
+    quiet.submit(
+        mail("with", attachments=attachments),
+        {
+            "id": "raw",
+            "from": "me@example.com",
+            "to": "you@example.com",
+            "raw": base64.b64encode(raw).decode(),
+        },
+    )
+
+    bare = {record["id"]: record["message"] for record in quiet.get("/messages").json["messages"]}
+    full = {record["id"]: record["message"] for record in quiet.get("/messages?content=1").json["messages"]}
+
+    assert "content" not in bare["with"]["attachments"][0]
+    assert "raw" not in bare["raw"]
+    assert full["with"]["attachments"] == attachments
+    assert base64.b64decode(full["raw"]["raw"]) == raw
+    assert quiet.get("/message/with?content=true").json["message"]["message"] == full["with"]
+    assert quiet.get("/message/with?content=0").json["message"]["message"] == bare["with"]
+
+
+def test_the_timeline_tells_of_every_attempt(relay: Relay) -> None:
+    relay.daemon.submit(mail("tried", to="perm@example.com"))
+    relay.daemon.wait_status("tried", "error")
+
+    (attempt,) = relay.daemon.attempts("tried")
+
+    assert set(attempt) == {
+        "started_at", "ended_at", "outcome", "stage", "code", "enhanced_code", "text", "recipients",
+        "connection",
+    }  # fmt: skip
+    assert (attempt["outcome"], attempt["stage"], attempt["code"], attempt["enhanced_code"]) == (
+        "error", "rcpt", 550, "5.1.1"
+    )  # fmt: skip
+
+
+def test_a_message_that_is_not_there_is_a_404(judge: Daemon) -> None:
+    answer = judge.get("/message/nobody")
+
+    assert (answer.status, answer.json["ok"]) == (404, False)
+    assert judge.get("/message/nobody?content=x").status == 400
+
+
+# -- accounts
+
+
+def test_accounts_are_listed_without_their_secrets(tmp_path: Path, smtp: SmtpServer) -> None:
+    config = {
+        "smtp": {"password": "s3cret-1", "user": "u"},
+        "account:shop": {"host": "mx.example.com", "port": 25},
+    }
+    oauth2 = {
+        "token_url": "https://example.com/t",
+        "client_id": "c",
+        "client_secret": "s3cret-2",
+        "scope": "x",
+    }
+    with Daemon(tmp_path, config, smtp=smtp) as daemon:
+        added = account(
+            "web", smtp, user="ü", password="s3cret-3", oauth2=oauth2, name="ignored", tenant_id=1, ttl=None
+        )
+        assert daemon.post("/account", added).json == {"ok": True}
+
+        answer = daemon.get("/accounts")
+
+        accounts = {one["id"]: one for one in answer.json["accounts"]}
+        assert {id_: one["source"] for id_, one in accounts.items()} == {
+            "default": "config", "shop": "config", "web": "http"
+        }  # fmt: skip
+        assert (accounts["web"]["user"], accounts["web"]["ttl"]) == ("ü", 300)
+        assert (
+            b"s3cret" not in answer.content + daemon.get("/status").content + daemon.get("/metrics").content
+        )
+        assert "s3cret" not in daemon.log
+
+
+def test_secrets_by_reference_are_not_in_the_database(tmp_path: Path, smtp: SmtpServer) -> None:
+    secret = tmp_path / "password"
+    secret.write_text("s3cret-in-file")
+    with SmtpServer(accounts={"u": "s3cret-in-file", "v": "s3cret-in-env"}) as server:
+        environment = {"PASSWORD": "s3cret-in-env"}
+        with Daemon(tmp_path, environment=environment) as daemon:
+            daemon.post("/account", account("f", server, user="u", password=f"file:{secret}"))
+            daemon.post("/account", account("e", server, user="v", password="env:PASSWORD"))
+            daemon.submit(mail("a", account_id="f"), mail("b", account_id="e"))
+            server.wait_for(2)
+            daemon.stop()
+
+        files = b"".join(path.read_bytes() for path in tmp_path.glob("queue.db*"))
+        assert b"s3cret" not in files
+        assert b"env:PASSWORD" in files
+        assert "s3cret" not in daemon.log
+
+
+def test_accounts_of_the_configuration_cannot_be_changed_over_http(tmp_path: Path, smtp: SmtpServer) -> None:
+    with Daemon(tmp_path, {"account:shop": {"host": smtp.host, "port": smtp.port}}, smtp=smtp) as daemon:
+        for answer, section in [
+            (daemon.post("/account", account("default", smtp)), "[smtp]"),
+            (daemon.post("/account", account("shop", smtp)), "[account:shop]"),
+            (daemon.delete("/account/shop"), "[account:shop]"),
+            (daemon.delete("/account/default"), "[smtp]"),
+        ]:
+            assert (answer.status, answer.json["ok"]) == (409, False)
+            assert section in answer.json["error"]
+        assert daemon.post("/account/shop/suspend").json == {"ok": True, "active": False}
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"id": None}, "id"),
+        ({"id": ""}, "id"),
+        ({"id": "x" * 256}, "id"),
+        ({"id": "two\nlines"}, "id"),
+        ({"host": None}, "host"),
+        ({"host": "a b"}, "host"),
+        ({"port": None}, "port"),
+        ({"port": 0}, "port"),
+        ({"port": 65_536}, "port"),
+        ({"port": 25.5}, "port"),
+        ({"port": True}, "port"),
+        ({"limit_per_minute": -1}, "limit_per_minute"),
+        ({"limit_behavior": "drop"}, "limit_behavior"),
+        ({"start_tls": "perhaps"}, "start_tls"),
+        ({"use_tls": "perhaps"}, "use_tls"),
+        ({"auth": "ntlm"}, "auth"),
+        ({"in_doubt": "forget"}, "in_doubt"),
+        ({"retry_delays": []}, "retry_delays"),
+        ({"retry_delays": [1, -1]}, "retry_delays"),
+        ({"ttl": 0}, "ttl"),
+        ({"max_connections": 0}, "max_connections"),
+        ({"max_age_seconds": 0}, "max_age_seconds"),
+        ({"batch_size": 2**63}, "batch_size"),
+        ({"oauth2": {"client_id": "x"}}, "oauth2"),
+    ],
+)
+def test_a_value_out_of_range_names_the_field_of_an_account(judge: Daemon, fields: Any, name: str) -> None:
+    answer = judge.post("/account", {"id": "x", "host": "mx.example.com", "port": 25, **fields})
+
+    assert (answer.status, answer.json["ok"]) == (400, False)
+    assert name in answer.json["error"]
+    assert "x" not in {one["id"] for one in judge.get("/accounts").json["accounts"]}
+
+
+def test_the_largest_numbers_an_account_may_have_break_nothing(judge: Daemon) -> None:
+    most = 2**63 - 1
+    fields = {"max_age_seconds": most, "limit_per_day": most, "batch_size": most, "max_retries": most}
+    assert judge.post("/account", {"id": "large", "host": "127.0.0.1", "port": 9, **fields}).status == 200
+
+    assert submitted(judge, mail("large", account_id="large", deferred_ts=most)).json["queued"] == 1
+    assert judge.delete("/account/large").json == {"ok": True, "failed": 1}
+
+
+def test_an_account_that_is_not_there_is_a_404(judge: Daemon) -> None:
+    answers = [
+        judge.delete("/account/nobody"),
+        judge.post("/account/nobody/suspend"),
+        judge.post("/account/nobody/activate"),
+    ]
+
+    assert [(answer.status, answer.json["ok"]) for answer in answers] == [(404, False)] * 3
+
+
+def test_a_replaced_account_delivers_by_its_new_definition(daemon: Daemon, smtp: SmtpServer) -> None:
+    with SmtpServer() as other:
+        daemon.post("/account", account("web/1", smtp))
+        daemon.submit(mail("a", account_id="web/1"))
+        smtp.wait_for(1)
+
+        daemon.post("/account", account("web/1", other))
+        daemon.submit(mail("b", account_id="web/1"))
+
+        other.wait_for(1)
+        daemon.restart()
+        daemon.submit(mail("c", account_id="web/1"))
+        other.wait_for(2)
+        assert daemon.delete("/account/web%2F1").status == 200
+
+
+def test_the_undelivered_mail_of_a_deleted_account_becomes_reported_errors(
+    daemon: Daemon, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    daemon.post("/account", account("web", smtp, max_connections=1))
+    daemon.submit(
+        mail("later", account_id="web", deferred_ts=FAR),
+        mail("back", account_id="web", to="temp@example.com"),
+    )
+    daemon.wait_status("back", "deferred")
+    daemon.submit(mail("slow", account_id="web", to="slow500ms@example.com"))
+    wait_until(lambda: smtp.visits["slow500ms@example.com"], "the transaction")
+    daemon.submit(*[mail(f"m-{n}", account_id="web") for n in range(100)])
+
+    answer = daemon.delete("/account/web")
+
+    assert answer.status == 200
+    assert daemon.delete("/account/web").status == 404
+    assert (
+        submitted(daemon, mail("new", account_id="web")).json["rejected"][0]["reason"] == "account not found"
+    )
+    reports.wait_for_entry("slow", "sent")
+    reports.wait_for(lambda r: sum(e["error"] == "account deleted" for e in r.entries) == 102)
+    assert answer.json["failed"] <= 102
+    assert daemon.status()["pending"] == 0
+    assert "web" not in daemon.status()["accounts"]
+
+
+def test_a_suspended_account_keeps_its_mail_until_it_is_activated(daemon: Daemon, smtp: SmtpServer) -> None:
+    daemon.post("/account", account("web", smtp))
+    assert daemon.post("/account/web/suspend").json == {"ok": True, "active": False}
+    daemon.submit(mail("a", account_id="web"), mail("b"))
+    daemon.wait_status("b", "sent")
+
+    daemon.restart()
+    assert daemon.status()["accounts"]["web"]["state"] == "suspended"
+    daemon.submit(mail("c"))
+    daemon.wait_status("c", "sent")
+    assert daemon.message("a")["status"] == "queued"
+
+    assert daemon.post("/account/web/activate").json == {"ok": True, "active": True}
+    daemon.wait_status("a", "sent")
+
+
+def test_the_mail_of_an_account_that_vanished_from_the_configuration_waits_for_it(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    shop = {"host": smtp.host, "port": smtp.port}
+    with Daemon(tmp_path, {"account:shop": shop}, smtp=smtp) as daemon:
+        daemon.post("/account/shop/suspend")
+        daemon.submit(mail("a", account_id="shop"), mail("b", account_id="shop", deferred_ts=FAR))
+        del daemon.config["account:shop"]
+        daemon.write_config()
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: "account not found" in json.dumps(daemon.status()["accounts"]), "its absence")
+        assert (
+            submitted(daemon, mail("c", account_id="shop")).json["rejected"][0]["reason"]
+            == "account not found"
+        )
+
+        daemon.restart()
+        assert daemon.status()["accounts"]["shop"]["pending"] == 2
+        assert daemon.status()["accounts"]["shop"]["reason"] == "account not found"
+        daemon.config["account:shop"] = shop
+        daemon.write_config()
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: daemon.status()["accounts"]["shop"]["state"] == "suspended", "its return")
+        daemon.post("/account/shop/activate")
+
+        daemon.wait_status("a", "sent")
+        assert daemon.message("b")["status"] == "deferred"
+
+
+def test_an_account_over_http_takes_what_it_does_not_say_from_the_configuration(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    with Daemon(tmp_path, smtp=smtp) as daemon:
+        daemon.post("/account", account("web", smtp, max_retries=7))
+        daemon.config["delivery"] = {"retry_delays": "7, 8", "max_retries": 3}
+        daemon.write_config()
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_for_log("configuration read again")
+
+        web = next(one for one in daemon.get("/accounts").json["accounts"] if one["id"] == "web")
+        assert (web["retry_delays"], web["max_retries"]) == ([7, 8], 7)
+
+
+def test_accounts_that_come_and_go_in_the_midst_of_everything_break_nothing(
+    daemon: Daemon, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    until = time.monotonic() + 1.5
+    answers: list[HttpAnswer] = []
+    accepted: list[str] = []
+
+    def come_and_go(worker: int) -> None:
+        number = 0
+        while time.monotonic() < until:
+            number += 1
+            ids = [f"m-{worker}-{number}-{n}" for n in range(3)]
+            tos = ("ok@example.com", "temp@example.com", "slow20ms@example.com")
+            answer = submitted(
+                daemon, *[mail(id_, to=to, account_id="web") for id_, to in zip(ids, tos, strict=True)]
+            )
+            accepted.extend(ids if answer.status == 200 else [])
+            ways = (
+                lambda: daemon.post(
+                    "/account", account("web", smtp, limit_per_minute=1_000_000 if worker % 2 else 0)
+                ),
+                lambda: daemon.delete("/account/web"),
+                lambda: daemon.post("/account/web/suspend"),
+                lambda: daemon.post("/account/web/activate"),
+                lambda: daemon.post("/commands/run-now"),
+                lambda: daemon.get("/status"),
+            )
+            answers.extend([answer, ways[(number + worker) % len(ways)]()])
+
+    workers = [threading.Thread(target=come_and_go, args=(n,)) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    daemon.delete("/account/web")
+
+    assert {answer.status for answer in answers} <= {200, 400, 404}
+    wait_until(lambda: daemon.status()["pending"] == 0, "the end of all")
+    assert accepted
+    wait_until(lambda: daemon.status()["unreported"] == 0, "the reports")
+    final = {entry["id"] for entry in reports.acknowledged if entry["status"] in ("sent", "error")}
+    assert final == set(accepted)
+    assert told(daemon) == counted(daemon)
+    assert "Traceback" not in daemon.log
+
+
+# ======================================================================
+# DAEMON
+# ======================================================================
+
+
+# -- who may come in
+
+
+def test_every_endpoint_but_two_wants_the_token(tmp_path: Path) -> None:
+    with Daemon(tmp_path, token="t0ken") as daemon:
+        bare = {"X-API-Token": ""}
+        for method, path in [
+            ("GET", "/status"),
+            ("POST", "/account"),
+            ("GET", "/nowhere"),
+            ("PUT", "/status"),
+        ]:
+            answer = daemon.request(method, path, headers=bare)
+            assert (answer.status, answer.json["ok"]) == (401, False)
+            assert answer.json["detail"] == "Invalid or missing API token"
+        assert [daemon.get(path, headers=bare).status for path in ("/health", "/ready")] == [200, 200]
+
+        for headers, status in [
+            ({"X-API-Token": "t0ken"}, 200),
+            ({"X-API-Token": "", "Authorization": "Bearer t0ken"}, 200),
+            ({"X-API-Token": "", "Authorization": "bearer  t0ken"}, 200),
+            ({"X-API-Token": "T0ken"}, 401),
+            ({"X-API-Token": "t0ken2"}, 401),
+            ({"X-API-Token": "t\xf6ken"}, 401),
+            ({"X-API-Token": "", "Authorization": "Basic t0ken"}, 401),
+            ({"X-API-Token": "", "Authorization": "Bearer"}, 401),
+        ]:
+            assert daemon.get("/status", headers=headers).status == status, headers
+        assert (daemon.get("/nowhere").status, daemon.request("PUT", "/status").status) == (404, 405)
+        assert "t0ken" not in daemon.log
+
+
+def started(folder: Path, config: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A daemon that is expected to refuse to start."""
+    (folder / "config.ini").write_text(config)
+    return subprocess.run(
+        [sys.executable, PROGRAM, "serve", "--config", folder / "config.ini"],
+        cwd=folder, env={**_plain_environment(), **environment}, capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+
+
+def test_without_a_token_it_listens_on_loopback_alone(tmp_path: Path) -> None:
+    refused = started(tmp_path, "[server]\nhost = 0.0.0.0\nport = 0\n")
+
+    assert refused.returncode == 2
+    assert "api_token" in refused.stderr
+
+
+# -- the queue file
+
+
+def test_a_second_daemon_on_the_same_file_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        (tmp_path / "second").mkdir()
+        refused = started(
+            tmp_path / "second", f"[storage]\ndb_path = {tmp_path}/queue.db\n[server]\nport = 0\n"
+        )
+
+        assert refused.returncode == 2
+        assert daemon.process
+        assert f"pid {daemon.process.pid}" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        assert daemon.get("/ready").status == 200
+
+
+def test_a_newer_file_is_refused(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db:
+        db.execute("PRAGMA user_version = 999")
+
+    refused = started(tmp_path, f"[storage]\ndb_path = {tmp_path}/queue.db\n[server]\nport = 0\n")
+
+    assert refused.returncode == 2
+    assert "newer" in refused.stderr
+
+
+def test_the_file_and_its_siblings_are_the_owners_alone(tmp_path: Path, smtp: SmtpServer) -> None:
+    (tmp_path / "queue.db").touch(mode=0o644)
+    with Daemon(tmp_path, smtp=smtp) as daemon:
+        daemon.submit(mail())
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("queue.db*")}
+
+        assert set(modes) >= {"queue.db", "queue.db-wal", "queue.db-shm"}
+        assert set(modes.values()) == {0o600}
+
+
+def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refused = started(tmp_path, f"[server]\nport = {taken.getsockname()[1]}\n")
+
+    assert refused.returncode == 2
+    assert "Cannot listen on 127.0.0.1" in refused.stderr
+
+
+def test_while_another_process_holds_the_write_lock_nothing_is_accepted(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    with Daemon(tmp_path, smtp=smtp) as daemon:
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            answer = submitted(daemon, mail("refused-1"), mail("refused-2"))
+            assert daemon.get("/health").status == 200
+            other.execute("ROLLBACK")
+
+        assert (answer.status, answer.json["ok"]) == (503, False)
+        assert answer.json["error"]
+        assert listed(daemon) == []
+        daemon.submit(mail("refused-1"))
+        daemon.wait_status("refused-1", "sent")
+
+
+TABLES = ("messages", "switches", "accounts", "suspensions")
+
+
+def test_a_storage_that_refuses_is_a_503_everywhere_and_all_resumes_by_itself(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    with Daemon(tmp_path, smtp=smtp) as daemon:
+        daemon.submit(mail("later", deferred_ts=FAR))
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
+            for table in TABLES:
+                db.execute(f"ALTER TABLE {table} RENAME TO away_{table}")
+        answers = [
+            submitted(daemon, mail("refused")),
+            daemon.get("/ready"),
+            daemon.get("/messages"),
+            daemon.get("/message/later"),
+            *[daemon.post(f"/commands/{name}") for name in ("suspend", "activate", "cleanup-messages")],
+            *[daemon.post(f"/commands/{name}-messages", {"ids": ["later"]}) for name in ("delete", "retry")],
+            daemon.post("/account", account("refused", smtp)),
+            daemon.post("/account/default/suspend"),
+        ]
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
+            for table in TABLES:
+                db.execute(f"ALTER TABLE away_{table} RENAME TO {table}")
+
+        assert [(answer.status, answer.json["ok"]) for answer in answers] == [(503, False)] * len(answers)
+        assert all(answer.json["error"] for answer in answers)
+        wait_until(lambda: daemon.get("/ready").status == 200, "readiness")
+        assert listed(daemon) == ["later"]
+        assert (daemon.status()["active"], set(daemon.status()["accounts"])) == (True, {"default"})
+        daemon.submit(mail("after"))
+        daemon.wait_status("after", "sent")
+        assert "Traceback" not in daemon.log
+
+
+# -- its end
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_after_what_is_in_progress(tmp_path: Path, smtp: SmtpServer, number: int) -> None:
+    with Daemon(tmp_path, smtp=smtp) as daemon:
+        daemon.submit(mail(to="slow500ms@example.com"))
+        wait_until(lambda: smtp.visits["slow500ms@example.com"], "the transaction")
+        with socket.create_connection(("127.0.0.1", daemon.port)) as line:
+            line.settimeout(10)
+            line.sendall(b"POST /commands/run-now HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{")
+            wait_until(lambda: daemon.get("/health").status == 200, "its arrival")
+            daemon.signal(number)
+            daemon.wait_for_log("stopping")
+            line.sendall(b"}")
+            answer = b"".join(iter(lambda: line.recv(4096), b""))
+
+        assert daemon.wait_for_exit(10) == 0
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert len(smtp.received) == 1
+        with daemon.db() as db:
+            assert db.execute("SELECT count(*) FROM messages WHERE sent_ts IS NOT NULL").fetchone()[0] == 1
+
+
+def test_an_upstream_that_hangs_does_not_keep_it_from_ending(tmp_path: Path, reports: ReportReceiver) -> None:
+    reports.answers.append(Answer(delay=60))
+    with Daemon(tmp_path, reports=reports) as daemon:
+        reports.wait_for(lambda r: r.calls)
+        daemon.signal(signal.SIGTERM)
+        daemon.wait_for_log("stopping")
+        daemon.signal(signal.SIGTERM)
+
+        assert daemon.wait_for_exit(5) == 0
+
+
+def test_a_loop_that_dies_takes_the_daemon_down_loudly(tmp_path: Path, smtp: SmtpServer) -> None:
+    with Daemon(tmp_path, smtp=smtp) as daemon:
+        daemon.post("/commands/suspend")
+        daemon.submit(mail())
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
+            db.execute("UPDATE messages SET recipients = 'no JSON'")
+
+        daemon.post("/commands/activate")
+
+        assert daemon.wait_for_exit(10) == 1
+        assert "loop=dispatcher" in daemon.wait_for_log("a loop ended")
+
+
+def test_a_client_that_goes_away_disturbs_nobody(relay: Relay) -> None:
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", relay.daemon.port)) as line:
+            line.sendall(b"GET /messages HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+    relay.daemon.submit(mail("undisturbed"))
+    relay.daemon.wait_status("undisturbed", "sent")
+    assert " ERROR " not in relay.daemon.log
+
+
+# -- SIGHUP
+
+
+def test_sighup_takes_over_what_can_change_and_names_what_cannot(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    with Daemon(tmp_path, smtp=smtp, token="old-token") as daemon:
+        daemon.config["server"]["api_token"] = "new-token"
+        daemon.config["server"]["max_batch"] = 2
+        daemon.config["server"]["host"] = "::1"
+        daemon.config["storage"]["db_path"] = tmp_path / "other.db"
+        daemon.config["delivery"] = {"retry_delays": "7"}
+        daemon.config["logging"] = {"level": "debug", "format": "json"}
+        daemon.config["client"] = {"client_sync_url": reports.url}
+        daemon.config["account:new"] = {"host": smtp.host, "port": smtp.port}
+        daemon.write_config()
+        daemon.signal(signal.SIGHUP)
+
+        line = json.loads(daemon.wait_for_log("configuration read again"))
+        assert set(line["needs_restart"].split(", ")) == {"server.host", "storage.db_path"}
+        reports.wait_for(lambda r: r.calls)
+        assert daemon.get("/status").status == 401
+        daemon.token = "new-token"
+        accounts = {one["id"]: one for one in daemon.get("/accounts").json["accounts"]}
+        assert set(accounts) == {"default", "new"}
+        assert accounts["default"]["retry_delays"] == [7]
+        assert submitted(daemon, mail("a"), mail("b"), mail("c")).status == 413
+        daemon.submit(mail(account_id="new"))
+        reports.wait_for_entry("m-1", "sent")
+        assert daemon.request("GET", "/status", headers={"X-Request-Id": "look-for-me"}).status == 200
+        assert json.loads(daemon.wait_for_log("look-for-me"))["request"] == "look-for-me"
+
+
+def test_a_broken_file_changes_nothing_and_is_said(tmp_path: Path, smtp: SmtpServer) -> None:
+    with Daemon(tmp_path, {"server": {"max_batch": 3}}, smtp=smtp) as daemon:
+        broken = [
+            ("server", {"max_batch": "many"}),
+            ("account:x", {"host": "h", "port": "0"}),
+            ("typo", {"a": "b"}),
+        ]
+        for section, values in broken:
+            before = dict(daemon.config)
+            daemon.config[section] = {**daemon.config.get(section, {}), **values}
+            daemon.write_config()
+            log = daemon.log.count("not taken over")
+            daemon.signal(signal.SIGHUP)
+            wait_until(lambda log=log: daemon.log.count("not taken over") > log, "the complaint")
+            assert f"[{section}]" in daemon.log
+            daemon.config = before
+
+        assert submitted(daemon, *[mail(f"m-{n}") for n in range(4)]).status == 413
+        assert set(daemon.status()["accounts"]) == {"default"}
+
+
+def test_sighup_cannot_open_the_door_to_everybody(tmp_path: Path) -> None:
+    """The host needs a restart: a new one must not be what makes a token needless."""
+    (tmp_path / "before.ini").write_text("[server]\nhost = 0.0.0.0\napi_token = t0ken\n")
+    (tmp_path / "after.ini").write_text("[server]\nhost = 127.0.0.1\n")
+    before, after = (
+        mailproxy.load_settings(str(tmp_path / name), {}, {}) for name in ("before.ini", "after.ini")
+    )
+    daemon = mailproxy.Daemon(before, {}, reload=lambda: after)
+
+    with pytest.raises(mailproxy.ConfigurationError, match="api_token"):
+        daemon._read_again()
+
+
+def test_what_needs_a_restart_stays_as_it_was(tmp_path: Path, smtp: SmtpServer) -> None:
+    with Daemon(tmp_path, smtp=smtp) as daemon:
+        daemon.config["delivery"] = {"test_mode": "true"}
+        daemon.write_config()
+        for times in (1, 2):
+            daemon.signal(signal.SIGHUP)
+            wait_until(lambda n=times: daemon.log.count("needs_restart=delivery.test_mode") == n, "its name")
+
+        daemon.submit(mail())
+
+        daemon.wait_status("m-1", "sent")
+
+
+# -- the log
+
+
+def test_the_log_ties_message_account_and_request_together(tmp_path: Path, smtp: SmtpServer) -> None:
+    config = {"logging": {"format": "JSON", "level": "INFO", "delivery_activity": "true"}}
+    with Daemon(tmp_path, config, smtp=smtp) as daemon:
+        batch = {"messages": [mail("good"), mail("bad", to="perm@example.com"), mail("worse", to=None)]}
+        answer = daemon.request("POST", "/commands/add-messages", batch, headers={"X-Request-Id": "req-1"})
+        daemon.wait_status("good", "sent")
+        daemon.wait_status("bad", "error")
+        daemon.wait_for_log("message failed")
+        daemon.wait_for_log("message sent")
+
+    lines = [json.loads(line) for line in daemon.log.splitlines()]
+    assert answer.headers["X-Request-Id"] == "req-1"
+    told = {(line["event"], line.get("message"), line.get("account"), line.get("request")) for line in lines}
+    assert told >= {
+        ("message accepted", "good", "default", "req-1"),
+        ("message rejected", "worse", None, "req-1"),
+        ("message sent", "good", "default", None),
+        ("message failed", "bad", "default", None),
+    }
+    assert all({"time", "level", "event"} <= set(line) for line in lines)
+
+
+# -- systemd
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_is_told_how_it_is(tmp_path: Path, abstract: bool) -> None:
+    name = f"mailproxy-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind("\0" + name if abstract else name)
+        systemd.settimeout(10)
+        environment = {"NOTIFY_SOCKET": "@" + name if abstract else name, "WATCHDOG_USEC": "200000"}
+        with Daemon(tmp_path, environment=environment) as daemon:
+            told = [systemd.recv(4096).decode() for _ in range(4)]
+            assert sorted(told) == ["READY=1"] + ["WATCHDOG=1"] * 3
+            daemon.signal(signal.SIGHUP)
+            while not told[-1].startswith("RELOADING=1\nMONOTONIC_USEC="):
+                told.append(systemd.recv(4096).decode())
+            while told[-1] != "READY=1":
+                told.append(systemd.recv(4096).decode())
+            daemon.stop()
+            while told[-1] != "STOPPING=1":
+                told.append(systemd.recv(4096).decode())
+
+
+def test_the_unit_test_of_the_notifier_needs_no_systemd() -> None:
+    silent = mailproxy.SystemdNotifier({})
+    silent.tell("READY=1")
+    gone = mailproxy.SystemdNotifier({"NOTIFY_SOCKET": "/nowhere/notify", "WATCHDOG_USEC": "5000000"})
+    gone.tell("READY=1")
+
+    assert silent.watchdog_interval_s is None
+    assert gone.watchdog_interval_s == 2.5
+    assert mailproxy.SystemdNotifier({"WATCHDOG_USEC": "1", "WATCHDOG_PID": "1"}).watchdog_interval_s is None
+
+
+# ======================================================================
+# COMMAND LINE
+# ======================================================================
+
+
+def run_command(
+    *words: object, folder: Path | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the program as a user does, with nothing of ours in its environment."""
+    return subprocess.run(
+        [sys.executable, PROGRAM, *map(str, words)],
+        cwd=folder,
+        env={**_plain_environment(), "PYTHONUTF8": "1", **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=40,
+    )
+
+
+class Ended(NamedTuple):
+    """How a command ended that ran inside this process."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_here(capsys: pytest.CaptureFixture[str], *words: object) -> Ended:
+    """Run a command inside this process: quick, for those that never come to talk to anybody."""
+    try:
+        status = mailproxy.main([str(word) for word in words])
+    except SystemExit as end:  # argparse
+        status = int(end.code or 0)
+    said = capsys.readouterr()
+    return Ended(status, said.out, said.err)
+
+
+def ask_of_cli(daemon: Daemon, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that talks to this daemon."""
+    url = f"http://127.0.0.1:{daemon.port}"
+    return run_command(*words, folder=daemon.folder, environment={"MAILPROXY_URL": url, **environment})
+
+
+def rows_of_of_cli(printed: str, first_column: str) -> dict[str, dict[str, str]]:
+    """The table that begins with this column, by its first column; it must be aligned."""
+    lines = printed.splitlines()
+    start = next(n for n, line in enumerate(lines) if line.split()[:1] == [first_column])
+    names = lines[start].split()
+    edges = [*(match.start() for match in re.finditer(r"\S+", lines[start])), 10_000]
+    rows = ([line[a:b].strip() for a, b in pairwise(edges)] for line in lines[start + 1 :] if line)
+    return {row[0]: dict(zip(names, row, strict=True)) for row in rows}
+
+
+def sentence(ended: subprocess.CompletedProcess[str] | Ended) -> str:
+    """What a command said on stderr, which is one line."""
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    return ended.stderr.strip()
+
+
+def closed_url() -> str:
+    return f"http://127.0.0.1:{free_port()}"
+
+
+# --- usage
+
+
+def test_without_a_command_the_help_is_shown_and_the_exit_is_2() -> None:
+    ended = run_command()
+
+    assert ended.returncode == 2
+    for command in mailproxy.COMMANDS:
+        assert f"\n    {command.name} " in ended.stderr
+
+
+def test_the_version_is_told() -> None:
+    ended = run_command("--version")
+
+    assert (ended.returncode, ended.stdout) == (0, f"mailproxy {mailproxy.__version__}\n")
+
+
+@pytest.mark.parametrize("command", [command.name for command in mailproxy.COMMANDS])
+def test_the_help_of_a_command_teaches_with_examples(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        mailproxy.main([command, "--help"])
+
+    assert ended.value.code == 0
+    assert f"examples:\n  mailproxy {command}" in capsys.readouterr().out
+
+
+def test_the_options_in_the_examples_exist() -> None:
+    parser = mailproxy.command_parser()
+
+    for command in mailproxy.COMMANDS:
+        for example in command.examples:
+            words = re.split(r" \| | && ", example)[0].split()
+            assert parser.parse_args(words[1:]).run is command.run
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sevre"],
+        ["status", "--colour"],
+        ["message"],
+        ["retry"],
+        ["messages", "--limit", "0"],
+        ["messages", "--limit", "10001"],
+        ["messages", "--status", "lost"],
+    ],
+)
+def test_a_usage_mistake_is_one_sentence_and_exit_2(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = run_here(capsys, *words)
+
+    assert ended.returncode == 2
+    assert sentence(ended).startswith("mailproxy: ")
+    assert "--help" in ended.stderr
+
+
+# --- serve
+
+
+def test_serve_takes_its_settings_from_options(tmp_path: Path) -> None:
+    port = free_port()
+    options = ["--host", "127.0.0.1", "--port", port, "--db", tmp_path / "q.db", "--set", "smtp.host=mx.test"]
+    options += ["--set", "smtp.port=2525", "--set", "logging.format=json"]
+    serving = subprocess.Popen(
+        [sys.executable, PROGRAM, "serve", *map(str, options)],
+        cwd=tmp_path,
+        env=_plain_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    try:
+        assert serving.stderr
+        first_line = json.loads(serving.stderr.readline())
+        accounts = run_command("accounts", "--url", f"http://127.0.0.1:{port}")
+    finally:
+        serving.terminate()
+        _, rest = serving.communicate(timeout=40)
+
+    assert str(port) in str(first_line)
+    assert rows_of_of_cli(accounts.stdout, "ID")["default"]["SERVER"] == "mx.test:2525"
+    assert (tmp_path / "q.db").exists()
+    assert serving.returncode == 0, rest
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--config", "missing.ini"], "missing.ini"),
+        (["--port", "http"], "[server] port"),
+        (["--set", "server.prot=1"], "did you mean port?"),
+        (["--set", "server.port"], "SECTION.KEY=VALUE"),
+        (["--host", "0.0.0.0"], "api_token"),
+    ],
+)
+def test_serve_with_a_mistake_in_its_settings_says_so_and_exits_2(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = run_here(capsys, "serve", "--port", 0, *options)
+
+    assert ended.returncode == 2
+    assert words in sentence(ended)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--db", "no/such/folder/q.db"], "no/such/folder"),
+        (["--set", "smtp.host=mx.test", "--set", "smtp.port=0"], "[smtp]"),
+    ],
+)
+def test_serve_that_cannot_start_says_why_and_exits_2(tmp_path: Path, options: list[str], words: str) -> None:
+    ended = run_command("serve", "--port", 0, *options, folder=tmp_path)
+
+    assert ended.returncode == 2
+    assert words in sentence(ended)
+
+
+def test_a_second_daemon_on_the_same_queue_exits_with_a_sentence(daemon: Daemon) -> None:
+    ended = run_command("serve", "--config", daemon.folder / "config.ini", folder=daemon.folder)
+
+    assert daemon.process
+    assert ended.returncode == 2
+    assert str(daemon.process.pid) in sentence(ended)
+
+
+def test_a_port_that_is_taken_exits_with_a_sentence(tmp_path: Path, daemon: Daemon) -> None:
+    ended = run_command("serve", "--port", daemon.port, "--db", tmp_path / "other.db", folder=tmp_path)
+
+    assert ended.returncode == 2
+    assert f"127.0.0.1:{daemon.port}" in ended.stderr.splitlines()[-1]
+
+
+# --- check
+
+
+def test_check_shows_what_is_in_force_and_where_it_comes_from_but_no_secret(tmp_path: Path) -> None:
+    (tmp_path / "config.ini").write_text(
+        "[server]\nport = 8026\napi_token = open-sesame\n"
+        "[smtp]\nhost = mx.test\nport = 587\npassword = hunter2\n"
+    )
+
+    ended = run_command("check", folder=tmp_path, environment={"MAILPROXY_DELIVERY_MAX_RETRIES": "3"})
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    rows = rows_of_of_cli(ended.stdout.partition("\n\nAll right")[0], "SETTING")
+    assert rows["server.port"] == {"SETTING": "server.port", "VALUE": "8026", "FROM": "./config.ini"}
+    assert rows["delivery.max_retries"]["FROM"] == "environment variable MAILPROXY_DELIVERY_MAX_RETRIES"
+    assert rows["storage.db_path"]["FROM"] == "default"
+    assert "default (mx.test:587)" in ended.stdout
+    assert "open-sesame" not in ended.stdout
+    assert "hunter2" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("[server]\nprot = 1\n", "did you mean port?"),
+        ("[smtp]\nhost = mx.test\nport = 99999\n", "port"),
+        ("[storage]\ndb_path = no/folder/q.db\n", "no/folder"),
+        ("[smtp]\nhost = mx.test\nport = 25\nuser = u\npassword = env:NOT_THERE\n", "NOT_THERE"),
+    ],
+)
+def test_check_says_what_is_wrong_and_exits_2(
+    tmp_path: Path, config: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.ini").write_text(config)
+
+    ended = run_here(capsys, "check", "--config", tmp_path / "config.ini")
+
+    assert ended.returncode == 2
+    assert words in sentence(ended)
+    assert "All right" not in ended.stdout
+
+
+def test_check_warns_of_variables_that_match_no_setting(tmp_path: Path) -> None:
+    ended = run_command("check", folder=tmp_path, environment={"MAILPROXY_SERVER_PROT": "1"})
+
+    assert ended.returncode == 0
+    assert "MAILPROXY_SERVER_PROT" in sentence(ended)
+
+
+# --- reaching the daemon
+
+
+def test_a_daemon_that_is_not_there_is_one_sentence_and_exit_1(tmp_path: Path) -> None:
+    url = closed_url()
+
+    ended = run_command("status", "--url", url, folder=tmp_path)
+
+    assert ended.returncode == 1
+    assert sentence(ended) == f"mailproxy: cannot reach {url}: connection refused; is the daemon running?"
+
+
+def test_a_unix_socket_that_is_not_there_is_one_sentence_and_exit_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = run_here(capsys, "status", "--url", f"unix:{tmp_path}/x.sock")
+
+    assert ended.returncode == 1
+    assert "is the daemon running?" in sentence(ended)
+
+
+def test_another_server_at_the_url_is_told_from_mailproxy(
+    reports: ReportReceiver, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = run_here(capsys, "status", "--url", reports.url)
+
+    assert ended.returncode == 1
+    assert "not as mailproxy does" in sentence(ended)
+
+
+def test_a_server_that_does_not_speak_http_is_told(
+    smtp: SmtpServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = run_here(capsys, "status", "--url", f"http://127.0.0.1:{smtp.port}")
+
+    assert ended.returncode == 1
+    assert "does not answer as an HTTP server does" in sentence(ended)
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://here", "http://", "unix:relative", "http://h:x", "http://a b"]
+)
+def test_a_url_that_is_none_is_exit_2(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ended = run_here(capsys, "status", "--url", url)
+
+    assert ended.returncode == 2
+    assert "is not the URL of a daemon" in sentence(ended)
+
+
+def test_url_and_token_come_from_the_daemons_own_config_ini(tmp_path: Path) -> None:
+    port = free_port()
+    with Daemon(tmp_path, {"server": {"port": port, "api_token": "env:TOKEN"}}, token="sesame",
+                environment={"TOKEN": "sesame"}) as daemon:  # fmt: skip
+        daemon.config["server"]["api_token"] = "env:TOKEN"
+        ended = run_command("status", folder=tmp_path, environment={"TOKEN": "sesame"})
+
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_without_the_right_token_the_answer_is_a_sentence(tmp_path: Path) -> None:
+    with Daemon(tmp_path, token="sesame") as daemon:
+        none = ask_of_cli(daemon, "status", "--config", "/dev/null")
+        wrong = ask_of_cli(daemon, "status", MAILPROXY_TOKEN="salami")
+        right = ask_of_cli(daemon, "status", "--token", "env:MINE", MINE="sesame")
+        environment = ask_of_cli(daemon, "status", MAILPROXY_TOKEN="sesame")
+
+    assert (none.returncode, wrong.returncode) == (1, 1)
+    assert "MAILPROXY_TOKEN" in sentence(wrong)
+    assert "sesame" not in wrong.stderr
+    assert (right.returncode, environment.returncode) == (0, 0)
+
+
+def test_a_token_reference_that_cannot_be_read_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    ended = run_here(capsys, "status", "--url", closed_url(), "--token", "file:/no/such")
+
+    assert ended.returncode == 2
+    assert "file:/no/such" in sentence(ended)
+
+
+def test_the_token_of_config_ini_is_for_no_other_machine(tmp_path: Path) -> None:
+    config = tmp_path / "config.ini"
+    config.write_text("[server]\napi_token = sesame\n")
+    parser = mailproxy.command_parser()
+
+    def token_for(url: str) -> str | None:
+        return mailproxy.find_daemon(
+            parser.parse_args(["status", "--config", str(config), "--url", url]), {}
+        ).token
+
+    assert token_for("http://127.0.0.1:8000") == "sesame"
+    assert token_for("unix:/run/mailproxy.sock") == "sesame"
+    assert token_for("https://mail.example.com") is None
+
+
+@pytest.mark.parametrize(
+    ("server", "url"),
+    [
+        ("", "http://127.0.0.1:8000"),
+        ("port = 8025", "http://127.0.0.1:8025"),
+        ("host = 0.0.0.0", "http://127.0.0.1:8000"),
+        ("host = ::", "http://[::1]:8000"),
+        ("host = 10.1.2.3", "http://10.1.2.3:8000"),
+        ("unix_socket = /run/mailproxy.sock", "unix:/run/mailproxy.sock"),
+    ],
+)
+def test_config_ini_tells_where_the_daemon_is(tmp_path: Path, server: str, url: str) -> None:
+    (tmp_path / "config.ini").write_text(f"[server]\n{server}\n")
+    args = mailproxy.command_parser().parse_args(["status", "--config", str(tmp_path / "config.ini")])
+
+    assert mailproxy.find_daemon(args, {}).url == url
+
+
+def test_a_config_ini_with_any_free_port_asks_for_the_url(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.ini").write_text("[server]\nport = 0\n")
+
+    ended = run_here(capsys, "status", "--config", tmp_path / "config.ini")
+
+    assert ended.returncode == 2
+    assert "--url" in sentence(ended)
+
+
+def test_a_unix_socket_and_https_are_spoken_as_config_ini_has_them(tmp_path: Path, ca: PrivateCA) -> None:
+    certificate = ca.good()
+    port, folder = free_port(), tmp_path / "tls"
+    folder.mkdir()
+    (folder / "config.ini").write_text(
+        f"[server]\nport = {port}\ntls_cert = {certificate.cert}\ntls_key = {certificate.key}\n"
+    )
+    (tmp_path / "config.ini").write_text(f"[server]\nunix_socket = {tmp_path}/m.sock\n")
+    servers = [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, "serve"],
+            cwd=f,
+            env=_plain_environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for f in (folder, tmp_path)
+    ]
+
+    try:
+        for serving in servers:
+            assert serving.stderr
+            assert "listens" in serving.stderr.readline()
+        over_tls = run_command("status", folder=folder)
+        over_unix = run_command("run-now", folder=tmp_path)
+        stranger = run_command("status", "--url", f"https://127.0.0.1:{port}", folder=tmp_path)
+    finally:
+        for serving in servers:
+            serving.terminate()
+            serving.communicate(timeout=40)
+
+    assert over_tls.returncode == 0, over_tls.stderr
+    assert over_unix.returncode == 0, over_unix.stderr
+    assert stranger.returncode == 1
+    assert "certificate is not trusted" in sentence(stranger)
+
+
+# --- what the commands show
+
+
+def test_status_shows_the_queue_and_the_accounts(daemon: Daemon) -> None:
+    ended = ask_of_cli(daemon, "status")
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert re.search(r"^delivery +active$", ended.stdout, re.MULTILINE)
+    assert re.search(r"^pending +0$", ended.stdout, re.MULTILINE)
+    assert rows_of_of_cli(ended.stdout, "ACCOUNT")["default"]["STATE"] == "up"
+
+
+def test_json_is_the_answer_of_the_daemon_as_it_is(daemon: Daemon) -> None:
+    daemon.submit({"id": "m", "from": "a@b.test", "to": "ok@c.test", "subject": "Grüße", "body": "x"})
+    daemon.wait_status("m", "sent")
+    wait_until(lambda: daemon.message("m")["reported_ts"], "the report")
+
+    for words, path in [
+        (["status"], "/status"),
+        (["messages"], "/messages?limit=50"),
+        (["message", "m"], "/message/m"),
+        (["accounts"], "/accounts"),
+    ]:
+        ended = ask_of_cli(daemon, *words, "--json")
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert json.loads(ended.stdout) == daemon.get(path).json
+
+
+def test_json_shows_a_refusal_too_and_exits_1(daemon: Daemon) -> None:
+    ended = ask_of_cli(daemon, "message", "unknown", "--json")
+
+    assert ended.returncode == 1
+    assert json.loads(ended.stdout)["ok"] is False
+    assert sentence(ended) == f"mailproxy: {json.loads(ended.stdout)['error']}"
+
+
+def test_messages_are_a_table_that_says_why_and_when(daemon: Daemon) -> None:
+    later = int(time.time()) + 3 * 3600 + 60
+    common = {"from": "a@b.test", "subject": "Hi", "body": "x"}
+    daemon.submit(
+        {**common, "id": "one", "to": ["ok@c.test", "other@c.test"], "batch_code": "b1"},
+        {**common, "id": "two", "to": "perm@c.test"},
+        {**common, "id": "three", "to": "ok@c.test", "deferred_ts": later},
+    )
+    daemon.wait_status("one", "sent")
+    daemon.wait_status("two", "error")
+
+    rows = rows_of_of_cli(ask_of_cli(daemon, "messages").stdout, "ID")
+    active = rows_of_of_cli(ask_of_cli(daemon, "messages", "--active").stdout, "ID")
+    failed = rows_of_of_cli(
+        ask_of_cli(daemon, "messages", "--status", "error", "--account", "default").stdout, "ID"
+    )
+    batch = rows_of_of_cli(ask_of_cli(daemon, "messages", "--batch", "b1").stdout, "ID")
+
+    assert list(rows) == ["one", "two", "three"]
+    assert (rows["one"]["STATUS"], rows["one"]["TO"], rows["one"]["ATTEMPTS"]) == (
+        "sent",
+        "ok@c.test +1",
+        "1",
+    )
+    assert "550 5.1.1 No such user here" in rows["two"]["REMARK"]
+    assert rows["three"]["REMARK"] == "due in 3 h"
+    assert list(active) == ["three"]
+    assert list(failed) == ["two"]
+    assert list(batch) == ["one"]
+
+
+def test_a_long_list_says_how_to_go_on(daemon: Daemon) -> None:
+    ask_of_cli(daemon, "suspend")
+    message = {"from": "a@b.test", "to": "ok@c.test", "subject": "Hi", "body": "x"}
+    daemon.submit(*({**message, "id": f"m{n}"} for n in range(60)))
+
+    first = ask_of_cli(daemon, "messages")
+    cursor = re.search(r"--after (\S+)", sentence(first))
+    assert cursor
+    second = ask_of_cli(daemon, "messages", "--after", cursor[1])
+
+    assert list(rows_of_of_cli(first.stdout, "ID")) == [f"m{n}" for n in range(50)]
+    assert list(rows_of_of_cli(second.stdout, "ID")) == [f"m{n}" for n in range(50, 60)]
+    assert second.stderr == ""
+
+
+def test_a_table_fits_the_terminal_and_never_cuts_an_id(daemon: Daemon) -> None:
+    long_id = "x" * 50
+    daemon.submit(
+        {"id": long_id, "from": "a@b.test", "to": "perm@c.test", "subject": "漢字" * 40, "body": "x"}
+    )
+    daemon.wait_status(long_id, "error")
+
+    narrow = ask_of_cli(daemon, "messages", COLUMNS="130").stdout
+    piped = ask_of_cli(daemon, "messages").stdout
+
+    assert all(mailproxy.text_width(line) <= 130 for line in narrow.splitlines())
+    assert long_id in narrow
+    assert "…" in narrow
+    assert "漢字" * 40 in piped
+
+
+def test_one_message_is_shown_with_all_its_attempts(daemon: Daemon) -> None:
+    daemon.config["delivery"] = {"retry_delays": "0"}
+    daemon.restart()
+    id_ = "in/voice 4711?#%"
+    daemon.submit({"id": id_, "from": "a@b.test", "to": "greylist@c.test", "subject": "Hi", "body": "x"})
+    daemon.wait_status(id_, "sent")
+
+    ended = ask_of_cli(daemon, "message", id_)
+
+    assert ended.returncode == 0, ended.stderr
+    assert re.search(rf"^id +{re.escape(id_)}$", ended.stdout, re.MULTILINE)
+    assert re.search(r"^status +sent$", ended.stdout, re.MULTILINE)
+    attempts = rows_of_of_cli(ended.stdout, "ATTEMPT")
+    assert "450 4.7.1 Greylisted, try again" in attempts["1"]["REPLY"]
+    assert attempts["2"]["REPLY"].startswith("250 ")
+
+
+def test_a_message_that_does_not_exist_is_one_sentence_and_exit_1(daemon: Daemon) -> None:
+    ended = ask_of_cli(daemon, "message", "unknown")
+
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert sentence(ended) == "mailproxy: there is no message with this id"
+
+
+def test_accounts_are_shown_without_their_passwords(daemon: Daemon) -> None:
+    account = {"id": "billing", "host": "mx.test", "port": 587, "user": "u", "password": "hunter2"}
+    daemon.post("/account", {**account, "limit_per_hour": 100, "limit_per_day": 500})
+
+    ended = ask_of_cli(daemon, "accounts")
+
+    row = rows_of_of_cli(ended.stdout, "ID")["billing"]
+    assert (row["SERVER"], row["USER"], row["FROM"]) == ("mx.test:587", "u", "http")
+    assert row["LIMITS"] == "100/hour 500/day"
+    assert "hunter2" not in ended.stdout
+
+
+def test_delivery_is_suspended_and_taken_up_again(daemon: Daemon, smtp: SmtpServer) -> None:
+    daemon.post("/account", {"id": "a/b", "host": smtp.host, "port": smtp.port})
+
+    assert ask_of_cli(daemon, "suspend").returncode == 0
+    assert daemon.status()["active"] is False
+    assert ask_of_cli(daemon, "activate").returncode == 0
+    assert daemon.status()["active"] is True
+    assert ask_of_cli(daemon, "suspend", "--account", "a/b").returncode == 0
+    assert daemon.status()["accounts"]["a/b"]["state"] == "suspended"
+    assert ask_of_cli(daemon, "activate", "--account", "a/b").returncode == 0
+    assert daemon.status()["accounts"]["a/b"]["state"] == "up"
+    assert ask_of_cli(daemon, "suspend", "--account", "nobody").returncode == 1
+
+
+def test_run_now_delivers_in_test_mode(tmp_path: Path, smtp: SmtpServer) -> None:
+    with Daemon(tmp_path, {"delivery": {"test_mode": "true"}}, smtp=smtp) as daemon:
+        daemon.submit({"id": "m", "from": "a@b.test", "to": "ok@c.test", "subject": "Hi", "body": "x"})
+
+        ended = ask_of_cli(daemon, "run-now")
+
+        assert ended.returncode == 0, ended.stderr
+        daemon.wait_status("m", "sent")
+
+
+def test_retry_and_delete_name_what_they_left_alone(daemon: Daemon) -> None:
+    daemon.submit({"id": "m", "from": "a@b.test", "to": "perm@c.test", "subject": "Hi", "body": "x"})
+    daemon.wait_status("m", "error")
+
+    retried = ask_of_cli(daemon, "retry", "m", "unknown")
+    again = daemon.wait_status("m", "error")
+    deleted = ask_of_cli(daemon, "delete", "m")
+    nothing = ask_of_cli(daemon, "delete", "m", "n")
+
+    assert (retried.returncode, retried.stdout) == (1, "1 queued anew\n")
+    assert sentence(retried) == "mailproxy: not found: unknown"
+    assert again["attempts"] == 1
+    assert (deleted.returncode, deleted.stdout, deleted.stderr) == (0, "1 removed\n", "")
+    assert (nothing.returncode, sentence(nothing)) == (1, "mailproxy: not found: m, n")
+
+
+def test_a_reader_that_goes_away_is_no_event(daemon: Daemon) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    command = [sys.executable, str(PROGRAM), "status", "--url", f"http://127.0.0.1:{daemon.port}"]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=40)
+    os.close(writing)
+
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (7199, "119 min"),
+        (7200, "2 h"),
+        (172_800, "2 d"),
+        (-1, "0 s"),
+    ],
+)
+def test_durations_are_in_the_unit_a_person_would_choose(seconds: float, words: str) -> None:
+    assert mailproxy.duration(seconds) == words
+
+
+def test_nobody_writes_control_characters_on_the_terminal_through_a_table() -> None:
+    lines = mailproxy.table(("ID", "ERROR"), [("m", "550 \x1b[2J\r\n\u202e")])
+
+    assert lines[1] == "m   550 \\x1b[2J\\r\\n\\u202e"
+
+
+# --- demo
+
+
+def test_the_demo_shows_all_five_ways_wherever_it_runs(tmp_path: Path) -> None:
+    folder, temporary = tmp_path / "here", tmp_path / "tmp"
+    folder.mkdir()
+    temporary.mkdir()
+    (folder / "config.ini").write_text("[nonsense]\nx = 1\n")
+    folder.chmod(0o555)
+    environment = {
+        "TMPDIR": str(temporary),
+        "MAILPROXY_CONFIG": "/no/such",
+        "MAILPROXY_SERVER_PORT": "8000",
+        "MAILPROXY_CLIENT_CLIENT_SYNC_URL": "http://127.0.0.1:9/",
+        "MAILPROXY_NONSENSE": "1",
+        "http_proxy": "http://127.0.0.1:9",
+        "HTTP_PROXY": "http://127.0.0.1:9",
+    }
+
+    ended = run_command("demo", folder=folder, environment=environment)
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    rows = rows_of_of_cli(ended.stdout.partition("\n\nall delivered")[0], "MESSAGE")
+    assert {id_: (row["STATUS"], row["ATTEMPTS"]) for id_, row in rows.items()} == {
+        "plain": ("sent", "1"),
+        "picture": ("sent", "1"),
+        "refused": ("error", "1"),
+        "greylisted": ("sent", "2"),
+        "scheduled": ("sent", "1"),
+    }
+    for way in [
+        r"app +-> mailproxy +POST /commands/add-messages",
+        r'mailproxy -> smtp +plain +"Your receipt"',
+        r'mailproxy -> smtp +picture +"Grüße mit Bild".*text/html \+ image/png',
+        r"smtp +-> mailproxy +refused +550 ",
+        r"mailproxy -> app +refused +report: error: 550 ",
+        r"smtp +-> mailproxy +greylisted +450 ",
+        r"mailproxy -> app +greylisted +report: sent",
+        r'mailproxy -> smtp +scheduled +"On time"',
+        r"mailproxy -> app +scheduled +report: sent",
+    ]:
+        assert re.search(rf"^ +\d+\.\d\ds  {way}", ended.stdout, re.MULTILINE), way
+    assert "\nall delivered and reported" in ended.stdout
+    assert "\x1b" not in ended.stdout
+    assert list(temporary.iterdir()) == []
+
+
+def test_the_demo_is_coloured_in_a_terminal_and_ends_at_ctrl_c(tmp_path: Path) -> None:
+    screen, terminal = pty.openpty()
+    environment = {**_plain_environment(), "TMPDIR": str(tmp_path), "TERM": "xterm", "NO_COLOR": ""}
+    running = subprocess.Popen(
+        [sys.executable, PROGRAM, "demo"], env=environment, stdout=terminal, stderr=subprocess.PIPE, text=True
+    )
+    os.close(terminal)
+
+    seen = b""
+    while b"250 2.0.0" not in seen:
+        seen += os.read(screen, 4096)
+    running.send_signal(signal.SIGINT)
+    with contextlib.suppress(OSError):  # EIO: the terminal's other end is closed
+        while os.read(screen, 4096):
+            pass
+    _, complaints = running.communicate(timeout=20)
+    os.close(screen)
+
+    assert b"\x1b[32m250 2.0.0" in seen
+    assert (running.returncode, complaints) == (130, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_that_is_not_through_in_time_names_what_is_missing(tmp_path: Path) -> None:
+    demo = mailproxy.Demo(str(tmp_path), coloured=False, patience_s=1)
+
+    with pytest.raises(mailproxy.CommandFailed, match=r"no final report of .*scheduled within 1 s"):
+        asyncio.run(demo.run())
+
+
+def test_output_that_cannot_be_written_is_one_sentence_and_exit_1(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, PROGRAM, "check"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+
+    assert (ended.returncode, ended.stderr) == (1, "mailproxy: No space left on device\n")
+
+
+class Talk(NamedTuple):
+    """What came of a conversation with the demo's mail server."""
+
+    replies: list[str]
+    arrived: list[tuple[str, str]]
+    replied: list[tuple[str, str]]
+
+
+def talk_to_demo_server(*spoken: bytes) -> Talk:
+    """Send it all in one go, as a pipelining client does, and collect what comes until it hangs up."""
+
+    async def talk() -> Talk:
+        outcome = Talk([], [], [])
+        server = mailproxy.DemoSmtpServer(
+            arrived=lambda to, what: outcome.arrived.append((to, what)),
+            replied=lambda to, reply: outcome.replied.append((to, reply)),
+        )
+        await server.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"".join(spoken))
+        async with asyncio.timeout(10):
+            outcome.replies.extend((await reader.read()).decode().split("\r\n")[:-1])
+        writer.close()
+        await server.stop()
+        return outcome
+
+    return asyncio.run(talk())
+
+
+def test_the_demos_mail_server_answers_pipelined_commands_in_order() -> None:
+    talk = talk_to_demo_server(
+        b"EHLO me\r\nMAIL FROM:<a@b> SIZE=100\r\nRCPT TO:<refused@c>\r\nRCPT TO:<d@c>\r\nDATA\r\n",
+        b"Subject: two\r\n\r\n..dot\r\n.\r\nRSET\r\nQUIT\r\n",
+    )
+
+    codes = [reply[:4] for reply in talk.replies]
+    assert codes == [
+        "220 ",
+        "250-",
+        "250-",
+        "250-",
+        "250-",
+        "250 ",
+        "250 ",
+        "550 ",
+        "250 ",
+        "354 ",
+        "250 ",
+        "250 ",
+        "221 ",
+    ]
+    assert {reply[4:].split()[0] for reply in talk.replies[2:6]} == {
+        "PIPELINING", "8BITMIME", "ENHANCEDSTATUSCODES", "SIZE",
+    }  # fmt: skip
+    assert talk.arrived[-1][0] == "d@c"
+    assert '"two"' in talk.arrived[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("content", "size"),
+    [
+        (b"..\r\n" * 1000, 3000),  # a stuffed dot on a line of its own
+        (b"..a\r\n" * 1000, 4000),
+        (b"a.\r\n" * 1000, 4000),
+        (b"a\n.\r\n" * 1000, 5000),  # a bare line feed ends no line (RFC 5321 2.3.8)
+        (b"", 0),
+    ],
+)
+def test_the_demos_mail_server_takes_content_as_it_was_meant(content: bytes, size: int) -> None:
+    talk = talk_to_demo_server(
+        b"EHLO me\r\nMAIL FROM:<>\r\nRCPT TO:<d@c>\r\nDATA\r\n", content, b".\r\nQUIT\r\n"
+    )
+
+    assert talk.replies[-1].startswith("221")
+    assert f" {size / 1000:.1f} kB" in talk.arrived[0][1]
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (b"RCPT TO:<a@b>", "503"),
+        (b"DATA", "503"),
+        (b"MAIL FROM:a@b", "501"),
+        (b"MAIL FROM:<a@b> SIZE=99999999", "552"),
+        (b"MAIL FROM:<a@b>\r\nMAIL FROM:<a@b>", "503"),
+        (b"MAIL FROM:<a@b>\r\nRCPT TO:<x@c>\r\nRSET\r\nDATA", "503"),
+        (b"MAIL FROM:<a@b>\r\nRCPT TO:<greylisted@c>\r\nRCPT TO:<greylisted@c>", "250"),
+        (b"WIZ", "500"),
+        (b"\xff\xfe", "500"),
+    ],
+)
+def test_the_demos_mail_server_keeps_to_the_order_of_commands(command: bytes, code: str) -> None:
+    talk = talk_to_demo_server(b"HELO me\r\n", command, b"\r\nQUIT\r\n")
+
+    assert talk.replies[-2].startswith(code), talk.replies
+
+
+# ======================================================================
+# THE MAIN JOB - a thousand messages of mixed kinds through a real Postfix
+# ======================================================================
+#
+# REST in, queue, SMTP over STARTTLS, a mailbox, reports back: every message
+# arrives once for each recipient, as it was asked, and is reported once.
+
+_MANY = 1_000
+_PER_BATCH = 50
+_SCHEDULED = range(0, _MANY, 100)  # ten of them
+_AHEAD_S = 4  # how far ahead those are scheduled
+
+
+class Case(NamedTuple):
+    """A message to submit, and what must come of it."""
+
+    submission: dict[str, Any]
+    recipients: list[str]
+    check: Callable[[Delivered], None]
+
+    @property
+    def id(self) -> str:
+        return str(self.submission["id"])
+
+
+def cases() -> list[Case]:
+    """The thousand: seven kinds in turn, every fiftieth with 2 MB attached instead, ten of them scheduled."""
+    kinds = [plain, html, both, small_attachment, several_recipients, raw, odd_text]
+    made = [big_attachment(n) if n % 50 == 7 else kinds[n % len(kinds)](n) for n in range(_MANY)]
+    for n in _SCHEDULED:
+        made[n].submission["deferred_ts"] = int(time.time()) + _AHEAD_S
+    return made
+
+
+def base(n: int, **fields: Any) -> dict[str, Any]:
+    """What all of them have: an id that shows in a header, a priority in either spelling, a UTF-8 subject."""
+    return {
+        "id": f"case/{n}",
+        "from": "Zoë Müller <sender@origin.example>",
+        "to": [f"c{n}@one.example"],
+        "subject": f"{_SUBJECTS[n % len(_SUBJECTS)]} {n}",
+        "priority": _PRIORITIES[n % len(_PRIORITIES)],
+        "headers": {"X-Case": f"case/{n}"},
+        "batch_code": f"batch {n // _PER_BATCH}",
+        **fields,
+    }
+
+
+_PRIORITIES = [0, 1, 2, 3, "immediate", "high", "medium", "low"]
+_SUBJECTS = [
+    "Invoice",
+    "Ваш заказ готов",
+    "請求書 🧾",
+    "A subject of ASCII words that is longer than a line of seventy-eight characters may be, number",
+    "Größenänderungsgenehmigungsverfahrensübersicht und mehr davon, damit es sich über Zeilen zieht:",
+]
+_TEXTS = [
+    "Hello,\n\nthis is plain.\n",
+    ".\n..\n.leading dots\n\n.\n",
+    "Grüße aus Zürich, 日本語 and 🦆\n",
+    "From here on: trailing blanks   \n\ttabs\t\n=3D is not an equals sign\n-- \nsigned\n",
+    "one line of two thousand characters: " + "x" * 2_000 + "\n",
+]
+
+
+def plain(n: int) -> Case:
+    text = _TEXTS[n % len(_TEXTS)]
+    return _case(base(n, body=text), lambda copy: _has_text(copy, "plain", text))
+
+
+def html(n: int) -> Case:
+    text = f"<p>Größe {n}</p>\n<pre>.\n</pre>\n"
+    return _case(base(n, body=text, content_type="html"), lambda copy: _has_text(copy, "html", text))
+
+
+def both(n: int) -> Case:
+    text, rich = f"plain {n} ü\n", f"<b>rich {n} ü</b>\n"
+
+    def check(copy: Delivered) -> None:
+        assert copy.message.get_content_type() == "multipart/alternative"
+        _has_text(copy, "plain", text)
+        _has_text(copy, "html", rich)
+
+    return _case(base(n, text=text, html=rich), check)
+
+
+def odd_text(n: int) -> Case:
+    """An empty subject over an empty body."""
+    return _case(base(n, subject="", body=""), lambda copy: _has_text(copy, "plain", ""))
+
+
+def small_attachment(n: int) -> Case:
+    return _with_attachment(n, f"Überblick {n}.bin", 10_000)
+
+
+def big_attachment(n: int) -> Case:
+    return _with_attachment(n, f"film {n}.bin", 2_000_000)
+
+
+def _with_attachment(n: int, filename: str, size_bytes: int) -> Case:
+    content = random.Random(n).randbytes(size_bytes)
+    text = f"See {filename}\n"
+
+    def check(copy: Delivered) -> None:
+        [attachment] = list(copy.message.iter_attachments())
+        assert attachment.get_filename() == filename
+        assert attachment.get_content_type() == "application/octet-stream"
+        assert attachment.get_payload(decode=True) == content
+        _has_text(copy, "plain", text)
+
+    attachments = [{"filename": filename, "content": base64.b64encode(content).decode()}]
+    return _case(base(n, body=text, attachments=attachments), check)
+
+
+def several_recipients(n: int) -> Case:
+    """To, Cc and Bcc, one of them twice: one copy each, and nobody sees the Bcc."""
+    people = {
+        "to": [f"Ann <a{n}@one.example>", f"b{n}@two.example"],
+        "cc": f"c{n}@one.example, Ärger <d{n}@three.example>",
+        "bcc": [f"secret{n}@four.example", f"a{n}@one.example"],
+    }
+    text = "to you all\n"
+
+    def check(copy: Delivered) -> None:
+        assert _addresses(copy, "To") == [f"a{n}@one.example", f"b{n}@two.example"]
+        assert _addresses(copy, "Cc") == [f"c{n}@one.example", f"d{n}@three.example"]
+        assert f"secret{n}@".encode() not in copy.content
+        _has_text(copy, "plain", text)
+
+    everyone = [f"a{n}@one.example", f"b{n}@two.example", f"c{n}@one.example", f"d{n}@three.example"]
+    return _case(base(n, body=text, **people), check, [*everyone, f"secret{n}@four.example"])
+
+
+def raw(n: int) -> Case:
+    """A message the client composed by itself: byte for byte, but for its Bcc."""
+    head = f"Date: Mon, 1 Jun 2026 10:00:00 +0200\nMessage-ID: <raw-{n}@origin.example>\nX-Case: case/{n}\n"
+    rest = f"From: sender@origin.example\nTo: c{n}@one.example\nSubject: raw\n  {n}\n\n.\n..x\nend  \n"
+    given = f"{head}Bcc: secret@four.example,\n other@four.example\n{rest}".encode()
+
+    def check(copy: Delivered) -> None:
+        assert copy.content == (head + rest).encode()
+
+    submission = base(n, to=f"c{n}@one.example", raw=base64.b64encode(given).decode())
+    for field_name in ("subject", "headers"):
+        del submission[field_name]
+    return Case({**submission, "from": "sender@origin.example"}, [f"c{n}@one.example"], check)
+
+
+def _case(
+    submission: dict[str, Any], check: Callable[[Delivered], None], recipients: list[str] | None = None
+) -> Case:
+    """A composed message: its own check, and what holds for all of them."""
+
+    def check_all(copy: Delivered) -> None:
+        message = copy.message
+        assert message["Subject"] == submission["subject"]
+        assert [str(address) for address in message["From"].addresses] == [
+            "Zoë Müller <sender@origin.example>"
+        ]
+        assert message["Date"]
+        assert message["Message-ID"]
+        check(copy)
+
+    return Case(submission, recipients or submission["to"], check_all)
+
+
+def _has_text(copy: Delivered, subtype: str, text: str) -> None:
+    """The body of that kind is the text, whatever its line ends look like inside base64."""
+    part = copy.message.get_body((subtype,))
+    assert part
+    assert part.get_content().replace("\r\n", "\n") in ({text} if text else {"", "\n"})
+
+
+def _addresses(copy: Delivered, name: str) -> list[str]:
+    return [address.addr_spec for address in copy.message[name].addresses]
+
+
+def _case_of(copy: Delivered) -> str:
+    return str(copy.message["X-Case"])
+
+
+@pytest.mark.timeout(150)
+def test_a_thousand_messages_of_mixed_kinds_reach_their_mailboxes_once_as_asked_and_are_reported_once(
+    tmp_path: Path, ca: PrivateCA, reports: ReportReceiver
+) -> None:
+    Postfix.needed()
+    tls = {"start_tls": "required", "ca_file": ca.ca_file, "max_connections": 8}
+    with (
+        Postfix(certificate=ca.good()) as postfix,
+        Daemon(tmp_path, {"smtp": tls}, smtp=postfix, reports=reports) as daemon,
+    ):
+        asked = cases()
+
+        for start in range(0, _MANY, _PER_BATCH):
+            daemon.submit(*(case.submission for case in asked[start : start + _PER_BATCH]))
+
+        reports.wait_for(lambda r: len(r.acknowledged) >= _MANY, 60)
+        copies = postfix.wait_for(sum(len(case.recipients) for case in asked))
+        assert postfix.log.count(": client=") == _MANY  # transactions: no second copy is still under way
+        _assert_each_arrived_once_as_asked(asked, copies)
+        _assert_each_was_reported_once(asked, copies, reports)
+        assert (daemon.status()["pending"], daemon.status()["unreported"]) == (0, 0)
+
+
+def _assert_each_arrived_once_as_asked(asked: list[Case], copies: list[Delivered]) -> None:
+    by_id = {case.id: case for case in asked}
+    arrived = Counter((_case_of(copy), copy.recipient) for copy in copies)
+    assert arrived == Counter((case.id, recipient) for case in asked for recipient in case.recipients)
+
+    for copy in copies:
+        by_id[_case_of(copy)].check(copy)
+        assert copy.trace["Return-Path"] == "<sender@origin.example>"
+        assert "using TLS" in copy.trace["Received"]
+        assert "Bcc" not in copy.message
+
+
+def _assert_each_was_reported_once(
+    asked: list[Case], copies: list[Delivered], reports: ReportReceiver
+) -> None:
+    entries = {entry["id"]: entry for entry in reports.acknowledged}
+    message_ids = {_case_of(copy): str(copy.message["Message-ID"]).strip("<>") for copy in copies}
+    assert Counter((entry["id"], entry["status"]) for entry in reports.entries) == Counter(
+        (case.id, "sent") for case in asked
+    )
+
+    for case in asked:
+        entry = entries[case.id]
+        assert (entry["error"], entry["attempts"], entry["account_id"]) == (None, 1, "default")
+        assert entry["batch_code"] == case.submission["batch_code"]
+        assert entry["message_id"].strip("<>") == message_ids[case.id]
+        assert entry["sent_ts"] >= case.submission.get("deferred_ts", 0)
+
+
+def test_postfix_takes_mail_after_a_login_whose_password_is_not_ascii(
+    tmp_path: Path, ca: PrivateCA, reports: ReportReceiver
+) -> None:
+    Postfix.needed(with_users=True)
+    account = {"user": "relay", "password": "pässwörd 密", "use_tls": "true", "ca_file": ca.ca_file}
+    with (
+        Postfix(certificate=ca.good(), users={"relay": "pässwörd 密"}) as postfix,
+        Daemon(tmp_path, {"smtp": account}, smtp=postfix, reports=reports) as daemon,
+    ):
+        case = plain(0)
+
+        daemon.submit(case.submission)
+
+        reports.wait_for_entry(case.id, "sent")
+        [copy] = postfix.wait_for(1)
+        case.check(copy)
+        assert "sasl_username=relay" in postfix.log
