@@ -6133,6 +6133,7 @@ class AttachmentFetcher:
                 )
                 return failed_fetch(reason, 552)
             parts.append(part)
+        memory.shrink_to((own_bytes + together) * BUILD_FACTOR)
         return tuple(parts)
 
     async def fetch(self, attachment: Attachment, make_room: OnSize = _no_matter) -> Part | Reply:
