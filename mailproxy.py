@@ -54,10 +54,12 @@ import argparse
 import asyncio
 import base64
 import binascii
+import bisect
 import collections
 import concurrent.futures
 import configparser
 import contextlib
+import csv
 import difflib
 import email
 import email.header
@@ -72,6 +74,7 @@ import html
 import http.client
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -79,6 +82,7 @@ import mimetypes
 import os
 import pathlib
 import platform
+import pwd
 import queue
 import random
 import re
@@ -109,6 +113,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Container,
     Coroutine,
     Iterable,
     Iterator,
@@ -10882,26 +10887,32 @@ def post_form(url: str, fields: Mapping[str, str], timeout_s: float) -> tuple[in
 
 
 # ======================================================================
-# COMMAND LINE - serve, demo and check, and a client of the HTTP interface
+# CLIENT - a client of the daemon's HTTP interface, and words for people
 # ======================================================================
 #
-# One row of COMMANDS for each command. Exit status: 0 done, 1 failed, 2 usage or
-# configuration; what went wrong is one sentence on stderr, never a traceback. All
-# commands but serve, demo and check speak HTTP to a running daemon, as anybody could.
+# What the commands below share. A Client asks one daemon and tells a refusal from a
+# daemon that is not there; tables fit the terminal and never cut an id; nothing that
+# came from outside reaches the terminal unescaped. Everything here blocks.
 
 CLIENT_PATIENCE_S = 60.0  # for each step of a request to the daemon
-LISTED_MESSAGES = 50  # by `messages` without --limit
 CLOCK = "%Y-%m-%d %H:%M:%S"
 NEVER_TOO_WIDE = 1_000_000  # columns, where no terminal cuts the lines
-INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
-NOBODY_READS = 141  # 128 and SIGPIPE
 
 
 class CommandFailed(MailproxyError):
     """A command could not do what it was asked to; the text says why."""
 
 
-# --- a client of the daemon ----------------------------------------------
+class UsageMistake(MailproxyError):
+    """A command was asked for what does not go together; the text says what to write instead."""
+
+
+class RefusedByDaemon(CommandFailed):
+    """The daemon is there and answers with a refusal."""
+
+    def __init__(self, sentence: str, http_status: int) -> None:
+        super().__init__(sentence)
+        self.http_status = http_status
 
 
 class DaemonAddress(NamedTuple):
@@ -10959,7 +10970,8 @@ class Client:
         prefix = "" if self._parts.scheme == "unix" else self._parts.path
         connection = self._connection()
         try:
-            connection.request(method, prefix + path, body, headers)
+            with contextlib.suppress(BrokenPipeError):  # too large: the answer says so
+                connection.request(method, prefix + path, body, headers)
             response = connection.getresponse()
             return DaemonAnswer(response.status, response.read())
         except OSError as error:
@@ -10968,6 +10980,16 @@ class Client:
             raise CommandFailed(f"{self.url} does not answer as an HTTP server does") from None
         finally:
             connection.close()
+
+    def granted(self, answer: DaemonAnswer) -> dict[str, Any]:
+        """The fields of an answer. Raises RefusedByDaemon where it is a refusal."""
+        fields = answer.fields(self.url)
+        if answer.status == 401:
+            needed = f"{self.url} does not let us in without the right token: set MAILPROXY_TOKEN"
+            raise RefusedByDaemon(needed, 401)
+        if not fields["ok"]:
+            raise RefusedByDaemon(f"{fields.get('error', f'HTTP {answer.status}')}", answer.status)
+        return fields
 
     def _connection(self) -> http.client.HTTPConnection:
         host, port = self._parts.hostname or "", self._parts.port
@@ -11039,9 +11061,8 @@ def find_daemon(args: argparse.Namespace, environ: Mapping[str, str]) -> DaemonA
     if not url:
         return configured
     here = url.rstrip("/") == configured.url or is_loopback(split_daemon_url(url).hostname or "localhost")
-    return DaemonAddress(
-        url, token or (configured.token if here else None)
-    )  # its token is for no other machine
+    its_token = configured.token if here else None  # which is for no other machine
+    return DaemonAddress(url, token or its_token)
 
 
 def _token_given(given: str | None, environ: Mapping[str, str]) -> str | None:
@@ -11105,9 +11126,45 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], width: int = 
     return ["  ".join(map(fitted, row, widths)).rstrip() for row in cells]
 
 
+COLOURS: Mapping[str, str] = MappingProxyType(
+    {"2": "32", "s": "32", "4": "33", "d": "33", "5": "31", "e": "31"}
+)
+
+
+def paint(text: str, kind: str, *, coloured: bool) -> str:
+    """Green, yellow or red, by the first letter of a reply or a status."""
+    colour = COLOURS.get(kind[:1]) if coloured else None
+    return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
+
+
+def painted_table(lines: Sequence[str], kinds: Iterable[str], *, coloured: bool) -> list[str]:
+    """The lines of a table, each below the header in the colour of its kind."""
+    return [
+        lines[0],
+        *(paint(line, kind, coloured=coloured) for line, kind in zip(lines[1:], kinds, strict=True)),
+    ]
+
+
+def is_terminal(stream: object) -> bool:
+    return isinstance(stream, io.TextIOWrapper) and stream.isatty()
+
+
+def wants_colours(environ: Mapping[str, str]) -> bool:
+    """In a terminal that can, unless NO_COLOR (no-color.org) asks for none."""
+    return is_terminal(sys.stdout) and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
 def output_width() -> int:
     """The columns of the terminal; what goes into a pipe or a file is never cut."""
     return shutil.get_terminal_size((NEVER_TOO_WIDE, 24)).columns
+
+
+def size_in_words(size_bytes: int) -> str:
+    """A size in the unit a person would choose: 40 B, 12.5 kB, 3.5 MB."""
+    for unit, unit_bytes in (("GB", 10**9), ("MB", 10**6), ("kB", 1000)):
+        if size_bytes >= unit_bytes:
+            return f"{size_bytes / unit_bytes:.1f} {unit}"
+    return f"{size_bytes} B"
 
 
 def duration(seconds: float) -> str:
@@ -11136,162 +11193,9 @@ def local_time(ts: float | None, now: float) -> str:
     return f"{clock} ({relative(ts, now)})"
 
 
-def _status_lines(status: Mapping[str, Any], now: float, width: int) -> list[str]:
-    oldest = relative(status["oldest_pending_ts"], now)
-    facts = (
-        ("delivery", "active" if status["active"] else "suspended; `mailproxy activate` goes on"),
-        ("pending", f"{status['pending']}{f', the oldest accepted {oldest}' if oldest else ''}"),
-        ("deferred", status["deferred"]),
-        ("in delivery", status["in_delivery"]),
-        ("unreported", status["unreported"]),
-        ("version", status["version"]),
-    )
-    lines = [f"{name:<12} {value}" for name, value in facts]
-    accounts = [
-        (id_, a["state"], a.get("pending"), a["connections"], _why_standing(a, now))
-        for id_, a in status["accounts"].items()
-    ]
-    if not accounts:
-        return [*lines, "", "There is no account yet: [smtp] in config.ini, or POST /account."]
-    return [*lines, "", *table(("ACCOUNT", "STATE", "PENDING", "CONNECTIONS", "WHY"), accounts, width)]
-
-
-def _why_standing(account: Mapping[str, Any], now: float) -> str:
-    until = f"until {relative(account['until'], now)}" if account["until"] else ""
-    return ", ".join(word for word in (account["reason"], until) if word)
-
-
-def _listed(given: object) -> list[str]:
-    """Recipients as they were submitted: a list, or one string with commas."""
-    listed = given if isinstance(given, list) else str(given).split(",") if given else []
-    return [str(address).strip() for address in listed]
-
-
-def _message_row(record: Mapping[str, Any], now: float) -> tuple[object, ...]:
-    payload = record["message"]
-    recipients = [address for key in ("to", "cc", "bcc") for address in _listed(payload.get(key))]
-    more = f" +{len(recipients) - 1}" if len(recipients) > 1 else ""
-    return (
-        record["id"],
-        record["status"],
-        record["account_id"],
-        "".join(recipients[:1]) + more,
-        payload.get("subject", "(raw)"),
-        record["attempts"],
-        relative(record["created_at"], now),
-        _why_waiting(record, now),
-    )
-
-
-def _why_waiting(record: Mapping[str, Any], now: float) -> str:
-    """What a person asks next of a message in a list: when it goes on, and why it did not."""
-    due = f"due {relative(record['deferred_ts'], now)}" if record["status"] == Status.DEFERRED else ""
-    return ": ".join(word for word in (due, record["error"]) if word)
-
-
-MESSAGE_COLUMNS = ("ID", "STATUS", "ACCOUNT", "TO", "SUBJECT", "ATTEMPTS", "ACCEPTED", "REMARK")
-
-
-def _message_lines(answer: Mapping[str, Any], now: float, width: int) -> list[str]:
-    """One message: its facts, and the timeline of its attempts."""
-    record, payload = answer["message"], answer["message"]["message"]
-    facts = [
-        ("id", record["id"]),
-        ("status", record["status"]),
-        ("account", record["account_id"]),
-        ("from", payload.get("from")),
-        *((key, ", ".join(_listed(payload.get(key)))) for key in ("to", "cc", "bcc")),
-        ("subject", payload.get("subject")),
-        ("batch", record["batch_code"]),
-        ("priority", record["priority"]),
-        ("accepted", local_time(record["created_at"], now)),
-        ("due", local_time(record["deferred_ts"], now) if record["status"] == Status.DEFERRED else None),
-        ("sent", local_time(record["sent_ts"], now)),
-        ("given up", local_time(record["error_ts"], now)),
-        ("reported", local_time(record["reported_ts"], now)),
-        ("error", record["error"]),
-        *(
-            (f"  {to}", f"{o['status']}: {o['code']} {o['text']}")
-            for to, o in (record.get("recipients") or {}).items()
-        ),
-    ]
-    shown = [(name, _escaped(str(value))) for name, value in facts if value not in (None, "")]
-    left = max(len(name) for name, _ in shown)
-    lines = [f"{name:<{left}}  {value}" for name, value in shown]
-    if not answer["attempts"]:
-        return [*lines, "", "No attempt yet."]
-    columns = ("ATTEMPT", "WHEN", "TOOK", "OUTCOME", "STAGE", "REPLY")
-    return [
-        *lines,
-        "",
-        *table(columns, map(_attempt_row, *zip(*enumerate(answer["attempts"], 1), strict=True)), width),
-    ]
-
-
-def _attempt_row(number: int, attempt: Mapping[str, Any]) -> tuple[object, ...]:
-    reply = (attempt["code"], attempt["enhanced_code"], attempt["text"])
-    return (
-        number,
-        time.strftime(CLOCK, time.localtime(attempt["started_at"])),
-        f"{attempt['ended_at'] - attempt['started_at']:.2f} s",
-        attempt["outcome"],
-        attempt["stage"],
-        " ".join(str(word) for word in reply if word),
-    )
-
-
-ACCOUNT_COLUMNS = ("ID", "SERVER", "USER", "TLS", "CONNECTIONS", "LIMITS", "FROM")
-
-
-def _account_row(account: Mapping[str, Any]) -> tuple[object, ...]:
-    tls = "implicit" if account["implicit_tls"] else f"starttls {account['start_tls']}"
-    limits = [
-        f"{account[f'limit_per_{unit}']}/{unit}"
-        for unit in ("minute", "hour", "day")
-        if account[f"limit_per_{unit}"] is not None
-    ]
-    return (
-        account["id"],
-        f"{account['host']}:{account['port']}",
-        account["user"],
-        tls,
-        account["max_connections"],
-        " ".join(limits),
-        "config.ini" if account["source"] == "config" else account["source"],
-    )
-
-
-# --- the commands that talk to a daemon ----------------------------------
-
-
-def _put_out(answer: DaemonAnswer) -> None:
-    """The answer as it came, for programs."""
-    text = answer.body.decode("utf-8", "backslashreplace")
-    print(text if text.endswith("\n") else f"{text}\n", end="")
-
-
-def _settled(client: Client, args: argparse.Namespace, answer: DaemonAnswer) -> dict[str, Any]:
-    """The fields of an answer, which --json has shown by now. Raises CommandFailed for a refusal."""
-    fields = answer.fields(client.url)
-    if args.json:
-        _put_out(answer)
-    if answer.status == 401:
-        raise CommandFailed(f"{client.url} does not let us in without the right token: set MAILPROXY_TOKEN")
-    if not fields["ok"]:
-        raise CommandFailed(f"{fields.get('error', f'HTTP {answer.status}')}")
-    return fields
-
-
-def _asked(
-    args: argparse.Namespace,
-    environ: Mapping[str, str],
-    method: str,
-    path: str,
-    body: Mapping[str, object] | None = None,
-) -> dict[str, Any]:
-    """Ask the daemon once. Raises CommandFailed when it is not there, or refuses."""
-    client = Client(find_daemon(args, environ))
-    return _settled(client, args, client.ask(method, path, body))
+def complain(sentence: object) -> None:
+    """One sentence on stderr."""
+    print(f"mailproxy: {_escaped(str(sentence))}", file=sys.stderr)
 
 
 def _say(args: argparse.Namespace, lines: Iterable[str]) -> None:
@@ -11300,170 +11204,537 @@ def _say(args: argparse.Namespace, lines: Iterable[str]) -> None:
         print("\n".join(lines))
 
 
-def show_status(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    status = _asked(args, environ, "GET", "/status")
-    _say(args, _status_lines(status, time.time(), output_width()))
+def _put_out(answer: DaemonAnswer) -> None:
+    """The answer as it came, for programs."""
+    text = answer.body.decode("utf-8", "backslashreplace")
+    print(text if text.endswith("\n") else f"{text}\n", end="")
+
+
+# ======================================================================
+# SENDING - what `send` and `sendmail` submit
+# ======================================================================
+#
+# Submission for people and for programs that know sendmail(8). Its invariant: what an
+# earlier run brought through is not sent again where the caller gave an id, or a CSV.
+# A message that is complete goes in as `raw`: the daemon takes its Bcc out, and adds
+# Date and Message-ID.
+
+BATCH_MESSAGES = 200  # of one submission
+BATCH_BYTES = 8_388_608
+LONGEST_CELL = 67_108_864  # characters
+THROUGH_BEFORE = ("already sent", "in delivery")  # how the daemon refuses what it has from an earlier run
+NOT_THE_CONTENT = frozenset(("account_id", "priority", "deferred_ts", "expires_ts", "batch_code"))
+COLUMNS = frozenset(MESSAGE_FIELDS - {"raw"})
+
+
+def submit(client: Client, messages: Sequence[Mapping[str, object]], *, show: bool) -> dict[str | None, str]:
+    """Submit some messages; return the reasons of those that were refused, by id.
+
+    Raises CommandFailed when none of them was even judged.
+    """
+    answer = client.ask("POST", "/commands/add-messages", {"messages": messages})
+    if answer.status == 413 and len(messages) > 1:  # the daemon wants smaller batches
+        half = len(messages) // 2
+        return submit(client, messages[:half], show=show) | submit(client, messages[half:], show=show)
+    fields = answer.fields(client.url)
+    if show:
+        _put_out(answer)
+    if "rejected" not in fields:
+        client.granted(answer)
+    return {entry["id"]: entry["reason"] for entry in fields["rejected"]}
+
+
+def send(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Submit what the options describe, an .eml file, or the rows of a CSV file."""
+    written = (args.subject, args.body, args.html, args.attach or None)
+    if args.csv and (args.file or args.id):
+        raise UsageMistake("--csv goes with neither an .eml file nor --id; ids may be a column of it")
+    if args.file and any(given is not None for given in written):
+        raise UsageMistake("an .eml file is sent as it is: no --subject, --body, --html, --attach beside it")
+    client = Client(find_daemon(args, environ))
+    if args.csv:
+        return Mailing(client, args.csv, _fields_given(args), show_answers=args.json).send()
+    fields = {**(_eml_fields(args.file) if args.file else {}), **_fields_given(args)}
+    id_ = fields["id"] = args.id or f"send-{secrets.token_hex(12)}"
+    refusal = "; ".join(submit(client, [fields], show=args.json).values())
+    if refusal and refusal not in THROUGH_BEFORE:
+        raise CommandFailed(f"the message was refused: {refusal}")
+    _say(args, [f"{id_}: {refusal or 'queued'}"])
     return 0
 
 
-def list_messages(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    filters = {
-        "active_only": "true" if args.active_only else None,
-        "status": args.status,
+def _fields_given(args: argparse.Namespace) -> dict[str, object]:
+    """The fields of a message that stand on the command line. Blocking: reads files, maybe stdin."""
+    given: dict[str, object] = {
+        "from": args.sender,
+        "to": args.to,
+        "cc": args.cc,
+        "bcc": args.bcc,
+        "subject": args.subject,
+        "body": sys.stdin.read() if args.body == "-" else args.body,
+        "html": args.html,
+        "attachments": [_attached_file(path) for path in args.attach] or None,
         "account_id": args.account,
-        "batch_code": args.batch,
-        "limit": args.limit,
-        "after": args.after,
+        "priority": args.priority,
     }
-    given = {name: value for name, value in filters.items() if value is not None}
-    answer = _asked(args, environ, "GET", f"/messages?{urllib.parse.urlencode(given)}")
-    rows = [_message_row(record, time.time()) for record in answer["messages"]]
-    _say(args, table(MESSAGE_COLUMNS, rows, output_width()) if rows else ["no messages"])
-    if answer["next"] and not args.json:
-        print(f"There are more: --after {answer['next']} shows the next ones.", file=sys.stderr)
-    return 0
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def show_message(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    answer = _asked(args, environ, "GET", f"/message/{urllib.parse.quote(args.id, safe='')}")
-    _say(args, _message_lines(answer, time.time(), output_width()))
-    return 0
+def _attached_file(path: str) -> dict[str, str]:
+    return {"filename": os.path.basename(path), "content": base64.b64encode(_file_content(path)).decode()}
 
 
-def list_accounts(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    rows = [_account_row(account) for account in _asked(args, environ, "GET", "/accounts")["accounts"]]
-    _say(args, table(ACCOUNT_COLUMNS, rows, output_width()) if rows else ["no accounts"])
-    return 0
-
-
-def run_now(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    _asked(args, environ, "POST", "/commands/run-now", {})
-    _say(args, ["dispatch and reporting are awake"])
-    return 0
-
-
-def suspend(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    _asked(args, environ, "POST", _switch_path(args.account, "suspend"), {})
-    what = f"delivery of account {args.account}" if args.account else "delivery"
-    _say(args, [f"{what} is suspended; submission and reports go on"])
-    return 0
-
-
-def activate(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    _asked(args, environ, "POST", _switch_path(args.account, "activate"), {})
-    what = f"delivery of account {args.account}" if args.account else "delivery"
-    _say(args, [f"{what} is active"])
-    return 0
-
-
-def _switch_path(account_id: str | None, switch: str) -> str:
-    if account_id is None:
-        return f"/commands/{switch}"
-    return f"/account/{urllib.parse.quote(account_id, safe='')}/{switch}"
-
-
-def retry_messages(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    answer = _asked(args, environ, "POST", "/commands/retry-messages", {"ids": args.ids})
-    _say(args, [f"{answer['queued']} queued anew"])
-    return _complain_of({"not found": answer["not_found"], "not failed": answer["not_failed"]})
-
-
-def delete_messages(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    answer = _asked(args, environ, "POST", "/commands/delete-messages", {"ids": args.ids})
-    _say(args, [f"{answer['removed']} removed"])
-    return _complain_of({"not found": answer["not_found"], "in delivery just now": answer["in_delivery"]})
-
-
-def _complain_of(left_out: Mapping[str, Sequence[str]]) -> int:
-    """Name the messages a command left alone, by why; the exit status that follows."""
-    reasons = [f"{why}: {', '.join(ids)}" for why, ids in left_out.items() if ids]
-    if reasons:
-        complain("; ".join(reasons))
-    return 1 if reasons else 0
-
-
-# --- serve and check -----------------------------------------------------
-
-
-def _overrides(args: argparse.Namespace) -> dict[str, str]:
-    """The settings that stand on the command line, by "section.key"."""
-    overrides = {}
-    for assignment in args.set:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise ConfigurationError(f"--set {name}: write SECTION.KEY=VALUE, such as server.port=8000")
-        overrides[name.strip()] = text
-    named = {"server.host": args.host, "server.port": args.port, "storage.db_path": args.db}
-    return overrides | {name: text for name, text in named.items() if text is not None}
-
-
-def serve(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    """The daemon, until a signal."""
-    overrides = _overrides(args)
-
-    def reload() -> Settings:
-        return load_settings(args.config, environ, overrides)
-
-    settings = reload()
-    journal = stderr_is_journal(environ)
-    configure_logging(settings.logging.level, settings.logging.format, journal=journal)
+def _file_content(path: str) -> bytes:
+    """Blocking. Raises CommandFailed."""
     try:
-        return asyncio.run(Daemon(settings, environ, reload=reload).run())
-    except MailproxyError:
-        raise
-    except Exception as error:  # the log is where a daemon tells of its own mistakes
-        log_uncaught(type(error), error, error.__traceback__)
-        return 1
+        return pathlib.Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise CommandFailed(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
 
 
-def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    """What serve would start with; or what is wrong, and 2."""
-    settings = load_settings(args.config, environ, _overrides(args))
-    accounts = configured_accounts(settings)
-    rows = [(f"{section}.{key}", value, origin) for section, key, value, origin in describe(settings)]
-    print(
-        f"configuration: {settings.source or 'no config.ini; defaults, environment and command line alone'}\n"
-    )
-    print("\n".join(table(("SETTING", "VALUE", "FROM"), rows, output_width())))
-    for warning in settings.warnings:
-        complain(f"warning: {warning}")
-    problems = [*_start_problems(settings), *_account_problems(accounts, environ)]
-    for problem in problems:
-        complain(problem)
-    print("\nThis is not right yet." if problems else f"\nAll right: {_accounts_in_words(accounts)}.")
-    return 2 if problems else 0
+def _eml_fields(path: str) -> dict[str, object]:
+    """A complete message, and the envelope that its headers name."""
+    draft = Draft.of(_file_content(path))
+    senders = draft.addresses("from")
+    fields: dict[str, object] = {"raw": base64.b64encode(draft.content()).decode(), "to": draft.recipients()}
+    return {**fields, "from": senders[0]} if senders else fields
 
 
-def _accounts_in_words(accounts: Sequence[Account]) -> str:
-    named = ", ".join(f"{a.id} ({a.host}:{a.port})" for a in accounts)
-    return f"mail goes out through {named}" if named else "no account is configured, they come over HTTP"
+class Mailing:
+    """Many messages out of one CSV file. What went out in an earlier run does not go out again:
+    a row without an id has one that follows from what it says."""
 
+    def __init__(self, client: Client, path: str, common: Mapping[str, Any], *, show_answers: bool) -> None:
+        self._client = client
+        self._path = path
+        self._common = common  # what the rows do not say themselves
+        self._show_answers = show_answers
+        self._ids: set[str] = set()
+        self._lines: dict[str, int] = {}  # of the present batch, by id
+        self._refused = self._before = 0
 
-def _start_problems(settings: Settings) -> Iterator[str]:
-    """What would stop the start although every setting is well written."""
-    folder = os.path.dirname(os.path.abspath(settings.storage.db_path))
-    if not os.path.isdir(folder):
-        yield f"[storage] db_path: the folder {folder} does not exist"
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        yield f"[storage] db_path: the folder {folder} cannot be written by this user"
-    try:
-        server_tls_context(settings.server)
-    except ConfigurationError as error:
-        yield str(error)
+    def send(self) -> int:
+        """Submit all rows; 1 when some were refused. Raises UsageMistake, CommandFailed."""
+        rows = csv_rows(self._path, known_anyway=self._common)
+        self._progress = Progress(0 if self._show_answers else len(rows))
+        done = 0
+        try:
+            for batch in batches(self._judged(rows)):
+                self._submit(batch)
+                done += len(batch)
+                self._progress.show(done + self._refused)
+        except CommandFailed as error:
+            hint = f"{done} of {len(rows)} are through; run it again, and nothing is sent twice"
+            raise CommandFailed(f"{error}; {hint}") from None
+        finally:
+            self._progress.clear()
+        if not self._show_answers:
+            queued = len(rows) - self._before - self._refused
+            print(
+                f"{len(rows)} messages: {queued} queued, {self._before} sent before, {self._refused} refused"
+            )
+        return 1 if self._refused else 0
 
-
-def _account_problems(accounts: Iterable[Account], environ: Mapping[str, str]) -> Iterator[str]:
-    """What would make accounts cool down. Looks at no server."""
-    for account in accounts:
-        of_oauth2 = (account.oauth2.client_secret, account.oauth2.refresh_token) if account.oauth2 else ()
-        for secret in filter(None, (account.password, *of_oauth2)):
+    def _judged(self, rows: Iterable[tuple[int, Mapping[str, str | None]]]) -> Iterator[dict[str, Any]]:
+        """The messages of the rows that can be submitted. Blocking: reads attachments."""
+        for line, row in rows:
             try:
-                reveal(secret, environ)
-            except SecretUnavailable as error:
-                yield f"account {account.id} cannot log in: {error}"
+                yield self._message(line, row)
+            except (Rejected, CommandFailed) as error:
+                self._refuse(f"line {line}", str(error))
+
+    def _message(self, line: int, row: Mapping[str, str | None]) -> dict[str, Any]:
+        own = csv_fields(row)
+        attachments = [*self._common.get("attachments", ()), *own.get("attachments", ())]
+        message = {**self._common, **own, **({"attachments": attachments} if attachments else {})}
+        id_ = message["id"] = (
+            self._new_id(message) if "id" not in message else _client_label(message["id"], "id")
+        )
+        if id_ in self._ids:
+            raise Rejected(f"duplicate id in this file: {id_}")
+        self._ids.add(id_)
+        self._lines[id_] = line
+        return message
+
+    def _new_id(self, message: Mapping[str, object]) -> str:
+        """An id that the same row has again in the next run; a row that is there twice has two."""
+        content = {name: value for name, value in message.items() if name not in NOT_THE_CONTENT}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+        numbers = itertools.count(2)
+        id_ = f"csv-{digest}"
+        while id_ in self._ids:
+            id_ = f"csv-{digest}-{next(numbers)}"
+        return id_
+
+    def _submit(self, batch: Sequence[Mapping[str, object]]) -> None:
+        for id_, reason in submit(self._client, batch, show=self._show_answers).items():
+            if reason in THROUGH_BEFORE:
+                self._before += 1
+            else:
+                self._refuse(f"line {self._lines.get(id_ or '', '?')}, {id_}", reason)
+        self._lines = {id_: line for id_, line in self._lines.items() if id_ not in {m["id"] for m in batch}}
+
+    def _refuse(self, which: str, reason: str) -> None:
+        self._refused += 1
+        self._progress.clear()
+        complain(f"{self._path} {which}: {reason}")
 
 
-# --- demo ----------------------------------------------------------------
+def csv_rows(path: str, *, known_anyway: Container[str]) -> list[tuple[int, dict[str, str | None]]]:
+    """The rows of a CSV file by column, each with its line. Blocking. Raises UsageMistake, CommandFailed."""
+    try:
+        text = _file_content(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise CommandFailed(f"{path} is not UTF-8 text: save it in that encoding") from None
+    head = text.partition("\n")[0]
+    csv.field_size_limit(LONGEST_CELL)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    try:
+        columns = [name.strip().lower() for name in next(reader, [])]
+        _must_be_columns(path, columns, known_anyway)
+        rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise CommandFailed(f"{path} line {reader.line_num} is not CSV: {error}") from None
+    return [(line, dict(itertools.zip_longest(columns, row))) for line, row in rows]
+
+
+def _must_be_columns(path: str, columns: Sequence[str], known_anyway: Container[str]) -> None:
+    """Every column means a field of a message, once; and what every message needs is there."""
+    for name in columns:
+        if name not in COLUMNS:
+            raise UsageMistake(f'{path}: unknown column "{name}"{_nearest(name, sorted(COLUMNS))}')
+        if columns.count(name) > 1:
+            raise UsageMistake(f"{path}: the column {name} is there twice")
+    for name in ("from", "to", "subject"):
+        if name not in columns and name not in known_anyway:
+            raise UsageMistake(f"{path}: no column {name}, and no --{name} for all rows")
+
+
+def csv_fields(row: Mapping[str, str | None]) -> dict[str, Any]:
+    """The fields that the cells of a row mean; an empty cell is left out, but for an empty subject.
+
+    Attachments are names of files with commas between, or JSON. Raises Rejected, CommandFailed.
+    """
+    if None in row:
+        raise Rejected("more cells than columns")
+    fields: dict[str, Any] = {
+        name: cell for name, cell in row.items() if cell or (name == "subject" and cell == "")
+    }
+    for name in ("deferred_ts", "expires_ts"):
+        if fields.get(name, "").isdecimal():
+            fields[name] = int(fields[name])
+    if "headers" in fields:
+        fields["headers"] = _json_cell(fields["headers"], "headers")
+    given = fields.get("attachments", "").strip()
+    if given.startswith("["):
+        fields["attachments"] = _json_cell(given, "attachments")
+    elif given:
+        fields["attachments"] = [_attached_file(path.strip()) for path in given.split(",")]
+    return fields
+
+
+def _json_cell(text: str, field: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise Rejected(f"invalid {field}: is not JSON") from None
+
+
+def batches(messages: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    """Messages in portions that a daemon takes at once."""
+    batch: list[Mapping[str, Any]] = []
+    size = 0
+    for message in messages:
+        own_size = len(json.dumps(message))
+        if batch and (len(batch) == BATCH_MESSAGES or size + own_size > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(message)
+        size += own_size
+    if batch:
+        yield batch
+
+
+class Progress:
+    """How far a long sending is: a bar in a terminal, a line for each tenth elsewhere; of none: silent."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._bar = is_terminal(sys.stdout)
+        self._tenth = 0
+
+    def show(self, done: int) -> None:
+        tenth = done * 10 // self._total if self._total else 0
+        if self._bar and self._total:
+            filled = "#" * (done * 40 // self._total)
+            print(f"\r[{filled:<40}] {done} of {self._total}", end="", flush=True)
+        elif tenth > self._tenth:
+            print(f"{done} of {self._total}", flush=True)
+        self._tenth = tenth
+
+    def clear(self) -> None:
+        """Make room for other words."""
+        if self._bar and self._total:
+            print("\r\x1b[K", end="", flush=True)
+
+
+# --- sendmail ------------------------------------------------------------
+
+WITH_VALUE = "ABCDFLMNOPRVXbefhopr"  # the options of sendmail(8) that take one, attached or as the next word
+ATTACHED_ALONE = "dq"  # what follows them in the same word is theirs
+QUALIFIED_HEADERS = frozenset((b"from", b"sender", b"reply-to", b"to", b"cc", b"bcc"))
+_NOBODY = re.compile(r"([^<>@:;]*:\s*;)?")  # nothing, or an empty group (RFC 5322 3.4)
+_MBOX_LINE = re.compile(rb"\A>?From [^\n]*\n")
+
+
+class Unsendable(CommandFailed):
+    """sendmail cannot take this message; `status` is an exit status of sysexits.h."""
+
+    def __init__(self, sentence: str, status: int) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class SendmailCall(NamedTuple):
+    """What one call of sendmail asks for."""
+
+    recipients: tuple[str, ...]
+    sender: str | None  # "" is the null sender
+    full_name: str
+    recipients_in_header: bool
+    dot_ends: bool
+
+
+def sendmail(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Queue a message from standard input through the daemon; the exit status is one of sysexits.h."""
+    try:
+        call = sendmail_call(args.words)
+        daemon = find_daemon(argparse.Namespace(url=None, token=None, config=None), environ)
+        fields = sendmail_fields(call, _piped_mail(call), login_name(), host_name())
+        refused = submit(Client(daemon), [fields], show=False)
+    except Unsendable as error:
+        return _cannot_send(error, error.status)
+    except ConfigurationError as error:
+        return _cannot_send(error, os.EX_CONFIG)
+    except RefusedByDaemon as error:
+        return _cannot_send(error, _status_of_refusal(error.http_status))
+    except CommandFailed as error:
+        return _cannot_send(error, os.EX_TEMPFAIL)
+    for reason in refused.values():
+        return _cannot_send(f"the message was refused: {reason}", _status_of_reason(reason))
+    return os.EX_OK
+
+
+def _cannot_send(why: object, status: int) -> int:
+    complain(why)
+    return status
+
+
+def _status_of_refusal(http_status: int) -> int:
+    if http_status == 401:
+        return os.EX_NOPERM
+    return os.EX_TEMPFAIL if http_status in (408, 429) or http_status >= 500 else os.EX_UNAVAILABLE
+
+
+def _status_of_reason(reason: str) -> int:
+    if reason.startswith(("invalid to", "missing to")):
+        return os.EX_NOUSER
+    ours = reason.startswith(("account not found", "missing account configuration"))
+    return os.EX_CONFIG if ours else os.EX_DATAERR
+
+
+def sendmail_call(words: Sequence[str]) -> SendmailCall:
+    """The options of sendmail(8), in any order with the recipients; those that mean nothing here pass.
+
+    Raises Unsendable.
+    """
+    recipients: list[str] = []
+    options: dict[str, str] = {}
+    left = collections.deque(words)
+    while left:
+        word = left.popleft()
+        if word == "--":
+            recipients += left
+            break
+        if word.startswith("-") and word != "-":
+            options |= _sendmail_options(word, left)
+        else:
+            recipients.append(word)
+    if options.get("b", "m") != "m":
+        raise Unsendable(
+            f"-b{options['b']} is not for a client: `mailproxy --help` shows the commands", os.EX_USAGE
+        )
+    if not recipients and "t" not in options:
+        raise Unsendable("no recipient: name one on the command line, or use -t", os.EX_USAGE)
+    sender = options.get("f", options.get("r"))
+    return SendmailCall(
+        recipients=tuple(recipients),
+        sender=None if sender is None else _bare_address(sender),
+        full_name=options.get("F", ""),
+        recipients_in_header="t" in options,
+        dot_ends="i" not in options and "oi" not in options,
+    )
+
+
+def _sendmail_options(word: str, left: collections.deque[str]) -> dict[str, str]:
+    """The options of one word, by letter; -o options also by both letters."""
+    options: dict[str, str] = {}
+    letters = "" if word.startswith("--") else word[1:]
+    while letters:
+        letter, letters = letters[0], letters[1:]
+        value = ""
+        if letter in WITH_VALUE and not letters and not left:
+            raise Unsendable(f"-{letter} needs a value", os.EX_USAGE)
+        if letter in WITH_VALUE + ATTACHED_ALONE:
+            value, letters = letters, ""
+        if letter in WITH_VALUE:
+            value = value or left.popleft()
+        options[f"o{value}" if letter == "o" else letter] = value
+    return options
+
+
+def _piped_mail(call: SendmailCall) -> bytes:
+    """Standard input up to its end, or up to a line that is a dot alone. Blocking."""
+    try:
+        with open(0, "rb", closefd=False) as stdin:
+            if not call.dot_ends:
+                return stdin.read()
+            lines: Iterator[bytes] = itertools.takewhile(_is_no_dot, stdin)
+            return b"".join(lines)
+    except OSError as error:
+        raise Unsendable(f"the message cannot be read: {error.strerror}", os.EX_OSERR) from None
+
+
+def _is_no_dot(line: bytes) -> bool:
+    return line.rstrip(b"\r\n") != b"."
+
+
+def sendmail_fields(call: SendmailCall, content: bytes, login: str, host: str) -> dict[str, object]:
+    """The submission that a call of sendmail means: raw, its header complete. Raises Unsendable."""
+    draft = Draft.of(content)
+    in_header = draft.recipients() if call.recipients_in_header else []
+    recipients = [address for word in call.recipients for address in _addresses_in(word) or (word,)]
+    if not recipients and not in_header:
+        raise Unsendable("no recipient in the header of the message", os.EX_USAGE)
+    draft = draft.qualified(host)
+    author = Mailbox(call.full_name, qualified_address(call.sender or login, host))
+    authors = draft.addresses("from")
+    if not authors:
+        draft = draft.with_author(author)
+    fields: dict[str, object] = {
+        "id": f"sendmail-{secrets.token_hex(12)}",
+        "from": author.address if call.sender or not authors else authors[0],
+        "to": [qualified_address(address, host) for address in (*recipients, *in_header)],
+        "raw": base64.b64encode(draft.content()).decode(),
+    }
+    return {**fields, "return_path": "<>"} if call.sender == "" else fields
+
+
+class Draft(NamedTuple):
+    """A message as somebody wrote it: its header may lack something, or be missing altogether."""
+
+    header: tuple[bytes, ...]  # fields, folded as they are
+    body: bytes
+
+    @classmethod
+    def of(cls, content: bytes) -> Draft:
+        """The header is what looks like one; the body begins at a blank line, or where it ends."""
+        content = _MBOX_LINE.sub(b"", content)
+        end = 0
+        for line in io.BytesIO(content):
+            if not HEADER_FIELD.match(line) and not (end and line[:1] in (b" ", b"\t")):
+                break
+            end += len(line)
+        header = tuple(split_raw(content[:end])[0]) if end else ()
+        return cls(header, re.sub(rb"\A\r?\n", b"", content[end:]))
+
+    def content(self) -> bytes:
+        return b"\r\n".join([*self.header, b"", self.body])
+
+    def addresses(self, *names: str) -> list[str]:
+        """The bare addresses in header fields of these names, each once. Raises Unsendable."""
+        found: dict[str, None] = {}
+        for line in self.header:
+            if field_name(line).decode() in names:
+                found |= dict.fromkeys(_addresses_of_field(line))
+        return list(found)
+
+    def recipients(self) -> list[str]:
+        """Whom the header names; of a message that was resent (RFC 5322 3.6.6) the new ones alone."""
+        resent = self.addresses("resent-to", "resent-cc", "resent-bcc")
+        return resent or self.addresses("to", "cc", "bcc")
+
+    def qualified(self, host: str) -> Draft:
+        """The same, bare local names in its address fields completed."""
+        return self._replace(header=tuple(_qualified_field(field, host) for field in self.header))
+
+    def with_author(self, author: Mailbox) -> Draft:
+        others = (field for field in self.header if field_name(field) != b"from")
+        return self._replace(header=(_address_header("From", (author,)).encode(), *others))
+
+
+def _addresses_of_field(field: bytes) -> list[str]:
+    """The addresses of a header field, maybe of an empty group. Raises Unsendable rather than drop one."""
+    text = _field_text(field)
+    addresses = _addresses_in(text)
+    if not addresses and not _NOBODY.fullmatch(text):
+        raise Unsendable(f"the header has no addresses as mail knows them: {text[:200]}", os.EX_DATAERR)
+    return addresses
+
+
+def _addresses_in(text: str) -> list[str]:
+    return [address for _, address in email.utils.getaddresses([text]) if address]
+
+
+def _field_text(field: bytes) -> str:
+    """What a header field says, unfolded."""
+    return re.sub(r"\r\n(?=[ \t])", "", field.partition(b":")[2].decode("utf-8", "replace")).strip()
+
+
+def _qualified_field(field: bytes, host: str) -> bytes:
+    mailboxes = email.utils.getaddresses([_field_text(field)])
+    if field_name(field) not in QUALIFIED_HEADERS or all("@" in address for _, address in mailboxes):
+        return field
+    complete = [
+        Mailbox(_decoded(name, "header"), qualified_address(address, host))
+        for name, address in mailboxes
+        if address
+    ]
+    return _address_header(field.partition(b":")[0].decode(), complete).encode() if complete else field
+
+
+def qualified_address(address: str, host: str) -> str:
+    return address if "@" in address else f"{address}@{host}"
+
+
+def _bare_address(text: str) -> str:
+    """The address of -f, which may stand in angle brackets or beside a name; "" for <>."""
+    return email.utils.parseaddr(text)[1] or text.strip().strip("<>")
+
+
+def login_name() -> str:
+    """Who runs this process."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return "nobody"
+
+
+def host_name() -> str:
+    """The name of this host, with its domain where that is known. Blocking: may ask the name service."""
+    name = socket.gethostname()
+    full_name = name if "." in name else socket.getfqdn(name)
+    if not full_name.startswith(f"{name}."):
+        full_name = name
+    return full_name if _DOMAIN.fullmatch(full_name) else "localhost"
+
+
+# ======================================================================
+# DEMO - the whole thing on loopback, with nothing configured
+# ======================================================================
+#
+# An application, the daemon and a mail server in one process, over real sockets; what
+# passes between them is shown as it happens. Nothing leaves the machine, or stays on it.
 
 DEMO_PATIENCE_S = 15.0
 DEMO_AHEAD_S = 3  # of the scheduled message
@@ -11485,9 +11756,6 @@ It all happens on this machine; a temporary folder holds the queue and goes away
   mailproxy  the daemon, queue on disk           {daemon}
   smtp       a small mail server                 {smtp}
 """
-COLOURS: Mapping[str, str] = MappingProxyType(
-    {"2": "32", "s": "32", "4": "33", "d": "33", "5": "31", "e": "31"}
-)
 
 
 class Passage(NamedTuple):
@@ -11838,13 +12106,8 @@ class Demo:
 
     def _line(self, passage: Passage) -> str:
         way = f"{passage.who:<9} -> {passage.whom:<9}"
-        what = self._paint(passage.what, passage.what.removeprefix("report: ")[:1])
+        what = paint(passage.what, passage.what.removeprefix("report: "), coloured=self._coloured)
         return f"{passage.at_s:6.2f}s  {way}  {f'{passage.id:<12}' if passage.id else ''}{what}"
-
-    def _paint(self, text: str, kind: str) -> str:
-        """Green, yellow or red, by the first letter of a reply or a status."""
-        colour = COLOURS.get(kind) if self._coloured else None
-        return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
 
     async def _sum_up(self) -> None:
         """The table at the end. Raises CommandFailed when it is not the expected one."""
@@ -11856,12 +12119,9 @@ class Demo:
                 str(word) for word in (last["code"], last["enhanced_code"], last["text"]) if word
             )
             rows.append((id_, story["message"]["status"], story["message"]["attempts"], reply))
-        header, *lines = table(("MESSAGE", "STATUS", "ATTEMPTS", "WHAT THE SERVER SAID"), rows)
-        print(
-            "\n".join(
-                ["", header, *(self._paint(line, row[1][0]) for line, row in zip(lines, rows, strict=True))]
-            )
-        )
+        lines = table(("MESSAGE", "STATUS", "ATTEMPTS", "WHAT THE SERVER SAID"), rows)
+        statuses = [row[1] for row in rows]
+        print("\n".join(["", *painted_table(lines, statuses, coloured=self._coloured)]))
         wrong = [
             f"{id_} ended as {self._outcomes[id_]}"
             for id_, end in DEMO_OUTCOMES.items()
@@ -11886,10 +12146,552 @@ def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Five messages through a daemon of their own."""
     os.environ["no_proxy"] = "*"  # urllib reads it there; nothing here leaves the machine
     configure_logging("error", "text")
-    in_terminal = isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty()
-    coloured = in_terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # tidies up just as well
     with tempfile.TemporaryDirectory(prefix="mailproxy-demo-") as folder:
-        return asyncio.run(Demo(folder, coloured=coloured).run())
+        return asyncio.run(Demo(folder, coloured=wants_colours(environ)).run())
+
+
+# ======================================================================
+# COMMAND LINE - the commands, and the table that argparse, help and tests are made of
+# ======================================================================
+#
+# One row of COMMANDS for each command. Exit status: 0 done, 1 failed, 2 usage or
+# configuration (sendmail has those of sysexits); what went wrong is one sentence on
+# stderr, never a traceback. serve, demo, check and backup stand on their own; all
+# other commands speak HTTP to a running daemon, as anybody could.
+
+LISTED_MESSAGES = 50  # by `messages` without --limit
+FOLLOWED_MESSAGES = 500  # the newest ones, at least, are watched by `messages --follow`
+FOLLOW_PAUSE_S = 1.0
+INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
+NOBODY_READS = 141  # 128 and SIGPIPE
+
+# --- what the daemon answers, for people ---------------------------------
+
+
+def _status_lines(status: Mapping[str, Any], now: float, width: int) -> list[str]:
+    oldest = relative(status["oldest_pending_ts"], now)
+    facts = (
+        ("delivery", "active" if status["active"] else "suspended; `mailproxy activate` goes on"),
+        ("pending", f"{status['pending']}{f', the oldest accepted {oldest}' if oldest else ''}"),
+        ("deferred", status["deferred"]),
+        ("in delivery", status["in_delivery"]),
+        ("unreported", status["unreported"]),
+        ("version", status["version"]),
+    )
+    lines = [f"{name:<12} {value}" for name, value in facts]
+    accounts = [
+        (id_, a["state"], a.get("pending"), a["connections"], _why_standing(a, now))
+        for id_, a in status["accounts"].items()
+    ]
+    if not accounts:
+        return [*lines, "", "There is no account yet: [smtp] in config.ini, or POST /account."]
+    return [*lines, "", *table(("ACCOUNT", "STATE", "PENDING", "CONNECTIONS", "WHY"), accounts, width)]
+
+
+def _why_standing(account: Mapping[str, Any], now: float) -> str:
+    until = f"until {relative(account['until'], now)}" if account["until"] else ""
+    return ", ".join(word for word in (account["reason"], until) if word)
+
+
+def _listed(given: object) -> list[str]:
+    """Recipients as they were submitted: a list, or one string with commas."""
+    listed = given if isinstance(given, list) else str(given).split(",") if given else []
+    return [str(address).strip() for address in listed]
+
+
+def _message_row(record: Mapping[str, Any], now: float) -> tuple[object, ...]:
+    payload = record["message"]
+    recipients = [address for key in ("to", "cc", "bcc") for address in _listed(payload.get(key))]
+    more = f" +{len(recipients) - 1}" if len(recipients) > 1 else ""
+    return (
+        record["id"],
+        record["status"],
+        record["account_id"],
+        "".join(recipients[:1]) + more,
+        payload.get("subject", "(raw)"),
+        record["attempts"],
+        relative(record["created_at"], now),
+        _why_waiting(record, now),
+    )
+
+
+def _why_waiting(record: Mapping[str, Any], now: float) -> str:
+    """What a person asks next of a message in a list: when it goes on, and why it did not."""
+    due = f"due {relative(record['deferred_ts'], now)}" if record["status"] == Status.DEFERRED else ""
+    return ": ".join(word for word in (due, record["error"]) if word)
+
+
+MESSAGE_COLUMNS = ("ID", "STATUS", "ACCOUNT", "TO", "SUBJECT", "ATTEMPTS", "ACCEPTED", "REMARK")
+
+
+def _message_lines(answer: Mapping[str, Any], now: float, width: int) -> list[str]:
+    """One message: its facts, and the timeline of its attempts."""
+    record, payload = answer["message"], answer["message"]["message"]
+    facts = [
+        ("id", record["id"]),
+        ("status", record["status"]),
+        ("account", record["account_id"]),
+        ("from", payload.get("from")),
+        *((key, ", ".join(_listed(payload.get(key)))) for key in ("to", "cc", "bcc")),
+        ("subject", payload.get("subject")),
+        ("batch", record["batch_code"]),
+        ("priority", record["priority"]),
+        ("accepted", local_time(record["created_at"], now)),
+        ("due", local_time(record["deferred_ts"], now) if record["status"] == Status.DEFERRED else None),
+        ("sent", local_time(record["sent_ts"], now)),
+        ("given up", local_time(record["error_ts"], now)),
+        ("reported", local_time(record["reported_ts"], now)),
+        ("error", record["error"]),
+        *(
+            (f"  {to}", f"{o['status']}: {o['code']} {o['text']}")
+            for to, o in (record.get("recipients") or {}).items()
+        ),
+    ]
+    shown = [(name, _escaped(str(value))) for name, value in facts if value not in (None, "")]
+    left = max(len(name) for name, _ in shown)
+    lines = [f"{name:<{left}}  {value}" for name, value in shown]
+    if not answer["attempts"]:
+        return [*lines, "", "No attempt yet."]
+    columns = ("ATTEMPT", "WHEN", "TOOK", "OUTCOME", "STAGE", "REPLY")
+    return [
+        *lines,
+        "",
+        *table(columns, map(_attempt_row, *zip(*enumerate(answer["attempts"], 1), strict=True)), width),
+    ]
+
+
+def _attempt_row(number: int, attempt: Mapping[str, Any]) -> tuple[object, ...]:
+    reply = (attempt["code"], attempt["enhanced_code"], attempt["text"])
+    return (
+        number,
+        time.strftime(CLOCK, time.localtime(attempt["started_at"])),
+        f"{attempt['ended_at'] - attempt['started_at']:.2f} s",
+        attempt["outcome"],
+        attempt["stage"],
+        " ".join(str(word) for word in reply if word),
+    )
+
+
+ACCOUNT_COLUMNS = ("ID", "SERVER", "USER", "TLS", "CONNECTIONS", "LIMITS", "FROM")
+
+
+def _account_row(account: Mapping[str, Any]) -> tuple[object, ...]:
+    tls = "implicit" if account["implicit_tls"] else f"starttls {account['start_tls']}"
+    limits = [
+        f"{account[f'limit_per_{unit}']}/{unit}"
+        for unit in ("minute", "hour", "day")
+        if account[f"limit_per_{unit}"] is not None
+    ]
+    return (
+        account["id"],
+        f"{account['host']}:{account['port']}",
+        account["user"],
+        tls,
+        account["max_connections"],
+        " ".join(limits),
+        "config.ini" if account["source"] == "config" else account["source"],
+    )
+
+
+# --- the commands that talk to a daemon ----------------------------------
+
+
+def _settled(client: Client, args: argparse.Namespace, answer: DaemonAnswer) -> dict[str, Any]:
+    """The fields of an answer, which --json has shown by now. Raises RefusedByDaemon."""
+    answer.fields(client.url)
+    if args.json:
+        _put_out(answer)
+    return client.granted(answer)
+
+
+def _asked(
+    args: argparse.Namespace,
+    environ: Mapping[str, str],
+    method: str,
+    path: str,
+    body: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
+    """Ask the daemon once. Raises CommandFailed when it is not there, or refuses."""
+    client = Client(find_daemon(args, environ))
+    return _settled(client, args, client.ask(method, path, body))
+
+
+def show_status(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    status = _asked(args, environ, "GET", "/status")
+    _say(args, _status_lines(status, time.time(), output_width()))
+    return 0
+
+
+def list_messages(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    filters = {
+        "active_only": "true" if args.active_only else None,
+        "status": args.status,
+        "account_id": args.account,
+        "batch_code": args.batch,
+        "limit": args.limit,
+        "after": args.after,
+    }
+    given = {name: value for name, value in filters.items() if value is not None}
+    if args.follow:
+        return follow_messages(Client(find_daemon(args, environ)), args, given, wants_colours(environ))
+    answer = _asked(args, environ, "GET", f"/messages?{urllib.parse.urlencode(given)}")
+    rows = [_message_row(record, time.time()) for record in answer["messages"]]
+    lines = table(MESSAGE_COLUMNS, rows, output_width())
+    kinds = [record["status"] for record in answer["messages"]]
+    _say(args, painted_table(lines, kinds, coloured=wants_colours(environ)) if rows else ["no messages"])
+    if answer["next"] and not args.json:
+        print(f"There are more: --after {answer['next']} shows the next ones.", file=sys.stderr)
+    return 0
+
+
+def follow_messages(
+    client: Client, args: argparse.Namespace, filters: Mapping[str, object], coloured: bool
+) -> NoReturn:
+    """The last messages of a list, then each one that is new or has changed, until Ctrl-C."""
+    cursor = args.after or str(max(0, _end_of_queue(client) - FOLLOWED_MESSAGES))
+    known: dict[str, object] = {}
+    records, cursor = _listed_after(client, filters, cursor)
+    news = records[-args.limit :]
+    while True:
+        for record in news:
+            line = json.dumps(record, ensure_ascii=False) if args.json else _news_line(record, output_width())
+            print(line if args.json else paint(line, record["status"], coloured=coloured))
+        sys.stdout.flush()
+        known = {record["id"]: _what_may_change(record) for record in records}
+        time.sleep(FOLLOW_PAUSE_S)
+        records, cursor = _listed_after(client, filters, cursor)
+        news = [record for record in records if known.get(record["id"]) != _what_may_change(record)]
+
+
+def _end_of_queue(client: Client) -> int:
+    """The cursor behind which nothing lies: a cursor counts what was ever accepted."""
+
+    def is_end(cursor: int) -> bool:
+        return not client.granted(client.ask("GET", f"/messages?limit=1&after={cursor}"))["messages"]
+
+    return bisect.bisect_left(range(2**53), True, hi=2**53 - 1, key=is_end)
+
+
+def _listed_after(
+    client: Client, filters: Mapping[str, object], cursor: str
+) -> tuple[list[dict[str, Any]], str]:
+    """All messages after a cursor, and the cursor to look from the next time: a page is always in view."""
+    records: list[dict[str, Any]] = []
+    cursors = [cursor]
+    while True:
+        query = urllib.parse.urlencode({**filters, "limit": FOLLOWED_MESSAGES, "after": cursors[-1]})
+        page = client.granted(client.ask("GET", f"/messages?{query}"))
+        records += page["messages"]
+        if not page["next"]:
+            return records, cursors[-2:][0]
+        cursors.append(page["next"])
+
+
+def _what_may_change(record: Mapping[str, Any]) -> tuple[object, ...]:
+    return tuple(record[key] for key in ("created_at", "status", "attempts", "deferred_ts", "error"))
+
+
+def _news_line(record: Mapping[str, Any], width: int) -> str:
+    """One state of a message, as it is told while one watches."""
+    id_, status, account, to, subject, _, _, remark = _message_row(record, time.time())
+    cells = (f"{id_!s:<24}", account, to, f'"{subject}"', remark)
+    line = "  ".join(_escaped(str(cell)) for cell in cells if cell)
+    line = f"{time.strftime('%H:%M:%S')}  {status:<8}  {line}"
+    return fitted(line, width) if text_width(line) > width else line
+
+
+def show_message(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    answer = _asked(args, environ, "GET", f"/message/{urllib.parse.quote(args.id, safe='')}")
+    _say(args, _message_lines(answer, time.time(), output_width()))
+    return 0
+
+
+def list_accounts(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    rows = [_account_row(account) for account in _asked(args, environ, "GET", "/accounts")["accounts"]]
+    _say(args, table(ACCOUNT_COLUMNS, rows, output_width()) if rows else ["no accounts"])
+    return 0
+
+
+def run_now(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    _asked(args, environ, "POST", "/commands/run-now", {})
+    _say(args, ["dispatch and reporting are awake"])
+    return 0
+
+
+def suspend(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    _asked(args, environ, "POST", _switch_path(args.account, "suspend"), {})
+    what = f"delivery of account {args.account}" if args.account else "delivery"
+    _say(args, [f"{what} is suspended; submission and reports go on"])
+    return 0
+
+
+def activate(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    _asked(args, environ, "POST", _switch_path(args.account, "activate"), {})
+    what = f"delivery of account {args.account}" if args.account else "delivery"
+    _say(args, [f"{what} is active"])
+    return 0
+
+
+def _switch_path(account_id: str | None, switch: str) -> str:
+    if account_id is None:
+        return f"/commands/{switch}"
+    return f"/account/{urllib.parse.quote(account_id, safe='')}/{switch}"
+
+
+def retry_messages(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    answer = _asked(args, environ, "POST", "/commands/retry-messages", {"ids": args.ids})
+    _say(args, [f"{answer['queued']} queued anew"])
+    return _complain_of({"not found": answer["not_found"], "not failed": answer["not_failed"]})
+
+
+def delete_messages(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    answer = _asked(args, environ, "POST", "/commands/delete-messages", {"ids": args.ids})
+    _say(args, [f"{answer['removed']} removed"])
+    return _complain_of({"not found": answer["not_found"], "in delivery just now": answer["in_delivery"]})
+
+
+def _complain_of(left_out: Mapping[str, Sequence[str]]) -> int:
+    """Name the messages a command left alone, by why; the exit status that follows."""
+    reasons = [f"{why}: {', '.join(ids)}" for why, ids in left_out.items() if ids]
+    if reasons:
+        complain("; ".join(reasons))
+    return 1 if reasons else 0
+
+
+# --- serve and check -----------------------------------------------------
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, str]:
+    """The settings that stand on the command line, by "section.key"."""
+    overrides = {}
+    for assignment in args.set:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigurationError(f"--set {name}: write SECTION.KEY=VALUE, such as server.port=8000")
+        overrides[name.strip()] = text
+    named = {"server.host": args.host, "server.port": args.port, "storage.db_path": args.db}
+    return overrides | {name: text for name, text in named.items() if text is not None}
+
+
+def serve(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """The daemon, until a signal."""
+    overrides = _overrides(args)
+
+    def reload() -> Settings:
+        return load_settings(args.config, environ, overrides)
+
+    settings = reload()
+    journal = stderr_is_journal(environ)
+    configure_logging(settings.logging.level, settings.logging.format, journal=journal)
+    try:
+        return asyncio.run(Daemon(settings, environ, reload=reload).run())
+    except MailproxyError:
+        raise
+    except Exception as error:  # the log is where a daemon tells of its own mistakes
+        log_uncaught(type(error), error, error.__traceback__)
+        return 1
+
+
+def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """What serve would start with; or what is wrong, and 2."""
+    settings = load_settings(args.config, environ, _overrides(args))
+    accounts = configured_accounts(settings)
+    rows = [(f"{section}.{key}", value, origin) for section, key, value, origin in describe(settings)]
+    print(
+        f"configuration: {settings.source or 'no config.ini; defaults, environment and command line alone'}\n"
+    )
+    print("\n".join(table(("SETTING", "VALUE", "FROM"), rows, output_width())))
+    for warning in settings.warnings:
+        complain(f"warning: {warning}")
+    problems = [*_start_problems(settings), *_account_problems(accounts, environ)]
+    for problem in problems:
+        complain(problem)
+    print("\nThis is not right yet." if problems else f"\nAll right: {_accounts_in_words(accounts)}.")
+    failed = args.connect and not show_servers(settings, accounts, environ)
+    return 2 if problems else int(failed)
+
+
+def _accounts_in_words(accounts: Sequence[Account]) -> str:
+    named = ", ".join(f"{a.id} ({a.host}:{a.port})" for a in accounts)
+    return f"mail goes out through {named}" if named else "no account is configured, they come over HTTP"
+
+
+def _start_problems(settings: Settings) -> Iterator[str]:
+    """What would stop the start although every setting is well written."""
+    folder = os.path.dirname(os.path.abspath(settings.storage.db_path))
+    if not os.path.isdir(folder):
+        yield f"[storage] db_path: the folder {folder} does not exist"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        yield f"[storage] db_path: the folder {folder} cannot be written by this user"
+    try:
+        server_tls_context(settings.server)
+    except ConfigurationError as error:
+        yield str(error)
+
+
+def _account_problems(accounts: Iterable[Account], environ: Mapping[str, str]) -> Iterator[str]:
+    """What would make accounts cool down. Looks at no server."""
+    for account in accounts:
+        of_oauth2 = (account.oauth2.client_secret, account.oauth2.refresh_token) if account.oauth2 else ()
+        for secret in filter(None, (account.password, *of_oauth2)):
+            try:
+                reveal(secret, environ)
+            except SecretUnavailable as error:
+                yield f"account {account.id} cannot log in: {error}"
+
+
+# --- check --connect: what the servers say -------------------------------
+
+CONNECT_PATIENCE_S = 30.0  # for all of one account's connecting and logging in
+CONNECTING_THREADS = 8
+SERVER_COLUMNS = ("ACCOUNT", "SERVER", "TLS", "AUTH", "SIZE", "SMTPUTF8", "PIPELINING", "RESULT")
+
+
+def show_servers(settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]) -> bool:
+    """Log into each account, those in the queue file too, and show what its server offers; True: all work."""
+    tried = asyncio.run(_try_servers(settings, configured, environ, os.path.exists(settings.storage.db_path)))
+    rows = [_server_row(account, outcome) for account, outcome in tried]
+    failed = [account.id for account, outcome in tried if isinstance(outcome, Reply)]
+    kinds = ["error" if account.id in failed else "sent" for account, _ in tried]
+    lines = table(SERVER_COLUMNS, rows, output_width())
+    if not rows:
+        print("There is no account to log into.")
+    else:
+        print("\n".join(["", *painted_table(lines, kinds, coloured=wants_colours(environ))]))
+    if failed:
+        complain(f"no mail can leave through {', '.join(failed)}")
+    return not failed
+
+
+async def _try_servers(
+    settings: Settings, configured: Sequence[Account], environ: Mapping[str, str], there_is_a_queue: bool
+) -> list[tuple[Account, Offers | Reply]]:
+    """What each account's server offers, or the reply that kept us out; all at once."""
+    threads = Threads(CONNECTING_THREADS, "check")
+    agent = DeliveryAgent(
+        hostname=await threads.run(host_name),
+        reveal=lambda secret: reveal(secret, environ),
+        in_thread=threads.run,
+        tokens=TokenKeeper(
+            post_form=post_form,
+            reveal=lambda secret: reveal(secret, environ),
+            in_thread=threads.run,
+            monotonic=time.monotonic,
+        ),
+    )
+    stored = await _accounts_in_queue(settings) if there_is_a_queue else []
+    accounts = {account.id: account for account in (*stored, *configured)}
+    outcomes = await asyncio.gather(*(_try_server(agent, account) for account in accounts.values()))
+    threads.close()
+    return list(zip(accounts.values(), outcomes, strict=True))
+
+
+async def _accounts_in_queue(settings: Settings) -> list[Account]:
+    """The accounts that were added over HTTP."""
+    file = QueueFile(settings.storage.db_path, MIGRATIONS, observe_commit=lambda seconds: None)
+    try:
+        definitions = await Queue(file, now=time.time).accounts()
+    finally:
+        await file.close()
+    defaults = account_defaults(settings)
+    return [parse_account(json.loads(definition), defaults=defaults) for definition in definitions.values()]
+
+
+async def _try_server(agent: DeliveryAgent, account: Account) -> Offers | Reply:
+    try:
+        async with asyncio.timeout(CONNECT_PATIENCE_S):
+            session = await agent.open_session(account, name="check")
+    except TimeoutError:
+        return local_reply(Stage.CONNECT, f"not logged in within {CONNECT_PATIENCE_S:g} s", Cause.TIMEOUT)
+    if isinstance(session, Reply):
+        return session
+    await session.quit()
+    return session.offers
+
+
+def _server_row(account: Account, outcome: Offers | Reply) -> tuple[object, ...]:
+    server = f"{account.host}:{account.port}"
+    if isinstance(outcome, Reply):
+        return (account.id, server, *[""] * 5, f"{outcome.stage}: {outcome.words}")
+    return (
+        account.id,
+        server,
+        outcome.tls or "none",
+        " ".join(outcome.auth).upper() or "none",
+        size_in_words(outcome.size_bytes) if outcome.size_bytes else "any",
+        "yes" if outcome.smtputf8 else "no",
+        "yes" if outcome.pipelining else "no",
+        f"logged in as {account.user}" if account.user else "connected",
+    )
+
+
+# --- backup --------------------------------------------------------------
+
+
+def backup(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """A copy of the queue as it is at one instant."""
+    overrides = {"storage.db_path": args.db} if args.db else {}
+    queue = read_settings(args.config, environ, overrides).storage.db_path
+    if not os.path.isfile(queue):
+        raise CommandFailed(
+            f"there is no queue at {queue}: name it with --db, or its config.ini with --config"
+        )
+    _must_be_writable(args.file, queue, force=args.force)
+    messages = copy_queue(queue, args.file)
+    print(f"{args.file}: {messages} messages, {size_in_words(os.path.getsize(args.file))}, checked")
+    return 0
+
+
+def _must_be_writable(target: str, queue: str, *, force: bool) -> None:
+    """Keeps a backup from overwriting what it must not."""
+    if os.path.isdir(target):
+        raise CommandFailed(f"{target} is a folder: name a file in it")
+    if not os.path.lexists(target):
+        return
+    if os.path.exists(f"{target}-wal") or (os.path.exists(target) and os.path.samefile(target, queue)):
+        raise CommandFailed(f"{target} is a queue in use, not a backup: choose another name")
+    if not force:
+        raise CommandFailed(f"{target} is there already: --force replaces it")
+
+
+def copy_queue(queue: str, target: str) -> int:
+    """Copy the queue under another name first, and check the copy; return the number of its messages.
+
+    Readable by the owner alone. Blocking. Raises CommandFailed.
+    """
+    folder, name = os.path.split(os.path.abspath(target))
+    descriptor, draft = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # mode 0600
+    try:
+        messages = _copied(queue, draft)
+        os.fsync(descriptor)
+        os.replace(draft, target)
+    except sqlite3.Error as error:
+        raise CommandFailed(f"{queue} cannot be copied: {error}") from None
+    finally:
+        os.close(descriptor)
+        for left_over in (draft, f"{draft}-wal", f"{draft}-shm", f"{draft}-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(left_over)
+    directory = os.open(folder, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+    return messages
+
+
+def _copied(queue: str, draft: str) -> int:
+    """Copy in one step, so that a busy writer cannot make it start again and again."""
+    uri = f"{pathlib.Path(queue).absolute().as_uri()}?mode=ro"
+    with (
+        contextlib.closing(sqlite3.connect(uri, uri=True)) as source,
+        contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as copy,
+    ):
+        source.backup(copy)
+        copy.execute("PRAGMA journal_mode = DELETE")  # one file, no siblings
+        verdict = copy.execute("PRAGMA quick_check").fetchone()[0]
+        if verdict != "ok":
+            raise CommandFailed(f"the copy of {queue} is damaged: {verdict}")
+        return int(copy.execute("SELECT count(*) FROM messages").fetchone()[0])
 
 
 # --- the table of commands, and main -------------------------------------
@@ -11953,6 +12755,46 @@ FILTERS = (
         help="at most so many (%(default)s)",
     ),
     option("--after", metavar="CURSOR", help="go on where an earlier list ended"),
+    option("--follow", action="store_true", help="go on with what comes and changes, until Ctrl-C"),
+)
+CONNECTING = option(
+    "--connect", action="store_true", help="log into every account and show what its server offers"
+)
+SENDING = (
+    option("file", metavar="FILE.eml", nargs="?", help="a complete message; its headers say who gets it"),
+    option(
+        "--csv", metavar="FILE", help="many messages: a row each, columns named as the fields of a message"
+    ),
+    option("--from", dest="sender", metavar="ADDRESS", help='a@b, or "Name <a@b>"'),
+    option("--to", metavar="ADDRESS", action="append", help="may be repeated, or a list with commas"),
+    option("--cc", metavar="ADDRESS", action="append"),
+    option("--bcc", metavar="ADDRESS", action="append"),
+    option("--subject"),
+    option("--body", metavar="TEXT", help="the text; - reads it from standard input"),
+    option(
+        "--html",
+        metavar="HTML",
+        nargs="?",
+        const=True,
+        help="beside the text; without a value: --body is html",
+    ),
+    option("--attach", metavar="FILE", action="append", default=[], help="may be repeated"),
+    option("--account", metavar="ID", help="the account to send through; else the one of [smtp]"),
+    option("--priority", help="0 to 3, or immediate, high, medium, low"),
+    option("--id", help="the message's own key: what was sent once is never sent again"),
+)
+AS_SENDMAIL = (
+    option(
+        "recipients", metavar="ADDRESS", nargs="*", help="who gets it; a bare name is a user of this host"
+    ),
+    option("-t", action="store_true", help="also those named in the headers To, Cc and Bcc"),
+    option(
+        "-i", action="store_true", help="a line with a dot alone does not end the message; -oi is the same"
+    ),
+    option(
+        "-f", metavar="ADDRESS", help="envelope sender; else the address of the header From, else login@host"
+    ),
+    option("-F", metavar="NAME", help="full name for the header From where there is none"),
 )
 ONE_ACCOUNT = option("--account", metavar="ID", help="this account alone; else all delivery")
 IDS = option("ids", metavar="ID", nargs="+", help="id of a message")
@@ -11975,9 +12817,32 @@ COMMANDS = (
         "mailproxy serve --port 8025 --set smtp.host=mail.example.com --set smtp.port=587",
     )),
     Command("demo", "show it all on this machine, with nothing configured", demo, (), ("mailproxy demo",)),
-    Command("check", "say what is wrong with the configuration, or what is in force", check, SERVING, (
+    Command("check", "say what is wrong with the configuration, or what is in force", check, (
+        CONNECTING, *SERVING,
+    ), (
         "mailproxy check",
+        "mailproxy check --connect",
         "mailproxy check --config new.ini && mv new.ini config.ini",
+    )),
+    Command("send", "submit a message, an .eml file, or many out of a CSV file", send, (*SENDING, *ASKING), (
+        'mailproxy send --from shop@example.com --to jane@example.com --subject Hi --body "Thank you!"',
+        "mailproxy send --from a@x.example --to b@x.example --subject May --attach may.pdf --body - < text",
+        "mailproxy send newsletter.eml --to jane@example.com --id newsletter-7-jane",
+        "mailproxy send --csv people.csv --from shop@example.com --subject News --body - < news.txt",
+    )),
+    Command("sendmail", "take a message from standard input, as sendmail(8) does", sendmail, AS_SENDMAIL, (
+        "mailproxy sendmail -t -i < message",
+        "mailproxy sendmail -f shop@example.com jane@example.com < message",
+        "ln -s /usr/local/bin/mailproxy /usr/sbin/sendmail",
+    )),
+    Command("backup", "copy the queue into a file, while the daemon runs", backup, (
+        option("file", metavar="FILE", help="what to write"),
+        option("--force", action="store_true", help="replace FILE when it is there already"),
+        CONFIG,
+        option("--db", metavar="FILE", help="file of the queue"),
+    ), (
+        "mailproxy backup /var/backups/mailproxy.db",
+        "mailproxy backup --config /etc/mailproxy/config.ini --force nightly.db",
     )),
     Command("status", "how the daemon is", show_status, ASKING, (
         "mailproxy status",
@@ -11986,6 +12851,7 @@ COMMANDS = (
     Command("messages", "list messages, in order of acceptance", list_messages, (*FILTERS, *ASKING), (
         "mailproxy messages --status error",
         "mailproxy messages --active --account billing --limit 1000",
+        "mailproxy messages --follow",
         "mailproxy messages --status error --json | jq -r '.messages[].id' | xargs mailproxy retry",
     )),
     Command("message", "one message, and every attempt to deliver it", show_message, (
@@ -12049,11 +12915,6 @@ def command_parser() -> CommandParser:
     return parser
 
 
-def complain(sentence: object) -> None:
-    """One sentence on stderr."""
-    print(f"mailproxy: {_escaped(str(sentence))}", file=sys.stderr)
-
-
 def _give_up_stdout() -> None:
     """Nobody reads it any more: what is still in its buffer goes nowhere, without a complaint at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -12068,7 +12929,7 @@ def _politely(run: Callable[[], int]) -> int:
         status = run()
         print(end="", flush=True)
         return status
-    except ConfigurationError as error:
+    except (ConfigurationError, UsageMistake) as error:
         complain(error)
         return 2
     except MailproxyError as error:
@@ -12089,14 +12950,20 @@ def _politely(run: Callable[[], int]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0 when it is done, 1 when it failed, 2 for usage or configuration."""
+    """Run one command; return 0 when it is done, 1 when it failed, 2 for usage or configuration.
+
+    Called by the name of sendmail, it is sendmail, with exit statuses of sysexits.h.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # a subject need not fit the terminal's character set
+            stream.reconfigure(errors="backslashreplace")  # a subject need not fit the terminal's characters
+    words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and os.path.basename(sys.argv[0]) == "sendmail":
+        words.insert(0, "sendmail")
+    if words[:1] == ["sendmail"] and words[1:] not in (["-h"], ["--help"]):  # its options are not argparse's
+        return _politely(lambda: sendmail(argparse.Namespace(words=words[1:]), os.environ))
     parser = command_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     if args.run is None:
         parser.print_help(sys.stderr)
         return 2
