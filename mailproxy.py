@@ -41,7 +41,9 @@ The rooms, from the top of this file to its end; each uses only those above it:
     DISPATCHER, REPORTER        the two loops: mail goes out, reports go out
     CONTROL PLANE               a handler for each route
     DAEMON                      builds and runs all that
-    COMMAND LINE                serve, demo, check, and a client of the HTTP interface
+    CLIENT, SENDING             a client of the HTTP interface; send and sendmail
+    DEMO                        the whole thing on loopback, live
+    COMMAND LINE                the commands
 
 The words are those of the mail RFCs and of Postfix: envelope, transaction, reply,
 deferred, enhanced status code; a *lane* is the way out of one account's mail, a *claim* a
@@ -7396,6 +7398,7 @@ LINE_BYTES = 1024  # of a chunk's size with its extensions
 CHUNK_OVERHEAD_BYTES = 65_536  # by which the framing of a chunked body may outweigh it
 JSON_AT_ONCE_BYTES = 262_144  # a larger body is parsed outside the event loop
 JSON_DEPTH = 64
+EXACT_IN_A_FLOAT = 2**53
 SWEEP_S = 1.0
 HTTP_CLOSE_S = 5.0
 LINGER_S = 10.0
@@ -7403,6 +7406,12 @@ LINGER_PAUSE_S = 2.0
 LINGER_BYTES = 268_435_456
 TURNED_AWAY = 100  # connections over the limit that wait at one time for their 503 to be read
 TURNED_AWAY_S = 1.0
+STRANGERS = 1000  # peers without a valid token that are remembered at one time
+STRANGERS_WAITING = 100  # refusals held back at one time; more are answered at once
+FREE_REFUSALS = 20  # of one peer, before its refusals are held back
+REFUSALS_FORGIVEN_PER_S = 0.2
+HELD_BACK_STEP_S = 0.02  # longer with each refusal
+HELD_BACK_S = 1.0  # at most
 
 
 class HttpError(MailproxyError):
@@ -7535,8 +7544,11 @@ def unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
     raise HttpError(400, f"the JSON has the field {twice[:80]!r} twice in one object")
 
 
-def finite_number(text: str) -> float:
+def finite_number(text: str) -> float | int:
+    """A number with a fraction or an exponent; 5.0 is the whole number it is in JSON Schema, too."""
     number = float(text)
+    if number.is_integer() and abs(number) <= EXACT_IN_A_FLOAT:
+        return int(number)
     if math.isfinite(number):
         return number
     raise HttpError(400, f"the JSON has a number out of range ({text[:20]})")
@@ -7897,7 +7909,7 @@ class HttpConnection:
         if body_is_here:
             request.body = self._taken(length or 0)
             self._request_is_read(request)
-        route = self._server.admit(request, segments)
+        route = await self._server.admit(request, segments)
         self._refuse_expectations(request)
         if length is not None and length > self._limits.body_bytes:
             raise self._too_large()
@@ -8155,6 +8167,37 @@ def peer_address(writer: asyncio.StreamWriter) -> str:
 # ---------------------------------------------------------------------- the server
 
 
+class Strangers:
+    """Peers that come without a valid token: who keeps trying waits longer and longer for its refusals.
+
+    Only refusals wait, so a peer that has a valid token as well is never slowed down, and nobody is
+    locked out. What they cost is bounded: peers remembered, connections held back.
+    """
+
+    def __init__(self) -> None:
+        self._refusals: dict[str, tuple[float, float]] = {}  # peer: number, less those forgiven; when
+        self._waiting = 0
+
+    def delay_s(self, peer: str, now: float) -> float:
+        """Count one more refusal of this peer; how long it is to be held back."""
+        number, then = self._refusals.pop(peer, (0.0, now))
+        number = max(0.0, number - (now - then) * REFUSALS_FORGIVEN_PER_S) + 1
+        self._refusals[peer] = number, now
+        if len(self._refusals) > STRANGERS:
+            del self._refusals[next(iter(self._refusals))]  # who came longest ago
+        return min(max(0.0, number - FREE_REFUSALS) * HELD_BACK_STEP_S, HELD_BACK_S)
+
+    async def hold_back(self, peer: str) -> None:
+        delay_s = self.delay_s(peer, asyncio.get_running_loop().time())
+        if not delay_s or self._waiting >= STRANGERS_WAITING:
+            return
+        self._waiting += 1
+        try:
+            await asyncio.sleep(delay_s)
+        finally:
+            self._waiting -= 1
+
+
 class HttpServer:
     """Listens, and has each request answered by the row of the route table it belongs to.
 
@@ -8184,6 +8227,7 @@ class HttpServer:
         self._unix_sockets: dict[str, int] = {}  # path: inode
         self._connections: dict[asyncio.Task[None], HttpConnection] = {}
         self._turned_away: set[asyncio.StreamWriter] = set()
+        self._strangers = Strangers()
         self._sweeping: asyncio.TimerHandle | None = None
         shortest = min(time_s for name, time_s in limits._asdict().items() if name.endswith("_s"))
         self._sweep_s = min(SWEEP_S, shortest / 4)
@@ -8222,7 +8266,7 @@ class HttpServer:
         if self._sweeping:
             self._sweeping.cancel()
 
-    def admit(self, request: Request, segments: tuple[str, ...]) -> Route:
+    async def admit(self, request: Request, segments: tuple[str, ...]) -> Route:
         """The row for a request; otherwise 401 before 404 and 405, so that a stranger learns nothing."""
         methods, request.parameters = self._table.at(segments)
         route = methods.get(request.method)
@@ -8231,6 +8275,7 @@ class HttpServer:
         if methods:
             request.route = next(iter(methods.values())).pattern
         if not (route and route.public) and not self._authorised(request):
+            await self._strangers.hold_back(request.peer)
             raise unauthorised()
         if not methods:
             raise HttpError(404, "there is nothing at this path")
@@ -9845,6 +9890,556 @@ class AccountBook:
             raise HttpError(409, f"this account comes from config.ini, section {section}; change it there")
 
 
+# ---------------------------------------------------------------------- openapi.json
+#
+# Each row of the route table carries its Operation Object (OpenAPI 3.1); what all of
+# them have in common is added when the document is put together. JSON Schema 2020-12.
+
+ONE_LINE = r"[^\u0000-\u001f\u007f-\u009f\u2028\u2029]"
+# RFC 5321 4.5.3.1.1. No generator of test data we know finds its way through the look-ahead; that is
+# as well, for what it made up would be mailed to strangers.
+MAILBOX = r'(?:^|[<\s])(?=[^@\s<>]{1,64}@|"[^"\s<]{0,62}"@)(?:[^@\s<>]+|"[^"\s<]*")@[^@\s<>]+>?\s*$'
+
+Schema = Mapping[str, object]
+
+STRING_SCHEMA: Schema = {"type": "string"}
+NULLABLE_STRING_SCHEMA: Schema = {"type": ["string", "null"]}
+COUNT_SCHEMA: Schema = {"type": "integer", "minimum": 0}
+TRUTH_SCHEMA: Schema = {"type": "boolean"}
+TIME_SCHEMA: Schema = {"type": "integer", "description": "Unix seconds, UTC"}
+NULLABLE_TIME_SCHEMA: Schema = {"type": ["integer", "null"], "description": "Unix seconds, UTC"}
+GIVEN_TIME_SCHEMA: Schema = {
+    "type": ["integer", "null"], "minimum": 0, "maximum": LARGEST_INTEGER, "description": "Unix seconds, UTC",
+}  # fmt: skip
+IDS_SCHEMA: Schema = {"type": "array", "items": STRING_SCHEMA}
+WORDS_SCHEMA: Schema = {"type": ["string", "null"], "pattern": f"^{ONE_LINE}*$"}
+SECRET_WORDS_SCHEMA: Schema = {
+    **WORDS_SCHEMA,
+    "writeOnly": True,
+    "description": "itself, env:NAME or file:/path",
+}
+SWITCH_SCHEMA: Schema = {"enum": [True, False, None, 0, 1, "", *_YES, *_NO]}
+SECONDS_SCHEMA: Schema = {
+    "anyOf": [
+        {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": LARGEST_INTEGER},
+        {"type": "string", "pattern": r"^([1-9][0-9]{0,14}(\.[0-9]{1,9})?)?$"},
+    ]
+}
+DELAYS_SCHEMA: Schema = {
+    "anyOf": [
+        {
+            "type": ["array", "null"], "minItems": 1,
+            "items": {"type": "integer", "minimum": 0, "maximum": LONGEST_DELAY_S},
+        },
+        {"type": "string", "pattern": "^([0-9]{1,8}(,[0-9]{1,8})*)?$"},
+    ],
+    "description": "seconds before each retry; the last one repeats",
+}  # fmt: skip
+MAILBOX_SCHEMA: Schema = {"type": "string", "pattern": MAILBOX, "description": "a@b or Name <a@b>"}
+ADDRESSES_SCHEMA: Schema = {
+    "anyOf": [{"type": ["array", "null"], "items": MAILBOX_SCHEMA}, {"type": "string"}],
+    "description": "a list, or one string with commas",
+}
+
+
+def ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def schema_of(required: str, **properties: Schema) -> Schema:
+    """An object with these properties, those named in `required` always there."""
+    return {"type": "object", "required": required.split(), "properties": properties}
+
+
+def answer_of(**properties: Schema) -> Schema:
+    """A successful answer: `ok` and these, all of them always there."""
+    return schema_of(" ".join(["ok", *properties]), ok={"const": True}, **properties)
+
+
+def one_of_words(*words: str) -> Schema:
+    """One of these words; left out, the first of them."""
+    return {"enum": [*words, "", None], "description": f"default {words[0]}"}
+
+
+def number_of(low: int, high: int = LARGEST_INTEGER, digits: str = "{0,17}") -> Schema:
+    """A whole number, or its digits in a string; the empty string is null."""
+    pattern = f"^([1-9][0-9]{digits})?$" if low else f"^([0-9]{digits})?$"
+    whole = {"type": ["integer", "null"], "minimum": low, "maximum": high}
+    return {"anyOf": [whole, {"type": "string", "pattern": pattern}]}
+
+
+def not_empty(*names: str) -> Schema:
+    """These properties are there, and not empty."""
+    return {"required": [*names], "properties": {name: {"type": "string", "minLength": 1} for name in names}}
+
+
+ATTACHMENT_SCHEMA = schema_of(
+    "",
+    filename=STRING_SCHEMA,
+    content={"type": "string", "contentEncoding": "base64"},
+    url=STRING_SCHEMA,
+    s3=schema_of(
+        "bucket key", bucket=STRING_SCHEMA, key=STRING_SCHEMA, region=NULLABLE_STRING_SCHEMA, endpoint=NULLABLE_STRING_SCHEMA,
+        version_id=NULLABLE_STRING_SCHEMA, addressing={"enum": ["auto", "path", "virtual", None]},
+    ),
+    storage_path=STRING_SCHEMA,
+    fetch_mode={"enum": ["endpoint", "http_url", "base64", "filesystem", None]},
+    content_type=NULLABLE_STRING_SCHEMA,
+    content_id=NULLABLE_STRING_SCHEMA,
+    inline={"type": ["boolean", "null"]},
+    content_md5={"type": ["string", "null"], "description": "32 hexadecimal digits"},
+)  # fmt: skip
+
+MESSAGE_FIELD_SCHEMAS: Mapping[str, Schema] = {
+    "id": {"type": "string", "pattern": f"^{ONE_LINE}{{1,{LONGEST_ID}}}$"},
+    "account_id": {**NULLABLE_STRING_SCHEMA, "description": "default: the account of [smtp]"},
+    "from": MAILBOX_SCHEMA,
+    "from_name": NULLABLE_STRING_SCHEMA,
+    "to": {
+        "anyOf": [{"type": "array", "items": MAILBOX_SCHEMA, "minItems": 1}, MAILBOX_SCHEMA],
+        "description": "a list, or one string with commas",
+    },
+    "cc": ADDRESSES_SCHEMA,
+    "bcc": ADDRESSES_SCHEMA,
+    "reply_to": ADDRESSES_SCHEMA,
+    "return_path": {**NULLABLE_STRING_SCHEMA, "description": "envelope sender; default: the address of from"},
+    "subject": NULLABLE_STRING_SCHEMA,
+    "body": NULLABLE_STRING_SCHEMA,
+    "content_type": {**NULLABLE_STRING_SCHEMA, "description": "of body: plain (default) or html"},
+    "text": NULLABLE_STRING_SCHEMA,
+    "html": {"type": ["string", "boolean", "null"]},
+    "headers": {
+        "type": ["object", "null"],
+        "additionalProperties": {"type": ["string", "number", "array", "null"]},
+    },
+    "message_id": NULLABLE_STRING_SCHEMA,
+    "attachments": {"type": ["array", "null"], "items": ref("Attachment")},
+    "priority": {"enum": [*range(4), *PRIORITIES, "0", "1", "2", "3", None]},
+    "deferred_ts": {**GIVEN_TIME_SCHEMA, "description": "not before, Unix seconds"},
+    "expires_ts": {**GIVEN_TIME_SCHEMA, "description": "not after, Unix seconds"},
+    "raw": {
+        "type": ["string", "null"], "contentEncoding": "base64",
+        "description": "a complete RFC 5322 message instead of subject, body, headers, attachments",
+    },
+    "batch_code": NULLABLE_STRING_SCHEMA,
+}  # fmt: skip
+
+BATCH_SCHEMA = schema_of(
+    "messages",
+    messages={
+        "type": "array",
+        "description": (
+            "Each is judged alone. A batch of which no message can be taken is refused as a whole; what "
+            "is there already, and which accounts there are, is judged beyond this schema."
+        ),
+        "anyOf": [{"maxItems": 0}, {"contains": ref("Message")}],
+    },
+    default_priority=MESSAGE_FIELD_SCHEMAS["priority"],
+)  # fmt: skip
+
+ACCOUNT_FIELD_SCHEMAS: Mapping[str, Schema] = {
+    "id": {"type": "string", "pattern": f"^{ONE_LINE}{{1,{LONGEST_ID}}}$"},
+    "host": {"type": "string", "pattern": r"^[A-Za-z0-9_.:%-]{1,255}$"},
+    "port": {
+        "anyOf": [
+            {"type": "integer", "minimum": 1, "maximum": 65_535},
+            {"type": "string", "pattern": "^[1-9][0-9]{0,3}$"},
+        ]
+    },
+    "user": WORDS_SCHEMA,
+    "password": SECRET_WORDS_SCHEMA,
+    "use_tls": SWITCH_SCHEMA,
+    "implicit_tls": SWITCH_SCHEMA,
+    "start_tls": one_of_words("auto", "required", "never"),
+    "verify_tls": SWITCH_SCHEMA,
+    "ca_file": WORDS_SCHEMA,
+    "client_cert": WORDS_SCHEMA,
+    "client_key": WORDS_SCHEMA,
+    "auth": one_of_words("auto", "plain", "login", "cram-md5", "xoauth2"),
+    "oauth2": {"anyOf": [{"enum": [None, "", {}]}, ref("OAuth2")]},
+    "ttl": SECONDS_SCHEMA,
+    "max_connections": number_of(1, 1000, "{0,2}"),
+    "max_messages_per_connection": number_of(1),
+    "max_recipients": number_of(1),
+    "timeout": SECONDS_SCHEMA,
+    "in_doubt": one_of_words("retry", "error"),
+    "limit_per_minute": number_of(0),
+    "limit_per_hour": number_of(0),
+    "limit_per_day": number_of(0),
+    "limit_behavior": one_of_words("defer", "error"),
+    "batch_size": number_of(1),
+    "retry_delays": DELAYS_SCHEMA,
+    "max_age_seconds": number_of(1),
+    "max_retries": number_of(0),
+}
+
+GIVEN_WORDS_SCHEMA: Schema = {"type": "string", "pattern": f"^{ONE_LINE}+$"}
+GIVEN_SECRET_SCHEMA: Schema = {**SECRET_WORDS_SCHEMA, **GIVEN_WORDS_SCHEMA}
+TOKEN_ENDPOINT: Mapping[str, Schema] = {
+    "token_url": {
+        "type": "string",
+        "pattern": r"^https?://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[1-9][0-9]{0,3})?(/[!-Z_a-~]*)?$",
+    },
+    "client_id": GIVEN_WORDS_SCHEMA,
+}
+OAUTH2_SCHEMA: Schema = {
+    "description": "a refresh token (and client_secret, where it is asked for), or client_secret and scope",
+    "anyOf": [
+        schema_of(
+            "token_url client_id refresh_token",
+            **TOKEN_ENDPOINT,
+            refresh_token=GIVEN_SECRET_SCHEMA,
+        ),
+        schema_of(
+            "token_url client_id client_secret scope",
+            **TOKEN_ENDPOINT,
+            client_secret=GIVEN_SECRET_SCHEMA,
+            scope=GIVEN_WORDS_SCHEMA,
+        ),
+    ],
+}
+
+ACCOUNT_SCHEMA: Schema = {
+    **schema_of("id host port", **ACCOUNT_FIELD_SCHEMAS),
+    "allOf": [
+        {
+            "if": {"required": ["auth"], "properties": {"auth": {"const": "xoauth2"}}},
+            "then": {"required": ["oauth2"], "properties": {"oauth2": {"type": "object"}}},
+        },
+        {
+            "if": not_empty("client_key"),
+            "then": not_empty("client_cert"),
+        },
+    ],
+}
+
+SHOWN_ACCOUNT_SCHEMA: Schema = schema_of(
+    "id source host port",
+    source={"enum": ["http", "config"]},
+    **{name: {} for name in ACCOUNT_FIELD_SCHEMAS if name not in ("id", "host", "port", "password")},
+    id=STRING_SCHEMA, host=STRING_SCHEMA, port=COUNT_SCHEMA,
+)  # fmt: skip
+
+RECIPIENTS_SCHEMA: Schema = {
+    "type": ["object", "null"],
+    "description": "by address, where some recipients were refused",
+    "additionalProperties": schema_of(
+        "status code text",
+        status={"enum": ["sent", "error", "deferred"]},
+        code={"type": "integer"},
+        text=STRING_SCHEMA,
+    ),
+}
+RECORD_SCHEMA = schema_of(
+    "id account_id priority status created_at updated_at deferred_ts sent_ts error_ts error reported_ts "
+    "batch_code attempts message_id recipients message",
+    id=STRING_SCHEMA,
+    account_id=STRING_SCHEMA,
+    priority={"type": "integer", "minimum": 0, "maximum": 3},
+    status={"enum": [*Status]},
+    created_at=TIME_SCHEMA,
+    updated_at=TIME_SCHEMA,
+    deferred_ts=NULLABLE_TIME_SCHEMA,
+    sent_ts=NULLABLE_TIME_SCHEMA,
+    error_ts=NULLABLE_TIME_SCHEMA,
+    error=NULLABLE_STRING_SCHEMA,
+    reported_ts=NULLABLE_TIME_SCHEMA,
+    batch_code=NULLABLE_STRING_SCHEMA,
+    attempts=COUNT_SCHEMA,
+    message_id=NULLABLE_STRING_SCHEMA,
+    recipients=RECIPIENTS_SCHEMA,
+    message={"type": "object", "description": "as submitted; inline contents are there with content=1"},
+)
+ATTEMPT_SCHEMA = schema_of(
+    "started_at ended_at outcome stage code enhanced_code text recipients connection",
+    started_at=TIME_SCHEMA,
+    ended_at=TIME_SCHEMA,
+    outcome=STRING_SCHEMA,
+    stage=NULLABLE_STRING_SCHEMA,
+    code={"type": ["integer", "null"]},
+    enhanced_code=NULLABLE_STRING_SCHEMA,
+    text=NULLABLE_STRING_SCHEMA,
+    recipients=RECIPIENTS_SCHEMA,
+    connection=NULLABLE_STRING_SCHEMA,
+)
+LANE_SCHEMA = schema_of(
+    "state reason since until connections pending",
+    state={"enum": ["up", "cooling", "limited", "suspended", "account not found"]},
+    reason=NULLABLE_STRING_SCHEMA,
+    since=NULLABLE_TIME_SCHEMA,
+    until=NULLABLE_TIME_SCHEMA,
+    connections=COUNT_SCHEMA,
+    pending=COUNT_SCHEMA,
+    limits_left={"type": "object", "additionalProperties": COUNT_SCHEMA},
+)
+REJECTED_SCHEMA: Schema = {
+    "type": "array",
+    "items": schema_of("id reason", id=NULLABLE_STRING_SCHEMA, reason=STRING_SCHEMA),
+}
+SUBMITTED_SCHEMA = schema_of(
+    "ok queued rejected",
+    ok={"const": True},
+    queued=COUNT_SCHEMA,
+    rejected=REJECTED_SCHEMA,
+    warnings={"type": "array", "items": schema_of("id unknown", id=STRING_SCHEMA, unknown=IDS_SCHEMA)},
+)
+ERROR_SCHEMA = schema_of(
+    "ok error",
+    ok={"const": False},
+    error={"type": "string", "description": "one plain sentence"},
+    detail={"type": ["string", "object"]},
+    rejected=REJECTED_SCHEMA,
+)
+
+NAMED_SCHEMAS: Mapping[str, Schema] = {
+    "Message": {
+        **schema_of("id from to", **MESSAGE_FIELD_SCHEMAS),
+        "anyOf": [
+            {"required": ["subject", content], "properties": {"subject": STRING_SCHEMA}}
+            for content in ("body", "text", "html")
+        ]
+        + [{"required": ["raw"], "properties": {"raw": STRING_SCHEMA}}],
+    },
+    "Attachment": ATTACHMENT_SCHEMA,
+    "Account": ACCOUNT_SCHEMA,
+    "OAuth2": OAUTH2_SCHEMA,
+    "ShownAccount": SHOWN_ACCOUNT_SCHEMA,
+    "Record": RECORD_SCHEMA,
+    "Attempt": ATTEMPT_SCHEMA,
+    "Lane": LANE_SCHEMA,
+    "Error": ERROR_SCHEMA,
+}
+
+ANSWER_HEADERS = {"X-Request-Id": {"schema": {"type": "string", "pattern": "^[!-~]{1,128}$"}}}
+REFUSALS: Mapping[str, str] = {
+    "400": "bad JSON, or a bad field, which the sentence names",
+    "401": "no token, or a wrong one",
+    "404": "there is nothing with this id",
+    "408": "the request did not come in time",
+    "409": "it comes from config.ini and is to be changed there",
+    "413": "the body, or the batch, is too large",
+    "415": "the body is declared as something else than JSON",
+    "431": "the headers are too large, or too many",
+    "503": "storage refuses writes; nothing was taken over",
+}
+REFUSALS_OF_ALL = ("400", "408", "413", "431", "503")
+FLAG_SCHEMA: Schema = {"type": "boolean"}
+TEXT_TO_LOOK_FOR: Schema = {"type": "string", "pattern": r"^[^\u0000]*$"}
+
+
+def operation(
+    summary: str,
+    answer: Schema,
+    *,
+    body: Schema | None = None,
+    body_required: bool = False,
+    query: Mapping[str, Schema] = MappingProxyType({}),
+    refusals: Sequence[str] = (),
+    links: Mapping[str, Schema] = MappingProxyType({}),
+) -> Schema:
+    """What openapi.json says of one row of the route table, but for what all rows share."""
+    described: dict[str, object] = {
+        "summary": summary,
+        "parameters": [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()],
+        "responses": {"200": answer_in("application/json", answer, links), **refused(*refusals)},
+    }
+    if body is not None:
+        described["requestBody"] = {
+            "required": body_required,
+            "content": {"application/json": {"schema": body}},
+        }
+    return described
+
+
+def answer_in(content_type: str, schema: Schema, links: Mapping[str, Schema]) -> dict[str, object]:
+    answer: dict[str, object] = {
+        "description": "done",
+        "headers": ANSWER_HEADERS,
+        "content": {content_type: {"schema": schema}},
+    }
+    return {**answer, "links": links} if links else answer
+
+
+def refused(*statuses: str) -> dict[str, Schema]:
+    return {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
+
+
+def link_to(operation_id: str, id_: str) -> Schema:
+    """From an answer to an operation on the thing whose id stands at `id_`."""
+    return {"operationId": operation_id, "parameters": {"id": id_}}
+
+
+def openapi_document(routes: Sequence[Route]) -> dict[str, object]:
+    """The route table as OpenAPI 3.1."""
+    paths: dict[str, dict[str, object]] = {}
+    for route in routes:
+        path = paths.setdefault(route.pattern, {})
+        path[route.method.lower()] = full_operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "mailproxy",
+            "version": __version__,
+            "description": (
+                "Mail is submitted as JSON, queued, delivered by SMTP and reported. Null means left out. "
+                "HEAD works where GET does. A method that a path does not take is a 405 with Allow."
+            ),
+        },
+        "paths": paths,
+        "security": [{"ApiToken": []}, {"Bearer": []}],
+        "components": {
+            "schemas": NAMED_SCHEMAS,
+            "responses": {status: refusal_for(words) for status, words in REFUSALS.items()},
+            "securitySchemes": {
+                "ApiToken": {"type": "apiKey", "in": "header", "name": "X-API-Token"},
+                "Bearer": {"type": "http", "scheme": "bearer"},
+            },
+        },
+    }
+
+
+def refusal_for(words: str) -> Schema:
+    return {
+        "description": words,
+        "headers": ANSWER_HEADERS,
+        "content": {"application/json": {"schema": ref("Error")}},
+    }
+
+
+def full_operation(route: Route) -> dict[str, object]:
+    """What openapi.json says of a row: its own words, and what follows from the rest of the row."""
+    own: Any = route.schema
+    in_path = [
+        {"name": name, "in": "path", "required": True, "schema": {**TEXT_TO_LOOK_FOR, "minLength": 1}}
+        for name in re.findall("{(.+?)}", route.pattern)
+    ]
+    statuses = [*REFUSALS_OF_ALL]
+    statuses += [] if route.public else ["401"]
+    statuses += ["404"] if in_path else []
+    statuses += ["415"] if "requestBody" in own else []
+    described = {
+        **own,
+        "operationId": operation_id_of(route),
+        "parameters": in_path + own["parameters"],
+        "responses": dict(sorted({**refused(*statuses), **own["responses"]}.items())),
+    }
+    return {**described, "security": []} if route.public else described
+
+
+def operation_id_of(route: Route) -> str:
+    """Such as post-account-id-suspend."""
+    return "-".join([route.method.lower(), *re.findall("[a-z]+", route.pattern)])
+
+
+# What each row says of itself.
+
+NO_FIELDS: Schema = {"type": "object"}
+BY_ID: Schema = schema_of("ids", ids=IDS_SCHEMA)
+SWITCHED = answer_of(active=TRUTH_SCHEMA)
+OWN_ID = "$request.path.id"
+
+HEALTH = operation("Liveness", answer_of(status={"const": "ok"}))
+READY = operation("Does storage answer, do both loops turn?", answer_of())
+STATUS = operation(
+    "How it goes",
+    answer_of(
+        active=TRUTH_SCHEMA, version=STRING_SCHEMA, pending=COUNT_SCHEMA, deferred=COUNT_SCHEMA, in_delivery=COUNT_SCHEMA,
+        unreported=COUNT_SCHEMA, oldest_pending_ts=NULLABLE_TIME_SCHEMA,
+        accounts={"type": "object", "additionalProperties": ref("Lane")},
+    ),
+)  # fmt: skip
+METRICS = {
+    "summary": "Metrics for Prometheus",
+    "parameters": [],
+    "responses": {"200": answer_in("text/plain", STRING_SCHEMA, {})},
+}
+OPENAPI = operation("This document", {"type": "object"})
+ADD_MESSAGES = operation(
+    "Submit messages",
+    SUBMITTED_SCHEMA,
+    body=BATCH_SCHEMA,
+    body_required=True,
+    links={"message": link_to("get-message-id", "$request.body#/messages/0/id")},
+)
+RUN_NOW = operation("Wake dispatch and reporting at once", answer_of(), body=NO_FIELDS)
+SUSPEND = operation("Deliver nothing", SWITCHED, body=NO_FIELDS)
+ACTIVATE = operation("Deliver again", SWITCHED, body=NO_FIELDS)
+DELETE_MESSAGES = operation(
+    "Remove messages, but for those on the wire",
+    answer_of(removed=COUNT_SCHEMA, not_found=IDS_SCHEMA, in_delivery=IDS_SCHEMA),
+    body=BY_ID,
+    body_required=True,
+)
+CLEANUP_MESSAGES = operation(
+    "Remove final messages that were reported longer ago than that",
+    answer_of(removed=COUNT_SCHEMA),
+    body=schema_of("", older_than_seconds={"type": ["integer", "null"], "minimum": 0, "maximum": 2**53 - 1}),
+)
+RETRY_MESSAGES = operation(
+    "Give failed messages a new life",
+    answer_of(queued=COUNT_SCHEMA, not_found=IDS_SCHEMA, not_failed=IDS_SCHEMA),
+    body=BY_ID,
+    body_required=True,
+)
+LIST_MESSAGES = operation(
+    "Messages in order of acceptance",
+    answer_of(messages={"type": "array", "items": ref("Record")}, next=NULLABLE_STRING_SCHEMA),
+    query={
+        "active_only": FLAG_SCHEMA,
+        "status": {"enum": [*Status]},
+        "account_id": TEXT_TO_LOOK_FOR,
+        "batch_code": TEXT_TO_LOOK_FOR,
+        "limit": {"type": "integer", "minimum": 1, "maximum": LISTING_LIMIT},
+        "after": {"type": "string", "pattern": "^[0-9]{1,18}$", "description": "the `next` of an answer"},
+        "content": FLAG_SCHEMA,
+    },
+)
+SHOW_MESSAGE = operation(
+    "One message and the timeline of its attempts",
+    answer_of(message=ref("Record"), attempts={"type": "array", "items": ref("Attempt")}),
+    query={"content": FLAG_SCHEMA},
+)
+LIST_ACCOUNTS = operation(
+    "Accounts, without their secrets",
+    answer_of(accounts={"type": "array", "items": ref("ShownAccount")}),
+)
+PUT_ACCOUNT = operation(
+    "Add or replace an account",
+    answer_of(),
+    body=ref("Account"),
+    body_required=True,
+    refusals=["409"],
+    links={
+        name: link_to(f"{method}-account-id{then}", "$request.body#/id")
+        for name, method, then in (
+            ("delete", "delete", ""),
+            ("suspend", "post", "-suspend"),
+            ("activate", "post", "-activate"),
+        )
+    },
+)
+DELETE_ACCOUNT = operation(
+    "Remove an account; its undelivered messages become errors",
+    answer_of(failed=COUNT_SCHEMA),
+    refusals=["409"],
+)
+SUSPEND_ACCOUNT = operation(
+    "Deliver nothing through this account",
+    SWITCHED,
+    body=NO_FIELDS,
+    links={"activate": link_to("post-account-id-activate", OWN_ID)},
+)
+ACTIVATE_ACCOUNT = operation(
+    "Deliver through it again",
+    SWITCHED,
+    body=NO_FIELDS,
+    links={
+        "suspend": link_to("post-account-id-suspend", OWN_ID),
+        "delete": link_to("delete-account-id", OWN_ID),
+    },
+)
+
+
 class ControlPlane:
     """The handlers of the route table."""
 
@@ -9877,24 +10472,25 @@ class ControlPlane:
 
     def _table(self) -> tuple[Route, ...]:
         return (
-            Route("GET", "/health", self.health, public=True),
-            Route("GET", "/ready", self.ready, public=True),
-            Route("GET", "/status", self.status),
-            Route("GET", "/metrics", self.metrics),
-            Route("POST", "/commands/add-messages", self.add_messages),
-            Route("POST", "/commands/run-now", self.run_now),
-            Route("POST", "/commands/suspend", self.suspend),
-            Route("POST", "/commands/activate", self.activate),
-            Route("POST", "/commands/delete-messages", self.delete_messages),
-            Route("POST", "/commands/cleanup-messages", self.cleanup_messages),
-            Route("POST", "/commands/retry-messages", self.retry_messages),
-            Route("GET", "/messages", self.list_messages),
-            Route("GET", "/message/{id}", self.show_message),
-            Route("GET", "/accounts", self.list_accounts),
-            Route("POST", "/account", self.put_account),
-            Route("DELETE", "/account/{id}", self.delete_account),
-            Route("POST", "/account/{id}/suspend", self.suspend_account),
-            Route("POST", "/account/{id}/activate", self.activate_account),
+            Route("GET", "/health", self.health, public=True, schema=HEALTH),
+            Route("GET", "/ready", self.ready, public=True, schema=READY),
+            Route("GET", "/status", self.status, schema=STATUS),
+            Route("GET", "/metrics", self.metrics, schema=METRICS),
+            Route("GET", "/openapi.json", self.openapi, schema=OPENAPI),
+            Route("POST", "/commands/add-messages", self.add_messages, schema=ADD_MESSAGES),
+            Route("POST", "/commands/run-now", self.run_now, schema=RUN_NOW),
+            Route("POST", "/commands/suspend", self.suspend, schema=SUSPEND),
+            Route("POST", "/commands/activate", self.activate, schema=ACTIVATE),
+            Route("POST", "/commands/delete-messages", self.delete_messages, schema=DELETE_MESSAGES),
+            Route("POST", "/commands/cleanup-messages", self.cleanup_messages, schema=CLEANUP_MESSAGES),
+            Route("POST", "/commands/retry-messages", self.retry_messages, schema=RETRY_MESSAGES),
+            Route("GET", "/messages", self.list_messages, schema=LIST_MESSAGES),
+            Route("GET", "/message/{id}", self.show_message, schema=SHOW_MESSAGE),
+            Route("GET", "/accounts", self.list_accounts, schema=LIST_ACCOUNTS),
+            Route("POST", "/account", self.put_account, schema=PUT_ACCOUNT),
+            Route("DELETE", "/account/{id}", self.delete_account, schema=DELETE_ACCOUNT),
+            Route("POST", "/account/{id}/suspend", self.suspend_account, schema=SUSPEND_ACCOUNT),
+            Route("POST", "/account/{id}/activate", self.activate_account, schema=ACTIVATE_ACCOUNT),
         )
 
     # -- how it goes
@@ -9966,6 +10562,9 @@ class ControlPlane:
         )
         exposition = await self._threads.run(lambda: self._metrics.exposition(snapshot))
         return Response(200, exposition, METRICS_CONTENT_TYPE)
+
+    async def openapi(self, request: Request) -> Response:
+        return json_response(openapi_document(self._table()))
 
     # -- submission
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
+import atexit
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -35,6 +38,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import ssl
 import stat
@@ -83,6 +87,25 @@ from mailproxy import Attachment, Reply, S3Object, Source
 # only what it started. Every wait has a deadline.
 
 PROGRAM = Path(__file__).with_name("mailproxy.py")
+
+
+def starter() -> Path:
+    """A script that runs the program from its bytecode: Python compiles a script anew at every start."""
+    folder = tempfile.mkdtemp(prefix="mailproxy-starter-")
+    atexit.register(shutil.rmtree, folder)
+    os.chmod(folder, 0o755)  # other users run it too
+    script = Path(folder, "mailproxy.py")
+    lines = (
+        "import sys",
+        f"sys.path[0] = {str(PROGRAM.parent)!r}",
+        "import mailproxy",
+        "sys.exit(mailproxy.main())",
+    )
+    script.write_text("\n".join(lines) + "\n")
+    return script
+
+
+STARTER = starter()
 
 
 def needs(*programs: str) -> None:
@@ -765,7 +788,7 @@ class Daemon:
         self._hang_up()
         with self._log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, PROGRAM, "serve", "--config", self.folder / "config.ini"],
+                [sys.executable, STARTER, "serve", "--config", self.folder / "config.ini"],
                 cwd=self.folder,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
@@ -932,7 +955,9 @@ class Daemon:
 
 def _plain_environment() -> dict[str, str]:
     """This environment without what would configure the daemon, or send loopback through a proxy."""
-    unwanted = re.compile(r"MAILPROXY_.*|AWS_.*|.*_PROXY|NOTIFY_SOCKET|WATCHDOG_.*", re.IGNORECASE)
+    unwanted = re.compile(
+        r"MAILPROXY_.*|AWS_.*|.*_PROXY|NOTIFY_SOCKET|WATCHDOG_.*|COLUMNS|LINES", re.IGNORECASE
+    )
     return {name: value for name, value in os.environ.items() if not unwanted.fullmatch(name)}
 
 
@@ -1227,6 +1252,117 @@ def daemon(tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver) -> Iterato
     """The daemon between the two, as it comes out of the box."""
     with Daemon(tmp_path, smtp=smtp, reports=reports) as running:
         yield running
+
+
+# ======================================================================
+# SOURCE - the file can be read downward, and its papers are true
+# ======================================================================
+
+SOURCE = PROGRAM.read_text(encoding="utf-8")
+BANNER = re.compile(r"^# =+\n# ([A-Z][A-Z ]+?) - .+\n# =+\n#", re.MULTILINE)
+LONGEST_FUNCTION = 60  # lines
+
+
+ROOMS = {
+    SOURCE.count("\n", 0, found.start()) + 1: found[1] for found in BANNER.finditer(SOURCE)
+}  # by first line
+
+
+def room_at(line: int) -> int:
+    """The number of the room a line is in; 0 above all of them."""
+    return bisect.bisect_right(list(ROOMS), line)
+
+
+def names_bound_by(node: ast.stmt) -> list[str]:
+    """The names a statement at module level defines."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [
+        name.id for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)
+    ]
+
+
+def own_names(function: ast.AST) -> set[str]:
+    """The names a function binds itself: arguments and whatever is assigned in it."""
+    arguments = {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
+    stored = {
+        node.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del)
+    }
+    caught = {node.name for node in ast.walk(function) if isinstance(node, ast.ExceptHandler) and node.name}
+    return arguments | stored | caught
+
+
+def names_used(node: ast.AST, bound: frozenset[str] = frozenset()) -> Iterator[tuple[str, int]]:
+    """The names of the module that code uses, annotations left out: they are never evaluated."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        bound |= own_names(node)
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in bound:
+        yield node.id, node.lineno
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from names_used(child, bound)
+
+
+def test_a_room_never_names_a_room_below_it() -> None:
+    tree = ast.parse(SOURCE)
+    room_of = {name: room_at(node.lineno) for node in tree.body for name in names_bound_by(node)}
+
+    titles = ["FRONT DOOR", *ROOMS.values()]
+    downward = [
+        f"line {line}: {titles[room_at(line)]} names {name} of {titles[room_of[name]]}"
+        for node in tree.body
+        for name, line in names_used(node)
+        if room_of.get(name, 0) > room_at(line)
+    ]
+
+    assert len(room_of) > 500
+    assert downward == []
+
+
+def test_the_rooms_stand_in_the_order_of_the_map_at_the_front_door() -> None:
+    paragraph = (mailproxy.__doc__ or "").partition("from the top of this file to its end")[2]
+    map_lines = [line for line in paragraph.splitlines() if line.startswith("    ")]
+
+    on_the_map = [room for line in map_lines for room in re.split(r"  +", line.strip())[0].split(", ")]
+
+    assert on_the_map == list(ROOMS.values())
+
+
+def test_a_function_fits_on_a_screen() -> None:
+    long = [
+        f"{node.name}: {lines} lines"
+        for node in ast.walk(ast.parse(SOURCE))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or 0) - node.lineno + 1) > LONGEST_FUNCTION
+    ]
+
+    assert long == []
+
+
+def test_nothing_at_module_level_can_change() -> None:
+    """Tables may be dicts that nobody writes to; what begins empty is there to be filled."""
+    empty = [
+        ast.unparse(node)
+        for node in ast.parse(SOURCE).body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and isinstance(node.value, ast.Dict | ast.List | ast.Set)
+        and not ast.unparse(node.value).strip("{}[]")
+    ]
+
+    assert empty == []
+    assert not [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Global)]
+
+
+def test_the_table_of_settings_in_the_readme_is_the_programs() -> None:
+    readme: Path = PROGRAM.with_name("README.md")
+
+    assert mailproxy.settings_table().strip() in readme.read_text(encoding="utf-8")
 
 
 # ======================================================================
@@ -6184,6 +6320,8 @@ def smtp_agent(*, post_form=no_form, reveal=lambda secret: secret.given, end_of_
 
 def smtp_account(port, **fields):
     defaults = {"id": "main", "host": "127.0.0.1", "timeout_s": 5.0}
+    if "timeout_s" in fields:  # short: no time to build a TLS context
+        defaults["encryption"] = mailproxy.Encryption.NEVER
     return mailproxy.Account(port=port, **{**defaults, **fields})
 
 
@@ -9154,7 +9292,7 @@ def test_black_holes_with_hundreds_of_messages_hold_up_nobody_else(
             smtp.wait_for(number + 1, timeout=1)
 
         ask(daemon, "/account", account_at("hole", smtp))  # what hangs is given up at once
-        smtp.wait_for(503, timeout=5)
+        smtp.wait_for(503, timeout=20)
         started = time.monotonic()
         assert daemon.stop() == 0  # nor does the pit hold up the end
         assert time.monotonic() - started < 2
@@ -11144,7 +11282,7 @@ def started(folder: Path, config: str, **environment: str) -> subprocess.Complet
     """A daemon that is expected to refuse to start."""
     (folder / "config.ini").write_text(config)
     return subprocess.run(
-        [sys.executable, PROGRAM, "serve", "--config", folder / "config.ini"],
+        [sys.executable, STARTER, "serve", "--config", folder / "config.ini"],
         cwd=folder, env={**_plain_environment(), **environment}, capture_output=True, text=True, timeout=20,
     )  # fmt: skip
 
@@ -11461,7 +11599,7 @@ def run_command(
 ) -> subprocess.CompletedProcess[str]:
     """Run the program as a user does, with nothing of ours in its environment."""
     return subprocess.run(
-        [sys.executable, PROGRAM, *map(str, words)],
+        [sys.executable, STARTER, *map(str, words)],
         cwd=folder,
         env={**_plain_environment(), "PYTHONUTF8": "1", **(environment or {})},
         stdin=subprocess.DEVNULL,
@@ -11489,13 +11627,13 @@ def run_here(capsys: pytest.CaptureFixture[str], *words: object) -> Ended:
     return Ended(status, said.out, said.err)
 
 
-def ask_of_cli(daemon: Daemon, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_at(daemon: Daemon, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command that talks to this daemon."""
     url = f"http://127.0.0.1:{daemon.port}"
     return run_command(*words, folder=daemon.folder, environment={"MAILPROXY_URL": url, **environment})
 
 
-def rows_of_of_cli(printed: str, first_column: str) -> dict[str, dict[str, str]]:
+def printed_rows(printed: str, first_column: str) -> dict[str, dict[str, str]]:
     """The table that begins with this column, by its first column; it must be aligned."""
     lines = printed.splitlines()
     start = next(n for n, line in enumerate(lines) if line.split()[:1] == [first_column])
@@ -11584,7 +11722,7 @@ def test_serve_takes_its_settings_from_options(tmp_path: Path) -> None:
     options = ["--host", "127.0.0.1", "--port", port, "--db", tmp_path / "q.db", "--set", "smtp.host=mx.test"]
     options += ["--set", "smtp.port=2525", "--set", "logging.format=json"]
     serving = subprocess.Popen(
-        [sys.executable, PROGRAM, "serve", *map(str, options)],
+        [sys.executable, STARTER, "serve", *map(str, options)],
         cwd=tmp_path,
         env=_plain_environment(),
         stderr=subprocess.PIPE,
@@ -11600,7 +11738,7 @@ def test_serve_takes_its_settings_from_options(tmp_path: Path) -> None:
         _, rest = serving.communicate(timeout=40)
 
     assert str(port) in str(first_line)
-    assert rows_of_of_cli(accounts.stdout, "ID")["default"]["SERVER"] == "mx.test:2525"
+    assert printed_rows(accounts.stdout, "ID")["default"]["SERVER"] == "mx.test:2525"
     assert (tmp_path / "q.db").exists()
     assert serving.returncode == 0, rest
 
@@ -11665,7 +11803,7 @@ def test_check_shows_what_is_in_force_and_where_it_comes_from_but_no_secret(tmp_
     ended = run_command("check", folder=tmp_path, environment={"MAILPROXY_DELIVERY_MAX_RETRIES": "3"})
 
     assert (ended.returncode, ended.stderr) == (0, "")
-    rows = rows_of_of_cli(ended.stdout.partition("\n\nAll right")[0], "SETTING")
+    rows = printed_rows(ended.stdout.partition("\n\nAll right")[0], "SETTING")
     assert rows["server.port"] == {"SETTING": "server.port", "VALUE": "8026", "FROM": "./config.ini"}
     assert rows["delivery.max_retries"]["FROM"] == "environment variable MAILPROXY_DELIVERY_MAX_RETRIES"
     assert rows["storage.db_path"]["FROM"] == "default"
@@ -11763,10 +11901,10 @@ def test_url_and_token_come_from_the_daemons_own_config_ini(tmp_path: Path) -> N
 
 def test_without_the_right_token_the_answer_is_a_sentence(tmp_path: Path) -> None:
     with Daemon(tmp_path, token="sesame") as daemon:
-        none = ask_of_cli(daemon, "status", "--config", "/dev/null")
-        wrong = ask_of_cli(daemon, "status", MAILPROXY_TOKEN="salami")
-        right = ask_of_cli(daemon, "status", "--token", "env:MINE", MINE="sesame")
-        environment = ask_of_cli(daemon, "status", MAILPROXY_TOKEN="sesame")
+        none = run_at(daemon, "status", "--config", "/dev/null")
+        wrong = run_at(daemon, "status", MAILPROXY_TOKEN="salami")
+        right = run_at(daemon, "status", "--token", "env:MINE", MINE="sesame")
+        environment = run_at(daemon, "status", MAILPROXY_TOKEN="sesame")
 
     assert (none.returncode, wrong.returncode) == (1, 1)
     assert "MAILPROXY_TOKEN" in sentence(wrong)
@@ -11835,7 +11973,7 @@ def test_a_unix_socket_and_https_are_spoken_as_config_ini_has_them(tmp_path: Pat
     (tmp_path / "config.ini").write_text(f"[server]\nunix_socket = {tmp_path}/m.sock\n")
     servers = [
         subprocess.Popen(
-            [sys.executable, PROGRAM, "serve"],
+            [sys.executable, STARTER, "serve"],
             cwd=f,
             env=_plain_environment(),
             stderr=subprocess.PIPE,
@@ -11866,12 +12004,12 @@ def test_a_unix_socket_and_https_are_spoken_as_config_ini_has_them(tmp_path: Pat
 
 
 def test_status_shows_the_queue_and_the_accounts(daemon: Daemon) -> None:
-    ended = ask_of_cli(daemon, "status")
+    ended = run_at(daemon, "status")
 
     assert (ended.returncode, ended.stderr) == (0, "")
     assert re.search(r"^delivery +active$", ended.stdout, re.MULTILINE)
     assert re.search(r"^pending +0$", ended.stdout, re.MULTILINE)
-    assert rows_of_of_cli(ended.stdout, "ACCOUNT")["default"]["STATE"] == "up"
+    assert printed_rows(ended.stdout, "ACCOUNT")["default"]["STATE"] == "up"
 
 
 def test_json_is_the_answer_of_the_daemon_as_it_is(daemon: Daemon) -> None:
@@ -11885,13 +12023,13 @@ def test_json_is_the_answer_of_the_daemon_as_it_is(daemon: Daemon) -> None:
         (["message", "m"], "/message/m"),
         (["accounts"], "/accounts"),
     ]:
-        ended = ask_of_cli(daemon, *words, "--json")
+        ended = run_at(daemon, *words, "--json")
         assert (ended.returncode, ended.stderr) == (0, "")
         assert json.loads(ended.stdout) == daemon.get(path).json
 
 
 def test_json_shows_a_refusal_too_and_exits_1(daemon: Daemon) -> None:
-    ended = ask_of_cli(daemon, "message", "unknown", "--json")
+    ended = run_at(daemon, "message", "unknown", "--json")
 
     assert ended.returncode == 1
     assert json.loads(ended.stdout)["ok"] is False
@@ -11909,12 +12047,12 @@ def test_messages_are_a_table_that_says_why_and_when(daemon: Daemon) -> None:
     daemon.wait_status("one", "sent")
     daemon.wait_status("two", "error")
 
-    rows = rows_of_of_cli(ask_of_cli(daemon, "messages").stdout, "ID")
-    active = rows_of_of_cli(ask_of_cli(daemon, "messages", "--active").stdout, "ID")
-    failed = rows_of_of_cli(
-        ask_of_cli(daemon, "messages", "--status", "error", "--account", "default").stdout, "ID"
+    rows = printed_rows(run_at(daemon, "messages").stdout, "ID")
+    active = printed_rows(run_at(daemon, "messages", "--active").stdout, "ID")
+    failed = printed_rows(
+        run_at(daemon, "messages", "--status", "error", "--account", "default").stdout, "ID"
     )
-    batch = rows_of_of_cli(ask_of_cli(daemon, "messages", "--batch", "b1").stdout, "ID")
+    batch = printed_rows(run_at(daemon, "messages", "--batch", "b1").stdout, "ID")
 
     assert list(rows) == ["one", "two", "three"]
     assert (rows["one"]["STATUS"], rows["one"]["TO"], rows["one"]["ATTEMPTS"]) == (
@@ -11930,17 +12068,17 @@ def test_messages_are_a_table_that_says_why_and_when(daemon: Daemon) -> None:
 
 
 def test_a_long_list_says_how_to_go_on(daemon: Daemon) -> None:
-    ask_of_cli(daemon, "suspend")
+    run_at(daemon, "suspend")
     message = {"from": "a@b.test", "to": "ok@c.test", "subject": "Hi", "body": "x"}
     daemon.submit(*({**message, "id": f"m{n}"} for n in range(60)))
 
-    first = ask_of_cli(daemon, "messages")
+    first = run_at(daemon, "messages")
     cursor = re.search(r"--after (\S+)", sentence(first))
     assert cursor
-    second = ask_of_cli(daemon, "messages", "--after", cursor[1])
+    second = run_at(daemon, "messages", "--after", cursor[1])
 
-    assert list(rows_of_of_cli(first.stdout, "ID")) == [f"m{n}" for n in range(50)]
-    assert list(rows_of_of_cli(second.stdout, "ID")) == [f"m{n}" for n in range(50, 60)]
+    assert list(printed_rows(first.stdout, "ID")) == [f"m{n}" for n in range(50)]
+    assert list(printed_rows(second.stdout, "ID")) == [f"m{n}" for n in range(50, 60)]
     assert second.stderr == ""
 
 
@@ -11951,8 +12089,8 @@ def test_a_table_fits_the_terminal_and_never_cuts_an_id(daemon: Daemon) -> None:
     )
     daemon.wait_status(long_id, "error")
 
-    narrow = ask_of_cli(daemon, "messages", COLUMNS="130").stdout
-    piped = ask_of_cli(daemon, "messages").stdout
+    narrow = run_at(daemon, "messages", COLUMNS="130").stdout
+    piped = run_at(daemon, "messages").stdout
 
     assert all(mailproxy.text_width(line) <= 130 for line in narrow.splitlines())
     assert long_id in narrow
@@ -11967,18 +12105,18 @@ def test_one_message_is_shown_with_all_its_attempts(daemon: Daemon) -> None:
     daemon.submit({"id": id_, "from": "a@b.test", "to": "greylist@c.test", "subject": "Hi", "body": "x"})
     daemon.wait_status(id_, "sent")
 
-    ended = ask_of_cli(daemon, "message", id_)
+    ended = run_at(daemon, "message", id_)
 
     assert ended.returncode == 0, ended.stderr
     assert re.search(rf"^id +{re.escape(id_)}$", ended.stdout, re.MULTILINE)
     assert re.search(r"^status +sent$", ended.stdout, re.MULTILINE)
-    attempts = rows_of_of_cli(ended.stdout, "ATTEMPT")
+    attempts = printed_rows(ended.stdout, "ATTEMPT")
     assert "450 4.7.1 Greylisted, try again" in attempts["1"]["REPLY"]
     assert attempts["2"]["REPLY"].startswith("250 ")
 
 
 def test_a_message_that_does_not_exist_is_one_sentence_and_exit_1(daemon: Daemon) -> None:
-    ended = ask_of_cli(daemon, "message", "unknown")
+    ended = run_at(daemon, "message", "unknown")
 
     assert (ended.returncode, ended.stdout) == (1, "")
     assert sentence(ended) == "mailproxy: there is no message with this id"
@@ -11988,9 +12126,9 @@ def test_accounts_are_shown_without_their_passwords(daemon: Daemon) -> None:
     account = {"id": "billing", "host": "mx.test", "port": 587, "user": "u", "password": "hunter2"}
     daemon.post("/account", {**account, "limit_per_hour": 100, "limit_per_day": 500})
 
-    ended = ask_of_cli(daemon, "accounts")
+    ended = run_at(daemon, "accounts")
 
-    row = rows_of_of_cli(ended.stdout, "ID")["billing"]
+    row = printed_rows(ended.stdout, "ID")["billing"]
     assert (row["SERVER"], row["USER"], row["FROM"]) == ("mx.test:587", "u", "http")
     assert row["LIMITS"] == "100/hour 500/day"
     assert "hunter2" not in ended.stdout
@@ -11999,22 +12137,22 @@ def test_accounts_are_shown_without_their_passwords(daemon: Daemon) -> None:
 def test_delivery_is_suspended_and_taken_up_again(daemon: Daemon, smtp: SmtpServer) -> None:
     daemon.post("/account", {"id": "a/b", "host": smtp.host, "port": smtp.port})
 
-    assert ask_of_cli(daemon, "suspend").returncode == 0
+    assert run_at(daemon, "suspend").returncode == 0
     assert daemon.status()["active"] is False
-    assert ask_of_cli(daemon, "activate").returncode == 0
+    assert run_at(daemon, "activate").returncode == 0
     assert daemon.status()["active"] is True
-    assert ask_of_cli(daemon, "suspend", "--account", "a/b").returncode == 0
+    assert run_at(daemon, "suspend", "--account", "a/b").returncode == 0
     assert daemon.status()["accounts"]["a/b"]["state"] == "suspended"
-    assert ask_of_cli(daemon, "activate", "--account", "a/b").returncode == 0
+    assert run_at(daemon, "activate", "--account", "a/b").returncode == 0
     assert daemon.status()["accounts"]["a/b"]["state"] == "up"
-    assert ask_of_cli(daemon, "suspend", "--account", "nobody").returncode == 1
+    assert run_at(daemon, "suspend", "--account", "nobody").returncode == 1
 
 
 def test_run_now_delivers_in_test_mode(tmp_path: Path, smtp: SmtpServer) -> None:
     with Daemon(tmp_path, {"delivery": {"test_mode": "true"}}, smtp=smtp) as daemon:
         daemon.submit({"id": "m", "from": "a@b.test", "to": "ok@c.test", "subject": "Hi", "body": "x"})
 
-        ended = ask_of_cli(daemon, "run-now")
+        ended = run_at(daemon, "run-now")
 
         assert ended.returncode == 0, ended.stderr
         daemon.wait_status("m", "sent")
@@ -12024,10 +12162,10 @@ def test_retry_and_delete_name_what_they_left_alone(daemon: Daemon) -> None:
     daemon.submit({"id": "m", "from": "a@b.test", "to": "perm@c.test", "subject": "Hi", "body": "x"})
     daemon.wait_status("m", "error")
 
-    retried = ask_of_cli(daemon, "retry", "m", "unknown")
+    retried = run_at(daemon, "retry", "m", "unknown")
     again = daemon.wait_status("m", "error")
-    deleted = ask_of_cli(daemon, "delete", "m")
-    nothing = ask_of_cli(daemon, "delete", "m", "n")
+    deleted = run_at(daemon, "delete", "m")
+    nothing = run_at(daemon, "delete", "m", "n")
 
     assert (retried.returncode, retried.stdout) == (1, "1 queued anew\n")
     assert sentence(retried) == "mailproxy: not found: unknown"
@@ -12040,7 +12178,7 @@ def test_a_reader_that_goes_away_is_no_event(daemon: Daemon) -> None:
     reading, writing = os.pipe()
     os.close(reading)
 
-    command = [sys.executable, str(PROGRAM), "status", "--url", f"http://127.0.0.1:{daemon.port}"]
+    command = [sys.executable, str(STARTER), "status", "--url", f"http://127.0.0.1:{daemon.port}"]
     ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=40)
     os.close(writing)
 
@@ -12091,7 +12229,7 @@ def test_the_demo_shows_all_five_ways_wherever_it_runs(tmp_path: Path) -> None:
     ended = run_command("demo", folder=folder, environment=environment)
 
     assert (ended.returncode, ended.stderr) == (0, "")
-    rows = rows_of_of_cli(ended.stdout.partition("\n\nall delivered")[0], "MESSAGE")
+    rows = printed_rows(ended.stdout.partition("\n\nall delivered")[0], "MESSAGE")
     assert {id_: (row["STATUS"], row["ATTEMPTS"]) for id_, row in rows.items()} == {
         "plain": ("sent", "1"),
         "picture": ("sent", "1"),
@@ -12120,7 +12258,7 @@ def test_the_demo_is_coloured_in_a_terminal_and_ends_at_ctrl_c(tmp_path: Path) -
     screen, terminal = pty.openpty()
     environment = {**_plain_environment(), "TMPDIR": str(tmp_path), "TERM": "xterm", "NO_COLOR": ""}
     running = subprocess.Popen(
-        [sys.executable, PROGRAM, "demo"], env=environment, stdout=terminal, stderr=subprocess.PIPE, text=True
+        [sys.executable, STARTER, "demo"], env=environment, stdout=terminal, stderr=subprocess.PIPE, text=True
     )
     os.close(terminal)
 
@@ -12149,7 +12287,7 @@ def test_a_demo_that_is_not_through_in_time_names_what_is_missing(tmp_path: Path
 def test_output_that_cannot_be_written_is_one_sentence_and_exit_1(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
-            [sys.executable, PROGRAM, "check"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, STARTER, "check"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True
         )
 
     assert (ended.returncode, ended.stderr) == (1, "mailproxy: No space left on device\n")
@@ -12258,7 +12396,7 @@ def test_the_demos_mail_server_keeps_to_the_order_of_commands(command: bytes, co
 def piped(daemon: Daemon, *words: object, stdin: bytes) -> Ended:
     """Run a command that talks to this daemon and reads from standard input."""
     ended = subprocess.run(
-        [sys.executable, PROGRAM, *map(str, words)],
+        [sys.executable, STARTER, *map(str, words)],
         cwd=daemon.folder,
         env={**_plain_environment(), "MAILPROXY_URL": f"http://127.0.0.1:{daemon.port}", "PYTHONUTF8": "1"},
         input=stdin,
@@ -12622,8 +12760,8 @@ def test_sendmail_sends_by_the_config_ini_of_the_daemon(tmp_path: Path, smtp: Sm
     content = b"To: x@c.test\nBcc: admin\nSubject: Gr\xc3\xbc\xc3\x9fe\n\nfirst\n.\nsecond\n"
     with Daemon(tmp_path, {"server": {"port": free_port()}}, smtp=smtp, token="sesame") as daemon:
         link = tmp_path / "sendmail"
-        link.symlink_to(PROGRAM)
-        command = [[sys.executable, link], [sys.executable, PROGRAM, "sendmail"]]
+        link.symlink_to(STARTER)
+        command = [[sys.executable, link], [sys.executable, STARTER, "sendmail"]]
         ended = [
             subprocess.run([*words, *options], input=content, cwd=daemon.folder, env=_plain_environment(),
                            capture_output=True, timeout=40)
@@ -12700,7 +12838,7 @@ def test_git_sends_its_patches_through_sendmail(daemon: Daemon, smtp: SmtpServer
     folder = subprocess.run(["git", "--exec-path"], capture_output=True, text=True, check=True).stdout.strip()
     needs(f"{folder}/git-send-email")
     wrapper = daemon.folder / "sendmail"
-    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} sendmail "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {STARTER} sendmail "$@"\n')
     wrapper.chmod(0o755)
     patch = "From 0123 Mon Sep 17 00:00:00 2001\nFrom: A <a@b.test>\n"
     patch += "Date: Mon, 1 Jan 2024 00:00:00 +0000\nSubject: [PATCH] x\n\nx\n"
@@ -12839,7 +12977,7 @@ def test_check_connect_shows_what_each_server_offers(
 
     assert ended.returncode == 1
     assert sentence(ended) == "mailproxy: no mail can leave through strict, late"
-    rows = rows_of_of_cli(ended.stdout, "ACCOUNT")
+    rows = printed_rows(ended.stdout, "ACCOUNT")
     assert rows["default"] == {
         "ACCOUNT": "default", "SERVER": f"localhost:{good.port}", "TLS": "TLSv1.3", "AUTH": "LOGIN PLAIN",
         "SIZE": "35.0 MB", "SMTPUTF8": "yes", "PIPELINING": "yes", "RESULT": "logged in as u",
@@ -12866,7 +13004,7 @@ def test_following_shows_what_comes_and_changes(daemon: Daemon) -> None:
     daemon.submit({**common, "id": "first", "to": "ok@c.test"}, {**common, "id": "old", "to": "ok@c.test"})
     daemon.wait_status("old", "sent")
     url = f"http://127.0.0.1:{daemon.port}"
-    command = [sys.executable, "-u", str(PROGRAM), "messages", "--follow", "--limit", "1", "--url", url]
+    command = [sys.executable, "-u", str(STARTER), "messages", "--follow", "--limit", "1", "--url", url]
     following = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_plain_environment())
     assert following.stdout
 
@@ -12888,7 +13026,7 @@ def test_following_shows_what_comes_and_changes(daemon: Daemon) -> None:
 
 
 def test_following_looks_at_many_pages_and_comes_back_for_the_last_one(daemon: Daemon) -> None:
-    ask_of_cli(daemon, "suspend")
+    run_at(daemon, "suspend")
     message = {"from": "a@b.test", "to": "ok@c.test", "subject": "Hi", "body": "x"}
     daemon.submit(*({**message, "id": f"m{n}"} for n in range(700)))
     client = mailproxy.Client(mailproxy.DaemonAddress(f"http://127.0.0.1:{daemon.port}"))
@@ -12912,7 +13050,7 @@ def test_a_list_is_coloured_in_a_terminal_alone(daemon: Daemon) -> None:
 
     def shown(**environment: str) -> bytes:
         screen, terminal = pty.openpty()
-        command = [sys.executable, str(PROGRAM), "messages", "--url", f"http://127.0.0.1:{daemon.port}"]
+        command = [sys.executable, str(STARTER), "messages", "--url", f"http://127.0.0.1:{daemon.port}"]
         environment = {**_plain_environment(), "TERM": "xterm", **environment}
         subprocess.run(command, stdout=terminal, env=environment, timeout=40, check=True)
         os.close(terminal)
@@ -12922,13 +13060,13 @@ def test_a_list_is_coloured_in_a_terminal_alone(daemon: Daemon) -> None:
 
     assert b"\x1b[31mm  " in shown(NO_COLOR="")
     assert b"\x1b" not in shown(NO_COLOR="1")
-    assert "\x1b" not in ask_of_cli(daemon, "messages").stdout
+    assert "\x1b" not in run_at(daemon, "messages").stdout
 
 
 def test_a_demo_that_is_told_to_stop_leaves_nothing_behind(tmp_path: Path) -> None:
     environment = {**_plain_environment(), "TMPDIR": str(tmp_path)}
     running = subprocess.Popen(
-        [sys.executable, "-u", PROGRAM, "demo"],
+        [sys.executable, "-u", STARTER, "demo"],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -12943,6 +13081,535 @@ def test_a_demo_that_is_told_to_stop_leaves_nothing_behind(tmp_path: Path) -> No
 
     assert (running.returncode, complaints) == (130, "")
     assert list(tmp_path.iterdir()) == []
+
+
+# ======================================================================
+# SECURITY - what is promised of the HTTP side, shown by those who attack it
+# ======================================================================
+
+
+# -- openapi.json
+
+
+def references(value: Any) -> Iterator[str]:
+    """Every $ref in a document."""
+    if isinstance(value, dict):
+        if "$ref" in value:
+            yield value["$ref"]
+        value = list(value.values())
+    for member in value if isinstance(value, list) else ():
+        yield from references(member)
+
+
+def at_pointer(document: Any, pointer: str) -> Any:
+    for step in pointer.removeprefix("#/").split("/"):
+        document = document[step]
+    return document
+
+
+def test_openapi_json_says_what_the_route_table_routes(tmp_path: Path) -> None:
+    with Daemon(tmp_path, token="t0ken") as daemon:
+        assert daemon.get("/openapi.json", headers={"X-API-Token": ""}).status == 401
+        document = daemon.get("/openapi.json").json
+
+        operations = {
+            (method, path): row for path, rows in document["paths"].items() for method, row in rows.items()
+        }
+        assert document["openapi"].startswith("3.1")
+        assert {("post", "/commands/add-messages"), ("delete", "/account/{id}")} < set(operations)
+        for (method, path), row in operations.items():
+            public = path in ("/health", "/ready")
+            assert (row.get("security"), "401" in row["responses"]) == ([] if public else None, not public)
+            bare = daemon.request(method.upper(), path.replace("{id}", "x"), headers={"X-API-Token": ""})
+            assert bare.status == (200 if public else 401), path
+            other = daemon.request("PATCH", path.replace("{id}", "x"))
+            assert other.status == 405
+            assert set(other.headers["Allow"].lower().split(", ")) - {"head"} == set(document["paths"][path])
+        for reference in references(document):
+            assert at_pointer(document, reference)
+        named = {link["operationId"] for row in operations.values() for answer in row["responses"].values()
+                 for link in answer.get("links", {}).values()}  # fmt: skip
+        assert named
+        assert named <= {row["operationId"] for row in operations.values()}
+
+
+def test_openapi_json_knows_every_field_that_is_understood() -> None:
+    schemas = mailproxy.NAMED_SCHEMAS
+
+    assert set(mailproxy.MESSAGE_FIELD_SCHEMAS) == mailproxy.MESSAGE_FIELDS
+    nested = {key for key in mailproxy.ACCOUNT_KEYS if key.startswith("oauth2_")}
+    assert set(mailproxy.ACCOUNT_FIELD_SCHEMAS) == {"id", *mailproxy.ACCOUNT_KEYS} - nested
+    assert "password" not in at_pointer(schemas, "ShownAccount/properties")
+
+
+@pytest.mark.timeout(180)
+def test_schemathesis_finds_nothing(tmp_path: Path, smtp: SmtpServer) -> None:
+    """With all its checks; a longer run is the same command with a larger --max-examples."""
+    pytest.importorskip("schemathesis")
+    with Daemon(tmp_path, smtp=smtp, token="t0ken") as daemon:
+        daemon.submit(mail("there"), mail("later", deferred_ts=4_000_000_000))
+        program = Path(sys.executable).with_name("schemathesis")
+        tried = subprocess.run(
+            [
+                program, "run", f"http://127.0.0.1:{daemon.port}/openapi.json", "--checks", "all", "--seed", "1",
+                "--max-examples", "3", "--header", "X-API-Token: t0ken", "--generation-database", "none", "--no-color",
+            ],
+            cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=170,
+        )  # fmt: skip
+
+        assert tried.returncode == 0, tried.stdout[-10_000:] + tried.stderr
+        assert "No issues found" in tried.stdout
+        assert " ERROR " not in daemon.log
+        assert "Traceback" not in daemon.log
+        assert {received.recipients[0] for received in smtp.received} <= {"ok@example.com"}
+
+
+# -- whatever is accepted can be read when it arrives
+
+SECURITY_ANY_TEXT = st.text(max_size=60)
+ADDRESS_TEXT = st.one_of(
+    st.builds("{}@example.com".format, st.text("abcXYZ09.+-_'\"é ", min_size=1, max_size=12)),
+    st.builds("{} <ok@example.com>".format, SECURITY_ANY_TEXT),
+    st.emails(),
+    SECURITY_ANY_TEXT,
+)
+ADDRESS_LIST = st.one_of(ADDRESS_TEXT, st.lists(ADDRESS_TEXT, max_size=3))
+HEADER_NAME = st.one_of(
+    st.sampled_from(["X-Test", "Reply-To", "Date", "List-Id", "References", "Bcc"]), SECURITY_ANY_TEXT
+)
+ATTACHMENT = st.fixed_dictionaries(
+    {
+        "filename": SECURITY_ANY_TEXT,
+        "content": st.binary(max_size=90).map(lambda raw: base64.b64encode(raw).decode()),
+    },
+    optional={
+        "content_type": st.sampled_from(
+            ["text/plain", "application/pdf", "message/rfc822", "image/png; name=x", "x"]
+        ),
+        "content_id": SECURITY_ANY_TEXT,
+        "inline": st.booleans(),
+    },
+)
+ANY_MESSAGE = st.fixed_dictionaries(
+    {"from": st.one_of(st.just("me@example.com"), ADDRESS_TEXT), "to": st.one_of(st.just("ok@example.com"), ADDRESS_LIST)},
+    optional={
+        "subject": SECURITY_ANY_TEXT,
+        "body": st.one_of(SECURITY_ANY_TEXT, st.text("x\r\n. \t=é", max_size=2000)),
+        "text": SECURITY_ANY_TEXT,
+        "html": SECURITY_ANY_TEXT,
+        "from_name": SECURITY_ANY_TEXT,
+        "cc": ADDRESS_LIST,
+        "bcc": ADDRESS_LIST,
+        "reply_to": ADDRESS_LIST,
+        "return_path": ADDRESS_TEXT,
+        "headers": st.dictionaries(HEADER_NAME, st.one_of(SECURITY_ANY_TEXT, st.integers(), st.lists(SECURITY_ANY_TEXT, max_size=2)), max_size=3),
+        "message_id": SECURITY_ANY_TEXT,
+        "attachments": st.lists(ATTACHMENT, max_size=2),
+        "raw": st.binary(max_size=200).map(lambda raw: base64.b64encode(b"Subject: x\r\n" + raw).decode()),
+    },
+)  # fmt: skip
+
+
+def assert_can_be_read(received: Received, submitted_as: Mapping[str, Any]) -> None:
+    """What came is a message by RFC 5322, has what was asked for, and nothing was slipped into it."""
+    lines = received.content.split(b"\r\n")
+    assert not any(b"\r" in line or b"\n" in line for line in lines)
+    if "raw" in submitted_as:
+        return
+    assert max(map(len, lines)) <= 998
+    message = received.message
+    assert not [
+        part.defects
+        for part in message.walk()
+        if part.defects and part.get_content_type() != "message/rfc822"
+    ]
+    assert all(message.get_all(name, []) != [] for name in ("From", "Date", "Message-ID", "MIME-Version"))
+    assert message["Bcc"] is None
+    assert len(message.get_all("Subject", [])) == 1
+
+
+@pytest.mark.timeout(120)
+def test_every_message_that_is_accepted_arrives_and_can_be_read(tmp_path: Path, smtp: SmtpServer) -> None:
+    config = {"delivery": {"max_retries": 1, "retry_delays": 60}, "smtp": {"max_connections": 5}}
+    waiting: dict[str, Mapping[str, Any]] = {}
+    with Daemon(tmp_path, config, smtp=smtp) as daemon:
+
+        @hypothesis.settings(max_examples=40, deadline=None, database=None, derandomize=True,
+                             suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate])  # fmt: skip
+        @hypothesis.given(st.lists(ANY_MESSAGE, min_size=1, max_size=12))
+        def submit(messages: list[dict[str, Any]]) -> None:
+            batch = [{"id": f"g-{len(waiting)}-{n}", **message} for n, message in enumerate(messages)]
+            answer = submitted(daemon, *batch)
+            assert answer.status in (200, 400), answer.content
+            rejected = {entry["id"]: entry["reason"] for entry in answer.json["rejected"]}
+            assert all(re.match("missing |invalid ", reason) for reason in rejected.values()), rejected
+            waiting.update({message["id"]: message for message in batch if message["id"] not in rejected})
+
+        submit()
+        wait_until(lambda: daemon.status()["pending"] == 0, "the end of the queue", 30)
+
+        records = daemon.get("/messages").json["messages"]
+        assert len(waiting) > 30
+        assert {record["id"]: record["error"] for record in records} == dict.fromkeys(waiting)
+        by_message_id = {received.message["Message-ID"]: received for received in smtp.received}
+        for record in records:
+            if record["message_id"] in by_message_id:
+                assert_can_be_read(by_message_id[record["message_id"]], waiting[record["id"]])
+        assert " ERROR " not in daemon.log
+
+
+# -- strangers
+
+
+def refused(daemon: Daemon) -> float:
+    """Seconds until a wrong token is refused."""
+    began = time.monotonic()
+    assert daemon.get("/status", headers={"X-API-Token": "guess-5f3a"}).status == 401
+    return time.monotonic() - began
+
+
+def test_who_guesses_tokens_is_slowed_down_counted_and_logged_and_nobody_else(tmp_path: Path) -> None:
+    config = {"server": {"api_token": "old-t0ken, new-t0ken"}}
+    with Daemon(tmp_path, config) as daemon:
+        daemon.token = "old-t0ken"
+        first, *_, last = [refused(daemon) for _ in range(45)]
+
+        assert (first < 0.2, last > 0.3) == (True, True), (first, last)
+        began = time.monotonic()
+        assert [
+            daemon.get("/status", headers={"X-API-Token": token}).status
+            for token in ("old-t0ken", "new-t0ken")
+        ] == [200, 200]
+        assert time.monotonic() - began < 0.3
+        metrics = daemon.get("/metrics").content.decode()
+        assert "mailproxy_auth_failures_total 45.0" in metrics
+        assert daemon.log.count("a request without a valid token") == 45
+        assert "guess-5f3a" not in daemon.log
+
+
+def test_refusals_are_held_back_for_a_second_at_most_and_forgiven_in_time() -> None:
+    strangers = mailproxy.Strangers()
+
+    delays = [strangers.delay_s("192.0.2.1", now=100.0) for _ in range(200)]
+
+    assert delays[: mailproxy.FREE_REFUSALS] == [0.0] * mailproxy.FREE_REFUSALS
+    assert delays == sorted(delays)
+    assert delays[-1] == 1.0
+    assert strangers.delay_s("192.0.2.2", now=100.0) == 0
+    assert strangers.delay_s("192.0.2.1", now=100.0 + 3600) == 0
+
+
+def test_what_strangers_cost_is_bounded() -> None:
+    strangers = mailproxy.Strangers()
+    for number in range(3 * mailproxy.STRANGERS):
+        strangers.delay_s(f"2001:db8::{number:x}", now=100.0)
+    assert len(strangers._refusals) == mailproxy.STRANGERS
+
+    async def held_back() -> tuple[int, float]:
+        for _ in range(200):
+            strangers.delay_s("192.0.2.1", now=asyncio.get_running_loop().time())
+        began = time.monotonic()
+        waits = [asyncio.create_task(strangers.hold_back("192.0.2.1")) for _ in range(500)]
+        await asyncio.sleep(0.05)
+        waiting = sum(not task.done() for task in waits)
+        await asyncio.gather(*waits)
+        return waiting, time.monotonic() - began
+
+    waiting, seconds = asyncio.run(held_back())
+    assert waiting == mailproxy.STRANGERS_WAITING
+    assert seconds < 3
+
+
+def test_without_a_token_a_page_in_a_browser_is_a_stranger(quiet: Daemon) -> None:
+    """What a web page sends to loopback looks like curl, but for its Origin (RFC 6454 7)."""
+    body = json.dumps({"messages": [mail()]}).encode()
+    for origin in ("https://evil.example", "null"):
+        headers = {"Origin": origin, "Content-Type": "application/x-www-form-urlencoded"}
+        assert quiet.post("/commands/add-messages", body, headers=headers).status == 401
+        assert quiet.post("/commands/activate", headers={"Origin": origin}).status == 401
+
+    assert quiet.status()["pending"] == 0
+    assert quiet.status()["active"] is False
+
+
+# -- secrets
+
+
+class Parrot(socketserver.StreamRequestHandler):
+    """A mail server that repeats the credentials it refuses, as they came and decoded."""
+
+    def handle(self) -> None:
+        self.wfile.write(b"220 parrot.test\r\n")
+        for line in self.rfile:
+            word = line.split()[0].upper() if line.split() else b""
+            if word == b"EHLO":
+                self.wfile.write(b"250-parrot.test\r\n250 AUTH PLAIN LOGIN XOAUTH2\r\n")
+            elif word == b"AUTH":
+                self.wfile.write(b"535 5.7.8 Wrong: " + self.repeated(line.split()) + b"\r\n")
+            elif word == b"QUIT":
+                self.wfile.write(b"221 bye\r\n")
+                return
+            else:
+                self.wfile.write(b"535 5.7.8 Wrong: " + self.repeated([line.strip()]) + b"\r\n")
+
+    def repeated(self, words: list[bytes]) -> bytes:
+        with contextlib.suppress(ValueError):
+            decoded = base64.b64decode(words[-1]).replace(b"\0", b" ").replace(b"\x01", b" ")
+            return words[-1] + b" " + decoded
+        return words[-1]
+
+
+class Echo(http.server.BaseHTTPRequestHandler):
+    """A web server that gives access tokens at /good, and else repeats what it was sent with a 403."""
+
+    def do_POST(self) -> None:
+        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        good = self.path == "/good"
+        answer = (
+            b'{"access_token": "s3cret-access", "expires_in": 60}' if good else sent + bytes(self.headers)
+        )
+        self.send_response(200 if good else 403)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST
+
+    def log_message(self, *_args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def serving(server: socketserver.BaseServer) -> Iterator[int]:
+    """A server on a thread of its own; yields its port."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]  # type: ignore[index,misc]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
+
+
+BY_VALUE = (
+    "s3cret-default", "s3cret-added", "s3cret-refresh", "s3cret-sync-url", "s3cret-token-1", "s3cret-token-2",
+    "s3cret-guess", "s3cret-reload", "s3cret-s3-key", "s3cret-url", "s3cret-access",
+)  # fmt: skip
+BY_REFERENCE = ("s3cret-env", "s3cret-file", "s3cret-client", "s3cret-webhook", "s3cret-sync")
+ALL_FORMS = {
+    form: secret
+    for secret in BY_VALUE + BY_REFERENCE
+    for form in (
+        secret,
+        base64.b64encode(secret.encode()).decode(),
+        base64.b64encode(b"\0me\0" + secret.encode()).decode(),
+    )
+}
+
+
+def secrets_in(text: str) -> set[str]:
+    return {secret for form, secret in ALL_FORMS.items() if form in text}
+
+
+def secretive_config(folder: Path, smtp_port: int, http_port: int) -> dict[str, dict[str, object]]:
+    """Secrets everywhere: by value, from the environment, from a file."""
+    (folder / "secret").write_text("s3cret-file\n")
+    (folder / "webhook").write_text("whsec_" + base64.b64encode(b"s3cret-webhook").decode() + "\n")
+    oauth2 = {
+        "auth": "xoauth2",
+        "user": "me",
+        "oauth2_client_id": "id",
+        "host": "127.0.0.1",
+        "port": smtp_port,
+    }
+    refreshed = {
+        **oauth2,
+        "oauth2_client_secret": "env:CLIENT_SECRET",
+        "oauth2_refresh_token": "s3cret-refresh",
+    }
+    plain = {"host": "127.0.0.1", "port": smtp_port, "user": "me"}
+    return {
+        "server": {"api_token": "s3cret-token-1, s3cret-token-2"},
+        "smtp": {**plain, "password": "s3cret-default", "auth": "plain"},
+        "account:env": {**plain, "password": "env:PASSWORD", "auth": "login"},
+        "account:file": {**plain, "password": f"file:{folder}/secret"},
+        "account:refused": {**refreshed, "oauth2_token_url": f"http://127.0.0.1:{http_port}/bad"},
+        "account:granted": {**refreshed, "oauth2_token_url": f"http://127.0.0.1:{http_port}/good"},
+        "account:nowhere": {**plain, "password": "env:NOT_THERE"},
+        "client": {
+            "client_sync_url": f"http://127.0.0.1:{http_port}/sync",
+            "client_sync_user": "me",
+            "client_sync_password": "env:SYNC_PASSWORD",
+            "client_sync_secret": f"file:{folder}/webhook",
+        },
+        "attachments": {"allow_hosts": "127.0.0.1"},
+        "s3": {"access_key_id": "AKIA", "secret_access_key": "s3cret-s3-key", "region": "eu-west-1"},
+        "delivery": {"max_retries": 1, "retry_delays": 1},
+        "logging": {"level": "debug", "delivery_activity": "true"},
+    }
+
+
+SECRET_ENVIRONMENT = {
+    "PASSWORD": "s3cret-env",
+    "CLIENT_SECRET": "s3cret-client",
+    "SYNC_PASSWORD": "s3cret-sync",
+}
+
+
+def provoke_failures(daemon: Daemon, smtp_port: int, http_port: int) -> None:
+    """Everything that may fail with a secret in its hands."""
+    added = {"id": "added", "host": "127.0.0.1", "port": smtp_port, "user": "me", "password": "s3cret-added"}
+    assert daemon.post("/account", added).status == 200
+    assert daemon.post("/account", {**added, "port": 0}).status == 400
+    assert daemon.post("/account", json.dumps(added).encode()[:-1]).status == 400
+    accounts = ("default", "added", "env", "file", "refused", "granted", "nowhere")
+    daemon.submit(*[mail(account_id, account_id=account_id) for account_id in accounts])
+    url = f"http://me:s3cret-url@127.0.0.1:{http_port}/file"
+    s3 = {"bucket": "b", "key": "k", "endpoint": f"http://127.0.0.1:{http_port}"}
+    sources: list[dict[str, object]] = [{"url": url}, {"url": url.replace(str(http_port), "1")}, {"s3": s3}]
+    daemon.submit(
+        *[mail(f"at-{n}", attachments=[{"filename": "f", **source}]) for n, source in enumerate(sources)]
+    )
+    for headers in (
+        {"X-API-Token": "s3cret-guess"},
+        {"X-API-Token": "", "Authorization": "Bearer s3cret-guess"},
+    ):
+        assert daemon.get("/status", headers=headers).status == 401
+    states = ("cooling",) * len(accounts)
+    wait_until(
+        lambda: tuple(daemon.status()["accounts"][id_]["state"] for id_ in accounts) == states,
+        "the refusals",
+        20,
+    )
+    wait_until(lambda: daemon.log.count("report") > 1, "a refused report")
+    daemon.config["account:broken"] = {**added, "password": "s3cret-reload", "port": "0"}
+    daemon.write_config()
+    daemon.signal(signal.SIGHUP)
+    daemon.wait_for_log("not taken over")
+    del daemon.config["account:broken"]
+    daemon.write_config()
+
+
+def corrupt(daemon: Daemon, id_: str) -> None:
+    """A row that makes our own code raise when it is shown."""
+    with contextlib.closing(sqlite3.connect(str(daemon.config["storage"]["db_path"]))) as db, db:
+        db.execute("UPDATE messages SET payload = '{\"s3cret-added' WHERE id = ?", (id_,))
+
+
+def test_no_secret_is_in_anything_that_is_written_or_answered(tmp_path: Path) -> None:
+    with (
+        serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Parrot)) as smtp_port,
+        serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo)) as http_port,
+    ):
+        config = secretive_config(tmp_path, smtp_port, http_port)
+        with Daemon(tmp_path, config, environment=SECRET_ENVIRONMENT) as daemon:
+            daemon.token = "s3cret-token-2"
+            provoke_failures(daemon, smtp_port, http_port)
+            paths = ("/status", "/accounts", "/metrics", "/openapi.json", "/health", "/ready")
+            shown = {path: daemon.get(path).content.decode() for path in paths}
+            records = [
+                daemon.get(f"/message/{record['id']}").json
+                for record in daemon.get("/messages").json["messages"]
+            ]
+            for record in records:
+                record["message"].pop("message")  # as the client itself wrote it
+            shown["/messages"] = json.dumps(records)
+            corrupt(daemon, "file")
+            assert daemon.get("/message/file").status == 500
+            assert daemon.process
+            shown["cmdline"] = Path(f"/proc/{daemon.process.pid}/cmdline").read_text()
+            for options in ((), ("--connect",)):
+                checked = run_command(
+                    "check",
+                    "--config",
+                    tmp_path / "config.ini",
+                    *options,
+                    folder=tmp_path,
+                    environment=SECRET_ENVIRONMENT,
+                )
+                shown[f"check {options}"] = checked.stdout + checked.stderr
+                assert "refused" in checked.stdout
+        shown["log"] = daemon.log
+        stored = b"".join(path.read_bytes() for path in tmp_path.glob("queue.db*")).decode("latin-1")
+
+    assert "Wrong: ***" in shown["log"] or "***" in shown["log"]
+    assert "Traceback" in shown["log"]
+    assert {place: secrets_in(text) for place, text in shown.items()} == {place: set() for place in shown}
+    assert secrets_in(stored) & set(BY_REFERENCE) == set()
+    assert "s3cret-added" in stored  # by value: in the 0600 file, as the README says
+
+
+# -- TLS and the Unix socket
+
+
+@contextlib.contextmanager
+def listening_daemon(folder: Path, **server: object) -> Iterator[subprocess.Popen[bytes]]:
+    """The real daemon, wherever it listens."""
+    lines = [f"{key} = {value}" for key, value in server.items()]
+    (folder / "config.ini").write_text(
+        "\n".join(["[scheduler]", "active = false", "[smtp]", "host = h", "port = 25", "[server]", *lines])
+    )
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM, "serve", "--config", folder / "config.ini"],
+            cwd=folder, env=_plain_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        wait_until(lambda: b"mailproxy listens" in (folder / "log").read_bytes(), "the daemon's address")
+        yield process
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def asked(
+    connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, token: str = ""
+) -> Any:
+    content = None if body is None else json.dumps(body)
+    connection.request(method, path, content, {"X-API-Token": token} if token else {})
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+def test_over_tls_the_api_is_the_same_and_without_it_there_is_no_answer(
+    tmp_path: Path, ca: PrivateCA
+) -> None:
+    certificate, port = ca.good(), free_port()
+    files = {"tls_cert": certificate.cert, "tls_key": certificate.key}
+    with listening_daemon(tmp_path, port=port, api_token="t0ken", **files):
+        trusting = ssl.create_default_context(cafile=ca.ca_file)
+        with contextlib.closing(
+            http.client.HTTPSConnection("localhost", port, timeout=10, context=trusting)
+        ) as line:
+            assert asked(line, "GET", "/health")[0] == 200
+            assert asked(line, "GET", "/status")[0] == 401
+            assert (
+                asked(line, "POST", "/commands/add-messages", {"messages": [mail()]}, "t0ken")[1]["queued"]
+                == 1
+            )
+            assert line.sock.version() in ("TLSv1.2", "TLSv1.3")
+        with socket.create_connection(("127.0.0.1", port), 10) as plain:
+            plain.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b"HTTP/1.1" not in plain.recv(4096)
+        with (
+            pytest.raises(ssl.SSLCertVerificationError),
+            socket.create_connection(("127.0.0.1", port), 10) as line_of_a_stranger,
+        ):
+            ssl.create_default_context().wrap_socket(line_of_a_stranger, server_hostname="localhost")
+
+
+def test_over_a_unix_socket_the_api_is_the_same_for_those_the_mode_lets_in(tmp_path: Path) -> None:
+    path = tmp_path / "mailproxy.sock"
+    with listening_daemon(tmp_path, unix_socket=path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+        with contextlib.closing(http.client.HTTPConnection("localhost", timeout=10)) as line:
+            line.sock = socket.socket(socket.AF_UNIX)
+            line.sock.connect(str(path))
+            assert asked(line, "POST", "/commands/add-messages", {"messages": [mail()]})[1]["queued"] == 1
+            assert asked(line, "GET", "/status")[1]["pending"] == 1
+
+    assert not path.exists()
 
 
 # ======================================================================
@@ -13580,7 +14247,7 @@ def container_environment() -> dict[str, str]:
 def test_the_environment_of_the_container_is_a_configuration(tmp_path: Path) -> None:
     environment = {**_plain_environment(), **container_environment(), "MAILPROXY_SERVER_API_TOKEN": "t"}
     environment["MAILPROXY_STORAGE_DB_PATH"] = str(tmp_path / "queue.db")
-    command = [sys.executable, PROGRAM, "check"]
+    command = [sys.executable, STARTER, "check"]
 
     checked = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=20
