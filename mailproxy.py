@@ -3288,6 +3288,7 @@ class Alarm:
         self._rung.set()
 
     async def sleep(self, at_most_s: float) -> None:
+        await asyncio.sleep(0)  # a loop that never rests must not keep the others from running
         if not self._rung.is_set() and at_most_s > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(at_most_s):
@@ -3842,12 +3843,18 @@ class QueueFile:
     """The file, its lock, its two threads."""
 
     def __init__(
-        self, path: str, migrations: Sequence[str], *, observe_commit: Callable[[float], None]
+        self,
+        path: str,
+        migrations: Sequence[str],
+        *,
+        observe_commit: Callable[[float], None],
+        observe_refusal: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = os.path.realpath(path)
         self.refuses = False  # the last commit failed; cleared by the next that succeeds
         self._migrations = migrations
         self._observe_commit = observe_commit
+        self._observe_refusal = observe_refusal
         self._lock = FileLock(self.path + ".lock")
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="queue-writer")
         self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="queue-reader")
@@ -3943,6 +3950,7 @@ class QueueFile:
             connection.execute("COMMIT")
         except STORAGE_ERRORS as error:
             self.refuses = True
+            self._observe_refusal()
             self._close_writing()
             return [StorageUnavailable(f"The queue cannot be written: {error}.")] * len(group)
         self.refuses = False
@@ -4387,7 +4395,7 @@ class Queue:
             deadline = db.execute(
                 "SELECT min(deadline) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
                 "AND deadline IS NOT NULL AND (deadline > :now OR :more)",
-                {"now": now, "more": len(rows) >= CHUNK},
+                {"now": now, "more": len(ended) >= CHUNK},
             ).fetchone()[0]
             return ended, deadline
 
@@ -4513,7 +4521,8 @@ class Queue:
                 "seq": claim.seq,
             },
         )
-        _append_attempt(db, claim.seq, outcome.attempt, disposition)
+        if outcome.attempt.replies:  # else nothing was tried
+            _append_attempt(db, claim.seq, outcome.attempt, disposition)
         if outcome.sent:
             db.execute(
                 "INSERT INTO sends VALUES (:account, :until, 1) ON CONFLICT DO UPDATE SET n = n + 1",
@@ -5474,7 +5483,7 @@ def http_request(
     opener.addheaders = [("User-Agent", "mailproxy")]
     trust = trust or functools.partial(tls_context, ca_file, verify)
     opener.add_handler(_Handler(_Dialer(deadline, policy, resolve), trust))
-    if proxies and policy is None:
+    if proxies and policy is None and not is_loopback(target.host):
         opener.add_handler(urllib.request.ProxyHandler())
     request = urllib.request.Request(target.url, body, _request_headers(target, headers or {}), method=method)
     try:
@@ -10978,7 +10987,8 @@ class SystemdNotifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         usec = environ.get("WATCHDOG_USEC", "")
         mine = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.watchdog_interval_s = int(usec) / 2_000_000 if usec.isdecimal() and mine else None
+        # A quarter of the time there is: one word that is skipped does not end a healthy daemon.
+        self.watchdog_interval_s = int(usec) / 4_000_000 if usec.isdecimal() and mine else None
 
     def tell(self, state: str) -> None:
         if not self._address:
@@ -11012,7 +11022,12 @@ class Daemon:
         self._working = Threads(WORKING_THREADS, "working")
         self._tokens: tuple[bytes, ...] = ()
         self._queue = Queue(
-            QueueFile(settings.storage.db_path, MIGRATIONS, observe_commit=self._metrics.commit),
+            QueueFile(
+                settings.storage.db_path,
+                MIGRATIONS,
+                observe_commit=self._metrics.commit,
+                observe_refusal=self._metrics.commit_failed,
+            ),
             now=time.time,
         )
 
@@ -11371,17 +11386,20 @@ class Daemon:
             raise SecretUnavailable("client_sync_secret is not base64 after whsec_ any more") from None
 
     def _authorised(self, request: Request) -> bool:
-        """True with one of the tokens, or when none is configured; compared in constant time."""
+        """True with one of the tokens, compared in constant time.
+
+        When none is configured, true for all but pages in a browser: those say their Origin (RFC 6454 7),
+        and could otherwise send what looks like curl to the loopback address of whoever reads them.
+        """
         if not self._tokens:
-            return True
+            return "origin" not in request.headers or self._tell_of_stranger(request)
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         bearer = bearer.strip() if scheme.lower() == "bearer" else ""
         given = [word.encode("latin-1") for word in (request.headers.get("x-api-token", ""), bearer)]
-        matches = [
-            hmac.compare_digest(word, token) for word in given for token in self._tokens
-        ]  # all of them
-        if any(matches):
-            return True
+        matches = [hmac.compare_digest(word, token) for word in given for token in self._tokens]
+        return any(matches) or self._tell_of_stranger(request)
+
+    def _tell_of_stranger(self, request: Request) -> bool:
         self._metrics.auth_failed()
         event(
             self._log,

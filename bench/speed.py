@@ -1,0 +1,667 @@
+"""How fast mailproxy is, beside what the machine can do at the same moment.
+
+    python3 bench/speed.py [--rounds N] [--quick] [ROW ...]
+
+Starts its own daemon from mailproxy.pyz (built when missing), its own servers on 127.0.0.1, and prints one
+markdown table. With --quick the counts are a tenth: that shows that all works, the figures mean little.
+
+The machines this runs on drift by a factor of two within a minute. So ours and its ceiling take turns (A B A B),
+the figure is the median of the rounds, the spread the least and the most, the ratio the median of the rounds' own
+ratios; "loop" is the time of a fixed piece of work around each run, by which two tables can be compared.
+
+Rows:
+    post        posts, one message of 1 kB each, answered after the fsync: 1 connection, 32, 32 while delivering.
+                Ceiling: a bare asyncio server that parses the JSON and commits the row, and does nothing else
+    batch       the same with 1,000 messages in a post
+    deliver     from the first post (batches of 1,000) to the last message at the sink, reports going out meanwhile;
+                and from a backlog. 16 connections. The sink is smtp-sink of Debian's postfix package where there is one.
+                Ceilings: aiosmtplib with kept connections and ready bytes; a bare asyncio client with PIPELINING
+    provider    a burst of 100 to a server that takes 300 ms to connect, 200 ms to log in, 100 ms for a message,
+                cold, 16 connections; beside aiosmtplib, and smtplib one by one (all 100 of them, once)
+    request     what the caller waits: a post to us, or smtplib to that server
+    million     a queue file with 1,000,000 scheduled, 200,000 sent and 100,000 ready messages beside an empty one
+    memory      resident memory: idle, and the peak while 40 messages with 10 MB attached go through
+    loop        the longest answer time of GET /health, asked every 5 ms, while 25 MB messages are composed and 60 MB
+                batches posted; beside a bare server probed at the same instants, which shows what is the machine's part
+    start       from the start of the process to the first answer; `--version` of the zipapp; beside a bare Python
+    latency     deliveries per second and connection at 50 ms of round trip, with PIPELINING offered and without
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import backlog
+import load
+import rig
+from rig import Companion, Daemon, Elsewhere, PostfixSink, Spread
+from sinks import (
+    REFUSES,
+    TAKES,
+    Manner,
+    serve_bare_http,
+    serve_bare_queue,
+    serve_delayed,
+    serve_reports,
+    serve_smtp,
+)
+
+PROVIDER = Manner(greeting_s=0.3, auth_s=0.2, message_s=0.1)
+CONNECTIONS = 16
+HEADER = ("what", "ours", "spread", "ceiling", "ratio", "goal", "CPU s per 1,000", "loop ms")
+
+
+class Line(NamedTuple):
+    """One line of the table, as text."""
+
+    what: str
+    ours: str
+    spread: str = ""
+    ceiling: str = ""
+    ratio: str = ""
+    goal: str = ""
+    cpu: str = ""
+    loop: str = ""
+
+
+class Taken(NamedTuple):
+    """What one run gave: a figure, and the daemon's processor time for 1,000 messages."""
+
+    figure: float
+    cpu_s: float = 0.0
+    p50_s: float = 0.0
+    p99_s: float = 0.0
+    meanwhile: float = 0.0  # deliveries a second, during posts
+
+
+class Bench:
+    """The settings of this run, its folder, and what the rows need again and again."""
+
+    def __init__(self, rounds: int, quick: bool, folder: Path, elsewhere: Elsewhere) -> None:
+        self.rounds, self.quick, self.folder, self.elsewhere = rounds, quick, folder, elsewhere
+        self._labels = iter(range(10**9))
+
+    def of(self, count: int) -> int:
+        """So many, or a tenth of it with --quick."""
+        return max(1, count // 10) if self.quick else count
+
+    def label(self) -> str:
+        """A name that no message or folder had before."""
+        return f"run{next(self._labels)}"
+
+    def daemon(self, smtp_port: int, reports_port: int, **smtp: object) -> Daemon:
+        """A daemon on an empty file, not yet started; it delivers when told to."""
+        sections = backlog.sections(smtp_port, reports_port)
+        sections["smtp"].update(smtp)
+        return Daemon(self.folder / self.label(), sections)
+
+    def posts(self, port: int, count: int, connections: int, batch: int = 1) -> load.Posted:
+        posted = self.elsewhere.run(load.run_posts, port, self.label(), count, connections, batch)
+        if posted.refused:
+            raise rig.BenchError(f"{posted.refused} posts were refused")
+        return posted
+
+
+@contextlib.contextmanager
+def costed(daemon: Daemon, count: int, costs: list[float]) -> Iterable[None]:
+    """Note what the daemon's processor time for 1,000 messages was."""
+    before = daemon.cpu_s()
+    yield
+    costs.append((daemon.cpu_s() - before) * 1000 / count)
+
+
+def fast_sink() -> contextlib.AbstractContextManager[Any]:
+    """smtp-sink where it is installed, else our own in Python."""
+    program = find_smtp_sink()
+    return PostfixSink(program) if program else Companion(serve_smtp, Manner())
+
+
+def find_smtp_sink() -> str | None:
+    return shutil.which("smtp-sink") or shutil.which("smtp-sink", path="/usr/sbin:/usr/local/sbin")
+
+
+def is_quiet(status: dict[str, Any]) -> bool:
+    return status["pending"] == 0 and status["unreported"] == 0
+
+
+def settle(daemon: Daemon) -> None:
+    """Wait until all is delivered and reported, so that the next run starts from rest."""
+    daemon.command("run-now")
+    daemon.wait_for_status(is_quiet, 300)
+
+
+def compared(
+    what: str, unit: str, ours: Sequence[Taken], ceiling: Sequence[float], loop: Spread, **more: str
+) -> Line:
+    """A line about a rate and its ceiling."""
+    spread = Spread.of(taken.figure for taken in ours)
+    ratio = statistics.median(taken.figure / bare for taken, bare in zip(ours, ceiling, strict=True))
+    cpu = statistics.median(taken.cpu_s for taken in ours)
+    line = Line(
+        what,
+        f"{rig.rounded(spread.median)}{unit}",
+        spread.shown(),
+        f"{rig.rounded(statistics.median(ceiling))}{unit}",
+        f"{ratio:.2f}",
+        cpu=f"{cpu:.2f}" if cpu else "",
+        loop=shown_loop(loop),
+    )
+    return line._replace(**more)
+
+
+def shown_loop(loop: Spread) -> str:
+    return f"{rig.rounded(loop.median)} ({loop.shown()})"
+
+
+# -- posts
+
+
+def measured_posts(bench: Bench, daemon: Daemon, count: int, connections: int, batch: int = 1) -> Taken:
+    costs: list[float] = []
+    with costed(daemon, count, costs):
+        posted = bench.posts(daemon.port, count, connections, batch)
+    return taken_of(posted, count, costs[0])
+
+
+def taken_of(posted: load.Posted, count: int, cpu_s: float, meanwhile: float = 0.0) -> Taken:
+    p50, p99 = (rig.percentile(posted.latencies_s, share) for share in (0.5, 0.99))
+    return Taken(count / posted.seconds, cpu_s, p50, p99, meanwhile)
+
+
+def measured_posts_under_delivery(bench: Bench, daemon: Daemon, sink: Any, count: int) -> Taken:
+    """Posts while a backlog is delivered and reported: it is there before and after."""
+    bench.posts(daemon.port, count, 1, 1000)
+    daemon.command("activate")
+    before = sink.count
+    sink.wait_for(before + 100)
+    before, cpu_before = sink.count, daemon.cpu_s()
+    posted = bench.posts(daemon.port, count, 32)
+    delivered, cpu_s = sink.count - before, daemon.cpu_s() - cpu_before
+    settle(daemon)
+    daemon.command("suspend")
+    return taken_of(posted, count, cpu_s * 1000 / count, delivered / posted.seconds)
+
+
+def post_rows(bench: Bench) -> Iterable[Line]:
+    with contextlib.ExitStack() as stack:
+        sink = stack.enter_context(fast_sink())
+        receiver = stack.enter_context(Companion(serve_reports))
+        bare = stack.enter_context(Companion(serve_bare_queue, str(bench.folder / "bare.db")))
+        with bench.daemon(sink.port, receiver.port) as daemon:
+            yield from resting_post_lines(bench, daemon, bare)
+        with bench.daemon(sink.port, receiver.port) as daemon:
+            yield delivering_post_line(bench, daemon, bare, sink)
+
+
+def resting_post_lines(bench: Bench, daemon: Daemon, bare: Companion) -> Iterable[Line]:
+    measured_posts(bench, daemon, bench.of(2000), 32)  # warm
+    for count, connections, goal in (
+        (bench.of(2000), 1, "p50 1 ms, p99 4 ms; 1,500/s"),
+        (bench.of(10_000), 32, "6,000/s"),
+    ):
+        ours = partial(measured_posts, bench, daemon, count, connections)
+        theirs = partial(bare_rate, bench, bare, count, connections)
+        results, loop = rig.interleaved(bench.rounds, {"ours": ours, "bare": theirs})
+        yield post_line(f"posts, connections: {connections}", results["ours"], results["bare"], loop, goal)
+
+
+def delivering_post_line(bench: Bench, daemon: Daemon, bare: Companion, sink: Any) -> Line:
+    count = bench.of(5000)
+    ours = partial(measured_posts_under_delivery, bench, daemon, sink, count)
+    results, loop = rig.interleaved(
+        bench.rounds, {"ours": ours, "bare": partial(bare_rate, bench, bare, count, 32)}
+    )
+    return post_line(
+        "posts, connections: 32, while delivering",
+        results["ours"],
+        results["bare"],
+        loop,
+        "2,000/s, p99 40 ms",
+    )
+
+
+def bare_rate(bench: Bench, bare: Companion, count: int, connections: int) -> float:
+    return count / bench.posts(bare.port, count, connections).seconds
+
+
+def post_line(what: str, ours: Sequence[Taken], bare: Sequence[float], loop: Spread, goal: str) -> Line:
+    line = compared(what, "/s", ours, bare, loop, goal=goal)
+    p50, p99 = (
+        statistics.median(getattr(taken, name) for taken in ours) * 1e3 for name in ("p50_s", "p99_s")
+    )
+    meanwhile = statistics.median(taken.meanwhile for taken in ours)
+    delivered = f", {rig.rounded(meanwhile)} delivered/s meanwhile" if meanwhile else ""
+    return line._replace(ours=f"{line.ours}; p50 {p50:.2f} ms, p99 {p99:.2f} ms{delivered}")
+
+
+def batch_rows(bench: Bench) -> Iterable[Line]:
+    count = bench.of(50) * 1000
+    with (
+        fast_sink() as sink,
+        Companion(serve_reports) as receiver,
+        bench.daemon(sink.port, receiver.port) as daemon,
+    ):
+        with Companion(serve_bare_queue, str(bench.folder / "bare-batch.db")) as bare:
+            measured_posts(bench, daemon, 1000, 1, 1000)
+            results, loop = rig.interleaved(bench.rounds, {
+                "ours": lambda: measured_posts(bench, daemon, count, 1, 1000),
+                "bare": lambda: count / bench.posts(bare.port, count, 1, 1000).seconds,
+            })  # fmt: skip
+    yield compared(
+        "batches of 1,000, 1 connection",
+        " msg/s",
+        results["ours"],
+        results["bare"],
+        loop,
+        goal="25,000 msg/s",
+    )
+
+
+# -- deliveries
+
+
+def measured_way(bench: Bench, daemon: Daemon, sink: Any, count: int) -> Taken:
+    """From the first post to the last message at the sink."""
+    costs: list[float] = []
+    before = sink.count
+    with costed(daemon, count, costs):
+        posting = bench.elsewhere.begin(load.run_posts, daemon.port, bench.label(), count, 1, 1000)
+        ended = sink.wait_for(before + count)
+        posted = posting.result(60)
+        settle(daemon)
+    return Taken(count / (ended - posted.began), costs[0])
+
+
+def measured_backlog(bench: Bench, daemon: Daemon, sink: Any, count: int) -> Taken:
+    """From activate to the last message at the sink, all of them submitted before."""
+    daemon.command("suspend")
+    bench.posts(daemon.port, count, 1, 1000)
+    costs: list[float] = []
+    before, began = sink.count, time.monotonic()
+    with costed(daemon, count, costs):
+        daemon.command("activate")
+        ended = sink.wait_for(before + count)
+        settle(daemon)
+    return Taken(count / (ended - began), costs[0])
+
+
+def deliver_rows(bench: Bench) -> Iterable[Line]:
+    count = bench.of(5) * 1000 if not bench.quick else 1000
+    with (
+        fast_sink() as sink,
+        Companion(serve_reports) as receiver,
+        bench.daemon(sink.port, receiver.port) as daemon,
+    ):
+        daemon.command("activate")
+        measured_way(bench, daemon, sink, 1000)
+
+        def bare(run: Callable[..., load.Sent], *more: object) -> float:
+            return count / bench.elsewhere.run(run, sink.port, count, CONNECTIONS, *more).seconds
+
+        results, loop = rig.interleaved(bench.rounds, {
+            "way": lambda: measured_way(bench, daemon, sink, count),
+            "aiosmtplib": lambda: bare(load.run_aiosmtplib),
+            "backlog": lambda: measured_backlog(bench, daemon, sink, count),
+            "pipelined": lambda: bare(load.run_bare_smtp, True),
+        })  # fmt: skip
+    goal = "0.6 of aiosmtplib, 0.6 CPU s"
+    for name, what in (
+        ("way", "delivered, from the first post on"),
+        ("backlog", "delivered, from a backlog"),
+    ):
+        line = compared(what, " msg/s", results[name], results["aiosmtplib"], loop, goal=goal)
+        yield line._replace(ceiling=f"{line.ceiling} aiosmtplib")
+        line = compared(what, " msg/s", results[name], results["pipelined"], loop)
+        yield line._replace(
+            what=f"{what}, the other ceiling", ours="", spread="", cpu="", ceiling=f"{line.ceiling} pipelined"
+        )
+
+
+def measured_burst(bench: Bench, daemon: Daemon, sink: Companion) -> Taken:
+    """A burst of 100, all connections still to be made."""
+    daemon.stop()
+    daemon.start()
+    daemon.command("activate")
+    before = sink.count
+    posted = bench.posts(daemon.port, 100, 1, 100)
+    seconds = sink.wait_for(before + 100) + PROVIDER.message_s - posted.began
+    settle(daemon)
+    return Taken(seconds)
+
+
+def provider_rows(bench: Bench) -> Iterable[Line]:
+    alone = bench.of(100)
+    login = {"user": "bench", "password": "secret"}
+    with Companion(serve_smtp, PROVIDER) as sink, Companion(serve_reports) as receiver:
+        with bench.daemon(sink.port, receiver.port, **login) as daemon:
+            results, loop = rig.interleaved(bench.rounds, {
+                "ours": lambda: measured_burst(bench, daemon, sink),
+                "aiosmtplib": lambda: bench.elsewhere.run(load.run_aiosmtplib, sink.port, 100, 16, True).seconds,
+            })  # fmt: skip
+            one_by_one = sum(bench.elsewhere.run(load.run_smtplib, sink.port, alone))
+    line = compared("burst of 100, provider-like server", " s", results["ours"], results["aiosmtplib"], loop)
+    yield line._replace(goal="1.5 s", ceiling=f"{line.ceiling} aiosmtplib")
+    ours = Spread.of(taken.figure for taken in results["ours"]).median
+    if alone == 100:
+        yield Line(
+            "beside smtplib, one by one", f"{one_by_one / ours:.0f} times faster", "smtplib measured once, all 100",
+            f"{one_by_one:.1f} s", goal="40 times", loop=shown_loop(loop),
+        )  # fmt: skip
+    else:
+        yield Line(
+            f"smtplib one by one, {alone} messages, not 100", "", "measured once", f"{one_by_one:.1f} s"
+        )
+
+
+def request_rows(bench: Bench) -> Iterable[Line]:
+    direct_count = max(3, bench.of(10))
+    with Companion(serve_smtp, PROVIDER) as sink, Companion(serve_reports) as receiver:
+        with bench.daemon(sink.port, receiver.port) as daemon:
+            bench.posts(daemon.port, 200, 1)
+            results, loop = rig.interleaved(bench.rounds, {
+                "ours": lambda: Taken(rig.percentile(bench.posts(daemon.port, 500, 1).latencies_s, 0.5)),
+                "direct": lambda: statistics.median(bench.elsewhere.run(load.run_smtplib, sink.port, direct_count)),
+            })  # fmt: skip
+    ours = Spread.of(taken.figure * 1e3 for taken in results["ours"])
+    times = statistics.median(d / o.figure for d, o in zip(results["direct"], results["ours"], strict=True))
+    yield Line(
+        "a request beside direct SMTP (p50)", f"{ours.median:.2f} ms", ours.shown(),
+        f"{statistics.median(results['direct']) * 1e3:.0f} ms", f"{times:.0f} times faster", "500 times",
+        loop=shown_loop(loop),
+    )  # fmt: skip
+
+
+# -- a large file
+
+
+class Large(NamedTuple):
+    """One of two daemons on the same sink and receiver, one with an empty file, one with a past."""
+
+    bench: Bench
+    daemon: Daemon
+    sink: Any
+    receiver: Companion
+    has_backlog: bool
+
+    def post_rate(self, count: int) -> Taken:
+        return measured_posts(self.bench, self.daemon, count, 32)
+
+    def delivery_rate(self, count: int) -> Taken:
+        """Out of the backlog, or of as many messages submitted just before; reports have to wait."""
+        if not self.has_backlog:
+            self.bench.posts(self.daemon.port, count, 1, 1000)
+        self.receiver.numbers[Companion.MODE] = REFUSES
+        before, began = self.sink.count, time.monotonic()
+        self.daemon.command("activate")
+        ended = self.sink.wait_for(before + count)
+        self.daemon.command("suspend")
+        self.daemon.wait_for_status(lambda status: status["in_delivery"] == 0, 60)
+        return Taken(count / (ended - began))
+
+    def report_rate(self) -> Taken:
+        """What the deliveries left to be reported, from run-now to the last entry."""
+        waiting = self.daemon.status()["unreported"]
+        self.receiver.numbers[Companion.MODE] = TAKES
+        before, began = self.receiver.count, time.monotonic()
+        self.daemon.command("run-now")
+        ended = self.receiver.wait_for(before + waiting)
+        self.daemon.wait_for_status(lambda status: status["unreported"] == 0, 60)
+        return Taken(waiting / (ended - began))
+
+
+def million_rows(bench: Bench) -> Iterable[Line]:
+    rows = backlog.Rows(*map(bench.of, backlog.Rows()))
+    old = backlog.prepared(rows, bench.folder)
+    with fast_sink() as sink, Companion(serve_reports) as receiver, contextlib.ExitStack() as stack:
+        empty = bench.daemon(sink.port, receiver.port)
+        full = bench.daemon(sink.port, receiver.port)
+        shutil.move(old, full.db)
+        starts = {"ours": lambda: Taken(restarted(full)), "empty": lambda: restarted(empty)}
+        results, loop = rig.interleaved(bench.rounds, starts)
+        line = compared(f"start, {rows.shown()}", " s", results["ours"], results["empty"], loop, goal="2 s")
+        yield line._replace(ceiling=f"{line.ceiling} empty file")
+        for daemon in (empty, full):
+            stack.enter_context(daemon)
+        yield from large_lines(
+            bench,
+            Large(bench, full, sink, receiver, has_backlog=True),
+            Large(bench, empty, sink, receiver, has_backlog=False),
+        )
+        yield Line(
+            "memory, that file, after these runs", f"{full.rss_mib():.0f} MiB", "",
+            f"{empty.rss_mib():.0f} MiB empty file", goal="60 MiB",
+        )  # fmt: skip
+
+
+def restarted(daemon: Daemon) -> float:
+    seconds = daemon.start()
+    daemon.stop()
+    return seconds
+
+
+def large_lines(bench: Bench, full: Large, empty: Large) -> Iterable[Line]:
+    posts, deliveries = bench.of(5000), bench.of(20) * 100
+    for large in (full, empty):
+        large.post_rate(posts // 5)
+    for what, unit, measures in (
+        ("posts, 32 connections", "/s", {"post": lambda large: large.post_rate(posts)}),
+        ("", "", {"deliver": lambda large: large.delivery_rate(deliveries), "report": Large.report_rate}),
+    ):
+        results, loop = rig.interleaved(bench.rounds, {
+            f"{name} {kind}": lambda m=measure, w=which: m(w)
+            for kind, which in (("full", full), ("empty", empty))
+            for name, measure in measures.items()
+        })  # fmt: skip
+        for name in measures:
+            title = what or {"deliver": "deliveries", "report": "reports"}[name]
+            bare = [taken.figure for taken in results[f"{name} empty"]]
+            line = compared(
+                f"{title}, that file", unit or "/s", results[f"{name} full"], bare, loop, goal="ratio 0.9"
+            )
+            yield line._replace(ceiling=f"{line.ceiling} empty file")
+
+
+# -- memory, the event loop, start
+
+
+def memory_rows(bench: Bench) -> Iterable[Line]:
+    count, size = bench.of(40), 10 * rig.MIB
+    with (
+        fast_sink() as sink,
+        Companion(serve_reports) as receiver,
+        bench.daemon(sink.port, receiver.port) as daemon,
+    ):
+        daemon.command("activate")
+        time.sleep(2)
+        yield Line("memory, idle", f"{daemon.rss_mib():.0f} MiB", goal="40 MiB")
+        daemon.forget_peak()
+        before = sink.count
+        taken = bench.elsewhere.run(load.post_attachments, daemon.port, bench.label(), count, size)
+        sink.wait_for(before + count)
+        settle(daemon)
+        peak, after = daemon.peak_rss_mib(), daemon.rss_mib()
+    yield Line(
+        f"memory, {taken} messages with 10 MB attached", f"{peak:.0f} MiB at most", f"{after:.0f} MiB afterwards",
+        goal="300 MiB",
+    )  # fmt: skip
+
+
+def probed(bench: Bench, ports: list[int], work: Callable[[], None]) -> list[list[float]]:
+    """The delays of a probe of each port while the work is done."""
+    stop_file = bench.folder / bench.label()
+    with Elsewhere() as prober:
+        probing = prober.begin(load.run_probes, ports, str(stop_file))
+        time.sleep(0.3)
+        try:
+            work()
+        finally:
+            stop_file.touch()
+        return probing.result(60)
+
+
+def loop_rows(bench: Bench) -> Iterable[Line]:
+    large, batches = max(2, bench.of(8)), max(1, bench.of(4))
+    with fast_sink() as sink, Companion(serve_reports) as receiver, Companion(serve_bare_http) as bare:
+        with bench.daemon(sink.port, receiver.port) as daemon:
+
+            def compose() -> None:
+                daemon.command("activate")
+                before = sink.count
+                bench.elsewhere.run(
+                    load.post_attachments, daemon.port, bench.label(), large, 25 * 1024 * 1024
+                )
+                sink.wait_for(before + large)
+                settle(daemon)
+
+            def submit() -> None:
+                daemon.command("suspend")
+                bench.elsewhere.run(
+                    load.post_large_batches, daemon.port, bench.label(), batches, 60 * 1000 * 1000
+                )
+
+            for what, work in (
+                (f"{large} messages of 25 MB submitted and composed", compose),
+                (f"{batches} batches of 60 MB submitted", submit),
+            ):
+                ours, theirs = probed(bench, [daemon.port, bare.port], work)
+                yield probe_line(what, ours, theirs)
+
+
+def probe_line(what: str, ours: Sequence[float], bare: Sequence[float]) -> Line:
+    p99 = rig.percentile(ours, 0.99) * 1e3
+    return Line(
+        f"event loop: longest answer, {what}", f"{ours[-1] * 1e3:.0f} ms", f"p99 {p99:.1f} ms of {len(ours):,} probes",
+        f"{bare[-1] * 1e3:.0f} ms bare server", goal="50 ms",
+    )  # fmt: skip
+
+
+def start_rows(bench: Bench) -> Iterable[Line]:
+    def run_of(*command: object) -> float:
+        began = time.monotonic()
+        subprocess.run(
+            [sys.executable, *map(str, command)],
+            check=True,
+            env=rig.own_environment(),
+            stdout=subprocess.DEVNULL,
+        )
+        return time.monotonic() - began
+
+    def fresh() -> Taken:
+        return Taken(restarted(bench.daemon(25, 9)))
+
+    pyz = rig.built_zipapp()
+    results, loop = rig.interleaved(3 * bench.rounds, {
+        "version": lambda: Taken(run_of(pyz, "--version")),
+        "serving": fresh,
+        "python": lambda: run_of("-c", "pass"),
+    })  # fmt: skip
+    for name, what, goal in (
+        ("serving", "start, empty file", "0.6 s"),
+        ("version", "--version of the zipapp", "0.3 s"),
+    ):
+        line = compared(what, " s", results[name], results["python"], loop, goal=goal)
+        yield line._replace(ceiling=f"{line.ceiling} bare Python", ratio="")
+
+
+# -- a long line
+
+
+def latency_rows(bench: Bench) -> Iterable[Line]:
+    for pipelining in (True, False):
+        manner = Manner(pipelining=pipelining)
+        with Companion(serve_smtp, manner) as sink, Companion(serve_delayed, sink.port, 0.05) as line:
+            yield latency_line(bench, sink, line, pipelining)
+
+
+def latency_line(bench: Bench, sink: Companion, line: Companion, pipelining: bool) -> Line:
+    connections, count = 4, max(40, bench.of(200))
+    with (
+        Companion(serve_reports) as receiver,
+        bench.daemon(
+            line.port, receiver.port, max_connections=connections, max_messages_per_connection=100_000
+        ) as daemon,
+    ):
+
+        def bare() -> float:
+            sent = bench.elsewhere.run(load.run_bare_smtp, line.port, count, connections, pipelining)
+            return count / sent.seconds / connections
+
+        daemon.command("activate")
+        measured_backlog(bench, daemon, sink, 40)  # all connections are there
+        results, loop = rig.interleaved(bench.rounds, {
+            "ours": lambda: measured_backlog(bench, daemon, sink, count),
+            "bare": bare,
+        })  # fmt: skip
+    ours = [Taken(taken.figure / connections) for taken in results["ours"]]
+    offered = "with" if pipelining else "without"
+    return compared(
+        f"50 ms round trip, {offered} PIPELINING, one connection", "/s", ours, results["bare"], loop
+    )
+
+
+# -- the command
+
+
+ROWS: dict[str, Callable[[Bench], Iterable[Line]]] = {
+    "post": post_rows,
+    "batch": batch_rows,
+    "deliver": deliver_rows,
+    "provider": provider_rows,
+    "request": request_rows,
+    "million": million_rows,
+    "memory": memory_rows,
+    "loop": loop_rows,
+    "start": start_rows,
+    "latency": latency_rows,
+}
+
+
+def measured(bench: Bench, names: Sequence[str]) -> tuple[list[Line], bool]:
+    """All the lines; False when a row could not be measured."""
+    lines, complete = [], True
+    for name in names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        try:
+            lines += ROWS[name](bench)
+        except (rig.BenchError, OSError) as error:
+            complete = False
+            print(f"{name}: {error!r}", file=sys.stderr)
+    return lines, complete
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog=f"rows: {', '.join(ROWS)}"
+    )
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="which rows; all when none is named")
+    parser.add_argument("--rounds", type=int, default=3, help="how often ours and its ceiling take turns (3)")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the counts")
+    options = parser.parse_args()
+    if unknown := set(options.rows) - set(ROWS):
+        parser.error(f"unknown row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    rig.end_cleanly_when_told()
+    rig.built_zipapp()
+    with tempfile.TemporaryDirectory(prefix="mailproxy-bench-") as folder, Elsewhere() as elsewhere:
+        bench = Bench(options.rounds, options.quick, Path(folder), elsewhere)
+        lines, complete = measured(bench, options.rows or tuple(ROWS))
+    print(rig.markdown_table(HEADER, lines))
+    sink = "smtp-sink of Postfix" if find_smtp_sink() else "our own in Python, as smtp-sink is not installed"
+    print(
+        f"\n{rig.machine()}. Rounds: {options.rounds}. Fast sink: {sink}.{' Quick run.' if options.quick else ''}"
+    )
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
