@@ -5483,7 +5483,7 @@ def http_request(
     opener.addheaders = [("User-Agent", "mailproxy")]
     trust = trust or functools.partial(tls_context, ca_file, verify)
     opener.add_handler(_Handler(_Dialer(deadline, policy, resolve), trust))
-    if proxies and policy is None and not is_loopback(target.host):
+    if proxies and policy is None:
         opener.add_handler(urllib.request.ProxyHandler())
     request = urllib.request.Request(target.url, body, _request_headers(target, headers or {}), method=method)
     try:
@@ -10113,7 +10113,7 @@ ACCOUNT_SCHEMA: Schema = {
     "allOf": [
         {
             "if": {"required": ["auth"], "properties": {"auth": {"const": "xoauth2"}}},
-            "then": {"required": ["oauth2"], "properties": {"oauth2": {"type": "object"}}},
+            "then": {"required": ["oauth2"], "properties": {"oauth2": ref("OAuth2")}},
         },
         {
             "if": not_empty("client_key"),

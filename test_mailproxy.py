@@ -11587,7 +11587,7 @@ def test_the_unit_test_of_the_notifier_needs_no_systemd() -> None:
     gone.tell("READY=1")
 
     assert silent.watchdog_interval_s is None
-    assert gone.watchdog_interval_s == 2.5
+    assert gone.watchdog_interval_s == 1.25
     assert mailproxy.SystemdNotifier({"WATCHDOG_USEC": "1", "WATCHDOG_PID": "1"}).watchdog_interval_s is None
 
 
