@@ -7418,7 +7418,7 @@ TURNED_AWAY_S = 1.0
 STRANGERS = 1000  # peers without a valid token that are remembered at one time
 STRANGERS_WAITING = 100  # refusals held back at one time; more are answered at once
 FREE_REFUSALS = 20  # of one peer, before its refusals are held back
-REFUSALS_FORGIVEN_PER_S = 0.2
+REFUSALS_FORGIVEN_PER_S = 1.0
 HELD_BACK_STEP_S = 0.02  # longer with each refusal
 HELD_BACK_S = 1.0  # at most
 

@@ -111,13 +111,13 @@ for size in ("COLUMNS", "LINES"):  # of a terminal that the programs under test 
 
 
 def needs(*programs: str) -> None:
-    """Skip the test where a program is missing; fail it where MAILPROXY_REQUIRE_SERVERS promised them all."""
+    """Skip the test where a program is missing; fail it where REQUIRE_TEST_SERVERS promised them all."""
     missing = [program for program in programs if not found(program)]
     if not missing:
         return
 
     reason = f"needs {', '.join(missing)}"
-    if os.environ.get("MAILPROXY_REQUIRE_SERVERS"):
+    if os.environ.get("REQUIRE_TEST_SERVERS"):
         pytest.fail(reason)
     pytest.skip(reason)
 
@@ -1010,7 +1010,7 @@ class Postfix:
         needs("postfix", *(["saslpasswd2"] if with_users else []))
         if os.geteuid() == 0:
             return
-        if os.environ.get("MAILPROXY_REQUIRE_SERVERS"):
+        if os.environ.get("REQUIRE_TEST_SERVERS"):
             pytest.fail("needs root")
         pytest.skip("needs root")
 
