@@ -13393,7 +13393,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path, smtp: SmtpServer) -> None:
         tried = subprocess.run(
             [
                 program, "run", f"http://127.0.0.1:{daemon.port}/openapi.json", "--checks", "all", "--seed", "1",
-                "--max-examples", "8", "--header", "X-API-Token: t0ken", "--generation-database", "none", "--no-color",
+                "--max-examples", "2", "--header", "X-API-Token: t0ken", "--generation-database", "none", "--no-color",
             ],
             cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=170,
         )  # fmt: skip
