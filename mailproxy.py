@@ -211,8 +211,7 @@ class Part(NamedTuple):
     content: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """What a client asked to be sent, judged and normalised; independent of its row."""
 
     id: str
@@ -1549,7 +1548,9 @@ def _timestamp_of(value: object, field: str) -> int | None:
 
 _ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?"
-_PLAIN_ADDRESS = re.compile(rf"(?=[^@]{{1,64}}@){_ATEXT}+(?:\.{_ATEXT}+)*@{_LABEL}(?:\.{_LABEL})*")
+_PLAIN = rf"(?=[^@]{{1,64}}@){_ATEXT}+(?:\.{_ATEXT}+)*@{_LABEL}(?:\.{_LABEL})*"
+_PLAIN_ADDRESS = re.compile(_PLAIN)
+_USUAL_MAILBOX = re.compile(rf"(?:([\w .'&\-]*+)<)?({_PLAIN})(?(1)>)")  # spares most the general way
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 _QUOTED = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _UTF8_ATEXT = r'[^\x00- "(),.:;<>@\[\\\]\x7f]'  # RFC 6532 3.2
@@ -1573,12 +1574,12 @@ def parse_mailboxes(value: object, field: str) -> tuple[Mailbox, ...]:
     texts = value if isinstance(value, list) else () if value is None else (value,)
     found: list[Mailbox] = []
     for text in texts:
-        if isinstance(text, str) and _PLAIN_ADDRESS.fullmatch(text) and len(text) <= LONGEST_ADDRESS:
-            found.append(Mailbox("", text))
-        elif isinstance(text, str):
-            found.extend(_mailboxes_of(_one_line(text, field), field))
-        else:
+        if not isinstance(text, str):
             raise Rejected(f"invalid {field}: must be addresses, in a list or in one string")
+        if (usual := _USUAL_MAILBOX.fullmatch(text)) and len(usual[2]) <= LONGEST_ADDRESS:
+            found.append(Mailbox((usual[1] or "").strip(), usual[2]))
+        else:
+            found.extend(_mailboxes_of(_one_line(text, field), field))
     return tuple(found)
 
 
@@ -1794,8 +1795,8 @@ def _message_id(value: object, field: str) -> str:
 
 
 def random_id() -> str:
-    """The left side of a Message-ID: 128 random bits."""
-    return secrets.token_hex(16)
+    """The left side of a Message-ID: 128 random bits; nobody needs to be unable to guess them."""
+    return f"{random.getrandbits(128):032x}"
 
 
 # --- base64 and raw messages ----------------------------------------------
@@ -2080,8 +2081,9 @@ def parse_message(
     raw, raw_id = _raw_of(fields, contents)
     written = _Written() if raw is not None else _written_of(fields, contents)
     given_id = None if get("message_id") is None else _message_id(get("message_id"), "message_id")
-    ids = (message_id, raw_id, written.message_id, given_id)  # whoever has the last word comes first
-    settled_id = next((one for one in ids if one is not None), None)
+    settled_id = given_id
+    for known_id in (written.message_id, raw_id, message_id):  # whoever has the last word comes last
+        settled_id = settled_id if known_id is None else known_id
     account_id, batch_code = get("account_id"), get("batch_code")
     expires_ts = _timestamp_of(get("expires_ts"), "expires_ts")
     if now is not None and expires_ts is not None and expires_ts <= now:
@@ -2199,6 +2201,8 @@ def _raw_of(
 
 def _unknown_fields(fields: Mapping[str, object], is_raw: bool) -> tuple[str, ...]:
     """The fields that mean nothing in this message; they are kept, so they must be fit for that."""
+    if fields.keys() <= MESSAGE_FIELDS and not is_raw:
+        return ()
     unknown = [name for name in fields if name not in MESSAGE_FIELDS]
     if is_raw:
         unknown += [name for name in BESIDE_RAW if name in fields]
@@ -2208,6 +2212,15 @@ def _unknown_fields(fields: Mapping[str, object], is_raw: bool) -> tuple[str, ..
 
 
 # --- payloads -------------------------------------------------------------
+
+_PAYLOAD_AS_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
+
+
+def payload_as_json(payload: Mapping[str, object]) -> str:
+    """The payload as the queue keeps it, without the fields that are null."""
+    if None in payload.values():
+        payload = {key: value for key, value in payload.items() if value is not None}
+    return _PAYLOAD_AS_JSON(payload)
 
 
 def stored_form(fields: Mapping[str, Any], message: Message) -> tuple[Mapping[str, object], dict[int, bytes]]:
@@ -2921,7 +2934,7 @@ def needs_smtputf8(message: Message) -> bool:
 def redirect(message: Message, address: str) -> Message:
     """The same message to that address alone, its recipients told in X-Original-To."""
     headers = (*message.headers, ("X-Original-To", ", ".join(message.recipients)))
-    return replace(message, to=(Mailbox("", address),), cc=(), bcc=(), headers=headers)
+    return message._replace(to=(Mailbox("", address),), cc=(), bcc=(), headers=headers)
 
 
 def size_estimate(message: Message, content_sizes: Iterable[int]) -> int:
@@ -3796,10 +3809,12 @@ class Metrics:
 # One thread owns the only writing connection. Whatever waits when it looks is
 # written in one transaction, each piece of work inside a savepoint of its own,
 # and answered after the COMMIT: one fsync (journal_mode WAL, synchronous FULL)
-# pays for many callers. A second thread owns a read-only connection, so that
-# no listing holds up a submission.
+# pays for many callers. Callers who want the same kind of work share one piece.
+# A second thread owns a read-only connection, so that no listing holds up a
+# submission.
 
 BUSY_TIMEOUT_MS = 3000  # another process holds the write lock: refuse after this
+CHECKPOINT_PAGES = 4000  # of the WAL (16 MB): then it is copied into the file, which takes some milliseconds
 STORAGE_ERRORS = (sqlite3.OperationalError, sqlite3.DatabaseError)
 MISTAKES = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
 
@@ -3832,10 +3847,11 @@ class FileLock:
             self._fd = -1
 
 
-class _Work(NamedTuple):
-    """A piece of work that waits for the writer, and who waits for it."""
+class _Wish(NamedTuple):
+    """What one caller wants written, and where the caller waits for the answer."""
 
-    run: Callable[[sqlite3.Connection], Any]
+    work: Callable[[sqlite3.Connection, list[Any]], Sequence[Any]]
+    item: Any
     answer: asyncio.Future[Any]
 
 
@@ -3856,13 +3872,13 @@ class QueueFile:
         self._observe_commit = observe_commit
         self._observe_refusal = observe_refusal
         self._lock = FileLock(self.path + ".lock")
-        self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="queue-writer")
+        self._writer = threading.Thread(target=self._write_on, name="queue-writer", daemon=True)
         self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="queue-reader")
         self._writing: sqlite3.Connection | None = None
         self._reading: sqlite3.Connection | None = None
-        self._waiting: list[_Work] = []
-        self._waiting_guard = threading.Lock()
-        self._draining = False
+        self._wishes: queue.SimpleQueue[_Wish | None] = (
+            queue.SimpleQueue()
+        )  # None: the last one was before it
 
     # -- opening and closing
 
@@ -3874,7 +3890,8 @@ class QueueFile:
         try:
             self._lock.acquire()
             self._create_private()
-            self._migrate(self._writer.submit(self._connection).result())
+            self._migrate(self._connection())
+            self._writer.start()
         except OSError as error:
             raise ConfigurationError(f"The queue {self.path} cannot be opened: {error.strerror}.") from error
         except STORAGE_ERRORS as error:
@@ -3904,12 +3921,16 @@ class QueueFile:
 
     async def close(self) -> None:
         """Finish what was asked, then close both connections and let go of the lock."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._reader, self._close_reading)
-        await loop.run_in_executor(self._writer, self._close_writing)
-        self._writer.shutdown()
+        self._wishes.put(None)
+        await asyncio.get_running_loop().run_in_executor(self._reader, self._close_connections)
         self._reader.shutdown()
         self._lock.release()
+
+    def _close_connections(self) -> None:
+        if self._writer.is_alive():  # not when the file was only read
+            self._writer.join()
+        self._close_writing()
+        self._close_reading()
 
     # -- writing
 
@@ -3919,59 +3940,73 @@ class QueueFile:
         Raises StorageUnavailable when the file cannot be written (nothing of the work
         was kept), or whatever the work itself raised (it alone was undone).
         """
+        return await self.write_together(lambda db, _: [work(db)], None)
+
+    async def write_together(
+        self, work: Callable[[sqlite3.Connection, list[Any]], Sequence[T]], item: object
+    ) -> T:
+        """Like write, for work that is done for many callers in one go: an item and a result for each.
+
+        Should it raise, each item is tried alone.
+        """
+        if not self._writer.is_alive():
+            raise StorageUnavailable("The queue is closed.")
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        with self._waiting_guard:
-            self._waiting.append(_Work(work, answer))
-            start, self._draining = not self._draining, True
-        if start:
-            self._writer.submit(self._drain, asyncio.get_running_loop())
+        self._wishes.put(_Wish(work, item, answer))
         return await answer
 
-    def _drain(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Write group after group until nobody waits. Runs in the writer's thread."""
-        while group := self._next_group():
-            results = self._commit(group)
+    def _write_on(self) -> None:
+        """Write group after group: all that waits by the time the last one is on disk. The writer's thread."""
+        while (first := self._wishes.get()) is not None:
+            group = [first, *self._that_wait()]
+            answers = self._commit(group)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(_answer_all, group, results)
+                first.answer.get_loop().call_soon_threadsafe(_answer_all, answers)
 
-    def _next_group(self) -> list[_Work]:
-        with self._waiting_guard:
-            group, self._waiting = self._waiting, []
-            self._draining = bool(group)
-            return group
+    def _that_wait(self) -> Iterator[_Wish]:
+        for _ in range(self._wishes.qsize()):
+            wish = self._wishes.get()
+            if wish is None:
+                self._wishes.put(None)  # it ends the thread after this group
+                return
+            yield wish
 
-    def _commit(self, group: list[_Work]) -> list[Any]:
-        """The results of the group, exceptions among them, after the COMMIT."""
+    def _commit(self, group: Sequence[_Wish]) -> list[tuple[_Wish, Any]]:
+        """What to answer to each of the group, exceptions among it, after the COMMIT."""
         started = time.monotonic()
+        pieces: dict[object, list[_Wish]] = {}
+        for wish in group:
+            pieces.setdefault(wish.work, []).append(wish)
         try:
             connection = self._connection()
             connection.execute("BEGIN IMMEDIATE")
-            results = [self._run_alone(connection, work) for work in group]
+            answers = [answer for piece in pieces.values() for answer in self._write_piece(connection, piece)]
             connection.execute("COMMIT")
         except STORAGE_ERRORS as error:
             self.refuses = True
             self._observe_refusal()
             self._close_writing()
-            return [StorageUnavailable(f"The queue cannot be written: {error}.")] * len(group)
+            refusal = f"The queue cannot be written: {error}."
+            return [(wish, StorageUnavailable(refusal)) for wish in group]
         self.refuses = False
         self._observe_commit(time.monotonic() - started)
-        return results
+        return answers
 
-    def _run_alone(self, connection: sqlite3.Connection, work: _Work) -> Any:
-        """Run one piece of work; its exception undoes it alone and becomes its result."""
-        connection.execute("SAVEPOINT work")
+    def _write_piece(self, connection: sqlite3.Connection, piece: Sequence[_Wish]) -> list[tuple[_Wish, Any]]:
+        """Do one kind of work. What it raises undoes it alone; then each of several callers is tried alone."""
+        connection.execute("SAVEPOINT piece")
         try:
-            result = work.run(connection)
-        except MISTAKES as error:
-            result = error
-        except sqlite3.Error:
-            raise
+            results = piece[0].work(connection, [wish.item for wish in piece])
+            answers = list(zip(piece, results, strict=True))
         except Exception as error:
-            result = error
-        if isinstance(result, Exception):
-            connection.execute("ROLLBACK TO work")
-        connection.execute("RELEASE work")
-        return result
+            if isinstance(error, sqlite3.Error) and not isinstance(error, MISTAKES):
+                raise
+            connection.execute("ROLLBACK TO piece")
+            answers = [(piece[0], error)]
+            if len(piece) > 1:
+                answers = [answer for wish in piece for answer in self._write_piece(connection, [wish])]
+        connection.execute("RELEASE piece")
+        return answers
 
     def _connection(self) -> sqlite3.Connection:
         """The writing connection; opened anew after a failure (what is on disk was uncertain)."""
@@ -3981,6 +4016,7 @@ class QueueFile:
             self._writing.execute("PRAGMA journal_mode = WAL")
             self._writing.execute("PRAGMA synchronous = FULL")
             self._writing.execute("PRAGMA journal_size_limit = 16777216")
+            self._writing.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             self._writing.execute("PRAGMA temp_store = MEMORY")
         return self._writing
 
@@ -4017,15 +4053,15 @@ class QueueFile:
             self._reading = None
 
 
-def _answer_all(group: Sequence[_Work], results: Sequence[Any]) -> None:
+def _answer_all(answers: Iterable[tuple[_Wish, Any]]) -> None:
     """Hand each waiting caller its result; one that gave up waiting gets none."""
-    for work, result in zip(group, results, strict=True):
-        if work.answer.cancelled():
+    for wish, result in answers:
+        if wish.answer.cancelled():
             continue
         if isinstance(result, Exception):
-            work.answer.set_exception(result)
+            wish.answer.set_exception(result)
         else:
-            work.answer.set_result(result)
+            wish.answer.set_result(result)
 
 
 # ======================================================================
@@ -4035,11 +4071,12 @@ def _answer_all(group: Sequence[_Work], results: Sequence[Any]) -> None:
 # A row is pending while both sent_ts and error_ts are NULL. A pending row is
 # ready when its deferred_ts is NULL, and waits when it is not. Every statement
 # that changes a row names the state it leaves. Hot statements are index seeks
-# with a LIMIT; counts are kept by triggers (tallies), never counted.
+# with a LIMIT; counts are kept (tallies), never counted. What many callers ask
+# for at once, submissions and outcomes, is written in one go for all of them.
 
 SCHEMA_1 = """
 CREATE TABLE messages (
-    seq          INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of acceptance
+    seq          INTEGER PRIMARY KEY,                -- the order of acceptance, never given twice
     id           TEXT NOT NULL UNIQUE,               -- the client's key
     account_id   TEXT NOT NULL,
     priority     INTEGER NOT NULL,                   -- 0 immediate .. 3 low
@@ -4085,7 +4122,9 @@ CREATE TABLE sends (                                 -- n messages sent, the las
 ) WITHOUT ROWID;
 CREATE TABLE holds (account_id TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;  -- slots in use
 CREATE TABLE switches (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE tallies (                               -- counts of rows, kept by the triggers below
+CREATE TABLE last_gone (seq INTEGER NOT NULL);       -- the highest seq that was ever deleted
+INSERT INTO last_gone VALUES (0);
+CREATE TABLE tallies (                               -- counts of rows; new ones are added as they are inserted
     account_id TEXT PRIMARY KEY,
     ready INTEGER NOT NULL, waiting INTEGER NOT NULL, unreported INTEGER NOT NULL
 ) WITHOUT ROWID;
@@ -4106,15 +4145,6 @@ CREATE INDEX messages_unreported_final ON messages (coalesce(sent_ts, error_ts))
     WHERE report_order IS NOT NULL AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL);
 CREATE INDEX sent_ids_by_age ON sent_ids (sent_ts);
 
-CREATE TRIGGER tally_insert AFTER INSERT ON messages BEGIN
-    INSERT INTO tallies VALUES (
-        new.account_id,
-        new.sent_ts IS NULL AND new.error_ts IS NULL AND new.deferred_ts IS NULL,
-        new.sent_ts IS NULL AND new.error_ts IS NULL AND new.deferred_ts IS NOT NULL,
-        new.report_order IS NOT NULL)
-    ON CONFLICT DO UPDATE SET ready = ready + excluded.ready, waiting = waiting + excluded.waiting,
-        unreported = unreported + excluded.unreported;
-END;
 CREATE TRIGGER tally_update AFTER UPDATE OF deferred_ts, sent_ts, error_ts, report_order ON messages BEGIN
     UPDATE tallies SET
         ready = ready
@@ -4135,6 +4165,12 @@ CREATE TRIGGER tally_delete AFTER DELETE ON messages BEGIN
     DELETE FROM contents WHERE seq = old.seq;
     DELETE FROM attempts WHERE seq = old.seq;
 END;
+CREATE TRIGGER remember_seq AFTER DELETE ON messages WHEN old.seq > (SELECT seq FROM last_gone) BEGIN
+    UPDATE last_gone SET seq = old.seq;
+END;
+CREATE TRIGGER forget_old_attempts AFTER INSERT ON attempts WHEN new.number > 100 BEGIN
+    DELETE FROM attempts WHERE seq = new.seq AND number <= new.number - 100;
+END;
 CREATE TRIGGER remember_sent AFTER DELETE ON messages WHEN old.sent_ts IS NOT NULL BEGIN
     INSERT INTO sent_ids VALUES (old.id, old.sent_ts) ON CONFLICT DO UPDATE SET sent_ts = excluded.sent_ts;
 END;
@@ -4143,12 +4179,14 @@ END;
 MIGRATIONS = (SCHEMA_1,)  # the step to each schema version, in order; PRAGMA user_version counts them
 
 OLDEST_SEND_S = 86_400 + 900  # older counts matter to no window
-KEPT_ATTEMPTS = 100  # of one message: older ones give way
+KEPT_ATTEMPTS = 100  # of one message: older ones give way, by the trigger above
 SMALL_PAYLOAD_BYTES = 65_536  # larger ones are read under the memory budget
 RAW_POSITION = -1  # in contents: the raw message; attachments count from 0
 CHUNK = 500  # rows of one commit in work that may touch many
 STRETCH = 5_000  # rows looked at in one go by what must pass over others
 PAGE_BYTES = 1_048_576  # of payloads in one page of a listing
+
+AS_JSON = json.JSONEncoder(ensure_ascii=False).encode  # built once: json.dumps builds one for each call
 
 # The one place that says what the status of a row is.
 STATUS_OF_ROW = (
@@ -4266,9 +4304,11 @@ class Queue:
                 {"now": now},
             )
             db.execute("DELETE FROM holds")
-            seq = db.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'messages'").fetchone()[0]
+            seq = db.execute(
+                "SELECT max((SELECT coalesce(max(seq), 0) FROM messages), (SELECT max(seq) FROM last_gone))"
+            ).fetchone()[0]
             report = db.execute("SELECT max(report_order) FROM messages WHERE report_order IS NOT NULL")
-            return seq or 0, report.fetchone()[0] or 0
+            return seq, report.fetchone()[0] or 0
 
         seq, report = await self.file.write(work)
         self._next_seq, self._next_report = seq + 1, report + 1
@@ -4277,66 +4317,71 @@ class Queue:
 
     async def accept(self, submissions: Sequence[Submission]) -> list[str | None]:
         """Store each submission or say why not ("already sent", "in delivery"): None is stored, on disk."""
-        now = self._now()
-        verdicts = await self.file.write(lambda db: self._accept(db, submissions, now))
+        verdicts = await self.file.write_together(self._accept_all, submissions)
         for submission in submissions:
             self._expect(submission.deferred_ts, submission.deadline)
         return verdicts
 
+    def _accept_all(
+        self, db: sqlite3.Connection, batches: Sequence[Sequence[Submission]]
+    ) -> list[list[str | None]]:
+        """The verdicts on the submissions of several callers."""
+        now = self._now()
+        verdicts = iter(self._accept(db, [submission for batch in batches for submission in batch], now))
+        return [list(itertools.islice(verdicts, len(batch))) for batch in batches]
+
     def _accept(
         self, db: sqlite3.Connection, submissions: Sequence[Submission], now: float
     ) -> list[str | None]:
-        ids = json.dumps([submission.id for submission in submissions])
-        known = {row[0]: row for row in db.execute(
-            "SELECT id, seq, sent_ts IS NOT NULL FROM messages "
-            "WHERE id IN (SELECT value FROM json_each(:ids))", {"ids": ids},
-        )}  # fmt: skip
-        sent = {row[0] for row in db.execute(
-            "SELECT id FROM sent_ids WHERE id IN (SELECT value FROM json_each(:ids))", {"ids": ids}
-        )}  # fmt: skip
-        verdicts: list[str | None] = []
-        replaced: list[tuple[int]] = []
-        accepted: list[Submission] = []
-        for submission in submissions:
-            _, seq, was_sent = known.get(submission.id, ("", 0, False))
-            if was_sent or submission.id in sent:
-                verdicts.append("already sent")
-            elif seq in self._on_wire:
-                verdicts.append("in delivery")
-            else:
-                verdicts.append(None)
-                accepted.append(submission)
-                if seq:
-                    replaced.append((seq,))
-        if replaced:
-            db.executemany("DELETE FROM messages WHERE seq = ? AND sent_ts IS NULL", replaced)
-        self._insert(db, accepted, now)
-        return verdicts
+        """Most ids are new: look only at those that could not be inserted."""
+        return [
+            None if stored else self._replace(db, submission, now)
+            for submission, stored in zip(submissions, self._insert(db, submissions, now), strict=True)
+        ]
 
-    def _insert(self, db: sqlite3.Connection, submissions: Sequence[Submission], now: float) -> None:
-        first = self._next_seq
-        self._next_seq += len(submissions)
+    def _replace(self, db: sqlite3.Connection, submission: Submission, now: float) -> str | None:
+        """Store a submission whose id is known already, or say why not."""
+        row = db.execute(
+            "SELECT seq FROM messages WHERE id = :id AND sent_ts IS NULL", {"id": submission.id}
+        ).fetchone()
+        if row is None:
+            return "already sent"
+        if row[0] in self._on_wire:
+            return "in delivery"
+        db.execute("DELETE FROM messages WHERE seq = :seq AND sent_ts IS NULL", {"seq": row[0]})
+        (stored,) = self._insert(db, [submission], now)
+        return None if stored else "already sent"
+
+    def _insert(
+        self, db: sqlite3.Connection, submissions: Sequence[Submission], now: float
+    ) -> Sequence[bool]:
+        """Store the submissions whose ids were never seen before; tell which."""
+        seqs = range(self._next_seq, self._next_seq + len(submissions))
+        self._next_seq = seqs.stop
         at = int(now)
-        db.executemany(
+        inserted = db.executemany(
             "INSERT INTO messages (seq, id, account_id, priority, created_at, updated_at, deferred_ts, deferral, "
             "ready_at, deadline, expires_ts, batch_code, message_id, parts, size_bytes, payload) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ? "
+            "WHERE NOT EXISTS (SELECT 1 FROM sent_ids WHERE id = ?) ON CONFLICT (id) DO NOTHING",
             [
                 (
-                    seq, s.id, s.account_id, s.priority, at, at, *_schedule(s.deferred_ts, now),
-                    max(now, s.deferred_ts or 0), s.deadline, s.expires_ts, s.batch_code, s.message_id,
-                    s.parts, s.size_bytes, s.payload,
+                    seq, s.id, s.account_id, s.priority, at, at, *_schedule(s.deferred_ts, now), s.deadline,
+                    s.expires_ts, s.batch_code, s.message_id, s.parts, s.size_bytes, s.payload, s.id,
                 )
-                for seq, s in enumerate(submissions, first)
+                for seq, s in zip(seqs, submissions, strict=True)
             ],
-        )  # fmt: skip
-        contents = [
-            (seq, position, content)
-            for seq, s in enumerate(submissions, first)
-            for position, content in s.contents.items()
-        ]
+        ).rowcount  # fmt: skip
+        stored: Sequence[bool] = [True] * len(seqs)
+        if inserted < len(seqs):
+            there = {row[0] for row in db.execute("SELECT seq FROM messages WHERE seq >= ?", (seqs.start,))}
+            stored = [seq in there for seq in seqs]
+        new = list(itertools.compress(zip(seqs, submissions, strict=True), stored))
+        _tally(db, [submission for _, submission in new], now)
+        contents = [(seq, *content) for seq, submission in new for content in submission.contents.items()]
         if contents:
             db.executemany("INSERT INTO contents VALUES (?, ?, ?)", contents)
+        return stored
 
     def _expect(self, due_ts: int | None, deadline: int | None) -> None:
         """Remember the earliest time at which a row will want attention."""
@@ -4449,9 +4494,9 @@ class Queue:
         return taken
 
     def _claim(self, db: sqlite3.Connection, order: Order) -> list[Claim]:
-        fresh = self._ready(db, order, 0)
-        retried = self._ready(db, order, 1)
-        claims = take_turns(fresh, retried, order.most, order.retried_first)
+        claims = take_turns(
+            self._ready(db, order, 0), self._ready(db, order, 1), order.most, order.retried_first
+        )
         self._on_wire.update((claim.seq, claim) for claim in claims)
         if order.hold and claims:
             db.execute(
@@ -4462,24 +4507,22 @@ class Queue:
 
     def _ready(self, db: sqlite3.Connection, order: Order, turn: int) -> list[Claim]:
         """The first ready messages of one kind, those on the wire left out."""
+        on_wire = list(self._on_wire.values())  # a copy: release changes it in the loop's thread
         rows = db.execute(
             "SELECT seq, id, account_id, priority, message_id, created_at, ready_at, attempts, deadline, "
             "recipients, parts, size_bytes, CASE WHEN size_bytes <= :small THEN payload END FROM messages "
             "WHERE account_id = :account AND turn = :turn "
             "AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL "
-            "ORDER BY priority, seq LIMIT :most",
+            "AND seq NOT IN (SELECT value FROM json_each(:on_wire)) ORDER BY priority, seq LIMIT :most",
             {
                 "account": order.account_id, "turn": turn, "small": SMALL_PAYLOAD_BYTES,
-                "most": order.most + len(self._on_wire),
+                "on_wire": AS_JSON([claim.seq for claim in on_wire if claim.account_id == order.account_id]),
+                "most": order.most,
             },
         )  # fmt: skip
-        claims: list[Claim] = []
-        for row in rows:
-            if row[0] not in self._on_wire:
-                claims.append(Claim._make((*row[:9], _recipients_from_row(row[9]), *row[10:], False)))
-                if len(claims) == order.most:
-                    break
-        return claims
+        return [
+            Claim._make((*row[:9], _recipients_from_row(row[9]), *row[10:], False)) for row in rows.fetchall()
+        ]
 
     def release(self, claims: Iterable[Claim]) -> None:
         """Put claims back untouched: they were never on the wire."""
@@ -4493,43 +4536,54 @@ class Queue:
 
     async def record(self, outcome: Outcome) -> None:
         """Write what became of a claim; unless it goes on, it is off the wire then."""
-        now = self._now()
-        await self.file.write(lambda db: self._record(db, outcome, now))
+        await self.file.write_together(self._record_all, outcome)
         if outcome.disposition.status is not Status.QUEUED:
             self.release([outcome.claim])
         self._expect(outcome.disposition.deferred_ts, outcome.claim.deadline)
 
-    def _record(self, db: sqlite3.Connection, outcome: Outcome, now: float) -> None:
-        claim, disposition = outcome.claim, outcome.disposition
-        status, at = disposition.status, int(now)
-        db.execute(
+    def _record_all(self, db: sqlite3.Connection, outcomes: Sequence[Outcome]) -> Sequence[None]:
+        now = self._now()
+        db.executemany(
             "UPDATE messages SET sent_ts = :sent, error_ts = :failed, error = :error, updated_at = :now, "
             "deferred_ts = :deferred, deferral = :deferral, attempts = attempts + :counted, "
             "turn = turn OR :counted, recipients = :recipients, "
             "reported_ts = iif(:place IS NULL, reported_ts, NULL), report_order = coalesce(:place, report_order) "
             "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL",
-            {
-                "sent": at if status is Status.SENT else None,
-                "failed": at if status is Status.ERROR else None,
-                "error": disposition.error,
-                "now": at,
-                "deferred": disposition.deferred_ts,
-                "deferral": disposition.reason or None,
-                "counted": disposition.counted,
-                "recipients": _recipients_to_row(disposition.recipients),
-                "place": None if status is Status.QUEUED else self._place(),
-                "seq": claim.seq,
-            },
+            [self._row_of(outcome, int(now)) for outcome in outcomes],
         )
-        if outcome.attempt.replies:  # else nothing was tried
-            _append_attempt(db, claim.seq, outcome.attempt, disposition)
-        if outcome.sent:
+        db.executemany(
+            "INSERT INTO attempts VALUES (?, (SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = ?), "
+            "?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                _timeline_entry(outcome) for outcome in outcomes if outcome.attempt.replies
+            ],  # else nothing was tried
+        )
+        sent = collections.Counter(outcome.claim.account_id for outcome in outcomes if outcome.sent)
+        for account_id, n in sent.items():
             db.execute(
-                "INSERT INTO sends VALUES (:account, :until, 1) ON CONFLICT DO UPDATE SET n = n + 1",
-                {"account": claim.account_id, "until": math.floor(now) + 1},
+                "INSERT INTO sends VALUES (:account, :until, :n) ON CONFLICT DO UPDATE SET n = n + excluded.n",
+                {"account": account_id, "until": math.floor(now) + 1, "n": n},
             )
-        if outcome.held:
-            _give_back(db, claim.account_id, 1)
+        held = collections.Counter(outcome.claim.account_id for outcome in outcomes if outcome.held)
+        for account_id, n in held.items():
+            _give_back(db, account_id, n)
+        return [None] * len(outcomes)
+
+    def _row_of(self, outcome: Outcome, at: int) -> dict[str, object]:
+        """What an outcome changes in the row of its message."""
+        disposition, status = outcome.disposition, outcome.disposition.status
+        return {
+            "sent": at if status is Status.SENT else None,
+            "failed": at if status is Status.ERROR else None,
+            "error": disposition.error,
+            "now": at,
+            "deferred": disposition.deferred_ts,
+            "deferral": disposition.reason or None,
+            "counted": disposition.counted,
+            "recipients": _recipients_to_row(disposition.recipients),
+            "place": None if status is Status.QUEUED else self._place(),
+            "seq": outcome.claim.seq,
+        }
 
     async def defer_limited(self, order: Order, until_ts: int, why: str) -> list[Claim]:
         """Defer the messages of one turn because the account's rate limit is reached."""
@@ -4579,7 +4633,7 @@ class Queue:
                 "WHERE account_id = :account AND deferral IN (SELECT value FROM json_each(:deferrals)) "
                 "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
                 "AND sent_ts IS NULL AND error_ts IS NULL",
-                {"account": account_id, "deferrals": json.dumps(list(deferrals))},
+                {"account": account_id, "deferrals": AS_JSON(list(deferrals))},
             ).rowcount
 
         return await self.file.write(work)
@@ -4618,10 +4672,10 @@ class Queue:
         now = int(self._now())
 
         def work(db: sqlite3.Connection) -> int:
-            return db.executemany(
-                "UPDATE messages SET reported_ts = :now, report_order = NULL "
-                "WHERE seq = :seq AND report_order = :place",
-                [{"now": now, "seq": state.seq, "place": state.report_order} for state in states],
+            return db.execute(
+                "UPDATE messages SET reported_ts = :now, report_order = NULL FROM json_each(:states) "
+                "WHERE seq = json_extract(value, '$[0]') AND report_order = json_extract(value, '$[1]')",
+                {"now": now, "states": AS_JSON([(state.seq, state.report_order) for state in states])},
             ).rowcount
 
         return await self.file.write(work)
@@ -4897,6 +4951,8 @@ def take_turns(
     fresh: Sequence[Claim], retried: Sequence[Claim], most: int, retried_first: bool
 ) -> list[Claim]:
     """The best claims of both kinds: by priority, and within one new and retried mail in turn."""
+    if not retried:
+        return list(fresh[:most])
     ranked = []
     for claims, late in ((fresh, retried_first), (retried, not retried_first)):
         places: dict[int, int] = {}
@@ -4917,13 +4973,28 @@ def expired(expires_ts: int | None, now: float, last_error: str | None) -> str:
     return f"{why}; last: {last_error}" if last_error else why
 
 
-def _schedule(deferred_ts: int | None, now: float) -> tuple[int | None, str | None]:
-    """The deferred_ts and deferral of a new row: a time that has come already is none."""
-    return (deferred_ts, "schedule") if deferred_ts is not None and deferred_ts > now else (None, None)
+def _schedule(deferred_ts: int | None, now: float) -> tuple[int | None, str | None, float]:
+    """The deferred_ts, deferral and ready_at of a new row: a time that has come already is none."""
+    if deferred_ts is None or deferred_ts <= now:
+        return None, None, now
+    return deferred_ts, "schedule", deferred_ts
+
+
+def _tally(db: sqlite3.Connection, submissions: Iterable[Submission], now: float) -> None:
+    """Count new rows; what becomes of them later is counted by the triggers."""
+    waits = collections.Counter(
+        (s.account_id, _schedule(s.deferred_ts, now)[0] is not None) for s in submissions
+    )
+    for (account_id, waiting), n in waits.items():
+        db.execute(
+            "INSERT INTO tallies VALUES (:account, :ready, :waiting, 0) ON CONFLICT DO UPDATE SET "
+            "ready = ready + excluded.ready, waiting = waiting + excluded.waiting",
+            {"account": account_id, "ready": 0 if waiting else n, "waiting": n if waiting else 0},
+        )
 
 
 def _recipients_to_row(recipients: Mapping[str, RecipientOutcome] | None) -> str | None:
-    return json.dumps(recipients, ensure_ascii=False) if recipients else None
+    return AS_JSON(recipients) if recipients else None
 
 
 def _recipients_from_row(column: str | None) -> dict[str, RecipientOutcome] | None:
@@ -4950,35 +5021,22 @@ def _give_back(db: sqlite3.Connection, account_id: str, n: int) -> None:
     )
 
 
-def _append_attempt(db: sqlite3.Connection, seq: int, attempt: Attempt, disposition: Disposition) -> None:
-    """Add to the timeline; a message that is tried for days keeps its latest attempts."""
+def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
+    """An attempt as it stands in the timeline of its message: a row of attempts, its number left to be found."""
+    attempt = outcome.attempt
     telling = attempt.first_failure or next(iter(attempt.replies.values()), None)
-    number = db.execute(
-        "SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = :seq", {"seq": seq}
-    ).fetchone()[0]
-    outcomes = {
+    said = (telling.stage, telling.code, telling.enhanced_code, telling.text) if telling else (None,) * 4
+    recipients = {
         address: (
             "sent" if reply.accepted else "deferred" if reply.transient else "error", reply.code, reply.text
         )
         for address, reply in attempt.replies.items()
         if address
     }  # fmt: skip
-    db.execute(
-        "INSERT INTO attempts VALUES (:seq, :number, :started_at, :ended_at, :outcome, :stage, :code, "
-        ":enhanced_code, :text, :recipients, :connection)",
-        {
-            "seq": seq, "number": number, "started_at": attempt.started_at, "ended_at": attempt.ended_at,
-            "outcome": disposition.status,
-            "stage": telling.stage if telling else None, "code": telling.code if telling else None,
-            "enhanced_code": telling.enhanced_code if telling else None, "text": telling.text if telling else None,
-            "recipients": json.dumps(outcomes, ensure_ascii=False) if outcomes else None, "connection": attempt.connection or None,
-        },
+    return (
+        outcome.claim.seq, outcome.claim.seq, attempt.started_at, attempt.ended_at, outcome.disposition.status, *said,
+        AS_JSON(recipients) if recipients else None, attempt.connection or None,
     )  # fmt: skip
-    if number > KEPT_ATTEMPTS:
-        db.execute(
-            "DELETE FROM attempts WHERE seq = :seq AND number <= :gone",
-            {"seq": seq, "gone": number - KEPT_ATTEMPTS},
-        )
 
 
 def _attempts(db: sqlite3.Connection, seq: int) -> list[dict[str, object]]:
@@ -5039,7 +5097,7 @@ def _seqs(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, tuple[int, bo
     """The row of each id that is there, and whether it has failed."""
     rows = db.execute(
         "SELECT id, seq, error_ts IS NOT NULL FROM messages WHERE id IN (SELECT value FROM json_each(:ids))",
-        {"ids": json.dumps(list(ids))},
+        {"ids": AS_JSON(list(ids))},
     )
     return {row[0]: (row[1], bool(row[2])) for row in rows}
 
@@ -10886,7 +10944,7 @@ def _submission(fields: Any, message: Message, account: Account, now: float) -> 
         batch_code=message.batch_code,
         message_id=_shown_message_id(fields.get("message_id"), message.message_id),
         parts=len(message.attachments) + (message.raw is not None),
-        payload=json.dumps({k: v for k, v in payload.items() if v is not None}, ensure_ascii=False),
+        payload=payload_as_json(payload),
         contents=contents,
     )
 

@@ -2301,7 +2301,38 @@ def test_an_attachment_that_cannot_be_had_is_refused_at_once(given: dict[str, An
     assert reason_to_refuse(attachments=[given]).startswith("invalid attachments: ")
 
 
+MAILBOX_NAMES = st.text(st.one_of(st.characters(), st.sampled_from(" .'&-_,;:<>@=?\"()\t")), max_size=20)
+MAILBOX_ADDRESSES = st.from_regex(r"[a-z.+'@\-]{1,70}@[a-zA-Z.\-]{1,70}", fullmatch=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    MAILBOX_NAMES,
+    MAILBOX_ADDRESSES,
+    st.sampled_from(("{address}", "{name}<{address}>", "{name} <{address}>", "{name}{address}")),
+)
+def test_usual_mailboxes_are_understood_as_the_general_way_does(name: str, address: str, shape: str) -> None:
+    text = shape.format(name=name, address=address)
+
+    assert outcome_of(lambda: mailproxy.parse_mailboxes(text, "to")) == outcome_of(
+        lambda: tuple(mailproxy._mailboxes_of(mailproxy._one_line(text, "to"), "to"))
+    )
+
+
+def outcome_of(call: Callable[[], object]) -> object:
+    try:
+        return call()
+    except mailproxy.Rejected as error:
+        return str(error)
+
+
 # --- payloads -------------------------------------------------------------
+
+
+def test_a_payload_is_json_without_the_fields_that_are_null() -> None:
+    assert mailproxy.payload_as_json({"id": "é", "cc": None, "headers": {"X": None}}) == (
+        '{"id": "é", "headers": {"X": null}}'
+    )
 
 
 def stored_and_read_back(
@@ -4013,6 +4044,77 @@ def test_a_broken_constraint_goes_to_its_own_caller(tmp_path: Path) -> None:
         assert not file.refuses
 
 
+def insert_all(db: sqlite3.Connection, xs: Sequence[int]) -> list[tuple[int, int]]:
+    """Work for many callers; tells each how many it was done for."""
+    db.executemany("INSERT INTO t VALUES (?)", [(x,) for x in xs])
+    return [(x, len(xs)) for x in xs]
+
+
+def together(file: Any, xs: Sequence[int]) -> Any:
+    async def all_at_once() -> list[Any]:
+        writes = [file.write_together(insert_all, x) for x in xs]
+        return await asyncio.gather(file.write(insert(1000)), *writes, return_exceptions=True)
+
+    return all_at_once()
+
+
+def test_callers_who_want_the_same_work_share_one_call_of_it(tmp_path: Path) -> None:
+    with queue_file(tmp_path) as (file, run):
+        _, *results = run(together(file, range(50)))
+
+        assert [x for x, _ in results] == list(range(50))
+        assert max(callers for _, callers in results) > 1
+        assert rows_of(tmp_path) == [*range(50), 1000]
+
+
+def test_shared_work_that_raises_is_tried_for_each_caller_alone(tmp_path: Path) -> None:
+    with queue_file(tmp_path) as (file, run):
+        _, *results = run(together(file, [1, 2, 1, 3]))
+
+        assert [isinstance(result, sqlite3.IntegrityError) for result in results] == [
+            False,
+            False,
+            True,
+            False,
+        ]
+        assert rows_of(tmp_path) == [1, 2, 3, 1000]
+
+
+def test_a_file_that_another_has_open_can_be_read_and_let_go(tmp_path: Path) -> None:
+    with queue_file(tmp_path) as (file, run):
+        run(file.write(insert(1)))
+        other = mailproxy.QueueFile(file.path, (), observe_commit=lambda seconds: None)
+
+        assert run(other.read(lambda db: db.execute("SELECT x FROM t").fetchall())) == [(1,)]
+        run(other.close())
+
+        run(file.write(insert(2)))
+
+
+def test_a_closed_file_refuses(tmp_path: Path) -> None:
+    with queue_file(tmp_path) as (file, _):
+        pass
+
+    with pytest.raises(mailproxy.StorageUnavailable):
+        asyncio.run(file.write(insert(1)))
+
+
+def test_what_was_asked_before_the_end_is_written(tmp_path: Path) -> None:
+    async def ask_and_close(file: Any) -> list[Any]:
+        writes = [asyncio.ensure_future(file.write(insert(x))) for x in range(20)]
+        await asyncio.sleep(0)
+        await file.close()
+        return await asyncio.gather(*writes)
+
+    file = mailproxy.QueueFile(
+        str(tmp_path / "queue.db"), ("CREATE TABLE t (x)",), observe_commit=lambda s: None
+    )
+    file.open()
+    asyncio.run(ask_and_close(file))
+
+    assert rows_of(tmp_path) == list(range(20))
+
+
 def test_a_locked_file_refuses_and_comes_back_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -4244,6 +4346,67 @@ def test_the_same_id_again(rig: QueueRig, status: Any, verdict: str | None) -> N
     assert record.payload["subject"] == ("second" if replaced else "first")
     assert (record.fields["attempts"], record.fields["error"]) == ((0, None) if replaced else (1, "as told"))
     assert attempts == [] if replaced else len(attempts) == 1
+
+
+def test_submissions_that_wait_together_are_stored_in_one_go_and_each_judged_alone(rig: QueueRig) -> None:
+    rig.accepted(submission("sent"), submission("on the wire"), submission("waits"))
+    rig.recorded(rig.claimed(1)[0], SENT)
+    rig.claimed(1)
+    batches = [["new", "sent"], ["waits", "on the wire"], [], ["new", "newer"]]
+
+    async def all_at_once() -> list[Any]:
+        return await asyncio.gather(
+            *(rig.queue.accept([submission(id_) for id_ in batch]) for batch in batches)
+        )
+
+    verdicts = rig.run(all_at_once())
+
+    assert verdicts == [[None, "already sent"], [None, "in delivery"], [], [None, None]]
+    assert [row[0] for row in rig.sql("SELECT id FROM messages ORDER BY seq")] == [
+        "sent", "on the wire", "newer", "waits", "new",
+    ]  # fmt: skip
+    assert rig.tally() == (4, 0, 1)
+
+
+def test_contents_go_with_the_submissions_that_were_stored_alone(rig: QueueRig) -> None:
+    rig.accepted(submission("sent", contents={0: b"first"}))
+    rig.recorded(rig.claimed()[0], SENT)
+
+    rig.accept([submission("sent", contents={0: b"again"}), submission("new", contents={0: b"new"})])
+
+    assert rig.sql("SELECT id, content FROM messages JOIN contents USING (seq) ORDER BY seq") == [
+        ("sent", b"first"), ("new", b"new"),
+    ]  # fmt: skip
+
+
+def test_a_place_in_the_order_of_acceptance_is_never_given_twice(rig: QueueRig) -> None:
+    rig.accepted(submission("a"), submission("b"))
+    rig.delete(["a", "b"])
+
+    rig.load()
+    rig.accepted(submission("c"))
+
+    assert rig.sql("SELECT seq FROM messages") == [(3,)]
+
+
+def test_outcomes_that_wait_together_are_recorded_in_one_go(rig: QueueRig) -> None:
+    rig.accepted(submission("a"), submission("b"), submission("c", account_id="other"))
+    claims = rig.claimed(hold=True) + rig.claimed(account="other", hold=True)
+    reply = mailproxy.Reply(mailproxy.Stage.END_OF_DATA, 250, "ok")
+    attempt = mailproxy.Attempt(NOW, NOW, {"to@example.com": reply})
+    disposition = mailproxy.Disposition(SENT, lane=mailproxy.LaneSignal.UP, counted=True, slot_used=True)
+    outcomes = [mailproxy.Outcome(claim, attempt, disposition, sent=True, held=True) for claim in claims]
+
+    async def all_at_once() -> None:
+        await asyncio.gather(*(rig.queue.record(outcome) for outcome in outcomes))
+
+    rig.run(all_at_once())
+
+    assert [rig.look_up(id_)[0].fields["status"] for id_ in "abc"] == ["sent"] * 3
+    assert [len(rig.look_up(id_)[1]) for id_ in "abc"] == [1, 1, 1]
+    assert rig.sends() == {"main": [(NOW + 1, 2)], "other": [(NOW + 1, 1)]}
+    assert rig.sql("SELECT account_id, n FROM holds") == [("main", 0), ("other", 0)]
+    assert [state.entry["id"] for state in rig.unreported(10)] == ["a", "b", "c"]
 
 
 def test_a_sent_id_is_remembered_after_the_message_is_purged_and_forgotten_in_time(rig: QueueRig) -> None:
@@ -4498,11 +4661,87 @@ def test_no_hot_statement_scans_or_sorts_the_table(rig: QueueRig) -> None:
     }
     details = {(statement, row[3]) for statement, plan in plans.items() for row in plan}
     assert len(plans) > 10
-    assert not [
-        entry
-        for entry in details
-        if re.search(r"SCAN messages(?! USING (COVERING )?INDEX)|TEMP B-TREE", entry[1])
-    ]
+    assert not [entry for entry in details if "TEMP B-TREE" in entry[1] or _scans_without_an_end(*entry)]
+
+
+def _scans_without_an_end(statement: str, step: str) -> bool:
+    """True for a step through the messages that is neither a seek nor the head of an index."""
+    return "SCAN messages" in step and not ("USING" in step and "LIMIT" in statement)
+
+
+def test_no_hot_statement_costs_more_with_a_backlog(rig: QueueRig) -> None:
+    """Counted in steps of SQLite's virtual machine, because time is not to be trusted."""
+    steps = [0]
+
+    def step() -> None:
+        steps[0] += 1
+
+    def watch(db: sqlite3.Connection) -> None:
+        db.set_progress_handler(step, 1)
+
+    def steps_in_the_life_of(id_: str) -> dict[str, int]:
+        counts: dict[str, int] = {}
+
+        def counted(what: str, result: Any) -> Any:
+            counts[what], steps[0] = steps[0], 0
+            return result
+
+        rig.run(rig.file.write(watch))
+        rig.run(rig.file.read(watch))
+        steps[0] = 0
+        counted("accept", rig.accepted(submission(id_)))
+        (claim,) = counted("claim", rig.claimed(1))
+        counted("defer", rig.recorded(claim, DEFERRED, deferred_ts=int(rig.now) + 1, reason="retry"))
+        rig.now += 1
+        counted("release due", rig.release_due())
+        counted("give up overdue", rig.give_up_overdue())
+        (claim,) = counted("claim again", rig.claimed(1))
+        counted("sent", rig.recorded(claim, SENT))
+        states = counted("unreported", rig.unreported(10))
+        counted("acknowledge", rig.acknowledge(states))
+        counted("oldest pending", rig.oldest_pending_ts())
+        counted("tallies", rig.tallies())
+        counted("purge", rig.purge(3600, unreported_too=False))
+        counted("let go", rig.let_go("main", ("limit",)))
+        return counts
+
+    steps_in_the_life_of("the first")
+    alone = steps_in_the_life_of("alone")
+    rig.run(rig.file.write(backlog(scheduled=50_000, sent=5_000, ready_of_another=5_000)))
+    rig.load()
+    beside_a_backlog = steps_in_the_life_of("beside a backlog")
+
+    assert all(alone.values())
+    assert beside_a_backlog == {what: pytest.approx(n, rel=0.1, abs=20) for what, n in alone.items()}
+
+
+def backlog(*, scheduled: int, sent: int, ready_of_another: int) -> Callable[[sqlite3.Connection], None]:
+    """Rows that have nothing to do with what is measured beside them."""
+
+    def work(db: sqlite3.Connection) -> None:
+        db.set_progress_handler(None, 0)
+        for kind, n, account_id, deferred_ts, final_ts in (
+            ("sent", sent, "main", None, NOW),
+            ("scheduled", scheduled, "main", 2 * NOW, None),
+            ("ready", ready_of_another, "other", None, None),
+        ):
+            db.execute(
+                "INSERT INTO messages (id, account_id, priority, created_at, updated_at, deferred_ts, sent_ts, "
+                "reported_ts, ready_at, deadline, message_id, parts, size_bytes, payload) "
+                "WITH RECURSIVE count(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM count WHERE n < :n) "
+                "SELECT :kind || n, :account, 2, :now, :now, :deferred, :final, :final, :now, 3 * :now, '', 0, 2, '{}' "
+                "FROM count",
+                {
+                    "kind": kind,
+                    "n": n,
+                    "account": account_id,
+                    "now": NOW,
+                    "deferred": deferred_ts,
+                    "final": final_ts,
+                },
+            )
+
+    return work
 
 
 # ======================================================================
@@ -9470,10 +9709,12 @@ def test_slots_come_back_when_nothing_was_sent(tmp_path: Path, smtp: SmtpServer)
             *letters("p", 8, "perm@example.com"), *letters("t", 8, "temp@example.com"), *letters("m", 4)
         )
 
+        def statuses() -> Counter[str]:
+            return Counter(message["status"] for message in daemon.get("/messages").json["messages"])
+
         smtp.wait_for(3)
-        wait_until(lambda: state_of(daemon) == "limited", "the limit")
-        statuses = Counter(message["status"] for message in daemon.get("/messages").json["messages"])
-        assert statuses == {"error": 8, "deferred": 9, "sent": 3}
+        wait_until(lambda: statuses() == {"error": 8, "deferred": 9, "sent": 3}, "each in its place")
+        assert state_of(daemon) == "limited"
 
 
 def test_a_limit_may_fail_what_comes_up(tmp_path: Path, reports: ReportReceiver, smtp: SmtpServer) -> None:
@@ -13154,7 +13395,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path, smtp: SmtpServer) -> None:
         tried = subprocess.run(
             [
                 program, "run", f"http://127.0.0.1:{daemon.port}/openapi.json", "--checks", "all", "--seed", "1",
-                "--max-examples", "3", "--header", "X-API-Token: t0ken", "--generation-database", "none", "--no-color",
+                "--max-examples", "2", "--header", "X-API-Token: t0ken", "--generation-database", "none", "--no-color",
             ],
             cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=170,
         )  # fmt: skip
@@ -14048,7 +14289,7 @@ class ConfinedDaemon(Daemon):
         super().__exit__(*exc)
         self.told.close()
 
-    def start(self, timeout: float = 30) -> None:
+    def start(self, timeout: float = 10) -> None:
         self.write_config()
         shutil.copy(self.folder / "config.ini", self.folder / "etc-mailproxy" / "config.ini")
         self._log_starts_at = 0
