@@ -127,7 +127,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.errors import HeaderParseError
 from email.header import decode_header, make_header
-from email.utils import format_datetime, parsedate_to_datetime
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
@@ -2977,7 +2977,8 @@ def _message_header(message: Message, date: float) -> Iterator[str]:
 
 
 def _date_text(unix_s: float) -> str:
-    return format_datetime(datetime.fromtimestamp(int(unix_s), UTC))
+    """RFC 5322 3.3, in UTC; strftime speaks English here, as the daemon sets no locale."""
+    return time.strftime("%a, %d %b %Y %H:%M:%S +0000", time.gmtime(unix_s))
 
 
 def _text_header(name: str, text: str) -> str:
