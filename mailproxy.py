@@ -2356,10 +2356,10 @@ def _oauth2_of(given: Mapping[str, object]) -> OAuth2 | None:
     if not isinstance(nested, dict):
         raise Rejected("invalid oauth2: must be an object")
     keys = ("token_url", "client_id", "client_secret", "refresh_token", "scope")
-    oauth2 = {key: nested.get(key) or given.get(f"oauth2_{key}") for key in keys}
-    if not any(oauth2.values()):
+    oauth2 = {key: nested.get(key, given.get(f"oauth2_{key}")) for key in keys}
+    words = {key: _words_of({"oauth2": value}, "oauth2") for key, value in oauth2.items()}
+    if not nested and not any(words.values()):
         return None
-    words = {key: _words_of({"oauth2": value}, "oauth2") if value else None for key, value in oauth2.items()}
     if not words["token_url"] or not words["client_id"]:
         raise Rejected("invalid oauth2: needs token_url and client_id")
     if not words["refresh_token"] and not (words["client_secret"] and words["scope"]):
