@@ -4016,6 +4016,7 @@ class QueueFile:
             self._writing.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
             self._writing.execute("PRAGMA journal_mode = WAL")
             self._writing.execute("PRAGMA synchronous = FULL")
+            self._writing.execute("PRAGMA fullfsync = ON")  # macOS, where fsync alone leaves it in the drive
             self._writing.execute("PRAGMA journal_size_limit = 16777216")
             self._writing.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             self._writing.execute("PRAGMA temp_store = MEMORY")
@@ -7562,8 +7563,8 @@ PLAIN_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def json_response(content: Mapping[str, object], status: int = 200) -> Response:
-    """An answer in JSON. Half a surrogate pair, which UTF-8 has no bytes for, becomes its JSON escape."""
-    return Response(status, PLAIN_JSON.encode(content).encode("utf-8", "backslashreplace"))
+    """An answer in JSON, a line. Half a surrogate pair, which UTF-8 has no bytes for, becomes its JSON escape."""
+    return Response(status, f"{PLAIN_JSON.encode(content)}\n".encode("utf-8", "backslashreplace"))
 
 
 # ---------------------------------------------------------------------- JSON bodies
@@ -10814,7 +10815,7 @@ class ControlPlane:
                 separator = b",\n"
         opening = b"" if separator == b",\n" else separator
         ending = b"null" if cursor is None or not await self._go_on(filters, cursor) else b'"%d"' % cursor
-        yield opening + b'], "next": ' + ending + b"}"
+        yield opening + b'], "next": ' + ending + b"}\n"
 
     async def _page(self, filters: Filters, after: int, most: int) -> tuple[list[Record], int | None]:
         with _told_of_storage():
@@ -11716,7 +11717,7 @@ def _why_unreachable(error: OSError) -> str:
         return f"TLS failed: {(error.reason or 'unknown').replace('_', ' ').lower()}"
     reason = (error.strerror or str(error) or type(error).__name__).lower()
     absent = isinstance(error, ConnectionRefusedError | FileNotFoundError)
-    return f"{reason}; is the daemon running?" if absent else reason
+    return f"{reason}; start it with `mailproxy serve`, or say where it is with --url" if absent else reason
 
 
 def find_daemon(args: argparse.Namespace, environ: Mapping[str, str]) -> DaemonAddress:
@@ -11783,23 +11784,29 @@ def text_width(text: str) -> int:
     )
 
 
+def cut(text: str, width: int) -> str:
+    """The text, cut where it is wider than this."""
+    if text_width(text) <= width:
+        return text
+    while text and text_width(text) > width - 1:
+        text = text[: min(len(text) - 1, width)]
+    return text + "…"
+
+
 def fitted(text: str, width: int) -> str:
     """The text, cut or filled up to just this width."""
-    if text_width(text) > width:
-        while text and text_width(text) > width - 1:
-            text = text[: min(len(text) - 1, width)]
-        text += "…"
-    return text + " " * (width - text_width(text))
+    return cut(text, width) + " " * (width - text_width(cut(text, width)))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], width: int = NEVER_TOO_WIDE) -> list[str]:
-    """Lines of aligned columns. Where they are too wide the widest are cut; the first one, the id, never."""
+    """Lines of aligned columns. Where they are too wide the widest are cut, then the lines; the id never."""
     cells = [list(header), *([_escaped("" if cell is None else str(cell)) for cell in row] for row in rows)]
     widths = [max(text_width(cell) for cell in column) for column in zip(*cells, strict=True)]
     while len(widths) > 1 and sum(widths) + 2 * (len(widths) - 1) > width and max(widths[1:]) > 8:
         widest = widths.index(max(widths[1:]), 1)
         widths[widest] -= 1
-    return ["  ".join(map(fitted, row, widths)).rstrip() for row in cells]
+    lines = ("  ".join(map(fitted, row, widths)).rstrip() for row in cells)
+    return [cut(line, max(width, widths[0] + 1)) for line in lines]
 
 
 COLOURS: Mapping[str, str] = MappingProxyType(
@@ -11931,7 +11938,7 @@ def send(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if args.csv:
         return Mailing(client, args.csv, _fields_given(args), show_answers=args.json).send()
     fields = {**(_eml_fields(args.file) if args.file else {}), **_fields_given(args)}
-    id_ = fields["id"] = args.id or f"send-{secrets.token_hex(12)}"
+    id_ = fields["id"] = args.id or f"send-{secrets.token_hex(8)}"
     refusal = "; ".join(submit(client, [fields], show=args.json).values())
     if refusal and refusal not in THROUGH_BEFORE:
         raise CommandFailed(f"the message was refused: {refusal}")
@@ -11999,9 +12006,9 @@ class Mailing:
                 self._submit(batch)
                 done += len(batch)
                 self._progress.show(done + self._refused)
-        except CommandFailed as error:
+        except (CommandFailed, KeyboardInterrupt) as stop:
             hint = f"{done} of {len(rows)} are through; run it again, and nothing is sent twice"
-            raise CommandFailed(f"{error}; {hint}") from None
+            raise CommandFailed(f"{str(stop) or 'interrupted'}; {hint}") from None
         finally:
             self._progress.clear()
         if not self._show_answers:
@@ -12035,7 +12042,7 @@ class Mailing:
     def _new_id(self, message: Mapping[str, object]) -> str:
         """An id that the same row has again in the next run; a row that is there twice has two."""
         content = {name: value for name, value in message.items() if name not in NOT_THE_CONTENT}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
         numbers = itertools.count(2)
         id_ = f"csv-{digest}"
         while id_ in self._ids:
@@ -12298,7 +12305,7 @@ def sendmail_fields(call: SendmailCall, content: bytes, login: str, host: str) -
     if not authors:
         draft = draft.with_author(author)
     fields: dict[str, object] = {
-        "id": f"sendmail-{secrets.token_hex(12)}",
+        "id": f"sendmail-{secrets.token_hex(8)}",
         "from": author.address if call.sender or not authors else authors[0],
         "to": [qualified_address(address, host) for address in (*recipients, *in_header)],
         "raw": base64.b64encode(draft.content()).decode(),
@@ -12866,7 +12873,7 @@ def _status_lines(status: Mapping[str, Any], now: float, width: int) -> list[str
 
 
 def _why_standing(account: Mapping[str, Any], now: float) -> str:
-    until = f"until {relative(account['until'], now)}" if account["until"] else ""
+    until = f"again {relative(account['until'], now)}" if account["until"] else ""
     return ", ".join(word for word in (account["reason"], until) if word)
 
 
@@ -13074,7 +13081,7 @@ def _news_line(record: Mapping[str, Any], width: int) -> str:
     cells = (f"{id_!s:<24}", account, to, f'"{subject}"', remark)
     line = "  ".join(_escaped(str(cell)) for cell in cells if cell)
     line = f"{time.strftime('%H:%M:%S')}  {status:<8}  {line}"
-    return fitted(line, width) if text_width(line) > width else line
+    return cut(line, width)
 
 
 def show_message(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -13183,7 +13190,11 @@ def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     problems = [*_start_problems(settings), *_account_problems(accounts, environ)]
     for problem in problems:
         complain(problem)
-    print("\nThis is not right yet." if problems else f"\nAll right: {_accounts_in_words(accounts)}.")
+    print(
+        "\nThis is not right yet."
+        if problems
+        else f"\nThe settings are right: {_accounts_in_words(accounts)}."
+    )
     failed = args.connect and not show_servers(settings, accounts, environ)
     return 2 if problems else int(failed)
 

@@ -8354,7 +8354,7 @@ def test_a_large_body_is_parsed_on_a_thread_and_a_small_one_is_not():
 def test_half_a_surrogate_pair_in_an_answer_becomes_its_json_escape():
     response = mailproxy.json_response({"a": "\udc80é"})
 
-    assert response.body == b'{"a": "\\udc80\xc3\xa9"}'
+    assert response.body == b'{"a": "\\udc80\xc3\xa9"}\n'
 
 
 @pytest.mark.parametrize(
@@ -12049,7 +12049,7 @@ def test_check_shows_what_is_in_force_and_where_it_comes_from_but_no_secret(tmp_
     ended = run_command("check", folder=tmp_path, environment={"MAILPROXY_DELIVERY_MAX_RETRIES": "3"})
 
     assert (ended.returncode, ended.stderr) == (0, "")
-    rows = printed_rows(ended.stdout.partition("\n\nAll right")[0], "SETTING")
+    rows = printed_rows(ended.stdout.partition("\n\nThe settings are right")[0], "SETTING")
     assert rows["server.port"] == {"SETTING": "server.port", "VALUE": "8026", "FROM": "./config.ini"}
     assert rows["delivery.max_retries"]["FROM"] == "environment variable MAILPROXY_DELIVERY_MAX_RETRIES"
     assert rows["storage.db_path"]["FROM"] == "default"
@@ -12076,7 +12076,7 @@ def test_check_says_what_is_wrong_and_exits_2(
 
     assert ended.returncode == 2
     assert words in sentence(ended)
-    assert "All right" not in ended.stdout
+    assert "are right" not in ended.stdout
 
 
 def test_check_warns_of_variables_that_match_no_setting(tmp_path: Path) -> None:
@@ -12088,6 +12088,8 @@ def test_check_warns_of_variables_that_match_no_setting(tmp_path: Path) -> None:
 
 # --- reaching the daemon
 
+START_IT = "start it with `mailproxy serve`, or say where it is with --url"
+
 
 def test_a_daemon_that_is_not_there_is_one_sentence_and_exit_1(tmp_path: Path) -> None:
     url = closed_url()
@@ -12095,7 +12097,7 @@ def test_a_daemon_that_is_not_there_is_one_sentence_and_exit_1(tmp_path: Path) -
     ended = run_command("status", "--url", url, folder=tmp_path)
 
     assert ended.returncode == 1
-    assert sentence(ended) == f"mailproxy: cannot reach {url}: connection refused; is the daemon running?"
+    assert sentence(ended) == f"mailproxy: cannot reach {url}: connection refused; {START_IT}"
 
 
 def test_a_unix_socket_that_is_not_there_is_one_sentence_and_exit_1(
@@ -12104,7 +12106,7 @@ def test_a_unix_socket_that_is_not_there_is_one_sentence_and_exit_1(
     ended = run_here(capsys, "status", "--url", f"unix:{tmp_path}/x.sock")
 
     assert ended.returncode == 1
-    assert "is the daemon running?" in sentence(ended)
+    assert START_IT in sentence(ended)
 
 
 def test_another_server_at_the_url_is_told_from_mailproxy(
@@ -12335,12 +12337,13 @@ def test_a_table_fits_the_terminal_and_never_cuts_an_id(daemon: Daemon) -> None:
     )
     daemon.wait_status(long_id, "error")
 
-    narrow = run_at(daemon, "messages", COLUMNS="130").stdout
+    shown = {width: run_at(daemon, "messages", COLUMNS=str(width)).stdout for width in (130, 60, 20)}
     piped = run_at(daemon, "messages").stdout
 
-    assert all(mailproxy.text_width(line) <= 130 for line in narrow.splitlines())
-    assert long_id in narrow
-    assert "…" in narrow
+    for width, text in shown.items():
+        assert all(mailproxy.text_width(line) <= max(width, len(long_id) + 1) for line in text.splitlines())
+        assert long_id in text
+        assert "…" in text
     assert "漢字" * 40 in piped
 
 
@@ -12885,6 +12888,37 @@ def test_a_csv_shows_a_bar_in_a_terminal(daemon: Daemon) -> None:
     assert f"\r[{'#' * 40}] 1 of 1\r\x1b[K1 messages: 1 queued" in seen
 
 
+def test_a_csv_that_is_interrupted_says_how_to_go_on_and_sends_nothing_twice(
+    daemon: Daemon, smtp: SmtpServer
+) -> None:
+    recipients = [f"x{n}@c.test" for n in range(mailproxy.BATCH_MESSAGES + 2)]
+    rows = "".join(
+        f"{recipient},s,b,{'late.txt' if recipient == recipients[-1] else ''}\n" for recipient in recipients
+    )
+    csv = write_csv(daemon.folder, f"to,subject,body,attachments\n{rows}")
+    late = daemon.folder / "late.txt"
+    os.mkfifo(late)  # opening it waits for somebody who writes
+    words = ["send", "--csv", csv.name, "--from", "a@b.test", "--url", f"http://127.0.0.1:{daemon.port}"]
+    sending = subprocess.Popen(
+        [sys.executable, "-u", STARTER, *words], cwd=daemon.folder, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert sending.stdout
+
+    sending.stdout.readline()
+    sending.send_signal(signal.SIGINT)
+    _, complaint = sending.communicate(timeout=20)
+    late.unlink()
+    late.write_text("here")
+    again = run_at(daemon, *words)
+
+    hint = "interrupted; 200 of 202 are through; run it again, and nothing is sent twice"
+    assert complaint == f"mailproxy: {hint}\n"
+    assert again.returncode == 0, again.stderr
+    wait_until(lambda: daemon.status()["pending"] == 0, "all sent")
+    assert Counter(mail.recipients[0] for mail in smtp.received) == Counter(recipients)
+
+
 def test_a_csv_that_was_cut_off_says_how_far_it_came(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -12893,8 +12927,9 @@ def test_a_csv_that_was_cut_off_says_how_far_it_came(
     ended = run_here(capsys, "send", "--url", closed_url(), "--csv", csv)
 
     assert ended.returncode == 1
-    assert "is the daemon running?; 0 of 1 are through; run it again, and nothing is sent twice" in sentence(
-        ended
+    assert (
+        "say where it is with --url; 0 of 1 are through; run it again, and nothing is sent twice"
+        in sentence(ended)
     )
 
 
