@@ -13114,36 +13114,76 @@ def test_sendmail_without_an_account_blames_the_configuration(
     assert "account" in sentence(ended)
 
 
-def test_git_sends_its_patches_through_sendmail(daemon: Daemon, smtp: SmtpServer) -> None:
-    needs("git")
-    folder = subprocess.run(["git", "--exec-path"], capture_output=True, text=True, check=True).stdout.strip()
-    needs(f"{folder}/git-send-email")
+class Caller(NamedTuple):
+    """A program that hands its mail to sendmail, and what comes of it."""
+
+    program: str
+    script: str  # run by sh in the daemon's folder, $SENDMAIL in its environment
+    sender: str
+    subject: str
+    body: str  # what is in it
+
+
+CALLERS = (
+    Caller(
+        "php",
+        """php -n -d sendmail_path="$SENDMAIL -t -i" -r 'exit(mail("x@c.test", "From PHP", "Hello\n.\nyou",
+           "From: Shop <shop@a.test>\r\nContent-Type: text/plain; charset=utf-8", "-fbounce@a.test") ? 0 : 1);'
+        """,
+        "bounce@a.test", "From PHP", "Hello\n.\nyou",
+    ),
+    Caller(
+        "mutt",
+        """echo 'Grüße' >text; echo "set sendmail='$SENDMAIL -oem -oi' from=me@a.test use_envelope_from copy=no" >rc
+           LC_ALL=C.UTF-8 mutt -n -F rc -s 'From mutt' -a text -- x@c.test <text""",
+        "me@a.test", "From mutt", "Grüße",
+    ),
+    Caller(
+        "sh",  # with the words of Debian's cron
+        """{ printf 'From: root (Cron Daemon)\nTo: x@c.test\nSubject: Cron <root@vm> backup\n\n'; echo disk full
+           } | $SENDMAIL -i -FCronDaemon -B8BITMIME -oem x@c.test""",
+        f"{mailproxy.login_name()}@{HOST}", "Cron <root@vm> backup", "disk full",
+    ),
+    Caller(
+        "git",
+        """printf '%s\n' 'From 0123 Mon Sep 17 00:00:00 2001' 'From: A <a@b.test>' 'Subject: [PATCH] x' \
+           'Date: Mon, 1 Jan 2024 00:00:00 +0000' '' 'the patch' >0001.patch
+           git send-email --smtp-server="$SENDMAIL" --to=x@c.test --from='A <a@b.test>' --suppress-cc=all \\
+           --confirm=never 0001.patch""",
+        "a@b.test", "[PATCH] x", "the patch",
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("caller", CALLERS, ids=[caller.program for caller in CALLERS])
+def test_programs_that_know_sendmail_send_through_it(
+    caller: Caller, daemon: Daemon, smtp: SmtpServer
+) -> None:
+    needs(caller.program)
+    if caller.program == "git":
+        needs(f"{subprocess.getoutput('git --exec-path')}/git-send-email")
     wrapper = daemon.folder / "sendmail"
     wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {STARTER} sendmail "$@"\n')
     wrapper.chmod(0o755)
-    patch = "From 0123 Mon Sep 17 00:00:00 2001\nFrom: A <a@b.test>\n"
-    patch += "Date: Mon, 1 Jan 2024 00:00:00 +0000\nSubject: [PATCH] x\n\nx\n"
-    (daemon.folder / "0001.patch").write_text(patch)
 
-    options = [
-        f"--smtp-server={wrapper}",
-        "--to=x@c.test",
-        "--from=A <a@b.test>",
-        "--confirm=never",
-        "--quiet",
-    ]
     environment = {
         **_plain_environment(),
         "MAILPROXY_URL": f"http://127.0.0.1:{daemon.port}",
+        "SENDMAIL": str(wrapper),
         "HOME": str(daemon.folder),
         **{f"GIT_{who}_{what}": "a@b.test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
     }
-    ended = subprocess.run(["git", "send-email", *options, "0001.patch"], cwd=daemon.folder, env=environment,
-                           capture_output=True, timeout=40)  # fmt: skip
+    ended = subprocess.run(
+        ["sh", "-ec", caller.script], cwd=daemon.folder, env=environment, stdin=subprocess.DEVNULL,
+        capture_output=True, timeout=40,
+    )  # fmt: skip
 
     assert ended.returncode == 0, ended.stderr
     (mail,) = smtp.wait_for(1)
-    assert (mail.sender, mail.message["Subject"]) == ("a@b.test", "[PATCH] x")
+    assert (mail.sender, mail.recipients) == (caller.sender, ["x@c.test"])
+    assert mail.message["Subject"] == caller.subject
+    part = next(part for part in mail.message.walk() if part.get_content_type() == "text/plain")
+    assert caller.body in part.get_content().replace("\r\n", "\n")
 
 
 # --- backup
