@@ -12441,16 +12441,6 @@ It all happens on this machine; a temporary folder holds the queue and goes away
 """
 
 
-class Passage(NamedTuple):
-    """Something went from one to another, seconds after the start of the demo."""
-
-    at_s: float
-    who: str
-    whom: str
-    id: str  # of the message it is about, if it is about one
-    what: str  # the words; a reply or a status comes first
-
-
 class DemoSmtpServer:
     """A small SMTP server (RFC 5321) that tells what it gets, and keeps none of it.
 
@@ -12460,29 +12450,58 @@ class DemoSmtpServer:
 
     def __init__(self, arrived: Callable[[str, str], None], replied: Callable[[str, str], None]) -> None:
         self.port = 0
-        self.arrived = arrived  # (recipient, what came)
-        self.replied = replied  # (recipient, the reply)
         self.taken = 0
+        self._arrived = arrived  # (recipient, what came)
+        self._replied = replied  # (recipient, the reply)
         self._greylist: set[str] = set()
-        self._sessions: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=DEMO_SIZE_BYTES)
         self.port = self._listener.sockets[0].getsockname()[1]
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         self._listener.close()
-        for session in self._sessions:
-            session.cancel()
-        await asyncio.gather(*self._sessions, return_exceptions=True)
 
-    def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        session = asyncio.create_task(DemoSmtpSession(self, reader, writer).run())
-        self._sessions.add(session)
-        session.add_done_callback(self._sessions.discard)
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One client's connection. Replies go out in the order of the commands (PIPELINING, RFC 2920)."""
+        recipients: list[str] = []
+        with contextlib.closing(writer), contextlib.suppress(OSError, EOFError):
+            writer.write(b"220 smtp.demo.example ESMTP\r\n")
+            line = ""
+            while not line.startswith("QUIT"):
+                line = (await reader.readuntil(b"\r\n")).decode("utf-8", "replace").strip()
+                if line == "DATA" and recipients:
+                    writer.write(b"354 End with a dot on a line of its own\r\n")
+                    reply = self._take(await reader.readuntil(b"\r\n.\r\n"), recipients)
+                else:
+                    reply = self._obey(line, recipients)
+                writer.write(f"{reply}\r\n".encode())
+                await writer.drain()
 
-    def verdict_on(self, recipient: str) -> str:
-        """The reply to RCPT."""
+    def _obey(self, line: str, recipients: list[str]) -> str:
+        """The reply to a command; a recipient that is accepted joins the others."""
+        match line[:4].upper():
+            case "EHLO":
+                return "250-smtp.demo.example\r\n250-PIPELINING\r\n250-8BITMIME\r\n250 ENHANCEDSTATUSCODES"
+            case "MAIL" | "RSET":
+                recipients.clear()
+                return "250 2.0.0 Ok"
+            case "RCPT":
+                recipient = line.partition("<")[2].partition(">")[0]
+                reply = self._verdict_on(recipient)
+                if reply.startswith("2"):
+                    recipients.append(recipient)
+                else:
+                    self._arrived(recipient, f"RCPT TO:<{recipient}>")
+                    self._replied(recipient, reply)
+                return reply
+            case "DATA":
+                return "503 5.5.1 There is no recipient to send it to"
+            case "QUIT":
+                return "221 2.0.0 Bye"
+        return "500 5.5.2 I do not know this command"
+
+    def _verdict_on(self, recipient: str) -> str:
         if recipient.startswith("refused@"):
             return "550 5.1.1 No such mailbox here"
         if recipient.startswith("greylisted@") and recipient not in self._greylist:
@@ -12490,124 +12509,15 @@ class DemoSmtpServer:
             return "450 4.7.1 Greylisted, come back later"
         return "250 2.1.5 Ok"
 
-
-class DemoSmtpSession:
-    """One client's connection. Replies go out in the order of the commands (PIPELINING, RFC 2920)."""
-
-    def __init__(
-        self, server: DemoSmtpServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self._server = server
-        self._reader = reader
-        self._writer = writer
-        self._sender: str | None = None
-        self._recipients: list[str] = []
-
-    async def run(self) -> None:
-        try:
-            await self._say("220 smtp.demo.example ESMTP")
-            while await self._obey(await self._line()):
-                pass
-        except (OSError, EOFError, ValueError):  # the client went away, or sends lines without end
-            pass
-        finally:
-            self._writer.close()
-
-    async def _say(self, *lines: str) -> None:
-        self._writer.write("".join(f"{line}\r\n" for line in lines).encode())
-        await self._writer.drain()
-
-    async def _line(self) -> bytes:
-        async with asyncio.timeout(300):  # RFC 5321 4.5.3.2.7
-            line = await self._reader.readline()
-        if not line.endswith(b"\n"):
-            raise EOFError
-        return line
-
-    async def _obey(self, line: bytes) -> bool:
-        """Do what one command says. False: the client takes its leave."""
-        verb, _, rest = line.decode("utf-8", "replace").strip().partition(" ")
-        match verb.upper():
-            case "EHLO":
-                self._reset()
-                features = ("PIPELINING", "8BITMIME", "ENHANCEDSTATUSCODES")
-                await self._say(
-                    "250-smtp.demo.example", *(f"250-{f}" for f in features), f"250 SIZE {DEMO_SIZE_BYTES}"
-                )
-            case "HELO":
-                self._reset()
-                await self._say("250 smtp.demo.example")
-            case "MAIL":
-                await self._say(self._mail(rest))
-            case "RCPT":
-                await self._say(self._rcpt(rest))
-            case "DATA":
-                await self._data()
-            case "RSET":
-                self._reset()
-                await self._say("250 2.0.0 Ok")
-            case "NOOP":
-                await self._say("250 2.0.0 Ok")
-            case "QUIT":
-                await self._say("221 2.0.0 Bye")
-                return False
-            case _:
-                await self._say("500 5.5.2 I do not know this command")
-        return True
-
-    def _reset(self) -> None:
-        self._sender, self._recipients = None, []
-
-    def _mail(self, rest: str) -> str:
-        path = re.match(r"FROM:<([^>]*)>(?:.* SIZE=(\d{1,18}))?", rest, re.IGNORECASE)
-        if path is None:
-            return "501 5.5.4 MAIL FROM:<address>, please"
-        if self._sender is not None:
-            return "503 5.5.1 There is a sender already"
-        if int(path[2] or 0) > DEMO_SIZE_BYTES:
-            return "552 5.3.4 Too large"
-        self._sender = path[1]
-        return "250 2.1.0 Ok"
-
-    def _rcpt(self, rest: str) -> str:
-        path = re.match(r"TO:<([^>]+)>", rest, re.IGNORECASE)
-        if path is None:
-            return "501 5.5.4 RCPT TO:<address>, please"
-        if self._sender is None:
-            return "503 5.5.1 MAIL comes first"
-        reply = self._server.verdict_on(path[1])
-        if reply.startswith("2"):
-            self._recipients.append(path[1])
-        else:
-            self._server.arrived(path[1], f"RCPT TO:<{path[1]}>")
-            self._server.replied(path[1], reply)
+    def _take(self, content: bytes, recipients: Sequence[str]) -> str:
+        """The reply to a whole mail; its last line is the dot, and stuffed dots come off (RFC 5321 4.5.2)."""
+        self.taken += 1
+        reply = f"250 2.0.0 Ok: taken as number {self.taken}"
+        mail = content.removesuffix(b".\r\n").replace(b"\r\n..", b"\r\n.")
+        for recipient in recipients:
+            self._arrived(recipient, mail_in_words(mail))
+            self._replied(recipient, reply)
         return reply
-
-    async def _data(self) -> None:
-        if not self._recipients:
-            await self._say("503 5.5.1 There is no recipient to send it to")
-            return
-        await self._say("354 End with a dot on a line of its own")
-        content = await self._content()
-        reply = "552 5.3.4 Too large"
-        if len(content) <= DEMO_SIZE_BYTES:
-            self._server.taken += 1
-            reply = f"250 2.0.0 Ok: taken as number {self._server.taken}"
-        for recipient in self._recipients:
-            self._server.arrived(recipient, mail_in_words(content))
-            self._server.replied(recipient, reply)
-        self._reset()
-        await self._say(reply)
-
-    async def _content(self) -> bytes:
-        """The lines up to the one that is a dot, the stuffed dots taken off (RFC 5321 4.5.2)."""
-        content = bytearray()
-        begins = True  # a line, that is: after CRLF, not after a bare LF
-        while (line := await self._line()) != b".\r\n" or not begins:
-            if len(content) <= DEMO_SIZE_BYTES:
-                content += line.removeprefix(b".") if begins else line
-            begins = line.endswith(b"\r\n")
-        return bytes(content)
 
 
 def mail_in_words(content: bytes) -> str:
@@ -12671,7 +12581,7 @@ class Demo:
         self._patience_s = patience_s
         self._coloured = coloured
         self._token = secrets.token_urlsafe()
-        self._passages: asyncio.Queue[Passage] = asyncio.Queue()
+        self._lines: asyncio.Queue[str] = asyncio.Queue()  # what passed, and is not shown yet
         self._outcomes: dict[str, str] = {}  # as reported
         self._started_at = time.monotonic()
         self._daemon: Daemon | None = None
@@ -12707,9 +12617,11 @@ class Demo:
         return 0
 
     def _tell(self, who: str, whom: str, about: str, what: str) -> None:
-        """Remember that something passed; it is shown in its turn."""
+        """Something passed, about a message or its recipient; it is shown in its turn."""
         at_s = time.monotonic() - self._started_at
-        self._passages.put_nowait(Passage(at_s, who, whom, about.partition("@")[0], what))
+        id_ = f"{about.partition('@')[0]:<12}" if about else ""
+        what = paint(what, what.removeprefix("report: "), coloured=self._coloured)
+        self._lines.put_nowait(f"{at_s:6.2f}s  {who:<9} -> {whom:<9}  {id_}{what}")
 
     # -- what there is to start and stop
 
@@ -12752,7 +12664,7 @@ class Demo:
             self._daemon.stop()
             await asyncio.gather(self._serving, return_exceptions=True)
         await self._app.stop(1)
-        await self._smtp.stop()
+        self._smtp.stop()
         self._threads.close()
 
     # -- the part of the application
@@ -12784,13 +12696,8 @@ class Demo:
 
     async def _watch(self) -> None:
         """Show what passes until every message has its final report."""
-        while self._passages.qsize() or self._outcomes.keys() != DEMO_OUTCOMES.keys():
-            print(self._line(await self._passages.get()), flush=True)
-
-    def _line(self, passage: Passage) -> str:
-        way = f"{passage.who:<9} -> {passage.whom:<9}"
-        what = paint(passage.what, passage.what.removeprefix("report: "), coloured=self._coloured)
-        return f"{passage.at_s:6.2f}s  {way}  {f'{passage.id:<12}' if passage.id else ''}{what}"
+        while self._lines.qsize() or self._outcomes.keys() != DEMO_OUTCOMES.keys():
+            print(await self._lines.get(), flush=True)
 
     async def _sum_up(self) -> None:
         """The table at the end. Raises CommandFailed when it is not the expected one."""
@@ -12803,16 +12710,10 @@ class Demo:
             )
             rows.append((id_, story["message"]["status"], story["message"]["attempts"], reply))
         lines = table(("MESSAGE", "STATUS", "ATTEMPTS", "WHAT THE SERVER SAID"), rows)
-        statuses = [row[1] for row in rows]
-        print("\n".join(["", *painted_table(lines, statuses, coloured=self._coloured)]))
-        wrong = [
-            f"{id_} ended as {self._outcomes[id_]}"
-            for id_, end in DEMO_OUTCOMES.items()
-            if self._outcomes[id_] != end
-        ]
-        if wrong or self._smtp.taken != 4:
+        print("\n".join(["", *painted_table(lines, [row[1] for row in rows], coloured=self._coloured)]))
+        if self._outcomes != DEMO_OUTCOMES or self._smtp.taken != 4:
             raise CommandFailed(
-                f"the demo failed: {', '.join(wrong) or f'{self._smtp.taken} mails arrived, not 4'}"
+                f"the demo failed: {self._outcomes}, and {self._smtp.taken} mails arrived, not 4"
             )
         taken_s = time.monotonic() - self._started_at
         print(f"\nall delivered and reported: 4 sent, 1 refused by its server, in {taken_s:.1f} s")
@@ -12980,14 +12881,6 @@ def _account_row(account: Mapping[str, Any]) -> tuple[object, ...]:
 # --- the commands that talk to a daemon ----------------------------------
 
 
-def _settled(client: Client, args: argparse.Namespace, answer: DaemonAnswer) -> dict[str, Any]:
-    """The fields of an answer, which --json has shown by now. Raises RefusedByDaemon."""
-    answer.fields(client.url)
-    if args.json:
-        _put_out(answer)
-    return client.granted(answer)
-
-
 def _asked(
     args: argparse.Namespace,
     environ: Mapping[str, str],
@@ -12995,9 +12888,13 @@ def _asked(
     path: str,
     body: Mapping[str, object] | None = None,
 ) -> dict[str, Any]:
-    """Ask the daemon once. Raises CommandFailed when it is not there, or refuses."""
+    """Ask the daemon once; --json shows its answer. Raises CommandFailed when it is not there, or refuses."""
     client = Client(find_daemon(args, environ))
-    return _settled(client, args, client.ask(method, path, body))
+    answer = client.ask(method, path, body)
+    answer.fields(client.url)
+    if args.json:
+        _put_out(answer)
+    return client.granted(answer)
 
 
 def show_status(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -13103,23 +13000,19 @@ def run_now(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def suspend(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    _asked(args, environ, "POST", _switch_path(args.account, "suspend"), {})
-    what = f"delivery of account {args.account}" if args.account else "delivery"
-    _say(args, [f"{what} is suspended; submission and reports go on"])
-    return 0
+    return _switch(args, environ, "suspend", "is suspended; submission and reports go on")
 
 
 def activate(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    _asked(args, environ, "POST", _switch_path(args.account, "activate"), {})
-    what = f"delivery of account {args.account}" if args.account else "delivery"
-    _say(args, [f"{what} is active"])
+    return _switch(args, environ, "activate", "is active")
+
+
+def _switch(args: argparse.Namespace, environ: Mapping[str, str], switch: str, outcome: str) -> int:
+    """Turn all delivery off or on, or that of one account."""
+    place = "/commands" if args.account is None else f"/account/{urllib.parse.quote(args.account, safe='')}"
+    _asked(args, environ, "POST", f"{place}/{switch}", {})
+    _say(args, [f"delivery{f' of account {args.account}' if args.account else ''} {outcome}"])
     return 0
-
-
-def _switch_path(account_id: str | None, switch: str) -> str:
-    if account_id is None:
-        return f"/commands/{switch}"
-    return f"/account/{urllib.parse.quote(account_id, safe='')}/{switch}"
 
 
 def retry_messages(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -13404,28 +13297,17 @@ def _listing_limit(text: str) -> int:
 CONFIG = option(
     "--config", metavar="FILE", help="else MAILPROXY_CONFIG, ./config.ini, /etc/mailproxy/config.ini"
 )
+DB = option("--db", metavar="FILE", help="file of the queue")
 SERVING = (
     CONFIG,
     option("--host", help="address to listen on"),
     option("--port", help="TCP port to listen on"),
-    option("--db", metavar="FILE", help="file of the queue"),
-    option(
-        "--set",
-        metavar="SECTION.KEY=VALUE",
-        action="append",
-        default=[],
-        help="any other setting; may be repeated",
-    ),
+    DB,
+    option("--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="any setting; repeatable"),
 )
 ASKING = (
-    option(
-        "--url",
-        help="of the daemon: http(s)://HOST:PORT or unix:/path; else MAILPROXY_URL, else by config.ini",
-    ),
-    option(
-        "--token",
-        help="better in MAILPROXY_TOKEN, or as env:NAME or file:/path: options show in the list of processes",
-    ),
+    option("--url", help="http(s)://HOST:PORT or unix:/path; else MAILPROXY_URL, else by config.ini"),
+    option("--token", help="better in MAILPROXY_TOKEN, or env:NAME, or file:/path: other users see options"),
     CONFIG,
     option("--json", action="store_true", help="print the daemon's answer as it is"),
 )
@@ -13435,36 +13317,22 @@ FILTERS = (
     option("--account", "--account-id", metavar="ID", help="those of this account"),
     option("--batch", "--batch-code", metavar="CODE", help="those with this batch_code"),
     option(
-        "--limit",
-        type=_listing_limit,
-        default=LISTED_MESSAGES,
-        metavar="N",
-        help="at most so many (%(default)s)",
+        "--limit", type=_listing_limit, default=LISTED_MESSAGES, metavar="N", help="at most N (%(default)s)"
     ),
     option("--after", metavar="CURSOR", help="go on where an earlier list ended"),
     option("--follow", action="store_true", help="go on with what comes and changes, until Ctrl-C"),
 )
-CONNECTING = option(
-    "--connect", action="store_true", help="log into every account and show what its server offers"
-)
+CONNECTING = option("--connect", action="store_true", help="log into every account; show what is offered")
 SENDING = (
     option("file", metavar="FILE.eml", nargs="?", help="a complete message; its headers say who gets it"),
-    option(
-        "--csv", metavar="FILE", help="many messages: a row each, columns named as the fields of a message"
-    ),
+    option("--csv", metavar="FILE", help="many messages: a row each, columns named as a message's fields"),
     option("--from", dest="sender", metavar="ADDRESS", help='a@b, or "Name <a@b>"'),
     option("--to", metavar="ADDRESS", action="append", help="may be repeated, or a list with commas"),
     option("--cc", metavar="ADDRESS", action="append"),
     option("--bcc", metavar="ADDRESS", action="append"),
     option("--subject"),
     option("--body", metavar="TEXT", help="the text; - reads it from standard input"),
-    option(
-        "--html",
-        metavar="HTML",
-        nargs="?",
-        const=True,
-        help="beside the text; without a value: --body is html",
-    ),
+    option("--html", metavar="HTML", nargs="?", const=True, help="beside the text; alone: --body is html"),
     option("--attach", metavar="FILE", action="append", default=[], help="may be repeated"),
     option("--account", metavar="ID", help="the account to send through; else the one of [smtp]"),
     option("--priority", help="0 to 3, or immediate, high, medium, low"),
@@ -13475,12 +13343,8 @@ AS_SENDMAIL = (
         "recipients", metavar="ADDRESS", nargs="*", help="who gets it; a bare name is a user of this host"
     ),
     option("-t", action="store_true", help="also those named in the headers To, Cc and Bcc"),
-    option(
-        "-i", action="store_true", help="a line with a dot alone does not end the message; -oi is the same"
-    ),
-    option(
-        "-f", metavar="ADDRESS", help="envelope sender; else the address of the header From, else login@host"
-    ),
+    option("-i", action="store_true", help="a dot alone on a line does not end the message; so does -oi"),
+    option("-f", metavar="ADDRESS", help="envelope sender; else that of the header From, else login@host"),
     option("-F", metavar="NAME", help="full name for the header From where there is none"),
 )
 ONE_ACCOUNT = option("--account", metavar="ID", help="this account alone; else all delivery")
@@ -13526,7 +13390,7 @@ COMMANDS = (
         option("file", metavar="FILE", help="what to write"),
         option("--force", action="store_true", help="replace FILE when it is there already"),
         CONFIG,
-        option("--db", metavar="FILE", help="file of the queue"),
+        DB,
     ), (
         "mailproxy backup /var/backups/mailproxy.db",
         "mailproxy backup --config /etc/mailproxy/config.ini --force nightly.db",
