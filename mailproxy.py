@@ -11992,8 +11992,7 @@ class Mailing:
         self._path = path
         self._common = common  # what the rows do not say themselves
         self._show_answers = show_answers
-        self._ids: set[str] = set()
-        self._lines: dict[str, int] = {}  # of the present batch, by id
+        self._lines: dict[str, int] = {}  # by id
         self._refused = self._before = 0
 
     def send(self) -> int:
@@ -12033,9 +12032,8 @@ class Mailing:
         id_ = message["id"] = (
             self._new_id(message) if "id" not in message else _client_label(message["id"], "id")
         )
-        if id_ in self._ids:
+        if id_ in self._lines:
             raise Rejected(f"duplicate id in this file: {id_}")
-        self._ids.add(id_)
         self._lines[id_] = line
         return message
 
@@ -12045,7 +12043,7 @@ class Mailing:
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
         numbers = itertools.count(2)
         id_ = f"csv-{digest}"
-        while id_ in self._ids:
+        while id_ in self._lines:
             id_ = f"csv-{digest}-{next(numbers)}"
         return id_
 
@@ -12055,7 +12053,6 @@ class Mailing:
                 self._before += 1
             else:
                 self._refuse(f"line {self._lines.get(id_ or '', '?')}, {id_}", reason)
-        self._lines = {id_: line for id_, line in self._lines.items() if id_ not in {m["id"] for m in batch}}
 
     def _refuse(self, which: str, reason: str) -> None:
         self._refused += 1
@@ -12819,6 +12816,7 @@ def _message_lines(answer: Mapping[str, Any], now: float, width: int) -> list[st
         ("from", payload.get("from")),
         *((key, ", ".join(_listed(payload.get(key)))) for key in ("to", "cc", "bcc")),
         ("subject", payload.get("subject")),
+        ("message-id", record["message_id"]),
         ("batch", record["batch_code"]),
         ("priority", record["priority"]),
         ("accepted", local_time(record["created_at"], now)),

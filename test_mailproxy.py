@@ -12359,6 +12359,7 @@ def test_one_message_is_shown_with_all_its_attempts(daemon: Daemon) -> None:
     assert ended.returncode == 0, ended.stderr
     assert re.search(rf"^id +{re.escape(id_)}$", ended.stdout, re.MULTILINE)
     assert re.search(r"^status +sent$", ended.stdout, re.MULTILINE)
+    assert re.search(r"^message-id +<\S+@b\.test>$", ended.stdout, re.MULTILINE)
     attempts = printed_rows(ended.stdout, "ATTEMPT")
     assert "450 4.7.1 Greylisted, try again" in attempts["1"]["REPLY"]
     assert attempts["2"]["REPLY"].startswith("250 ")
