@@ -1801,17 +1801,37 @@ def random_id() -> str:
 
 # --- base64 and raw messages ----------------------------------------------
 
+BASE64_PIECE = 262_144  # characters decoded at a time
 _WHITE_SPACE = b" \t\r\n\f\v"
-_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_BARE_BASE64 = (bytes.maketrans(b"-_", b"+/"), _WHITE_SPACE)  # for bytes.translate()
+_BASE64_END = frozenset("= \t\r\n\f\v")
 
 
 def decode_base64(text: str) -> bytes:
-    """Base64 (RFC 4648 4 and 5) with or without padding and white space; anything else is a ValueError."""
-    try:
-        return binascii.a2b_base64(text, strict_mode=True)
-    except ValueError:
-        bare = text.encode("ascii").translate(_URL_SAFE, _WHITE_SPACE).rstrip(b"=")
-        return binascii.a2b_base64(bare + b"=" * (-len(bare) % 4), strict_mode=True)
+    """Base64 (RFC 4648 4 and 5) with or without padding and white space; anything else is a ValueError.
+
+    Piece by piece: this runs in a thread, and no single step is to keep the event loop waiting.
+    """
+    decoded = io.BytesIO()  # its getvalue() is no copy
+    end = _end_of_base64(text)
+    rest = b""  # of a group of four
+    for start in range(0, end, BASE64_PIECE):
+        bare = rest + text[start : min(start + BASE64_PIECE, end)].encode("ascii").translate(*_BARE_BASE64)
+        if b"=" in bare:
+            raise ValueError("padding before the end")
+        whole = len(bare) // 4 * 4
+        decoded.write(binascii.a2b_base64(bare[:whole], strict_mode=True))
+        rest = bare[whole:]
+    decoded.write(binascii.a2b_base64(rest + b"=" * (-len(rest) % 4), strict_mode=True))
+    return decoded.getvalue()
+
+
+def _end_of_base64(text: str) -> int:
+    """Where the padding and white space begin at the end of it."""
+    end = len(text)
+    while end and text[end - 1] in _BASE64_END:
+        end -= 1
+    return end
 
 
 def _decoded_content(value: object, reason: str) -> bytes:
@@ -2905,14 +2925,19 @@ SHORT_LINE = 78  # octets that a header line should not exceed; 76 with encoded 
 LONGEST_WORD = 900  # octets of a header's word that still fits a line beside the field's name
 ENCODED_WORD_OCTETS = 45  # in one encoded word: 72 characters with its frame (RFC 2047 2: 75 at most)
 BASE64_BLOCK = 57 * 1000  # octets encoded at a time; 57 make a line of 76 characters
+TEXT_BLOCK = 65_536  # octets of a text encoded at a time, and the rest of the last line
 FILE_NAME_LINE = 600  # characters of an encoded file name kept in one piece, as all readers know it
 
 
 class Entity(NamedTuple):
-    """A MIME entity (RFC 2045 2.4): its header lines, and its body in pieces to be joined."""
+    """A MIME entity (RFC 2045 2.4): its header lines, and its body in pieces, to be taken once.
+
+    Large bodies are encoded piece by piece, as they are taken: no second copy is in memory, and
+    no single step in a thread keeps the event loop waiting for long.
+    """
 
     header: list[str]
-    body: list[bytes]
+    body: Iterable[bytes]
 
 
 def compose(message: Message, parts: Sequence[Part], *, date: float) -> bytes:
@@ -2921,7 +2946,10 @@ def compose(message: Message, parts: Sequence[Part], *, date: float) -> bytes:
         return _completed(message, message.raw, date)
     entity = _message_body(message, parts)
     header = "\r\n".join([*_message_header(message, date), *entity.header])
-    return b"".join([header.encode(), b"\r\n\r\n", *entity.body])
+    composed = io.BytesIO()  # its getvalue() is no copy
+    composed.write(f"{header}\r\n\r\n".encode())
+    composed.writelines(entity.body)
+    return composed.getvalue()
 
 
 def needs_smtputf8(message: Message) -> bool:
@@ -3103,11 +3131,15 @@ def _multipart(subtype: str, entities: Iterable[Entity], boundary: str) -> Entit
     header = [f"Content-Type: multipart/{subtype};{root}", f' boundary="{line}"']
     if not root:
         header = ["".join(header)]
-    body: list[bytes] = []
+    return Entity(header, _multipart_body(entities, line))
+
+
+def _multipart_body(entities: Iterable[Entity], line: str) -> Iterator[bytes]:
     for entity in entities:
-        opening = "\r\n".join((f"--{line}", *entity.header)).encode()
-        body += [opening, b"\r\n\r\n", *entity.body, b"\r\n"]
-    return Entity(header, [*body, f"--{line}--\r\n".encode()])
+        yield "\r\n".join((f"--{line}", *entity.header, "\r\n")).encode()
+        yield from entity.body
+        yield b"\r\n"
+    yield f"--{line}--\r\n".encode()
 
 
 # --- text -----------------------------------------------------------------
@@ -3125,20 +3157,32 @@ def _text_entity(text: str, subtype: str) -> Entity:
     return Entity([content_type, f"Content-Transfer-Encoding: {encoding}"], body)
 
 
-def _encoded_text(octets: bytes) -> tuple[str, list[bytes]]:
+def _encoded_text(octets: bytes) -> tuple[str, Iterable[bytes]]:
     if octets.isascii():
         if has_short_lines(octets):
             return "7bit", [octets]
-        return "quoted-printable", [binascii.b2a_qp(octets)]
+        return "quoted-printable", map(binascii.b2a_qp, _complete_lines(octets))
     to_quote = len(octets) - len(octets.translate(None, _NOT_ASCII))
     if to_quote * 6 < len(octets):  # each grows threefold: below a sixth that is less than base64's third
-        return "quoted-printable", [binascii.b2a_qp(octets)]
-    return "base64", list(_base64_lines(octets))
+        return "quoted-printable", map(binascii.b2a_qp, _complete_lines(octets))
+    return "base64", _base64_lines(octets)
 
 
 def has_short_lines(octets: bytes) -> bool:
     """True when no line is longer than SMTP allows (RFC 5321 4.5.3.1.6); lines end with CRLF."""
-    return len(octets) <= LONGEST_LINE or max(map(len, octets.split(b"\r\n"))) <= LONGEST_LINE
+    if len(octets) <= LONGEST_LINE:
+        return True
+    return all(max(map(len, lines.split(b"\r\n"))) <= LONGEST_LINE for lines in _complete_lines(octets))
+
+
+def _complete_lines(octets: bytes) -> Iterator[bytes]:
+    """The same in pieces of complete lines; lines end with CRLF."""
+    start = 0
+    while start < len(octets):
+        end = octets.find(b"\r\n", start + TEXT_BLOCK) + 2
+        end = end if end > 1 else len(octets)
+        yield octets[start:end]
+        start = end
 
 
 def _base64_lines(octets: bytes) -> Iterator[bytes]:
@@ -3169,7 +3213,7 @@ def _attached(part: Part) -> Entity:
     return Entity(header, body)
 
 
-def _attached_content(part: Part) -> tuple[str, str, list[bytes]]:
+def _attached_content(part: Part) -> tuple[str, str, Iterable[bytes]]:
     """Content type, encoding and body; messages must not be encoded (RFC 2046 5.2.1)."""
     media_type = _media_type(part)
     if media_type == "message/rfc822" and _is_plain_message(octets := with_crlf(part.content)):
@@ -3177,7 +3221,7 @@ def _attached_content(part: Part) -> tuple[str, str, list[bytes]]:
     content_type = _content_type_of(part)
     if media_type.startswith(("message/", "multipart/")):
         content_type = "application/octet-stream"
-    return content_type, "base64", list(_base64_lines(part.content))
+    return content_type, "base64", _base64_lines(part.content)
 
 
 def _is_plain_message(octets: bytes) -> bool:
@@ -3268,6 +3312,7 @@ class Threads:
     def _work(self) -> None:
         while call := self._calls.get():
             call()
+            del call  # and with it what it was given and what came of it, which may be large
 
     def close(self) -> None:
         """Let go of the threads without waiting for calls that outlive the daemon."""
@@ -6462,7 +6507,7 @@ END_OF_DATA_TIMEOUT_S = 600.0  # RFC 5321 4.5.3.2.6
 QUIT_TIMEOUT_S = 5.0
 LONGEST_TEXT = 1_000  # characters of a reply that are kept
 LONGEST_REPLY_BYTES = 65_536
-CONTENT_PIECE_BYTES = 131_072  # of a content, between two looks at the server
+CONTENT_PIECE_BYTES = 65_536  # of a content, between two looks at the server and at everybody else
 TOKEN_LIFE_S = 3_600.0  # when the token endpoint does not say
 
 PostForm = Callable[[str, Mapping[str, str], float], tuple[int, bytes]]  # url, fields, timeout in s
@@ -6924,6 +6969,7 @@ class Session:
         *leading, last = spans_of(content)
         self._wire.expect(1, self._timeout_s)
         for span in leading:
+            await asyncio.sleep(0)  # a server that takes it all at once must not keep the loop from others
             answers = await self._wire.write_piece(as_sent(content, span))
             if not self._wire.listening:
                 return self._cut_short(answers)
@@ -7466,6 +7512,9 @@ QUERY_FIELDS = 100
 LINE_BYTES = 1024  # of a chunk's size with its extensions
 CHUNK_OVERHEAD_BYTES = 65_536  # by which the framing of a chunked body may outweigh it
 JSON_AT_ONCE_BYTES = 262_144  # a larger body is parsed outside the event loop
+LONG_STRING_BYTES = 8_192  # a longer string of a large body is read for itself
+STRING_PIECE_BYTES = 262_144  # of a long string, read in one step
+WITHIN_STRING = re.compile(rb'(?:[^"\\]++|\\u[0-9a-fA-F]{4}|\\[^u])*+', re.DOTALL)
 JSON_DEPTH = 64
 EXACT_IN_A_FLOAT = 2**53
 SWEEP_S = 1.0
@@ -7545,8 +7594,7 @@ class Request:
         refuse_other_types(self.headers)
         if len(self.body) <= JSON_AT_ONCE_BYTES:
             return parse_json_object(self.body)
-        body = self.body
-        return await self.in_thread(lambda: parse_json_object(body))
+        return await self.in_thread(lambda: parse_large_json_object(self.body))
 
 
 @dataclass(slots=True)
@@ -7601,6 +7649,88 @@ def parse_json_object(body: bytes) -> dict[str, object]:
     if "\\" in text and ("\\ud" in text or "\\uD" in text):
         refuse_lone_surrogates(content)
     return content
+
+
+def parse_large_json_object(body: bytes) -> dict[str, object]:
+    """The same, with the long strings cut out and read piece by piece. Blocking.
+
+    No step of it holds the interpreter for long, which would hold up the event loop too.
+    What is not as expected is parsed again in one go, which finds the words for what is wrong.
+    """
+    cut: dict[str, str] = {}
+    try:
+        content = parse_json_object(_without_long_strings(body, cut))
+    except (HttpError, ValueError):
+        return parse_json_object(body)
+    _put_back(content, cut)
+    return parse_json_object(body) if cut else content  # one was the name of a field
+
+
+def _without_long_strings(body: bytes, cut: dict[str, str]) -> bytes:
+    """The JSON with a mark nobody can guess in the place of each long string, which `cut` has by its mark.
+
+    Outside of strings JSON knows no quotes, so they are found without looking at anything else.
+    """
+    nonce = secrets.token_hex(16)
+    kept = io.BytesIO()
+    done = 0
+    quote = body.find(b'"')
+    while quote >= 0:
+        end = _end_of_json_string(body, quote + 1)
+        if end - quote > LONG_STRING_BYTES:
+            mark = f"{nonce}{len(cut)}"
+            cut[mark] = _json_string(body, quote + 1, end)
+            kept.write(body[done : quote + 1])
+            kept.write(mark.encode())
+            done = end
+        quote = body.find(b'"', end + 1)
+    kept.write(body[done:])
+    return kept.getvalue()
+
+
+def _end_of_json_string(body: bytes, start: int) -> int:
+    """Where the quote is that ends the string which starts there."""
+    end = body.find(b'"', start)
+    if end > 0 and body[end - 1 : end] != b"\\":
+        return end
+    while start < len(body) and body[start : start + 1] != b'"':
+        start = _end_of_piece(body, start, len(body))
+    if start >= len(body):
+        raise ValueError("a string without end")
+    return start
+
+
+def _end_of_piece(body: bytes, start: int, end: int) -> int:
+    """Where a piece of a string may end: before a quote, not within an escape, not within a character."""
+    found = WITHIN_STRING.match(body, start, min(start + STRING_PIECE_BYTES, end))
+    stop = found.end() if found else start
+    while start < stop < end and body[stop] & 0xC0 == 0x80:
+        stop -= 1
+    if stop == start:
+        raise ValueError("a string with an escape that is none")
+    return stop
+
+
+def _json_string(body: bytes, start: int, end: int) -> str:
+    """The string between two quotes, put together so that it need not be copied to grow."""
+    text = ""
+    while start < end:
+        stop = _end_of_piece(body, start, end)
+        piece = STRICT_JSON.decode((b'"%b"' % body[start:stop]).decode())
+        if not piece.isascii() and HALF_A_PAIR.search(piece):  # perhaps a whole one, cut in two
+            raise ValueError("half a surrogate pair")
+        text += piece
+        start = stop
+    return text
+
+
+def _put_back(container: Any, cut: dict[str, str]) -> None:
+    """Move the values that were cut out to where their marks stand."""
+    for place, value in container.items() if isinstance(container, dict) else enumerate(container):
+        if isinstance(value, str):
+            container[place] = cut.pop(value, value)
+        elif isinstance(value, dict | list):
+            _put_back(value, cut)
 
 
 def unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -8036,15 +8166,15 @@ class HttpConnection:
     async def _read_body(self, request: Request, length: int | None) -> None:
         if "expect" in request.headers and self._version == "1.1" and not self._buffer:
             await self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        pieces: list[bytes] = []
+        body = io.BytesIO()  # grows in place, and its getvalue() is no copy
         size = 0
         async for piece in self._chunks() if length is None else self._pieces(length):
             size += len(piece)
             if size > self._limits.body_bytes:
                 raise self._too_large()
             if request.method not in METHODS_WITHOUT_BODY:
-                pieces.append(piece)
-        request.body = b"".join(pieces)
+                body.write(piece)
+        request.body = body.getvalue()
 
     async def _pieces(self, length: int) -> AsyncIterator[bytes]:
         """The next `length` bytes, as they come."""
@@ -10638,6 +10768,10 @@ class ControlPlane:
     # -- submission
 
     async def add_messages(self, request: Request) -> Response:
+        return await self._accept(await self._judged(request))
+
+    async def _judged(self, request: Request) -> list[Judged]:
+        """The messages of the request, judged; what large ones were read from is let go."""
         fields = await request.json_object()
         messages = fields.get("messages")
         if not isinstance(messages, list):
@@ -10647,8 +10781,9 @@ class ControlPlane:
             raise HttpError(413, f"messages: at most {most} in one batch, these are {len(messages)}")
         default = self._default_priority(fields.get("default_priority"))
         if len(request.body) <= JSON_AT_ONCE_BYTES:
-            return await self._accept(self._judge_all(messages, default))
-        return await self._accept(await self._threads.run(lambda: self._judge_all(messages, default)))
+            return self._judge_all(messages, default)
+        request.body = b""
+        return await self._threads.run(lambda: self._judge_all(messages, default))
 
     def _default_priority(self, given: object) -> int:
         try:
