@@ -5810,6 +5810,7 @@ S3_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 S3_BUCKET_IN_HOST = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")  # one label: fits a wildcard certificate
 S3_REGION = re.compile(r"[A-Za-z0-9-]{1,64}")
 S3_ERROR = re.compile(rb"<(Code|Message|Region)>([^<]*)</")
+CLOCK_ERRORS = ("RequestTimeTooSkewed", "RequestExpired")
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
 
@@ -6122,7 +6123,7 @@ def _s3_words(answer: HttpAnswer, credentials: S3Defaults) -> str:
     secrets = (credentials.access_key_id, credentials.secret_access_key, credentials.session_token)
     for secret in sorted(filter(None, secrets), key=len, reverse=True):  # one may be part of another
         words = words.replace(secret, "...")
-    return words[:300]
+    return words[:300] + ("; check the clock of this machine" if error.get("Code") in CLOCK_ERRORS else "")
 
 
 def _region_named(answer: HttpAnswer) -> str | None:
@@ -7514,7 +7515,8 @@ CHUNK_OVERHEAD_BYTES = 65_536  # by which the framing of a chunked body may outw
 JSON_AT_ONCE_BYTES = 262_144  # a larger body is parsed outside the event loop
 LONG_STRING_BYTES = 8_192  # a longer string of a large body is read for itself
 STRING_PIECE_BYTES = 262_144  # of a long string, read in one step
-WITHIN_STRING = re.compile(rb'(?:[^"\\]++|\\u[0-9a-fA-F]{4}|\\[^u])*+', re.DOTALL)
+COMPLETE_ESCAPES = re.compile(rb"(?:[^\\]++|\\u[0-9a-fA-F]{4}|\\[^u])*+", re.DOTALL)
+BACKSLASH = 0x5C
 JSON_DEPTH = 64
 EXACT_IN_A_FLOAT = 2**53
 SWEEP_S = 1.0
@@ -7691,37 +7693,44 @@ def _without_long_strings(body: bytes, cut: dict[str, str]) -> bytes:
 def _end_of_json_string(body: bytes, start: int) -> int:
     """Where the quote is that ends the string which starts there."""
     end = body.find(b'"', start)
-    if end > 0 and body[end - 1 : end] != b"\\":
-        return end
-    while start < len(body) and body[start : start + 1] != b'"':
-        start = _end_of_piece(body, start, len(body))
-    if start >= len(body):
+    while end >= 0 and _is_escaped(body, end):
+        end = body.find(b'"', end + 1)
+    if end < 0:
         raise ValueError("a string without end")
-    return start
+    return end
 
 
-def _end_of_piece(body: bytes, start: int, end: int) -> int:
-    """Where a piece of a string may end: before a quote, not within an escape, not within a character."""
-    found = WITHIN_STRING.match(body, start, min(start + STRING_PIECE_BYTES, end))
-    stop = found.end() if found else start
-    while start < stop < end and body[stop] & 0xC0 == 0x80:
-        stop -= 1
-    if stop == start:
-        raise ValueError("a string with an escape that is none")
-    return stop
+def _is_escaped(body: bytes, quote: int) -> bool:
+    """True for a quote after an odd number of backslashes; the string's first quote ends the search."""
+    start = quote
+    while body[start - 1] == BACKSLASH:
+        start -= 1
+    return (quote - start) % 2 == 1
 
 
 def _json_string(body: bytes, start: int, end: int) -> str:
-    """The string between two quotes, put together so that it need not be copied to grow."""
-    text = ""
+    """The string between two quotes."""
+    pieces: list[str] = []
     while start < end:
         stop = _end_of_piece(body, start, end)
         piece = STRICT_JSON.decode((b'"%b"' % body[start:stop]).decode())
         if not piece.isascii() and HALF_A_PAIR.search(piece):  # perhaps a whole one, cut in two
             raise ValueError("half a surrogate pair")
-        text += piece
+        pieces.append(piece)
         start = stop
-    return text
+    return "".join(pieces)
+
+
+def _end_of_piece(body: bytes, start: int, end: int) -> int:
+    """Where a piece of a string may end: not within an escape, not within a character."""
+    stop = min(start + STRING_PIECE_BYTES, end)
+    if body.find(b"\\", start, stop) >= 0 and (complete := COMPLETE_ESCAPES.match(body, start, stop)):
+        stop = complete.end()
+    while start < stop < end and body[stop] & 0xC0 == 0x80:
+        stop -= 1
+    if stop == start:
+        raise ValueError("an escape that is none")
+    return stop
 
 
 def _put_back(container: Any, cut: dict[str, str]) -> None:
@@ -13183,6 +13192,9 @@ def _overrides(args: argparse.Namespace) -> dict[str, str]:
     return overrides | {name: text for name, text in named.items() if text is not None}
 
 
+GIVE_WAY_S = 0.001  # after which a busy thread lets the event loop run: it waits several times for an answer
+
+
 def serve(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """The daemon, until a signal."""
     overrides = _overrides(args)
@@ -13193,6 +13205,7 @@ def serve(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = reload()
     journal = stderr_is_journal(environ)
     configure_logging(settings.logging.level, settings.logging.format, journal=journal)
+    sys.setswitchinterval(GIVE_WAY_S)
     try:
         return asyncio.run(Daemon(settings, environ, reload=reload).run())
     except MailproxyError:

@@ -2204,6 +2204,19 @@ def test_base64_is_read_with_white_space_in_either_alphabet_and_without_padding(
     assert mailproxy.decode_base64(written) == b"\xfb\xff\xbf\x61"
 
 
+def test_base64_longer_than_a_piece_is_read_as_if_it_were_one() -> None:
+    content = bytes(range(256)) * 2000
+    in_lines = base64.encodebytes(content).decode()
+    broken_by_padding = base64.b64encode(content[:-1]).decode() + "QUFB"
+
+    decoded = [mailproxy.decode_base64(text) for text in (in_lines, in_lines.replace("\n", "").rstrip("="))]
+
+    assert len(in_lines) > 2 * mailproxy.BASE64_PIECE
+    assert decoded == [content, content]
+    with pytest.raises(ValueError, match="padding"):
+        mailproxy.decode_base64(broken_by_padding)
+
+
 @pytest.mark.parametrize(
     "written", ["a", "abcde", "YQ==YQ==", "Y*Q=", "YQ\0=", "é", "data:x;base64,YQ==", "Y=Q="]
 )
@@ -6309,6 +6322,29 @@ def test_an_error_is_told_in_the_words_of_s3_without_credentials(status, code, t
     )
 
 
+@pytest.mark.parametrize("ahead_s", [-1200, 0, 1200])
+def test_a_wrong_clock_is_told_as_what_it_is(ahead_s):
+    def door(server, connection):
+        """Refuses what was signed more than 15 minutes ago or ahead, as S3 does."""
+        stamp = re.search(r"x-amz-date: (\w+)", server.requests[-1][0], re.IGNORECASE)[1]
+        signed_at = datetime.datetime.strptime(f"{stamp[:-1]}+0000", "%Y%m%dT%H%M%S%z").timestamp()
+        skewed = s3_says(403, "RequestTimeTooSkewed", "The difference is too large.")
+        connection.sendall(skewed if abs(signed_at - time.time()) > 900 else answered(b"hello"))
+
+    with scripted(door) as server:
+        defaults = s3_defaults(endpoint=server.url(""))
+        outcome = fetched(from_s3(), s3=defaults, now=lambda: time.time() + ahead_s)
+
+    if not ahead_s:
+        assert outcome.content == b"hello"
+        return
+    assert_failed(
+        outcome,
+        transient=False,
+        saying="answered 403 RequestTimeTooSkewed: The difference is too large.; check the clock of this machine",
+    )
+
+
 TRICKY_KEYS = [
     "plain.txt", "with space.txt", "a+b=c&d.txt", "naïve/日本.txt", "it's (a) *!~$@:,;?.txt",
     "%20literal.txt", "a//b/./c..txt", "trailing ",
@@ -8317,6 +8353,44 @@ def test_json_that_is_not_strictly_right_is_400_and_says_why(body, words):
         assert not service.failures
 
     with_http_service(story)
+
+
+LONG = mailproxy.STRING_PIECE_BYTES
+LONG_STRINGS = {
+    "base64": {"a": ["x" * LONG * 3], "b": "y" * 9000, "c": ""},
+    "escapes": {"a": '\\"/\n' * LONG, "b": {"c": '"' * 9000}},
+    "characters of several octets": {"a": "aé日😀" * LONG},
+    "the name of a field": {"n" * 9000: "v" * 9000},
+}
+
+
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+@pytest.mark.parametrize("content", LONG_STRINGS.values(), ids=LONG_STRINGS.keys())
+def test_long_strings_of_a_large_body_are_read_as_any_other(content, ensure_ascii):
+    body = json.dumps(content, ensure_ascii=ensure_ascii).encode()
+
+    assert mailproxy.parse_large_json_object(body) == content
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (b"\\ud800", "a holds half a surrogate pair"),
+        (b"\\x", r"Invalid \\escape"),
+        (b"\n", "Invalid control character"),
+        (b'" "', "delimiter"),
+        (b"\xff", "not UTF-8"),
+    ],
+)
+def test_what_is_wrong_in_a_long_string_is_told_as_in_any_other(wrong, words):
+    body = b'{"a": "' + b"x" * LONG + wrong + b"x" * LONG + b'"}'
+
+    with pytest.raises(mailproxy.HttpError, match=words) as of_large:
+        mailproxy.parse_large_json_object(body)
+    with pytest.raises(mailproxy.HttpError) as of_any:
+        mailproxy.parse_json_object(body)
+
+    assert str(of_large.value) == str(of_any.value)
 
 
 def test_a_whole_surrogate_pair_and_64_levels_are_fine():
