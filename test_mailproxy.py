@@ -50,6 +50,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import weakref
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -8407,6 +8408,31 @@ def test_a_whole_surrogate_pair_and_64_levels_are_fine():
         assert content == {"a": "😀"}
 
     with_http_service(story)
+
+
+def test_a_thread_that_waits_keeps_nothing_of_its_last_call():
+    class Content:
+        """Something large."""
+
+    async def story() -> weakref.ref:
+        threads = mailproxy.Threads(1, "test")
+        given = Content()
+        seen = weakref.ref(given)
+
+        await threads.run(functools.partial(lambda content: content, given))
+
+        del given
+        return seen
+
+    async def gone(seen) -> None:
+        async with asyncio.timeout(30):
+            while seen() is not None:
+                await asyncio.sleep(0.001)
+
+    async def whole_story() -> None:
+        await gone(await story())
+
+    asyncio.run(whole_story())
 
 
 def test_a_large_body_is_parsed_on_a_thread_and_a_small_one_is_not():
