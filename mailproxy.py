@@ -125,7 +125,7 @@ from collections.abc import (
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
-from email.errors import HeaderParseError
+from email.errors import MessageError
 from email.header import decode_header, make_header
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -1619,7 +1619,7 @@ def _decoded(text: str, field: str) -> str:
         return text
     try:
         decoded = str(make_header(decode_header(text)))
-    except (ValueError, LookupError, HeaderParseError):
+    except (ValueError, LookupError, MessageError):
         return text
     return _header_text(decoded, field).strip()
 
@@ -10232,10 +10232,19 @@ MESSAGE_FIELD_SCHEMAS: Mapping[str, Schema] = {
     "batch_code": NULLABLE_STRING_SCHEMA,
 }  # fmt: skip
 
+MESSAGE_EXAMPLE = {
+    "id": "order-1",
+    "from": "Shop <shop@example.com>",
+    "to": ["ann@example.com"],
+    "subject": "Your order",
+    "body": "It is on its way.",
+}
+
 BATCH_SCHEMA = schema_of(
     "messages",
     messages={
         "type": "array",
+        "examples": [[MESSAGE_EXAMPLE]],
         "description": (
             "Each is judged alone. A batch of which no message can be taken is refused as a whole; what "
             "is there already, and which accounts there are, is judged beyond this schema."
