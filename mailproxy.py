@@ -88,6 +88,7 @@ import pwd
 import queue
 import random
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -7524,6 +7525,7 @@ HTTP_CLOSE_S = 5.0
 LINGER_S = 10.0
 LINGER_PAUSE_S = 2.0
 LINGER_BYTES = 268_435_456
+ACCEPT_PAUSE_S = 0.2  # when there is no file descriptor for another connection
 TURNED_AWAY = 100  # connections over the limit that wait at one time for their 503 to be read
 TURNED_AWAY_S = 1.0
 STRANGERS = 1000  # peers without a valid token that are remembered at one time
@@ -8431,7 +8433,8 @@ class HttpServer:
         self.stopping = False
         self._authorised = authorised
         self._table = RouteTable(routes)
-        self._listeners: list[asyncio.Server] = []
+        self._listeners: list[asyncio.Task[None]] = []
+        self._connecting: set[asyncio.Task[None]] = set()  # connections before TLS is agreed upon
         self._unix_sockets: dict[str, int] = {}  # path: inode
         self._connections: dict[asyncio.Task[None], HttpConnection] = {}
         self._turned_away: set[asyncio.StreamWriter] = set()
@@ -8444,23 +8447,24 @@ class HttpServer:
         self, host: str, port: int, ssl_context: ssl.SSLContext | None
     ) -> tuple[tuple[str, int], ...]:
         """Listens on every address of `host`, with TLS when there is a context; returns (address, port)."""
-        tls = {} if ssl_context is None else self._tls_options(ssl_context)
-        listener = await asyncio.start_server(self._accept, host, port, backlog=self._backlog, **tls)
-        self._listeners.append(listener)
-        return tuple(listening.getsockname()[:2] for listening in listener.sockets)
+        bound = await bound_tcp_sockets(host, port, self._backlog)
+        for listening in bound:
+            self._listen(listening, ssl_context)
+        return tuple(listening.getsockname()[:2] for listening in bound)
 
     async def start_unix(self, path: str, mode: int = 0o660) -> None:
         """Listens on a Unix socket; OSError when another process listens there or a file is in the way."""
         listening = bound_unix_socket(path, mode)
-        listener = await asyncio.start_unix_server(self._accept, sock=listening, backlog=self._backlog)
-        self._listeners.append(listener)
+        listening.listen(self._backlog)
+        self._listen(listening, None)
         self._unix_sockets[path] = os.stat(path).st_ino
 
     async def stop(self, grace_s: float) -> None:
         """Stops listening, answers the requests in progress within `grace_s`, then cuts what is left."""
         self.stopping = True
-        for listener in self._listeners:
-            listener.close()
+        for accepting in (*self._listeners, *self._connecting):
+            accepting.cancel()
+        await asyncio.gather(*self._listeners, *self._connecting, return_exceptions=True)
         for path, inode in self._unix_sockets.items():
             remove_unix_socket(path, inode)
         for writer in self._turned_away:
@@ -8495,12 +8499,52 @@ class HttpServer:
     def _backlog(self) -> int:
         return min(self.limits.connections, 1024)
 
-    def _tls_options(self, context: ssl.SSLContext) -> dict[str, Any]:
-        return {
-            "ssl": context,
-            "ssl_handshake_timeout": self.limits.head_timeout_s,
-            "ssl_shutdown_timeout": HTTP_CLOSE_S,
-        }
+    def _listen(self, listening: socket.socket, tls: ssl.SSLContext | None) -> None:
+        listening.setblocking(False)
+        accepting = asyncio.create_task(self._accept_from(listening, tls), name="http listener")
+        accepting.add_done_callback(lambda _: listening.close())
+        self._listeners.append(accepting)
+
+    async def _accept_from(self, listening: socket.socket, tls: ssl.SSLContext | None) -> None:
+        """Takes connections; when there is no file descriptor for another one, waits until there is."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                client, _ = await loop.sock_accept(listening)
+            except OSError:
+                await asyncio.sleep(ACCEPT_PAUSE_S)
+                continue
+            self._take(client, tls)
+            await asyncio.sleep(0)  # many clients at once must not keep the loop from everybody else
+
+    def _take(self, client: socket.socket, tls: ssl.SSLContext | None) -> None:
+        """Begins with a client; hangs up at once when there are far too many, whatever state they are in."""
+        taken = len(self._connections) + len(self._connecting) + len(self._turned_away)
+        if taken >= self.limits.connections + TURNED_AWAY:
+            client.close()
+            return
+        connecting = asyncio.create_task(self._connect(client, tls))
+        self._connecting.add(connecting)
+        connecting.add_done_callback(lambda task: self._connecting_ended(task, client))
+
+    def _connecting_ended(self, task: asyncio.Task[None], client: socket.socket) -> None:
+        self._connecting.discard(task)
+        if task.cancelled():
+            client.close()
+
+    async def _connect(self, client: socket.socket, tls: ssl.SSLContext | None) -> None:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        patience = {"ssl_handshake_timeout": self.limits.head_timeout_s, "ssl_shutdown_timeout": HTTP_CLOSE_S}
+        try:
+            transport, _ = await loop.connect_accepted_socket(
+                lambda: protocol, client, ssl=tls, **(patience if tls else {})
+            )
+        except OSError:  # gone again, late, or no TLS that we know
+            client.close()
+            return
+        self._accept(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.stopping or len(self._connections) >= self.limits.connections:
@@ -8521,8 +8565,9 @@ class HttpServer:
         body = response.body if isinstance(response.body, bytes) else b""
         framing = f"Content-Length: {len(body)}\r\nConnection: close\r\n"
         writer.write(response_head(response, new_request_id(), framing) + body)
-        if writer.can_write_eof():
-            writer.write_eof()
+        with contextlib.suppress(OSError):  # the client is gone
+            if writer.can_write_eof():
+                writer.write_eof()
         self._turned_away.add(writer)
         asyncio.get_running_loop().call_later(TURNED_AWAY_S, self._drop, writer)
 
@@ -8552,6 +8597,21 @@ def method_not_allowed(methods: Methods) -> HttpError:
     allowed = sorted({*methods, "HEAD"} if "GET" in methods else methods)
     listed = ", ".join(allowed)
     return HttpError(405, f"this path takes {listed} alone", headers={"Allow": listed})
+
+
+async def bound_tcp_sockets(host: str, port: int, backlog: int) -> list[socket.socket]:
+    """Listening sockets on every address of a host, of all hosts when it is empty; OSError when one fails."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    bound: list[socket.socket] = []
+    try:
+        for family, address in dict.fromkeys((family, address) for family, *_, address in found):
+            bound.append(socket.create_server(address, family=family, backlog=backlog))
+    except OSError:
+        for listening in bound:
+            listening.close()
+        raise
+    return bound
 
 
 def bound_unix_socket(path: str, mode: int) -> socket.socket:
@@ -11106,7 +11166,7 @@ def _submission(fields: Any, message: Message, account: Account, now: float) -> 
 
 def _shown_message_id(given: object, settled: str) -> str:
     """The Message-ID as reports and listings show it: as the client wrote it, else in angle brackets."""
-    if isinstance(given, str) and given.strip():
+    if isinstance(given, str) and settled and given.strip() in (settled, f"<{settled}>"):
         return given.strip()
     return f"<{settled}>" if settled else ""
 
@@ -11189,6 +11249,10 @@ WORKING_THREADS = 4
 HOSTNAME_PATIENCE_S = 2.0
 REPORT_PATIENCE_S = 5.0  # for a report that is under way when the daemon stops
 REQUEST_PATIENCE_S = 5.0  # at least, for requests in progress then
+OPEN_FILES = 65_536  # wanted; what the machine allows counts
+OWN_FILES = (
+    300  # kept from the HTTP side, beside two for each SMTP connection: clients must not stop delivery
+)
 NOTIFY_PATIENCE_S = 1.0
 
 
@@ -11209,6 +11273,19 @@ class SystemdNotifier:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.settimeout(NOTIFY_PATIENCE_S)
             sender.sendto(state.encode(), self._address)
+
+
+def open_files_allowed() -> int:
+    """How many files this process may have open, once it has asked for all that it can get."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):  # a sandbox forbids it
+        return soft
+    return wanted
 
 
 class Daemon:
@@ -11342,7 +11419,7 @@ class Daemon:
                 head_timeout_s=server.head_timeout_seconds,
                 idle_timeout_s=server.idle_timeout_seconds,
                 body_progress_timeout_s=server.body_timeout_seconds,
-                connections=server.max_connections,
+                connections=self._most_clients(),
                 body_bytes=server.max_body_bytes,
             ),
             authorised=self._authorised,
@@ -11363,6 +11440,23 @@ class Daemon:
             ) from error
         host, port = addresses[0]
         return f"{'https' if context else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def _most_clients(self) -> int:
+        """How many HTTP connections there may be, so that file descriptors are left for everything else."""
+        wanted = self.settings.server.max_connections
+        allowed = open_files_allowed()
+        left = allowed - OWN_FILES - TURNED_AWAY - 2 * self.settings.delivery.max_concurrency
+        if left >= wanted:
+            return wanted
+        most = max(left, min(wanted, allowed // 4))
+        event(
+            self._log,
+            logging.WARNING,
+            "few files may be open: fewer HTTP connections",
+            files=allowed,
+            most=most,
+        )
+        return most
 
     async def _serve(self, where: str, started: Callable[[str], None]) -> int:
         loops = {

@@ -33,6 +33,7 @@ import pathlib
 import pty
 import random
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -751,8 +752,10 @@ class Daemon:
         reports: ReportReceiver | None = None,
         token: str | None = None,
         environment: Mapping[str, str] | None = None,
+        open_files: int | None = None,
     ) -> None:
         self.folder = folder
+        self._limits = ["sh", "-c", f'ulimit -n {open_files}; exec "$@"', "sh"] if open_files else []
         self.config: dict[str, dict[str, object]] = {
             "storage": {"db_path": folder / "queue.db"},
             "server": {"host": "127.0.0.1", "port": 0},
@@ -791,7 +794,7 @@ class Daemon:
         self._hang_up()
         with self._log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, STARTER, "serve", "--config", self.folder / "config.ini"],
+                [*self._limits, sys.executable, STARTER, "serve", "--config", self.folder / "config.ini"],
                 cwd=self.folder,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
@@ -2138,6 +2141,31 @@ def test_headers_that_mean_a_field_become_that_field() -> None:
 @pytest.mark.parametrize("given", ["x.1@y.z", "<x.1@y.z>", " <x.1@y.z> "])
 def test_a_message_id_is_kept_without_its_brackets(given: str) -> None:
     assert parsed_submission(message_id=given).message_id == "x.1@y.z"
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"message_id": "x.1@y.z"}, "x.1@y.z"),
+        ({"message_id": " <x.1@y.z>"}, "<x.1@y.z>"),
+        ({"message_id": "< x.1@y.z>"}, "<x.1@y.z>"),
+        ({"message_id": "other@y.z", "headers": {"Message-ID": "<x.1@y.z>"}}, "<x.1@y.z>"),
+        (
+            {"message_id": "other@y.z", "raw": base64.b64encode(b"Message-ID: <x.1@y.z>\n\n").decode()},
+            "<x.1@y.z>",
+        ),
+    ],
+)
+def test_the_message_id_that_is_shown_and_kept_is_the_one_that_is_sent(
+    fields: dict[str, Any], shown: str
+) -> None:
+    fields = {**submission_fields(), **fields}
+    message = mailproxy.parse_message(fields, now=NOON)
+
+    submission = mailproxy._submission(fields, message, parsed_account(), NOON)
+
+    assert submission.message_id == shown
+    assert shown.strip("<>") == message.message_id == "x.1@y.z"
 
 
 def test_every_submission_gets_a_message_id_of_its_own() -> None:
@@ -9150,6 +9178,30 @@ def test_tls_serves_keeps_the_connection_streams_and_shows_a_413_to_a_client_tha
     asyncio.run(story())
 
 
+def test_clients_that_never_begin_the_tls_handshake_are_counted_and_those_far_beyond_are_hung_up_on(
+    tls_files,
+):
+    async def story():
+        service = HttpService(connections=3)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls_files / "cert.pem", tls_files / "key.pem")
+        ((host, port),) = await service.server.start_tcp("127.0.0.1", 0, context)
+
+        silent = [await asyncio.open_connection(host, port) for _ in range(3 + mailproxy.TURNED_AWAY)]
+        reader, writer = await asyncio.open_connection(host, port)
+        async with asyncio.timeout(5):
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""
+        assert not any(reader.at_eof() for reader, _ in silent)
+        for _, opened in (*silent, (reader, writer)):
+            opened.close()
+        await service.server.stop(0)
+
+        assert not asyncio.all_tasks() - {asyncio.current_task()}
+
+    asyncio.run(story())
+
+
 def test_a_client_that_does_not_finish_the_tls_handshake_is_cut_off(tls_files):
     async def story():
         service = HttpService(head_timeout_s=0.3)
@@ -13733,6 +13785,47 @@ def test_what_strangers_cost_is_bounded() -> None:
     waiting, seconds = asyncio.run(held_back())
     assert waiting == mailproxy.STRANGERS_WAITING
     assert seconds < 3
+
+
+@contextlib.contextmanager
+def silent_connections(port: int, number: int) -> Iterator[None]:
+    """Strangers: so many connections that never say a word, as many of them as are let in."""
+    with contextlib.ExitStack() as strangers:
+        for _ in range(number):
+            with contextlib.suppress(OSError):
+                strangers.enter_context(socket.create_connection(("127.0.0.1", port), timeout=2))
+        yield
+
+
+def test_strangers_who_open_connections_without_end_neither_stop_delivery_nor_fill_the_log(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    with Daemon(tmp_path, smtp=smtp, token="t0ken", open_files=300) as daemon:
+        daemon.submit(mail("beside-them", deferred_ts=int(time.time()) + 1))
+        with silent_connections(daemon.port, 350):
+            smtp.wait_for(1)
+        wait_until(lambda: answers_again(daemon), "the API again")
+
+        assert daemon.process
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (3, 300))
+        with silent_connections(daemon.port, 30), pytest.raises(TimeoutError):
+            first_bytes_of_answer(daemon.port, timeout=0.5)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (300, 300))
+        wait_until(lambda: answers_again(daemon), "the API again")
+        assert "fewer HTTP connections" in daemon.log
+        assert len(daemon.log) < 5000
+
+
+def first_bytes_of_answer(port: int, timeout: float) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as client:
+        client.sendall(HEALTH)
+        return client.recv(20)
+
+
+def answers_again(daemon: Daemon) -> bool:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return daemon.get("/health").status == 200
+    return False
 
 
 def test_without_a_token_a_page_in_a_browser_is_a_stranger(quiet: Daemon) -> None:

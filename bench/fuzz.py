@@ -182,7 +182,9 @@ class Conversation:
             head, _, rest = rest.partition(b"\r\n\r\n")
             first, *fields = head.split(b"\r\n")
             must(re.fullmatch(rb"HTTP/1\.1 %d [ -~]+" % status, first), f"status line {first!r}")
-            must(all(re.fullmatch(rb"[A-Za-z-]+: [ -~]*", line) for line in fields), f"answer's head {head!r}")
+            must(
+                all(re.fullmatch(rb"[A-Za-z-]+: [ -~]*", line) for line in fields), f"answer's head {head!r}"
+            )
             must(status == 200 or 400 <= status < 500 or status in (501, 505), f"status {status}")
             length = next(int(line[16:]) for line in fields if line.startswith(b"Content-Length: "))
             if method == "HEAD":
@@ -333,7 +335,9 @@ class AddressTarget:
         if dice.random() < 0.2:
             pieces += [", ", dice.choice(self.seeds).decode()]
         if dice.random() < 0.2:
-            pieces[1] = chr(dice.choice((dice.randrange(0x100), dice.randrange(0xD800), dice.randrange(0xE000, 0x11000))))
+            pieces[1] = chr(
+                dice.choice((dice.randrange(0x100), dice.randrange(0xD800), dice.randrange(0xE000, 0x11000)))
+            )
         return "".join(pieces).encode()[:most]
 
     def attempt(self, content: bytes) -> str:
@@ -359,7 +363,10 @@ def refuse_odd_address(mailproxy: Any, address: str) -> None:
     quoted = local_part.startswith('"') and local_part.endswith('"')
     must(quoted or not re.search(r'[\s<>()\[\],;:"\\@]', local_part), f"{address!r} has specials")
     must(mailproxy.parse_addr_spec(address, "to") == address, f"{address!r} reads differently")
-    must(mailproxy.parse_mailboxes(address, "to") == (mailproxy.Mailbox("", address),), f"{address!r} in a list")
+    must(
+        mailproxy.parse_mailboxes(address, "to") == (mailproxy.Mailbox("", address),),
+        f"{address!r} in a list",
+    )
 
 
 def refuse_other_header(mailproxy: Any, mailboxes: Any) -> None:
@@ -441,7 +448,9 @@ class JsonTarget:
             return [*value[:place], self._changed(value[place], dice), *value[place + dice.randrange(2) :]]
         if isinstance(value, str) and dice.random() < 0.6:
             start, end = sorted((dice.randrange(len(value) + 1), dice.randrange(len(value) + 1)))
-            word = dice.choice([other for other in self.values if isinstance(other, str)] + ["", chr(dice.randrange(0x3000))])
+            word = dice.choice(
+                [other for other in self.values if isinstance(other, str)] + ["", chr(dice.randrange(0x3000))]
+            )
             return value[:start] + word + value[dice.choice((start, end)) :]
         return dice.choice(self.values)
 
@@ -505,7 +514,9 @@ class SubmissionTarget(JsonTarget):
 
     def composed(self, message: Any) -> bytes:
         parts = [
-            self._mailproxy.Part(attachment, attachment.filename, "text/plain", attachment.content or b"fetched")
+            self._mailproxy.Part(
+                attachment, attachment.filename, "text/plain", attachment.content or b"fetched"
+            )
             for attachment in message.attachments
         ]
         return self._mailproxy.compose(message, parts, date=NOW)
@@ -566,7 +577,10 @@ class AccountTarget(JsonTarget):
             return "refused"
         public = self._mailproxy.account_fields(account, secrets=False)
         whole = json.dumps(self._mailproxy.account_fields(account, secrets=True), ensure_ascii=False)
-        must(not {"password", "client_secret", "refresh_token"} & {*public, *(public["oauth2"] or ())}, "a secret")
+        must(
+            not {"password", "client_secret", "refresh_token"} & {*public, *(public["oauth2"] or ())},
+            "a secret",
+        )
         must(self._mailproxy.parse_account(json.loads(whole)) == account, "kept and read again it is another")
         whole.encode()
         self._mailproxy.json_response(public)
@@ -593,7 +607,9 @@ class Findings:
 
     def add(self, error: BaseException, content: bytes) -> None:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        line = traceback.extract_tb(error.__traceback__)[-2].lineno if isinstance(error, Wrong) else frame.lineno
+        line = (
+            traceback.extract_tb(error.__traceback__)[-2].lineno if isinstance(error, Wrong) else frame.lineno
+        )
         kind = f"{type(error).__name__} at {line}"
         self._kinds[kind] += 1
         if self._kinds[kind] > 3:
@@ -664,7 +680,9 @@ def run(target: str, seconds: int, seed: int, corpus: Path, folder: Path) -> int
     found = sorted(path for path in folder.iterdir() if re.match(r"finding-\d+-\d+$|stuck-", path.name))
     for path in found:
         told = folder / f"{path.name}.txt"
-        print(f"{path}: {told.read_text().splitlines()[0] if told.exists() else 'took too long, or too much memory'}")
+        print(
+            f"{path}: {told.read_text().splitlines()[0] if told.exists() else 'took too long, or too much memory'}"
+        )
     if status and not found:
         print(f"the fuzzer ended with {status}:\n{words[-3000:]}")
     counts = json.loads((folder / "counts.json").read_text()) if (folder / "counts.json").exists() else {}
