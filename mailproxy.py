@@ -7519,6 +7519,8 @@ STRING_PIECE_BYTES = 262_144  # of a long string, read in one step
 COMPLETE_ESCAPES = re.compile(rb"(?:[^\\]++|\\u[0-9a-fA-F]{4}|\\[^u])*+", re.DOTALL)
 BACKSLASH = 0x5C
 JSON_DEPTH = 64
+JSON_VALUES = 2_000_000  # of one body, about: an empty list takes thirty times the memory of its bytes
+JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 EXACT_IN_A_FLOAT = 2**53
 SWEEP_S = 1.0
 HTTP_CLOSE_S = 5.0
@@ -7661,6 +7663,7 @@ def parse_large_json_object(body: bytes) -> dict[str, object]:
     No step of it holds the interpreter for long, which would hold up the event loop too.
     What is not as expected is parsed again in one go, which finds the words for what is wrong.
     """
+    refuse_too_many_values(body)
     cut: dict[str, str] = {}
     try:
         content = parse_json_object(_without_long_strings(body, cut))
@@ -7742,6 +7745,20 @@ def _put_back(container: Any, cut: dict[str, str]) -> None:
             container[place] = cut.pop(value, value)
         elif isinstance(value, dict | list):
             _put_back(value, cut)
+
+
+def refuse_too_many_values(body: bytes) -> None:
+    """Raises 413 for JSON of so many values that reading it would take the memory, and the loop's time."""
+    if number_of_marks(body) <= JSON_VALUES:
+        return
+    strings = (body.count(b'"') - body.count(b'\\"')) // 2
+    if strings > JSON_VALUES or number_of_marks(JSON_STRING.sub(b"", body)) > JSON_VALUES:
+        raise HttpError(413, f"the JSON has more than {JSON_VALUES} values")
+
+
+def number_of_marks(body: bytes) -> int:
+    """What begins or parts values; in the texts of a message they mean nothing."""
+    return body.count(b",") + body.count(b"[") + body.count(b"{")
 
 
 def unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -11249,6 +11266,9 @@ WORKING_THREADS = 4
 HOSTNAME_PATIENCE_S = 2.0
 REPORT_PATIENCE_S = 5.0  # for a report that is under way when the daemon stops
 REQUEST_PATIENCE_S = 5.0  # at least, for requests in progress then
+UNOWNED_DOMAINS = (
+    ".localhost", ".local", ".internal", ".home.arpa", ".test", ".example", ".invalid", ".example.com", ".example.net", ".example.org",
+)  # fmt: skip
 OPEN_FILES = 65_536  # wanted; what the machine allows counts
 OWN_FILES = (
     300  # kept from the HTTP side, beside two for each SMTP connection: clients must not stop delivery
@@ -11273,6 +11293,27 @@ class SystemdNotifier:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.settimeout(NOTIFY_PATIENCE_S)
             sender.sendto(state.encode(), self._address)
+
+
+def may_be_a_page(request: Request) -> bool:
+    """True for what a page in a browser may have sent: it has an Origin (RFC 6454 7), or is asked for by a
+    name that anybody can own and let point here (DNS rebinding), in which case a GET has no Origin."""
+    if "origin" in request.headers:
+        return True
+    host = request.headers.get("host", "")
+    return request.peer != "unix" and not is_nobodys_name(host)
+
+
+def is_nobodys_name(host: str) -> bool:
+    """True for a Host that is an address, one word, or under a domain that cannot be registered (RFC 6761)."""
+    name = re.sub(":[0-9]*$", "", host).rstrip(".").lower()
+    if "." not in name or f".{name}".endswith(UNOWNED_DOMAINS):
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def open_files_allowed() -> int:
@@ -11695,11 +11736,11 @@ class Daemon:
     def _authorised(self, request: Request) -> bool:
         """True with one of the tokens, compared in constant time.
 
-        When none is configured, true for all but pages in a browser: those say their Origin (RFC 6454 7),
-        and could otherwise send what looks like curl to the loopback address of whoever reads them.
+        When none is configured, true for all but pages in a browser, which could otherwise send what looks
+        like curl to the loopback address of whoever reads them.
         """
         if not self._tokens:
-            return "origin" not in request.headers or self._tell_of_stranger(request)
+            return not may_be_a_page(request) or self._tell_of_stranger(request)
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         bearer = bearer.strip() if scheme.lower() == "bearer" else ""
         given = [word.encode("latin-1") for word in (request.headers.get("x-api-token", ""), bearer)]

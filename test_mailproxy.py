@@ -8423,6 +8423,25 @@ def test_what_is_wrong_in_a_long_string_is_told_as_in_any_other(wrong, words):
     assert str(of_large.value) == str(of_any.value)
 
 
+MANY = mailproxy.JSON_VALUES + 1
+
+
+@pytest.mark.parametrize(
+    "values", [b"[]," * MANY, b"1," * MANY, b'"",' * MANY, b'"\\\\",' * MANY, b'"\\"",' * MANY]
+)
+def test_json_of_very_many_values_is_413_before_it_takes_the_memory(values):
+    with pytest.raises(mailproxy.HttpError, match="more than 2000000 values") as refused:
+        mailproxy.parse_large_json_object(b'{"a": [' + values + b"0]}")
+
+    assert refused.value.status == 413
+
+
+def test_the_text_of_a_message_may_have_as_many_commas_and_brackets_as_it_likes():
+    text = ',[{"\\' * MANY
+
+    assert mailproxy.parse_large_json_object(json.dumps({"a": [text, "b"]}).encode()) == {"a": [text, "b"]}
+
+
 def test_a_whole_surrogate_pair_and_64_levels_are_fine():
     async def story(service):
         inner = b'{"a": "\\ud83d\\ude00"}'
@@ -13829,12 +13848,16 @@ def answers_again(daemon: Daemon) -> bool:
 
 
 def test_without_a_token_a_page_in_a_browser_is_a_stranger(quiet: Daemon) -> None:
-    """What a web page sends to loopback looks like curl, but for its Origin (RFC 6454 7)."""
+    """What it sends to loopback looks like curl, but for its Origin, or the name it was asked for by."""
     body = json.dumps({"messages": [mail()]}).encode()
     for origin in ("https://evil.example", "null"):
         headers = {"Origin": origin, "Content-Type": "application/x-www-form-urlencoded"}
         assert quiet.post("/commands/add-messages", body, headers=headers).status == 401
         assert quiet.post("/commands/activate", headers={"Origin": origin}).status == 401
+    for host in ("evil.example.co", "127.0.0.1.evil.co:8000", "LOCALHOST.evil.co."):
+        assert quiet.get("/messages", headers={"Host": host}).status == 401
+    for host in ("localhost:8000", "mailproxy", "127.0.0.2:80", "[::1]:8000", "mail.internal", "a.example"):
+        assert quiet.get("/messages", headers={"Host": host}).status == 200
 
     assert quiet.status()["pending"] == 0
     assert quiet.status()["active"] is False
