@@ -2279,8 +2279,10 @@ def restored_fields(payload: Mapping[str, Any], contents: Mapping[int, bytes]) -
 
 
 def _content_in(kept: Mapping[str, object], content: bytes) -> dict[str, object]:
-    place = "storage_path" if kept.get("fetch_mode") == "base64" else "content"
-    return {**kept, place: base64.b64encode(content).decode()}
+    encoded = base64.b64encode(content).decode()
+    if kept.get("fetch_mode") == "base64":
+        return {**kept, "storage_path": f"base64:{encoded}"}  # never empty, which would be no path
+    return {**kept, "content": encoded}
 
 
 # --- accounts -------------------------------------------------------------

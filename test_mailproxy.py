@@ -2394,14 +2394,20 @@ def test_a_payload_is_kept_without_contents_and_read_back_as_the_same_message() 
             {"filename": "a", "content": "YQ=="},
             {"filename": "b", "url": "http://x.org/"},
             {"filename": "c", "storage_path": "base64:Yw=="},
+            {"filename": "d", "storage_path": "base64:="},
         ],
     )
 
     message, again, restored = stored_and_read_back(fields)
 
     assert again == message
+    assert mailproxy.parse_message(restored, now=NOON).attachments == message.attachments
     assert restored["attachments"][0] == fields["attachments"][0]
-    assert restored["attachments"][2] == {"filename": "c", "storage_path": "Yw==", "fetch_mode": "base64"}
+    assert restored["attachments"][2] == {
+        "filename": "c",
+        "storage_path": "base64:Yw==",
+        "fetch_mode": "base64",
+    }
     assert "YQ==" not in json.dumps(mailproxy.stored_form(fields, message)[0])
 
 
