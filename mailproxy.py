@@ -7249,13 +7249,21 @@ class TlsContexts:
     def _context(self, account: Account) -> ssl.SSLContext:
         """Blocking: reads files."""
         files = (account.ca_file, account.client_cert, account.client_key)
-        changed_at = [os.stat(file).st_mtime_ns for file in files if file]
+        changed_at = [_changed_at(file) for file in files if file]
         with self._lock:
             known = self._built.get((account.verify_tls, *files))
             if known is None or known[0] != changed_at:
                 known = changed_at, client_tls_context(account)
                 self._built[account.verify_tls, *files] = known
             return known[1]
+
+
+def _changed_at(file: str) -> int:
+    """When a file was changed, in ns; OSError when it is not a regular one, which could block for ever."""
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", file)
+    return status.st_mtime_ns
 
 
 # ----- access tokens
