@@ -5,7 +5,7 @@
 Clients submit without pause. In each round the daemon is killed with SIGKILL at a random moment (also while
 it starts), SQLite checks a copy of the file, and it is started again. With --smtp the SMTP server is killed
 and started again now and then as well; with --reports the receiver of the reports is at times down, slow,
-answers 500, or dies with its answer half out. At the end all is mended and must settle. Then:
+answers 500 or not at all, or dies with its answer half out. At the end all is mended and must settle. Then:
 
   - every id that got a 200 was delivered at least once (or, where the server refused it for ever, never), and
     reported at least once in its final state, in a report that was acknowledged;
@@ -37,7 +37,7 @@ from typing import NamedTuple
 import load
 import rig
 from rig import Companion, Daemon
-from sinks import DIES, REFUSES, SLOW, TAKES, Manner, serve_reports, serve_smtp
+from sinks import DIES, HANGS, REFUSES, SLOW, TAKES, Manner, serve_reports, serve_smtp
 
 CONNECTIONS = 8
 SMTP_MANNER = Manner(message_s=0.003, refuses=True)
@@ -69,7 +69,7 @@ class Evidence(NamedTuple):
     accepted: set[str]  # got a 200
     deliveries: Mapping[str, Sequence[Delivery]]
     reported: Mapping[str, Counter[str]]  # acknowledged entries by their status
-    kills_ns: Sequence[int]  # of the daemon and of the SMTP server, in order
+    kills_ns: Sequence[int]  # of the daemon (before it starts again) and of the SMTP server, in order
     damage: Sequence[str]  # what integrity_check said other than ok
     exit_status: int | None
 
@@ -169,6 +169,7 @@ class Troubles(threading.Thread):
                 ("slow", SLOW),
                 ("500", REFUSES),
                 ("dies while answering", DIES),
+                ("never answers", HANGS),
                 ("down", None),
             )
         )
@@ -189,7 +190,7 @@ def sections(smtp_port: int, reports_port: int) -> dict[str, dict[str, object]]:
         "smtp": {
             "host": "127.0.0.1", "port": smtp_port, "start_tls": "never", "max_connections": CONNECTIONS,
         },
-        "client": {"client_sync_url": f"http://127.0.0.1:{reports_port}/", "timeout_seconds": 5},
+        "client": {"client_sync_url": f"http://127.0.0.1:{reports_port}/", "timeout_seconds": 2},
         "delivery": {"retry_delays": "1, 2", "delivery_report_retention_seconds": 20},
         "logging": {"level": "warning"},
     }  # fmt: skip
@@ -245,9 +246,9 @@ def kill_again_and_again(
     for number in range(1, plan.rounds + 1):
         time.sleep(dice.uniform(0.05, 1.0))
         daemon.kill()
-        kills_ns.append(time.monotonic_ns())
         if (said := rig.integrity(daemon.db, folder)) != "ok":
             damage.append(f"round {number}: {said}")
+        kills_ns.append(time.monotonic_ns())  # by now the SMTP server has read what the dead one sent
         daemon.launch()
         if dice.random() < 0.8:  # else the next kill may come while it starts
             daemon.wait_until_serving()
@@ -263,7 +264,7 @@ def settled(daemon: Daemon) -> int | None:
     while time.monotonic() < deadline:
         daemon.command("run-now")  # ends pauses and cooling that the troubles left behind
         with contextlib.suppress(rig.BenchError):
-            daemon.wait_for_status(lambda status: status["pending"] == status["unreported"] == 0, 5)
+            daemon.wait_for_status(lambda status: status["pending"] == status["unreported"] == 0, 1)
             break
     return daemon.stop()
 
@@ -296,6 +297,7 @@ def judged(evidence: Evidence, unanswered: int) -> Verdict:
     to_send = {key for key in accepted if expected_status(key) == "sent"}
     at_kills, unexplained = doubled_at_kills(deliveries, evidence.kills_ns)
     offenders = {
+        "nothing accepted": [] if accepted else ["no submission got a 200"],
         "accepted but never delivered": sorted(to_send - deliveries.keys()),
         "delivered although refused": sorted(key for key in deliveries if key.startswith("gone")),
         "never reported in its final state": sorted(

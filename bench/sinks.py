@@ -156,7 +156,7 @@ def _serve(numbers: Numbers, session: Callable[[], asyncio.Protocol]) -> None:
 
 # -- a receiver of delivery reports
 
-TAKES, REFUSES, SLOW, DIES = range(4)  # numbers[MODE] of the receiver; DIES: closes before its answer is out
+TAKES, REFUSES, SLOW, DIES, HANGS = range(5)  # numbers[MODE]; DIES: closes before its answer is out
 SLOW_S = 1.5
 
 
@@ -211,7 +211,7 @@ class ReportSession(HttpSession):
             self._transport.close()
         elif mode == SLOW:
             asyncio.get_running_loop().call_later(SLOW_S, self._take, body)
-        else:
+        elif mode != HANGS:
             self._take(body)
 
     def _take(self, body: bytes) -> None:
