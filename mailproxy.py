@@ -3916,7 +3916,7 @@ class QueueFile:
         observe_refusal: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = os.path.realpath(path)
-        self.refuses = False  # the last commit failed; cleared by the next that succeeds
+        self.refuses = False  # a commit failed; cleared by the next that has something to write and succeeds
         self._migrations = migrations
         self._observe_commit = observe_commit
         self._observe_refusal = observe_refusal
@@ -4028,6 +4028,7 @@ class QueueFile:
             pieces.setdefault(wish.work, []).append(wish)
         try:
             connection = self._connection()
+            changes = connection.total_changes
             connection.execute("BEGIN IMMEDIATE")
             answers = [answer for piece in pieces.values() for answer in self._write_piece(connection, piece)]
             connection.execute("COMMIT")
@@ -4037,7 +4038,7 @@ class QueueFile:
             self._close_writing()
             refusal = f"The queue cannot be written: {error}."
             return [(wish, StorageUnavailable(refusal)) for wish in group]
-        self.refuses = False
+        self.refuses = self.refuses and connection.total_changes == changes
         self._observe_commit(time.monotonic() - started)
         return answers
 
@@ -4906,8 +4907,15 @@ class Queue:
         return await self.file.read(work)
 
     async def answers(self) -> None:
-        """Raise StorageUnavailable unless the file can be written now: it is tried."""
-        await self.set_switch("answers", True)
+        """Raise StorageUnavailable unless the file can be written now: it is tried.
+
+        The value changes each time, for SQLite writes nothing where nothing changes.
+        """
+        await self.file.write(
+            lambda db: db.execute(
+                "INSERT INTO switches VALUES ('answers', 1) ON CONFLICT DO UPDATE SET value = 1 - value"
+            )
+        )
 
     # -- accounts and switches
 
@@ -9339,7 +9347,11 @@ class Dispatcher:
 
     def _may_go(self, lane: Lane) -> bool:
         """True unless mail was called back while it was on its way to the lane."""
-        return self.active and not self._draining and not lane.rests(self._clock.monotonic())
+        return self.active and not self._stands_still() and not lane.rests(self._clock.monotonic())
+
+    def _stands_still(self) -> bool:
+        """True when nothing more may start: at the end, and while no outcome could be recorded."""
+        return self._draining or self._queue.file.refuses
 
     def _take_up(self, lane: Lane, claim: Claim) -> None:
         if not self._may_go(lane):
@@ -9421,7 +9433,7 @@ class Dispatcher:
         """Deliver the lane's consignments over one connection until none is left."""
         lane = line.lane
         try:
-            while lane.ready and not (self._draining or self._has_too_many(lane)):
+            while lane.ready and not (self._stands_still() or self._has_too_many(lane)):
                 consignment = lane.ready.popleft()
                 if len(lane.ready) <= lane.busy:
                     self._alarm.ring()

@@ -4184,6 +4184,22 @@ def test_a_locked_file_refuses_and_comes_back_by_itself(
         assert rows_of(tmp_path) == [2]
 
 
+def test_a_file_that_refused_is_trusted_again_only_after_something_was_written(tmp_path: Path) -> None:
+    def too_much(db: sqlite3.Connection) -> None:
+        db.execute("PRAGMA max_page_count = 4")  # of this connection, which is closed after its failure
+        db.execute("UPDATE t SET y = zeroblob(100000)")
+
+    with queue_file(tmp_path, ("CREATE TABLE t (x, y); INSERT INTO t VALUES (1, '')",)) as (file, run):
+        with pytest.raises(mailproxy.StorageUnavailable, match="full"):
+            run(file.write(too_much))
+
+        run(file.write(lambda db: db.execute("DELETE FROM t WHERE x = 2")))
+        assert file.refuses
+
+        run(file.write(lambda db: db.execute("DELETE FROM t WHERE x = 1")))
+        assert not file.refuses
+
+
 def test_reading_goes_on_while_a_write_waits(tmp_path: Path) -> None:
     with queue_file(tmp_path) as (file, run):
         run(file.write(insert(1)))
@@ -11813,6 +11829,185 @@ def test_a_storage_that_refuses_is_a_503_everywhere_and_all_resumes_by_itself(
         daemon.submit(mail("after"))
         daemon.wait_status("after", "sent")
         assert "Traceback" not in daemon.log
+
+
+# -- a storage that fails while the daemon runs
+
+FAULTY_STORAGE = r"""
+/* Preloaded into the daemon: as long as the symbolic link $FAULT is there, the storage fails as it says. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static int fails(const char *call) {
+    char fault[32];
+    ssize_t size = readlink(getenv("FAULT"), fault, sizeof fault - 1);
+    if (size < 0)
+        return 0;
+    fault[size] = 0;
+    errno = !strcmp(fault, "full") ? ENOSPC : !strcmp(fault, "read-only") ? EROFS : EIO;
+    return !strcmp(call, "write") ? errno != EIO : errno == EIO;
+}
+
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+ssize_t pwrite(int fd, const void *bytes, size_t size, off_t at) {
+    return fails("write") ? -1 : REAL(pwrite)(fd, bytes, size, at);
+}
+
+ssize_t pwrite64(int fd, const void *bytes, size_t size, off64_t at) {
+    return fails("write") ? -1 : REAL(pwrite64)(fd, bytes, size, at);
+}
+
+int fsync(int fd) { return fails("sync") ? -1 : REAL(fsync)(fd); }
+
+int fdatasync(int fd) { return fails("sync") ? -1 : REAL(fdatasync)(fd); }
+"""
+
+
+class FaultyStorage:
+    """Makes the storage of one daemon fail at the border to the system, and mends it."""
+
+    def __init__(self, folder: Path) -> None:
+        needs("cc")
+        self._fault, library = folder / "fault", folder / "faulty.so"
+        command = ["cc", "-shared", "-fPIC", "-o", library, "-x", "c", "-"]
+        subprocess.run(command, input=FAULTY_STORAGE.encode(), check=True, timeout=60)
+        self.environment = {"LD_PRELOAD": str(library), "FAULT": str(self._fault)}
+
+    @contextlib.contextmanager
+    def fails(self, how: str) -> Iterator[None]:
+        """Writes fail because the disk is "full" or "read-only"; or syncs do, with an input/output "error"."""
+        self._fault.symlink_to(how)
+        try:
+            yield
+        finally:
+            self._fault.unlink()
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A disk of 2 MB, in memory."""
+    capabilities = re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if not (capabilities and int(capabilities[1], 16) & 1 << 21):
+        pytest.skip("needs the right to mount a disk")
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True, timeout=30)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True, timeout=30)
+
+
+@contextlib.contextmanager
+def filled(disk: Path) -> Iterator[None]:
+    """Not a byte is left on the disk."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+def outlive(outage: Any, name: str, daemon: Daemon, smtp: SmtpServer) -> None:
+    """The storage fails while two messages are on the wire and four wait, and comes back."""
+    address = f"slow200ms+{name}@example.com"
+    there = listed(daemon)
+    daemon.submit(*letters(name, 6, address))
+    wait_until(lambda: smtp.visits[address] == 2, "mail on the wire")
+
+    with outage:
+        answer = submitted(daemon, *letters(f"refused-{name}", 3, body="x" * 10_000))
+        assert (answer.status, answer.json["ok"]) == (503, False)
+        wait_until(lambda: daemon.log.count(f"storage message={name}-") == 2, "two outcomes to wait")
+        assert daemon.get("/ready").status == 503
+        assert [daemon.message(f"{name}-{number}")["status"] for number in range(6)] == ["queued"] * 6
+        assert smtp.visits[address] == 2
+
+    wait_sent(daemon, *(f"{name}-{number}" for number in range(6)))
+    assert sorted(id_ for id_ in subjects(smtp) if name in id_) == [f"{name}-{number}" for number in range(6)]
+    assert listed(daemon) == [*there, *(f"{name}-{number}" for number in range(6))]
+
+
+def check_nothing_is_doubled(daemon: Daemon, smtp: SmtpServer, reports: ReportReceiver) -> None:
+    wait_until(lambda: daemon.status()["unreported"] == 0, "the reports")
+    told_of = [(entry["id"], entry["status"], entry["attempts"]) for entry in reports.acknowledged]
+    assert sorted(told_of) == [(id_, "sent", 1) for id_ in sorted(listed(daemon))]
+    assert len(smtp.received) == len(told_of)
+    assert daemon.stop() == 0
+    with daemon.db() as db:
+        assert db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+
+
+def test_while_the_storage_fails_nothing_is_accepted_or_sent_and_then_all_resumes(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    storage = FaultyStorage(tmp_path)
+    config = {"smtp": {"max_connections": 2}}
+    with Daemon(tmp_path, config, smtp=smtp, reports=reports, environment=storage.environment) as daemon:
+        for how in ("full", "read-only", "error"):
+            outlive(storage.fails(how), how, daemon, smtp)
+
+        check_nothing_is_doubled(daemon, smtp, reports)
+
+
+def test_a_full_disk_costs_no_mail(tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        config = {"storage": {"db_path": disk / "queue.db"}, "smtp": {"max_connections": 2}}
+        with Daemon(tmp_path, config, smtp=smtp, reports=reports) as daemon:
+            outlive(filled(disk), "full", daemon, smtp)
+
+            check_nothing_is_doubled(daemon, smtp, reports)
+
+
+def test_what_is_being_put_together_when_the_storage_fails_is_not_sent_before_it_is_back(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    storage = FaultyStorage(tmp_path)
+    config = {"attachments": {"allow_hosts": "127.0.0.1"}}
+    with (
+        Daemon(tmp_path, config, smtp=smtp, environment=storage.environment) as daemon,
+        socket.create_server(("127.0.0.1", 0)) as web,
+    ):
+        url = f"http://127.0.0.1:{web.getsockname()[1]}/"
+        daemon.submit(letter("m", attachments=[{"filename": "hello.txt", "url": url}]))
+        line, _ = web.accept()
+        with line, storage.fails("full"):
+            assert submitted(daemon, letter("refused")).status == 503
+            line.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nHello")
+            wait_until(lambda: daemon.status()["in_delivery"] == 0, "its return to the queue")
+            assert smtp.received == []
+
+        wait_sent(daemon, "m")
+        assert subjects(smtp) == ["m"]
+
+
+# -- killed again and again
+
+
+def test_nothing_is_lost_while_the_daemon_and_its_servers_are_killed(tmp_path: Path) -> None:
+    """A short run of the script that is made for long ones."""
+    chaos = PROGRAM.parent / "bench" / "chaos.py"
+    options = ["--rounds=3", "--seed=1", "--smtp", "--reports", "--program", STARTER]
+    run = subprocess.run(
+        [sys.executable, chaos, *options],
+        env={**_plain_environment(), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert run.stdout, run.stderr
+    verdict = json.loads(run.stdout.splitlines()[-1])
+    assert (run.returncode, verdict["ok"], verdict["offenders"]) == (0, True, {})
+    assert verdict["counts"]["kills"] >= 3
+    assert verdict["counts"]["accepted"] > 0
 
 
 # -- its end
