@@ -3862,10 +3862,30 @@ class Metrics:
 # A second thread owns a read-only connection, so that no listing holds up a
 # submission.
 
+OLDEST_SQLITE = (3, 35, 0)  # the first that knows RETURNING
 BUSY_TIMEOUT_MS = 3000  # another process holds the write lock: refuse after this
 CHECKPOINT_PAGES = 4000  # of the WAL (16 MB): then it is copied into the file, which takes some milliseconds
 STORAGE_ERRORS = (sqlite3.OperationalError, sqlite3.DatabaseError)
 MISTAKES = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
+
+
+def check_sqlite() -> None:
+    """Raise ConfigurationError when Python comes with an SQLite that lacks what the queue needs."""
+    if sqlite3.sqlite_version_info < OLDEST_SQLITE or not _knows_json():
+        raise ConfigurationError(
+            f"SQLite {sqlite3.sqlite_version} will not do: the queue needs {'.'.join(map(str, OLDEST_SQLITE))} or "
+            "newer, with the JSON functions; run mailproxy with a Python that has it."
+        )
+
+
+def _knows_json() -> bool:
+    """True unless SQLite was built without the JSON functions, as was the default before 3.38."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        try:
+            db.execute("SELECT value FROM json_each('[1]')")
+        except sqlite3.OperationalError:
+            return False
+    return True
 
 
 class FileLock:
@@ -3933,6 +3953,7 @@ class QueueFile:
 
     def open(self) -> None:
         """Lock, create or migrate the file. Blocking. Raises ConfigurationError."""
+        check_sqlite()
         folder = os.path.dirname(self.path)
         if not os.path.isdir(folder):
             raise ConfigurationError(f"The folder {folder} of db_path does not exist; create it first.")
