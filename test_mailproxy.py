@@ -4756,6 +4756,26 @@ def test_a_timeline_is_bounded(rig: QueueRig) -> None:
     assert len(rig.look_up("a")[1]) == mailproxy.KEPT_ATTEMPTS
 
 
+def test_the_counts_of_sends_stay_few_and_are_forgotten_after_a_day(rig: QueueRig) -> None:
+    """Two days of ten messages every ten seconds."""
+    rig.now = NOW + 2 * 86_400
+    rig.run(
+        rig.file.write(
+            lambda db: db.executemany(
+                "INSERT INTO sends VALUES ('main', ?, 10)", [(NOW + at,) for at in range(0, 2 * 86_400, 10)]
+            )
+        )
+    )
+
+    rig.fold_sends()
+
+    counts = rig.sends()["main"]
+    assert len(counts) < 6 + 60 + 96 + 5  # as they came, by the minute, by the quarter of an hour
+    for window in (60, 3600, 86_400):
+        assert sum(n for until, n in counts if until > rig.now - window) >= window - 10
+    assert sum(n for _, n in counts) < 86_400 + 2 * 900
+
+
 def test_contents_live_and_die_with_their_message(rig: QueueRig) -> None:
     rig.accepted(submission("a", contents={0: b"\x00\xff", -1: b"raw"}))
     assert rig.contents(1) == {0: b"\x00\xff", -1: b"raw"}
