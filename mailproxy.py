@@ -4375,7 +4375,7 @@ class Queue:
                 "ON CONFLICT DO UPDATE SET n = n + excluded.n",
                 {"now": now},
             )
-            db.execute("DELETE FROM holds")
+            db.execute("DELETE FROM holds")  # writes in any case: no start on a file that cannot be written
             seq = db.execute(
                 "SELECT max((SELECT coalesce(max(seq), 0) FROM messages), (SELECT max(seq) FROM last_gone))"
             ).fetchone()[0]

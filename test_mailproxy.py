@@ -12099,6 +12099,27 @@ def test_a_full_disk_costs_no_mail(tmp_path: Path, smtp: SmtpServer, reports: Re
             check_nothing_is_doubled(daemon, smtp, reports)
 
 
+def test_a_storage_that_fails_at_the_start_is_said_and_nothing_is_sent(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    storage = FaultyStorage(tmp_path)
+    smtp.stop()
+    with Daemon(tmp_path, smtp=smtp, environment=storage.environment) as daemon:
+        daemon.submit(*letters("m", 3))
+        wait_until(lambda: state_of(daemon) == "cooling", "its finding nobody there")
+        daemon.kill()
+        smtp.start()
+
+        with storage.fails("error"):
+            refused = started(tmp_path, (tmp_path / "config.ini").read_text(), **storage.environment)
+        assert refused.returncode == 2
+        assert "The queue cannot be written: disk I/O error" in refused.stderr
+        assert smtp.received == []
+
+        daemon.start()
+        wait_sent(daemon, "m-0", "m-1", "m-2")
+
+
 def test_what_is_being_put_together_when_the_storage_fails_is_not_sent_before_it_is_back(
     tmp_path: Path, smtp: SmtpServer
 ) -> None:
