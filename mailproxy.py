@@ -4966,17 +4966,24 @@ class Queue:
 
     async def fail_orphans(self, account_id: str, after: int, why: str) -> tuple[int, int | None]:
         """End a deleted account's undelivered messages among the next ones after a seq; return how many,
-        and the seq to go on from (None: done)."""
+        and the seq to go on from (None: done).
+
+        One that is deferred is not on the wire, even if the loop has not been told yet that this is on disk.
+        """
         now = int(self._now())
 
         def work(db: sqlite3.Connection) -> tuple[int, int | None]:
             rows = db.execute(
-                "SELECT seq, account_id, recipients FROM messages WHERE seq > :after AND "
+                "SELECT seq, account_id, recipients, deferred_ts FROM messages WHERE seq > :after AND "
                 "sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT :most",
                 {"after": after, "most": STRETCH},
             ).fetchall()
-            orphans = [row for row in rows if row[1] == account_id and row[0] not in self._on_wire]
-            for seq, _, recipients in orphans:
+            orphans = [
+                row
+                for row in rows
+                if row[1] == account_id and (row[0] not in self._on_wire or row[3] is not None)
+            ]
+            for seq, _, recipients, _ in orphans:
                 self._give_up(db, seq, why, recipients, now)
             return len(orphans), rows[-1][0] if len(rows) == STRETCH else None
 
@@ -9442,11 +9449,11 @@ class Dispatcher:
             await self._conclude(lane, claim, Attempt(now, now, {}), untouched(claim))
             return
         lane.windows.give_back()
+        self._queue.release([claim])  # at once: the account may be deleted during any wait
+        lane.has_mail = True
         if lane.limited:
             with contextlib.suppress(StorageUnavailable):
                 await self._queue.give_back_slot(claim.account_id)
-        self._queue.release([claim])
-        lane.has_mail = True
 
     # -- one connection at work
 

@@ -4730,6 +4730,23 @@ def test_the_mail_of_a_deleted_account_fails_and_no_others(rig: QueueRig) -> Non
     assert rig.sql("SELECT id FROM messages WHERE error = 'account deleted' ORDER BY seq") == [("a",), ("b",)]
 
 
+def test_a_message_deferred_just_before_its_account_is_deleted_fails_with_the_others(rig: QueueRig) -> None:
+    rig.accepted(submission("a"))
+    (claim,) = rig.claimed()
+    deferred = mailproxy.Disposition(
+        DEFERRED, lane=mailproxy.LaneSignal.UP, counted=True, slot_used=False, deferred_ts=NOW + 60
+    )
+    outcome = mailproxy.Outcome(claim, mailproxy.Attempt(NOW, NOW, {}), deferred, sent=False, held=False)
+
+    async def both() -> Any:
+        return await asyncio.gather(
+            rig.queue.record(outcome), rig.queue.fail_orphans("main", 0, "account deleted")
+        )
+
+    assert rig.run(both())[1] == (1, None)
+    assert rig.look_up("a")[0].fields["error"] == "account deleted"
+
+
 def test_the_counts_are_those_of_the_table_whatever_happened(rig: QueueRig) -> None:
     rig.accepted(*(submission(f"m{i}") for i in range(6)), submission("later", deferred_ts=NOW + 60))
     claims = rig.claimed(3)
