@@ -2271,7 +2271,7 @@ def restored_fields(payload: Mapping[str, Any], contents: Mapping[int, bytes]) -
     if RAW_CONTENT in contents:
         fields["raw"] = base64.b64encode(contents[RAW_CONTENT]).decode()
     elif contents:
-        kept = payload["attachments"]
+        kept = payload.get("attachments", ())
         fields["attachments"] = [
             _content_in(part, contents[i]) if i in contents else part for i, part in enumerate(kept)
         ]
@@ -3287,6 +3287,9 @@ def _completed(message: Message, raw: bytes, date: float) -> bytes:
 # there the thread is the lock.
 
 
+CLOCK_STEP_S = 5.0  # a wall clock that is off by more was set; by less, it is being corrected
+
+
 class InThread(Protocol):
     """Awaits a blocking call that runs in a thread; Threads.run is one."""
 
@@ -3338,6 +3341,47 @@ def _answer_from_thread(
         tell = functools.partial(answer.set_result, result)
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
         loop.call_soon_threadsafe(lambda: None if answer.cancelled() else tell())
+
+
+class Clock:
+    """The wall clock for what people see, the monotonic one for durations; both in seconds.
+
+    A step of the wall clock (somebody set it, a virtual machine slept) is followed at a moment
+    of the daemon's choosing: until then wall() goes on as if it had not happened. So all times
+    that the daemon wrote into the queue by the old clock can be moved along.
+    """
+
+    def __init__(self, wall: Callable[[], float], monotonic: Callable[[], float]) -> None:
+        self.monotonic = monotonic
+        self._wall = wall
+        self._offset = wall() - monotonic()
+        self._started_at = wall()
+
+    @property
+    def started_ts(self) -> int:
+        """When the clock began to be looked at; moved along when it is set."""
+        return int(self._started_at)
+
+    def wall(self) -> float:
+        wall, steady = self._wall(), self._offset + self.monotonic()
+        return wall if abs(wall - steady) <= CLOCK_STEP_S else steady
+
+    def follow(self) -> int:
+        """Go by the wall clock as it is now; return by how many seconds it was set, mostly 0."""
+        before, wall, after = self.monotonic(), self._wall(), self.monotonic()
+        if after - before > CLOCK_STEP_S / 10:
+            return 0  # held up in between: what was read does not belong together
+        step = wall - before - self._offset
+        self._offset += step
+        if abs(step) <= CLOCK_STEP_S:
+            return 0
+        self._started_at += step
+        return round(step)
+
+    def unfollow(self, step_s: int) -> None:
+        """Go by the wall clock as it was before this step."""
+        self._offset -= step_s
+        self._started_at -= step_s
 
 
 class Alarm:
@@ -4314,7 +4358,6 @@ class Order(NamedTuple):
     account_id: str
     most: int
     retried_first: bool  # whose turn it is within a priority
-    hold: bool  # reserve a slot of the rate limits for each
 
 
 class State(NamedTuple):
@@ -4527,7 +4570,7 @@ class Queue:
 
     def _give_up(self, db: sqlite3.Connection, seq: int, why: str, recipients: str | None, now: int) -> None:
         """End a pending message: as sent when a server has it for some of its recipients."""
-        outcomes = _recipients_from_row(recipients)
+        outcomes = _recipients_if_readable(recipients)
         partly = outcomes is not None and any(o.status is Status.SENT for o in outcomes.values())
         ended = {
             address: outcome
@@ -4570,7 +4613,7 @@ class Queue:
             self._ready(db, order, 0), self._ready(db, order, 1), order.most, order.retried_first
         )
         self._on_wire.update((claim.seq, claim) for claim in claims)
-        if order.hold and claims:
+        if claims:  # a slot each, limits or not: one may come while they are on the wire
             db.execute(
                 "INSERT INTO holds VALUES (:account, :n) ON CONFLICT DO UPDATE SET n = n + excluded.n",
                 {"account": order.account_id, "n": len(claims)},
@@ -4592,9 +4635,7 @@ class Queue:
                 "most": order.most,
             },
         )  # fmt: skip
-        return [
-            Claim._make((*row[:9], _recipients_from_row(row[9]), *row[10:], False)) for row in rows.fetchall()
-        ]
+        return [_claim_of(row) for row in rows.fetchall()]
 
     def release(self, claims: Iterable[Claim]) -> None:
         """Put claims back untouched: they were never on the wire."""
@@ -4630,11 +4671,15 @@ class Queue:
                 _timeline_entry(outcome) for outcome in outcomes if outcome.attempt.replies
             ],  # else nothing was tried
         )
-        sent = collections.Counter(outcome.claim.account_id for outcome in outcomes if outcome.sent)
-        for account_id, n in sent.items():
+        sent = collections.Counter(
+            (outcome.claim.account_id, math.floor(outcome.attempt.ended_at) + 1)
+            for outcome in outcomes
+            if outcome.sent
+        )
+        for (account_id, until), n in sent.items():
             db.execute(
                 "INSERT INTO sends VALUES (:account, :until, :n) ON CONFLICT DO UPDATE SET n = n + excluded.n",
-                {"account": account_id, "until": math.floor(now) + 1, "n": n},
+                {"account": account_id, "until": until, "n": n},
             )
         held = collections.Counter(outcome.claim.account_id for outcome in outcomes if outcome.held)
         for account_id, n in held.items():
@@ -4709,6 +4754,27 @@ class Queue:
             ).rowcount
 
         return await self.file.write(work)
+
+    async def move_times(self, step_s: int, since: int) -> None:
+        """The wall clock was set by so much: move what the daemon itself put off, and the counts of
+        sends, so that nothing comes earlier or later for it.
+
+        What an earlier run put off, before `since`, may be right by the new clock (a machine that
+        boots without knowing the time): it is moved only to where it comes earlier.
+        """
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(
+                "UPDATE messages SET deferred_ts = deferred_ts + :step WHERE sent_ts IS NULL AND error_ts IS NULL "
+                "AND deferred_ts IS NOT NULL AND deferral <> 'schedule' AND deferred_ts + :step < :latest "
+                "AND (updated_at >= :since OR :step < 0)",
+                {"step": step_s, "latest": LARGEST_INTEGER, "since": since},
+            )
+            db.execute("UPDATE sends SET until_ts = -(until_ts + :step)", {"step": step_s})  # no two are ever
+            db.execute("UPDATE sends SET until_ts = -until_ts")  # the same on the way
+
+        await self.file.write(work)
+        self.next_due_ts = 0
 
     async def payload(self, seq: int) -> str:
         """The payload of a claimed message that was too large to come with its claim."""
@@ -4792,7 +4858,7 @@ class Queue:
         ).fetchone()
         served = {
             address: outcome
-            for address, outcome in (_recipients_from_row(recipients) or {}).items()
+            for address, outcome in (_recipients_if_readable(recipients) or {}).items()
             if outcome.status is Status.SENT
         }
         db.execute(
@@ -5033,6 +5099,15 @@ class Queue:
         return await self.file.read(work)
 
 
+def _claim_of(row: Sequence[Any]) -> Claim:
+    """A claim of a row; one that is damaged has no payload, and so fails alone when it is composed."""
+    try:
+        rest = _recipients_from_row(row[9]), *row[10:]
+    except _Damaged:
+        rest = None, 0, 0, ""
+    return Claim._make((*row[:9], *rest, False))
+
+
 def take_turns(
     fresh: Sequence[Claim], retried: Sequence[Claim], most: int, retried_first: bool
 ) -> list[Claim]:
@@ -5083,22 +5158,43 @@ def _recipients_to_row(recipients: Mapping[str, RecipientOutcome] | None) -> str
     return AS_JSON(recipients) if recipients else None
 
 
+class _Damaged(ValueError):
+    """A column does not hold what was written there: somebody, or a disk, changed it."""
+
+
 def _recipients_from_row(column: str | None) -> dict[str, RecipientOutcome] | None:
+    """Raises _Damaged: who has the message already must not be guessed."""
     if column is None:
         return None
-    return {
-        address: RecipientOutcome(Status(status), code, text)
-        for address, (status, code, text) in json.loads(column).items()
-    }
+    try:
+        return {
+            address: RecipientOutcome(Status(status), code, text)
+            for address, (status, code, text) in json.loads(column).items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _Damaged("recipients") from error
+
+
+def _recipients_if_readable(column: str | None) -> dict[str, RecipientOutcome] | None:
+    with contextlib.suppress(_Damaged):
+        return _recipients_from_row(column)
+    return None
 
 
 def _recipients_for_people(column: str | None) -> dict[str, dict[str, object]] | None:
-    if column is None:
+    outcomes = _recipients_if_readable(column)
+    if outcomes is None:
         return None
-    return {
-        address: {"status": status, "code": code, "text": text}
-        for address, (status, code, text) in json.loads(column).items()
-    }
+    return {address: outcome._asdict() for address, outcome in outcomes.items()}
+
+
+def _payload_for_people(column: str) -> dict[str, object]:
+    """What was submitted; nothing when it cannot be read any more."""
+    try:
+        payload = json.loads(column)
+    except ValueError:
+        return {}
+    return payload if isinstance(payload, dict) else {}
 
 
 def _give_back(db: sqlite3.Connection, account_id: str, n: int) -> None:
@@ -5154,7 +5250,7 @@ def _record(row: Sequence[Any]) -> Record:
     )  # fmt: skip
     fields: dict[str, object] = dict(zip(names, row[1:15], strict=True))
     fields["recipients"] = _recipients_for_people(row[15])
-    return Record(row[0], fields, json.loads(row[17]), row[16])
+    return Record(row[0], fields, _payload_for_people(row[17]), row[16])
 
 
 def _report_entry(row: Sequence[Any]) -> dict[str, object]:
@@ -8737,13 +8833,6 @@ COMPOSED_INLINE_BYTES = 32_768  # larger messages are composed in a thread
 STORAGE_PAUSE_S = 1.0  # between two tries while the queue file refuses
 
 
-class Clock(NamedTuple):
-    """The wall clock for what people see, the monotonic one for durations; both in seconds."""
-
-    wall: Callable[[], float]
-    monotonic: Callable[[], float]
-
-
 class Composed(NamedTuple):
     """A message ready for the wire."""
 
@@ -8814,10 +8903,6 @@ class Lane:
 
     # -- what it can take
 
-    @property
-    def limited(self) -> bool:
-        return self.account.limits != Limits()
-
     def open(self, now: float) -> bool:
         """True when mail may be claimed for this lane."""
         return not self.rests(now) and (self.limited_until is None or self.limited_until <= now)
@@ -8830,13 +8915,17 @@ class Lane:
         return self._cooling_until is not None and now < self._cooling_until
 
     def connections_allowed(self, now: float) -> int:
-        """Connections the lane may have now; grows by one every STAGGER_S while all are in use."""
+        """Connections the lane may have now; grows by one every STAGGER_S while all are in use.
+
+        No more are opened at a time than are open, or one: a wrong password costs one login,
+        a server that does not answer one slot.
+        """
         if self._probing:
             return self.busy + (self._probe is None)
         if self.busy >= self._limit and now >= self._grown_at + STAGGER_S:
             self._limit, self._grown_at = self._limit + 1, now
         self._limit = min(self._limit, self.account.max_connections)
-        return self._limit
+        return min(self._limit, max(1, 2 * self._live))
 
     def connections_free(self, now: float) -> int:
         return max(0, self.connections_allowed(now) - self.busy)
@@ -9132,6 +9221,8 @@ class Dispatcher:
         self._busy = 0
         self._asked = False  # run-now in test_mode: turn until nothing is left to do
         self._draining = False
+        self._waits_for_storage = False
+        self._held_windows: dict[str, SendWindows] = {}  # of accounts that went with mail on the wire
         self._rotation: deque[Lane] = deque()
 
     @property
@@ -9158,7 +9249,9 @@ class Dispatcher:
 
     def add_lane(self, account: Account, counted: Iterable[tuple[float, int]], *, suspended: bool) -> None:
         """Begin to deliver for an account; `counted` are its sends on the monotonic clock."""
-        lane = self.lanes[account.id] = Lane(account, SendWindows(account.limits, counted), self._clock)
+        windows = self._held_windows.pop(account.id, None) or SendWindows(account.limits, counted)
+        windows.replace_limits(account.limits)
+        lane = self.lanes[account.id] = Lane(account, windows, self._clock)
         lane.suspended = suspended
         self._rotation.append(lane)
         self._alarm.ring()
@@ -9199,6 +9292,8 @@ class Dispatcher:
         lane.deleted = lane.account.source != "config"
         self._rotation.remove(lane)
         self._recall(lane)
+        if lane.windows.held:
+            self._held_windows[account_id] = lane.windows
 
     def suspend(self) -> None:
         self.active = False
@@ -9235,21 +9330,44 @@ class Dispatcher:
     async def _turn(self) -> float:
         """Do what is to be done now; return for how long nothing will be, in seconds."""
         self._end_old_sessions()
-        if self.rules.test_mode and not self._asked:
-            return self.rules.send_interval_s
         try:
+            await self._follow_clock()
+            if self.rules.test_mode and not self._asked:
+                return self.rules.send_interval_s
             if self._queue.file.refuses:
                 await self._queue.answers()
             await self._step_clockwork()
             if self.active:
                 await self._claim_for_lanes()
         except StorageUnavailable as error:
-            event(self._log, logging.ERROR, "delivery waits for the storage", error=str(error))
+            if not self._waits_for_storage:
+                event(self._log, logging.ERROR, "delivery waits for the storage", error=str(error))
+            self._waits_for_storage = True
             return STORAGE_PAUSE_S
+        if self._waits_for_storage:
+            event(self._log, logging.INFO, "delivery goes on: the storage works again")
+        self._waits_for_storage = False
         if self.rules.test_mode and self._is_idle():
             self._asked = False
             self._reports_due()
         return self._pause_s()
+
+    async def _follow_clock(self) -> None:
+        """When somebody set the wall clock, what the daemon itself put off keeps its pauses.
+
+        Times that clients gave are meant by the new clock. Nothing may come between following the
+        clock and handing the change to the writer: what is written after it goes by the new one.
+        """
+        since = self._clock.started_ts
+        step_s = self._clock.follow()
+        if not step_s:
+            return
+        event(self._log, logging.WARNING, "the wall clock was set", seconds=step_s)
+        try:
+            await self._queue.move_times(step_s, since)
+        except StorageUnavailable:
+            self._clock.unfollow(step_s)
+            raise
 
     async def _step_clockwork(self) -> None:
         """Let some of the scheduled mail become ready, and some overdue mail end, when there is any."""
@@ -9312,7 +9430,7 @@ class Dispatcher:
         return self.rules.max_concurrency // KEPT_SLOTS if lane.busy + share and len(self.lanes) > 1 else 0
 
     def _order(self, lane: Lane, most: int) -> Order:
-        return Order(lane.account.id, most, lane.retried_first, lane.limited)
+        return Order(lane.account.id, most, lane.retried_first)
 
     async def _claim(self, shares: Mapping[Lane, int]) -> None:
         orders = [self._order(lane, most) for lane, most in shares.items()]
@@ -9451,9 +9569,8 @@ class Dispatcher:
         lane.windows.give_back()
         self._queue.release([claim])  # at once: the account may be deleted during any wait
         lane.has_mail = True
-        if lane.limited:
-            with contextlib.suppress(StorageUnavailable):
-                await self._queue.give_back_slot(claim.account_id)
+        with contextlib.suppress(StorageUnavailable):
+            await self._queue.give_back_slot(claim.account_id)
 
     # -- one connection at work
 
@@ -9507,7 +9624,7 @@ class Dispatcher:
         except Exception as error:
             await self._fail_internally(lane, claim, error)
             return
-        turn = Turn(claim, composed)
+        turn = Turn(_for_its_recipients(claim, composed.envelope), composed)
         while await self._transact(line, turn):
             pass
 
@@ -9517,7 +9634,7 @@ class Dispatcher:
         started_at, begun = self._clock.wall(), self._clock.monotonic()
         left = turn.recipients_left
         replies = {a: _not_allowed() for a in left if not (self.rules.redirect_to or self.rules.allows(a))}
-        served = tuple(a for a in left if a not in replies)[: lane.account.max_recipients]
+        served = () if replies else tuple(left)[: lane.account.max_recipients]
         untried = len(left) - len(replies) - len(served)
         name, reused = "", False
         if served:
@@ -9551,6 +9668,7 @@ class Dispatcher:
             outcome = "ok"
             line.session = opened
             lane.opened()
+            self._alarm.ring()  # it may have more now
         self._metrics.connect(lane.account.id, outcome)
         return opened
 
@@ -9629,7 +9747,7 @@ class Dispatcher:
         elif disposition.status is Status.DEFERRED and disposition.deferred_ts is None:
             disposition = replace(disposition, deferred_ts=lane.next_try_ts())
         used = claim.served or disposition.slot_used
-        await self._record(Outcome(claim, attempt, disposition, sent=used, held=lane.limited))
+        await self._record(Outcome(claim, attempt, disposition, sent=used, held=True))
         self._tell(claim, attempt, disposition)
         if used:
             lane.windows.count(self._clock.monotonic())
@@ -9752,6 +9870,18 @@ class Dispatcher:
         """End what is still on the wire; those messages stay in the queue."""
         for task in self._tasks:
             task.cancel()
+
+
+def _for_its_recipients(claim: Claim, envelope: Envelope) -> Claim:
+    """The claim without what waits for recipients it has no more: redirect_to came or went meanwhile."""
+    if not claim.recipients:
+        return claim
+    kept = {
+        address: outcome
+        for address, outcome in claim.recipients.items()
+        if address in envelope.recipients or outcome.status is not Status.DEFERRED
+    }
+    return claim._replace(recipients=kept or None)
 
 
 def _not_allowed() -> Reply:
@@ -11312,6 +11442,7 @@ def _number_asked(query: Mapping[str, str], name: str, low: int, high: int) -> i
 UPSTREAM_THREADS = 2  # one call at a time, and one that a stop has left behind
 TOKEN_THREADS = 8
 FETCHING_THREADS = 16
+LOOK_UP_THREADS = 32  # of hosts, and reading passwords and certificates: one that hangs holds up no other
 WORKING_THREADS = 4
 HOSTNAME_PATIENCE_S = 2.0
 REPORT_PATIENCE_S = 5.0  # for a report that is under way when the daemon stops
@@ -11400,6 +11531,7 @@ class Daemon:
         self._upstream = Threads(UPSTREAM_THREADS, "upstream")
         self._token_threads = Threads(TOKEN_THREADS, "tokens")
         self._fetching = Threads(FETCHING_THREADS, "fetching")
+        self._looking_up = Threads(LOOK_UP_THREADS, "look-up")
         self._working = Threads(WORKING_THREADS, "working")
         self._tokens: tuple[bytes, ...] = ()
         self._queue = Queue(
@@ -11409,7 +11541,7 @@ class Daemon:
                 observe_commit=self._metrics.commit,
                 observe_refusal=self._metrics.commit_failed,
             ),
-            now=time.time,
+            now=self._clock.wall,
         )
 
     # -- the life of it
@@ -11431,7 +11563,9 @@ class Daemon:
             raise ConfigurationError(str(error)) from None
         finally:
             await self._queue.file.close()
-            for threads in (self._upstream, self._token_threads, self._fetching, self._working):
+            for threads in (
+                self._upstream, self._token_threads, self._fetching, self._looking_up, self._working,
+            ):  # fmt: skip
                 threads.close()
         event(self._log, logging.INFO, "stopped", status=status)
         return status
@@ -11451,15 +11585,7 @@ class Daemon:
             MemoryBudget(self.settings.attachments.memory_budget_bytes),
             self._working,
         )
-        keeper = TokenKeeper(
-            post_form=post_form,
-            reveal=self._reveal,
-            in_thread=self._token_threads.run,
-            monotonic=time.monotonic,
-        )
-        agent = DeliveryAgent(
-            hostname=await self._hostname(), reveal=self._reveal, in_thread=self._working.run, tokens=keeper
-        )
+        agent = self._agent(await self._hostname())
         self._dispatcher = Dispatcher(
             self._queue,
             self._delivery_rules(),
@@ -11674,6 +11800,17 @@ class Daemon:
 
     def _reveal(self, secret: Secret) -> str:
         return reveal(secret, self._environ)
+
+    def _agent(self, hostname: str) -> DeliveryAgent:
+        keeper = TokenKeeper(
+            post_form=post_form,
+            reveal=self._reveal,
+            in_thread=self._token_threads.run,
+            monotonic=time.monotonic,
+        )
+        return DeliveryAgent(
+            hostname=hostname, reveal=self._reveal, in_thread=self._looking_up.run, tokens=keeper
+        )
 
     async def _hostname(self) -> str:
         """What we call ourselves to SMTP servers (RFC 5321 4.1.1.1)."""

@@ -4384,7 +4384,7 @@ class QueueRig:
         assert self.accept(submissions) == [None] * len(submissions)
 
     def claimed(self, most: int = 100, account: str = "main", **options: Any) -> list[Any]:
-        order = {"retried_first": False, "hold": False, **options}
+        order = {"retried_first": False, **options}
         return self.claim([mailproxy.Order(account, most, **order)])[0]
 
     def recorded(self, claim: Any, status: Any, **options: Any) -> None:
@@ -4392,7 +4392,7 @@ class QueueRig:
         reply = mailproxy.Reply(mailproxy.Stage.END_OF_DATA, 250 if status is SENT else 451, "as told")
         attempt = mailproxy.Attempt(self.now, self.now, {"to@example.com": reply}, "main-1")
         disposition = mailproxy.Disposition(status, **fields)
-        self.record(mailproxy.Outcome(claim, attempt, disposition, sent=status is SENT, held=False))
+        self.record(mailproxy.Outcome(claim, attempt, disposition, sent=status is SENT, held=True))
 
     def tally(self, account: str = "main") -> tuple[int, int, int]:
         return tuple(self.tallies()[account])
@@ -4536,7 +4536,7 @@ def test_a_place_in_the_order_of_acceptance_is_never_given_twice(rig: QueueRig) 
 
 def test_outcomes_that_wait_together_are_recorded_in_one_go(rig: QueueRig) -> None:
     rig.accepted(submission("a"), submission("b"), submission("c", account_id="other"))
-    claims = rig.claimed(hold=True) + rig.claimed(account="other", hold=True)
+    claims = rig.claimed() + rig.claimed(account="other")
     reply = mailproxy.Reply(mailproxy.Stage.END_OF_DATA, 250, "ok")
     attempt = mailproxy.Attempt(NOW, NOW, {"to@example.com": reply})
     disposition = mailproxy.Disposition(SENT, lane=mailproxy.LaneSignal.UP, counted=True, slot_used=True)
@@ -4654,7 +4654,7 @@ def test_an_expired_message_that_some_have_received_ends_as_sent(rig: QueueRig) 
 def test_a_rate_limited_turn_is_deferred_and_those_behind_it_wait_untouched(rig: QueueRig) -> None:
     rig.accepted(*(submission(f"m{i}") for i in range(5)))
 
-    order = mailproxy.Order("main", 3, retried_first=False, hold=True)
+    order = mailproxy.Order("main", 3, retried_first=False)
     held_back = rig.defer_limited(order, NOW + 60, "rate limit reached")
 
     assert ids(held_back) == ["m0", "m1", "m2"]
@@ -4664,7 +4664,7 @@ def test_a_rate_limited_turn_is_deferred_and_those_behind_it_wait_untouched(rig:
 
 def test_rate_limited_mail_keeps_its_place(rig: QueueRig) -> None:
     rig.accepted(submission("a"), submission("b"))
-    rig.defer_limited(mailproxy.Order("main", 1, False, True), NOW + 60, "rate limit reached")
+    rig.defer_limited(mailproxy.Order("main", 1, retried_first=False), NOW + 60, "rate limit reached")
 
     assert rig.let_go("main", ("limit",)) == 1
 
@@ -4673,7 +4673,7 @@ def test_rate_limited_mail_keeps_its_place(rig: QueueRig) -> None:
 
 def test_slots_that_were_held_at_a_crash_count_as_used(rig: QueueRig) -> None:
     rig.accepted(submission("a"), submission("b"))
-    rig.claimed(2, hold=True)
+    rig.claimed(2)
     rig.give_back_slot("main")
 
     rig.load()
@@ -4828,7 +4828,7 @@ def test_no_hot_statement_scans_or_sorts_the_table(rig: QueueRig) -> None:
     rig.accepted(submission("a"))
     rig.now += 2
     rig.release_due()
-    for claim, status in zip(rig.claimed(hold=True), (SENT, DEFERRED), strict=True):
+    for claim, status in zip(rig.claimed(), (SENT, DEFERRED), strict=True):
         rig.recorded(claim, status, deferred_ts=NOW + 60 if status is DEFERRED else None, reason="retry")
     rig.acknowledge(rig.unreported(10))
     rig.give_up_overdue()
@@ -9474,6 +9474,7 @@ def test_secrets_in_a_request_are_not_in_its_repr():
 FRIENDLY = {
     "GREETING": "220 moody.test", "EHLO": "250 moody.test", "MAIL": "250 2.1.0 Ok", "RCPT": "250 2.1.5 Ok",
     "DATA": "354 Go", ".": "250 2.0.0 Taken", "RSET": "250 2.0.0 Ok", "QUIT": "221 2.0.0 Bye",
+    "AUTH": "235 2.7.0 Welcome",
 }  # fmt: skip
 
 
@@ -9482,11 +9483,13 @@ class MoodySmtpServer:
 
     `moods` maps a verb ("GREETING", "EHLO", "MAIL", "RCPT", "DATA", "." for the end of data) to
     what it says the next times; afterwards it is friendly. That is a reply (a 421 hangs up too),
-    "drop" (hangs up), or seconds to wait before the friendly reply.
+    "drop" (hangs up), "trickle" (a byte now and then, without end), or seconds to wait before the
+    friendly reply. `friendly` replies take the place of the usual ones.
     """
 
-    def __init__(self, **moods: list[str | float]) -> None:
+    def __init__(self, *, friendly: Mapping[str, str] | None = None, **moods: list[str | float]) -> None:
         self.moods = {verb: deque(said) for verb, said in moods.items()}
+        self.friendly = {**FRIENDLY, **(friendly or {})}
         self.heard: Counter[str] = Counter()  # verbs
         self.received: list[tuple[str, ...]] = []  # the recipients of each message
         self.most_connections = 0
@@ -9538,11 +9541,13 @@ class MoodySmtpServer:
         mood = self.moods[verb].popleft() if self.moods.get(verb) else 0.0
         if mood == "drop":
             return False
+        while mood == "trickle" and not self._stopping.wait(0.05):
+            line.sendall(b"2")
         if verb == "." and isinstance(mood, float):
             self.received.append(tuple(recipients))
         if isinstance(mood, float):
             self._stopping.wait(mood)
-            mood = FRIENDLY[verb]
+            mood = self.friendly[verb]
         line.sendall(mood.encode() + b"\r\n")
         return not mood.startswith(("421", "221"))
 
@@ -9865,6 +9870,79 @@ def test_a_refused_login_costs_a_few_logins_and_no_message(tmp_path: Path, repor
         assert state_of(daemon, "main") == "up"
 
 
+def test_a_wrong_password_costs_one_login_even_where_the_refusal_takes_its_time(tmp_path: Path) -> None:
+    words = {"EHLO": "250-moody.test\r\n250 AUTH PLAIN", "AUTH": "535 5.7.8 Wrong password"}
+    login = {"user": "me", "password": "wrong", "max_connections": 30}
+    with (
+        MoodySmtpServer(friendly=words, AUTH=[0.7] * 100) as moody,
+        SleepyDaemon(tmp_path, {"smtp": login}, smtp=moody) as daemon,
+    ):
+        daemon.submit(*letters("m", 100))
+        daemon.wait_for_log("refuses the login")
+        wait_still(daemon)
+
+        assert moody.heard["AUTH"] == 1
+        moody.friendly["AUTH"] = FRIENDLY["AUTH"]
+        moody.moods["AUTH"].clear()
+        ask(daemon, "/commands/run-now")
+        wait_until(lambda: len(moody.received) == 100, "all the mail")
+        wait_still(daemon)
+        assert {message["attempts"] for message in daemon.get("/messages").json["messages"]} == {1}
+
+
+def test_a_certificate_that_is_not_accepted_cools_the_account_and_nothing_goes_in_clear(
+    tmp_path: Path, ca: PrivateCA, reports: ReportReceiver
+) -> None:
+    with (
+        SmtpServer(certificate=ca.good()) as smtp,
+        SleepyDaemon(tmp_path, reports=reports) as daemon,
+    ):
+        for wanted in ("auto", "required"):
+            ask(daemon, "/account", account_at(wanted, smtp, start_tls=wanted))
+            daemon.submit(*letters(wanted, 3, account_id=wanted))
+            deferral = reports.wait_for_entry(f"{wanted}-0", "deferred")
+            account = daemon.status()["accounts"][wanted]
+            assert (account["state"], account["reason"], deferral["attempts"]) == (
+                "cooling", deferral["error"], 0,
+            )  # fmt: skip
+            assert "the server's certificate is not accepted" in deferral["error"]
+            assert not smtp.visits
+
+            ask(daemon, "/account", account_at(wanted, smtp, start_tls=wanted, ca_file=str(ca.ca_file)))
+            wait_sent(daemon, f"{wanted}-0", f"{wanted}-2")
+            smtp.visits.clear()
+
+
+def test_a_server_that_trickles_costs_its_own_mail_a_timeout_and_nobody_else_anything(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    config = {"delivery": {"retry_delays": 3600}}
+    slow = {"timeout": 0.5, "max_connections": 1, "max_messages_per_connection": 1}
+    with (
+        MoodySmtpServer(MAIL=["trickle"], RCPT=["trickle"], DATA=["trickle"]) as moody,
+        SleepyDaemon(tmp_path, config, smtp=smtp) as daemon,
+    ):
+        ask(daemon, "/account", account_at("slow", moody, **slow))
+        daemon.submit(*letters("s", 4, account_id="slow"))
+        daemon.submit(*letters("m", 20))
+
+        wait_sent(daemon, "m-0", "m-19", "s-3")
+        for id_, stage in (("s-0", "mail"), ("s-1", "rcpt"), ("s-2", "data")):
+            record = daemon.wait_status(id_, "deferred")
+            assert (record["attempts"], record["error"]) == (1, "no answer within 0.5 s")
+            assert [attempt["stage"] for attempt in daemon.attempts(id_)] == [stage]
+        assert state_of(daemon, "slow") == "up"
+
+        for verb in ("GREETING", "EHLO"):
+            moody.moods[verb] = deque(["trickle"])
+            daemon.submit(letter(f"s {verb}", account_id="slow"))
+            record = daemon.wait_status(f"s {verb}", "deferred")
+            assert (record["attempts"], state_of(daemon, "slow")) == (0, "cooling")
+            assert "no answer in time" in record["error"]
+            ask(daemon, "/commands/run-now")
+            wait_sent(daemon, f"s {verb}")
+
+
 def test_black_holes_with_hundreds_of_messages_hold_up_nobody_else(
     tmp_path: Path, smtp: SmtpServer, black_hole: socket.socket
 ) -> None:
@@ -9873,7 +9951,7 @@ def test_black_holes_with_hundreds_of_messages_hold_up_nobody_else(
         for name in ("hole", "pit"):
             ask(daemon, "/account", account_at(name, black_hole, timeout=60, max_connections=16))
             daemon.submit(*letters(name, 500, account_id=name))
-        wait_until(lambda: daemon.status()["in_delivery"] >= 9, "the black holes to take what they can")
+        wait_until(lambda: daemon.status()["in_delivery"] == 2, "the black holes to take what they can")
 
         for number in range(3):
             daemon.submit(letter(f"m-{number}"))
@@ -9981,12 +10059,29 @@ def test_what_began_before_a_421_heals_it() -> None:
     assert rig.lane.state().state == "up"
 
 
+def test_no_more_connections_are_opened_at_a_time_than_are_open() -> None:
+    rig = LaneRig(max_connections=10)
+    busy = []
+    for open_now in (0, 0, 1, 2, 3):
+        while rig.lane.connections < open_now:
+            rig.lane.opened()
+        for _ in range(20):
+            rig.now += 1
+            while rig.lane.connections_free(rig.now):
+                rig.lane.begin(mailproxy.Line(rig.lane))
+        busy.append(rig.lane.busy)
+
+    assert busy == [1, 1, 2, 4, 6]
+    assert rig.lane.wakes_at(rig.now) == math.inf
+
+
 def test_a_lane_grows_by_one_connection_at_a_time_and_never_spins() -> None:
     rig = LaneRig(max_connections=3)
     allowed = []
     for _ in range(10):
         while rig.lane.connections_free(rig.now):
             rig.lane.begin(mailproxy.Line(rig.lane))
+            rig.lane.opened()
         allowed.append(rig.lane.busy)
         wakes_at = rig.lane.wakes_at(rig.now)
         assert wakes_at > rig.now
@@ -10048,6 +10143,89 @@ def test_slots_in_use_count_after_kill_9(tmp_path: Path, smtp: SmtpServer) -> No
         daemon.wait_for_log("held back by the rate limit")
         assert state_of(daemon) == "limited"
         assert smtp.visits["slow2@example.com"] == 3
+
+
+def test_minute_hour_and_day_hold_together_across_kill_9(tmp_path: Path, smtp: SmtpServer) -> None:
+    """Time passes by making what was sent older, while the daemon is down."""
+
+    def after(seconds: int) -> str:
+        daemon.kill()
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
+            db.execute("UPDATE sends SET until_ts = -(until_ts - ?)", (seconds,))
+            db.execute("UPDATE sends SET until_ts = -until_ts")
+        daemon.start()
+        ask(daemon, "/account", account)  # what waited for the limit is judged again
+        return str(daemon.wait_status("m-29", "deferred")["error"])
+
+    account = account_at(
+        "main",
+        smtp,
+        limit_per_minute=3,
+        limit_per_hour=5,
+        limit_per_day=6,
+        max_connections=16,
+        batch_size=100,
+    )
+    with SleepyDaemon(tmp_path) as daemon:
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
+            db.execute("INSERT INTO sends VALUES ('main', ?, 1)", (int(time.time()) - 7200,))
+        ask(daemon, "/account", account)
+        daemon.submit(*letters("m", 30, "slow50ms@example.com", account_id="main"))
+        wait_until(lambda: smtp.visits["slow50ms@example.com"] == 3, "the limit of a minute")
+
+        reasons = [after(0), after(61), after(61), after(3661)]
+
+        assert reasons == [
+            "rate limit reached: 3 per minute", "rate limit reached: 5 per hour, 6 per day",
+            "rate limit reached: 5 per hour, 6 per day", "rate limit reached: 6 per day",
+        ]  # fmt: skip
+        assert smtp.visits["slow50ms@example.com"] == 5
+
+
+def test_a_limit_that_comes_and_goes_while_mail_is_on_the_wire_counts_right_after_kill_9(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    limited = account_at("main", smtp, limit_per_hour=10, max_connections=9)
+    with SleepyDaemon(tmp_path) as daemon:
+        ask(daemon, "/account", account_at("main", smtp, max_connections=9))
+        daemon.submit(*letters("a", 2, "slow500ms@example.com", account_id="main"))
+        wait_until(lambda: smtp.visits["slow500ms@example.com"] == 2, "mail without a limit on the wire")
+        ask(daemon, "/account", limited)
+        daemon.submit(*letters("b", 3, "slow30@example.com", account_id="main"))
+        wait_until(lambda: smtp.visits["slow30@example.com"] == 3, "mail with a limit on the wire")
+        wait_sent(daemon, "a-0", "a-1")
+
+        ask(daemon, "/commands/suspend")
+        daemon.kill()
+        daemon.start()
+        assert daemon.status()["accounts"]["main"]["limits_left"] == {"hour": 5}
+
+        daemon.submit(*letters("c", 1, "slow500ms+c@example.com", account_id="main", priority=0))
+        ask(daemon, "/commands/activate")
+        wait_until(lambda: smtp.visits["slow500ms+c@example.com"], "one more")
+        ask(daemon, "/account", account_at("main", smtp))
+        wait_sent(daemon, "c-0")
+        with daemon.db() as db:
+            held = sum(n for (n,) in db.execute("SELECT n FROM holds"))
+        assert held == daemon.status()["in_delivery"]
+
+
+def test_deleting_an_account_and_adding_it_again_makes_no_room_in_its_limits(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    limited = account_at("main", smtp, limit_per_hour=4, max_connections=9)
+    with SleepyDaemon(tmp_path) as daemon:
+        ask(daemon, "/account", limited)
+        daemon.submit(*letters("a", 3, "slow1@example.com", account_id="main"))
+        wait_until(lambda: smtp.visits["slow1@example.com"] == 3, "mail on the wire")
+
+        daemon.delete("/account/main")
+        ask(daemon, "/account", limited)
+        daemon.submit(*letters("b", 3, account_id="main"))
+
+        wait_until(lambda: state_of(daemon, "main") == "limited", "the limit")
+        wait_still(daemon)
+        assert len(smtp.received) == 4
 
 
 def test_slots_come_back_when_nothing_was_sent(tmp_path: Path, smtp: SmtpServer) -> None:
@@ -10247,7 +10425,63 @@ def test_only_allowed_recipients_get_mail(tmp_path: Path, smtp: SmtpServer) -> N
         assert sorted(smtp.wait_for(1)[0].recipients) == ["A@example.com", "x@example.org"]
 
 
+def test_mail_that_waits_when_staging_ends_goes_to_its_real_recipients_alone(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    delivery = {"redirect_to": "greylist9@example.org", "retry_delays": 1}
+    with SleepyDaemon(tmp_path, {"delivery": delivery}, smtp=smtp) as daemon:
+        daemon.submit(letter("m", "ok@example.com"))
+        daemon.wait_status("m", "deferred")
+
+        del daemon.config["delivery"]["redirect_to"]
+        daemon.write_config()
+        daemon.signal(signal.SIGHUP)
+
+        record = daemon.wait_status("m", "sent")
+        assert (record["recipients"], record["attempts"]) == (None, 2)
+        assert [received.recipients for received in smtp.received] == [["ok@example.com"]]
+
+
+def test_a_recipient_that_is_not_allowed_here_does_not_make_a_dead_connection_count(tmp_path: Path) -> None:
+    config = {"delivery": {"allow_recipients": "@example.com"}}
+    with (
+        MoodySmtpServer(MAIL=[0.0, "drop"]) as moody,
+        SleepyDaemon(tmp_path, config, smtp=moody) as daemon,
+    ):
+        for number in range(2):
+            daemon.submit(letter(f"m-{number}", "ok@example.com", "ok@example.org"))
+            record = daemon.wait_status(f"m-{number}", "sent")
+            assert record["attempts"] == 1
+            assert {a: o["status"] for a, o in record["recipients"].items()} == {
+                "ok@example.com": "sent", "ok@example.org": "error",
+            }  # fmt: skip
+
+
 # -- accidents
+
+
+def test_a_damaged_row_becomes_an_error_of_its_own(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    damage = {"m-1": "{cut off", "m-2": "[1, 2]", "m-3": '{"a@example.com": ["nonsense", 1, ""]}'}
+    with SleepyDaemon(tmp_path, smtp=smtp, reports=reports) as daemon:
+        ask(daemon, "/commands/suspend")
+        daemon.submit(*letters("m", 6), letter("late", expires_ts=int(time.time()) + 1))
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db", timeout=10)) as db, db:
+            for id_, recipients in damage.items():
+                db.execute("UPDATE messages SET recipients = ? WHERE id = ?", (recipients, id_))
+            db.execute("UPDATE messages SET payload = '{\"subject\": ' WHERE id = 'm-4'")
+            db.execute("UPDATE messages SET recipients = '{' WHERE id = 'late'")
+        for path in ("/message/m-1", "/message/m-4?content=1", "/messages"):
+            assert daemon.get(path).status == 200, path
+        reports.wait_for_entry("late", "error")
+
+        ask(daemon, "/commands/activate")
+
+        wait_sent(daemon, "m-0", "m-5")
+        for id_ in (*damage, "m-4"):
+            assert reports.wait_for_entry(id_, "error")["error"].startswith("internal error: ")
+        assert sorted(subjects(smtp)) == ["m-0", "m-5"]
 
 
 def test_a_message_that_makes_us_fail_fails_alone(tmp_path: Path, smtp: SmtpServer) -> None:
@@ -10290,6 +10524,22 @@ def test_an_outcome_waits_for_the_storage_and_nothing_is_doubled(tmp_path: Path,
 
         wait_sent(daemon, *(f"m-{number}" for number in range(6)))
         assert sorted(subjects(smtp)) == [f"m-{number}" for number in range(6)]
+
+
+def test_an_outage_of_the_storage_is_told_once_and_so_is_its_end(tmp_path: Path, smtp: SmtpServer) -> None:
+    with Daemon(tmp_path, smtp=smtp) as daemon:
+        daemon.submit(letter("m", deferred_ts=int(time.time()) + 1))
+        with contextlib.closing(
+            sqlite3.connect(tmp_path / "queue.db", timeout=10, isolation_level=None)
+        ) as db:
+            db.execute("BEGIN IMMEDIATE")
+            daemon.wait_for_log("delivery waits for the storage")
+            time.sleep(2.5)  # in which it is tried again
+            db.execute("ROLLBACK")
+
+        wait_sent(daemon, "m")
+        daemon.wait_for_log("delivery goes on: the storage works again")
+        assert daemon.log.count("delivery waits for the storage") == 1
 
 
 # -- the end
