@@ -9362,12 +9362,12 @@ class Dispatcher:
         step_s = self._clock.follow()
         if not step_s:
             return
-        event(self._log, logging.WARNING, "the wall clock was set", seconds=step_s)
         try:
             await self._queue.move_times(step_s, since)
         except StorageUnavailable:
             self._clock.unfollow(step_s)
             raise
+        event(self._log, logging.WARNING, "the wall clock was set", seconds=step_s)
 
     async def _step_clockwork(self) -> None:
         """Let some of the scheduled mail become ready, and some overdue mail end, when there is any."""

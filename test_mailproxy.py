@@ -4682,6 +4682,39 @@ def test_slots_that_were_held_at_a_crash_count_as_used(rig: QueueRig) -> None:
     assert rig.sql("SELECT * FROM holds") == []
 
 
+@pytest.mark.parametrize(
+    ("step_s", "moved"),
+    [(3600, {"scheduled": 60, "earlier": 60, "retry": 3660}), (-3600, {"earlier": -3540, "retry": -3540})],
+)
+def test_when_the_clock_is_set_what_was_put_off_keeps_its_pause(
+    rig: QueueRig, step_s: int, moved: dict[str, int]
+) -> None:
+    rig.accepted(submission("scheduled", deferred_ts=NOW + 60), submission("earlier"))
+    rig.recorded(rig.claimed()[0], DEFERRED, deferred_ts=NOW + 60, reason="retry")
+    rig.now += 10
+    rig.accepted(submission("retry"), submission("sent", priority=0))
+    rig.recorded(rig.claimed(1)[0], SENT)
+    rig.recorded(rig.claimed()[0], DEFERRED, deferred_ts=NOW + 60, reason="retry")
+
+    rig.move_times(step_s, NOW + 5)
+
+    due = dict(rig.sql("SELECT id, deferred_ts FROM messages WHERE deferred_ts IS NOT NULL"))
+    assert {id_: ts - NOW for id_, ts in due.items()} == {"scheduled": 60, **moved}
+    assert rig.sends() == {"main": [(NOW + 11 + step_s, 1)]}
+    assert rig.queue.next_due_ts == 0
+
+
+def test_counts_of_neighbouring_seconds_move_without_getting_mixed_up(rig: QueueRig) -> None:
+    for second in range(5):
+        rig.accepted(submission(f"m{second}"))
+        rig.now = NOW + second
+        rig.recorded(rig.claimed()[0], SENT)
+
+    rig.move_times(6, NOW)
+
+    assert rig.sends() == {"main": [(NOW + second + 7, 1) for second in range(5)]}
+
+
 def test_old_send_counts_are_folded_together_and_dropped_after_a_day(rig: QueueRig) -> None:
     rig.accepted(*(submission(f"m{i}") for i in range(90)))
     for claim in rig.claimed():
@@ -9994,6 +10027,27 @@ def test_slots_are_shared_in_turn(tmp_path: Path, smtp: SmtpServer) -> None:
 # -- what a lane learns, with a clock that the test turns
 
 
+def test_a_clock_that_is_set_is_followed_when_it_is_asked_to_and_small_corrections_at_once() -> None:
+    wall, monotonic = [5000.0], [10.0]
+    clock = mailproxy.Clock(lambda: wall[0], lambda: monotonic[0])
+    wall[0], monotonic[0] = 5003.0, 12.0
+
+    assert (clock.wall(), clock.follow(), clock.wall()) == (5003, 0, 5003)
+    wall[0] -= 3600
+    assert clock.wall() == 5003
+    assert (clock.follow(), clock.wall(), clock.started_ts) == (-3600, 1403, 1400)
+    clock.unfollow(-3600)
+    assert (clock.wall(), clock.started_ts) == (5003, 5000)
+    assert (clock.follow(), clock.wall()) == (-3600, 1403)
+
+
+def test_being_held_up_is_no_step_of_the_clock() -> None:
+    reads = itertools.count(0, 10)
+    clock = mailproxy.Clock(lambda: 5000.0, lambda: next(reads))
+
+    assert clock.follow() == 0
+
+
 class LaneRig:
     def __init__(self, **account: Any) -> None:
         self.now = 1000.0
@@ -10357,6 +10411,127 @@ def test_one_connection_keeps_to_priority_and_order_and_lets_retries_take_turns(
         assert [name for name in order if name.startswith("old")] == [f"old-{n}" for n in range(4)]
         kinds = [name[:3] for name in order[1:9]]
         assert all(one != other for one, other in pairwise(kinds)), order
+
+
+# -- clocks and names that a preloaded library makes wrong
+
+PRELOADED = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static volatile long long *ahead_s;  /* of the wall clock alone */
+
+__attribute__((constructor)) static void begin(void) {
+    int file = open(getenv("WALL_CLOCK_AHEAD"), O_RDONLY);
+    ahead_s = mmap(0, sizeof *ahead_s, PROT_READ, MAP_SHARED, file, 0);
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int failed = syscall(SYS_clock_gettime, clock, now);
+    if (!failed && clock == CLOCK_REALTIME) now->tv_sec += *ahead_s;
+    return failed;
+}
+
+int gettimeofday(struct timeval *now, void *zone) {
+    int failed = syscall(SYS_gettimeofday, now, zone);
+    if (!failed) now->tv_sec += *ahead_s;
+    return failed;
+}
+
+time_t time(time_t *there) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (there) *there = now.tv_sec;
+    return now.tv_sec;
+}
+
+int getaddrinfo(const char *host, const char *port, const struct addrinfo *wanted, struct addrinfo **found) {
+    int (*real)(const char *, const char *, const struct addrinfo *, struct addrinfo **);
+    if (host && strstr(host, "hangs.example")) sleep(60);
+    real = dlsym(RTLD_NEXT, "getaddrinfo");
+    return real(host, port, wanted, found);
+}
+"""
+
+
+class TwistedDaemon(SleepyDaemon):
+    """A daemon whose wall clock the test can set, and whose look-ups of hangs.example do not end."""
+
+    def __init__(self, folder: Path, config: Any = None, **options: Any) -> None:
+        needs("cc")
+        source, library, self._ahead = (folder / name for name in ("twist.c", "twist.so", "ahead"))
+        source.write_text(PRELOADED)
+        subprocess.run(
+            ["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True, timeout=30
+        )
+        self._ahead.write_bytes(bytes(8))
+        environment = {"LD_PRELOAD": str(library), "WALL_CLOCK_AHEAD": str(self._ahead)}
+        super().__init__(folder, config, environment=environment, **options)
+
+    def set_clock(self, ahead_s: int) -> None:
+        """How far the daemon's wall clock is ahead of the true one."""
+        with self._ahead.open("r+b") as file:
+            file.write(ahead_s.to_bytes(8, sys.byteorder, signed=True))
+
+
+HOUR_S = 3600
+
+
+def test_a_clock_that_is_set_by_an_hour_neither_stops_mail_nor_lets_it_rush(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    config = {"delivery": {"retry_delays": 2, "send_interval_seconds": 0.1}}
+    with TwistedDaemon(tmp_path, config, smtp=smtp) as daemon:
+        ask(daemon, "/account", account_at("limited", smtp, limit_per_hour=3))
+        daemon.submit(*letters("l", 9, "ok+l@example.com", account_id="limited"))
+        wait_until(lambda: daemon.message("l-8")["status"] == "deferred", "the limit")
+        daemon.submit(letter("scheduled", deferred_ts=int(time.time()) + HOUR_S))
+        for round_, ahead_s in enumerate((HOUR_S, -HOUR_S)):
+            began = time.monotonic()
+            daemon.submit(letter(f"m-{round_}", f"greylist1+{round_}@example.com"))
+            daemon.wait_status(f"m-{round_}", "deferred")
+
+            daemon.set_clock(ahead_s)
+            wait_until(
+                lambda n=round_: daemon.log.count("the wall clock was set") > n, "the daemon to see it"
+            )
+            now = time.time() + ahead_s
+            assert -1 <= daemon.message(f"m-{round_}")["deferred_ts"] - now <= 5
+            assert HOUR_S - 100 <= daemon.message("l-8")["deferred_ts"] - now <= HOUR_S + 61
+            daemon.wait_status(f"m-{round_}", "sent", timeout=20)
+
+            assert time.monotonic() - began > 1.5
+            assert len(smtp.received_by("ok+l@example.com")) == 3
+            assert daemon.status()["accounts"]["limited"]["limits_left"] == {"hour": 0}
+        assert daemon.message("scheduled")["status"] == "sent"
+
+        daemon.kill()
+        daemon.start()
+        assert daemon.status()["accounts"]["limited"]["limits_left"] == {"hour": 0}
+
+
+def test_hosts_whose_look_up_hangs_hold_up_nobody_else(tmp_path: Path, smtp: SmtpServer) -> None:
+    with TwistedDaemon(tmp_path, smtp=smtp) as daemon:
+        for number in range(12):
+            ask(daemon, "/account", {"id": f"a-{number}", "host": f"{number}.hangs.example", "port": 25})
+            daemon.submit(letter(f"a-{number}", account_id=f"a-{number}"))
+        wait_until(lambda: daemon.status()["in_delivery"] == 12, "look-ups without an end")
+
+        daemon.submit(letter("m"), letter("large", body="x" * 300_000))
+
+        smtp.wait_for(2, timeout=2)
+        started = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - started < 2
 
 
 # -- accounts
