@@ -7021,7 +7021,7 @@ class Session:
             verdict = await self._send_content(content)
             self._clean = verdict.accepted
         elif len(answers) == len(commands) and commands[-1].is_granted_by(answers[-1]):
-            await self._send_nothing()
+            await self._send_nothing(commands, answers)
         if verdict is not None:
             replies.update(dict.fromkeys(left, verdict))
         return {recipient: replies[recipient] for recipient in envelope.recipients}
@@ -7133,8 +7133,19 @@ class Session:
             return unfitting_reply(Stage.DATA, str(answers[0]))
         return server_reply(Stage.DATA, answers[0].code, answers[0].texts)
 
-    async def _send_nothing(self) -> None:
-        """End a DATA that was granted although nobody is to get it (RFC 2920 3.1)."""
+    async def _send_nothing(self, commands: list[_Command], answers: list[Answer]) -> None:
+        """End a DATA that was granted although nobody is to get it (RFC 2920 3.1).
+
+        A server that refused the sender but took a recipient would deliver the nothing: hang up.
+        """
+        granted = (
+            command
+            for command, answer in zip(commands, answers, strict=True)
+            if command.is_granted_by(answer)
+        )
+        if any(command.recipient is not None for command in granted):
+            self._wire.break_off(Cause.LOCAL, "the server took a recipient without a sender")
+            return
         await self._wire.ask(b".\r\n", 1, self._timeout_s)
 
 
@@ -9404,8 +9415,10 @@ class Dispatcher:
             self._start_work(lane)
             if wants := lane.wants(now):
                 wanting[lane] = await self._room_in_limits(lane, wants)
-        self._rotation.rotate(-1)
-        shares = self._shares(wanting)
+        shares = self._shares({lane: wants for lane, wants in wanting.items() if not lane.removed})
+        for lane in shares:  # the next time others come first
+            self._rotation.remove(lane)
+            self._rotation.append(lane)
         if shares:
             await self._claim(shares)
 

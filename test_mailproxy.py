@@ -7059,6 +7059,15 @@ def test_a_go_ahead_for_nobody_is_answered_by_a_lone_dot():
     assert replies["a@x"].accepted
 
 
+def test_a_server_that_takes_a_recipient_without_a_sender_gets_no_empty_message():
+    server = ScriptedServer({"MAIL": "450 4.7.1 not now"}, "PIPELINING")
+
+    replies, usable = transact(server, "a@x")
+
+    assert (server.contents, usable) == ([], False)
+    assert (replies["a@x"].stage, replies["a@x"].words) == ("mail", "450 4.7.1 not now")
+
+
 def test_after_an_accepted_message_no_reset_is_spent():
     server = ScriptedServer()
 
@@ -10010,8 +10019,9 @@ def test_slow_transactions_leave_slots_to_others(tmp_path: Path, smtp: SmtpServe
         daemon.kill()
 
 
-def test_slots_are_shared_in_turn(tmp_path: Path, smtp: SmtpServer) -> None:
-    with SleepyDaemon(tmp_path, {"delivery": {"max_concurrency": 3}}, smtp=smtp) as daemon:
+@pytest.mark.parametrize("slots", [1, 3])
+def test_slots_are_shared_in_turn(tmp_path: Path, smtp: SmtpServer, slots: int) -> None:
+    with SleepyDaemon(tmp_path, {"delivery": {"max_concurrency": slots}}, smtp=smtp) as daemon:
         ask(daemon, "/commands/suspend")
         for name in ("a", "b", "c"):
             ask(daemon, "/account", account_at(name, smtp))
