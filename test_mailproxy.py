@@ -7025,6 +7025,8 @@ def test_each_refused_recipient_has_its_own_reply_and_the_others_get_the_message
 )
 def test_after_a_refusal_the_session_is_reset_and_carries_the_next_message(offers, replies, stage, words):
     once = {verb: [said, {"DATA": "354 go"}.get(verb, "250 ok")] for verb, said in replies.items()}
+    if "MAIL" in replies and offers:  # without a sender it takes nothing
+        once |= {"RCPT": ["503 who from?", "250 ok"], "DATA": ["503 who from?", "354 go"]}
     server = ScriptedServer(once, offers)
 
     async def story(open_session):
