@@ -12655,12 +12655,9 @@ def test_an_upstream_that_hangs_does_not_keep_it_from_ending(tmp_path: Path, rep
 
 def test_a_loop_that_dies_takes_the_daemon_down_loudly(tmp_path: Path, smtp: SmtpServer) -> None:
     with Daemon(tmp_path, smtp=smtp) as daemon:
-        daemon.post("/commands/suspend")
-        daemon.submit(mail())
+        daemon.submit(mail(deferred_ts=int(time.time()) + 2))
         with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
-            db.execute("UPDATE messages SET recipients = 'no JSON'")
-
-        daemon.post("/commands/activate")
+            db.execute("UPDATE messages SET deferred_ts = 'no time'")
 
         assert daemon.wait_for_exit(10) == 1
         assert "loop=dispatcher" in daemon.wait_for_log("a loop ended")
@@ -14853,6 +14850,9 @@ def corrupt(daemon: Daemon, id_: str) -> None:
     """A row that makes our own code raise when it is shown."""
     with contextlib.closing(sqlite3.connect(str(daemon.config["storage"]["db_path"]))) as db, db:
         db.execute("UPDATE messages SET payload = '{\"s3cret-added' WHERE id = ?", (id_,))
+        db.execute(
+            "UPDATE attempts SET started_at = 'x' WHERE seq = (SELECT seq FROM messages WHERE id = ?)", (id_,)
+        )
 
 
 def test_no_secret_is_in_anything_that_is_written_or_answered(tmp_path: Path) -> None:
