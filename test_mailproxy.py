@@ -9913,7 +9913,9 @@ def test_a_refused_login_costs_a_few_logins_and_no_message(tmp_path: Path, repor
         assert state_of(daemon, "main") == "up"
 
 
-def test_a_wrong_password_costs_one_login_even_where_the_refusal_takes_its_time(tmp_path: Path) -> None:
+def test_a_wrong_password_costs_a_handful_of_logins_even_where_the_refusal_takes_its_time(
+    tmp_path: Path,
+) -> None:
     words = {"EHLO": "250-moody.test\r\n250 AUTH PLAIN", "AUTH": "535 5.7.8 Wrong password"}
     login = {"user": "me", "password": "wrong", "max_connections": 30}
     with (
@@ -9924,7 +9926,7 @@ def test_a_wrong_password_costs_one_login_even_where_the_refusal_takes_its_time(
         daemon.wait_for_log("refuses the login")
         wait_still(daemon)
 
-        assert moody.heard["AUTH"] == 1
+        assert moody.heard["AUTH"] <= mailproxy.FIRST_OPENINGS
         moody.friendly["AUTH"] = FRIENDLY["AUTH"]
         moody.moods["AUTH"].clear()
         ask(daemon, "/commands/run-now")
@@ -9994,7 +9996,7 @@ def test_black_holes_with_hundreds_of_messages_hold_up_nobody_else(
         for name in ("hole", "pit"):
             ask(daemon, "/account", account_at(name, black_hole, timeout=60, max_connections=16))
             daemon.submit(*letters(name, 500, account_id=name))
-        wait_until(lambda: daemon.status()["in_delivery"] == 2, "the black holes to take what they can")
+        wait_until(lambda: daemon.status()["in_delivery"] >= 9, "the black holes to take what they can")
 
         for number in range(3):
             daemon.submit(letter(f"m-{number}"))
@@ -10124,7 +10126,7 @@ def test_what_began_before_a_421_heals_it() -> None:
     assert rig.lane.state().state == "up"
 
 
-def test_no_more_connections_are_opened_at_a_time_than_are_open() -> None:
+def test_while_no_connection_is_open_only_a_handful_are_tried() -> None:
     rig = LaneRig(max_connections=10)
     busy = []
     for open_now in (0, 0, 1, 2, 3):
@@ -10136,7 +10138,7 @@ def test_no_more_connections_are_opened_at_a_time_than_are_open() -> None:
                 rig.lane.begin(mailproxy.Line(rig.lane))
         busy.append(rig.lane.busy)
 
-    assert busy == [1, 1, 2, 4, 6]
+    assert busy == [5, 5, 10, 10, 10]
     assert rig.lane.wakes_at(rig.now) == math.inf
 
 
