@@ -1224,9 +1224,9 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     Blocking: reads files. Raises ConfigurationError that names file, section and key.
     """
     settings = read_settings(config, environ, overrides)
-    _check_pairs(settings)
     _check_listening(settings, api_tokens(settings, environ))
     _check_client_secrets(settings, environ)
+    _check_pairs(settings)
     return settings
 
 
@@ -12423,10 +12423,13 @@ def send(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         raise UsageMistake("--csv goes with neither an .eml file nor --id; ids may be a column of it")
     if args.file and any(given is not None for given in written):
         raise UsageMistake("an .eml file is sent as it is: no --subject, --body, --html, --attach beside it")
+    given = _fields_given(args)
+    if not (given or args.csv or args.file):
+        raise UsageMistake("nothing to send: give --from, --to, --subject and --body, an .eml file, or --csv")
     client = Client(find_daemon(args, environ))
     if args.csv:
-        return Mailing(client, args.csv, _fields_given(args), show_answers=args.json).send()
-    fields = {**(_eml_fields(args.file) if args.file else {}), **_fields_given(args)}
+        return Mailing(client, args.csv, given, show_answers=args.json).send()
+    fields = {**(_eml_fields(args.file) if args.file else {}), **given}
     id_ = fields["id"] = args.id or f"send-{secrets.token_hex(8)}"
     refusal = "; ".join(submit(client, [fields], show=args.json).values())
     if refusal and refusal not in THROUGH_BEFORE:
@@ -12483,6 +12486,7 @@ class Mailing:
         self._show_answers = show_answers
         self._lines: dict[str, int] = {}  # by id
         self._refused = self._before = 0
+        self._unfit = 0  # of the refused: those that never went to the daemon
 
     def send(self) -> int:
         """Submit all rows; 1 when some were refused. Raises UsageMistake, CommandFailed."""
@@ -12493,7 +12497,7 @@ class Mailing:
             for batch in batches(self._judged(rows)):
                 self._submit(batch)
                 done += len(batch)
-                self._progress.show(done + self._refused)
+                self._progress.show(done + self._unfit)
         except (CommandFailed, KeyboardInterrupt) as stop:
             hint = f"{done} of {len(rows)} are through; run it again, and nothing is sent twice"
             raise CommandFailed(f"{str(stop) or 'interrupted'}; {hint}") from None
@@ -12512,6 +12516,7 @@ class Mailing:
             try:
                 yield self._message(line, row)
             except (Rejected, CommandFailed) as error:
+                self._unfit += 1
                 self._refuse(f"line {line}", str(error))
 
     def _message(self, line: int, row: Mapping[str, str | None]) -> dict[str, Any]:
@@ -13732,7 +13737,10 @@ def copy_queue(queue: str, target: str) -> int:
     Readable by the owner alone. Blocking. Raises CommandFailed.
     """
     folder, name = os.path.split(os.path.abspath(target))
-    descriptor, draft = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # mode 0600
+    try:
+        descriptor, draft = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # mode 0600
+    except OSError as error:
+        raise CommandFailed(f"{target} cannot be written: {error.strerror}") from None
     try:
         messages = _copied(queue, draft)
         os.fsync(descriptor)

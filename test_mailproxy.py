@@ -1673,6 +1673,10 @@ def test_several_tokens_are_valid_at_a_time_wherever_they_stand(tmp_path):
         ),
         ("[server]\napi_token = tökén\n", "[server] api_token: a token must be ASCII"),
         (
+            "[client]\nclient_sync_password = env:NOT_SET\n",
+            "[client] client_sync_password: env:NOT_SET is not set",
+        ),
+        (
             "[client]\nclient_sync_token = file:/\n",
             "[client] client_sync_token: file:/ is not a regular file",
         ),
@@ -13627,6 +13631,13 @@ def send(daemon: Daemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return lambda *words: run_here(capsys, "send", *words)
 
 
+def test_send_with_nothing_to_send_is_a_usage_mistake(send: Send) -> None:
+    ended = send()
+
+    assert ended.returncode == 2
+    assert "--from" in sentence(ended)
+
+
 def test_a_message_is_sent_from_options(daemon: Daemon, smtp: SmtpServer) -> None:
     (daemon.folder / "bill.pdf").write_bytes(b"%PDF-1.4 x")
     options = [
@@ -13773,7 +13784,7 @@ def test_rows_that_are_refused_say_why_and_the_others_go(
     ended = send("--csv", csv)
 
     assert ended.returncode == 1
-    assert ended.stdout.endswith("5 messages: 1 queued, 0 sent before, 4 refused\n")
+    assert ended.stdout == "5 of 5\n5 messages: 1 queued, 0 sent before, 4 refused\n"
     complaints = ended.stderr.splitlines()
     assert [re.search(r"people\.csv line (\d)", line)[1] for line in complaints] == ["4", "5", "6", "3"]  # type: ignore[index]
     for line, words in zip(
@@ -14206,7 +14217,9 @@ def test_a_backup_overwrites_only_what_it_may(daemon: Daemon, capsys: pytest.Cap
     assert (itself.returncode, folder.returncode, nowhere.returncode) == (1, 1, 1)
     assert "queue in use" in sentence(itself)
     assert "folder" in sentence(folder)
-    assert "No such file or directory" in sentence(nowhere)
+    assert f"{daemon.folder / 'no' / 'x.db'} cannot be written: No such file or directory" in sentence(
+        nowhere
+    )
     assert (forced.returncode, there.read_bytes()[:6]) == (0, b"SQLite")
 
 
