@@ -8836,7 +8836,7 @@ def remove_unix_socket(path: str, inode: int) -> None:
 COOLING_S = (5, 15, 60, 300)  # pauses of a lane whose server cannot be reached
 LOGIN_COOLING_S = (60, 300, 900, 3600)  # ... or does not accept the login
 STAGGER_S = 0.02  # between the openings of further connections
-FIRST_OPENINGS = 5  # connections tried at a time while none is open: what a wrong password costs at most
+FIRST_OPENINGS = 5  # connections tried at a time while none is open, where there is no password to be wrong
 GROWTH_PAUSE_S = 10  # no further connection after one was refused
 AHEAD_S = 0.02  # claims are taken ahead for as much work as this
 PREPARED_AT_ONCE = 20  # messages of a lane whose parts are being fetched: more than there are threads for it
@@ -8929,15 +8929,17 @@ class Lane:
     def connections_allowed(self, now: float) -> int:
         """Connections the lane may have now; grows by one every STAGGER_S while all are in use.
 
-        While none is open only a handful are tried: a wrong password costs no more logins than that,
-        a server that does not answer no more slots.
+        While none is open only a handful are tried: a server that does not answer costs no more slots
+        than that. Where there is a login it is one: a wrong password costs one login, not a handful.
         """
         if self._probing:
             return self.busy + (self._probe is None)
         if self.busy >= self._limit and now >= self._grown_at + STAGGER_S:
             self._limit, self._grown_at = self._limit + 1, now
         self._limit = min(self._limit, self.account.max_connections)
-        return self._limit if self._live else min(self._limit, FIRST_OPENINGS)
+        if self._live:
+            return self._limit
+        return min(self._limit, 1 if self.account.user else FIRST_OPENINGS)
 
     def connections_free(self, now: float) -> int:
         return max(0, self.connections_allowed(now) - self.busy)
