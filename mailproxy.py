@@ -6647,6 +6647,7 @@ CONTENT_PIECE_BYTES = 65_536  # of a content, between two looks at the server an
 TOKEN_LIFE_S = 3_600.0  # when the token endpoint does not say
 
 PostForm = Callable[[str, Mapping[str, str], float], tuple[int, bytes]]  # url, fields, timeout in s
+LogIn = Callable[[aiosmtplib.SMTP], Awaitable["Reply | None"]]
 
 _ENHANCED_CODE = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s+|$)")  # RFC 3463
 _REPLY_LINE = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
@@ -7220,15 +7221,15 @@ def _reason(failure: Exception) -> str:
     return getattr(failure, "strerror", None) or str(failure)
 
 
-async def _become_ready(smtp: aiosmtplib.SMTP, account: Account, login: Login | None) -> Reply | None:
+async def _become_ready(smtp: aiosmtplib.SMTP, account: Account, log_in: LogIn | None) -> Reply | None:
     """Greeting, EHLO, TLS, login; a reply says where it ended."""
     steps: list[Callable[[], Awaitable[Reply | None]]] = [
         functools.partial(_hear_greeting, smtp),
         functools.partial(_say_hello, smtp),
         functools.partial(_start_tls, smtp, account.encryption),
     ]
-    if login is not None:
-        steps.append(functools.partial(_log_in, smtp, account, login))
+    if log_in is not None:
+        steps.append(functools.partial(log_in, smtp))
     for step in steps:
         refusal = await step()
         if refusal is not None:
@@ -7530,6 +7531,70 @@ def _reply_of_token_endpoint(status: int, answer: Mapping[str, object]) -> Reply
     return Reply(Stage.AUTH, 454, text, "4.7.0")
 
 
+# ----- one login that tells for all
+
+
+class _Door:
+    """Where the connections of an account log in: until one of its sessions is open they go in one
+    by one, and those in line turn back when one is refused. So a wrong password costs one login,
+    and a burst waits for no slower start."""
+
+    def __init__(self, account: Account) -> None:
+        self.account = account
+        self.line = asyncio.Lock()
+        self.sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self.refusals = 0
+        self.refusal: Reply | None = None  # the latest
+
+    def is_open(self) -> bool:
+        return any(session.usable for session in self.sessions)
+
+
+class _Turn:
+    """The turn of one connection at the door; whoever is first keeps the others waiting until it
+    has a session, or has none for good."""
+
+    def __init__(self, door: _Door) -> None:
+        self.shown: str | None = None  # the secret the server was shown
+        self.waited = False
+        self._door = door
+        self._refusals_before = door.refusals
+        self._first = False
+
+    async def __aenter__(self) -> _Turn:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._first:
+            self._door.line.release()
+
+    async def comes(self) -> Reply | None:
+        """Wait until this connection may log in; a reply: another one was refused meanwhile."""
+        door = self._door
+        if self._first or door.is_open():
+            return None
+        self.waited = door.line.locked()
+        await door.line.acquire()
+        self._first = True
+        if door.is_open():
+            door.line.release()
+            self._first = False
+        elif door.refusals != self._refusals_before:
+            return door.refusal
+        return None
+
+    def came_to(self, opened: Session | Reply) -> None:
+        if isinstance(opened, Session):
+            self._door.sessions.add(opened)
+        elif self._first and self.shown and opened.stage is Stage.AUTH:
+            self._door.refusals += 1
+            self._door.refusal = opened
+
+
+def _is_refused_login(opened: Session | Reply) -> bool:
+    return isinstance(opened, Reply) and opened.stage is Stage.AUTH and opened.permanent
+
+
 # ----- the agent
 
 
@@ -7550,31 +7615,52 @@ class DeliveryAgent:
         self._in_thread = in_thread
         self._tokens = tokens
         self._contexts = TlsContexts(in_thread)
+        self._doors: dict[str, _Door] = {}  # by account
         self._end_of_data_timeout_s = end_of_data_timeout_s
 
     async def open_session(self, account: Account, *, name: str) -> Session | Reply:
         """Connect and log in, or the reply that says why not; a refused access token is renewed once."""
-        opened, token = await self._open(account, name)
-        if token and isinstance(opened, Reply) and opened.stage is Stage.AUTH and opened.permanent:
-            self._tokens.invalidate(account, token)
-            opened, _ = await self._open(account, name)
+        async with _Turn(self._door(account)) as turn:
+            opened = await self._open(account, name, turn)
+            if account.oauth2 and turn.shown and _is_refused_login(opened):
+                self._tokens.invalidate(account, turn.shown)
+                opened = await self._open(account, name, turn)
+            turn.came_to(opened)
         return opened
 
-    async def _open(self, account: Account, name: str) -> tuple[Session | Reply, str | None]:
-        """The session, and the access token that was shown for it."""
+    def _door(self, account: Account) -> _Door:
+        door = self._doors.get(account.id)
+        if door is None or door.account != account:
+            door = self._doors[account.id] = _Door(account)
+        return door
+
+    async def _open(self, account: Account, name: str, turn: _Turn) -> Session | Reply:
         login = await self._login(account) if account.user else None
         if isinstance(login, Reply):
-            return login, None
-        token = login.secret if login is not None and account.oauth2 is not None else None
+            return login
         context: ssl.SSLContext | Reply | None = None
         if account.encryption is not Encryption.NEVER:
             context = await self._contexts.context(account)
         if isinstance(context, Reply):
-            return context, None
+            return context
         connected = await _connected_socket(account, self._in_thread)
         if isinstance(connected, Reply):
-            return connected, None
-        return await self._introduce(connected, account, name, context, login), token
+            return connected
+        enter = functools.partial(self._enter, account, login, turn) if login is not None else None
+        return await self._introduce(connected, account, name, context, enter)
+
+    async def _enter(
+        self, account: Account, login: Login, turn: _Turn, smtp: aiosmtplib.SMTP
+    ) -> Reply | None:
+        """Log in when it is this connection's turn."""
+        refusal = await turn.comes()
+        if refusal is not None:
+            return refusal
+        latest = await self._login(account) if turn.waited else login  # the access token may be another one
+        if isinstance(latest, Reply):
+            return latest
+        turn.shown = latest.secret
+        return await _log_in(smtp, account, latest)
 
     async def _login(self, account: Account) -> Login | Reply:
         """The credentials, before the server is bothered."""
@@ -7598,7 +7684,7 @@ class DeliveryAgent:
         account: Account,
         name: str,
         context: ssl.SSLContext | None,
-        login: Login | None,
+        enter: LogIn | None,
     ) -> Session | Reply:
         smtp = aiosmtplib.SMTP(
             hostname=account.host.removesuffix("."),
@@ -7611,7 +7697,7 @@ class DeliveryAgent:
         )
         opened: Session | Reply | None = None
         try:
-            opened = await _become_ready(smtp, account, login) or self._taken_over(smtp, account, name)
+            opened = await _become_ready(smtp, account, enter) or self._taken_over(smtp, account, name)
         finally:
             if not isinstance(opened, Session):
                 _drop(smtp)
@@ -8836,7 +8922,7 @@ def remove_unix_socket(path: str, inode: int) -> None:
 COOLING_S = (5, 15, 60, 300)  # pauses of a lane whose server cannot be reached
 LOGIN_COOLING_S = (60, 300, 900, 3600)  # ... or does not accept the login
 STAGGER_S = 0.02  # between the openings of further connections
-FIRST_OPENINGS = 5  # connections tried at a time while none is open, where there is no password to be wrong
+SLOW_OPENING_S = 0.25  # an opening that takes longer holds no slot of max_concurrency any more
 GROWTH_PAUSE_S = 10  # no further connection after one was refused
 AHEAD_S = 0.02  # claims are taken ahead for as much work as this
 PREPARED_AT_ONCE = 20  # messages of a lane whose parts are being fetched: more than there are threads for it
@@ -8927,19 +9013,13 @@ class Lane:
         return self._cooling_until is not None and now < self._cooling_until
 
     def connections_allowed(self, now: float) -> int:
-        """Connections the lane may have now; grows by one every STAGGER_S while all are in use.
-
-        While none is open only a handful are tried: a server that does not answer costs no more slots
-        than that. Where there is a login it is one: a wrong password costs one login, not a handful.
-        """
+        """Connections the lane may have now; grows by one every STAGGER_S while all are in use."""
         if self._probing:
             return self.busy + (self._probe is None)
         if self.busy >= self._limit and now >= self._grown_at + STAGGER_S:
             self._limit, self._grown_at = self._limit + 1, now
         self._limit = min(self._limit, self.account.max_connections)
-        if self._live:
-            return self._limit
-        return min(self._limit, 1 if self.account.user else FIRST_OPENINGS)
+        return self._limit
 
     def connections_free(self, now: float) -> int:
         return max(0, self.connections_allowed(now) - self.busy)
@@ -9232,7 +9312,10 @@ class Dispatcher:
         self._alarm = Alarm()
         self._tasks: set[asyncio.Task[None]] = set()
         self._preparations: set[asyncio.Task[None]] = set()  # those of the tasks that are not on the wire yet
-        self._busy = 0
+        self._busy = 0  # slots of max_concurrency that are taken
+        self._without_slot: deque[asyncio.Future[None]] = (
+            deque()
+        )  # connections that are open, and wait for one
         self._asked = False  # run-now in test_mode: turn until nothing is left to do
         self._draining = False
         self._waits_for_storage = False
@@ -9604,8 +9687,8 @@ class Dispatcher:
                     await consignment.memory.aclose()
         finally:
             lane.finish(line)
-            self._busy -= 1
             self._park(line)
+            self._give_back_slot()
             self._alarm.ring()
 
     def _has_too_many(self, lane: Lane) -> bool:
@@ -9689,23 +9772,54 @@ class Dispatcher:
         return opened
 
     async def _open(self, lane: Lane) -> Session | Reply:
-        """Open a connection, unless the lane is recalled meanwhile."""
+        """Open a connection, unless the lane is recalled meanwhile.
+
+        Servers that do not answer must not keep the slots from those that do, however many there are.
+        """
         opening = asyncio.ensure_future(self._open_session(lane.account, lane.next_name()))
+        generation = lane.generation
         lane.opening.add(opening)
         try:
-            await asyncio.wait([opening])
+            _, slow = await asyncio.wait([opening], timeout=SLOW_OPENING_S)
+            if slow:
+                self._give_back_slot()
+                await asyncio.wait([opening])
         finally:
             lane.opening.discard(opening)
             opening.cancel()
+        if slow:
+            await self._slot()
         if opening.cancelled():
-            return Reply(Stage.CONNECT, 451, "given up while connecting", "4.3.2", Cause.LOCAL)
+            return _given_up_while_connecting()
         if (error := opening.exception()) is not None:
             event(
                 self._log, logging.ERROR, "connecting made mailproxy fail", account=lane.account.id,
                 exc_info=error,
             )  # fmt: skip
             return Reply(Stage.CONNECT, 451, f"internal error ({type(error).__name__})", "4.3.0", Cause.LOCAL)
-        return opening.result()
+        opened = opening.result()
+        if isinstance(opened, Session) and not (self._may_go(lane) and lane.generation == generation):
+            self._spawn(opened.quit())
+            return _given_up_while_connecting()
+        return opened
+
+    async def _slot(self) -> None:
+        """Wait for one of the slots of max_concurrency."""
+        if self._busy < self.rules.max_concurrency:
+            self._busy += 1
+            return
+        self._without_slot.append(asyncio.get_running_loop().create_future())
+        await self._without_slot[-1]
+
+    def _give_back_slot(self) -> None:
+        """Free a slot, or hand it on to a connection that has waited for its server."""
+        while self._without_slot:
+            waiter = self._without_slot.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+        self._busy -= 1
+        self._alarm.ring()
 
     async def _converse(
         self, line: Line, session: Session, turn: Turn, recipients: tuple[str, ...]
@@ -9732,7 +9846,7 @@ class Dispatcher:
         When the lane was called back or changed meanwhile, the message has not had its turn.
         """
         lane = line.lane
-        while lane.opening and not lane.connections:  # it is not known yet whether others work
+        while lane.opening and not (lane.connections or login_refused(failure)):  # do others work?
             await asyncio.wait(lane.opening, return_when=asyncio.FIRST_COMPLETED)
         if lane.outdated(begun) and not lane.cooling(self._clock.monotonic()):
             await self._release(lane, claim)
@@ -9898,6 +10012,10 @@ def _for_its_recipients(claim: Claim, envelope: Envelope) -> Claim:
         if address in envelope.recipients or outcome.status is not Status.DEFERRED
     }
     return claim._replace(recipients=kept or None)
+
+
+def _given_up_while_connecting() -> Reply:
+    return Reply(Stage.CONNECT, 451, "given up while connecting", "4.3.2", Cause.LOCAL)
 
 
 def _not_allowed() -> Reply:

@@ -7992,6 +7992,30 @@ def test_a_token_refused_twice_is_a_reply_that_says_what_the_challenge_said():
     assert len(server.logins) == 2
 
 
+@pytest.mark.parametrize(("granted", "refused"), [("gehëim", 1), ("also wrong", 2)])
+def test_connections_that_come_together_with_an_old_token_cost_one_refusal_and_renew_it_once(
+    granted, refused
+):
+    endpoint = TokenEndpoint(token_granted("old"), token_granted(granted))
+    server = LoginServer("XOAUTH2")
+
+    async def story(open_session):
+        opened = await asyncio.gather(*(open_session() for _ in range(8)))
+        for session in opened:
+            if isinstance(session, mailproxy.Session):
+                await session.quit()
+        return opened
+
+    opened = with_smtp_server(
+        server, story, smtp_agent(post_form=endpoint), user=LoginServer.user, oauth2=OAUTH2
+    )
+
+    let_in = [session for session in opened if isinstance(session, mailproxy.Session)]
+    assert (len(endpoint.forms), len(let_in)) == (2, 8 if refused == 1 else 0)
+    assert len(server.logins) == refused + len(let_in)
+    assert {reply.words for reply in opened if reply not in let_in} <= {"535 5.7.8 refused (status 400)"}
+
+
 def test_nothing_that_is_printed_shows_a_secret():
     shown = [repr(mailproxy.Login("me", "geheim")), repr(by_token())]
 
@@ -9541,7 +9565,9 @@ class MoodySmtpServer:
         self.heard: Counter[str] = Counter()  # verbs
         self.received: list[tuple[str, ...]] = []  # the recipients of each message
         self.most_connections = 0
+        self.most_transactions = 0
         self._open: set[socket.socket] = set()
+        self._sending: set[socket.socket] = set()  # where a transaction is under way
         self._stopping = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.host, self.port = self._listener.getsockname()
@@ -9574,6 +9600,8 @@ class MoodySmtpServer:
                 verb = command[:4].strip().upper()
                 if verb == "MAIL":
                     recipients = []
+                    self._sending.add(line)
+                    self.most_transactions = max(self.most_transactions, len(self._sending))
                 if verb == "RCPT":
                     recipients.append(command.partition("<")[2].partition(">")[0])
                 if verb == "DATA":
@@ -9596,6 +9624,8 @@ class MoodySmtpServer:
         if isinstance(mood, float):
             self._stopping.wait(mood)
             mood = self.friendly[verb]
+        if verb == ".":
+            self._sending.discard(line)
         line.sendall(mood.encode() + b"\r\n")
         return not mood.startswith(("421", "221"))
 
@@ -9917,24 +9947,46 @@ def test_a_refused_login_costs_a_few_logins_and_no_message(tmp_path: Path, repor
         assert state_of(daemon, "main") == "up"
 
 
-def test_a_wrong_password_costs_one_login_even_where_the_refusal_takes_its_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("greeting_s", [0.0, 0.3])
+def test_a_wrong_password_costs_one_login_even_where_the_refusal_takes_its_time(
+    tmp_path: Path, greeting_s: float
+) -> None:
     words = {"EHLO": "250-moody.test\r\n250 AUTH PLAIN", "AUTH": "535 5.7.8 Wrong password"}
     login = {"user": "me", "password": "wrong", "max_connections": 30}
+    greetings = [0.0, *[greeting_s] * 100]
     with (
-        MoodySmtpServer(friendly=words, AUTH=[0.7] * 100) as moody,
+        MoodySmtpServer(friendly=words, GREETING=greetings, AUTH=[0.2] * 100) as moody,
         SleepyDaemon(tmp_path, {"smtp": login}, smtp=moody) as daemon,
     ):
         daemon.submit(*letters("m", 100))
         daemon.wait_for_log("refuses the login")
         wait_still(daemon)
 
-        assert moody.heard["AUTH"] == 1
+        assert (moody.heard["AUTH"], moody.heard["GREETING"] > 1) == (1, True)
+        assert {m["error"] for m in daemon.get("/messages?status=deferred").json["messages"]} == {
+            "535 5.7.8 Wrong password"
+        }
         moody.friendly["AUTH"] = FRIENDLY["AUTH"]
         moody.moods["AUTH"].clear()
         ask(daemon, "/commands/run-now")
         wait_until(lambda: len(moody.received) == 100, "all the mail")
         wait_still(daemon)
         assert {message["attempts"] for message in daemon.get("/messages").json["messages"]} == {1}
+
+
+def test_connections_that_are_open_log_in_as_soon_as_the_first_is_in(tmp_path: Path) -> None:
+    words = {"EHLO": "250-moody.test\r\n250 AUTH PLAIN"}
+    login = {"user": "me", "password": "right", "max_connections": 8}
+    with (
+        MoodySmtpServer(friendly=words, AUTH=[1.0, *[0.5] * 7]) as moody,
+        SleepyDaemon(tmp_path, {"smtp": login}, smtp=moody) as daemon,
+    ):
+        daemon.submit(*letters("m", 8))
+        wait_until(lambda: moody.heard["EHLO"] == 8, "all connections")
+        assert moody.heard["AUTH"] == 1
+
+        wait_until(lambda: moody.heard["AUTH"] == 8, "all logins, at the same time", timeout=1.4)
+        wait_sent(daemon, *(f"m-{number}" for number in range(8)))
 
 
 def test_a_certificate_that_is_not_accepted_cools_the_account_and_nothing_goes_in_clear(
@@ -10009,6 +10061,34 @@ def test_black_holes_with_hundreds_of_messages_hold_up_nobody_else(
         started = time.monotonic()
         assert daemon.stop() == 0  # nor does the pit hold up the end
         assert time.monotonic() - started < 2
+
+
+def test_more_black_holes_than_slots_hold_up_nobody_else(
+    tmp_path: Path, smtp: SmtpServer, black_hole: socket.socket
+) -> None:
+    with SleepyDaemon(tmp_path, {"delivery": {"max_concurrency": 4}}, smtp=smtp) as daemon:
+        for name in (f"hole{number}" for number in range(12)):
+            ask(daemon, "/account", account_at(name, black_hole, timeout=60))
+            daemon.submit(*letters(name, 20, account_id=name))
+        wait_until(lambda: daemon.status()["in_delivery"] >= 24, "the black holes to take what they can")
+
+        for number in range(3):
+            daemon.submit(letter(f"m-{number}"))
+            smtp.wait_for(number + 1, timeout=1)
+        assert daemon.stop() == 0
+
+
+def test_servers_that_take_their_time_to_greet_get_no_more_transactions_at_a_time_than_there_are_slots(
+    tmp_path: Path,
+) -> None:
+    slow = {"GREETING": [0.5] * 10, ".": [0.2] * 20}
+    config = {"delivery": {"max_concurrency": 2}, "smtp": {"max_connections": 6}}
+    with MoodySmtpServer(**slow) as moody, SleepyDaemon(tmp_path, config, smtp=moody) as daemon:
+        daemon.submit(*letters("m", 12))
+        wait_sent(daemon, *(f"m-{number}" for number in range(12)))
+
+        assert moody.most_connections == 6
+        assert moody.most_transactions == 2
 
 
 def test_slow_transactions_leave_slots_to_others(tmp_path: Path, smtp: SmtpServer) -> None:
@@ -10126,38 +10206,6 @@ def test_what_began_before_a_421_heals_it() -> None:
     rig.lane.lose_server("421 busy", 0)
     rig.lane.works(before)
     assert rig.lane.state().state == "up"
-
-
-def test_while_no_connection_is_open_only_a_handful_are_tried() -> None:
-    rig = LaneRig(max_connections=10)
-    busy = []
-    for open_now in (0, 0, 1, 2, 3):
-        while rig.lane.connections < open_now:
-            rig.lane.opened()
-        for _ in range(20):
-            rig.now += 1
-            while rig.lane.connections_free(rig.now):
-                rig.lane.begin(mailproxy.Line(rig.lane))
-        busy.append(rig.lane.busy)
-
-    assert busy == [5, 5, 10, 10, 10]
-    assert rig.lane.wakes_at(rig.now) == math.inf
-
-
-def test_while_no_connection_is_open_one_login_is_tried_at_a_time() -> None:
-    rig = LaneRig(max_connections=10, user="me")
-
-    allowed = []
-    for open_now in (0, 1):
-        while rig.lane.connections < open_now:
-            rig.lane.opened()
-        for _ in range(20):
-            rig.now += 1
-            while rig.lane.connections_free(rig.now):
-                rig.lane.begin(mailproxy.Line(rig.lane))
-        allowed.append(rig.lane.busy)
-
-    assert allowed == [1, 10]
 
 
 def test_a_lane_grows_by_one_connection_at_a_time_and_never_spins() -> None:
