@@ -4520,8 +4520,9 @@ class Queue:
                 {"now": now, "most": CHUNK},
             ).fetchall()
             due = db.execute(
-                "SELECT min(deferred_ts) FROM messages "
-                "WHERE sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NOT NULL"
+                "SELECT min(deferred_ts) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
+                "AND deferred_ts IS NOT NULL AND deferred_ts <= :largest",  # text, in a damaged row, is larger
+                {"largest": LARGEST_INTEGER},
             ).fetchone()[0]
             return {row[0] for row in rows}, due
 
@@ -4554,8 +4555,8 @@ class Queue:
                 ended.append((id_, account_id, why))
             deadline = db.execute(
                 "SELECT min(deadline) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
-                "AND deadline IS NOT NULL AND (deadline > :now OR :more)",
-                {"now": now, "more": len(ended) >= CHUNK},
+                "AND deadline IS NOT NULL AND (deadline > :now OR :more) AND deadline <= :largest",
+                {"now": now, "more": len(ended) >= CHUNK, "largest": LARGEST_INTEGER},
             ).fetchone()[0]
             return ended, deadline
 
@@ -4740,6 +4741,18 @@ class Queue:
             return claims
 
         return await self.file.write(work)
+
+    async def held_back(self) -> set[str]:
+        """The accounts with messages that wait for a rate limit."""
+
+        def work(db: sqlite3.Connection) -> set[str]:
+            rows = db.execute(
+                "SELECT DISTINCT account_id FROM messages WHERE deferral = 'limit' "
+                "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL"
+            )
+            return {row[0] for row in rows}
+
+        return await self.file.read(work)
 
     async def let_go(self, account_id: str, deferrals: Sequence[str]) -> int:
         """Make an account's messages ready that wait for one of these reasons; return their number."""
@@ -5102,10 +5115,10 @@ class Queue:
 def _claim_of(row: Sequence[Any]) -> Claim:
     """A claim of a row; one that is damaged has no payload, and so fails alone when it is composed."""
     try:
-        rest = _recipients_from_row(row[9]), *row[10:]
-    except _Damaged:
-        rest = None, 0, 0, ""
-    return Claim._make((*row[:9], *rest, False))
+        sum((row[3], row[5], row[6], row[7], row[8] or 0, row[10], row[11]))  # TypeError: one is no number
+        return Claim._make((*row[:9], _recipients_from_row(row[9]), *row[10:], False))
+    except (_Damaged, TypeError):
+        return Claim(row[0], row[1], row[2], 0, "", 0, 0.0, 0, None, None, 0, 0, "")
 
 
 def take_turns(
@@ -9344,12 +9357,18 @@ class Dispatcher:
             lane.has_mail = True
         self._alarm.ring()
 
-    def add_lane(self, account: Account, counted: Iterable[tuple[float, int]], *, suspended: bool) -> None:
-        """Begin to deliver for an account; `counted` are its sends on the monotonic clock."""
+    def add_lane(
+        self, account: Account, counted: Iterable[tuple[float, int]], *, suspended: bool, held_back: bool
+    ) -> None:
+        """Begin to deliver for an account; `counted` are its sends on the monotonic clock, and
+        `held_back` says that some of its mail waits for its limits."""
         windows = self._held_windows.pop(account.id, None) or SendWindows(account.limits, counted)
         windows.replace_limits(account.limits)
         lane = self.lanes[account.id] = Lane(account, windows, self._clock)
         lane.suspended = suspended
+        now = self._clock.monotonic()
+        if held_back and not windows.room(now):
+            lane.limit_until(windows.opens_at(now))
         self._rotation.append(lane)
         self._alarm.ring()
 
@@ -10418,13 +10437,16 @@ class AccountBook:
     async def _enter(self, accounts: Sequence[Account]) -> None:
         """Deliver for these accounts, by these definitions, from now on."""
         sends, suspended = await self._queue.sends(), await self._queue.suspended()
+        held_back = await self._queue.held_back()
         now, offset = self._clock.monotonic(), self._clock.monotonic() - self._clock.wall()
         for account in accounts:
             if account.id in self._dispatcher.lanes:
                 await self._dispatcher.replace_account(account)
             else:
                 counted = [(min(until + offset, now), n) for until, n in sends.get(account.id, ())]
-                self._dispatcher.add_lane(account, counted, suspended=account.id in suspended)
+                self._dispatcher.add_lane(
+                    account, counted, suspended=account.id in suspended, held_back=account.id in held_back
+                )
 
     async def put(self, fields: Mapping[str, object]) -> Account:
         """Add or replace an account; on disk first. Raises Rejected, HttpError 409."""
