@@ -3297,12 +3297,16 @@ class InThread(Protocol):
 
 
 class Threads:
-    """A bounded pool for blocking calls. A call that hangs does not keep the process from ending."""
+    """A bounded pool for blocking calls, of threads that are started when no other is free.
+
+    A call that hangs does not keep the process from ending.
+    """
 
     def __init__(self, workers: int, name: str) -> None:
         self._workers = workers
         self._name = name
         self._started = 0
+        self._free = threading.Semaphore(0)
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     async def run(self, call: Callable[[], T]) -> T:
@@ -3310,7 +3314,7 @@ class Threads:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
         self._calls.put(lambda: _answer_from_thread(call, answer, loop))
-        if self._started < self._workers:
+        if not self._free.acquire(blocking=False) and self._started < self._workers:
             self._started += 1
             threading.Thread(target=self._work, name=f"{self._name}-{self._started}", daemon=True).start()
         return await answer
@@ -3319,6 +3323,7 @@ class Threads:
         while call := self._calls.get():
             call()
             del call  # and with it what it was given and what came of it, which may be large
+            self._free.release()
 
     def close(self) -> None:
         """Let go of the threads without waiting for calls that outlive the daemon."""
@@ -11598,7 +11603,7 @@ def _number_asked(query: Mapping[str, str], name: str, low: int, high: int) -> i
 UPSTREAM_THREADS = 2  # one call at a time, and one that a stop has left behind
 TOKEN_THREADS = 8
 FETCHING_THREADS = 16
-LOOK_UP_THREADS = 32  # of hosts, and reading passwords and certificates: one that hangs holds up no other
+LOOK_UP_THREADS = 256  # of hosts, and reading passwords and certificates: one that hangs holds up no other
 WORKING_THREADS = 4
 HOSTNAME_PATIENCE_S = 2.0
 REPORT_PATIENCE_S = 5.0  # for a report that is under way when the daemon stops

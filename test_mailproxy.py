@@ -9596,8 +9596,8 @@ class MoodySmtpServer:
     def _converse(self, line: socket.socket) -> None:
         recipients: list[str] = []
         with contextlib.suppress(OSError), line, line.makefile("rb") as commands:
-            verb = "GREETING"
-            while self._say(line, verb, recipients) and (command := commands.readline().decode()):
+            said = self._say(line, "GREETING", recipients)
+            while said and (command := commands.readline().decode()):
                 verb = command[:4].strip().upper()
                 if verb == "MAIL":
                     recipients = []
@@ -9605,19 +9605,19 @@ class MoodySmtpServer:
                     self.most_transactions = max(self.most_transactions, len(self._sending))
                 if verb == "RCPT":
                     recipients.append(command.partition("<")[2].partition(">")[0])
-                if verb == "DATA":
-                    if not self._say(line, verb, recipients):
-                        break
+                said = self._say(line, verb, recipients)
+                if verb == "DATA" and said.startswith("354"):
                     while commands.readline() not in (b".\r\n", b""):
                         pass
-                    verb = "."
+                    said = self._say(line, ".", recipients)
         self._open.discard(line)
 
-    def _say(self, line: socket.socket, verb: str, recipients: list[str]) -> bool:
+    def _say(self, line: socket.socket, verb: str, recipients: list[str]) -> str:
+        """Answer a verb; what was said, or nothing when that was the end."""
         self.heard[verb] += 1
         mood = self.moods[verb].popleft() if self.moods.get(verb) else 0.0
         if mood == "drop":
-            return False
+            return ""
         while mood == "trickle" and not self._stopping.wait(0.05):
             line.sendall(b"2")
         if verb == "." and isinstance(mood, float):
@@ -9628,7 +9628,7 @@ class MoodySmtpServer:
         if verb == ".":
             self._sending.discard(line)
         line.sendall(mood.encode() + b"\r\n")
-        return not mood.startswith(("421", "221"))
+        return "" if mood.startswith(("421", "221")) else mood
 
 
 @pytest.fixture
@@ -9818,6 +9818,24 @@ def test_a_kept_connection_that_breaks_at_its_next_use_costs_nothing(tmp_path: P
             assert daemon.wait_status(f"m-{number}", "sent")["attempts"] == 1
 
         assert (moody.heard["GREETING"], len(moody.received)) == (3, 4)
+
+
+@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA", "."])
+@pytest.mark.parametrize(("code", "status"), [(451, "deferred"), (554, "error")])
+def test_a_refusal_at_any_step_decides_in_the_servers_words(
+    tmp_path: Path, verb: str, code: int, status: str
+) -> None:
+    words = f"{code} {code // 100}.3.0 Said at {verb}"
+    with (
+        MoodySmtpServer(**{verb: [words]}) as moody,
+        SleepyDaemon(tmp_path, {"smtp": {"max_connections": 1}}, smtp=moody) as daemon,
+    ):
+        daemon.submit(*letters("m", 2))
+
+        record = daemon.wait_status("m-0", status)
+        assert (record["attempts"], record["error"]) == (1, words)
+        assert daemon.wait_status("m-1", "sent")["attempts"] == 1
+        assert (moody.heard["GREETING"], state_of(daemon)) == (1, "up")
 
 
 def test_what_is_in_doubt_is_an_error_where_the_account_says_so(tmp_path: Path, smtp: SmtpServer) -> None:
@@ -10605,10 +10623,10 @@ def test_a_clock_that_is_set_by_an_hour_neither_stops_mail_nor_lets_it_rush(
 
 def test_hosts_whose_look_up_hangs_hold_up_nobody_else(tmp_path: Path, smtp: SmtpServer) -> None:
     with TwistedDaemon(tmp_path, smtp=smtp) as daemon:
-        for number in range(12):
+        for number in range(60):
             ask(daemon, "/account", {"id": f"a-{number}", "host": f"{number}.hangs.example", "port": 25})
             daemon.submit(letter(f"a-{number}", account_id=f"a-{number}"))
-        wait_until(lambda: daemon.status()["in_delivery"] == 12, "look-ups without an end")
+        wait_until(lambda: daemon.status()["in_delivery"] == 60, "look-ups without an end")
 
         daemon.submit(letter("m"), letter("large", body="x" * 300_000))
 
