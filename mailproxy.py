@@ -9922,7 +9922,7 @@ class Dispatcher:
     def _cool(self, lane: Lane, disposition: Disposition) -> None:
         if disposition.lane is LaneSignal.LOGIN_REFUSED:
             lane.refuse_login(disposition.error or "", self._jitter())
-            level, what = logging.ERROR, "the server refuses the login of an account"
+            level, what = logging.ERROR, "an account cannot log in"
         else:
             lane.lose_server(disposition.error or "", self._jitter())
             level, what = logging.WARNING, "an account's server is left alone"
