@@ -12747,14 +12747,17 @@ def test_an_upstream_that_hangs_does_not_keep_it_from_ending(tmp_path: Path, rep
         assert daemon.wait_for_exit(5) == 0
 
 
-def test_a_loop_that_dies_takes_the_daemon_down_loudly(tmp_path: Path, smtp: SmtpServer) -> None:
-    with Daemon(tmp_path, smtp=smtp) as daemon:
-        daemon.submit(mail(deferred_ts=int(time.time()) + 2))
+def test_a_loop_that_dies_takes_the_daemon_down_loudly(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    with Daemon(tmp_path, smtp=smtp, reports=reports) as daemon:
+        daemon.submit(mail(deferred_ts=int(time.time()) + 3600))
         with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
-            db.execute("UPDATE messages SET deferred_ts = 'no time'")
+            db.execute("UPDATE messages SET report_order = 'no place'")
+        daemon.post("/commands/run-now")
 
         assert daemon.wait_for_exit(10) == 1
-        assert "loop=dispatcher" in daemon.wait_for_log("a loop ended")
+        assert "loop=reporter" in daemon.wait_for_log("a loop ended")
 
 
 def test_a_client_that_goes_away_disturbs_nobody(relay: Relay) -> None:
