@@ -4011,14 +4011,16 @@ class QueueFile:
             self._create_private()
             self._migrate(self._connection())
             self._writer.start()
-        except OSError as error:
-            raise ConfigurationError(f"The queue {self.path} cannot be opened: {error.strerror}.") from error
-        except STORAGE_ERRORS as error:
+        except (OSError, ConfigurationError, *STORAGE_ERRORS) as error:
+            self._close_writing()
             self._lock.release()
+            if isinstance(error, ConfigurationError):
+                raise
+            if isinstance(error, OSError):
+                raise ConfigurationError(
+                    f"The queue {self.path} cannot be opened: {error.strerror}."
+                ) from error
             raise ConfigurationError(f"The queue {self.path} cannot be used: {error}.") from error
-        except ConfigurationError:
-            self._lock.release()
-            raise
 
     def _create_private(self) -> None:
         """Readable by the owner alone; SQLite gives its siblings the same mode."""
