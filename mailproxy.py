@@ -3994,9 +3994,8 @@ class QueueFile:
         self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="queue-reader")
         self._writing: sqlite3.Connection | None = None
         self._reading: sqlite3.Connection | None = None
-        self._wishes: queue.SimpleQueue[_Wish | None] = (
-            queue.SimpleQueue()
-        )  # None: the last one was before it
+        self._asked: list[_Wish] = []  # in this turn of the event loop
+        self._wishes: queue.SimpleQueue[list[_Wish] | None] = queue.SimpleQueue()  # None: these were the last
 
     # -- opening and closing
 
@@ -4042,6 +4041,7 @@ class QueueFile:
 
     async def close(self) -> None:
         """Finish what was asked, then close both connections and let go of the lock."""
+        self._hand_over()
         self._wishes.put(None)
         await asyncio.get_running_loop().run_in_executor(self._reader, self._close_connections)
         self._reader.shutdown()
@@ -4072,25 +4072,35 @@ class QueueFile:
         """
         if not self._writer.is_alive():
             raise StorageUnavailable("The queue is closed.")
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._wishes.put(_Wish(work, item, answer))
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+        if not self._asked:
+            loop.call_soon(self._hand_over)
+        self._asked.append(_Wish(work, item, answer))
         return await answer
+
+    def _hand_over(self) -> None:
+        """Wake the writer once for all that was asked in this turn of the event loop."""
+        asked, self._asked = self._asked, []
+        if asked:
+            self._wishes.put(asked)
 
     def _write_on(self) -> None:
         """Write group after group: all that waits by the time the last one is on disk. The writer's thread."""
-        while (first := self._wishes.get()) is not None:
-            group = [first, *self._that_wait()]
+        while (group := self._wishes.get()) is not None:
+            for wishes in self._that_wait():
+                group += wishes
             answers = self._commit(group)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                first.answer.get_loop().call_soon_threadsafe(_answer_all, answers)
+                group[0].answer.get_loop().call_soon_threadsafe(_answer_all, answers)
 
-    def _that_wait(self) -> Iterator[_Wish]:
+    def _that_wait(self) -> Iterator[list[_Wish]]:
         for _ in range(self._wishes.qsize()):
-            wish = self._wishes.get()
-            if wish is None:
+            wishes = self._wishes.get()
+            if wishes is None:
                 self._wishes.put(None)  # it ends the thread after this group
                 return
-            yield wish
+            yield wishes
 
     def _commit(self, group: Sequence[_Wish]) -> list[tuple[_Wish, Any]]:
         """What to answer to each of the group, exceptions among it, after the COMMIT."""
