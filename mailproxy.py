@@ -7923,7 +7923,7 @@ def parse_json_object(body: bytes) -> dict[str, object]:
         raise HttpError(400, "the body is not a JSON object")
     if text.count("{") + text.count("[") > JSON_DEPTH:
         refuse_depth(content)
-    if "\\" in text and ("\\ud" in text or "\\uD" in text):
+    if "\\u" in text and ("\\ud" in text or "\\uD" in text):
         refuse_lone_surrogates(content)
     return content
 
@@ -7935,6 +7935,8 @@ def parse_large_json_object(body: bytes) -> dict[str, object]:
     What is not as expected is parsed again in one go, which finds the words for what is wrong.
     """
     refuse_too_many_values(body)
+    if not may_have_long_strings(body):
+        return parse_json_object(body)
     cut: dict[str, str] = {}
     try:
         content = parse_json_object(_without_long_strings(body, cut))
@@ -7942,6 +7944,12 @@ def parse_large_json_object(body: bytes) -> dict[str, object]:
         return parse_json_object(body)
     _put_back(content, cut)
     return parse_json_object(body) if cut else content  # one was the name of a field
+
+
+def may_have_long_strings(body: bytes) -> bool:
+    """True unless quotes, none of them within a string, are so close everywhere that all strings are short."""
+    step = LONG_STRING_BYTES // 2
+    return b'\\"' in body or not all(body.find(b'"', at, at + step) >= 0 for at in range(0, len(body), step))
 
 
 def _without_long_strings(body: bytes, cut: dict[str, str]) -> bytes:
@@ -8020,7 +8028,7 @@ def _put_back(container: Any, cut: dict[str, str]) -> None:
 
 def refuse_too_many_values(body: bytes) -> None:
     """Raises 413 for JSON of so many values that reading it would take the memory, and the loop's time."""
-    if number_of_marks(body) <= JSON_VALUES:
+    if len(body) <= JSON_VALUES or number_of_marks(body) <= JSON_VALUES:
         return
     strings = (body.count(b'"') - body.count(b'\\"')) // 2
     if strings > JSON_VALUES or number_of_marks(JSON_STRING.sub(b"", body)) > JSON_VALUES:
@@ -8065,7 +8073,7 @@ def refuse_depth(content: object) -> None:
     """Raises 400 for nesting so deep that code which walks through it might run out of stack."""
     level = [content]
     for _ in range(JSON_DEPTH):
-        level = [inner for outer in level for inner in members(outer) if isinstance(inner, dict | list)]
+        level = [inner for outer in level for inner in members(outer) if isinstance(inner, (dict, list))]
         if not level:
             return
     raise HttpError(400, f"the JSON is nested deeper than {JSON_DEPTH} levels")
@@ -11282,8 +11290,10 @@ class ControlPlane:
             for one in judged
             if one.submission is None or one.submission.id in refused
         ]
-        self._tell_accepted(accepted)
-        self._tell_rejected(rejected)
+        if accepted:
+            self._tell_accepted(accepted)
+        if rejected:
+            self._tell_rejected(rejected)
         if rejected and not accepted:
             detail = {"error": ALL_REJECTED, "rejected": rejected}
             raise HttpError(400, ALL_REJECTED, extra={"rejected": rejected, "detail": detail})
@@ -11301,11 +11311,12 @@ class ControlPlane:
 
     def _tell_accepted(self, accepted: Sequence[Submission]) -> None:
         self.submissions += len(accepted)
-        by_account = collections.Counter(submission.account_id for submission in accepted)
+        by_account: dict[str, int] = {}
+        for submission in accepted:
+            by_account[submission.account_id] = by_account.get(submission.account_id, 0) + 1
         for account_id, number in by_account.items():
             self._metrics.accepted(account_id, number)
-        if accepted:
-            self._dispatcher.wake(by_account)
+        self._dispatcher.wake(by_account)
         level = logging.INFO if self._dispatcher.log_deliveries else logging.DEBUG
         if self._log.isEnabledFor(level):
             for submission in accepted:
@@ -11479,8 +11490,10 @@ def _guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
 
     async def guarded(request: Request) -> Response:
         request_id.set(request.id)
-        with _told_of_storage():
+        try:
             return await handler(request)
+        except StorageUnavailable as error:
+            raise _storage_refuses(error) from None
 
     return guarded
 
@@ -11490,7 +11503,11 @@ def _told_of_storage() -> Iterator[None]:
     try:
         yield
     except StorageUnavailable as error:
-        raise HttpError(503, str(error), headers={"Retry-After": "1"}) from None
+        raise _storage_refuses(error) from None
+
+
+def _storage_refuses(error: StorageUnavailable) -> HttpError:
+    return HttpError(503, str(error), headers={"Retry-After": "1"})
 
 
 class Judged(NamedTuple):
@@ -11625,6 +11642,7 @@ REQUEST_PATIENCE_S = 5.0  # at least, for requests in progress then
 UNOWNED_DOMAINS = (
     ".localhost", ".local", ".internal", ".home.arpa", ".test", ".example", ".invalid", ".example.com", ".example.net", ".example.org",
 )  # fmt: skip
+IPV4_HOST = re.compile(r"(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?::[0-9]*)?")
 OPEN_FILES = 65_536  # wanted; what the machine allows counts
 OWN_FILES = (
     300  # kept from the HTTP side, beside two for each SMTP connection: clients must not stop delivery
@@ -11662,6 +11680,8 @@ def may_be_a_page(request: Request) -> bool:
 
 def is_nobodys_name(host: str) -> bool:
     """True for a Host that is an address, one word, or under a domain that cannot be registered (RFC 6761)."""
+    if IPV4_HOST.fullmatch(host):  # spares most the general way
+        return True
     name = re.sub(":[0-9]*$", "", host).rstrip(".").lower()
     if "." not in name or f".{name}".endswith(UNOWNED_DOMAINS):
         return True

@@ -8639,6 +8639,15 @@ LONG_STRINGS = {
 }
 
 
+def test_no_long_string_goes_unnoticed_and_a_body_of_short_ones_is_not_looked_through():
+    for before in (0, 1, 2048, 4095, 4096, 8191, 8192):
+        for long_one in ("x" * mailproxy.LONG_STRING_BYTES, '"' * mailproxy.LONG_STRING_BYTES):
+            body = json.dumps({"a": ["y"] * (before // 5), "b": long_one, "c": ["y"] * 5000}).encode()
+            assert mailproxy.may_have_long_strings(body)
+
+    assert not mailproxy.may_have_long_strings(json.dumps({"a": ["y" * 2000, r"\r\n"] * 5000}).encode())
+
+
 @pytest.mark.parametrize("ensure_ascii", [True, False])
 @pytest.mark.parametrize("content", LONG_STRINGS.values(), ids=LONG_STRINGS.keys())
 def test_long_strings_of_a_large_body_are_read_as_any_other(content, ensure_ascii):
