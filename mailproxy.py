@@ -2580,6 +2580,8 @@ def settle(
     `untried` recipients are left for another transaction, to follow at once.
     """
     failure = attempt.first_failure
+    if failure is None and attempt.replies and not (untried or claim.recipients):  # as nearly all mail goes
+        return _final({}, _lane_signal(attempt.replies.values()), used=True)
     if failure is not None and failure.stage in SESSION_STAGES:
         return _settle_without_session(claim, failure)
     closing = next((reply for reply in attempt.replies.values() if _closes_the_connection(reply)), None)
@@ -6913,7 +6915,7 @@ class Wire(asyncio.Protocol):
         if self._reply_bytes > LONGEST_REPLY_BYTES:
             self.break_off(Cause.LOCAL, "a reply without end")
         elif found[2] != b"-":
-            answer = Answer(int(found[1]), tuple(line[4:] for line in self._lines))
+            answer = Answer(int(found[1]), tuple([line[4:] for line in self._lines]))
             self._lines, self._reply_bytes = [], 0
             self._take(answer)
 
