@@ -3403,9 +3403,11 @@ class Alarm:
     async def sleep(self, at_most_s: float) -> None:
         await asyncio.sleep(0)  # a loop that never rests must not keep the others from running
         if not self._rung.is_set() and at_most_s > 0:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(at_most_s):
-                    await self._rung.wait()
+            timer = asyncio.get_running_loop().call_later(at_most_s, self._rung.set)
+            try:
+                await self._rung.wait()
+            finally:
+                timer.cancel()
         self._rung.clear()
 
 
