@@ -8907,6 +8907,7 @@ async def bound_tcp_sockets(host: str, port: int, backlog: int) -> list[socket.s
     try:
         for family, address in dict.fromkeys((family, address) for family, *_, address in found):
             bound.append(socket.create_server(address, family=family, backlog=backlog))
+            bound[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited; asyncio would not set it
     except OSError:
         for listening in bound:
             listening.close()

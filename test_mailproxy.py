@@ -8817,6 +8817,19 @@ def test_requests_in_a_row_are_answered_in_order():
     with_http_service(story)
 
 
+def test_no_answer_waits_for_the_client_to_confirm_the_one_before():
+    """Nagle's algorithm would hold back the second of two answers for the 40 ms of a delayed ACK."""
+
+    async def story():
+        (listening,) = await mailproxy.bound_tcp_sockets("127.0.0.1", 0, 1)
+        with listening, socket.create_connection(listening.getsockname()):
+            accepted, _ = listening.accept()
+            with accepted:
+                return accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    assert asyncio.run(story())
+
+
 def test_a_request_that_comes_byte_by_byte_is_the_same_request():
     async def story(service):
         reader, writer = await http_connect(service)
