@@ -3386,12 +3386,16 @@ def test_a_message_is_the_same_bytes_on_every_attempt() -> None:
         ("Grüße aus Köln, und noch etwas mehr Text dazu", "quoted-printable"),
         ("日本語だけの文章です", "base64"),
         (". \n.\n..\nFrom me \n \t\n" + "é" + "x " * 2000, "quoted-printable"),
+        pytest.param("Grüße, x = y\t. and so on " * 20_000, "quoted-printable", id="a very long line"),
+        pytest.param("x" * 65_535 + "\n" + "y" * 200_000, "quoted-printable", id="a line end at a step"),
     ],
 )
 def test_text_goes_in_the_plainest_encoding_that_keeps_it(text: str, encoding: str) -> None:
-    message = read_by_a_client(composed_submission(body=text))
+    octets = composed_submission(body=text)
 
+    message = read_by_a_client(octets)
     assert message["Content-Transfer-Encoding"] == encoding
+    assert encoding == "7bit" or max(map(len, octets.split(b"\r\n"))) <= 78
     assert text_read(message) == f"{text}\n"
 
 
@@ -8681,7 +8685,8 @@ MANY = mailproxy.JSON_VALUES + 1
 
 
 @pytest.mark.parametrize(
-    "values", [b"[]," * MANY, b"1," * MANY, b'"",' * MANY, b'"\\\\",' * MANY, b'"\\"",' * MANY]
+    "values",
+    [b"[]," * MANY, b"1," * MANY, b'"",' * MANY, b'"\\\\",' * 100_000 + b"1," * MANY, b'"\\"",' * MANY],
 )
 def test_json_of_very_many_values_is_413_before_it_takes_the_memory(values):
     with pytest.raises(mailproxy.HttpError, match="more than 2000000 values") as refused:
@@ -8690,8 +8695,17 @@ def test_json_of_very_many_values_is_413_before_it_takes_the_memory(values):
     assert refused.value.status == 413
 
 
+def test_many_values_before_a_string_without_end_are_413_in_no_time():
+    began = time.process_time()
+
+    with pytest.raises(mailproxy.HttpError, match="more than 2000000 values"):
+        mailproxy.parse_large_json_object(b'{"a": [' + b"1," * MANY + b'"' + b'\\"' * 100_000)
+
+    assert time.process_time() - began < 5  # it took 40 s
+
+
 def test_the_text_of_a_message_may_have_as_many_commas_and_brackets_as_it_likes():
-    text = ',[{"\\' * MANY
+    text = ",[{" * MANY + '"\\' * 1000
 
     assert mailproxy.parse_large_json_object(json.dumps({"a": [text, "b"]}).encode()) == {"a": [text, "b"]}
 
