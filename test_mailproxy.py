@@ -30,6 +30,7 @@ import logging
 import math
 import os
 import pathlib
+import platform
 import pty
 import random
 import re
@@ -5966,6 +5967,12 @@ def test_the_same_url_in_a_burst_is_fetched_once():
     assert len({id(part.content) for part in parts}) == 1
     assert server.connections == 1
     assert observed == [("url", "fetched")] * 50 + [("url", "cached")]
+
+
+def test_by_default_an_attachment_of_any_size_is_fetched_once_in_a_burst():
+    settings = mailproxy.AttachmentSettings()
+
+    assert settings.cache_bytes >= settings.max_attachment_bytes
 
 
 def test_what_was_fetched_is_forgotten_by_age_by_size_and_when_the_md5_says_so():
@@ -12933,6 +12940,26 @@ def test_systemd_is_told_how_it_is(tmp_path: Path, abstract: bool) -> None:
             daemon.stop()
             while told[-1] != "STOPPING=1":
                 told.append(systemd.recv(4096).decode())
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other C libraries have no heap for each thread"
+)
+def test_all_threads_take_their_memory_from_one_heap() -> None:
+    code = (
+        "import ctypes, mailproxy, threading\n"
+        "mailproxy.share_one_heap()\n"
+        "for _ in range(4):\n"
+        "    threading.Thread(target=lambda: bytes(100_000)).start()\n"
+        "ctypes.CDLL(None).malloc_stats()\n"
+    )
+
+    told = subprocess.run(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=Path(mailproxy.__file__).parent,
+        timeout=30, check=True,
+    ).stderr  # fmt: skip
+
+    assert told.count("Arena ") == 1
 
 
 def test_the_unit_test_of_the_notifier_needs_no_systemd() -> None:

@@ -41,6 +41,7 @@ def sections(smtp_port: int, reports_port: int) -> dict[str, dict[str, object]]:
         "client": {"client_sync_url": f"http://127.0.0.1:{reports_port}/"},
         "delivery": KEPT_FOR_EVER,
         "scheduler": {"active": "false"},
+        "attachments": {"allow_hosts": "127.0.0.1"},
     }
 
 

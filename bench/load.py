@@ -157,6 +157,17 @@ def post_attachments(port: int, prefix: str, count: int, size_bytes: int) -> int
     return sum(_post_alone(port, attached_body(f"{prefix}-{number}", size_bytes)) for number in range(count))
 
 
+def post_urls(port: int, prefix: str, count: int, file_port: int) -> int:
+    """One batch of messages, each with an attachment behind a URL of its own."""
+    batch = [
+        message(
+            f"{prefix}-{number}", attachments=[{"url": f"http://127.0.0.1:{file_port}/{prefix}-{number}"}]
+        )
+        for number in range(count)
+    ]
+    return count if _post_alone(port, json.dumps({"messages": batch}).encode()) else 0
+
+
 def post_large_batches(port: int, prefix: str, count: int, size_bytes: int) -> int:
     """Batches of 1,000 messages that are so large together."""
     filler = "x" * 70 + "\n"

@@ -297,6 +297,24 @@ def serve_bare_http(numbers: Numbers) -> None:
     _serve(numbers, lambda: BareSession(None))
 
 
+class FileSession(HttpSession):
+    """Answers with the same bytes whatever it is asked for, and counts."""
+
+    def __init__(self, numbers: Numbers, content: bytes) -> None:
+        super().__init__()
+        self._numbers, self._content = numbers, content
+
+    def asked(self, body: bytes) -> None:
+        self._numbers[Companion.COUNT] += 1
+        self.answer(b"200 OK", self._content)
+
+
+def serve_files(numbers: Numbers, size_bytes: int) -> None:
+    """Attachments to fetch, all of one size."""
+    content = bytes(size_bytes)
+    _serve(numbers, lambda: FileSession(numbers, content))
+
+
 # -- a line as long as one wants
 
 

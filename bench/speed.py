@@ -20,7 +20,8 @@ Rows:
                 cold, 16 connections; beside aiosmtplib, and smtplib one by one (all 100 of them, once)
     request     what the caller waits: a post to us, or smtplib to that server
     million     a queue file with 1,000,000 scheduled, 200,000 sent and 100,000 ready messages beside an empty one
-    memory      resident memory: idle, and the peak while 40 messages with 10 MB attached go through
+    memory      resident memory: idle, and the peak while 40 messages with 10 MB attached go through, submitted in base64
+                and fetched from 40 URLs
     loop        the longest answer time of GET /health, asked every 5 ms, while 25 MB messages are composed and 60 MB
                 batches posted; beside a bare server probed at the same instants, which shows what is the machine's part
     start       from the start of the process to the first answer; `--version` of the zipapp; beside a bare Python
@@ -53,6 +54,7 @@ from sinks import (
     serve_bare_http,
     serve_bare_queue,
     serve_delayed,
+    serve_files,
     serve_reports,
     serve_smtp,
 )
@@ -480,21 +482,26 @@ def memory_rows(bench: Bench) -> Iterable[Line]:
     with (
         fast_sink() as sink,
         Companion(serve_reports) as receiver,
+        Companion(serve_files, size) as files,
         bench.daemon(sink.port, receiver.port) as daemon,
     ):
         daemon.command("activate")
         time.sleep(2)
         yield Line("memory, idle", f"{daemon.rss_mib():.0f} MiB", goal="40 MiB")
-        daemon.forget_peak()
-        before = sink.count
-        taken = bench.elsewhere.run(load.post_attachments, daemon.port, bench.label(), count, size)
-        sink.wait_for(before + count)
-        settle(daemon)
-        peak, after = daemon.peak_rss_mib(), daemon.rss_mib()
-    yield Line(
-        f"memory, {taken} messages with 10 MB attached", f"{peak:.0f} MiB at most", f"{after:.0f} MiB afterwards",
-        goal="300 MiB",
-    )  # fmt: skip
+        for what, post, source in (
+            ("attached", load.post_attachments, size),
+            ("behind URLs", load.post_urls, files.port),
+        ):
+            daemon.forget_peak()
+            before = sink.count
+            taken = bench.elsewhere.run(post, daemon.port, bench.label(), count, source)
+            sink.wait_for(before + count)
+            settle(daemon)
+            yield Line(
+                f"memory, {taken} messages with 10 MB {what}", f"{daemon.peak_rss_mib():.0f} MiB at most",
+                f"{daemon.rss_mib():.0f} MiB afterwards", goal="300 MiB",
+            )  # fmt: skip
+        print(f"{files.count} requests for the files", file=sys.stderr)
 
 
 def probed(bench: Bench, ports: list[int], work: Callable[[], None]) -> list[list[float]]:
