@@ -5838,12 +5838,16 @@ def _http_failure(error: Exception, target: HttpTarget, timeout_s: float) -> Htt
 
 
 class _BoundedBody:
-    """Collects a body of unknown length, and asks for room before it grows."""
+    """Collects a body, and asks for room as it grows: one that trickles keeps no room from the others.
 
-    def __init__(self, what: str, max_bytes: int, on_size: OnSize) -> None:
+    Once it has grown beyond its first room, one of a known size is given the whole.
+    """
+
+    def __init__(self, what: str, max_bytes: int, on_size: OnSize, growth: int = 8) -> None:
         self._what = what
         self._max_bytes = max_bytes
         self._on_size = on_size
+        self._growth = growth
         self._room_bytes = 0
         self._collected = io.BytesIO()  # its getvalue() is no copy
 
@@ -5852,7 +5856,7 @@ class _BoundedBody:
         if size > self._max_bytes:
             raise TooLarge(self._what, self._max_bytes)
         if size > self._room_bytes:
-            self._room_bytes = min(8 * size, self._max_bytes)
+            self._room_bytes = min(self._growth * size if self._room_bytes else 2 * size, self._max_bytes)
             self._on_size(self._room_bytes)
         self._collected.write(piece)
 
@@ -5866,25 +5870,13 @@ def _read_body(response: http.client.HTTPResponse, what: str, max_bytes: int, on
     coding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in ("identity", ""):
         return _read_encoded(response, coding, _BoundedBody(what, max_bytes, on_size))
-    if response.length is not None:
-        return _read_announced(response, response.length, what, max_bytes, on_size)
-    collected = _BoundedBody(what, max_bytes, on_size)
+    announced = max_bytes if response.length is None else response.length
+    if announced > max_bytes:
+        raise TooLarge(what, max_bytes)
+    collected = _BoundedBody(what, announced, on_size, 8 if response.length is None else announced)
     for piece in _pieces(response):
         collected.add(piece)
     return collected.whole()
-
-
-def _read_announced(
-    response: http.client.HTTPResponse, size_bytes: int, what: str, max_bytes: int, on_size: OnSize
-) -> bytes:
-    """A body whose Content-Length is known is read into its place at once."""
-    if size_bytes > max_bytes:
-        raise TooLarge(what, max_bytes)
-    on_size(size_bytes)
-    received = response.read(size_bytes)
-    if len(received) < size_bytes:
-        raise http.client.IncompleteRead(b"", size_bytes - len(received))
-    return received
 
 
 def _read_encoded(response: http.client.HTTPResponse, coding: str, collected: _BoundedBody) -> bytes:
@@ -5979,6 +5971,7 @@ def _redirected(target: HttpTarget, location: str) -> HttpTarget:
 
 FETCHES_PER_HOST = 4  # at a time: a slow server holds up its own messages, not the pool of threads
 CACHE_AGE_S = 300  # how long a burst may fall back on what was fetched
+SMALL_SHARE = 200  # so small a part of the budget is granted at once: a small message waits for no large ones
 BUILD_FACTOR = 3  # bytes a message takes while it is built, for each of its attachments: it, base64, message
 MAX_NAME_CHARACTERS = 200
 
@@ -6051,7 +6044,7 @@ class Reservation:
 class MemoryBudget:
     """Bytes that may be in use at a time, given out in the order of asking.
 
-    A request larger than the whole budget is granted when it is alone; nothing at all is
+    A request larger than the whole budget is granted when it is alone; next to nothing is
     granted at once. It belongs to one event loop; only grow() may be called in a thread.
     """
 
@@ -6094,7 +6087,8 @@ class MemoryBudget:
     def grow(self, reservation: Reservation, size_bytes: int) -> bool:
         """Let a reservation hold `size_bytes` when nobody waits and there is room; False otherwise."""
         with self._lock:
-            return not self._waiting and self._take(reservation, size_bytes)
+            goes_first = not self._waiting or self._is_small(size_bytes)
+            return goes_first and self._take(reservation, size_bytes)
 
     def shrink(self, reservation: Reservation, size_bytes: int) -> None:
         with self._lock:
@@ -6105,11 +6099,15 @@ class MemoryBudget:
 
     def _take(self, reservation: Reservation, size_bytes: int) -> bool:
         others = self._used_bytes - reservation.size_bytes
-        if reservation.ended or (others and others + size_bytes > self._total_bytes):
+        has_room = not others or others + size_bytes <= self._total_bytes or self._is_small(size_bytes)
+        if reservation.ended or not has_room:
             return False
         self._used_bytes = others + size_bytes
         reservation.size_bytes = size_bytes
         return True
+
+    def _is_small(self, size_bytes: int) -> bool:
+        return size_bytes <= self._total_bytes // SMALL_SHARE
 
     def _grant(self) -> None:
         """Serve those who wait, in their order, as far as there is room."""

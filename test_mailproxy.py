@@ -5410,6 +5410,20 @@ def test_the_room_for_a_body_is_asked_for_before_it_is_read():
         http_get(server.url(), on_size=refuse)
 
 
+def test_a_body_that_trickles_is_given_no_more_room_than_what_has_come_may_need():
+    asked = []
+    begun = b"HTTP/1.1 200 OK\r\nContent-Length: 25000000\r\n\r\n" + bytes(100_000)
+
+    def script(server, connection):
+        connection.sendall(begun)
+        server.stopping.wait(30)
+
+    with scripted(script) as server, pytest.raises(mailproxy.HttpFailure, match="no complete answer"):
+        http_get(server.url(), on_size=asked.append, max_bytes=25_000_000, timeout_s=0.3)
+
+    assert asked == [2 * mailproxy.BODY_PIECE_BYTES]
+
+
 # --- the address policy
 
 FORBIDDEN_ADDRESSES = [
@@ -6095,6 +6109,18 @@ def test_a_request_larger_than_the_budget_is_granted_alone():
         return waited, (await huge).size_bytes, budget.used_bytes
 
     assert asyncio.run(story()) == (True, 1000, 1000)
+
+
+def test_next_to_nothing_is_granted_though_others_wait_for_more():
+    async def story():
+        budget = mailproxy.MemoryBudget(400)
+        async with budget.reserve(400):
+            waiting = asyncio.create_task(budget.reserve(200).__aenter__())
+            await asyncio.sleep(0)
+            async with budget.reserve(2):
+                return budget.used_bytes, waiting.done()
+
+    assert asyncio.run(story()) == (402, False)
 
 
 def test_who_stops_waiting_for_memory_holds_up_nobody():
