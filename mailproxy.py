@@ -12880,6 +12880,7 @@ WITH_VALUE = "ABCDFLMNOPRVXbefhopr"  # the options of sendmail(8) that take one,
 ATTACHED_ALONE = "dq"  # what follows them in the same word is theirs
 QUALIFIED_HEADERS = frozenset((b"from", b"sender", b"reply-to", b"to", b"cc", b"bcc"))
 _NOBODY = re.compile(r"([^<>@:;]*:\s*;)?")  # nothing, or an empty group (RFC 5322 3.4)
+_GROUP_NAME = re.compile(r'[^,;:<>"]*:')  # or a route, which is ignored (RFC 5322 4.4)
 _MBOX_LINE = re.compile(rb"\A>?From [^\n]*\n")
 
 
@@ -13009,7 +13010,7 @@ def sendmail_fields(call: SendmailCall, content: bytes, login: str, host: str) -
     """The submission that a call of sendmail means: raw, its header complete. Raises Unsendable."""
     draft = Draft.of(content)
     in_header = draft.recipients() if call.recipients_in_header else []
-    recipients = [address for word in call.recipients for address in _addresses_in(word) or (word,)]
+    recipients = [address for word in call.recipients for address in _addresses_in(word, os.EX_NOUSER) or (word,)]
     if not recipients and not in_header:
         raise Unsendable("no recipient in the header of the message", os.EX_USAGE)
     draft = draft.qualified(host)
@@ -13074,12 +13075,21 @@ def _addresses_of_field(field: bytes) -> list[str]:
     text = _field_text(field)
     addresses = _addresses_in(text)
     if not addresses and not _NOBODY.fullmatch(text):
-        raise Unsendable(f"the header has no addresses as mail knows them: {text[:200]}", os.EX_DATAERR)
+        raise _no_addresses(text, os.EX_DATAERR)
     return addresses
 
 
-def _addresses_in(text: str) -> list[str]:
-    return [address for _, address in email.utils.getaddresses([text]) if address]
+def _addresses_in(text: str, status: int = os.EX_DATAERR) -> list[str]:
+    """Bare addresses. Raises Unsendable where a word of it would be lost: a comma, or a quote, is missing."""
+    found = email.utils.getaddresses([text])
+    kept = re.findall(r"\w+", " ".join(f"{name} {address}" for name, address in found))
+    if not set(re.findall(r"\w+", _GROUP_NAME.sub("", text))) <= set(kept):
+        raise _no_addresses(text, status)
+    return [address for _, address in found if address]
+
+
+def _no_addresses(text: str, status: int) -> Unsendable:
+    return Unsendable(f"these are no addresses as mail knows them: {text[:200]}", status)
 
 
 def _field_text(field: bytes) -> str:

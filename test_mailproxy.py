@@ -14190,6 +14190,16 @@ def test_sendmail_knows_the_envelope(
     assert fields["to"] == recipients
 
 
+@pytest.mark.parametrize("text", ["root admin", "x@c.test y@c.test", 'o"brien@c.test', "x@c.test N <y@c.test>"])
+def test_sendmail_refuses_recipients_it_would_lose_one_of(text: str) -> None:
+    in_header, on_the_command_line = (["-t"], f"To: {text}\n\n"), ([text], "")
+    for (words, header), status in (in_header, os.EX_DATAERR), (on_the_command_line, os.EX_NOUSER):
+        call = mailproxy.sendmail_call(words)
+        with pytest.raises(mailproxy.Unsendable, match="no addresses") as refusal:
+            mailproxy.sendmail_fields(call, header.encode(), "root", "vm.test")
+        assert refusal.value.status == status
+
+
 def test_sendmail_sends_by_the_config_ini_of_the_daemon(tmp_path: Path, smtp: SmtpServer) -> None:
     content = b"To: x@c.test\nBcc: admin\nSubject: Gr\xc3\xbc\xc3\x9fe\n\nfirst\n.\nsecond\n"
     with Daemon(tmp_path, {"server": {"port": free_port()}}, smtp=smtp, token="sesame") as daemon:
