@@ -1957,7 +1957,7 @@ def _from_s3(attachment: Attachment, given: Mapping[str, object], which: str) ->
     if not isinstance(s3, dict):
         raise Rejected(f"{which}: s3 must be an object")
     _must_be_storable(s3, "attachments")
-    bucket, key = _text_of(s3, "bucket", which), _text_of(s3, "key", which)
+    bucket, key = _text_of(s3, "bucket", which), _string_of(s3, "key", which)
     if not bucket or not key:
         raise Rejected(f"{which}: s3 needs bucket and key")
     addressing = _text_of(s3, "addressing", which)
@@ -2027,13 +2027,18 @@ def _fetchable_url(value: object, what: str) -> str:
     return text
 
 
-def _text_of(given: Mapping[str, object], key: str, which: str) -> str | None:
+def _string_of(given: Mapping[str, object], key: str, which: str) -> str | None:
+    """A string of any characters."""
     value = given.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise Rejected(f"{which}: {key} must be a string")
-    if not value.isprintable() and (unfit := _NOT_FOR_ONE_LINE.search(value)):
+    if value is None or isinstance(value, str):
+        return value
+    raise Rejected(f"{which}: {key} must be a string")
+
+
+def _text_of(given: Mapping[str, object], key: str, which: str) -> str | None:
+    """A string on one line."""
+    value = _string_of(given, key, which)
+    if value and not value.isprintable() and (unfit := _NOT_FOR_ONE_LINE.search(value)):
         raise Rejected(f"{which}: {key} {_unfit(unfit)}")
     return value
 

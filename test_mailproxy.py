@@ -2288,13 +2288,13 @@ def test_attachments_have_their_sources(
 
 def test_an_attachment_keeps_what_it_is_called_and_is() -> None:
     given = {
-        "filename": "Größe/1.png", "s3": {"bucket": "b", "key": "k/ü", "region": "r", "addressing": "path"},
+        "filename": "Größe/1.png", "s3": {"bucket": "b", "key": "k/ü\t\n", "region": "r", "addressing": "path"},
         "content_type": "Image/PNG; x=Y", "content_id": "<logo@x>", "inline": True, "content_md5": "AB" * 16,
     }  # fmt: skip
 
     (attachment,) = parsed_submission(attachments=[given]).attachments
 
-    assert attachment.s3 == mailproxy.S3Object("b", "k/ü", region="r", addressing="path")
+    assert attachment.s3 == mailproxy.S3Object("b", "k/ü\t\n", region="r", addressing="path")
     assert (attachment.filename, attachment.content_type) == ("Größe/1.png", "image/png; x=Y")
     assert (attachment.content_id, attachment.inline, attachment.content_md5) == ("logo@x", True, "ab" * 16)
 
@@ -6625,7 +6625,7 @@ def test_a_wrong_clock_is_told_as_what_it_is(ahead_s):
 TRICKY_KEYS = [
     "plain.txt", "with space.txt", "a+b=c&d.txt", "naïve/日本.txt", "it's (a) *!~$@:,;?.txt",
     "%20literal.txt", "a//b/./c..txt", "trailing ",
-    "hash#question?x=1.txt",
+    "hash#question?x=1.txt", "tab\tbell\a.txt",
 ]  # fmt: skip
 
 
