@@ -1153,6 +1153,16 @@ def _value(row: Setting, given: Given | None) -> Any:
         raise ConfigurationError(f"{where}: {shown} is not {row.kind.words}") from None
 
 
+def _check_layer(given: GivenSettings) -> None:
+    """Raises ConfigurationError for a value that cannot be right, though another may win over it."""
+    for (section, key), value in given.items():
+        _check_text(value.origin, section, key, value.text)
+    for row in SETTINGS_TABLE:
+        written = given.get((row.section, row.key))
+        if written is not None and written.text.strip():
+            _value(row, written)
+
+
 def _accounts(given: GivenSettings) -> tuple[dict[str, Mapping[str, str]], tuple[str, ...]]:
     """The accounts as they were written, and what is to be said about them."""
     accounts: dict[str, dict[str, str]] = {}
@@ -1194,9 +1204,10 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     Raises ConfigurationError that names file, section and key.
     """
     path = _config_path(config, environ)
-    given = (_from_file(path) if path else {}) | _from_environment(environ) | _from_command_line(overrides)
-    for (section, key), value in given.items():
-        _check_text(value.origin, section, key, value.text)
+    layers = [_from_file(path) if path else {}, _from_environment(environ), _from_command_line(overrides)]
+    for layer in layers:
+        _check_layer(layer)
+    given = layers[0] | layers[1] | layers[2]
     given = _with_aws_variables(given, environ)
     sections = {
         name: kind(
@@ -13015,7 +13026,9 @@ def sendmail_fields(call: SendmailCall, content: bytes, login: str, host: str) -
     """The submission that a call of sendmail means: raw, its header complete. Raises Unsendable."""
     draft = Draft.of(content)
     in_header = draft.recipients() if call.recipients_in_header else []
-    recipients = [address for word in call.recipients for address in _addresses_in(word, os.EX_NOUSER) or (word,)]
+    recipients = [
+        address for word in call.recipients for address in _addresses_in(word, os.EX_NOUSER) or (word,)
+    ]
     if not recipients and not in_header:
         raise Unsendable("no recipient in the header of the message", os.EX_USAGE)
     draft = draft.qualified(host)

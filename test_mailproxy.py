@@ -1531,6 +1531,16 @@ def test_a_wrong_value_is_refused_with_file_section_key_and_what_it_should_be(
     assert problem in sentence
 
 
+def test_a_wrong_value_is_refused_where_another_wins_over_it_too(tmp_path):
+    of_the_file = refusal(
+        tmp_path, "[server]\nport = http\n", {"MAILPROXY_SERVER_PORT": "1"}, server__port="2"
+    )
+    of_the_environment = refusal(tmp_path, "", {"MAILPROXY_SERVER_PORT": "http"}, server__port="2")
+
+    assert of_the_file.startswith(f'{tmp_path}/config.ini: [server] port: "http" is not')
+    assert of_the_environment.startswith('environment variable MAILPROXY_SERVER_PORT: [server] port: "http"')
+
+
 UNKNOWN = [
     ("[server]\nprot = 1\n", "[server] prot: unknown key; did you mean port?"),
     ("[server]\nretry_delays = 1\n", "[server] retry_delays: unknown key; it belongs into [delivery]"),
@@ -14190,7 +14200,9 @@ def test_sendmail_knows_the_envelope(
     assert fields["to"] == recipients
 
 
-@pytest.mark.parametrize("text", ["root admin", "x@c.test y@c.test", 'o"brien@c.test', "x@c.test N <y@c.test>"])
+@pytest.mark.parametrize(
+    "text", ["root admin", "x@c.test y@c.test", 'o"brien@c.test', "x@c.test N <y@c.test>"]
+)
 def test_sendmail_refuses_recipients_it_would_lose_one_of(text: str) -> None:
     in_header, on_the_command_line = (["-t"], f"To: {text}\n\n"), ([text], "")
     for (words, header), status in (in_header, os.EX_DATAERR), (on_the_command_line, os.EX_NOUSER):
