@@ -7894,14 +7894,17 @@ class Request:
     peer: str  # the client's address, or "unix"
     in_thread: InThread = field(repr=False)
 
-    async def json_object(self) -> dict[str, object]:
-        """The body as a JSON object; no body is an empty object. HttpError 400 or 415 otherwise."""
+    async def json_object(self, judged: str | None = None) -> dict[str, object]:
+        """The body as a JSON object; no body is an empty object. HttpError 400 or 415 otherwise.
+
+        Whether the texts of the field `judged` are Unicode is left to whoever asks.
+        """
         if not self.body:
             return {}
         refuse_other_types(self.headers)
         if len(self.body) <= JSON_AT_ONCE_BYTES:
-            return parse_json_object(self.body)
-        return await self.in_thread(lambda: parse_large_json_object(self.body))
+            return parse_json_object(self.body, judged)
+        return await self.in_thread(lambda: parse_large_json_object(self.body, judged))
 
 
 @dataclass(slots=True)
@@ -7935,7 +7938,7 @@ def refuse_other_types(headers: Mapping[str, str]) -> None:
         raise HttpError(415, f"a body with Content-Encoding {encoding[:80]} is not read here")
 
 
-def parse_json_object(body: bytes) -> dict[str, object]:
+def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, object]:
     """Strict JSON (RFC 8259) of one object, or HttpError 400 that says where and why not. Blocking."""
     try:
         text = body.decode()
@@ -7954,11 +7957,11 @@ def parse_json_object(body: bytes) -> dict[str, object]:
     if text.count("{") + text.count("[") > JSON_DEPTH:
         refuse_depth(content)
     if "\\u" in text and ("\\ud" in text or "\\uD" in text):
-        refuse_lone_surrogates(content)
+        refuse_lone_surrogates({name: value for name, value in content.items() if name != judged})
     return content
 
 
-def parse_large_json_object(body: bytes) -> dict[str, object]:
+def parse_large_json_object(body: bytes, judged: str | None = None) -> dict[str, object]:
     """The same, with the long strings cut out and read piece by piece. Blocking.
 
     No step of it holds the interpreter for long, which would hold up the event loop too.
@@ -7969,11 +7972,11 @@ def parse_large_json_object(body: bytes) -> dict[str, object]:
         return parse_json_object(body)
     cut: dict[str, str] = {}
     try:
-        content = parse_json_object(_without_long_strings(body, cut))
+        content = parse_json_object(_without_long_strings(body, cut), judged)
     except (HttpError, ValueError):
-        return parse_json_object(body)
+        return parse_json_object(body, judged)
     _put_back(content, cut)
-    return parse_json_object(body) if cut else content  # one was the name of a field
+    return parse_json_object(body, judged) if cut else content  # one was the name of a field
 
 
 def may_have_long_strings(body: bytes) -> bool:
@@ -11287,7 +11290,7 @@ class ControlPlane:
 
     async def _judged(self, request: Request) -> list[Judged]:
         """The messages of the request, judged; what large ones were read from is let go."""
-        fields = await request.json_object()
+        fields = await request.json_object(judged="messages")
         messages = fields.get("messages")
         if not isinstance(messages, list):
             raise HttpError(400, "messages: must be a list of messages")

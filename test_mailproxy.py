@@ -11762,6 +11762,8 @@ def test_what_a_suspension_keeps_is_deferred_no_more_once_its_time_has_come(quie
         ({**mail(), "account_id": "nobody"}, "m-1", "account not found"),
         ({**mail(), "to": ["no address"]}, "m-1", "invalid to:"),
         ({**mail(), "subject": "two\r\nBcc: x@example.com"}, "m-1", "invalid subject:"),
+        ({**mail(), "subject": "an emoji cut in two \ud83d"}, "m-1", "invalid subject:"),
+        ({**mail(), "id": "\ud83d"}, None, "invalid id:"),
         ({**mail(), "priority": 1.5}, "m-1", "invalid priority"),
         ({**mail(), "priority": 1e308}, "m-1", "invalid priority"),
         ({**mail(), "priority": -1}, "m-1", "invalid priority"),
