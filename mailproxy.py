@@ -5271,7 +5271,7 @@ def _give_back(db: sqlite3.Connection, account_id: str, n: int) -> None:
 def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
     """An attempt as it stands in the timeline of its message: a row of attempts, its number left to be found."""
     attempt = outcome.attempt
-    telling = attempt.first_failure or next(iter(attempt.replies.values()), None)
+    telling = _telling_reply(attempt, outcome.disposition.status)
     said = (telling.stage, telling.code, telling.enhanced_code, telling.text) if telling else (None,) * 4
     recipients = {
         address: (
@@ -5284,6 +5284,18 @@ def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
         outcome.claim.seq, outcome.claim.seq, attempt.started_at, attempt.ended_at, outcome.disposition.status, *said,
         AS_JSON(recipients) if recipients else None, attempt.connection or None,
     )  # fmt: skip
+
+
+def _telling_reply(attempt: Attempt, status: Status) -> Reply | None:
+    """The reply that made the attempt end so: where some recipients were refused, not always the first refusal."""
+    replies = attempt.replies.values()
+    if status is Status.SENT:
+        telling = next((reply for reply in replies if reply.accepted), None)
+    elif status is Status.DEFERRED:
+        telling = next((reply for reply in replies if reply.transient), None)
+    else:
+        telling = None
+    return telling or attempt.first_failure or next(iter(replies), None)
 
 
 def _attempts(db: sqlite3.Connection, seq: int) -> list[dict[str, object]]:

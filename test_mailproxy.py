@@ -12168,6 +12168,24 @@ def test_the_timeline_tells_of_every_attempt(relay: Relay) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("to", "outcome", "reply"),
+    [
+        ("perm@example.com, ok@example.com", "sent", ("end-of-data", 250)),
+        ("perm@example.com, greylist1@example.com", "deferred", ("rcpt", 450)),
+    ],
+)
+def test_an_attempt_has_the_reply_that_made_it_end_so(
+    relay: Relay, to: str, outcome: str, reply: tuple[str, int]
+) -> None:
+    relay.daemon.submit(mail(to, to=to))
+    relay.daemon.wait_status(to, outcome)
+
+    (attempt,) = relay.daemon.attempts(to)
+
+    assert (attempt["outcome"], attempt["stage"], attempt["code"]) == (outcome, *reply)
+
+
 def test_a_message_that_is_not_there_is_a_404(judge: Daemon) -> None:
     answer = judge.get("/message/nobody")
 
