@@ -116,6 +116,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Container,
     Coroutine,
     Iterable,
@@ -2576,6 +2577,9 @@ class Disposition:
     reason: str = ""  # of a deferral: one of DEFERRAL_REASONS
 
 
+UNTRIED = RecipientOutcome(Status.DEFERRED, 451, "not tried yet")  # others of the message have had their word
+
+
 def spoken(reply: Reply) -> str:
     """A reply as an error text: the server's words with their codes, or ours alone."""
     text = reply.words if reply.cause is Cause.SERVER else reply.text
@@ -2589,11 +2593,17 @@ def retry_delay_s(attempts: int, delays_s: Sequence[int], jitter: float) -> floa
 
 
 def settle(
-    claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, untried: int = 0
+    claim: Claim,
+    attempt: Attempt,
+    account: Account,
+    now: float,
+    jitter: float,
+    untried: Collection[str] = (),
 ) -> Disposition:
     """What becomes of a message after this attempt, whatever happened in it.
 
-    `untried` recipients are left for another transaction, to follow at once.
+    The `untried` recipients are left for another transaction, to follow at once. Where some recipients
+    have an outcome, all have one: whatever ends the message then, nobody is missing in it.
     """
     failure = attempt.first_failure
     if failure is None and attempt.replies and not (untried or claim.recipients):  # as nearly all mail goes
@@ -2602,7 +2612,7 @@ def settle(
         return _settle_without_session(claim, failure)
     closing = next((reply for reply in attempt.replies.values() if _closes_the_connection(reply)), None)
     if closing is not None:
-        return _settle_closing_server(claim, attempt, closing)
+        return _settle_closing_server(claim, attempt, closing, untried)
     if _connection_was_stale(attempt):
         return untouched(claim)
     if failure is not None and failure.stage in (Stage.ATTACHMENT, Stage.COMPOSITION):
@@ -2628,7 +2638,7 @@ def untouched(claim: Claim) -> Disposition:
 
 def given_up(disposition: Disposition, why: str) -> Disposition:
     """The same for good: sent when a server has it for any of its recipients, else an error."""
-    outcomes = _closed(disposition.recipients or {})
+    outcomes = closed(disposition.recipients or {}, why)
     served = any(outcome.status is Status.SENT for outcome in outcomes.values())
     return replace(
         disposition,
@@ -2653,20 +2663,25 @@ def _settle_without_session(claim: Claim, failure: Reply) -> Disposition:
     )
 
 
-def _settle_closing_server(claim: Claim, attempt: Attempt, closing: Reply) -> Disposition:
+def _settle_closing_server(
+    claim: Claim, attempt: Attempt, closing: Reply, untried: Collection[str]
+) -> Disposition:
     """A 421 ends the connection, not the message: recipients without a final word wait for the lane."""
-    final = {
-        address: _outcome(reply, Status.SENT if reply.accepted else Status.ERROR)
-        for address, reply in attempt.replies.items()
-        if reply.accepted or reply.permanent
-    }
+    outcomes = _merged(
+        claim,
+        {
+            address: _outcome(reply, Status.SENT if reply.accepted else Status.ERROR)
+            for address, reply in attempt.replies.items()
+            if reply.accepted or reply.permanent
+        },
+    )
     return Disposition(
         Status.DEFERRED,
         LaneSignal.COOL,
         counted=False,
         slot_used=any(reply.accepted for reply in attempt.replies.values()),
         error=spoken(closing),
-        recipients=_merged(claim, final) or None,
+        recipients=_with_untried(outcomes, [*attempt.replies, *untried]) if outcomes else None,
         reason="connection",
     )
 
@@ -2693,7 +2708,7 @@ def _settle_incomplete(
 
 
 def _settle_recipients(
-    claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, untried: int
+    claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, untried: Collection[str]
 ) -> Disposition:
     """Each recipient has a word of its own; the message is done when every one of them is final."""
     replies = attempt.replies
@@ -2710,12 +2725,13 @@ def _settle_recipients(
     lane = _lane_signal(replies.values())
     used = any(reply.accepted or reply.in_doubt for reply in replies.values())
     if crowded_out or untried:
+        outcomes = _with_untried(outcomes, [*crowded_out, *untried])
         return Disposition(Status.QUEUED, lane, counted=False, slot_used=used, recipients=outcomes)
     waiting = [outcome for outcome in outcomes.values() if outcome.status is Status.DEFERRED]
     if not waiting:
         return _final(outcomes, lane, used)
     if _out_of_retries(claim.attempts + 1, claim, account, now):
-        return _final(_closed(outcomes), lane, used)
+        return _final(closed(outcomes, ""), lane, used)
     deferral = _deferral(claim, waiting[0].text, outcomes, account, now, jitter, None)
     in_doubt = any(reply.in_doubt for reply in replies.values())
     return replace(deferral, lane=lane, slot_used=used, reason="in_doubt" if in_doubt else "retry")
@@ -2759,11 +2775,20 @@ def _final(outcomes: dict[str, RecipientOutcome], lane: LaneSignal, used: bool) 
     )
 
 
-def _closed(outcomes: Mapping[str, RecipientOutcome]) -> dict[str, RecipientOutcome]:
+def closed(outcomes: Mapping[str, RecipientOutcome], why: str) -> dict[str, RecipientOutcome]:
+    """The outcomes of a message that is given up: who still waited has an error, who was not tried has `why`."""
     return {
-        address: outcome._replace(status=Status.ERROR) if outcome.status is Status.DEFERRED else outcome
+        address: RecipientOutcome(Status.ERROR, outcome.code, why if outcome == UNTRIED else outcome.text)
+        if outcome.status is Status.DEFERRED
+        else outcome
         for address, outcome in outcomes.items()
     }
+
+
+def _with_untried(
+    outcomes: Mapping[str, RecipientOutcome], addresses: Iterable[str]
+) -> dict[str, RecipientOutcome]:
+    return {**outcomes, **{address: UNTRIED for address in addresses if address not in outcomes}}
 
 
 def _outcome(reply: Reply, status: Status) -> RecipientOutcome:
@@ -4625,12 +4650,7 @@ class Queue:
         """End a pending message: as sent when a server has it for some of its recipients."""
         outcomes = _recipients_if_readable(recipients)
         partly = outcomes is not None and any(o.status is Status.SENT for o in outcomes.values())
-        ended = {
-            address: outcome
-            if outcome.status is not Status.DEFERRED
-            else outcome._replace(status=Status.ERROR)
-            for address, outcome in (outcomes or {}).items()
-        }
+        ended = closed(outcomes or {}, why)
         db.execute(
             "UPDATE messages SET sent_ts = :sent, error_ts = :failed, error = :error, updated_at = :now, "
             "deferred_ts = NULL, deferral = NULL, recipients = :recipients, reported_ts = NULL, "
@@ -9852,7 +9872,8 @@ class Dispatcher:
         left = turn.recipients_left
         replies = {a: _not_allowed() for a in left if not (self.rules.redirect_to or self.rules.allows(a))}
         served = () if replies else tuple(left)[: lane.account.max_recipients]
-        untried = len(left) - len(replies) - len(served)
+        asked = {*replies, *served}
+        untried = [a for a in left if a not in asked]
         name, reused = "", False
         if served:
             session = await self._session(line)
@@ -9865,7 +9886,7 @@ class Dispatcher:
         before = claim.recipients or {}
         turn.claim, goes_on = await self._settle(lane, claim, attempt, begun, untried)
         after = turn.claim.recipients or {}
-        turn.tried.update(a for a, outcome in after.items() if outcome is not before.get(a))
+        turn.tried.update(a for a, o in after.items() if o is not before.get(a) and o != UNTRIED)
         return goes_on
 
     async def _session(self, line: Line) -> Session | Reply:
@@ -9977,7 +9998,7 @@ class Dispatcher:
     # -- what became of it
 
     async def _settle(
-        self, lane: Lane, claim: Claim, attempt: Attempt, begun: float, untried: int = 0
+        self, lane: Lane, claim: Claim, attempt: Attempt, begun: float, untried: Collection[str] = ()
     ) -> tuple[Claim, bool]:
         """Judge the attempt, tell the lane, record it; True when the message goes on at once."""
         disposition = settle(claim, attempt, lane.account, self._clock.wall(), self._jitter(), untried)

@@ -56,7 +56,7 @@ import weakref
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from email.header import decode_header, make_header
 from email.message import EmailMessage, MIMEPart
@@ -2648,7 +2648,7 @@ def claimed(attempts: int = 0, deadline: int | None = None, **settled: str) -> A
 
 
 def settled(
-    replies: Mapping[str, Any], claim: Any = None, *, reused: bool = False, untried: int = 0,
+    replies: Mapping[str, Any], claim: Any = None, *, reused: bool = False, untried: Collection[str] = (),
     jitter: float = 0, **account: Any,
 ) -> Any:  # fmt: skip
     account = {"retry_delays_s": (60, 300), **account}
@@ -2736,11 +2736,11 @@ def test_what_becomes_of_a_message_after_one_attempt(
     [
         ({"a": TAKEN, "b": NO_SUCH_USER}, {}, {"a": "sent", "b": "error"}),
         ({"a": TAKEN, "b": GREYLISTED}, {}, {"a": "sent", "b": "deferred"}),
-        ({"a": TAKEN, "b": TOO_MANY}, {}, {"a": "sent"}),
+        ({"a": TAKEN, "b": TOO_MANY}, {}, {"a": "sent", "b": "deferred"}),
         ({"b": GREYLISTED}, {"a": "sent", "b": "deferred"}, {"a": "sent", "b": "deferred"}),
         ({"b": NO_SUCH_USER}, {"a": "sent", "b": "deferred"}, {"a": "sent", "b": "error"}),
-        ({"b": CLOSING}, {"a": "sent"}, {"a": "sent"}),
-        ({"b": CLOSING, "c": NO_SUCH_USER}, {"a": "sent"}, {"a": "sent", "c": "error"}),
+        ({"b": CLOSING}, {"a": "sent"}, {"a": "sent", "b": "deferred"}),
+        ({"b": CLOSING, "c": NO_SUCH_USER}, {"a": "sent"}, {"a": "sent", "c": "error", "b": "deferred"}),
         ({"": word("connect", 421)}, {"a": "sent", "b": "deferred"}, {"a": "sent", "b": "deferred"}),
         ({"": NOT_FETCHED}, {"a": "sent", "b": "deferred"}, {"a": "sent", "b": "deferred"}),
         ({"": GONE}, {"a": "sent", "b": "deferred"}, {"a": "sent", "b": "error"}),
@@ -2770,10 +2770,21 @@ def test_a_message_that_some_recipient_got_earlier_ends_as_sent() -> None:
 
 
 def test_recipients_left_for_another_transaction_count_no_attempt_yet() -> None:
-    disposition = settled({"a": GREYLISTED}, untried=1)
+    disposition = settled({"a": GREYLISTED}, untried=["b"])
 
     assert (disposition.status, disposition.counted) == (STATUS.QUEUED, False)
-    assert disposition.recipients["a"].status is STATUS.DEFERRED
+    assert disposition.recipients == {"a": (STATUS.DEFERRED, 450, GREYLISTED.words), "b": mailproxy.UNTRIED}
+
+
+@pytest.mark.parametrize("last", [TAKEN, CLOSING])
+def test_a_message_given_up_between_transactions_has_all_its_recipients(last: Any) -> None:
+    disposition = settled({"b": NO_SUCH_USER, "c": last}, claimed(a="sent"), untried=["d"])
+
+    given_up = mailproxy.given_up(disposition, "account deleted")
+
+    assert given_up.status is STATUS.SENT
+    assert list(given_up.recipients) == ["a", "b", "c", "d"]
+    assert given_up.recipients["d"] == (STATUS.ERROR, 451, "account deleted")
 
 
 @pytest.mark.parametrize("lost", [LOST, word("data", 451, "connection lost", cause=CAUSE.LOST)])
@@ -2860,10 +2871,10 @@ _LAST_WORDS = st.sampled_from(
     replies=st.dictionaries(st.sampled_from("abcd"), _LAST_WORDS, min_size=1),
     before=st.dictionaries(st.sampled_from("efg"), st.sampled_from(["sent", "error"])),
     reused=st.booleans(),
-    untried=st.integers(0, 1),
+    untried=st.lists(st.just("z"), max_size=1),
 )
 def test_no_accepted_recipient_is_ever_forgotten(
-    replies: Any, before: Any, reused: bool, untried: int
+    replies: Any, before: Any, reused: bool, untried: list[str]
 ) -> None:
     disposition = settled(replies, claimed(**before), reused=reused, untried=untried)
 
@@ -9860,6 +9871,26 @@ def test_kill_9_between_two_transactions_of_a_message_sends_nothing_twice(
 
         assert daemon.wait_status("m", "sent")["attempts"] == 1
         assert len(smtp.received_by("ok@example.com")) == len(smtp.received_by("ok+2@example.com")) == 1
+
+
+def test_recipients_that_were_still_to_come_are_told_of_when_their_account_is_deleted(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    with SleepyDaemon(tmp_path, smtp=smtp, reports=reports) as daemon:
+        daemon.post("/account", account("web", smtp, max_recipients=1))
+        daemon.submit(
+            letter("m", "ok@example.com", "slow200ms@example.com", "never@example.com", account_id="web")
+        )
+        wait_until(lambda: smtp.visits["slow200ms@example.com"], "the second transaction")
+
+        daemon.delete("/account/web")
+
+        recipients = reports.wait_for_entry("m", "sent")["recipients"]
+        assert {a: outcome["status"] for a, outcome in recipients.items()} == {
+            "ok@example.com": "sent", "slow200ms@example.com": "sent", "never@example.com": "error",
+        }  # fmt: skip
+        assert recipients["never@example.com"]["text"] == "account deleted"
+        assert not smtp.received_by("never@example.com")
 
 
 def test_connections_that_the_server_closed_while_idle_cost_nothing(tmp_path: Path, smtp: SmtpServer) -> None:
