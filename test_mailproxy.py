@@ -32,6 +32,7 @@ import os
 import pathlib
 import platform
 import pty
+import py_compile
 import random
 import re
 import resource
@@ -97,10 +98,11 @@ def starter() -> Path:
     folder = tempfile.mkdtemp(prefix="mailproxy-starter-")
     atexit.register(shutil.rmtree, folder)
     os.chmod(folder, 0o755)  # other users run it too
+    py_compile.compile(str(PROGRAM), f"{folder}/compiled/mailproxy.pyc", doraise=True)
     script = Path(folder, "mailproxy.py")
     lines = (
         "import sys",
-        f"sys.path[0] = {str(PROGRAM.parent)!r}",
+        f"sys.path[0] = {folder + '/compiled'!r}",
         "import mailproxy",
         "sys.exit(mailproxy.main())",
     )
@@ -3250,7 +3252,7 @@ def mailboxes_read(octets: bytes, header: str) -> list[tuple[str, str]]:
     return [(str(make_header(decode_header(name))), address) for name, address in getaddresses([written])]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(PEOPLE, PEOPLE, HEADER_TEXT, HEADER_TEXT, ANY_TEXT, st.none() | ANY_TEXT, FILES)
 def test_what_is_accepted_is_composed_and_reads_back_as_it_was_meant(
     to: list[tuple[str, str]],
@@ -6077,23 +6079,20 @@ def test_a_slow_server_leaves_threads_to_the_others():
         scripted(lambda server, connection: server.stopping.wait(10)) as slow,
         scripted(answered(b"fast")) as fast,
     ):
-        fetcher = a_fetcher(timeout_s=2)
+        fetcher = a_fetcher(timeout_s=0.8)
 
         async def race():
             pool = mailproxy.FETCHES_PER_HOST + 1
             asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(pool))
             waiting = [asyncio.create_task(fetcher.fetch(from_url(slow.url(f"/{n}")))) for n in range(20)]
             await asyncio.sleep(0.1)
-            begun = time.monotonic()
             part = await fetcher.fetch(from_url(fast.url()))
-            took = time.monotonic() - begun
-            outcomes = await asyncio.gather(*waiting)
-            return part, took, outcomes
+            assert not any(task.done() for task in waiting)
+            return part, await asyncio.gather(*waiting)
 
-        part, took, outcomes = asyncio.run(race())
+        part, outcomes = asyncio.run(race())
 
     assert part.content == b"fast"
-    assert took < 1
     assert slow.connections <= 2 * mailproxy.FETCHES_PER_HOST
     for outcome in outcomes:
         assert_failed(outcome, transient=True, saying="")
@@ -9365,12 +9364,12 @@ def test_stopping_closes_idle_connections_at_once_and_answers_requests_in_progre
         assert not stopping.done()
         service.release.set()
         status, headers, _ = await read_http_answer(busy)
-        await stopping
 
         assert (status, headers["connection"]) == (200, "close")
         assert await busy.read() == b""
         for writer in (idle_writer, busy_writer):
             writer.close()
+        await stopping
 
     with_http_service(story)
 
@@ -10474,6 +10473,7 @@ def test_a_limit_that_comes_and_goes_while_mail_is_on_the_wire_counts_right_afte
         with daemon.db() as db:
             held = sum(n for (n,) in db.execute("SELECT n FROM holds"))
         assert held == daemon.status()["in_delivery"]
+        daemon.kill()
 
 
 def test_deleting_an_account_and_adding_it_again_makes_no_room_in_its_limits(
@@ -10902,32 +10902,17 @@ def test_large_messages_all_go_out_on_a_small_memory_budget(tmp_path: Path, smtp
         wait_still(daemon)
 
 
-def test_an_outcome_waits_for_the_storage_and_nothing_is_doubled(tmp_path: Path, smtp: SmtpServer) -> None:
-    with SleepyDaemon(tmp_path, {"smtp": {"max_connections": 3}}, smtp=smtp) as daemon:
-        daemon.submit(*letters("m", 6, "slow300ms@example.com"))
-        wait_until(lambda: smtp.visits["slow300ms@example.com"] == 3, "mail on the wire")
-        with contextlib.closing(
-            sqlite3.connect(tmp_path / "queue.db", timeout=10, isolation_level=None)
-        ) as db:
-            db.execute("BEGIN IMMEDIATE")
-            daemon.wait_for_log("an outcome waits for the storage")
-            db.execute("ROLLBACK")
-
-        wait_sent(daemon, *(f"m-{number}" for number in range(6)))
-        assert sorted(subjects(smtp)) == [f"m-{number}" for number in range(6)]
-
-
 def test_an_outage_of_the_storage_is_told_once_and_so_is_its_end(tmp_path: Path, smtp: SmtpServer) -> None:
-    with Daemon(tmp_path, smtp=smtp) as daemon:
-        daemon.submit(letter("m", deferred_ts=int(time.time()) + 1))
-        with contextlib.closing(
-            sqlite3.connect(tmp_path / "queue.db", timeout=10, isolation_level=None)
-        ) as db:
-            db.execute("BEGIN IMMEDIATE")
+    storage = FaultyStorage(tmp_path)
+    with Daemon(tmp_path, smtp=smtp, environment=storage.environment) as daemon:
+        with storage.fails("full"):
+            assert submitted(daemon, letter("refused")).status == 503
+            ask(daemon, "/commands/run-now")
             daemon.wait_for_log("delivery waits for the storage")
-            time.sleep(2.5)  # in which it is tried again
-            db.execute("ROLLBACK")
+            tries = refused_commits(daemon)
+            wait_until(lambda: refused_commits(daemon) > tries, "another try")
 
+        daemon.submit(letter("m"))
         wait_sent(daemon, "m")
         daemon.wait_for_log("delivery goes on: the storage works again")
         assert daemon.log.count("delivery waits for the storage") == 1
@@ -12677,6 +12662,12 @@ int fsync(int fd) { return fails("sync") ? -1 : REAL(fsync)(fd); }
 
 int fdatasync(int fd) { return fails("sync") ? -1 : REAL(fdatasync)(fd); }
 """
+
+
+def refused_commits(daemon: Daemon) -> float:
+    """How often the storage refused so far."""
+    metrics = daemon.get("/metrics").content.decode()
+    return float(re.findall(r"^mailproxy_storage_commit_failures_total (.+)", metrics, re.MULTILINE)[0])
 
 
 class FaultyStorage:
@@ -14832,9 +14823,11 @@ def test_who_guesses_tokens_is_slowed_down_counted_and_logged_and_nobody_else(tm
     config = {"server": {"api_token": "old-t0ken, new-t0ken"}}
     with Daemon(tmp_path, config) as daemon:
         daemon.token = "old-t0ken"
-        first, *_, last = [refused(daemon) for _ in range(45)]
+        first = refused(daemon)
+        with concurrent.futures.ThreadPoolExecutor(44) as guessers:
+            slowest = max(guessers.map(lambda _: refused(daemon), range(44)))
 
-        assert (first < 0.2, last > 0.3) == (True, True), (first, last)
+        assert (first < 0.2, slowest > 0.3) == (True, True), (first, slowest)
         began = time.monotonic()
         assert [
             daemon.get("/status", headers={"X-API-Token": token}).status
@@ -14886,7 +14879,7 @@ def silent_connections(port: int, number: int) -> Iterator[None]:
     with contextlib.ExitStack() as strangers:
         for _ in range(number):
             with contextlib.suppress(OSError):
-                strangers.enter_context(socket.create_connection(("127.0.0.1", port), timeout=2))
+                strangers.enter_context(socket.create_connection(("127.0.0.1", port), timeout=0.5))
         yield
 
 
@@ -15939,7 +15932,7 @@ def metrics_named(text: str) -> set[str]:
 
 
 class PrometheusServer:
-    """A real Prometheus that watches a daemon as deploy/prometheus.yml has it, but every second."""
+    """A real Prometheus that watches a daemon as deploy/prometheus.yml has it, but five times a second."""
 
     def __init__(self, folder: Path, daemon: Daemon) -> None:
         self.port = free_port()
@@ -15947,7 +15940,7 @@ class PrometheusServer:
         shutil.copy(ALERTS, folder)
         (folder / "token").write_text(str(daemon.token))
         text = (DEPLOY / "prometheus.yml").read_text()
-        text = text.replace("127.0.0.1:8000", f"127.0.0.1:{daemon.port}").replace(" 15s", " 1s")
+        text = text.replace("127.0.0.1:8000", f"127.0.0.1:{daemon.port}").replace(" 15s", " 200ms")
         text = text.replace("/etc/prometheus/mailproxy_token", str(folder / "token"))
         (folder / "prometheus.yml").write_text(text)
 

@@ -205,7 +205,7 @@ def run(plan: Plan, folder: Path, tell: Callable[[str], None] = print) -> Verdic
     """The whole of it, in that folder. Blocking."""
     mail_log, report_log = folder / "mail.log", folder / "reports.log"
     with contextlib.ExitStack() as stack:
-        sink = stack.enter_context(Companion(serve_smtp, SMTP_MANNER, str(mail_log), plan.seed))
+        sink = stack.enter_context(Companion(serve_smtp, SMTP_MANNER, str(mail_log)))
         receiver = stack.enter_context(Companion(serve_reports, str(report_log)))
         daemon = stack.enter_context(new_daemon(plan, folder, sink, receiver))
         enough = threading.Event()

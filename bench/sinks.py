@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import re
 import sqlite3
 import time
@@ -31,14 +30,14 @@ class Manner(NamedTuple):
     auth_s: float = 0.0
     message_s: float = 0.0  # from the final dot to its answer
     pipelining: bool = True
-    refuses: bool = False  # recipients gone...@ are refused for ever, later...@ one time in two
+    refuses: bool = False  # recipients gone...@ are refused for ever, later...@ the first time
 
 
 class SmtpSession(asyncio.Protocol):
     """One connection of the sink: takes what comes, in order, also when it comes pipelined."""
 
-    def __init__(self, manner: Manner, keep: Callable[[bytes], None], dice: random.Random) -> None:
-        self._manner, self._keep, self._dice = manner, keep, dice
+    def __init__(self, manner: Manner, keep: Callable[[bytes], None], put_off: set[bytes]) -> None:
+        self._manner, self._keep, self._put_off = manner, keep, put_off
         self._heard = bytearray()
         self._in_content = self._pausing = False
         self._recipients = 0
@@ -111,13 +110,14 @@ class SmtpSession(asyncio.Protocol):
     def _verdict(self, line: bytes) -> bytes:
         if self._manner.refuses and b"<gone" in line:
             return b"550 5.1.1 gone for ever\r\n"
-        if self._manner.refuses and b"<later" in line and self._dice.random() < 0.5:
+        if self._manner.refuses and b"<later" in line and line not in self._put_off:
+            self._put_off.add(line)
             return b"450 4.2.1 later, please\r\n"
         self._recipients += 1
         return b"250 2.1.5 ok\r\n"
 
 
-def serve_smtp(numbers: Numbers, manner: Manner, log_path: str | None = None, seed: int = 0) -> None:
+def serve_smtp(numbers: Numbers, manner: Manner, log_path: str | None = None) -> None:
     """Count the messages; with a log, write a line for each: when, X-Bench-Id, Message-ID."""
     log = -1 if log_path is None else os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
@@ -127,8 +127,8 @@ def serve_smtp(numbers: Numbers, manner: Manner, log_path: str | None = None, se
         numbers[Companion.LAST_NS] = time.monotonic_ns()
         numbers[Companion.COUNT] += 1
 
-    dice = random.Random(seed)
-    _serve(numbers, lambda: SmtpSession(manner, keep, dice))
+    put_off: set[bytes] = set()
+    _serve(numbers, lambda: SmtpSession(manner, keep, put_off))
 
 
 def _log_line(content: bytes) -> bytes:
