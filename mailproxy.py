@@ -3011,16 +3011,6 @@ def redirect(message: Message, address: str) -> Message:
     return message._replace(to=(Mailbox("", address),), cc=(), bcc=(), headers=headers)
 
 
-def size_estimate(message: Message, content_sizes: Iterable[int]) -> int:
-    """About the octets of the composed message, rather more than less, before anything is fetched."""
-    if message.raw is not None:
-        return len(message.raw) + 1000
-    texts = (message.subject, message.text or "", message.html or "")
-    text_octets = sum(len(text) * (3 if text.isascii() else 6) for text in texts)
-    mailboxes = len(message.to) + len(message.cc) + len(message.reply_to)
-    return 2000 + text_octets + 120 * mailboxes + sum(500 + size + size * 2 // 5 for size in content_sizes)
-
-
 # --- header ---------------------------------------------------------------
 
 _SHORT_TEXT = re.compile(r"[!-~]+(?: [!-~]+)*")
@@ -3630,8 +3620,16 @@ def configure_logging(level: str, line_format: str, *, journal: bool = False, de
     root.setLevel(max(logging.WARNING, ours.level))  # the debug lines of libraries may hold credentials
     logging.captureWarnings(True)
     sys.excepthook = log_uncaught
-    sys.unraisablehook = log_unraisable
-    threading.excepthook = log_thread_failure
+    sys.unraisablehook = lambda failed: _log_failure("error while clearing up", failed.exc_value)
+    threading.excepthook = lambda failed: _log_failure(
+        "a thread died of an error nobody caught",
+        failed.exc_value,
+        thread=getattr(failed.thread, "name", None),
+    )
+
+
+def _log_failure(sentence: str, error: BaseException | None, **fields: object) -> None:
+    event(logging.getLogger("mailproxy"), logging.ERROR, sentence, exc_info=error, **fields)
 
 
 def log_uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
@@ -3641,39 +3639,13 @@ def log_uncaught(kind: type[BaseException], error: BaseException, trace: types.T
     )
 
 
-def log_unraisable(unraisable: Any) -> None:
-    """What went wrong where nobody could catch it (sys.unraisablehook)."""
-    event(
-        logging.getLogger("mailproxy"),
-        logging.ERROR,
-        "error while clearing up",
-        exc_info=unraisable.exc_value,
-    )
-
-
-def log_thread_failure(failed: Any) -> None:
-    """What nobody caught in another thread (threading.excepthook)."""
-    event(
-        logging.getLogger("mailproxy"),
-        logging.ERROR,
-        "a thread died of an error nobody caught",
-        exc_info=failed.exc_value,
-        thread=getattr(failed.thread, "name", None),
-    )
-
-
 def log_loop_failure(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
     """What the event loop reports (loop.set_exception_handler). Tasks are named, futures are not
     shown: their repr holds their result."""
     task = context.get("task") or context.get("future")
-    event(
-        logging.getLogger("mailproxy"),
-        logging.ERROR,
-        "the event loop reports an error",
-        exc_info=context.get("exception"),
-        what=context.get("message"),
-        task=task.get_name() if isinstance(task, asyncio.Task) else None,
-    )
+    name = task.get_name() if isinstance(task, asyncio.Task) else None
+    failure, what = context.get("exception"), context.get("message")
+    _log_failure("the event loop reports an error", failure, what=what, task=name)
 
 
 # --- metrics -------------------------------------------------------------
@@ -3685,6 +3657,8 @@ REPORT_OUTCOMES = ("acknowledged", "refused", "timeout", "unreachable")
 ATTACHMENT_OUTCOMES = ("fetched", "cached", "deferred", "failed")
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 UNKNOWN_ACCOUNT = "unknown"  # the label of all accounts that do not exist (any more)
+
+Instrument = TypeVar("Instrument", prometheus_client.Counter, prometheus_client.Histogram)
 
 REQUEST_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 COMMIT_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 10)
@@ -3710,25 +3684,9 @@ class Snapshot(NamedTuple):
     lanes: Mapping[str, LaneGauge]  # by account
 
 
-class Outcomes:
-    """A counter for each of a few named outcomes; any other name counts as "other"."""
-
-    def __init__(self, counter: prometheus_client.Counter, names: Iterable[str], *labels: str) -> None:
-        self._counters = {name: counter.labels(*labels, name) for name in (*names, "other")}
-
-    def count(self, name: str, amount: int = 1) -> None:
-        (self._counters.get(name) or self._counters["other"]).inc(amount)
-
-
-class AccountCounters(NamedTuple):
-    """The counters of one account, ready to be raised."""
-
-    accepted: prometheus_client.Counter
-    sent: prometheus_client.Counter
-    failed: prometheus_client.Counter
-    rate_limited: prometheus_client.Counter
-    deferred: Outcomes  # by DEFERRAL_REASONS
-    connects: Outcomes  # by CONNECT_OUTCOMES
+def _one_known(name: str, known: Sequence[str]) -> str:
+    """The name; "other" for any that is not known, so that labels stay few."""
+    return name if name in known else "other"
 
 
 def _gauge(name: str, meaning: str, value: float) -> Metric:
@@ -3781,6 +3739,8 @@ class Metrics:
 
     def __init__(self, version: str) -> None:
         self._registry = prometheus_client.CollectorRegistry()
+        self._accounts: set[str] = set()
+        self._series: dict[tuple[object, ...], Any] = {}  # by instrument and labels
         prometheus_client.ProcessCollector(registry=self._registry)
         self._make_message_instruments()
         self._make_server_instruments()
@@ -3788,11 +3748,6 @@ class Metrics:
         build = prometheus_client.Info("mailproxy_build", "What is running.", registry=self._registry)
         python = platform.python_version()
         build.info({"version": version, "python": python, "sqlite": sqlite3.sqlite_version})
-        self._accounts: dict[str, AccountCounters] = {}
-        self._waits: dict[str, prometheus_client.Histogram] = {}
-        self._transactions: dict[str, prometheus_client.Histogram] = {}
-        self._requests: dict[tuple[str, str, int], prometheus_client.Counter] = {}
-        self._request_times: dict[str, prometheus_client.Histogram] = {}
 
     def _make_message_instruments(self) -> None:
         self._accepted = self._counter("messages_accepted", "Messages accepted from clients.", "account")
@@ -3829,12 +3784,15 @@ class Metrics:
         self._transaction_time = self._histogram(
             "smtp_transaction_seconds", "Duration of SMTP transactions.", TRANSACTION_BUCKETS_S, "account"
         )
-        reports = self._counter("report_requests", "Calls of the upstream, by the end they had.", "outcome")
-        self.reports = Outcomes(reports, REPORT_OUTCOMES)
-        fetches = self._counter(
+        self._reports = self._counter(
+            "report_requests", "Calls of the upstream, by the end they had.", "outcome"
+        )
+        self._fetches = self._counter(
             "attachment_fetches", "Attachments asked for, by the end it had.", "source", "outcome"
         )
-        self._fetches = {source: Outcomes(fetches, ATTACHMENT_OUTCOMES, source) for source in Source}
+        self._begin(self._reports, (), REPORT_OUTCOMES)
+        for source in Source:
+            self._begin(self._fetches, (source,), ATTACHMENT_OUTCOMES)
 
     def _counter(self, name: str, meaning: str, *labels: str) -> prometheus_client.Counter:
         return prometheus_client.Counter(f"mailproxy_{name}", meaning, labels, registry=self._registry)
@@ -3846,86 +3804,82 @@ class Metrics:
             f"mailproxy_{name}", meaning, labels, registry=self._registry, buckets=buckets
         )
 
+    def _one(self, instrument: Instrument, *labels: object) -> Instrument:
+        """One series of an instrument, kept at hand: to look it up there takes longer than to count."""
+        key = (instrument, *labels)
+        if key not in self._series:
+            self._series[key] = instrument.labels(*labels)
+        return cast(Instrument, self._series[key])
+
+    def _begin(
+        self, counter: prometheus_client.Counter, labels: tuple[object, ...], outcomes: Sequence[str]
+    ) -> None:
+        """Have a series at 0 for each outcome there can be."""
+        for outcome in (*outcomes, "other"):
+            self._one(counter, *labels, outcome)
+
     # -- accounts come and go
 
     def know_account(self, account_id: str) -> None:
-        """Begin to count for an account, so that its series are there, at 0, before the first event."""
+        """Begin to count for an account, so that its series are there, at 0, before the first event.
+
+        Not those of histograms: they are many, and an account that sends nothing needs none of them.
+        """
         if account_id not in self._accounts:
-            self._accounts[account_id] = AccountCounters(
-                accepted=self._accepted.labels(account_id),
-                sent=self._sent.labels(account_id),
-                failed=self._failed.labels(account_id),
-                rate_limited=self._rate_limited.labels(account_id),
-                deferred=Outcomes(self._deferred, DEFERRAL_REASONS, account_id),
-                connects=Outcomes(self._connects, CONNECT_OUTCOMES, account_id),
-            )
+            self._accounts.add(account_id)
+            for counter in (self._accepted, self._sent, self._failed, self._rate_limited):
+                self._one(counter, account_id)
+            self._begin(self._deferred, (account_id,), DEFERRAL_REASONS)
+            self._begin(self._connects, (account_id,), CONNECT_OUTCOMES)
 
     def forget_account(self, account_id: str) -> None:
         """End the series of an account that was deleted."""
-        for children in (self._accounts, self._waits, self._transactions):
-            children.pop(account_id, None)
-        counters = (
-            self._accepted,
-            self._sent,
-            self._failed,
-            self._rate_limited,
-            self._deferred,
-            self._connects,
-        )
-        for instrument in (*counters, self._wait_time, self._transaction_time):
+        self._accounts.discard(account_id)
+        self._series = {key: one for key, one in self._series.items() if account_id not in key}
+        counters = (self._accepted, self._sent, self._failed, self._rate_limited)
+        outcomes, times = (self._deferred, self._connects), (self._wait_time, self._transaction_time)
+        for instrument in (*counters, *outcomes, *times):
             instrument.remove_by_labels({"account": account_id})
 
-    def _of(self, account_id: str) -> AccountCounters:
-        """The counters of an account; those of "unknown" for one that does not exist."""
-        if account_id not in self._accounts:
-            account_id = UNKNOWN_ACCOUNT
-            self.know_account(account_id)
-        return self._accounts[account_id]
-
-    def _observe_of(
-        self,
-        account_id: str,
-        children: dict[str, prometheus_client.Histogram],
-        parent: prometheus_client.Histogram,
-        duration_s: float,
-    ) -> None:
-        """Observe for an account. A histogram begins with its first observation: it has many
-        series, and an account that sends nothing needs none of them."""
-        label = account_id if account_id in self._accounts else UNKNOWN_ACCOUNT
-        if label not in children:
-            children[label] = parent.labels(label)
-        children[label].observe(duration_s)
+    def _label(self, account_id: str) -> str:
+        """The account, or "unknown" for one that does not exist."""
+        if account_id in self._accounts:
+            return account_id
+        self.know_account(UNKNOWN_ACCOUNT)
+        return UNKNOWN_ACCOUNT
 
     # -- what happens
 
     def accepted(self, account_id: str, number: int = 1) -> None:
-        self._of(account_id).accepted.inc(number)
+        self._one(self._accepted, self._label(account_id)).inc(number)
 
     def rejected(self, number: int = 1) -> None:
         self._rejected.inc(number)
 
     def sent(self, account_id: str, number: int = 1) -> None:
-        self._of(account_id).sent.inc(number)
+        self._one(self._sent, self._label(account_id)).inc(number)
 
     def failed(self, account_id: str, number: int = 1) -> None:
-        self._of(account_id).failed.inc(number)
+        self._one(self._failed, self._label(account_id)).inc(number)
 
     def deferred(self, account_id: str, reason: str, number: int = 1) -> None:
-        self._of(account_id).deferred.count(reason, number)
+        reason = _one_known(reason, DEFERRAL_REASONS)
+        self._one(self._deferred, self._label(account_id), reason).inc(number)
 
     def rate_limited(self, account_id: str, number: int = 1) -> None:
-        self._of(account_id).rate_limited.inc(number)
+        self._one(self._rate_limited, self._label(account_id)).inc(number)
 
     def queue_wait(self, account_id: str, duration_s: float) -> None:
         """A message was sent so long after it had become ready."""
-        self._observe_of(account_id, self._waits, self._wait_time, duration_s)
+        self._one(self._wait_time, self._label(account_id)).observe(duration_s)
 
     def connect(self, account_id: str, outcome: str) -> None:
         """A connection was tried: one of CONNECT_OUTCOMES."""
-        self._of(account_id).connects.count(outcome)
+        outcome = _one_known(outcome, CONNECT_OUTCOMES)
+        self._one(self._connects, self._label(account_id), outcome).inc()
 
     def transaction(self, account_id: str, duration_s: float) -> None:
-        self._observe_of(account_id, self._transactions, self._transaction_time, duration_s)
+        self._one(self._transaction_time, self._label(account_id)).observe(duration_s)
 
     def commit(self, duration_s: float) -> None:
         """The queue file took a commit. May be called from any thread."""
@@ -3941,17 +3895,16 @@ class Metrics:
     def request(self, route: str | None, method: str, code: int, duration_s: float) -> None:
         """An HTTP request was answered; `route` is the pattern of the table, None when none fits."""
         route = route or "unmatched"
-        method = method if method in HTTP_METHODS else "other"
-        if (route, method, code) not in self._requests:
-            self._requests[route, method, code] = self._http_requests.labels(route, method, code)
-        if route not in self._request_times:
-            self._request_times[route] = self._http_time.labels(route)
-        self._requests[route, method, code].inc()
-        self._request_times[route].observe(duration_s)
+        self._one(self._http_requests, route, _one_known(method, HTTP_METHODS), code).inc()
+        self._one(self._http_time, route).observe(duration_s)
+
+    def report(self, outcome: str) -> None:
+        """The upstream was called: one of REPORT_OUTCOMES."""
+        self._one(self._reports, _one_known(outcome, REPORT_OUTCOMES)).inc()
 
     def attachment(self, source: Source, outcome: str) -> None:
         """An attachment was asked for: one of ATTACHMENT_OUTCOMES."""
-        self._fetches[source].count(outcome)
+        self._one(self._fetches, source, _one_known(outcome, ATTACHMENT_OUTCOMES)).inc()
 
     def exposition(self, snapshot: Snapshot) -> bytes:
         """Everything as Prometheus' text format. Blocking: some 15 ms for each 1,000 series."""
@@ -10403,7 +10356,7 @@ class Reporter:
             answer = await self._answer_to(await self._written(states))
         finally:
             self._calling = False
-        self._metrics.reports.count(answer.outcome)
+        self._metrics.report(answer.outcome)
         for name, remark in answer.remarks:
             event(self._log, logging.WARNING, "the upstream remarks on a report", field=name, remark=remark)
         if answer.problem is not None:
