@@ -1105,22 +1105,27 @@ def _from_file(path: str) -> GivenSettings:
     return given
 
 
+def _variables() -> dict[str, tuple[str, str]]:
+    """The environment variable of each setting that may stand there."""
+    return {
+        f"MAILPROXY_{section}_{key}".upper(): (section, key)
+        for section in (*SECTIONS, "smtp")
+        for key in _keys_of(section)
+    }
+
+
 def _from_environment(environ: Mapping[str, str]) -> GivenSettings:
     """MAILPROXY_<SECTION>_<KEY>; an empty variable is none."""
     return {
-        (section, key): Given(text, f"environment variable {name}")
-        for section in (*SECTIONS, "smtp")
-        for key in _keys_of(section)
-        if (text := environ.get(name := f"MAILPROXY_{section}_{key}".upper()))
+        place: Given(text, f"environment variable {name}")
+        for name, place in _variables().items()
+        if (text := environ.get(name))
     }
 
 
 def _strangers_in(environ: Mapping[str, str]) -> Iterator[str]:
     """A warning for each variable that looks like ours and is not."""
-    known = [
-        f"MAILPROXY_{section}_{key}".upper() for section in (*SECTIONS, "smtp") for key in _keys_of(section)
-    ]
-    known += ENVIRONMENT_OF_THE_CLIENT
+    known = (*_variables(), *ENVIRONMENT_OF_THE_CLIENT)
     for name in sorted(environ):
         if name.startswith("MAILPROXY_") and name not in known:
             yield f"environment variable {name} matches no setting and is ignored{_nearest(name, known)}"
@@ -1250,15 +1255,19 @@ def _complaint(settings: Settings, section: str, key: str, problem: str) -> Conf
     return ConfigurationError(f"{origin}: [{section}] {key}: {problem}")
 
 
+GO_TOGETHER = (  # section; a setting; the one it needs
+    ("server", "tls_cert", "tls_key"),
+    ("server", "tls_key", "tls_cert"),
+    ("client", "client_sync_password", "client_sync_user"),
+)
+
+
 def _check_pairs(settings: Settings) -> None:
-    server, client = settings.server, settings.client
-    if server.tls_cert and not server.tls_key:
-        raise _complaint(settings, "server", "tls_cert", "needs tls_key beside it")
-    if server.tls_key and not server.tls_cert:
-        raise _complaint(settings, "server", "tls_key", "needs tls_cert beside it")
-    if client.client_sync_password and not client.client_sync_user:
-        raise _complaint(settings, "client", "client_sync_password", "needs client_sync_user beside it")
-    if ":" in (client.client_sync_user or ""):
+    for section, key, needed in GO_TOGETHER:
+        given = getattr(settings, section)
+        if getattr(given, key) and not getattr(given, needed):
+            raise _complaint(settings, section, key, f"needs {needed} beside it")
+    if ":" in (settings.client.client_sync_user or ""):
         raise _complaint(settings, "client", "client_sync_user", "must not hold a colon (RFC 7617)")
 
 
@@ -1402,20 +1411,13 @@ def _in_force(settings: Settings, row: Setting) -> Any:
     return getattr(getattr(settings, row.section), row.key)
 
 
-def describe(settings: Settings) -> list[tuple[str, str, str, str]]:
+def describe(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
     """What is in force: section, key, value, where it came from. No secret among it."""
-    shown = [
-        (
-            row.section,
-            row.key,
-            _value_shown(row, settings),
-            settings.origins.get((row.section, row.key), "default"),
-        )
-        for row in SETTINGS_TABLE
-    ]
-    return shown + [
-        entry for account_id in settings.accounts for entry in _described_account(settings, account_id)
-    ]
+    for row in SETTINGS_TABLE:
+        origin = settings.origins.get((row.section, row.key), "default")
+        yield row.section, row.key, _value_shown(row, settings), origin
+    for account_id in settings.accounts:
+        yield from _described_account(settings, account_id)
 
 
 def _value_shown(row: Setting, settings: Settings) -> str:
@@ -10602,9 +10604,7 @@ COUNT_SCHEMA: Schema = {"type": "integer", "minimum": 0}
 TRUTH_SCHEMA: Schema = {"type": "boolean"}
 TIME_SCHEMA: Schema = {"type": "integer", "description": "Unix seconds, UTC"}
 NULLABLE_TIME_SCHEMA: Schema = {"type": ["integer", "null"], "description": "Unix seconds, UTC"}
-GIVEN_TIME_SCHEMA: Schema = {
-    "type": ["integer", "null"], "minimum": 0, "maximum": LARGEST_INTEGER, "description": "Unix seconds, UTC",
-}  # fmt: skip
+GIVEN_TIME_SCHEMA: Schema = {"type": ["integer", "null"], "minimum": 0, "maximum": LARGEST_INTEGER}
 IDS_SCHEMA: Schema = {"type": "array", "items": STRING_SCHEMA}
 WORDS_SCHEMA: Schema = {"type": ["string", "null"], "pattern": f"^{ONE_LINE}*$"}
 SECRET_WORDS_SCHEMA: Schema = {
@@ -10645,9 +10645,14 @@ def schema_of(required: str, **properties: Schema) -> Schema:
     return {"type": "object", "required": required.split(), "properties": properties}
 
 
+def record_of(**properties: Schema) -> Schema:
+    """An object with these properties, all of them always there."""
+    return schema_of(" ".join(properties), **properties)
+
+
 def answer_of(**properties: Schema) -> Schema:
     """A successful answer: `ok` and these, all of them always there."""
-    return schema_of(" ".join(["ok", *properties]), ok={"const": True}, **properties)
+    return record_of(ok={"const": True}, **properties)
 
 
 def one_of_words(*words: str) -> Schema:
@@ -10826,16 +10831,13 @@ SHOWN_ACCOUNT_SCHEMA: Schema = schema_of(
 RECIPIENTS_SCHEMA: Schema = {
     "type": ["object", "null"],
     "description": "by address, where some recipients were refused",
-    "additionalProperties": schema_of(
-        "status code text",
+    "additionalProperties": record_of(
         status={"enum": ["sent", "error", "deferred"]},
         code={"type": "integer"},
         text=STRING_SCHEMA,
     ),
 }
-RECORD_SCHEMA = schema_of(
-    "id account_id priority status created_at updated_at deferred_ts sent_ts error_ts error reported_ts "
-    "batch_code attempts message_id recipients message",
+RECORD_SCHEMA = record_of(
     id=STRING_SCHEMA,
     account_id=STRING_SCHEMA,
     priority={"type": "integer", "minimum": 0, "maximum": 3},
@@ -10853,8 +10855,7 @@ RECORD_SCHEMA = schema_of(
     recipients=RECIPIENTS_SCHEMA,
     message={"type": "object", "description": "as submitted; inline contents are there with content=1"},
 )
-ATTEMPT_SCHEMA = schema_of(
-    "started_at ended_at outcome stage code enhanced_code text recipients connection",
+ATTEMPT_SCHEMA = record_of(
     started_at=TIME_SCHEMA,
     ended_at=TIME_SCHEMA,
     outcome=STRING_SCHEMA,
@@ -10877,14 +10878,14 @@ LANE_SCHEMA = schema_of(
 )
 REJECTED_SCHEMA: Schema = {
     "type": "array",
-    "items": schema_of("id reason", id=NULLABLE_STRING_SCHEMA, reason=STRING_SCHEMA),
+    "items": record_of(id=NULLABLE_STRING_SCHEMA, reason=STRING_SCHEMA),
 }
 SUBMITTED_SCHEMA = schema_of(
     "ok queued rejected",
     ok={"const": True},
     queued=COUNT_SCHEMA,
     rejected=REJECTED_SCHEMA,
-    warnings={"type": "array", "items": schema_of("id unknown", id=STRING_SCHEMA, unknown=IDS_SCHEMA)},
+    warnings={"type": "array", "items": record_of(id=STRING_SCHEMA, unknown=IDS_SCHEMA)},
 )
 ERROR_SCHEMA = schema_of(
     "ok error",
@@ -10926,7 +10927,6 @@ REFUSALS: Mapping[str, str] = {
     "503": "storage refuses writes; nothing was taken over",
 }
 REFUSALS_OF_ALL = ("400", "408", "413", "431", "503")
-FLAG_SCHEMA: Schema = {"type": "boolean"}
 TEXT_TO_LOOK_FOR: Schema = {"type": "string", "pattern": r"^[^\u0000]*$"}
 
 
@@ -10939,12 +10939,13 @@ def operation(
     query: Mapping[str, Schema] = MappingProxyType({}),
     refusals: Sequence[str] = (),
     links: Mapping[str, Schema] = MappingProxyType({}),
+    content_type: str = "application/json",
 ) -> Schema:
     """What openapi.json says of one row of the route table, but for what all rows share."""
     described: dict[str, object] = {
         "summary": summary,
         "parameters": [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()],
-        "responses": {"200": answer_in("application/json", answer, links), **refused(*refusals)},
+        "responses": {"200": answer_in(content_type, answer, links), **refused(*refusals)},
     }
     if body is not None:
         described["requestBody"] = {
@@ -11037,7 +11038,7 @@ def operation_id_of(route: Route) -> str:
 # What each row says of itself.
 
 NO_FIELDS: Schema = {"type": "object"}
-BY_ID: Schema = schema_of("ids", ids=IDS_SCHEMA)
+BY_ID: Schema = record_of(ids=IDS_SCHEMA)
 SWITCHED = answer_of(active=TRUTH_SCHEMA)
 OWN_ID = "$request.path.id"
 
@@ -11051,11 +11052,7 @@ STATUS = operation(
         accounts={"type": "object", "additionalProperties": ref("Lane")},
     ),
 )  # fmt: skip
-METRICS = {
-    "summary": "Metrics for Prometheus",
-    "parameters": [],
-    "responses": {"200": answer_in("text/plain", STRING_SCHEMA, {})},
-}
+METRICS = operation("Metrics for Prometheus", STRING_SCHEMA, content_type="text/plain")
 OPENAPI = operation("This document", {"type": "object"})
 ADD_MESSAGES = operation(
     "Submit messages",
@@ -11088,19 +11085,19 @@ LIST_MESSAGES = operation(
     "Messages in order of acceptance",
     answer_of(messages={"type": "array", "items": ref("Record")}, next=NULLABLE_STRING_SCHEMA),
     query={
-        "active_only": FLAG_SCHEMA,
+        "active_only": TRUTH_SCHEMA,
         "status": {"enum": [*Status]},
         "account_id": TEXT_TO_LOOK_FOR,
         "batch_code": TEXT_TO_LOOK_FOR,
         "limit": {"type": "integer", "minimum": 1, "maximum": LISTING_LIMIT},
         "after": {"type": "string", "pattern": "^[0-9]{1,18}$", "description": "the `next` of an answer"},
-        "content": FLAG_SCHEMA,
+        "content": TRUTH_SCHEMA,
     },
 )
 SHOW_MESSAGE = operation(
     "One message and the timeline of its attempts",
     answer_of(message=ref("Record"), attempts={"type": "array", "items": ref("Attempt")}),
-    query={"content": FLAG_SCHEMA},
+    query={"content": TRUTH_SCHEMA},
 )
 LIST_ACCOUNTS = operation(
     "Accounts, without their secrets",
@@ -11283,18 +11280,12 @@ class ControlPlane:
         most = self._settings().server.max_batch
         if len(messages) > most:
             raise HttpError(413, f"messages: at most {most} in one batch, these are {len(messages)}")
-        default = self._default_priority(fields.get("default_priority"))
+        configured = self._settings().delivery.default_priority
+        default = parse_priority(fields.get("default_priority"), configured, field="default_priority")
         if len(request.body) <= JSON_AT_ONCE_BYTES:
             return self._judge_all(messages, default)
         request.body = b""
         return await self._threads.run(lambda: self._judge_all(messages, default))
-
-    def _default_priority(self, given: object) -> int:
-        try:
-            configured = self._settings().delivery.default_priority
-            return parse_priority(given, configured, field="default_priority")
-        except Rejected as error:
-            raise HttpError(400, str(error)) from None
 
     def _judge_all(self, messages: Sequence[object], default_priority: int) -> list[Judged]:
         """Judge each message alone; the same id a second time is rejected."""
@@ -11498,11 +11489,7 @@ class ControlPlane:
         return json_response({"ok": True, "accounts": accounts})
 
     async def put_account(self, request: Request) -> Response:
-        fields = await request.json_object()
-        try:
-            account = await self._book.put(fields)
-        except Rejected as error:
-            raise HttpError(400, str(error)) from None
+        account = await self._book.put(await request.json_object())
         self._metrics.know_account(account.id)
         event(self._log, logging.INFO, "account set", account=account.id)
         return json_response({"ok": True})
@@ -11532,7 +11519,8 @@ class ControlPlane:
 
 
 def _guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """The handler as it is routed: its log lines carry the request's id, a storage that refuses is a 503."""
+    """The handler as it is routed: its log lines carry the request's id; a field that is refused is a 400,
+    a storage that refuses a 503."""
 
     async def guarded(request: Request) -> Response:
         request_id.set(request.id)
@@ -11540,6 +11528,8 @@ def _guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
             return await handler(request)
         except StorageUnavailable as error:
             raise _storage_refuses(error) from None
+        except Rejected as error:
+            raise HttpError(400, str(error)) from None
 
     return guarded
 
@@ -12592,6 +12582,12 @@ def local_time(ts: float | None, now: float) -> str:
     return f"{clock} ({relative(ts, now)})"
 
 
+def reply_in_words(attempt: Mapping[str, Any]) -> str:
+    """What the server said in the end."""
+    words = (attempt["code"], attempt["enhanced_code"], attempt["text"])
+    return " ".join(str(word) for word in words if word)
+
+
 def complain(sentence: object) -> None:
     """One sentence on stderr."""
     print(f"mailproxy: {_escaped(str(sentence))}", file=sys.stderr)
@@ -13155,6 +13151,9 @@ DEMO_SIZE_BYTES = 10_000_000
 DEMO_OUTCOMES: Mapping[str, str] = MappingProxyType(
     {"plain": "sent", "picture": "sent", "refused": "error", "greylisted": "sent", "scheduled": "sent"}
 )
+DEMO_PICTURE = (  # PNG, 32 by 32 green pixels
+    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAQMAAABJtOi3AAAAA1BMVEUgoFBaW5YnAAAADElEQVR42mNgGNwAAACgAAGO+7G0AAAAAElFTkSuQmCC"
+)
 DEMO_TITLE = """\
 mailproxy {version}: five messages go in by REST, out by SMTP, and come back as reports.
 It all happens on this machine; a temporary folder holds the queue and goes away with it.
@@ -13178,11 +13177,10 @@ class DemoSmtpServer:
     to come back the first time, everybody else has mail.
     """
 
-    def __init__(self, arrived: Callable[[str, str], None], replied: Callable[[str, str], None]) -> None:
+    def __init__(self, tell: Callable[[str, str, str, str], None]) -> None:
         self.port = 0
         self.taken = 0
-        self._arrived = arrived  # (recipient, what came)
-        self._replied = replied  # (recipient, the reply)
+        self._tell = tell  # who, to whom, about which recipient, what
         self._greylist: set[str] = set()
 
     async def start(self) -> None:
@@ -13222,8 +13220,7 @@ class DemoSmtpServer:
                 if reply.startswith("2"):
                     recipients.append(recipient)
                 else:
-                    self._arrived(recipient, f"RCPT TO:<{recipient}>")
-                    self._replied(recipient, reply)
+                    self._tell_both(recipient, f"RCPT TO:<{recipient}>", reply)
                 return reply
             case "DATA":
                 return "503 5.5.1 There is no recipient to send it to"
@@ -13245,9 +13242,12 @@ class DemoSmtpServer:
         reply = f"250 2.0.0 Ok: taken as number {self.taken}"
         mail = content.removesuffix(b".\r\n").replace(b"\r\n..", b"\r\n.")
         for recipient in recipients:
-            self._arrived(recipient, mail_in_words(mail))
-            self._replied(recipient, reply)
+            self._tell_both(recipient, mail_in_words(mail), reply)
         return reply
+
+    def _tell_both(self, recipient: str, what: str, reply: str) -> None:
+        self._tell("mailproxy", "smtp", recipient, what)
+        self._tell("smtp", "mailproxy", recipient, reply)
 
 
 def mail_in_words(content: bytes) -> str:
@@ -13259,26 +13259,11 @@ def mail_in_words(content: bytes) -> str:
     return f'"{subject}", {len(content) / 1000:.1f} kB: {" + ".join(named)}'
 
 
-def tiny_png() -> bytes:
-    """A picture of 32 by 32 pixels that turns from green to blue."""
-    side = range(0, 256, 8)
-    rows = b"".join(b"\0" + bytes(colour for x in side for colour in (y // 2, 255 - x, x)) for y in side)
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
-        )
-
-    header = len(side).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])  # 8 bits of red, green and blue
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks
-
-
 def demo_messages(now: float) -> list[dict[str, object]]:
     """Five messages, named after what will happen to them."""
     picture = {
         "filename": "picture.png",
-        "content": base64.b64encode(tiny_png()).decode(),
+        "content": DEMO_PICTURE,
         "content_id": "picture",
         "inline": True,
     }
@@ -13286,7 +13271,7 @@ def demo_messages(now: float) -> list[dict[str, object]]:
         "plain": {"subject": "Your receipt", "body": "Thank you!\n.\nThe line above is a dot.\n"},
         "picture": {
             "subject": "Grüße mit Bild",
-            "html": '<p>Look: <img src="cid:picture" alt="green to blue"></p>',
+            "html": '<p>Look: <img src="cid:picture" alt="a green square"></p>',
             "attachments": [picture],
         },
         "refused": {"subject": "Anybody there?", "body": "No."},
@@ -13318,10 +13303,7 @@ class Demo:
 
     async def run(self) -> int:
         """Show it. Raises CommandFailed when something did not come as it should, or in time."""
-        self._smtp = DemoSmtpServer(
-            arrived=lambda to, what: self._tell("mailproxy", "smtp", to, what),
-            replied=lambda to, reply: self._tell("smtp", "mailproxy", to, reply),
-        )
+        self._smtp = DemoSmtpServer(self._tell)
         self._threads = Threads(1, "demo")
         self._app = HttpServer(
             [Route("POST", "/reports", self._take_report, public=True)],
@@ -13434,10 +13416,7 @@ class Demo:
         rows = []
         for id_ in DEMO_OUTCOMES:
             story = await self._ask("GET", f"/message/{id_}")
-            last = story["attempts"][-1]
-            reply = " ".join(
-                str(word) for word in (last["code"], last["enhanced_code"], last["text"]) if word
-            )
+            reply = reply_in_words(story["attempts"][-1])
             rows.append((id_, story["message"]["status"], story["message"]["attempts"], reply))
         lines = table(("MESSAGE", "STATUS", "ATTEMPTS", "WHAT THE SERVER SAID"), rows)
         print("\n".join(["", *painted_table(lines, [row[1] for row in rows], coloured=self._coloured)]))
@@ -13577,14 +13556,13 @@ def _message_lines(answer: Mapping[str, Any], now: float, width: int) -> list[st
 
 
 def _attempt_row(number: int, attempt: Mapping[str, Any]) -> tuple[object, ...]:
-    reply = (attempt["code"], attempt["enhanced_code"], attempt["text"])
     return (
         number,
         time.strftime(CLOCK, time.localtime(attempt["started_at"])),
         f"{attempt['ended_at'] - attempt['started_at']:.2f} s",
         attempt["outcome"],
         attempt["stage"],
-        " ".join(str(word) for word in reply if word),
+        reply_in_words(attempt),
     )
 
 
