@@ -3858,8 +3858,8 @@ class Metrics:
     def rejected(self, number: int = 1) -> None:
         self._rejected.inc(number)
 
-    def sent(self, account_id: str, number: int = 1) -> None:
-        self._one(self._sent, self._label(account_id)).inc(number)
+    def sent(self, account_id: str) -> None:
+        self._one(self._sent, self._label(account_id)).inc()
 
     def failed(self, account_id: str, number: int = 1) -> None:
         self._one(self._failed, self._label(account_id)).inc(number)
@@ -5726,16 +5726,13 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         return self.do_open(connection, request)
 
 
-def tls_context(ca_file: str | None, verify: bool = True) -> ssl.SSLContext:
+def tls_context(ca_file: str | None) -> ssl.SSLContext:
     """Trust in the system's authorities, or in those of `ca_file` alone. Reads files: takes a while."""
     try:
         context = ssl.create_default_context(cafile=ca_file)
     except OSError as error:
         reason = f"cannot read the certificates in {ca_file}: {error.strerror}"
         raise HttpFailure(reason, transient=True) from None
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
     context.sslsocket_class = _DeadlineTlsSocket
     return context
 
@@ -5754,8 +5751,6 @@ def http_request(
     timeout_s: float,
     deadline: HttpDeadline | None = None,
     max_bytes: int,
-    ca_file: str | None = None,
-    verify: bool = True,
     trust: Trust | None = None,
     policy: AddressPolicy | None = None,
     proxies: bool = False,
@@ -5773,7 +5768,7 @@ def http_request(
     deadline = deadline or HttpDeadline(timeout_s)
     opener = urllib.request.OpenerDirector()  # nothing of urllib's but HTTP: no redirects, files, passwords
     opener.addheaders = [("User-Agent", "mailproxy")]
-    trust = trust or functools.partial(tls_context, ca_file, verify)
+    trust = trust or functools.partial(tls_context, None)
     opener.add_handler(_Handler(_Dialer(deadline, policy, resolve), trust))
     if proxies and policy is None:
         opener.add_handler(urllib.request.ProxyHandler())
@@ -10467,6 +10462,17 @@ TRUE_WORDS, FALSE_WORDS = ("true", "1"), ("false", "0")
 ALL_REJECTED = "all messages rejected"
 
 
+def stored_accounts(definitions: Mapping[str, str], defaults: AccountDefaults) -> list[Account]:
+    """The accounts that were added over HTTP. Raises ConfigurationError."""
+    accounts = []
+    for account_id, definition in definitions.items():
+        try:
+            accounts.append(parse_account(json.loads(definition), defaults=defaults))
+        except Rejected as error:
+            raise ConfigurationError(f"The account {account_id} in the queue file: {error}.") from None
+    return accounts
+
+
 class AccountBook:
     """All accounts: those of config.ini and those added over HTTP, and which are suspended.
 
@@ -10493,21 +10499,13 @@ class AccountBook:
         The mail of an account that is gone stays where it is: it may come back.
         """
         async with self._one_at_a_time:
-            wanted = {account.id: account for account in await self._added_over_http()}
+            stored = stored_accounts(await self._queue.accounts(), self.defaults)
+            wanted = {account.id: account for account in stored}
             wanted.update((account.id, account) for account in configured)
             for account in self.accounts():
                 if account.id not in wanted:
                     self._dispatcher.remove_lane(account.id)
             await self._enter([account for account in wanted.values() if account != self.get(account.id)])
-
-    async def _added_over_http(self) -> list[Account]:
-        accounts = []
-        for account_id, definition in (await self._queue.accounts()).items():
-            try:
-                accounts.append(parse_account(json.loads(definition), defaults=self.defaults))
-            except Rejected as error:
-                raise ConfigurationError(f"The account {account_id} in the queue file: {error}.") from None
-        return accounts
 
     async def _enter(self, accounts: Sequence[Account]) -> None:
         """Deliver for these accounts, by these definitions, from now on."""
@@ -12127,7 +12125,7 @@ class Daemon:
                 headers=self._report_headers(report),
                 timeout_s=client.timeout_seconds,
                 max_bytes=ANSWER_BYTES,
-                ca_file=client.ca_file,
+                trust=functools.partial(tls_context, client.ca_file),
                 proxies=True,
             )
         except TooLarge:  # only a success is read to its end: it counts, whatever it says
@@ -13902,8 +13900,7 @@ async def _accounts_in_queue(settings: Settings) -> list[Account]:
         definitions = await Queue(file, now=time.time).accounts()
     finally:
         await file.close()
-    defaults = account_defaults(settings)
-    return [parse_account(json.loads(definition), defaults=defaults) for definition in definitions.values()]
+    return stored_accounts(definitions, account_defaults(settings))
 
 
 async def _try_server(agent: DeliveryAgent, account: Account) -> Offers | Reply:
