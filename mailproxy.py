@@ -5760,7 +5760,7 @@ def http_request(
     """One request, one answer of whatever status; redirects are answers. Blocks up to `timeout_s`,
     or until the deadline of the series it belongs to.
 
-    `on_size` is told, before the memory is taken, how many bytes the body of a success needs;
+    `on_size` is told, before the memory is taken, how many bytes the body of a success may need;
     what it raises ends the request. `proxies` (those of the environment) are for URLs of the
     operator; with a policy there are none, because a proxy would connect where nobody judged.
     """
