@@ -12580,10 +12580,14 @@ def local_time(ts: float | None, now: float) -> str:
     return f"{clock} ({relative(ts, now)})"
 
 
+def joined(between: str, *words: object) -> str:
+    """What there is of these words."""
+    return between.join(str(word) for word in words if word)
+
+
 def reply_in_words(attempt: Mapping[str, Any]) -> str:
     """What the server said in the end."""
-    words = (attempt["code"], attempt["enhanced_code"], attempt["text"])
-    return " ".join(str(word) for word in words if word)
+    return joined(" ", attempt["code"], attempt["enhanced_code"], attempt["text"])
 
 
 def complain(sentence: object) -> None:
@@ -13150,7 +13154,8 @@ DEMO_OUTCOMES: Mapping[str, str] = MappingProxyType(
     {"plain": "sent", "picture": "sent", "refused": "error", "greylisted": "sent", "scheduled": "sent"}
 )
 DEMO_PICTURE = (  # PNG, 32 by 32 green pixels
-    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAQMAAABJtOi3AAAAA1BMVEUgoFBaW5YnAAAADElEQVR42mNgGNwAAACgAAGO+7G0AAAAAElFTkSuQmCC"
+    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAQMAAABJtOi3AAAAA1BMVEUgoFBaW5YnAAAADElEQVR4"
+    "2mNgGNwAAACgAAGO+7G0AAAAAElFTkSuQmCC"
 )
 DEMO_TITLE = """\
 mailproxy {version}: five messages go in by REST, out by SMTP, and come back as reports.
@@ -13253,7 +13258,7 @@ def mail_in_words(content: bytes) -> str:
     mail = email.message_from_bytes(content)
     subject = str(email.header.make_header(email.header.decode_header(mail.get("Subject", ""))))
     parts = [part for part in mail.walk() if not part.is_multipart()]
-    named = [" ".join(filter(None, (part.get_content_type(), part["Content-ID"]))) for part in parts]
+    named = [joined(" ", part.get_content_type(), part["Content-ID"]) for part in parts]
     return f'"{subject}", {len(content) / 1000:.1f} kB: {" + ".join(named)}'
 
 
@@ -13430,7 +13435,7 @@ class Demo:
 def _report_in_words(entry: Mapping[str, Any], now: float) -> str:
     if entry["status"] == Status.DEFERRED:
         return f"report: deferred, due {relative(entry['deferred_ts'], now)}"
-    return ": ".join(word for word in ("report", entry["status"], entry["error"]) if word)
+    return joined(": ", "report", entry["status"], entry["error"])
 
 
 def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -13482,7 +13487,7 @@ def _status_lines(status: Mapping[str, Any], now: float, width: int) -> list[str
 
 def _why_standing(account: Mapping[str, Any], now: float) -> str:
     until = f"again {relative(account['until'], now)}" if account["until"] else ""
-    return ", ".join(word for word in (account["reason"], until) if word)
+    return joined(", ", account["reason"], until)
 
 
 def _listed(given: object) -> list[str]:
@@ -13510,7 +13515,7 @@ def _message_row(record: Mapping[str, Any], now: float) -> tuple[object, ...]:
 def _why_waiting(record: Mapping[str, Any], now: float) -> str:
     """What a person asks next of a message in a list: when it goes on, and why it did not."""
     due = f"due {relative(record['deferred_ts'], now)}" if record["status"] == Status.DEFERRED else ""
-    return ": ".join(word for word in (due, record["error"]) if word)
+    return joined(": ", due, record["error"])
 
 
 MESSAGE_COLUMNS = ("ID", "STATUS", "ACCOUNT", "TO", "SUBJECT", "ATTEMPTS", "ACCEPTED", "REMARK")
@@ -13683,7 +13688,7 @@ def _news_line(record: Mapping[str, Any], width: int) -> str:
     """One state of a message, as it is told while one watches."""
     id_, status, account, to, subject, _, _, remark = _message_row(record, time.time())
     cells = (f"{id_!s:<24}", account, to, f'"{subject}"', remark)
-    line = "  ".join(_escaped(str(cell)) for cell in cells if cell)
+    line = _escaped(joined("  ", *cells))
     line = f"{time.strftime('%H:%M:%S')}  {status:<8}  {line}"
     return cut(line, width)
 
@@ -14005,15 +14010,11 @@ def _copied(queue: str, draft: str) -> int:
 # --- the table of commands, and main -------------------------------------
 
 
-class Option(NamedTuple):
-    """An option or argument, as argparse has it."""
-
-    names: tuple[str, ...]
-    how: Mapping[str, Any]
+Option: TypeAlias = "tuple[tuple[str, ...], Mapping[str, Any]]"  # what add_argument of argparse takes
 
 
 def option(*names: str, **how: Any) -> Option:
-    return Option(names, how)
+    return names, how
 
 
 def _listing_limit(text: str) -> int:
