@@ -5246,7 +5246,7 @@ def _give_back(db: sqlite3.Connection, account_id: str, n: int) -> None:
 def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
     """An attempt as it stands in the timeline of its message: a row of attempts, its number left to be found."""
     attempt = outcome.attempt
-    telling = _telling_reply(attempt, outcome.disposition.status)
+    telling = _telling_reply(attempt, outcome.disposition)
     said = (telling.stage, telling.code, telling.enhanced_code, telling.text) if telling else (None,) * 4
     recipients = {
         address: (
@@ -5261,15 +5261,13 @@ def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def _telling_reply(attempt: Attempt, status: Status) -> Reply | None:
+def _telling_reply(attempt: Attempt, disposition: Disposition) -> Reply | None:
     """The reply that made the attempt end so: where some recipients were refused, not always the first refusal."""
     replies = attempt.replies.values()
-    if status is Status.SENT:
+    if disposition.status is Status.SENT:
         telling = next((reply for reply in replies if reply.accepted), None)
-    elif status is Status.DEFERRED:
-        telling = next((reply for reply in replies if reply.transient), None)
     else:
-        telling = None
+        telling = next((reply for reply in replies if spoken(reply) == disposition.error), None)
     return telling or attempt.first_failure or next(iter(replies), None)
 
 
