@@ -12881,7 +12881,8 @@ WITH_VALUE = "ABCDFLMNOPRVXbefhopr"  # the options of sendmail(8) that take one,
 ATTACHED_ALONE = "dq"  # what follows them in the same word is theirs
 QUALIFIED_HEADERS = frozenset((b"from", b"sender", b"reply-to", b"to", b"cc", b"bcc"))
 _NOBODY = re.compile(r"([^<>@:;]*:\s*;)?")  # nothing, or an empty group (RFC 5322 3.4)
-_GROUP_NAME = re.compile(r'[^,;:<>"]*:')  # or a route, which is ignored (RFC 5322 4.4)
+_NO_ADDRESS = re.compile(r'\([^()]*\)|[^,;:<>"]*:')  # a comment, the name of a group, a route (RFC 5322 4.4)
+_ADDRESS_WORD = re.compile(r"\w+")
 _MBOX_LINE = re.compile(rb"\A>?From [^\n]*\n")
 
 
@@ -13011,9 +13012,9 @@ def sendmail_fields(call: SendmailCall, content: bytes, login: str, host: str) -
     """The submission that a call of sendmail means: raw, its header complete. Raises Unsendable."""
     draft = Draft.of(content)
     in_header = draft.recipients() if call.recipients_in_header else []
-    recipients = [
-        address for word in call.recipients for address in _addresses_in(word, os.EX_NOUSER) or (word,)
-    ]
+    for word in call.recipients:
+        _refuse_to_lose(word, os.EX_NOUSER)
+    recipients = [address for word in call.recipients for address in _addresses_in(word) or (word,)]
     if not recipients and not in_header:
         raise Unsendable("no recipient in the header of the message", os.EX_USAGE)
     draft = draft.qualified(host)
@@ -13061,8 +13062,13 @@ class Draft(NamedTuple):
 
     def recipients(self) -> list[str]:
         """Whom the header names; of a message that was resent (RFC 5322 3.6.6) the new ones alone."""
-        resent = self.addresses("resent-to", "resent-cc", "resent-bcc")
-        return resent or self.addresses("to", "cc", "bcc")
+        names, resent = ("to", "cc", "bcc"), ("resent-to", "resent-cc", "resent-bcc")
+        if self.addresses(*resent):
+            names = resent
+        for line in self.header:
+            if field_name(line).decode() in names:
+                _refuse_to_lose(_field_text(line), os.EX_DATAERR)
+        return self.addresses(*names)
 
     def qualified(self, host: str) -> Draft:
         """The same, bare local names in its address fields completed."""
@@ -13082,13 +13088,16 @@ def _addresses_of_field(field: bytes) -> list[str]:
     return addresses
 
 
-def _addresses_in(text: str, status: int = os.EX_DATAERR) -> list[str]:
-    """Bare addresses. Raises Unsendable where a word of it would be lost: a comma, or a quote, is missing."""
-    found = email.utils.getaddresses([text])
-    kept = re.findall(r"\w+", " ".join(f"{name} {address}" for name, address in found))
-    if not set(re.findall(r"\w+", _GROUP_NAME.sub("", text))) <= set(kept):
+def _addresses_in(text: str) -> list[str]:
+    return [address for _, address in email.utils.getaddresses([text]) if address]
+
+
+def _refuse_to_lose(text: str, status: int) -> None:
+    """Raises Unsendable where reading addresses would lose a word: a comma, or a quote, is missing."""
+    found = " ".join(f"{name} {address}" for name, address in email.utils.getaddresses([text]))
+    words = _ADDRESS_WORD.findall(_NO_ADDRESS.sub("", text))
+    if not set(words) <= set(_ADDRESS_WORD.findall(found)):
         raise _no_addresses(text, status)
-    return [address for _, address in found if address]
 
 
 def _no_addresses(text: str, status: int) -> Unsendable:

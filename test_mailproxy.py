@@ -14075,6 +14075,7 @@ def test_sendmail_completes_the_header(content: bytes, mail: bytes) -> None:
         ("-t", "To: x@c.test\nResent-To: y@c.test", (None, None, ["y@c.test"])),
         ("w@c.test", "To: x@c.test", (None, None, ["w@c.test"])),
         ("x@c.test,y@c.test", "To: z@c.test", (None, None, ["x@c.test", "y@c.test"])),
+        ("-t", "To: all: N <x@c.test> (N), y@c.test;", (None, None, ["x@c.test", "y@c.test"])),
     ],
 )
 def test_sendmail_knows_the_envelope(
