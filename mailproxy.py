@@ -1656,6 +1656,15 @@ def parse_addr_spec(text: str, field: str) -> str:
     return address
 
 
+def with_a_labels(address: str) -> str:
+    """An address or @domain of the configuration, its domain as those of messages are; what is none, as it is."""
+    local_part, _, domain = address.rpartition("@")
+    try:
+        return f"{local_part}@{_domain_in_ascii(domain, 'address')}"
+    except Rejected:
+        return address
+
+
 def _domain_in_ascii(domain: str, field: str) -> str:
     """A domain as DNS has it (RFC 5890), or an address literal (RFC 5321 4.1.3)."""
     if len(domain) > LONGEST_DOMAIN:
@@ -12054,8 +12063,8 @@ class Daemon:
             send_interval_s=delivery.send_interval_seconds,
             test_mode=delivery.test_mode,
             max_concurrency=delivery.max_concurrency,
-            redirect_to=delivery.redirect_to,
-            allow_recipients=tuple(entry.lower() for entry in delivery.allow_recipients),
+            redirect_to=delivery.redirect_to and with_a_labels(delivery.redirect_to),
+            allow_recipients=tuple(with_a_labels(entry).lower() for entry in delivery.allow_recipients),
         )
 
     def _report_rules(self) -> ReportRules:

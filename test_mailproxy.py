@@ -10632,26 +10632,26 @@ def test_the_mail_of_a_deleted_account_ends_as_errors(
 
 
 def test_staging_sends_everything_to_one_address(tmp_path: Path, smtp: SmtpServer) -> None:
-    with SleepyDaemon(tmp_path, {"delivery": {"redirect_to": "staging@example.org"}}, smtp=smtp) as daemon:
+    with SleepyDaemon(tmp_path, {"delivery": {"redirect_to": "staging@bücher.example"}}, smtp=smtp) as daemon:
         daemon.submit(letter("m", "a@example.com", "b@example.com"))
 
         received = smtp.wait_for(1)[0]
-        assert received.recipients == ["staging@example.org"]
+        assert received.recipients == ["staging@xn--bcher-kva.example"]
         assert "a@example.com" in received.message["X-Original-To"]
 
 
 def test_only_allowed_recipients_get_mail(tmp_path: Path, smtp: SmtpServer) -> None:
     with SleepyDaemon(
-        tmp_path, {"delivery": {"allow_recipients": "@Example.org, a@example.com"}}, smtp=smtp
+        tmp_path, {"delivery": {"allow_recipients": "@Bücher.example, a@example.com"}}, smtp=smtp
     ) as daemon:
         daemon.submit(
-            letter("m", "A@example.com", "x@example.org", "b@example.com"), letter("n", "b@example.com")
+            letter("m", "A@example.com", "x@bücher.example", "b@example.com"), letter("n", "b@example.com")
         )
 
         assert daemon.wait_status("n", "error")["error"] == "recipient not allowed here"
         outcomes = daemon.wait_status("m", "sent")["recipients"]
         assert outcomes["b@example.com"]["status"] == "error"
-        assert sorted(smtp.wait_for(1)[0].recipients) == ["A@example.com", "x@example.org"]
+        assert sorted(smtp.wait_for(1)[0].recipients) == ["A@example.com", "x@xn--bcher-kva.example"]
 
 
 def test_mail_that_waits_when_staging_ends_goes_to_its_real_recipients_alone(
