@@ -5495,7 +5495,7 @@ def _split_authority(authority: str) -> tuple[str | None, str, int | None]:
     userinfo, at, place = authority.rpartition("@")
     if not place.isascii():
         name, colon, port = place.partition(":")
-        place = name.encode("idna").decode("ascii") + colon + port
+        place = _in_a_labels(name) + colon + port
     found = HOST_AND_PORT.fullmatch(place)
     if found is None:
         raise ValueError("no host")
@@ -5503,6 +5503,11 @@ def _split_authority(authority: str) -> tuple[str | None, str, int | None]:
     if port_number is not None and not 1 <= port_number <= 65_535:
         raise ValueError("port out of range")
     return userinfo if at else None, found["host"].strip("[]").lower(), port_number
+
+
+def _in_a_labels(name: str) -> str:
+    """The name of a host as DNS has it (RFC 3490), or UnicodeError."""
+    return name.encode("idna").decode("ascii")
 
 
 def _basic_from_url(userinfo: str | None) -> str | None:
@@ -5545,7 +5550,14 @@ class AddressPolicy:
         except ValueError:
             if "/" in allowed:
                 raise ConfigurationError(f"[attachments] allow_hosts: {allowed!r} is not a network") from None
-            self._names.add(allowed.lower().rstrip("."))
+            self._names.add(self._name(allowed).lower().rstrip("."))
+
+    @staticmethod
+    def _name(allowed: str) -> str:
+        try:
+            return allowed if allowed.isascii() else _in_a_labels(allowed)
+        except UnicodeError:
+            raise ConfigurationError(f"[attachments] allow_hosts: {allowed!r} is not a host") from None
 
     def judge(self, host: str, address: str) -> None:
         """Raise ForbiddenAddress unless this address, reached for under this name, is allowed."""

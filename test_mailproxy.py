@@ -5489,6 +5489,7 @@ def test_nothing_that_python_calls_private_is_public(address):
         ("[::1]", "any.example", "::1"),
         ("fd00::/8", "any.example", "fd12::1"),
         ("Files.Example", "files.example.", "10.0.0.1"),
+        ("Bücher.example", "xn--bcher-kva.example", "10.0.0.1"),
         (" localhost ", "LOCALHOST", "127.0.0.1"),
     ],
 )
@@ -5511,9 +5512,10 @@ def test_allow_hosts_lets_through_nothing_else(allowed, host, address):
         mailproxy.AddressPolicy([allowed]).judge(host, address)
 
 
-def test_a_network_that_is_none_stops_the_start():
-    with pytest.raises(mailproxy.ConfigurationError, match=r"allow_hosts: '10\.0\.0\.0/33'"):
-        mailproxy.AddressPolicy(["10.0.0.0/33"])
+@pytest.mark.parametrize("allowed", ["10.0.0.0/33", "ü" * 64])
+def test_a_network_or_a_host_that_is_none_stops_the_start(allowed):
+    with pytest.raises(mailproxy.ConfigurationError, match=f"allow_hosts: '{allowed}'"):
+        mailproxy.AddressPolicy([allowed])
 
 
 @pytest.mark.parametrize(
