@@ -7970,7 +7970,7 @@ def parse_large_json_object(body: bytes, judged: str | None = None) -> dict[str,
     """
     refuse_too_many_values(body)
     if not may_have_long_strings(body):
-        return parse_json_object(body)
+        return parse_json_object(body, judged)
     cut: dict[str, str] = {}
     try:
         content = parse_json_object(_without_long_strings(body, cut), judged)

@@ -8643,6 +8643,13 @@ def test_the_text_of_a_message_may_have_as_many_commas_and_brackets_as_it_likes(
     assert mailproxy.parse_large_json_object(json.dumps({"a": [text, "b"]}).encode()) == {"a": [text, "b"]}
 
 
+@pytest.mark.parametrize("text", ["short", "x" * mailproxy.LONG_STRING_BYTES * 2])
+def test_half_a_surrogate_pair_in_the_messages_of_a_large_body_is_left_to_who_judges_them(text):
+    content = {"messages": [{"subject": "\ud83d", "body": text}]}
+
+    assert mailproxy.parse_large_json_object(json.dumps(content).encode(), "messages") == content
+
+
 def test_a_whole_surrogate_pair_and_64_levels_are_fine():
     async def story(service):
         inner = b'{"a": "\\ud83d\\ude00"}'
