@@ -2819,9 +2819,11 @@ def _recipient_status(reply: Reply, account: Account) -> Status:
 
 
 def _too_many(reply: Reply) -> bool:
-    """True when a recipient was refused for the number of them (RFC 5321 4.5.3.1.10)."""
+    """True when a recipient was refused for the number of them (RFC 5321 4.5.3.1.10: old servers say 552)."""
     if reply.stage is not Stage.RCPT or reply.accepted:
         return False
+    if reply.code == 552 and reply.enhanced_code is None:
+        return True
     return reply.code == 452 or (reply.enhanced_code or "").endswith(".5.3")
 
 

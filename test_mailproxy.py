@@ -1338,6 +1338,12 @@ def test_a_room_never_names_a_room_below_it() -> None:
     assert downward == []
 
 
+def test_no_name_is_bound_twice() -> None:
+    bound = Counter(name for node in syntax_tree().body for name in names_bound_by(node))
+
+    assert [name for name, times in bound.items() if times > 1] == []
+
+
 def test_the_rooms_stand_in_the_order_of_the_map_at_the_front_door() -> None:
     paragraph = (mailproxy.__doc__ or "").partition("from the top of this file to its end")[2]
     map_lines = [line for line in paragraph.splitlines() if line.startswith("    ")]
@@ -2703,6 +2709,9 @@ def ours(stage: str, text: str, code: int = 451) -> Any:
         ({"a": NO_SUCH_USER, "b": GREYLISTED}, LATER, "450 4.7.1 Greylisted", IN_A_MINUTE, "retry"),
         ({"a": TAKEN, "b": TOO_MANY}, NOW_THE_REST, None, None, ""),
         ({"a": TAKEN, "b": word("rcpt", 552, enhanced="5.5.3")}, NOW_THE_REST, None, None, ""),
+        ({"a": TAKEN, "b": word("rcpt", 552)}, NOW_THE_REST, None, None, ""),
+        ({"a": TAKEN, "b": word("rcpt", 552, enhanced="5.2.2")}, DONE, None, None, ""),
+        ({"a": word("rcpt", 552)}, FAILED, "552 as told", None, ""),
         # the server says nothing
         ({"a": TIMED_OUT}, LATER_UNANSWERED, "no answer within 60 s", IN_A_MINUTE, "retry"),
         ({"a": LOST}, LATER_UNANSWERED, "connection lost", IN_A_MINUTE, "retry"),
