@@ -4806,6 +4806,21 @@ class Queue:
 
         return await self.file.write(work)
 
+    async def let_cooled_go(self) -> set[str]:
+        """Make all messages ready that wait for a server to be tried again; return their accounts."""
+
+        def work(db: sqlite3.Connection) -> set[str]:
+            rows = db.execute(
+                "UPDATE messages INDEXED BY messages_held_back "
+                "SET deferred_ts = NULL, deferral = NULL, report_order = NULL "
+                "WHERE deferral IN ('connection', 'login') "
+                "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
+                "AND sent_ts IS NULL AND error_ts IS NULL RETURNING account_id"
+            )
+            return {row[0] for row in rows}
+
+        return await self.file.write(work)
+
     async def move_times(self, step_s: int, since: int) -> None:
         """The wall clock was set by so much: move what the daemon itself put off, and the counts of
         sends, so that nothing comes earlier or later for it.
@@ -8789,7 +8804,7 @@ class HttpServer:
         self.stopping = False
         self._authorised = authorised
         self._table = RouteTable(routes)
-        self._listeners: list[asyncio.Task[None]] = []
+        self._listeners: dict[socket.socket, Callable[[], None]] = {}  # and what takes a connection of each
         self._connecting: set[asyncio.Task[None]] = set()  # connections before TLS is agreed upon
         self._unix_sockets: dict[str, int] = {}  # path: inode
         self._connections: dict[asyncio.Task[None], HttpConnection] = {}
@@ -8818,9 +8833,13 @@ class HttpServer:
     async def stop(self, grace_s: float) -> None:
         """Stops listening, answers the requests in progress within `grace_s`, then cuts what is left."""
         self.stopping = True
-        for accepting in (*self._listeners, *self._connecting):
-            accepting.cancel()
-        await asyncio.gather(*self._listeners, *self._connecting, return_exceptions=True)
+        while self._listeners:
+            listening, _ = self._listeners.popitem()
+            asyncio.get_running_loop().remove_reader(listening)
+            listening.close()
+        for connecting in self._connecting:
+            connecting.cancel()
+        await asyncio.gather(*self._connecting, return_exceptions=True)
         for path, inode in self._unix_sockets.items():
             remove_unix_socket(path, inode)
         for writer in self._turned_away:
@@ -8857,21 +8876,29 @@ class HttpServer:
 
     def _listen(self, listening: socket.socket, tls: ssl.SSLContext | None) -> None:
         listening.setblocking(False)
-        accepting = asyncio.create_task(self._accept_from(listening, tls), name="http listener")
-        accepting.add_done_callback(lambda _: listening.close())
-        self._listeners.append(accepting)
+        self._listeners[listening] = functools.partial(self._take_next, listening, tls)
+        self._mind(listening)
 
-    async def _accept_from(self, listening: socket.socket, tls: ssl.SSLContext | None) -> None:
-        """Takes connections; when there is no file descriptor for another one, waits until there is."""
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                client, _ = await loop.sock_accept(listening)
-            except OSError:
-                await asyncio.sleep(ACCEPT_PAUSE_S)
-                continue
-            self._take(client, tls)
-            await asyncio.sleep(0)  # many clients at once must not keep the loop from everybody else
+    def _mind(self, listening: socket.socket) -> None:
+        if not self.stopping:
+            asyncio.get_running_loop().add_reader(listening, self._listeners[listening])
+
+    def _take_next(self, listening: socket.socket, tls: ssl.SSLContext | None) -> None:
+        """Take one connection: many at once must not keep the loop from everybody else.
+
+        When there is no file descriptor for another one, the next try comes after a while.
+        """
+        try:
+            client, _ = listening.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listening)
+            loop.call_later(ACCEPT_PAUSE_S, self._mind, listening)
+            return
+        client.setblocking(False)
+        self._take(client, tls)
 
     def _take(self, client: socket.socket, tls: ssl.SSLContext | None) -> None:
         """Begins with a client; hangs up at once when there are far too many, whatever state they are in."""
@@ -9442,10 +9469,9 @@ class Dispatcher:
     async def run_now(self) -> None:
         """End all cooling and look at once; in test_mode the one way to get mail out."""
         self._asked = self.rules.test_mode
-        for lane in [lane for lane in self.lanes.values() if lane.try_now()]:
-            await self._queue.let_go(lane.account.id, ("connection", "login"))
-            lane.has_mail = True
-        self._alarm.ring()
+        for lane in self.lanes.values():
+            lane.has_mail |= lane.try_now()
+        self.wake(await self._queue.let_cooled_go())
 
     def add_lane(
         self, account: Account, counted: Iterable[tuple[float, int]], *, suspended: bool, held_back: bool

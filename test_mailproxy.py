@@ -4973,6 +4973,7 @@ def test_no_hot_statement_costs_more_with_a_backlog(rig: QueueRig) -> None:
         counted("replace", rig.accepted(submission(f"{id_}, another")))
         counted("defer limited", rig.defer_limited(order, int(rig.now) + 60, "limit"))
         counted("held back", rig.held_back())
+        counted("let the cooled go", rig.let_cooled_go())
         counted("let the limited go", rig.let_go("main", ("limit",)))
         counted("fail limited", rig.fail_limited(order, "limit"))
         counted("retry", rig.retry([f"{id_}, another"], lambda account: 2 * NOW))
@@ -9856,6 +9857,23 @@ def test_a_lane_whose_server_is_down_waits_and_leaves_its_other_mail_alone(
         assert 1 <= counts["deferred"] <= 5
         assert counts["deferred"] + counts["queued"] == 30
         assert 'mailproxy_account_up{account="default"} 0.0' in daemon.get("/metrics").content.decode()
+
+
+def test_run_now_ends_the_cooling_of_before_a_restart_too(tmp_path: Path, smtp: SmtpServer) -> None:
+    smtp.stop()
+    with SleepyDaemon(tmp_path, {"smtp": {"max_connections": 1}}, smtp=smtp) as daemon:
+        daemon.submit(letter("m"))
+        daemon.wait_for_log("is left alone")
+        ask(daemon, "/commands/run-now")
+        wait_until(lambda: daemon.log.count("is left alone") == 2, "a longer pause than the test takes")
+        wait_still(daemon)
+        daemon.restart()
+        assert daemon.message("m")["status"] == "deferred"
+
+        smtp.start()
+        ask(daemon, "/commands/run-now")
+
+        assert daemon.wait_status("m", "sent", timeout=3)["attempts"] == 1
 
 
 def test_after_cooling_one_connection_finds_out_before_others_follow(tmp_path: Path) -> None:
