@@ -8000,7 +8000,10 @@ def parse_large_json_object(body: bytes, judged: str | None = None) -> dict[str,
 def may_have_long_strings(body: bytes) -> bool:
     """True unless quotes, none of them within a string, are so close everywhere that all strings are short."""
     step = LONG_STRING_BYTES // 2
-    return b'\\"' in body or not all(body.find(b'"', at, at + step) >= 0 for at in range(0, len(body), step))
+    if not all(body.find(b'"', at, at + step) >= 0 for at in range(0, len(body), step)):
+        return True
+    step = STRING_PIECE_BYTES
+    return any(body.find(b'\\"', at, at + step + 1) >= 0 for at in range(0, len(body), step))
 
 
 def _without_long_strings(body: bytes, cut: dict[str, str]) -> bytes:
