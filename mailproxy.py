@@ -132,7 +132,7 @@ from email.header import decode_header, make_header
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from types import MappingProxyType
-from typing import Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
 import aiosmtplib
 import prometheus_client
@@ -753,7 +753,10 @@ class AttachmentSettings:
         int, size(), "Memory for all messages being put together at a time.", AT_START
     ] = 100 * 2**20
     cache_bytes: Annotated[
-        int, size(0), "Memory for attachments kept for the next message of a burst; 0: none.", AT_START
+        int,
+        size(0),
+        "Bytes of fetched attachments kept, on disk, for the next message of a burst; 0: none.",
+        AT_START,
     ] = 25 * 2**20
     allow_hosts: Annotated[
         tuple[str, ...],
@@ -1937,6 +1940,11 @@ def _attachments(value: object, contents: Mapping[int, bytes] | None) -> tuple[A
     if not isinstance(value, list):
         raise Rejected(f"{_BAD} must be a list")
     return tuple(_attachment(given, index, contents) for index, given in enumerate(value))
+
+
+def stored_attachments(payload: Mapping[str, object]) -> tuple[Attachment, ...]:
+    """The attachments of a stored payload; those that came with their content are without it."""
+    return _attachments(payload.get("attachments") or [], {})
 
 
 def _attachment(given: object, index: int, contents: Mapping[int, bytes] | None) -> Attachment:
@@ -5372,7 +5380,6 @@ def _seqs(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, tuple[int, bo
 Address: TypeAlias = "tuple[socket.AddressFamily, tuple[Any, ...]]"  # as socket.connect() takes it
 Resolver: TypeAlias = "Callable[[str, int], Sequence[Address]]"
 Trust: TypeAlias = "Callable[[], ssl.SSLContext]"  # whoever asks often makes one context and keeps it
-OnSize: TypeAlias = "Callable[[int], None]"  # told the bytes a body will take; may raise
 
 ERROR_BODY_BYTES = 65_536  # of an answer that is not a success: enough for its reason
 BODY_PIECE_BYTES = 65_536  # read at a time from a body of unknown length
@@ -5791,13 +5798,12 @@ def http_request(
     policy: AddressPolicy | None = None,
     proxies: bool = False,
     resolve: Resolver = resolve_name,
-    on_size: OnSize | None = None,
+    into: BinaryIO | None = None,
 ) -> HttpAnswer:
     """One request, one answer of whatever status; redirects are answers. Blocks up to `timeout_s`,
     or until the deadline of the series it belongs to.
 
-    `on_size` is told, before the memory is taken, how many bytes the body of a success may need;
-    what it raises ends the request. `proxies` (those of the environment) are for URLs of the
+    The body of a success goes `into` a file when there is one. `proxies` (those of the environment) are for URLs of the
     operator; with a policy there are none, because a proxy would connect where nobody judged.
     """
     target = http_target(url)
@@ -5814,7 +5820,7 @@ def http_request(
         if response is None:
             raise HttpFailure("the proxy in the environment is not an HTTP proxy", transient=True)
         with response:
-            received = _read_body(response, target.shown, max_bytes, on_size or _no_matter)
+            received = _read_body(response, target.shown, max_bytes, into)
             return HttpAnswer(response.status, _header_mapping(response.headers), received, target.url)
     except (OSError, http.client.HTTPException, ValueError, zlib.error) as error:
         raise _http_failure(error, target, timeout_s) from None
@@ -5833,10 +5839,6 @@ def _header_mapping(headers: http.client.HTTPMessage) -> dict[str, str]:
         name = name.lower()
         found[name] = f"{found[name]}, {value}" if name in found else value
     return found
-
-
-def _no_matter(_size_bytes: int) -> None:
-    """Whatever the size, there is room."""
 
 
 def _http_failure(error: Exception, target: HttpTarget, timeout_s: float) -> HttpFailure:
@@ -5871,49 +5873,46 @@ def _http_failure(error: Exception, target: HttpTarget, timeout_s: float) -> Htt
 # ----------------------------------------------------------------------
 
 
-class _BoundedBody:
-    """Collects a body, and asks for room as it grows: one that trickles keeps no room from the others.
+class BoundedBody:
+    """Collects a body, in memory or in a file, up to a limit."""
 
-    Once it has grown beyond its first room, one of a known size is given the whole.
-    """
-
-    def __init__(self, what: str, max_bytes: int, on_size: OnSize, growth: int = 8) -> None:
+    def __init__(self, what: str, max_bytes: int, into: BinaryIO | None = None) -> None:
         self._what = what
         self._max_bytes = max_bytes
-        self._on_size = on_size
-        self._growth = growth
-        self._room_bytes = 0
-        self._collected = io.BytesIO()  # its getvalue() is no copy
+        self._in_memory = io.BytesIO()  # its getvalue() is no copy
+        self._into = into or self._in_memory
+        self._size_bytes = 0
 
     def add(self, piece: bytes) -> None:
-        size = self._collected.tell() + len(piece)
-        if size > self._max_bytes:
+        self._size_bytes += len(piece)
+        if self._size_bytes > self._max_bytes:
             raise TooLarge(self._what, self._max_bytes)
-        if size > self._room_bytes:
-            self._room_bytes = min(self._growth * size if self._room_bytes else 2 * size, self._max_bytes)
-            self._on_size(self._room_bytes)
-        self._collected.write(piece)
+        try:
+            self._into.write(piece)
+        except OSError as error:
+            raise HttpFailure(f"{self._what} cannot be kept: {error.strerror}", transient=True) from None
 
-    def whole(self) -> bytes:
-        return self._collected.getvalue()
+    def in_memory(self) -> bytes:
+        return self._in_memory.getvalue()
 
 
-def _read_body(response: http.client.HTTPResponse, what: str, max_bytes: int, on_size: OnSize) -> bytes:
+def _read_body(response: http.client.HTTPResponse, what: str, max_bytes: int, into: BinaryIO | None) -> bytes:
+    """The body of an answer, empty when it went into the file."""
     if not 200 <= response.status < 300:
         return response.read(ERROR_BODY_BYTES)
+    if (response.length or 0) > max_bytes:
+        raise TooLarge(what, max_bytes)
+    collected = BoundedBody(what, max_bytes, into)
     coding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in ("identity", ""):
-        return _read_encoded(response, coding, _BoundedBody(what, max_bytes, on_size))
-    announced = max_bytes if response.length is None else response.length
-    if announced > max_bytes:
-        raise TooLarge(what, max_bytes)
-    collected = _BoundedBody(what, announced, on_size, 8 if response.length is None else announced)
-    for piece in _pieces(response):
-        collected.add(piece)
-    return collected.whole()
+        _read_encoded(response, coding, collected)
+    else:
+        for piece in _pieces(response):
+            collected.add(piece)
+    return collected.in_memory()
 
 
-def _read_encoded(response: http.client.HTTPResponse, coding: str, collected: _BoundedBody) -> bytes:
+def _read_encoded(response: http.client.HTTPResponse, coding: str, collected: BoundedBody) -> None:
     """Undo gzip or deflate (RFC 9110 8.4.1), which some servers use though nobody asked."""
     if coding not in ("gzip", "x-gzip", "deflate"):
         reason = f"the answer has the content encoding {coding[:40]!r}, which nobody asked for"
@@ -5931,7 +5930,6 @@ def _read_encoded(response: http.client.HTTPResponse, coding: str, collected: _B
         if not rest and not inflate.eof:
             raise http.client.IncompleteRead(b"")
         inflate = None if inflate.eof else inflate
-    return collected.whole()
 
 
 def _pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -5956,7 +5954,7 @@ def http_get_following(
     policy: AddressPolicy | None,
     trust: Trust | None = None,
     resolve: Resolver = resolve_name,
-    on_size: OnSize | None = None,
+    into: BinaryIO | None = None,
 ) -> HttpAnswer:
     """GET with up to five redirects, each judged anew, all within one deadline. Blocks."""
     deadline = HttpDeadline(timeout_s)
@@ -5972,7 +5970,7 @@ def http_get_following(
             trust=trust,
             policy=policy,
             resolve=resolve,
-            on_size=on_size,
+            into=into,
         )
         if answer.status not in REDIRECTS or "location" not in answer.headers:
             return answer
@@ -5998,11 +5996,13 @@ def _redirected(target: HttpTarget, location: str) -> HttpTarget:
 # ======================================================================
 #
 # An attachment is never left out silently: whatever hinders it becomes a Reply of
-# the stage `attachment`, 4xx when it may pass, 5xx when it will not. The bytes of
-# all messages being put together share one budget; bytes that several messages of
-# a burst ask for are fetched once. S3: signature version 4 ("Authenticating
+# the stage `attachment`, 4xx when it may pass, 5xx when it will not. What is fetched
+# goes into files without names, once for all messages of a burst; memory is taken
+# when all of a message is there, so a slow server keeps none from others. All
+# messages being put together share one budget. S3: signature version 4 ("Authenticating
 # Requests: Using the Authorization Header" in Amazon's S3 API reference).
 
+FILE_PIECE_BYTES = 262_144  # read at a time from what was fetched
 FETCHES_PER_HOST = 4  # at a time: a slow server holds up its own messages, not the pool of threads
 CACHE_AGE_S = 300  # how long a burst may fall back on what was fetched
 SMALL_SHARE = 200  # so small a part of the budget is granted at once: a small message waits for no large ones
@@ -6036,25 +6036,36 @@ def failed_fetch(reason: str, code: int, retry_after_s: float | None = None) -> 
     )
 
 
-class Fetched(NamedTuple):
-    """What a source gave: the bytes, and what it calls them ("" when it does not say)."""
+class Named(NamedTuple):
+    """What a source calls what it gave; "" when it does not say."""
 
-    content: bytes
     filename: str = ""
     content_type: str = ""
+
+
+class Fetched:
+    """What a source gave: bytes in a file without a name, which goes when nobody needs it any more."""
+
+    def __init__(self, file: BinaryIO, named: Named) -> None:
+        file.flush()
+        self.named = named
+        self.size_bytes = os.fstat(file.fileno()).st_size
+        self._descriptor = file.fileno()
+        weakref.finalize(self, file.close)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Blocks; may be read by several threads at a time."""
+        for start in range(0, self.size_bytes, FILE_PIECE_BYTES):
+            yield os.pread(self._descriptor, FILE_PIECE_BYTES, start)
+
+    def content(self) -> bytes:
+        """All of it at once. Blocks; the caller has reserved the memory."""
+        return os.pread(self._descriptor, self.size_bytes, 0)
 
 
 # ----------------------------------------------------------------------
 # The memory of all messages being put together
 # ----------------------------------------------------------------------
-
-
-class MemoryShort(Exception):
-    """There is no room right now; `needed_bytes` in all would do."""
-
-    def __init__(self, needed_bytes: int) -> None:
-        super().__init__(f"{needed_bytes} bytes needed")
-        self.needed_bytes = needed_bytes
 
 
 class Reservation:
@@ -6063,93 +6074,69 @@ class Reservation:
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
         self.size_bytes = 0
-        self.ended = False
-
-    def grow_to(self, size_bytes: int) -> None:
-        """Hold at least so much, at once or not at all (MemoryShort). May be called in a thread."""
-        if size_bytes > self.size_bytes and not self._budget.grow(self, size_bytes):
-            raise MemoryShort(size_bytes)
 
     def shrink_to(self, size_bytes: int) -> None:
         """Give back what is beyond `size_bytes`."""
-        self._budget.shrink(self, size_bytes)
+        self._budget.give_back(self, max(0, self.size_bytes - size_bytes))
 
 
 class MemoryBudget:
     """Bytes that may be in use at a time, given out in the order of asking.
 
     A request larger than the whole budget is granted when it is alone; next to nothing is
-    granted at once. It belongs to one event loop; only grow() may be called in a thread.
+    granted at once. It belongs to one event loop.
     """
 
     def __init__(self, total_bytes: int) -> None:
+        self.used_bytes = 0
         self._total_bytes = total_bytes
-        self._used_bytes = 0
-        self._lock = threading.Lock()
         self._waiting: collections.deque[tuple[Reservation, int, asyncio.Future[None]]] = collections.deque()
-
-    @property
-    def used_bytes(self) -> int:
-        return self._used_bytes
 
     @contextlib.asynccontextmanager
     async def reserve(self, size_bytes: int) -> AsyncIterator[Reservation]:
         """Wait for room and hold it until the block ends; the wait has the caller's deadline."""
         reservation = Reservation(self)
         try:
-            if size_bytes and not self.grow(reservation, size_bytes):
+            if self._is_small(size_bytes) or (not self._waiting and self._has_room(size_bytes)):
+                self._take(reservation, size_bytes)
+            else:
                 await self._wait_for(reservation, size_bytes)
             yield reservation
         finally:
-            with self._lock:
-                self._used_bytes -= reservation.size_bytes
-                reservation.size_bytes = 0
-                reservation.ended = True
-            self._grant()
+            self.give_back(reservation, reservation.size_bytes)
+
+    def give_back(self, reservation: Reservation, size_bytes: int) -> None:
+        reservation.size_bytes -= size_bytes
+        self.used_bytes -= size_bytes
+        self._grant()
 
     async def _wait_for(self, reservation: Reservation, size_bytes: int) -> None:
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         place = (reservation, size_bytes, granted)
         self._waiting.append(place)
-        self._grant()  # what grow() left to those who wait may have become free meanwhile
         try:
             await granted
         finally:
             if place in self._waiting:
                 self._waiting.remove(place)
 
-    def grow(self, reservation: Reservation, size_bytes: int) -> bool:
-        """Let a reservation hold `size_bytes` when nobody waits and there is room; False otherwise."""
-        with self._lock:
-            goes_first = not self._waiting or self._is_small(size_bytes)
-            return goes_first and self._take(reservation, size_bytes)
-
-    def shrink(self, reservation: Reservation, size_bytes: int) -> None:
-        with self._lock:
-            surplus = max(0, reservation.size_bytes - size_bytes)
-            reservation.size_bytes -= surplus
-            self._used_bytes -= surplus
-        self._grant()
-
-    def _take(self, reservation: Reservation, size_bytes: int) -> bool:
-        others = self._used_bytes - reservation.size_bytes
-        has_room = not others or others + size_bytes <= self._total_bytes or self._is_small(size_bytes)
-        if reservation.ended or not has_room:
-            return False
-        self._used_bytes = others + size_bytes
-        reservation.size_bytes = size_bytes
-        return True
-
     def _is_small(self, size_bytes: int) -> bool:
         return size_bytes <= self._total_bytes // SMALL_SHARE
 
+    def _has_room(self, size_bytes: int) -> bool:
+        return not self.used_bytes or self.used_bytes + size_bytes <= self._total_bytes
+
+    def _take(self, reservation: Reservation, size_bytes: int) -> None:
+        reservation.size_bytes += size_bytes
+        self.used_bytes += size_bytes
+
     def _grant(self) -> None:
         """Serve those who wait, in their order, as far as there is room."""
-        with self._lock:
-            while self._waiting and self._take(*self._waiting[0][:2]):
-                _, _, granted = self._waiting.popleft()
-                if not granted.done():
-                    granted.set_result(None)
+        while self._waiting and self._has_room(self._waiting[0][1]):
+            reservation, size_bytes, granted = self._waiting.popleft()
+            self._take(reservation, size_bytes)
+            if not granted.done():
+                granted.set_result(None)
 
 
 # ----------------------------------------------------------------------
@@ -6209,10 +6196,10 @@ def guessed_type(filename: str) -> str:
     return "application/gzip" if encoding == "gzip" else "application/octet-stream"
 
 
-def as_part(attachment: Attachment, fetched: Fetched) -> Part:
+def as_part(attachment: Attachment, content: bytes, named: Named) -> Part:
     """Name and type the bytes: the message's word first, then the source's, then a guess."""
-    filename = safe_filename(attachment.filename or fetched.filename)
-    return Part(attachment, filename, _type_of(attachment, fetched.content_type, filename), fetched.content)
+    filename = safe_filename(attachment.filename or named.filename)
+    return Part(attachment, filename, _type_of(attachment, named.content_type, filename), content)
 
 
 def _type_of(attachment: Attachment, told: str, filename: str) -> str:
@@ -6355,8 +6342,8 @@ def _region_named(answer: HttpAnswer) -> str | None:
 # ----------------------------------------------------------------------
 
 
-def read_file_below(base_dir: str, path: str, max_bytes: int, on_size: OnSize) -> bytes:
-    """The content of a regular file below `base_dir`, wherever links and dots lead. Blocks.
+def copy_file_below(base_dir: str, path: str, max_bytes: int, into: BinaryIO) -> None:
+    """Copy a regular file below `base_dir`, wherever links and dots lead. Blocks.
 
     Links are resolved first, and the result is opened step by step without following any:
     what changes in between is an error, not a way out.
@@ -6370,7 +6357,7 @@ def read_file_below(base_dir: str, path: str, max_bytes: int, on_size: OnSize) -
     if inside in (".", ".."):
         raise HttpFailure(f"{path[:200]!r} is not below [attachments] base_dir", transient=False)
     try:
-        return _read_regular_file(base, inside.split("/"), max_bytes, on_size)
+        _copy_regular_file(base, inside.split("/"), max_bytes, into)
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise HttpFailure(f"{path[:200]!r}: {error.strerror}", transient=error.filename == base) from None
     except OSError as error:
@@ -6378,7 +6365,7 @@ def read_file_below(base_dir: str, path: str, max_bytes: int, on_size: OnSize) -
         raise HttpFailure(f"{path[:200]!r}: {error.strerror}", transient=transient) from None
 
 
-def _read_regular_file(base: str, steps: Sequence[str], max_bytes: int, on_size: OnSize) -> bytes:
+def _copy_regular_file(base: str, steps: Sequence[str], max_bytes: int, into: BinaryIO) -> None:
     with contextlib.ExitStack() as opened:
         folder = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
         opened.callback(os.close, folder)
@@ -6391,10 +6378,9 @@ def _read_regular_file(base: str, steps: Sequence[str], max_bytes: int, on_size:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise HttpFailure(f"{steps[-1]!r} is not a regular file", transient=False)
-        if found.st_size > max_bytes:
-            raise TooLarge(repr(steps[-1]), max_bytes)
-        on_size(found.st_size)
-        return opened.enter_context(open(descriptor, "rb", closefd=False)).read(found.st_size)
+        copy = BoundedBody(repr(steps[-1]), max_bytes, into)
+        while piece := os.read(descriptor, FILE_PIECE_BYTES):
+            copy.add(piece)
 
 
 # ----------------------------------------------------------------------
@@ -6403,9 +6389,9 @@ def _read_regular_file(base: str, steps: Sequence[str], max_bytes: int, on_size:
 
 
 class AttachmentFetcher:
-    """Gets the bytes of attachments, each once in a burst, and never more than memory allows.
+    """Gets the bytes of attachments, each once in a burst, into files: a slow server holds no memory.
 
-    `s3` and `endpoint_headers` are called in the thread of a fetch, so they may read files;
+    The files lie in `folder` and have no names. `s3` and `endpoint_headers` are called in the thread of a fetch, so they may read files;
     a SecretUnavailable of theirs defers the message. `endpoint_url`, `base_dir`: None refuses.
     """
 
@@ -6422,6 +6408,7 @@ class AttachmentFetcher:
         endpoint_headers: Callable[[], Mapping[str, str]],
         endpoint_ca_file: str | None = None,
         base_dir: str | None,
+        folder: str,
         in_thread: InThread,
         monotonic: Callable[[], float],
         now: Callable[[], float],
@@ -6438,6 +6425,7 @@ class AttachmentFetcher:
         self._trust = functools.cache(functools.partial(tls_context, None))
         self._endpoint_trust = functools.cache(functools.partial(tls_context, endpoint_ca_file))
         self._base_dir = base_dir
+        self._folder = folder
         self._in_thread = in_thread
         self._now = now
         self._observe = observe
@@ -6446,78 +6434,74 @@ class AttachmentFetcher:
         self._flights: dict[tuple[object, ...], asyncio.Future[Fetched | Reply]] = {}
         self._turns: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
 
-    async def gather(
-        self, attachments: Sequence[Attachment], memory: Reservation, own_bytes: int
-    ) -> tuple[Part, ...] | Reply:
-        """All parts of one message, or the reply that says why there are none.
-
-        `memory` holds what building it takes: `own_bytes` is the message without its attachments.
-        Raises MemoryShort when the parts turn out larger than there is room for.
-        """
-        parts: list[Part] = []
+    async def fetch_all(self, attachments: Sequence[Attachment]) -> tuple[Fetched | None, ...] | Reply:
+        """What the attachments of a message refer to, None for one that came with its content; or the
+        reply that says why it is not to be had."""
+        fetched: list[Fetched | None] = []
         together = 0
         for attachment in attachments:
+            one = await self.fetch(attachment) if attachment.source is not Source.CONTENT else None
+            if isinstance(one, Reply):
+                return one
+            together += one.size_bytes if one is not None else 0
+            if together > self._max_message_bytes:
+                return self._too_large_together()
+            fetched.append(one)
+        return tuple(fetched)
 
-            def make_room(size_bytes: int, so_far: int = own_bytes + together) -> None:
-                memory.grow_to((so_far + size_bytes) * BUILD_FACTOR)
-
-            part = await self.fetch(attachment, make_room)
+    def parts(
+        self, attachments: Sequence[Attachment], fetched: Sequence[Fetched | None]
+    ) -> tuple[Part, ...] | Reply:
+        """All parts of one message, or the reply that says why there are none. Blocks; the caller has
+        reserved the memory."""
+        sizes = [
+            one.size_bytes if one is not None else len(attachment.content or b"")
+            for attachment, one in zip(attachments, fetched, strict=True)
+        ]
+        if max(sizes, default=0) > self._max_attachment_bytes:
+            return failed_fetch(f"it is larger than the {self._max_attachment_bytes} bytes allowed", 552)
+        if sum(sizes) > self._max_message_bytes:
+            return self._too_large_together()
+        parts: list[Part] = []
+        for attachment, one in zip(attachments, fetched, strict=True):
+            part = as_part(attachment, one.content(), one.named) if one is not None else _own_part(attachment)
             if isinstance(part, Reply):
                 return part
-            together += len(part.content)
-            if together > self._max_message_bytes:
-                reason = (
-                    f"the attachments together are larger than the {self._max_message_bytes} bytes allowed"
-                )
-                return failed_fetch(reason, 552)
             parts.append(part)
-        memory.shrink_to((own_bytes + together) * BUILD_FACTOR)
         return tuple(parts)
 
-    async def fetch(self, attachment: Attachment, make_room: OnSize = _no_matter) -> Part | Reply:
-        """One attachment: its bytes, or why there are none. `make_room` is asked before they are read."""
-        if attachment.content is not None:
-            fetched: Fetched | Reply = self._within_limit(Fetched(attachment.content))
-            return await self._verified(attachment, fetched)
+    def _too_large_together(self) -> Reply:
+        reason = f"the attachments together are larger than the {self._max_message_bytes} bytes allowed"
+        return failed_fetch(reason, 552)
+
+    async def fetch(self, attachment: Attachment) -> Fetched | Reply:
+        """One attachment that is elsewhere, or why it is not to be had."""
         key = (attachment.source, attachment.location, attachment.s3)
         cached = self._cache.get(key)
         if cached is not None:
-            make_room(len(cached.content))
-            part = await self._verified(attachment, cached)
-            if isinstance(part, Part):  # otherwise the sender means a newer content than ours
+            verified = await self._verified(attachment, cached)
+            if isinstance(verified, Fetched):  # otherwise the sender means a newer content than ours
                 self._observe(attachment.source, "cached")
-                return part
-        part = await self._verified(attachment, await self._fetch_once(key, attachment, make_room))
-        self._observe(attachment.source, _fetch_outcome(part))
-        return part
+                return verified
+        fetched = await self._verified(attachment, await self._fetch_once(key, attachment))
+        self._observe(attachment.source, _fetch_outcome(fetched))
+        return fetched
 
-    def _within_limit(self, fetched: Fetched) -> Fetched | Reply:
-        if len(fetched.content) <= self._max_attachment_bytes:
+    async def _verified(self, attachment: Attachment, fetched: Fetched | Reply) -> Fetched | Reply:
+        if isinstance(fetched, Reply) or attachment.content_md5 is None:
             return fetched
-        return failed_fetch(f"it is larger than the {self._max_attachment_bytes} bytes allowed", 552)
+        refusal = await self._in_thread(lambda: _wrong_md5(attachment, fetched.pieces()))
+        return refusal or fetched
 
-    async def _verified(self, attachment: Attachment, fetched: Fetched | Reply) -> Part | Reply:
-        if isinstance(fetched, Reply):
-            return fetched
-        if attachment.content_md5 is not None:
-            digest = await self._in_thread(functools.partial(_md5, fetched.content))
-            if digest != attachment.content_md5.lower():
-                return failed_fetch(f"its MD5 is {digest}, not {attachment.content_md5} as announced", 554)
-        return as_part(attachment, fetched)
-
-    async def _fetch_once(
-        self, key: tuple[object, ...], attachment: Attachment, make_room: OnSize
-    ) -> Fetched | Reply:
+    async def _fetch_once(self, key: tuple[object, ...], attachment: Attachment) -> Fetched | Reply:
         """Join a fetch that is under way, or be the one the others join."""
         while (flight := self._flights.get(key)) is not None:
             await asyncio.wait([flight])
             if not flight.cancelled():
-                joined = flight.result()
-                make_room(len(joined.content) if isinstance(joined, Fetched) else 0)
-                return joined
+                return flight.result()
         flight = self._flights[key] = asyncio.get_running_loop().create_future()
         try:
-            outcome = await self._fetch_in_turn(attachment, make_room)
+            outcome = await self._fetch_in_turn(attachment)
             flight.set_result(outcome)
         finally:
             del self._flights[key]
@@ -6526,7 +6510,7 @@ class AttachmentFetcher:
             self._cache.put(key, outcome)
         return outcome
 
-    async def _fetch_in_turn(self, attachment: Attachment, make_room: OnSize) -> Fetched | Reply:
+    async def _fetch_in_turn(self, attachment: Attachment) -> Fetched | Reply:
         host = self._host_of(attachment)
         turns = self._turns.get(host)
         if turns is None:
@@ -6537,7 +6521,7 @@ class AttachmentFetcher:
         except TimeoutError:
             return failed_fetch(f"{host} is still busy with other attachments", 451)
         try:
-            return await self._in_thread(functools.partial(self._fetch_blocking, attachment, make_room))
+            return await self._in_thread(functools.partial(self._fetch_blocking, attachment))
         finally:
             turns.release()
 
@@ -6553,7 +6537,7 @@ class AttachmentFetcher:
     # What blocks: one method a source
     # ------------------------------------------------------------------
 
-    def _fetch_blocking(self, attachment: Attachment, make_room: OnSize) -> Fetched | Reply:
+    def _fetch_blocking(self, attachment: Attachment) -> Fetched | Reply:
         sources = {
             Source.URL: self._from_url,
             Source.S3: self._from_s3,
@@ -6561,15 +6545,24 @@ class AttachmentFetcher:
             Source.FILESYSTEM: self._from_file,
         }
         try:
-            return sources[attachment.source](attachment, make_room)
+            with contextlib.ExitStack() as unless_fetched:
+                file = cast(BinaryIO, unless_fetched.enter_context(tempfile.TemporaryFile(dir=self._folder)))
+                named = sources[attachment.source](attachment, file)
+                if isinstance(named, Reply):
+                    return named
+                fetched = Fetched(file, named)
+                unless_fetched.pop_all()
+                return fetched
         except TooLarge as failure:
             return failed_fetch(failure.reason, 552)
         except HttpFailure as failure:
             return failed_fetch(failure.reason, 451 if failure.transient else 554)
         except SecretUnavailable as failure:
             return failed_fetch(str(failure), 451)
+        except OSError as error:
+            return failed_fetch(f"it cannot be kept: {error.strerror}", 451)
 
-    def _from_url(self, attachment: Attachment, make_room: OnSize) -> Fetched | Reply:
+    def _from_url(self, attachment: Attachment, file: BinaryIO) -> Named | Reply:
         answer = http_get_following(
             attachment.location,
             timeout_s=self._timeout_s,
@@ -6577,12 +6570,12 @@ class AttachmentFetcher:
             policy=self._policy,
             trust=self._trust,
             resolve=self._resolve,
-            on_size=make_room,
+            into=file,
         )
         name = urllib.parse.unquote(_last_segment(urllib.parse.urlsplit(answer.url).path))
         return self._judged(answer, http_target(answer.url).shown, name)
 
-    def _from_endpoint(self, attachment: Attachment, make_room: OnSize) -> Fetched | Reply:
+    def _from_endpoint(self, attachment: Attachment, file: BinaryIO) -> Named | Reply:
         if self._endpoint_url is None:
             return failed_fetch("[client] client_attachment_url is not configured", 554)
         answer = http_request(
@@ -6595,18 +6588,18 @@ class AttachmentFetcher:
             trust=self._endpoint_trust,
             proxies=True,
             resolve=self._resolve,
-            on_size=make_room,
+            into=file,
         )
         what = f"the attachment endpoint for {attachment.location[:200]!r}"
         return self._judged(answer, what, _last_segment(attachment.location))
 
-    def _from_file(self, attachment: Attachment, make_room: OnSize) -> Fetched:
+    def _from_file(self, attachment: Attachment, file: BinaryIO) -> Named:
         if self._base_dir is None:
             raise HttpFailure("[attachments] base_dir is not configured", transient=False)
-        content = read_file_below(self._base_dir, attachment.location, self._max_attachment_bytes, make_room)
-        return Fetched(content, _last_segment(attachment.location))
+        copy_file_below(self._base_dir, attachment.location, self._max_attachment_bytes, file)
+        return Named(_last_segment(attachment.location))
 
-    def _from_s3(self, attachment: Attachment, make_room: OnSize) -> Fetched | Reply:
+    def _from_s3(self, attachment: Attachment, file: BinaryIO) -> Named | Reply:
         wanted = attachment.s3
         if wanted is None:
             raise ValueError("an S3 attachment without its object")
@@ -6615,15 +6608,15 @@ class AttachmentFetcher:
             return failed_fetch("no S3 credentials: set access_key_id and secret_access_key in [s3]", 554)
         region = wanted.region or defaults.region or "us-east-1"
         deadline = HttpDeadline(self._timeout_s)
-        answer = self._ask_s3(wanted, defaults, region, deadline, make_room)
+        answer = self._ask_s3(wanted, defaults, region, deadline, file)
         right_region = _region_named(answer)
         if right_region is not None and right_region != region:
-            answer = self._ask_s3(wanted, defaults, right_region, deadline, make_room)
+            answer = self._ask_s3(wanted, defaults, right_region, deadline, file)
         what = f"s3://{wanted.bucket}/{wanted.key[:200]}"
         return self._judged(answer, what, _last_segment(wanted.key), _s3_words(answer, defaults))
 
     def _ask_s3(
-        self, wanted: S3Object, defaults: S3Defaults, region: str, deadline: HttpDeadline, make_room: OnSize
+        self, wanted: S3Object, defaults: S3Defaults, region: str, deadline: HttpDeadline, file: BinaryIO
     ) -> HttpAnswer:
         target = s3_target(wanted, defaults, region)
         headers = sign_s3("GET", target, {}, EMPTY_SHA256, defaults, region, self._now())
@@ -6638,14 +6631,14 @@ class AttachmentFetcher:
             trust=self._trust,
             proxies=True,
             resolve=self._resolve,
-            on_size=make_room,
+            into=file,
         )
 
-    def _judged(self, answer: HttpAnswer, what: str, name: str, words: str = "") -> Fetched | Reply:
-        """The content of a good answer; 408, 429 and 5xx may pass, everything else lasts."""
+    def _judged(self, answer: HttpAnswer, what: str, name: str, words: str = "") -> Named | Reply:
+        """What a good answer calls its content; 408, 429 and 5xx may pass, everything else lasts."""
         if answer.status in GOOD_ANSWERS:
             named = disposition_filename(answer.headers.get("content-disposition", ""))
-            return Fetched(answer.body, named or name, media_type(answer.headers.get("content-type")))
+            return Named(named or name, media_type(answer.headers.get("content-type")))
         reason = f"{what} answered {answer.status} {words}"
         if answer.status in PASSING_ANSWERS or answer.status >= 500:
             pause_s = retry_after_s(answer.headers.get("retry-after", ""), self._now())
@@ -6664,15 +6657,30 @@ def retry_after_s(header: str, now: float) -> float | None:
         return None
 
 
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+def _own_part(attachment: Attachment) -> Part | Reply:
+    """An attachment that came with its content. Blocks."""
+    if attachment.content is None:
+        raise ValueError("an attachment without its content")
+    return _wrong_md5(attachment, [attachment.content]) or as_part(attachment, attachment.content, Named())
 
 
-def _fetch_outcome(part: Part | Reply) -> str:
+def _wrong_md5(attachment: Attachment, pieces: Iterable[bytes]) -> Reply | None:
+    """Why the content is not the one that was announced; None when it is, or nothing was. Blocks."""
+    if attachment.content_md5 is None:
+        return None
+    digest = hashlib.md5(usedforsecurity=False)
+    for piece in pieces:
+        digest.update(piece)
+    if digest.hexdigest() == attachment.content_md5.lower():
+        return None
+    return failed_fetch(f"its MD5 is {digest.hexdigest()}, not {attachment.content_md5} as announced", 554)
+
+
+def _fetch_outcome(fetched: Fetched | Reply) -> str:
     """The label under which a fetch is counted."""
-    if isinstance(part, Part):
+    if isinstance(fetched, Fetched):
         return "fetched"
-    return "deferred" if part.transient else "failed"
+    return "deferred" if fetched.transient else "failed"
 
 
 class _Cache:
@@ -6698,17 +6706,17 @@ class _Cache:
 
     def put(self, key: tuple[object, ...], fetched: Fetched) -> None:
         self._drop(key)
-        if len(fetched.content) > self._max_bytes:
+        if fetched.size_bytes > self._max_bytes:
             return
         self._kept[key] = (self._monotonic(), fetched)
-        self._size_bytes += len(fetched.content)
+        self._size_bytes += fetched.size_bytes
         while self._size_bytes > self._max_bytes:
             self._drop(next(iter(self._kept)))
 
     def _drop(self, key: tuple[object, ...]) -> None:
         kept = self._kept.pop(key, None)
         if kept is not None:
-            self._size_bytes -= len(kept[1].content)
+            self._size_bytes -= kept[1].size_bytes
 
 
 # ======================================================================
@@ -9058,7 +9066,9 @@ STAGGER_S = 0.02  # between the openings of further connections
 SLOW_OPENING_S = 0.25  # an opening that takes longer holds no slot of max_concurrency any more
 GROWTH_PAUSE_S = 10  # no further connection after one was refused
 AHEAD_S = 0.02  # claims are taken ahead for as much work as this
-PREPARED_AT_ONCE = 20  # messages of a lane whose parts are being fetched: more than there are threads for it
+PREPARED_AT_ONCE = (
+    200  # messages of a lane whose parts are being fetched: those behind them wait for no slow server
+)
 KEPT_SLOTS = 4  # one slot in so many is kept for lanes that have none
 COMPOSED_INLINE_BYTES = 32_768  # larger messages are composed in a thread
 STORAGE_PAUSE_S = 1.0  # between two tries while the queue file refuses
@@ -9373,31 +9383,32 @@ class Composer:
     ) -> Composed | Reply:
         """A large message, or one with parts, in a thread; `memory` then holds its share of the budget.
 
-        Nothing is held while waiting for more: what needs more than there is room for is let go,
-        and put together anew when the room is there.
+        What it refers to is fetched first: a slow server keeps no memory from other messages.
         """
-        size_bytes = claim.size_bytes * BUILD_FACTOR
-        while True:
-            share = await memory.enter_async_context(self._budget.reserve(size_bytes))
-            try:
-                return await self._prepare_within(share, claim, redirect_to)
-            except MemoryShort as short:
-                await memory.aclose()
-                size_bytes = short.needed_bytes
-
-    async def _prepare_within(
-        self, share: Reservation, claim: Claim, redirect_to: str | None
-    ) -> Composed | Reply:
+        fetched = await self._fetched(claim)
+        if isinstance(fetched, Reply):
+            return fetched
+        fetched_bytes = sum(one.size_bytes for one in fetched if one is not None)
+        size_bytes = (claim.size_bytes + fetched_bytes) * BUILD_FACTOR
+        share = await memory.enter_async_context(self._budget.reserve(size_bytes))
         payload = claim.payload or await self._queue.payload(claim.seq)
         contents = await self._queue.contents(claim.seq) if claim.parts else {}
         message = await self._threads.run(lambda: _message_of(claim, payload, contents))
-        given_bytes = sum(len(attachment.content or b"") for attachment in message.attachments)
-        parts = await self.fetcher.gather(message.attachments, share, claim.size_bytes - given_bytes)
+        parts = await self._threads.run(lambda: self.fetcher.parts(message.attachments, fetched))
         if isinstance(parts, Reply):
             return parts
         composed = await self._threads.run(lambda: _composed(message, parts, claim.created_at, redirect_to))
         share.shrink_to(len(composed.content))
         return composed
+
+    async def _fetched(self, claim: Claim) -> Sequence[Fetched | None] | Reply:
+        """What the message refers to, or the reply that says why it is not to be had."""
+        if not claim.parts:
+            return ()
+        async with self._budget.reserve(0 if claim.payload else claim.size_bytes):
+            payload = claim.payload or await self._queue.payload(claim.seq)
+            attachments = await self._threads.run(lambda: stored_attachments(json.loads(payload)))
+        return await self.fetcher.fetch_all(attachments)
 
 
 def _message_of(claim: Claim, payload: str, contents: Mapping[int, bytes]) -> Message:
@@ -9743,6 +9754,7 @@ class Dispatcher:
             self._enqueue(lane, Consignment(claim, None, contextlib.AsyncExitStack()))
         else:
             lane.preparing += 1
+            self._alarm.ring()  # it takes no connection yet: another may come
             preparation = self._spawn(self._prepare(lane, claim))
             self._preparations.add(preparation)
             preparation.add_done_callback(self._preparations.discard)
@@ -12135,6 +12147,7 @@ class Daemon:
             endpoint_headers=self._client_credentials,
             endpoint_ca_file=client.ca_file,
             base_dir=attachments.base_dir,
+            folder=os.path.dirname(self._queue.file.path),
             in_thread=self._fetching.run,
             monotonic=time.monotonic,
             now=time.time,

@@ -5345,12 +5345,12 @@ def test_an_endless_body_is_left_at_the_limit():
 
 
 def test_a_decompression_bomb_costs_no_more_than_the_limit():
-    asked = []
+    kept = io.BytesIO()
     with scripted(answered(gzip.compress(bytes(50_000_000)), ["Content-Encoding: gzip"])) as server:
-        failure = http_failure_of(server.url(), max_bytes=1_000_000, on_size=asked.append)
+        failure = http_failure_of(server.url(), max_bytes=1_000_000, into=kept)
 
     assert isinstance(failure, mailproxy.TooLarge)
-    assert max(asked) <= 1_000_000
+    assert len(kept.getvalue()) <= 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -5412,34 +5412,22 @@ def test_of_an_error_answer_only_the_beginning_is_read():
     assert (answer.status, len(answer.body)) == (404, 65536)
 
 
-def test_the_room_for_a_body_is_asked_for_before_it_is_read():
-    asked = []
-    with scripted(answered(bytes(1000))) as server:
-        http_get(server.url(), on_size=asked.append)
-    assert asked == [1000]
+def test_the_body_of_a_success_goes_into_a_file_and_that_of_an_error_does_not():
+    kept = io.BytesIO()
+    with scripted(answered(b"hello")) as server:
+        answer = http_get(server.url(), into=kept)
+    with scripted(answered(b"no", status="404 Not Found")) as server:
+        error = http_get(server.url(), into=kept)
 
-    class NoRoom(Exception):
-        pass
-
-    def refuse(size_bytes):
-        raise NoRoom
-
-    with scripted(answered(bytes(1000))) as server, pytest.raises(NoRoom):
-        http_get(server.url(), on_size=refuse)
+    assert (answer.body, kept.getvalue(), error.body) == (b"", b"hello", b"no")
 
 
-def test_a_body_that_trickles_is_given_no_more_room_than_what_has_come_may_need():
-    asked = []
-    begun = b"HTTP/1.1 200 OK\r\nContent-Length: 25000000\r\n\r\n" + bytes(100_000)
+def test_a_body_that_cannot_be_kept_is_a_passing_failure():
+    with open("/dev/full", "wb", buffering=0) as full, scripted(answered(b"hello")) as server:
+        failure = http_failure_of(server.url(), into=full)
 
-    def script(server, connection):
-        connection.sendall(begun)
-        server.stopping.wait(30)
-
-    with scripted(script) as server, pytest.raises(mailproxy.HttpFailure, match="no complete answer"):
-        http_get(server.url(), on_size=asked.append, max_bytes=25_000_000, timeout_s=0.3)
-
-    assert asked == [2 * mailproxy.BODY_PIECE_BYTES]
+    assert failure.transient
+    assert str(failure).endswith("cannot be kept: No space left on device")
 
 
 # --- the address policy
@@ -5738,6 +5726,7 @@ def a_fetcher(**changes):
         "endpoint_url": None,
         "endpoint_headers": dict,
         "base_dir": None,
+        "folder": tempfile.gettempdir(),
         "in_thread": asyncio.to_thread,
         "monotonic": Clock(),
         "now": lambda: FETCH_TIME,
@@ -5746,8 +5735,15 @@ def a_fetcher(**changes):
     return mailproxy.AttachmentFetcher(**(options | changes))
 
 
+async def part_of(fetcher, attachment):
+    """The one part of a message with that attachment, or the reply that says why there is none."""
+    found = await fetcher.fetch_all([attachment])
+    parts = found if isinstance(found, Reply) else fetcher.parts([attachment], found)
+    return parts if isinstance(parts, Reply) else parts[0]
+
+
 def fetched(attachment, **changes):
-    return asyncio.run(a_fetcher(**changes).fetch(attachment))
+    return asyncio.run(part_of(a_fetcher(**changes), attachment))
 
 
 def from_url(url, filename="", **fields):
@@ -5948,13 +5944,13 @@ def test_the_same_url_in_a_burst_is_fetched_once():
 
         async def burst():
             url = server.url()
-            together = await asyncio.gather(*(fetcher.fetch(from_url(url, f"{n}.txt")) for n in range(50)))
-            return [*together, await fetcher.fetch(from_url(url, "50.txt"))]
+            together = await asyncio.gather(*(part_of(fetcher, from_url(url, f"{n}.txt")) for n in range(50)))
+            return [*together, await part_of(fetcher, from_url(url, "50.txt"))]
 
         parts = asyncio.run(burst())
 
     assert [part.filename for part in parts] == [f"{n}.txt" for n in range(51)]
-    assert len({id(part.content) for part in parts}) == 1
+    assert {part.content for part in parts} == {b"hello"}
     assert server.connections == 1
     assert observed == [("url", "fetched")] * 50 + [("url", "cached")]
 
@@ -5984,11 +5980,13 @@ def test_what_was_fetched_is_forgotten_by_age_by_size_and_when_the_md5_says_so()
                 ("/a", None),
                 ("/b", None),
             ]:
-                content.append((await fetcher.fetch(from_url(server.url(path), content_md5=md5))).content[0])
+                content.append(
+                    (await part_of(fetcher, from_url(server.url(path), content_md5=md5))).content[0]
+                )
             clock.now += mailproxy.CACHE_AGE_S + 1
-            content.append((await fetcher.fetch(from_url(server.url("/b")))).content[0])
+            content.append((await part_of(fetcher, from_url(server.url("/b")))).content[0])
             newer = from_url(server.url("/b"), content_md5=hashlib.md5(contents[5]).hexdigest())
-            content.append((await fetcher.fetch(newer)).content[0])
+            content.append((await part_of(fetcher, newer)).content[0])
             return content
 
         content = asyncio.run(fetch_all())
@@ -6002,7 +6000,7 @@ def test_failures_are_not_kept():
         fetcher = a_fetcher()
 
         async def twice():
-            return [await fetcher.fetch(from_url(server.url())) for _ in range(2)]
+            return [await part_of(fetcher, from_url(server.url())) for _ in range(2)]
 
         first, second = asyncio.run(twice())
 
@@ -6019,7 +6017,7 @@ def test_those_who_joined_a_fetch_go_on_when_the_first_is_cancelled():
         fetcher = a_fetcher()
 
         async def cancel_the_first():
-            first, second = (asyncio.create_task(fetcher.fetch(from_url(server.url()))) for _ in range(2))
+            first, second = (asyncio.create_task(part_of(fetcher, from_url(server.url()))) for _ in range(2))
             await asyncio.sleep(0.1)
             first.cancel()
             return await second
@@ -6037,9 +6035,9 @@ def test_a_slow_server_leaves_threads_to_the_others():
         async def race():
             pool = mailproxy.FETCHES_PER_HOST + 1
             asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(pool))
-            waiting = [asyncio.create_task(fetcher.fetch(from_url(slow.url(f"/{n}")))) for n in range(20)]
+            waiting = [asyncio.create_task(part_of(fetcher, from_url(slow.url(f"/{n}")))) for n in range(20)]
             await asyncio.sleep(0.1)
-            part = await fetcher.fetch(from_url(fast.url()))
+            part = await part_of(fetcher, from_url(fast.url()))
             assert not any(task.done() for task in waiting)
             return part, await asyncio.gather(*waiting)
 
@@ -6114,75 +6112,67 @@ def test_who_stops_waiting_for_memory_holds_up_nobody():
     assert asyncio.run(story()) == 0
 
 
-def test_a_reservation_grows_when_there_is_room_and_nobody_waits():
+def test_what_a_reservation_gives_back_goes_to_those_who_wait():
     async def story():
         budget = mailproxy.MemoryBudget(100)
-        async with budget.reserve(0) as one, budget.reserve(40) as other:
-            one.grow_to(60)
-            with pytest.raises(mailproxy.MemoryShort):
-                one.grow_to(61)
-            other.shrink_to(30)
-            one.grow_to(70)
+        async with budget.reserve(90) as one:
             waiting = asyncio.create_task(budget.reserve(50).__aenter__())
             await asyncio.sleep(0)
-            other.shrink_to(10)
-            with pytest.raises(mailproxy.MemoryShort):
-                one.grow_to(71)
-        await waiting
-        with pytest.raises(mailproxy.MemoryShort):
-            one.grow_to(1)
-        return budget.used_bytes
+            waited = not waiting.done()
+            one.shrink_to(50)
+            await waiting
+            return waited, budget.used_bytes
 
-    assert asyncio.run(story()) == 50
-
-
-def chunked(body):
-    pieces = [body[at : at + 50_000] for at in range(0, len(body), 50_000)]
-    encoded = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
-    return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + encoded + b"0\r\n\r\n"
-
-
-@pytest.mark.parametrize("encode", [answered, chunked], ids=["length", "chunked"])
-def test_messages_that_do_not_fit_together_are_built_one_after_the_other(encode):
-    body = bytes(300_000)
-    with scripted(encode(body)) as server:
-        fetcher = a_fetcher(cache_bytes=0)
-        budget = mailproxy.MemoryBudget(2 * mailproxy.BUILD_FACTOR * len(body))
-
-        async def build(number):
-            attachments = [from_url(server.url(f"/{number}/{part}"), "x") for part in range(2)]
-            size_bytes = 1000
-            while True:
-                async with budget.reserve(size_bytes * mailproxy.BUILD_FACTOR) as memory:
-                    try:
-                        parts = await fetcher.gather(attachments, memory, 1000)
-                    except mailproxy.MemoryShort as short:
-                        size_bytes = short.needed_bytes // mailproxy.BUILD_FACTOR
-                        continue
-                    built = sum(len(part.content) for part in parts)
-                    assert memory.size_bytes == (built + 1000) * mailproxy.BUILD_FACTOR
-                    assert (
-                        budget.used_bytes
-                        <= 2 * mailproxy.BUILD_FACTOR * len(body) + 1000 * mailproxy.BUILD_FACTOR
-                    )
-                    return built
-
-        async def build_all():
-            return await asyncio.wait_for(asyncio.gather(*(build(number) for number in range(6))), 30)
-
-        assert asyncio.run(build_all()) == [600_000] * 6
-        assert budget.used_bytes == 0
+    assert asyncio.run(story()) == (True, 100)
 
 
 def test_attachments_that_together_are_too_large_fail():
-    attachments = [Attachment("a", Source.CONTENT, content=bytes(600)) for _ in range(2)]
+    inline = [Attachment("a", Source.CONTENT, content=bytes(600)) for _ in range(2)]
 
-    async def story(fetcher):
-        async with mailproxy.MemoryBudget(10).reserve(0) as memory:
-            return await fetcher.gather(attachments, memory, 0)
+    def together(attachments, **changes):
+        fetcher = a_fetcher(**changes)
+        found = asyncio.run(fetcher.fetch_all(attachments))
+        return found if isinstance(found, Reply) else fetcher.parts(attachments, found)
 
-    assert len(asyncio.run(story(a_fetcher(max_message_bytes=1200)))) == 2
-    assert_failed(asyncio.run(story(a_fetcher(max_message_bytes=1199))), transient=False, saying="together")
+    assert len(together(inline, max_message_bytes=1200)) == 2
+    assert_failed(together(inline, max_message_bytes=1199), transient=False, saying="together")
+    with scripted(answered(bytes(600))) as server:
+        mixed = [inline[0], from_url(server.url("/1"))]
+        from_urls = [from_url(server.url(f"/{number}")) for number in range(3)]
+        assert len(together(mixed, max_message_bytes=1200)) == 2
+        assert_failed(together(mixed, max_message_bytes=1199), transient=False, saying="together")
+        server.requests.clear()
+        assert_failed(together(from_urls, max_message_bytes=1199), transient=False, saying="together")
+        assert len(server.requests) == 2
+
+
+def test_servers_that_stall_in_the_midst_of_large_attachments_keep_no_memory_from_others(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    begun = b"HTTP/1.1 200 OK\r\nContent-Length: 20000000\r\n\r\n" + bytes(1_000_000)
+
+    def stall(server: Any, connection: Any) -> None:
+        connection.sendall(begun)
+        server.stopping.wait(60)
+
+    config = {"attachments": {"allow_hosts": "127.0.0.1"}, "smtp": {"max_connections": 8}}
+    content = base64.b64encode(bytes(9_000_000)).decode()
+    with (
+        scripted(stall) as slow,
+        scripted(answered(bytes(9_000_000))) as fast,
+        SleepyDaemon(tmp_path, config, smtp=smtp) as daemon,
+    ):
+        daemon.submit(
+            *(letter(f"s-{n}", attachments=[{"filename": "x", "url": slow.url(f"/{n}")}]) for n in range(40))
+        )
+        wait_until(lambda: slow.connections == 4, "the slow fetches")
+
+        daemon.submit(letter("own", attachments=[{"filename": "x", "content": content}]))
+        daemon.submit(letter("elsewhere", attachments=[{"filename": "x", "url": fast.url()}]))
+
+        assert {message["Subject"] for message in (r.message for r in smtp.wait_for(2, timeout=10))} == {
+            "own", "elsewhere",
+        }  # fmt: skip
 
 
 # --- from the endpoint
@@ -6320,12 +6310,12 @@ def test_what_is_no_file_fails_at_once(stored_files, path, saying):
 
 
 def test_a_link_that_appears_after_the_path_was_judged_is_not_followed(stored_files):
+    copy = io.BytesIO()
     with pytest.raises(OSError, match=r"Too many levels|symbolic link"):
-        mailproxy._read_regular_file(str(stored_files), ["link-out"], 100, lambda size_bytes: None)
+        mailproxy._copy_regular_file(str(stored_files), ["link-out"], 100, copy)
     with pytest.raises(OSError, match=r"Not a directory|symbolic link"):
-        mailproxy._read_regular_file(
-            str(stored_files), ["link-up", "secret.txt"], 100, lambda size_bytes: None
-        )
+        mailproxy._copy_regular_file(str(stored_files), ["link-up", "secret.txt"], 100, copy)
+    assert not copy.getvalue()
 
 
 def test_a_file_too_large_fails_a_missing_base_dir_defers_and_none_refuses(stored_files):
