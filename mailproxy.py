@@ -4528,11 +4528,11 @@ class Queue:
         inserted = db.executemany(
             "INSERT OR IGNORE INTO messages (seq, id, account_id, priority, created_at, updated_at, deferred_ts, "
             "deferral, ready_at, deadline, expires_ts, batch_code, message_id, parts, size_bytes, payload) "
-            "VALUES (?1, iif(EXISTS (SELECT 1 FROM sent_ids WHERE id = ?2), NULL, ?2), "  # no row may be without id
-            "?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)",
+            "VALUES (?, iif(EXISTS (SELECT 1 FROM sent_ids WHERE id = ?), NULL, ?), "  # no row may be without id
+            "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
                 (
-                    seq, s.id, s.account_id, s.priority, at, at, *_schedule(s.deferred_ts, now), s.deadline,
+                    seq, s.id, s.id, s.account_id, s.priority, at, at, *_schedule(s.deferred_ts, now), s.deadline,
                     s.expires_ts, s.batch_code, s.message_id, s.parts, s.size_bytes, s.payload,
                 )
                 for seq, s in zip(seqs, submissions, strict=True)
