@@ -9066,9 +9066,7 @@ STAGGER_S = 0.02  # between the openings of further connections
 SLOW_OPENING_S = 0.25  # an opening that takes longer holds no slot of max_concurrency any more
 GROWTH_PAUSE_S = 10  # no further connection after one was refused
 AHEAD_S = 0.02  # claims are taken ahead for as much work as this
-PREPARED_AT_ONCE = (
-    200  # messages of a lane whose parts are being fetched: those behind them wait for no slow server
-)
+PREPARED_AT_ONCE = 50  # messages of a lane that are being fetched: those behind wait for no slow server
 KEPT_SLOTS = 4  # one slot in so many is kept for lanes that have none
 COMPOSED_INLINE_BYTES = 32_768  # larger messages are composed in a thread
 STORAGE_PAUSE_S = 1.0  # between two tries while the queue file refuses
@@ -9109,6 +9107,11 @@ class DeliveryRules:
         return address in self.allow_recipients or f"@{address.rpartition('@')[2]}" in self.allow_recipients
 
 
+def _turns_in_memory(account: Account) -> asyncio.Semaphore:
+    """A message for each connection and one more: no account uses up the memory of all."""
+    return asyncio.Semaphore(account.max_connections + 1)
+
+
 class Lane:
     """The mail of one account on its way out."""
 
@@ -9124,6 +9127,7 @@ class Lane:
         self.idle: list[Session] = []
         self.opening: set[asyncio.Future[Session | Reply]] = set()  # connections that are being opened
         self.busy = 0  # connections at work, those being opened included
+        self.in_memory = _turns_in_memory(account)
         self.preparing = 0  # messages whose parts are being fetched or put together
         self.generation = 0  # of the account's definition: sessions of an older one are not reused
         self.limited_until: float | None = None  # monotonic, as all times in here
@@ -9336,7 +9340,7 @@ class Consignment(NamedTuple):
 
     claim: Claim
     composed: Composed | None
-    memory: contextlib.AsyncExitStack  # its share of the memory budget
+    held: contextlib.AsyncExitStack  # its turn and its share of the memory budget
 
 
 @dataclass(slots=True, eq=False)
@@ -9379,9 +9383,14 @@ class Composer:
         return _composed(_message_of(claim, claim.payload or "", {}), (), claim.created_at, redirect_to)
 
     async def prepare(
-        self, claim: Claim, redirect_to: str | None, memory: contextlib.AsyncExitStack
+        self,
+        claim: Claim,
+        redirect_to: str | None,
+        turns: asyncio.Semaphore,
+        held: contextlib.AsyncExitStack,
     ) -> Composed | Reply:
-        """A large message, or one with parts, in a thread; `memory` then holds its share of the budget.
+        """A large message, or one with parts, in a thread; `held` then has its turn and its share of
+        the memory budget.
 
         What it refers to is fetched first: a slow server keeps no memory from other messages.
         """
@@ -9389,8 +9398,9 @@ class Composer:
         if isinstance(fetched, Reply):
             return fetched
         fetched_bytes = sum(one.size_bytes for one in fetched if one is not None)
+        await held.enter_async_context(turns)
         size_bytes = (claim.size_bytes + fetched_bytes) * BUILD_FACTOR
-        share = await memory.enter_async_context(self._budget.reserve(size_bytes))
+        share = await held.enter_async_context(self._budget.reserve(size_bytes))
         payload = claim.payload or await self._queue.payload(claim.seq)
         contents = await self._queue.contents(claim.seq) if claim.parts else {}
         message = await self._threads.run(lambda: _message_of(claim, payload, contents))
@@ -9506,6 +9516,7 @@ class Dispatcher:
         """Deliver by the new definition; connections in use finish their message, all others end."""
         lane = self.lanes[account.id]
         lane.account = account
+        lane.in_memory = _turns_in_memory(account)
         lane.generation += 1
         lane.windows.replace_limits(account.limits)
         await self._refresh(lane)
@@ -9776,9 +9787,9 @@ class Dispatcher:
     async def _consignment(self, lane: Lane, claim: Claim) -> Consignment | None:
         """The message put together; None when that was the end of it, for now or for good."""
         started_at, begun = self._clock.wall(), self._clock.monotonic()
-        async with contextlib.AsyncExitStack() as memory:
+        async with contextlib.AsyncExitStack() as held:
             try:
-                composed = await self._composer.prepare(claim, self.rules.redirect_to, memory)
+                composed = await self._composer.prepare(claim, self.rules.redirect_to, lane.in_memory, held)
             except StorageUnavailable:
                 await asyncio.sleep(STORAGE_PAUSE_S)
                 await self._release(lane, claim)
@@ -9786,7 +9797,7 @@ class Dispatcher:
                 await self._fail_internally(lane, claim, error)
             else:
                 if isinstance(composed, Composed):
-                    return Consignment(claim, composed, memory.pop_all())
+                    return Consignment(claim, composed, held.pop_all())
                 attempt = Attempt(started_at, self._clock.wall(), {"": composed})
                 await self._settle(lane, claim, attempt, begun)
         return None
@@ -9806,7 +9817,7 @@ class Dispatcher:
             self._spawn(self._work(line))
 
     async def _return(self, lane: Lane, consignment: Consignment) -> None:
-        await consignment.memory.aclose()
+        await consignment.held.aclose()
         await self._release(lane, consignment.claim)
 
     async def _release(self, lane: Lane, claim: Claim) -> None:
@@ -9834,7 +9845,7 @@ class Dispatcher:
                 try:
                     await self._deliver(line, consignment)
                 finally:
-                    await consignment.memory.aclose()
+                    await consignment.held.aclose()
         finally:
             lane.finish(line)
             self._park(line)

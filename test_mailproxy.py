@@ -6175,6 +6175,39 @@ def test_servers_that_stall_in_the_midst_of_large_attachments_keep_no_memory_fro
         }  # fmt: skip
 
 
+def test_an_account_whose_server_is_slow_keeps_no_more_memory_than_its_connections_need(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    def script(server: Any, connection: Any) -> None:
+        server.stopping.wait(0.1)
+        connection.sendall(answered(bytes(900_000)))
+
+    config = {"attachments": {"allow_hosts": "127.0.0.1", "memory_budget_bytes": 10_000_000}}
+    with (
+        MoodySmtpServer(**{".": [20.0] * 20}) as moody,
+        scripted(script) as files,
+        SleepyDaemon(tmp_path, config, smtp=smtp) as daemon,
+    ):
+        ask(daemon, "/account", account_at("slow", moody, max_connections=1))
+        daemon.submit(
+            *(
+                letter(
+                    f"s-{n}", account_id="slow", attachments=[{"filename": "x", "url": files.url(f"/{n}")}]
+                )
+                for n in range(20)
+            )
+        )
+        wait_until(
+            lambda: moody.heard["."] and len(files.requests) == 20, "all files, and a slow transaction"
+        )
+
+        content = base64.b64encode(bytes(900_000)).decode()
+        daemon.submit(letter("m", attachments=[{"filename": "x", "content": content}]))
+
+        smtp.wait_for(1, timeout=10)
+        daemon.kill()
+
+
 # --- from the endpoint
 
 
