@@ -8559,13 +8559,16 @@ class HttpConnection:
     async def _read_body(self, request: Request, length: int | None) -> None:
         if "expect" in request.headers and self._version == "1.1" and not self._buffer:
             await self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = io.BytesIO()  # grows in place, and its getvalue() is no copy
+        dropped = request.method in METHODS_WITHOUT_BODY
+        body = io.BytesIO(
+            b"" if dropped else bytes(length or 0)
+        )  # to grow is to copy; its getvalue() is no copy
         size = 0
         async for piece in self._chunks() if length is None else self._pieces(length):
             size += len(piece)
             if size > self._limits.body_bytes:
                 raise self._too_large()
-            if request.method not in METHODS_WITHOUT_BODY:
+            if not dropped:
                 body.write(piece)
         request.body = body.getvalue()
 
