@@ -3013,9 +3013,11 @@ def compose(message: Message, parts: Sequence[Part], *, date: float) -> bytes:
         return _completed(message, message.raw, date)
     entity = _message_body(message, parts)
     header = "\r\n".join([*_message_header(message, date), *entity.header])
-    composed = io.BytesIO()  # its getvalue() is no copy
+    base64_octets = sum(len(part.content) for part in parts) * 11 // 8  # rather more
+    composed = io.BytesIO(bytes(base64_octets))  # to grow is to copy; its getvalue() is no copy
     composed.write(f"{header}\r\n\r\n".encode())
     composed.writelines(entity.body)
+    composed.truncate()
     return composed.getvalue()
 
 
