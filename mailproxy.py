@@ -5805,8 +5805,9 @@ def http_request(
     """One request, one answer of whatever status; redirects are answers. Blocks up to `timeout_s`,
     or until the deadline of the series it belongs to.
 
-    The body of a success goes `into` a file when there is one. `proxies` (those of the environment) are for URLs of the
-    operator; with a policy there are none, because a proxy would connect where nobody judged.
+    The body of a success goes `into` a file when there is one. `proxies` (those of the environment)
+    are for URLs of the operator; with a policy there are none, because a proxy would connect where
+    nobody judged.
     """
     target = http_target(url)
     deadline = deadline or HttpDeadline(timeout_s)
@@ -6393,8 +6394,9 @@ def _copy_regular_file(base: str, steps: Sequence[str], max_bytes: int, into: Bi
 class AttachmentFetcher:
     """Gets the bytes of attachments, each once in a burst, into files: a slow server holds no memory.
 
-    The files lie in `folder` and have no names. `s3` and `endpoint_headers` are called in the thread of a fetch, so they may read files;
-    a SecretUnavailable of theirs defers the message. `endpoint_url`, `base_dir`: None refuses.
+    The files lie in `folder` and have no names. `s3` and `endpoint_headers` are called in the thread of a
+    fetch, so they may read files; a SecretUnavailable of theirs defers the message. `endpoint_url`,
+    `base_dir`: None refuses.
     """
 
     def __init__(
