@@ -593,10 +593,7 @@ LISTENING_HOST = Kind("an address or a host name", _listening_host)
 URL = Kind("an http:// or https:// URL without user and password in it", _http_url)
 SECRET = Kind("a secret: itself, env:NAME or file:/path", _secret_as_given, secret=True)
 SECRETS = Kind(
-    "a list of secrets, each itself, env:NAME or file:/path",
-    _list_of(_secret_as_given),
-    secret=True,
-    many=True,
+    "a list of secrets, each itself, env:NAME or file:/path", _list_of(_secret_as_given), secret=True, many=True
 )
 DELAYS = Kind("a list of whole seconds", _list_of(integer(0, TEN_YEARS_S).parse), "seconds", many=True)
 MAIL_ADDRESS = Kind("a mail address", _address)
@@ -652,9 +649,7 @@ class ClientSettings:
     """The upstream: who gets the delivery reports, and serves attachments by storage path."""
 
     client_sync_url: Annotated[
-        str | None,
-        URL,
-        "Delivery reports go here (POST). Without it results stay in the queue file until purged.",
+        str | None, URL, "Delivery reports go here (POST). Without it results stay in the queue file until purged."
     ] = None
     client_attachment_url: Annotated[
         str | None, URL, "Attachments with fetch_mode endpoint are fetched here (POST)."
@@ -670,16 +665,12 @@ class ClientSettings:
         "Signs each report as Standard Webhooks has it: whsec_ and base64, or any other text as it is.",
     ] = None
     sync_interval_seconds: Annotated[
-        float,
-        seconds(0.05),
-        "The upstream is called at least this often, with or without anything to report.",
+        float, seconds(0.05), "The upstream is called at least this often, with or without anything to report."
     ] = 300.0
     report_batch_size: Annotated[int, integer(1, 100_000), "Most entries of one report."] = 1000
     timeout_seconds: Annotated[float, seconds(0.05, 3600), "Time for the whole call."] = 30.0
     ca_file: Annotated[
-        str | None,
-        READABLE_FILE,
-        "CA certificates (PEM) to trust for https upstreams instead of the system's.",
+        str | None, READABLE_FILE, "CA certificates (PEM) to trust for https upstreams instead of the system's."
     ] = None
 
 
@@ -710,9 +701,9 @@ class DeliverySettings:
     max_connections_per_account: Annotated[
         int, integer(1, 1000), "Most SMTP connections of an account that names no max_connections."
     ] = 5
-    max_concurrency: Annotated[
-        int, integer(1, 10_000), "Most SMTP transactions at a time, all accounts together."
-    ] = 100
+    max_concurrency: Annotated[int, integer(1, 10_000), "Most SMTP transactions at a time, all accounts together."] = (
+        100
+    )
     retry_delays: Annotated[
         tuple[int, ...], DELAYS, "Pauses before each retry after a passing failure; the last one repeats."
     ] = (60, 300, 900, 3600, 7200)
@@ -729,14 +720,10 @@ class DeliverySettings:
         float, seconds(0, 86_400), "How long SMTP transactions in progress may finish when the daemon stops."
     ] = 30.0
     redirect_to: Annotated[
-        str | None,
-        MAIL_ADDRESS,
-        "Staging: every mail goes here instead, its real recipients in X-Original-To.",
+        str | None, MAIL_ADDRESS, "Staging: every mail goes here instead, its real recipients in X-Original-To."
     ] = None
     allow_recipients: Annotated[
-        tuple[str, ...],
-        RECIPIENTS,
-        "Staging: addresses or @domains mail may go to; others become errors. Empty: all.",
+        tuple[str, ...], RECIPIENTS, "Staging: addresses or @domains mail may go to; others become errors. Empty: all."
     ] = ()
 
 
@@ -744,19 +731,14 @@ class DeliverySettings:
 class AttachmentSettings:
     """What fetching attachments may cost, and where they may come from."""
 
-    timeout_seconds: Annotated[
-        float, seconds(0.05, 3600), "Time to fetch one attachment, redirects included."
-    ] = 60.0
+    timeout_seconds: Annotated[float, seconds(0.05, 3600), "Time to fetch one attachment, redirects included."] = 60.0
     max_attachment_bytes: Annotated[int, size(), "Largest attachment."] = 25 * 2**20
     max_message_bytes: Annotated[int, size(), "Most bytes of all attachments of a message."] = 35 * 2**20
-    memory_budget_bytes: Annotated[
-        int, size(), "Memory for all messages being put together at a time.", AT_START
-    ] = 100 * 2**20
+    memory_budget_bytes: Annotated[int, size(), "Memory for all messages being put together at a time.", AT_START] = (
+        100 * 2**20
+    )
     cache_bytes: Annotated[
-        int,
-        size(0),
-        "Bytes of fetched attachments kept, on disk, for the next message of a burst; 0: none.",
-        AT_START,
+        int, size(0), "Bytes of fetched attachments kept, on disk, for the next message of a burst; 0: none.", AT_START
     ] = 25 * 2**20
     allow_hosts: Annotated[
         tuple[str, ...],
@@ -776,15 +758,13 @@ class S3Settings:
 
     access_key_id: Annotated[Secret | None, SECRET, "Else AWS_ACCESS_KEY_ID."] = None
     secret_access_key: Annotated[Secret | None, SECRET, "Else AWS_SECRET_ACCESS_KEY."] = None
-    session_token: Annotated[
-        Secret | None, SECRET, "Else AWS_SESSION_TOKEN, when the key id comes from there too."
-    ] = None
+    session_token: Annotated[Secret | None, SECRET, "Else AWS_SESSION_TOKEN, when the key id comes from there too."] = (
+        None
+    )
     region: Annotated[str | None, TEXT, "Else AWS_REGION or AWS_DEFAULT_REGION."] = None
     endpoint: Annotated[str | None, URL, "Of a server that is not Amazon's. Else AWS_ENDPOINT_URL_S3."] = None
     addressing: Annotated[
-        str,
-        word("auto", "path", "virtual"),
-        "Bucket in the path or the host name; auto: virtual on Amazon alone.",
+        str, word("auto", "path", "virtual"), "Bucket in the path or the host name; auto: virtual on Amazon alone."
     ] = "auto"
 
 
@@ -792,9 +772,7 @@ class S3Settings:
 class LoggingSettings:
     """What is said on stderr, and how."""
 
-    level: Annotated[str, word("debug", "info", "warning", "error"), "What is logged: this, and worse."] = (
-        "info"
-    )
+    level: Annotated[str, word("debug", "info", "warning", "error"), "What is logged: this, and worse."] = "info"
     format: Annotated[str, word("text", "json"), "json: every line is an object."] = "text"
     delivery_activity: Annotated[bool, BOOLEAN, "One line for each delivery."] = False
 
@@ -876,14 +854,10 @@ ACCOUNT_TABLE: tuple[AccountKey, ...] = (
     AccountKey("oauth2_token_url", "", "Where access tokens for xoauth2 come from."),
     AccountKey("oauth2_client_id", "", "Client id of xoauth2."),
     AccountKey("oauth2_client_secret", "", "Client secret of xoauth2.", secret=True),
-    AccountKey(
-        "oauth2_refresh_token", "", "Refresh token; without it client credentials are used.", secret=True
-    ),
+    AccountKey("oauth2_refresh_token", "", "Refresh token; without it client credentials are used.", secret=True),
     AccountKey("oauth2_scope", "", "Scope of the access token."),
     AccountKey("ttl", "300", "Seconds a connection may live."),
-    AccountKey(
-        "max_connections", "", "Most connections at a time; else max_connections_per_account of [delivery]."
-    ),
+    AccountKey("max_connections", "", "Most connections at a time; else max_connections_per_account of [delivery]."),
     AccountKey("max_messages_per_connection", "100", "Most messages over one connection."),
     AccountKey("max_recipients", "100", "Most recipients of one transaction; more are split over several."),
     AccountKey("timeout", "60", "Seconds for each reply; the last one of a message is given 600."),
@@ -924,9 +898,7 @@ CONFIG_INI_HEAD = """\
 # begins a comment at the start of a line alone, and % is a character like any other.
 """
 
-CONFIG_INI_SMTP = (
-    "The default account: messages that name no account go out through it. No host: no such account."
-)
+CONFIG_INI_SMTP = "The default account: messages that name no account go out through it. No host: no such account."
 CONFIG_INI_ACCOUNT = """\
 # A further account, under the ID messages name it by. All keys of [smtp] are known here.
 #[account:ID]
@@ -1026,9 +998,7 @@ def _check_section(origin: str, section: str) -> None:
     if section.startswith("account:"):
         account_id = section.removeprefix("account:")
         if account_id == "default":
-            raise ConfigurationError(
-                f"{origin}: [account:default]: the default account is the section [smtp]"
-            )
+            raise ConfigurationError(f"{origin}: [account:default]: the default account is the section [smtp]")
         if not 1 <= len(account_id) <= 255:
             raise ConfigurationError(f"{origin}: [account:ID]: the ID of an account has 1 to 255 characters")
     elif not _keys_of(section):
@@ -1058,9 +1028,7 @@ def _config_path(config: str | None, environ: Mapping[str, str]) -> str | None:
     named = config or environ.get("MAILPROXY_CONFIG")
     if named:
         return named
-    return next(
-        (path for path in ("./config.ini", "/etc/mailproxy/config.ini") if os.path.exists(path)), None
-    )
+    return next((path for path in ("./config.ini", "/etc/mailproxy/config.ini") if os.path.exists(path)), None)
 
 
 def _file_text(path: str) -> str:
@@ -1139,9 +1107,7 @@ def _from_command_line(overrides: Mapping[str, str]) -> GivenSettings:
     for name, text in overrides.items():
         section, _, key = name.rpartition(".")
         if not section:
-            raise ConfigurationError(
-                f"command line: {name}: write SECTION.KEY=VALUE, such as server.port=8000"
-            )
+            raise ConfigurationError(f"command line: {name}: write SECTION.KEY=VALUE, such as server.port=8000")
         _check_key("command line", section, key.lower())
         given[section, key.lower()] = Given(text, "command line")
     return given
@@ -1199,9 +1165,7 @@ def _with_aws_variables(given: GivenSettings, environ: Mapping[str, str]) -> Giv
         stand_ins.append(("access_key_id", "AWS_ACCESS_KEY_ID", "env:AWS_ACCESS_KEY_ID"))
         stand_ins.append(("session_token", "AWS_SESSION_TOKEN", "env:AWS_SESSION_TOKEN"))
     found = {
-        ("s3", key): Given(text, f"environment variable {name}")
-        for key, name, text in stand_ins
-        if environ.get(name)
+        ("s3", key): Given(text, f"environment variable {name}") for key, name, text in stand_ins if environ.get(name)
     }
     return found | given
 
@@ -1220,11 +1184,7 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     given = _with_aws_variables(given, environ)
     sections = {
         name: kind(
-            **{
-                row.key: _value(row, given.get((name, row.key)))
-                for row in SETTINGS_TABLE
-                if row.section == name
-            }
+            **{row.key: _value(row, given.get((name, row.key))) for row in SETTINGS_TABLE if row.section == name}
         )
         for name, kind in SECTIONS.items()
     }
@@ -2021,12 +1981,7 @@ def _from_storage_path(attachment: Attachment, given: Mapping[str, object], whic
     return replace(attachment, source=source, location=location)
 
 
-_SOURCE_READERS = {
-    "content": _from_content,
-    "url": _from_url,
-    "s3": _from_s3,
-    "storage_path": _from_storage_path,
-}
+_SOURCE_READERS = {"content": _from_content, "url": _from_url, "s3": _from_s3, "storage_path": _from_storage_path}
 
 
 def _fetch_mode(given: Mapping[str, object]) -> object:
@@ -2245,9 +2200,7 @@ def _body_is_html(fields: Mapping[str, object]) -> bool:
     return kind == "html"
 
 
-def _raw_of(
-    fields: Mapping[str, object], contents: Mapping[int, bytes] | None
-) -> tuple[bytes | None, str | None]:
+def _raw_of(fields: Mapping[str, object], contents: Mapping[int, bytes] | None) -> tuple[bytes | None, str | None]:
     """The complete message and its own Message-ID, where there is one instead of the other fields."""
     if contents is not None and RAW_CONTENT in contents:
         return contents[RAW_CONTENT], None
@@ -2348,9 +2301,7 @@ class AccountDefaults(NamedTuple):
     max_retries: int = 0
 
 
-def parse_account(
-    fields: object, *, source: str = "http", defaults: AccountDefaults | None = None
-) -> Account:
+def parse_account(fields: object, *, source: str = "http", defaults: AccountDefaults | None = None) -> Account:
     """An account from JSON, or from the words of config.ini; null and empty mean left out."""
     if not isinstance(fields, dict):
         raise Rejected("invalid account: must be an object")
@@ -2468,9 +2419,7 @@ def _truth_of(given: Mapping[str, object], key: str, default: bool) -> bool:
     return word in _YES
 
 
-def _number_of(
-    given: Mapping[str, object], key: str, default: int, low: int, high: int = LARGEST_INTEGER
-) -> int:
+def _number_of(given: Mapping[str, object], key: str, default: int, low: int, high: int = LARGEST_INTEGER) -> int:
     number = _whole_number(given.get(key, default))
     if number is None or not low <= number <= high:
         bounds = f"of {low} or more" if high == LARGEST_INTEGER else f"from {low} to {high}"
@@ -2550,11 +2499,7 @@ def account_fields(account: Account, *, secrets: bool) -> dict[str, object]:
 def _oauth2_fields(oauth2: OAuth2 | None, *, secrets: bool) -> dict[str, object] | None:
     if oauth2 is None:
         return None
-    fields: dict[str, object] = {
-        "token_url": oauth2.token_url,
-        "client_id": oauth2.client_id,
-        "scope": oauth2.scope,
-    }
+    fields: dict[str, object] = {"token_url": oauth2.token_url, "client_id": oauth2.client_id, "scope": oauth2.scope}
     if secrets:
         fields["client_secret"] = oauth2.client_secret.given if oauth2.client_secret else None
         fields["refresh_token"] = oauth2.refresh_token.given if oauth2.refresh_token else None
@@ -2612,12 +2557,7 @@ def retry_delay_s(attempts: int, delays_s: Sequence[int], jitter: float) -> floa
 
 
 def settle(
-    claim: Claim,
-    attempt: Attempt,
-    account: Account,
-    now: float,
-    jitter: float,
-    untried: Collection[str] = (),
+    claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, untried: Collection[str] = ()
 ) -> Disposition:
     """What becomes of a message after this attempt, whatever happened in it.
 
@@ -2650,9 +2590,7 @@ def login_refused(failure: Reply) -> bool:
 
 def untouched(claim: Claim) -> Disposition:
     """Nothing has become of the message: it is as ready as before."""
-    return Disposition(
-        Status.QUEUED, LaneSignal.NONE, counted=False, slot_used=False, recipients=claim.recipients
-    )
+    return Disposition(Status.QUEUED, LaneSignal.NONE, counted=False, slot_used=False, recipients=claim.recipients)
 
 
 def given_up(disposition: Disposition, why: str) -> Disposition:
@@ -2682,9 +2620,7 @@ def _settle_without_session(claim: Claim, failure: Reply) -> Disposition:
     )
 
 
-def _settle_closing_server(
-    claim: Claim, attempt: Attempt, closing: Reply, untried: Collection[str]
-) -> Disposition:
+def _settle_closing_server(claim: Claim, attempt: Attempt, closing: Reply, untried: Collection[str]) -> Disposition:
     """A 421 ends the connection, not the message: recipients without a final word wait for the lane."""
     outcomes = _merged(
         claim,
@@ -2714,14 +2650,10 @@ def _connection_was_stale(attempt: Attempt) -> bool:
     )
 
 
-def _settle_incomplete(
-    claim: Claim, failure: Reply, account: Account, now: float, jitter: float
-) -> Disposition:
+def _settle_incomplete(claim: Claim, failure: Reply, account: Account, now: float, jitter: float) -> Disposition:
     """A message that could not be put together: later, or never."""
     if failure.transient and not _out_of_retries(claim.attempts + 1, claim, account, now):
-        deferral = _deferral(
-            claim, spoken(failure), claim.recipients, account, now, jitter, failure.retry_after_s
-        )
+        deferral = _deferral(claim, spoken(failure), claim.recipients, account, now, jitter, failure.retry_after_s)
         return replace(deferral, reason="attachment")
     return given_up(replace(untouched(claim), counted=True), spoken(failure))
 
@@ -2804,9 +2736,7 @@ def closed(outcomes: Mapping[str, RecipientOutcome], why: str) -> dict[str, Reci
     }
 
 
-def _with_untried(
-    outcomes: Mapping[str, RecipientOutcome], addresses: Iterable[str]
-) -> dict[str, RecipientOutcome]:
+def _with_untried(outcomes: Mapping[str, RecipientOutcome], addresses: Iterable[str]) -> dict[str, RecipientOutcome]:
     return {**outcomes, **{address: UNTRIED for address in addresses if address not in outcomes}}
 
 
@@ -2938,15 +2868,12 @@ class SendWindows:
     def left(self, now: float) -> dict[str, int]:
         """What is left of each limit there is, by the name of its window."""
         return {
-            name: max(0, limit - self._windows[name].counted(now) - self._held)
-            for name, limit in self._limits.items()
+            name: max(0, limit - self._windows[name].counted(now) - self._held) for name, limit in self._limits.items()
         }
 
     def opens_at(self, now: float) -> float:
         """The earliest moment with room, as far as is known: held messages as if sent now."""
-        moments = (
-            self._windows[name].opens_at(now, self._held, limit) for name, limit in self._limits.items()
-        )
+        moments = (self._windows[name].opens_at(now, self._held, limit) for name, limit in self._limits.items())
         return max(moments, default=now)
 
     @property
@@ -3298,10 +3225,7 @@ def _attached_content(part: Part) -> tuple[str, str, Iterable[bytes]]:
 
 def _is_plain_message(octets: bytes) -> bool:
     return (
-        HEADER_FIELD.match(octets) is not None
-        and octets.isascii()
-        and b"\0" not in octets
-        and has_short_lines(octets)
+        HEADER_FIELD.match(octets) is not None and octets.isascii() and b"\0" not in octets and has_short_lines(octets)
     )
 
 
@@ -3400,9 +3324,7 @@ class Threads:
             self._calls.put(None)
 
 
-def _answer_from_thread(
-    call: Callable[[], T], answer: asyncio.Future[T], loop: asyncio.AbstractEventLoop
-) -> None:
+def _answer_from_thread(call: Callable[[], T], answer: asyncio.Future[T], loop: asyncio.AbstractEventLoop) -> None:
     """Run the call, unless its waiter is gone already, and hand over what came of it."""
     if answer.cancelled():
         return
@@ -3488,22 +3410,11 @@ class Alarm:
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-JOURNAL_PRIORITIES = (
-    (logging.ERROR, "<3>"),
-    (logging.WARNING, "<4>"),
-    (logging.INFO, "<6>"),
-    (logging.NOTSET, "<7>"),
-)
+JOURNAL_PRIORITIES = ((logging.ERROR, "<3>"), (logging.WARNING, "<4>"), (logging.INFO, "<6>"), (logging.NOTSET, "<7>"))
 
 
 def event(
-    log: logging.Logger,
-    level: int,
-    sentence: str,
-    /,
-    *,
-    exc_info: BaseException | None = None,
-    **fields: object,
+    log: logging.Logger, level: int, sentence: str, /, *, exc_info: BaseException | None = None, **fields: object
 ) -> None:
     """Log that something happened: one sentence, and what it concerns as fields (message=, account=,
     connection= ...). Fields that are None are left out; `exc_info` adds a traceback."""
@@ -3596,9 +3507,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "event": record.getMessage(),
         }
-        line |= {
-            name: _field_as_json(value) for name, value in _fields_of(record).items() if name not in line
-        }
+        line |= {name: _field_as_json(value) for name, value in _fields_of(record).items() if name not in line}
         if found := _traceback_of(record):
             line["traceback"] = found
         return json.dumps(line)
@@ -3645,9 +3554,7 @@ def configure_logging(level: str, line_format: str, *, journal: bool = False, de
     sys.excepthook = log_uncaught
     sys.unraisablehook = lambda failed: _log_failure("error while clearing up", failed.exc_value)
     threading.excepthook = lambda failed: _log_failure(
-        "a thread died of an error nobody caught",
-        failed.exc_value,
-        thread=getattr(failed.thread, "name", None),
+        "a thread died of an error nobody caught", failed.exc_value, thread=getattr(failed.thread, "name", None)
     )
 
 
@@ -3657,9 +3564,7 @@ def _log_failure(sentence: str, error: BaseException | None, **fields: object) -
 
 def log_uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
     """What nobody caught in the main thread (sys.excepthook)."""
-    event(
-        logging.getLogger("mailproxy"), logging.CRITICAL, "stopped by an error nobody caught", exc_info=error
-    )
+    event(logging.getLogger("mailproxy"), logging.CRITICAL, "stopped by an error nobody caught", exc_info=error)
 
 
 def log_loop_failure(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
@@ -3733,9 +3638,7 @@ class Scrape(Collector):
 
     def _queue_gauges(self) -> Iterator[Metric]:
         now = self._snapshot
-        yield _gauge(
-            "messages_pending", "Undelivered messages, deferred and on the wire included.", now.pending
-        )
+        yield _gauge("messages_pending", "Undelivered messages, deferred and on the wire included.", now.pending)
         yield _gauge("messages_in_delivery", "Messages on the wire.", now.in_delivery)
         yield _gauge("oldest_pending_seconds", "Age of the oldest undelivered message.", now.oldest_pending_s)
         yield _gauge("reports_unacknowledged", "States the upstream has not acknowledged.", now.unreported)
@@ -3743,9 +3646,7 @@ class Scrape(Collector):
 
     def _lane_gauges(self) -> Iterator[Metric]:
         up = GaugeMetricFamily(
-            "mailproxy_account_up",
-            "1 when mail goes out, 0 when the account's server refuses us.",
-            labels=["account"],
+            "mailproxy_account_up", "1 when mail goes out, 0 when the account's server refuses us.", labels=["account"]
         )
         connections = GaugeMetricFamily(
             "mailproxy_smtp_connections", "Open SMTP connections.", labels=["account", "state"]
@@ -3780,17 +3681,13 @@ class Metrics:
         self._deferred = self._counter(
             "messages_deferred", "Times a message was put off, by the cause.", "account", "reason"
         )
-        self._rate_limited = self._counter(
-            "rate_limited", "Times a message met a limit of its account.", "account"
-        )
+        self._rate_limited = self._counter("rate_limited", "Times a message met a limit of its account.", "account")
         self._wait_time = self._histogram(
             "queue_wait_seconds", "Time from ready to sent.", QUEUE_WAIT_BUCKETS_S, "account"
         )
 
     def _make_server_instruments(self) -> None:
-        self._http_requests = self._counter(
-            "http_requests", "HTTP requests answered.", "route", "method", "code"
-        )
+        self._http_requests = self._counter("http_requests", "HTTP requests answered.", "route", "method", "code")
         self._http_time = self._histogram(
             "http_request_seconds", "Time to answer an HTTP request.", REQUEST_BUCKETS_S, "route"
         )
@@ -3801,15 +3698,11 @@ class Metrics:
         self._commit_failures = self._counter("storage_commit_failures", "Commits the queue file refused.")
 
     def _make_outside_instruments(self) -> None:
-        self._connects = self._counter(
-            "smtp_connects", "Connections tried, by the end they had.", "account", "outcome"
-        )
+        self._connects = self._counter("smtp_connects", "Connections tried, by the end they had.", "account", "outcome")
         self._transaction_time = self._histogram(
             "smtp_transaction_seconds", "Duration of SMTP transactions.", TRANSACTION_BUCKETS_S, "account"
         )
-        self._reports = self._counter(
-            "report_requests", "Calls of the upstream, by the end they had.", "outcome"
-        )
+        self._reports = self._counter("report_requests", "Calls of the upstream, by the end they had.", "outcome")
         self._fetches = self._counter(
             "attachment_fetches", "Attachments asked for, by the end it had.", "source", "outcome"
         )
@@ -3834,9 +3727,7 @@ class Metrics:
             self._series[key] = instrument.labels(*labels)
         return cast(Instrument, self._series[key])
 
-    def _begin(
-        self, counter: prometheus_client.Counter, labels: tuple[object, ...], outcomes: Sequence[str]
-    ) -> None:
+    def _begin(self, counter: prometheus_client.Counter, labels: tuple[object, ...], outcomes: Sequence[str]) -> None:
         """Have a series at 0 for each outcome there can be."""
         for outcome in (*outcomes, "other"):
             self._one(counter, *labels, outcome)
@@ -4050,9 +3941,7 @@ class QueueFile:
             if isinstance(error, ConfigurationError):
                 raise
             if isinstance(error, OSError):
-                raise ConfigurationError(
-                    f"The queue {self.path} cannot be opened: {error.strerror}."
-                ) from error
+                raise ConfigurationError(f"The queue {self.path} cannot be opened: {error.strerror}.") from error
             raise ConfigurationError(f"The queue {self.path} cannot be used: {error}.") from error
 
     def _create_private(self) -> None:
@@ -4097,9 +3986,7 @@ class QueueFile:
         """
         return await self.write_together(lambda db, _: [work(db)], None)
 
-    async def write_together(
-        self, work: Callable[[sqlite3.Connection, list[Any]], Sequence[T]], item: object
-    ) -> T:
+    async def write_together(self, work: Callable[[sqlite3.Connection, list[Any]], Sequence[T]], item: object) -> T:
         """Like write, for work that is done for many callers in one go: an item and a result for each.
 
         Should it raise, each item is tried alone.
@@ -4490,17 +4377,13 @@ class Queue:
             self._expect(submission.deferred_ts, submission.deadline)
         return verdicts
 
-    def _accept_all(
-        self, db: sqlite3.Connection, batches: Sequence[Sequence[Submission]]
-    ) -> list[list[str | None]]:
+    def _accept_all(self, db: sqlite3.Connection, batches: Sequence[Sequence[Submission]]) -> list[list[str | None]]:
         """The verdicts on the submissions of several callers."""
         now = self._now()
         verdicts = iter(self._accept(db, [submission for batch in batches for submission in batch], now))
         return [list(itertools.islice(verdicts, len(batch))) for batch in batches]
 
-    def _accept(
-        self, db: sqlite3.Connection, submissions: Sequence[Submission], now: float
-    ) -> list[str | None]:
+    def _accept(self, db: sqlite3.Connection, submissions: Sequence[Submission], now: float) -> list[str | None]:
         """Most ids are new: look only at those that could not be inserted."""
         return [
             None if stored else self._replace(db, submission, now)
@@ -4520,9 +4403,7 @@ class Queue:
         (stored,) = self._insert(db, [submission], now)
         return None if stored else "already sent"
 
-    def _insert(
-        self, db: sqlite3.Connection, submissions: Sequence[Submission], now: float
-    ) -> Sequence[bool]:
+    def _insert(self, db: sqlite3.Connection, submissions: Sequence[Submission], now: float) -> Sequence[bool]:
         """Store the submissions whose ids were never seen before; tell which."""
         seqs = range(self._next_seq, self._next_seq + len(submissions))
         self._next_seq = seqs.stop
@@ -4658,9 +4539,7 @@ class Queue:
         return taken
 
     def _claim(self, db: sqlite3.Connection, order: Order) -> list[Claim]:
-        claims = take_turns(
-            self._ready(db, order, 0), self._ready(db, order, 1), order.most, order.retried_first
-        )
+        claims = take_turns(self._ready(db, order, 0), self._ready(db, order, 1), order.most, order.retried_first)
         self._on_wire.update((claim.seq, claim) for claim in claims)
         if claims:  # a slot each, limits or not: one may come while they are on the wire
             db.execute(
@@ -4716,14 +4595,10 @@ class Queue:
         db.executemany(
             "INSERT OR FAIL INTO attempts VALUES (?, (SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = ?), "
             "?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                _timeline_entry(outcome) for outcome in outcomes if outcome.attempt.replies
-            ],  # else nothing was tried
+            [_timeline_entry(outcome) for outcome in outcomes if outcome.attempt.replies],  # else nothing was tried
         )
         sent = collections.Counter(
-            (outcome.claim.account_id, math.floor(outcome.attempt.ended_at) + 1)
-            for outcome in outcomes
-            if outcome.sent
+            (outcome.claim.account_id, math.floor(outcome.attempt.ended_at) + 1) for outcome in outcomes if outcome.sent
         )
         for (account_id, until), n in sent.items():
             db.execute(
@@ -4762,13 +4637,7 @@ class Queue:
                 "reported_ts = NULL, report_order = :place "
                 "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL",
                 [
-                    {
-                        "until": until_ts,
-                        "error": why,
-                        "now": int(now),
-                        "place": self._place(),
-                        "seq": claim.seq,
-                    }
+                    {"until": until_ts, "error": why, "now": int(now), "place": self._place(), "seq": claim.seq}
                     for claim in claims
                 ],
             )
@@ -4908,9 +4777,7 @@ class Queue:
 
         return await self.file.write(work)
 
-    async def retry(
-        self, ids: Sequence[str], deadlines: Callable[[str], int]
-    ) -> tuple[int, list[str], list[str]]:
+    async def retry(self, ids: Sequence[str], deadlines: Callable[[str], int]) -> tuple[int, list[str], list[str]]:
         """Queue failed messages anew; return how many, the ids not found, and those not failed.
 
         `deadlines` tells until when an account's message may be tried, counted from now.
@@ -4987,9 +4854,7 @@ class Queue:
         now = self._now()
 
         def work(db: sqlite3.Connection) -> None:
-            sends = db.execute(
-                "SELECT account_id, until_ts, n FROM sends WHERE until_ts < :now", {"now": now - 60}
-            )
+            sends = db.execute("SELECT account_id, until_ts, n FROM sends WHERE until_ts < :now", {"now": now - 60})
             for account_id, until_ts, n in sends.fetchall():
                 later = math.ceil(compacted(until_ts, now))
                 if later == until_ts and until_ts > now - OLDEST_SEND_S:
@@ -4998,8 +4863,7 @@ class Queue:
                 db.execute("DELETE FROM sends WHERE account_id = :account AND until_ts = :until", key)
                 if until_ts > now - OLDEST_SEND_S:
                     db.execute(
-                        "INSERT INTO sends VALUES (:account, :later, :n) ON CONFLICT DO UPDATE SET n = n + :n",
-                        key,
+                        "INSERT INTO sends VALUES (:account, :later, :n) ON CONFLICT DO UPDATE SET n = n + :n", key
                     )
 
         await self.file.write(work)
@@ -5084,9 +4948,7 @@ class Queue:
 
     async def accounts(self) -> dict[str, str]:
         """The definitions of the accounts that were added over HTTP."""
-        return await self.file.read(
-            lambda db: dict(db.execute("SELECT id, definition FROM accounts").fetchall())
-        )
+        return await self.file.read(lambda db: dict(db.execute("SELECT id, definition FROM accounts").fetchall()))
 
     async def put_account(self, account_id: str, definition: str) -> None:
         await self.file.write(
@@ -5121,9 +4983,7 @@ class Queue:
                 {"after": after, "most": STRETCH},
             ).fetchall()
             orphans = [
-                row
-                for row in rows
-                if row[1] == account_id and (row[0] not in self._on_wire or row[3] is not None)
+                row for row in rows if row[1] == account_id and (row[0] not in self._on_wire or row[3] is not None)
             ]
             for seq, _, recipients, _ in orphans:
                 self._give_up(db, seq, why, recipients, now)
@@ -5132,9 +4992,7 @@ class Queue:
         return await self.file.write(work)
 
     async def suspended(self) -> set[str]:
-        return await self.file.read(
-            lambda db: {row[0] for row in db.execute("SELECT account_id FROM suspensions")}
-        )
+        return await self.file.read(lambda db: {row[0] for row in db.execute("SELECT account_id FROM suspensions")})
 
     async def suspend(self, account_id: str) -> None:
         await self.file.write(
@@ -5166,9 +5024,7 @@ class Queue:
 
         def work(db: sqlite3.Connection) -> dict[str, list[tuple[int, int]]]:
             counted: dict[str, list[tuple[int, int]]] = {}
-            for account_id, until_ts, n in db.execute(
-                "SELECT account_id, until_ts, n FROM sends ORDER BY until_ts"
-            ):
+            for account_id, until_ts, n in db.execute("SELECT account_id, until_ts, n FROM sends ORDER BY until_ts"):
                 counted.setdefault(account_id, []).append((until_ts, n))
             return counted
 
@@ -5184,9 +5040,7 @@ def _claim_of(row: Sequence[Any]) -> Claim:
         return Claim(row[0], row[1], row[2], 0, "", 0, 0.0, 0, None, None, 0, 0, "")
 
 
-def take_turns(
-    fresh: Sequence[Claim], retried: Sequence[Claim], most: int, retried_first: bool
-) -> list[Claim]:
+def take_turns(fresh: Sequence[Claim], retried: Sequence[Claim], most: int, retried_first: bool) -> list[Claim]:
     """The best claims of both kinds: by priority, and within one new and retried mail in turn."""
     if not retried:
         return list(fresh[:most])
@@ -5202,11 +5056,7 @@ def take_turns(
 
 def expired(expires_ts: int | None, now: float, last_error: str | None) -> str:
     """Why a message is given up for its age, with what was said at its last try."""
-    why = (
-        "expired: expires_ts has passed"
-        if expires_ts and expires_ts <= now
-        else "expired: max_age_seconds reached"
-    )
+    why = "expired: expires_ts has passed" if expires_ts and expires_ts <= now else "expired: max_age_seconds reached"
     return f"{why}; last: {last_error}" if last_error else why
 
 
@@ -5219,9 +5069,7 @@ def _schedule(deferred_ts: int | None, now: float) -> tuple[int | None, str | No
 
 def _tally(db: sqlite3.Connection, submissions: Iterable[Submission], now: float) -> None:
     """Count new rows; what becomes of them later is counted by the triggers."""
-    waits = collections.Counter(
-        (s.account_id, _schedule(s.deferred_ts, now)[0] is not None) for s in submissions
-    )
+    waits = collections.Counter((s.account_id, _schedule(s.deferred_ts, now)[0] is not None) for s in submissions)
     for (account_id, waiting), n in waits.items():
         db.execute(
             "INSERT INTO tallies VALUES (:account, :ready, :waiting, 0) ON CONFLICT DO UPDATE SET "
@@ -5274,9 +5122,7 @@ def _payload_for_people(column: str) -> dict[str, object]:
 
 
 def _give_back(db: sqlite3.Connection, account_id: str, n: int) -> None:
-    db.execute(
-        "UPDATE holds SET n = max(n - :n, 0) WHERE account_id = :account", {"account": account_id, "n": n}
-    )
+    db.execute("UPDATE holds SET n = max(n - :n, 0) WHERE account_id = :account", {"account": account_id, "n": n})
 
 
 def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
@@ -5324,9 +5170,7 @@ def _attempts(db: sqlite3.Connection, seq: int) -> list[dict[str, object]]:
 
 
 def _contents(db: sqlite3.Connection, seq: int) -> dict[int, bytes]:
-    return dict(
-        db.execute("SELECT position, content FROM contents WHERE seq = :seq", {"seq": seq}).fetchall()
-    )
+    return dict(db.execute("SELECT position, content FROM contents WHERE seq = :seq", {"seq": seq}).fetchall())
 
 
 def _record(row: Sequence[Any]) -> Record:
@@ -5340,19 +5184,7 @@ def _record(row: Sequence[Any]) -> Record:
 
 
 def _report_entry(row: Sequence[Any]) -> dict[str, object]:
-    (
-        id_,
-        account_id,
-        priority,
-        sent_ts,
-        error_ts,
-        error,
-        deferred_ts,
-        attempts,
-        message_id,
-        batch,
-        recipients,
-    ) = row
+    (id_, account_id, priority, sent_ts, error_ts, error, deferred_ts, attempts, message_id, batch, recipients) = row
     status = Status.SENT if sent_ts else Status.ERROR if error_ts else Status.DEFERRED
     return {
         "id": id_, "account_id": account_id, "priority": priority, "status": status, "sent_ts": sent_ts,
@@ -6265,9 +6097,7 @@ def sign_s3(
     return sent
 
 
-def _canonical_request(
-    method: str, path: str, headers: Mapping[str, str], signed: str, payload_sha256: str
-) -> str:
+def _canonical_request(method: str, path: str, headers: Mapping[str, str], signed: str, payload_sha256: str) -> str:
     path, _, query = path.partition("?")
     parameters = sorted(f"{name}={value}" for name, value in _query_pairs(query))
     header_lines = [f"{name}:{' '.join(headers[name].split())}" for name in sorted(headers)]
@@ -6453,9 +6283,7 @@ class AttachmentFetcher:
             fetched.append(one)
         return tuple(fetched)
 
-    def parts(
-        self, attachments: Sequence[Attachment], fetched: Sequence[Fetched | None]
-    ) -> tuple[Part, ...] | Reply:
+    def parts(self, attachments: Sequence[Attachment], fetched: Sequence[Fetched | None]) -> tuple[Part, ...] | Reply:
         """All parts of one message, or the reply that says why there are none. Blocks; the caller has
         reserved the memory."""
         sizes = [
@@ -6777,11 +6605,9 @@ def unfitting_reply(stage: Stage, answer: str) -> Reply:
 
 def local_reply(stage: Stage, text: str, cause: Cause = Cause.LOCAL) -> Reply:
     """Our word in place of the server's: for now it does not work."""
-    code, enhanced_code = {
-        Stage.CONNECT: (451, "4.4.1"),
-        Stage.TLS: (454, "4.7.5"),
-        Stage.AUTH: (451, "4.7.0"),
-    }.get(stage, (451, "4.4.2"))
+    code, enhanced_code = {Stage.CONNECT: (451, "4.4.1"), Stage.TLS: (454, "4.7.5"), Stage.AUTH: (451, "4.7.0")}.get(
+        stage, (451, "4.4.2")
+    )
     return Reply(stage, code, one_line(text), enhanced_code, cause)
 
 
@@ -7232,11 +7058,7 @@ class Session:
 
         A server that refused the sender but took a recipient would deliver the nothing: hang up.
         """
-        granted = (
-            command
-            for command, answer in zip(commands, answers, strict=True)
-            if command.is_granted_by(answer)
-        )
+        granted = (command for command, answer in zip(commands, answers, strict=True) if command.is_granted_by(answer))
         if any(command.recipient is not None for command in granted):
             self._wire.break_off(Cause.LOCAL, "the server took a recipient without a sender")
             return
@@ -7742,9 +7564,7 @@ class DeliveryAgent:
         enter = functools.partial(self._enter, account, login, turn) if login is not None else None
         return await self._introduce(connected, account, name, context, enter)
 
-    async def _enter(
-        self, account: Account, login: Login, turn: _Turn, smtp: aiosmtplib.SMTP
-    ) -> Reply | None:
+    async def _enter(self, account: Account, login: Login, turn: _Turn, smtp: aiosmtplib.SMTP) -> Reply | None:
         """Log in when it is this connection's turn."""
         refusal = await turn.comes()
         if refusal is not None:
@@ -7772,12 +7592,7 @@ class DeliveryAgent:
             return local_reply(Stage.AUTH, str(failure))
 
     async def _introduce(
-        self,
-        connected: socket.socket,
-        account: Account,
-        name: str,
-        context: ssl.SSLContext | None,
-        enter: LogIn | None,
+        self, connected: socket.socket, account: Account, name: str, context: ssl.SSLContext | None, enter: LogIn | None
     ) -> Session | Reply:
         smtp = aiosmtplib.SMTP(
             hostname=account.host.removesuffix("."),
@@ -8402,9 +8217,7 @@ async def opening_of(response: Response) -> bytes:
 class HttpConnection:
     """One client, its requests answered one after another."""
 
-    def __init__(
-        self, server: HttpServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def __init__(self, server: HttpServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._server = server
         self._limits = server.limits
         self._reader = reader
@@ -8564,9 +8377,7 @@ class HttpConnection:
         if "expect" in request.headers and self._version == "1.1" and not self._buffer:
             await self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         dropped = request.method in METHODS_WITHOUT_BODY
-        body = io.BytesIO(
-            b"" if dropped else bytes(length or 0)
-        )  # to grow is to copy; its getvalue() is no copy
+        body = io.BytesIO(b"" if dropped else bytes(length or 0))  # to grow is to copy; its getvalue() is no copy
         size = 0
         async for piece in self._chunks() if length is None else self._pieces(length):
             size += len(piece)
@@ -8685,9 +8496,7 @@ class HttpConnection:
             return "Connection: close\r\n"
         return "Connection: keep-alive\r\n" if self._version == "1.0" else ""
 
-    async def _stream(
-        self, request: Request, response: Response, rest: AsyncIterator[bytes], opening: bytes
-    ) -> None:
+    async def _stream(self, request: Request, response: Response, rest: AsyncIterator[bytes], opening: bytes) -> None:
         """Sends a body of unknown length: in chunks, or in HTTP/1.0 up to the end of the connection."""
         chunked = self._version == "1.1"
         self._last = self._last or not chunked
@@ -8832,9 +8641,7 @@ class HttpServer:
         shortest = min(time_s for name, time_s in limits._asdict().items() if name.endswith("_s"))
         self._sweep_s = min(SWEEP_S, shortest / 4)
 
-    async def start_tcp(
-        self, host: str, port: int, ssl_context: ssl.SSLContext | None
-    ) -> tuple[tuple[str, int], ...]:
+    async def start_tcp(self, host: str, port: int, ssl_context: ssl.SSLContext | None) -> tuple[tuple[str, int], ...]:
         """Listens on every address of `host`, with TLS when there is a context; returns (address, port)."""
         bound = await bound_tcp_sockets(host, port, self._backlog)
         for listening in bound:
@@ -9008,9 +8815,7 @@ async def bound_tcp_sockets(host: str, port: int, backlog: int) -> list[socket.s
     try:
         for family, address in dict.fromkeys((family, address) for family, *_, address in found):
             bound.append(socket.create_server(address, family=family, backlog=backlog))
-            bound[-1].setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-            )  # inherited; asyncio would not set it
+            bound[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited; asyncio would not set it
     except OSError:
         for listening in bound:
             listening.close()
@@ -9377,9 +9182,7 @@ class Turn:
 class Composer:
     """Puts claimed messages together: the payload, its parts, and the rules of the house."""
 
-    def __init__(
-        self, queue: Queue, fetcher: AttachmentFetcher, budget: MemoryBudget, threads: Threads
-    ) -> None:
+    def __init__(self, queue: Queue, fetcher: AttachmentFetcher, budget: MemoryBudget, threads: Threads) -> None:
         self.fetcher = fetcher  # replaced when the configuration is read again
         self._queue = queue
         self._budget = budget
@@ -9390,11 +9193,7 @@ class Composer:
         return _composed(_message_of(claim, claim.payload or "", {}), (), claim.created_at, redirect_to)
 
     async def prepare(
-        self,
-        claim: Claim,
-        redirect_to: str | None,
-        turns: asyncio.Semaphore,
-        held: contextlib.AsyncExitStack,
+        self, claim: Claim, redirect_to: str | None, turns: asyncio.Semaphore, held: contextlib.AsyncExitStack
     ) -> Composed | Reply:
         """A large message, or one with parts, in a thread; `held` then has its turn and its share of
         the memory budget.
@@ -9429,9 +9228,7 @@ class Composer:
 
 
 def _message_of(claim: Claim, payload: str, contents: Mapping[int, bytes]) -> Message:
-    return parse_message(
-        json.loads(payload), now=None, contents=contents, message_id=claim.message_id.strip("<>")
-    )
+    return parse_message(json.loads(payload), now=None, contents=contents, message_id=claim.message_id.strip("<>"))
 
 
 def _composed(message: Message, parts: Sequence[Part], date: float, redirect_to: str | None) -> Composed:
@@ -9474,9 +9271,7 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._preparations: set[asyncio.Task[None]] = set()  # those of the tasks that are not on the wire yet
         self._busy = 0  # slots of max_concurrency that are taken
-        self._without_slot: deque[asyncio.Future[None]] = (
-            deque()
-        )  # connections that are open, and wait for one
+        self._without_slot: deque[asyncio.Future[None]] = deque()  # connections that are open, and wait for one
         self._asked = False  # run-now in test_mode: turn until nothing is left to do
         self._draining = False
         self._waits_for_storage = False
@@ -9641,9 +9436,7 @@ class Dispatcher:
         if self._queue.next_deadline_ts <= now:
             for id_, account_id, why in await self._queue.give_up_overdue():
                 self._metrics.failed(account_id)
-                event(
-                    self._log, logging.WARNING, "message given up", message=id_, account=account_id, error=why
-                )
+                event(self._log, logging.WARNING, "message given up", message=id_, account=account_id, error=why)
             self._reports_due()
 
     def _is_idle(self) -> bool:
@@ -10007,9 +9800,7 @@ class Dispatcher:
             line.session = None
         return replies
 
-    async def _without_session(
-        self, line: Line, claim: Claim, failure: Reply, started_at: float, begun: float
-    ) -> None:
+    async def _without_session(self, line: Line, claim: Claim, failure: Reply, started_at: float, begun: float) -> None:
         """A connection could not be had: fewer will do when others work, else the lane cools.
 
         When the lane was called back or changed meanwhile, the message has not had its turn.
@@ -10071,9 +9862,7 @@ class Dispatcher:
         else:
             lane.lose_server(disposition.error or "", self._jitter())
             level, what = logging.WARNING, "an account's server is left alone"
-        event(
-            self._log, level, what, account=lane.account.id, until=lane.next_try_ts(), error=disposition.error
-        )
+        event(self._log, level, what, account=lane.account.id, until=lane.next_try_ts(), error=disposition.error)
         self._put_back(lane)
         self._close_idle(lane)
 
@@ -10685,11 +10474,7 @@ NULLABLE_TIME_SCHEMA: Schema = {"type": ["integer", "null"], "description": "Uni
 GIVEN_TIME_SCHEMA: Schema = {"type": ["integer", "null"], "minimum": 0, "maximum": LARGEST_INTEGER}
 IDS_SCHEMA: Schema = {"type": "array", "items": STRING_SCHEMA}
 WORDS_SCHEMA: Schema = {"type": ["string", "null"], "pattern": f"^{ONE_LINE}*$"}
-SECRET_WORDS_SCHEMA: Schema = {
-    **WORDS_SCHEMA,
-    "writeOnly": True,
-    "description": "itself, env:NAME or file:/path",
-}
+SECRET_WORDS_SCHEMA: Schema = {**WORDS_SCHEMA, "writeOnly": True, "description": "itself, env:NAME or file:/path"}
 SWITCH_SCHEMA: Schema = {"enum": [True, False, None, 0, 1, "", *_YES, *_NO]}
 SECONDS_SCHEMA: Schema = {
     "anyOf": [
@@ -10871,11 +10656,7 @@ TOKEN_ENDPOINT: Mapping[str, Schema] = {
 OAUTH2_SCHEMA: Schema = {
     "description": "a refresh token (and client_secret, where it is asked for), or client_secret and scope",
     "anyOf": [
-        schema_of(
-            "token_url client_id refresh_token",
-            **TOKEN_ENDPOINT,
-            refresh_token=GIVEN_SECRET_SCHEMA,
-        ),
+        schema_of("token_url client_id refresh_token", **TOKEN_ENDPOINT, refresh_token=GIVEN_SECRET_SCHEMA),
         schema_of(
             "token_url client_id client_secret scope",
             **TOKEN_ENDPOINT,
@@ -10892,10 +10673,7 @@ ACCOUNT_SCHEMA: Schema = {
             "if": {"required": ["auth"], "properties": {"auth": {"const": "xoauth2"}}},
             "then": {"required": ["oauth2"], "properties": {"oauth2": ref("OAuth2")}},
         },
-        {
-            "if": not_empty("client_key"),
-            "then": not_empty("client_cert"),
-        },
+        {"if": not_empty("client_key"), "then": not_empty("client_cert")},
     ],
 }
 
@@ -10910,9 +10688,7 @@ RECIPIENTS_SCHEMA: Schema = {
     "type": ["object", "null"],
     "description": "by address, where some recipients were refused",
     "additionalProperties": record_of(
-        status={"enum": ["sent", "error", "deferred"]},
-        code={"type": "integer"},
-        text=STRING_SCHEMA,
+        status={"enum": ["sent", "error", "deferred"]}, code={"type": "integer"}, text=STRING_SCHEMA
     ),
 }
 RECORD_SCHEMA = record_of(
@@ -10954,10 +10730,7 @@ LANE_SCHEMA = schema_of(
     pending=COUNT_SCHEMA,
     limits_left={"type": "object", "additionalProperties": COUNT_SCHEMA},
 )
-REJECTED_SCHEMA: Schema = {
-    "type": "array",
-    "items": record_of(id=NULLABLE_STRING_SCHEMA, reason=STRING_SCHEMA),
-}
+REJECTED_SCHEMA: Schema = {"type": "array", "items": record_of(id=NULLABLE_STRING_SCHEMA, reason=STRING_SCHEMA)}
 SUBMITTED_SCHEMA = schema_of(
     "ok queued rejected",
     ok={"const": True},
@@ -11026,10 +10799,7 @@ def operation(
         "responses": {"200": answer_in(content_type, answer, links), **refused(*refusals)},
     }
     if body is not None:
-        described["requestBody"] = {
-            "required": body_required,
-            "content": {"application/json": {"schema": body}},
-        }
+        described["requestBody"] = {"required": body_required, "content": {"application/json": {"schema": body}}}
     return described
 
 
@@ -11081,11 +10851,7 @@ def openapi_document(routes: Sequence[Route]) -> dict[str, object]:
 
 
 def refusal_for(words: str) -> Schema:
-    return {
-        "description": words,
-        "headers": ANSWER_HEADERS,
-        "content": {"application/json": {"schema": ref("Error")}},
-    }
+    return {"description": words, "headers": ANSWER_HEADERS, "content": {"application/json": {"schema": ref("Error")}}}
 
 
 def full_operation(route: Route) -> dict[str, object]:
@@ -11178,8 +10944,7 @@ SHOW_MESSAGE = operation(
     query={"content": TRUTH_SCHEMA},
 )
 LIST_ACCOUNTS = operation(
-    "Accounts, without their secrets",
-    answer_of(accounts={"type": "array", "items": ref("ShownAccount")}),
+    "Accounts, without their secrets", answer_of(accounts={"type": "array", "items": ref("ShownAccount")})
 )
 PUT_ACCOUNT = operation(
     "Add or replace an account",
@@ -11197,9 +10962,7 @@ PUT_ACCOUNT = operation(
     },
 )
 DELETE_ACCOUNT = operation(
-    "Remove an account; its undelivered messages become errors",
-    answer_of(failed=COUNT_SCHEMA),
-    refusals=["409"],
+    "Remove an account; its undelivered messages become errors", answer_of(failed=COUNT_SCHEMA), refusals=["409"]
 )
 SUSPEND_ACCOUNT = operation(
     "Deliver nothing through this account",
@@ -11211,10 +10974,7 @@ ACTIVATE_ACCOUNT = operation(
     "Deliver through it again",
     SWITCHED,
     body=NO_FIELDS,
-    links={
-        "suspend": link_to("post-account-id-suspend", OWN_ID),
-        "delete": link_to("delete-account-id", OWN_ID),
-    },
+    links={"suspend": link_to("post-account-id-suspend", OWN_ID), "delete": link_to("delete-account-id", OWN_ID)},
 )
 
 
@@ -11435,9 +11195,7 @@ class ControlPlane:
         level = logging.INFO if self._dispatcher.log_deliveries else logging.DEBUG
         if self._log.isEnabledFor(level):
             for submission in accepted:
-                event(
-                    self._log, level, "message accepted", message=submission.id, account=submission.account_id
-                )
+                event(self._log, level, "message accepted", message=submission.id, account=submission.account_id)
 
     def _tell_rejected(self, rejected: Sequence[Mapping[str, object]]) -> None:
         self._metrics.rejected(len(rejected))
@@ -11694,10 +11452,7 @@ def _no_lane_status() -> dict[str, object]:
 
 
 def _lane_gauge(lane: Lane) -> LaneGauge:
-    return LaneGauge(
-        up=lane.state().state != "cooling",
-        connections={"busy": lane.busy, "idle": len(lane.idle)},
-    )
+    return LaneGauge(up=lane.state().state != "cooling", connections={"busy": lane.busy, "idle": len(lane.idle)})
 
 
 async def _only_fields(request: Request) -> None:
@@ -11758,9 +11513,7 @@ UNOWNED_DOMAINS = (
 )  # fmt: skip
 IPV4_HOST = re.compile(r"(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?::[0-9]*)?")
 OPEN_FILES = 65_536  # wanted; what the machine allows counts
-OWN_FILES = (
-    300  # kept from the HTTP side, beside two for each SMTP connection: clients must not stop delivery
-)
+OWN_FILES = 300  # kept from the HTTP side, beside two for each SMTP connection: clients must not stop delivery
 NOTIFY_PATIENCE_S = 1.0
 
 
@@ -11889,10 +11642,7 @@ class Daemon:
         """Put the rooms together, from the queue upwards."""
         await self._queue.load()
         self._composer = Composer(
-            self._queue,
-            self._fetcher(),
-            MemoryBudget(self.settings.attachments.memory_budget_bytes),
-            self._working,
+            self._queue, self._fetcher(), MemoryBudget(self.settings.attachments.memory_budget_bytes), self._working
         )
         agent = self._agent(await self._hostname())
         self._dispatcher = Dispatcher(
@@ -11975,13 +11725,7 @@ class Daemon:
         if left >= wanted:
             return wanted
         most = max(left, min(wanted, allowed // 4))
-        event(
-            self._log,
-            logging.WARNING,
-            "few files may be open: fewer HTTP connections",
-            files=allowed,
-            most=most,
-        )
+        event(self._log, logging.WARNING, "few files may be open: fewer HTTP connections", files=allowed, most=most)
         return most
 
     async def _serve(self, where: str, started: Callable[[str], None]) -> int:
@@ -12090,9 +11834,7 @@ class Daemon:
     async def _apply(self, renewal: Renewal) -> None:
         self.settings = settings = renewal.settings
         self._tokens = tuple(token.encode() for token in renewal.tokens)
-        configure_logging(
-            settings.logging.level, settings.logging.format, journal=stderr_is_journal(self._environ)
-        )
+        configure_logging(settings.logging.level, settings.logging.format, journal=stderr_is_journal(self._environ))
         self._dispatcher.rules = self._delivery_rules()
         self._dispatcher.log_deliveries = settings.logging.delivery_activity
         self._reporter.rules = self._report_rules()
@@ -12112,14 +11854,9 @@ class Daemon:
 
     def _agent(self, hostname: str) -> DeliveryAgent:
         keeper = TokenKeeper(
-            post_form=post_form,
-            reveal=self._reveal,
-            in_thread=self._token_threads.run,
-            monotonic=time.monotonic,
+            post_form=post_form, reveal=self._reveal, in_thread=self._token_threads.run, monotonic=time.monotonic
         )
-        return DeliveryAgent(
-            hostname=hostname, reveal=self._reveal, in_thread=self._looking_up.run, tokens=keeper
-        )
+        return DeliveryAgent(hostname=hostname, reveal=self._reveal, in_thread=self._looking_up.run, tokens=keeper)
 
     async def _hostname(self) -> str:
         """What we call ourselves to SMTP servers (RFC 5321 4.1.1.1)."""
@@ -12246,13 +11983,7 @@ class Daemon:
 
     def _tell_of_stranger(self, request: Request) -> bool:
         self._metrics.auth_failed()
-        event(
-            self._log,
-            logging.WARNING,
-            "a request without a valid token",
-            peer=request.peer,
-            request=request.id,
-        )
+        event(self._log, logging.WARNING, "a request without a valid token", peer=request.peer, request=request.id)
         return False
 
     def _observe_request(self, request: Request, status: int, seconds: float) -> None:
@@ -12564,9 +12295,7 @@ def text_width(text: str) -> int:
     """How many columns of a terminal a text takes: two for each wide character, none for what combines."""
     if text.isascii():
         return len(text)
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
-    )
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def cut(text: str, width: int) -> str:
@@ -12594,9 +12323,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], width: int = 
     return [cut(line, max(width, widths[0] + 1)) for line in lines]
 
 
-COLOURS: Mapping[str, str] = MappingProxyType(
-    {"2": "32", "s": "32", "4": "33", "d": "33", "5": "31", "e": "31"}
-)
+COLOURS: Mapping[str, str] = MappingProxyType({"2": "32", "s": "32", "4": "33", "d": "33", "5": "31", "e": "31"})
 
 
 def paint(text: str, kind: str, *, coloured: bool) -> str:
@@ -12607,10 +12334,7 @@ def paint(text: str, kind: str, *, coloured: bool) -> str:
 
 def painted_table(lines: Sequence[str], kinds: Iterable[str], *, coloured: bool) -> list[str]:
     """The lines of a table, each below the header in the colour of its kind."""
-    return [
-        lines[0],
-        *(paint(line, kind, coloured=coloured) for line, kind in zip(lines[1:], kinds, strict=True)),
-    ]
+    return [lines[0], *(paint(line, kind, coloured=coloured) for line, kind in zip(lines[1:], kinds, strict=True))]
 
 
 def is_terminal(stream: object) -> bool:
@@ -12811,9 +12535,7 @@ class Mailing:
             self._progress.clear()
         if not self._show_answers:
             queued = len(rows) - self._before - self._refused
-            print(
-                f"{len(rows)} messages: {queued} queued, {self._before} sent before, {self._refused} refused"
-            )
+            print(f"{len(rows)} messages: {queued} queued, {self._before} sent before, {self._refused} refused")
         return 1 if self._refused else 0
 
     def _judged(self, rows: Iterable[tuple[int, Mapping[str, str | None]]]) -> Iterator[dict[str, Any]]:
@@ -12829,9 +12551,7 @@ class Mailing:
         own = csv_fields(row)
         attachments = [*self._common.get("attachments", ()), *own.get("attachments", ())]
         message = {**self._common, **own, **({"attachments": attachments} if attachments else {})}
-        id_ = message["id"] = (
-            self._new_id(message) if "id" not in message else _client_label(message["id"], "id")
-        )
+        id_ = message["id"] = self._new_id(message) if "id" not in message else _client_label(message["id"], "id")
         if id_ in self._lines:
             raise Rejected(f"duplicate id in this file: {id_}")
         self._lines[id_] = line
@@ -12897,9 +12617,7 @@ def csv_fields(row: Mapping[str, str | None]) -> dict[str, Any]:
     """
     if None in row:
         raise Rejected("more cells than columns")
-    fields: dict[str, Any] = {
-        name: cell for name, cell in row.items() if cell or (name == "subject" and cell == "")
-    }
+    fields: dict[str, Any] = {name: cell for name, cell in row.items() if cell or (name == "subject" and cell == "")}
     for name in ("deferred_ts", "expires_ts"):
         if fields.get(name, "").isdecimal():
             fields[name] = int(fields[name])
@@ -13043,9 +12761,7 @@ def sendmail_call(words: Sequence[str]) -> SendmailCall:
         else:
             recipients.append(word)
     if options.get("b", "m") != "m":
-        raise Unsendable(
-            f"-b{options['b']} is not for a client: `mailproxy --help` shows the commands", os.EX_USAGE
-        )
+        raise Unsendable(f"-b{options['b']} is not for a client: `mailproxy --help` shows the commands", os.EX_USAGE)
     if not recipients and "t" not in options:
         raise Unsendable("no recipient: name one on the command line, or use -t", os.EX_USAGE)
     sender = options.get("f", options.get("r"))
@@ -13197,9 +12913,7 @@ def _qualified_field(field: bytes, host: str) -> bytes:
     if field_name(field) not in QUALIFIED_HEADERS or all("@" in address for _, address in mailboxes):
         return field
     complete = [
-        Mailbox(_decoded(name, "header"), qualified_address(address, host))
-        for name, address in mailboxes
-        if address
+        Mailbox(_decoded(name, "header"), qualified_address(address, host)) for name, address in mailboxes if address
     ]
     return _address_header(field.partition(b":")[0].decode(), complete).encode() if complete else field
 
@@ -13244,8 +12958,7 @@ DEMO_OUTCOMES: Mapping[str, str] = MappingProxyType(
     {"plain": "sent", "picture": "sent", "refused": "error", "greylisted": "sent", "scheduled": "sent"}
 )
 DEMO_PICTURE = (  # PNG, 32 by 32 green pixels
-    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAQMAAABJtOi3AAAAA1BMVEUgoFBaW5YnAAAADElEQVR4"
-    "2mNgGNwAAACgAAGO+7G0AAAAAElFTkSuQmCC"
+    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAQMAAABJtOi3AAAAA1BMVEUgoFBaW5YnAAAADElEQVR42mNgGNwAAACgAAGO+7G0AAAAAElFTkSuQmCC"
 )
 DEMO_TITLE = """\
 mailproxy {version}: five messages go in by REST, out by SMTP, and come back as reports.
@@ -13354,12 +13067,7 @@ def mail_in_words(content: bytes) -> str:
 
 def demo_messages(now: float) -> list[dict[str, object]]:
     """Five messages, named after what will happen to them."""
-    picture = {
-        "filename": "picture.png",
-        "content": DEMO_PICTURE,
-        "content_id": "picture",
-        "inline": True,
-    }
+    picture = {"filename": "picture.png", "content": DEMO_PICTURE, "content_id": "picture", "inline": True}
     own: dict[str, dict[str, object]] = {
         "plain": {"subject": "Your receipt", "body": "Thank you!\n.\nThe line above is a dot.\n"},
         "picture": {
@@ -13474,9 +13182,7 @@ class Demo:
 
     # -- the part of the application
 
-    async def _ask(
-        self, method: str, path: str, fields: Mapping[str, object] | None = None
-    ) -> dict[str, Any]:
+    async def _ask(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> dict[str, Any]:
         answer = await self._threads.run(lambda: self._client.ask(method, path, fields))
         return answer.fields(self._client.url)
 
@@ -13514,9 +13220,7 @@ class Demo:
         lines = table(("MESSAGE", "STATUS", "ATTEMPTS", "WHAT THE SERVER SAID"), rows)
         print("\n".join(["", *painted_table(lines, [row[1] for row in rows], coloured=self._coloured)]))
         if self._outcomes != DEMO_OUTCOMES or self._smtp.taken != 4:
-            raise CommandFailed(
-                f"the demo failed: {self._outcomes}, and {self._smtp.taken} mails arrived, not 4"
-            )
+            raise CommandFailed(f"the demo failed: {self._outcomes}, and {self._smtp.taken} mails arrived, not 4")
         taken_s = time.monotonic() - self._started_at
         print(f"\nall delivered and reported: 4 sent, 1 refused by its server, in {taken_s:.1f} s")
         print("With a server of your own: serve --help, and README.md")
@@ -13630,10 +13334,7 @@ def _message_lines(answer: Mapping[str, Any], now: float, width: int) -> list[st
         ("given up", local_time(record["error_ts"], now)),
         ("reported", local_time(record["reported_ts"], now)),
         ("error", record["error"]),
-        *(
-            (f"  {to}", f"{o['status']}: {o['code']} {o['text']}")
-            for to, o in (record.get("recipients") or {}).items()
-        ),
+        *((f"  {to}", f"{o['status']}: {o['code']} {o['text']}") for to, o in (record.get("recipients") or {}).items()),
     ]
     shown = [(name, _escaped(str(value))) for name, value in facts if value not in (None, "")]
     left = max(len(name) for name, _ in shown)
@@ -13641,11 +13342,7 @@ def _message_lines(answer: Mapping[str, Any], now: float, width: int) -> list[st
     if not answer["attempts"]:
         return [*lines, "", "No attempt yet."]
     columns = ("ATTEMPT", "WHEN", "TOOK", "OUTCOME", "STAGE", "REPLY")
-    return [
-        *lines,
-        "",
-        *table(columns, map(_attempt_row, *zip(*enumerate(answer["attempts"], 1), strict=True)), width),
-    ]
+    return [*lines, "", *table(columns, map(_attempt_row, *zip(*enumerate(answer["attempts"], 1), strict=True)), width)]
 
 
 def _attempt_row(number: int, attempt: Mapping[str, Any]) -> tuple[object, ...]:
@@ -13755,9 +13452,7 @@ def _end_of_queue(client: Client) -> int:
     return bisect.bisect_left(range(2**53), True, hi=2**53 - 1, key=is_end)
 
 
-def _listed_after(
-    client: Client, filters: Mapping[str, object], cursor: str
-) -> tuple[list[dict[str, Any]], str]:
+def _listed_after(client: Client, filters: Mapping[str, object], cursor: str) -> tuple[list[dict[str, Any]], str]:
     """All messages after a cursor, and the cursor to look from the next time: a page is always in view."""
     records: list[dict[str, Any]] = []
     cursors = [cursor]
@@ -13895,20 +13590,14 @@ def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(args.config, environ, _overrides(args))
     accounts = configured_accounts(settings)
     rows = [(f"{section}.{key}", value, origin) for section, key, value, origin in describe(settings)]
-    print(
-        f"configuration: {settings.source or 'no config.ini; defaults, environment and command line alone'}\n"
-    )
+    print(f"configuration: {settings.source or 'no config.ini; defaults, environment and command line alone'}\n")
     print("\n".join(table(("SETTING", "VALUE", "FROM"), rows, output_width())))
     for warning in settings.warnings:
         complain(f"warning: {warning}")
     problems = [*_start_problems(settings), *_account_problems(accounts, environ)]
     for problem in problems:
         complain(problem)
-    print(
-        "\nThis is not right yet."
-        if problems
-        else f"\nThe settings are right: {_accounts_in_words(accounts)}."
-    )
+    print("\nThis is not right yet." if problems else f"\nThe settings are right: {_accounts_in_words(accounts)}.")
     failed = args.connect and not show_servers(settings, accounts, environ)
     return 2 if problems else int(failed)
 
@@ -14034,9 +13723,7 @@ def backup(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     overrides = {"storage.db_path": args.db} if args.db else {}
     queue = read_settings(args.config, environ, overrides).storage.db_path
     if not os.path.isfile(queue):
-        raise CommandFailed(
-            f"there is no queue at {queue}: name it with --db, or its config.ini with --config"
-        )
+        raise CommandFailed(f"there is no queue at {queue}: name it with --db, or its config.ini with --config")
     _must_be_writable(args.file, queue, force=args.force)
     messages = copy_queue(queue, args.file)
     print(f"{args.file}: {messages} messages, {size_in_words(os.path.getsize(args.file))}, checked")
@@ -14113,9 +13800,7 @@ def _listing_limit(text: str) -> int:
     return int(text)
 
 
-CONFIG = option(
-    "--config", metavar="FILE", help="else MAILPROXY_CONFIG, ./config.ini, /etc/mailproxy/config.ini"
-)
+CONFIG = option("--config", metavar="FILE", help="else MAILPROXY_CONFIG, ./config.ini, /etc/mailproxy/config.ini")
 DB = option("--db", metavar="FILE", help="file of the queue")
 SERVING = (
     CONFIG,
@@ -14135,9 +13820,7 @@ FILTERS = (
     option("--status", choices=[str(status) for status in Status], help="those in this state"),
     option("--account", "--account-id", metavar="ID", help="those of this account"),
     option("--batch", "--batch-code", metavar="CODE", help="those with this batch_code"),
-    option(
-        "--limit", type=_listing_limit, default=LISTED_MESSAGES, metavar="N", help="at most N (%(default)s)"
-    ),
+    option("--limit", type=_listing_limit, default=LISTED_MESSAGES, metavar="N", help="at most N (%(default)s)"),
     option("--after", metavar="CURSOR", help="go on where an earlier list ended"),
     option("--follow", action="store_true", help="go on with what comes and changes, until Ctrl-C"),
 )
@@ -14158,9 +13841,7 @@ SENDING = (
     option("--id", help="the message's own key: what was sent once is never sent again"),
 )
 AS_SENDMAIL = (
-    option(
-        "recipients", metavar="ADDRESS", nargs="*", help="who gets it; a bare name is a user of this host"
-    ),
+    option("recipients", metavar="ADDRESS", nargs="*", help="who gets it; a bare name is a user of this host"),
     option("-t", action="store_true", help="also those named in the headers To, Cc and Bcc"),
     option("-i", action="store_true", help="a dot alone on a line does not end the message; so does -oi"),
     option("-f", metavar="ADDRESS", help="envelope sender; else that of the header From, else login@host"),

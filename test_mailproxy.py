@@ -99,12 +99,7 @@ def starter() -> Path:
     os.chmod(folder, 0o755)  # other users run it too
     py_compile.compile(str(PROGRAM), f"{folder}/compiled/mailproxy.pyc", doraise=True)
     script = Path(folder, "mailproxy.py")
-    lines = (
-        "import sys",
-        f"sys.path[0] = {folder + '/compiled'!r}",
-        "import mailproxy",
-        "sys.exit(mailproxy.main())",
-    )
+    lines = ("import sys", f"sys.path[0] = {folder + '/compiled'!r}", "import mailproxy", "sys.exit(mailproxy.main())")
     script.write_text("\n".join(lines) + "\n")
     return script
 
@@ -234,9 +229,7 @@ class PrivateCA:
             .sign(self._key, hashes.SHA256())
         )
 
-    def _builder(
-        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, valid_days: int
-    ) -> x509.CertificateBuilder:
+    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, valid_days: int) -> x509.CertificateBuilder:
         issuer_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         return (
             x509.CertificateBuilder()
@@ -250,16 +243,12 @@ class PrivateCA:
             .add_extension(issuer_key, critical=False)
         )
 
-    def _write(
-        self, label: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey
-    ) -> Certificate:
+    def _write(self, label: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Certificate:
         written = Certificate(self._folder / f"{label}.pem", self._folder / f"{label}.key")
         written.cert.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         written.key.write_bytes(
             key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
             )
         )
         return written
@@ -497,18 +486,14 @@ class SmtpServer:
         with self._news:
             self._lines.pop(line.number, None)
 
-    def _authenticate(
-        self, _line: Any, _session: Any, _envelope: Any, _mechanism: str, login: Any
-    ) -> AuthResult:
+    def _authenticate(self, _line: Any, _session: Any, _envelope: Any, _mechanism: str, login: Any) -> AuthResult:
         user, password = login.login.decode(), login.password.decode()
         accepted = user in self.accounts and self.accounts[user] == password
         with self._news:
             self.logins.append((user, accepted))
         return AuthResult(success=accepted, handled=False, auth_data=login)
 
-    async def handle_EHLO(
-        self, _line: Any, session: Any, _envelope: Any, hostname: str, words: list[str]
-    ) -> list[str]:
+    async def handle_EHLO(self, _line: Any, session: Any, _envelope: Any, hostname: str, words: list[str]) -> list[str]:
         session.host_name = hostname
         if not self.accounts:
             words = [word for word in words if not word.startswith("250-AUTH")]
@@ -516,9 +501,7 @@ class SmtpServer:
             words.insert(-1, "250-PIPELINING")
         return words
 
-    async def handle_MAIL(
-        self, line: Any, session: Any, envelope: Any, address: str, options: list[str]
-    ) -> str:
+    async def handle_MAIL(self, line: Any, session: Any, envelope: Any, address: str, options: list[str]) -> str:
         if self.accounts and not session.authenticated:
             return "530 5.7.0 Authentication required"
         word = manner_of(address).word
@@ -528,9 +511,7 @@ class SmtpServer:
         envelope.mail_options.extend(options)
         return "250 2.1.0 Ok"
 
-    async def handle_RCPT(
-        self, line: Any, _session: Any, envelope: Any, address: str, _options: list[str]
-    ) -> str:
+    async def handle_RCPT(self, line: Any, _session: Any, envelope: Any, address: str, _options: list[str]) -> str:
         with self._news:
             self.visits[address] += 1
         manner = manner_of(address)
@@ -678,8 +659,7 @@ class ReportReceiver:
     def wait_for_entry(self, message_id: str, status: str, timeout: float = 30) -> dict[str, Any]:
         """The first report of a message with that status."""
         return self.wait_for(
-            lambda reports: next((e for e in reports.entries_of(message_id) if e["status"] == status), None),
-            timeout,
+            lambda reports: next((e for e in reports.entries_of(message_id) if e["status"] == status), None), timeout
         )
 
     def _take(self, request: http.server.BaseHTTPRequestHandler) -> Answer:
@@ -862,9 +842,7 @@ class Daemon:
             timeout,
         )
 
-    def request(
-        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
-    ) -> HttpAnswer:
+    def request(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> HttpAnswer:
         """One request; a body that is not bytes is sent as JSON. The connection is kept."""
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         sent = {"X-API-Token": self.token} if self.token else {}
@@ -963,9 +941,7 @@ class Daemon:
 
 def _plain_environment() -> dict[str, str]:
     """This environment without what would configure the daemon, or send loopback through a proxy."""
-    unwanted = re.compile(
-        r"MAILPROXY_.*|AWS_.*|.*_PROXY|NOTIFY_SOCKET|WATCHDOG_.*|COLUMNS|LINES", re.IGNORECASE
-    )
+    unwanted = re.compile(r"MAILPROXY_.*|AWS_.*|.*_PROXY|NOTIFY_SOCKET|WATCHDOG_.*|COLUMNS|LINES", re.IGNORECASE)
     return {name: value for name, value in os.environ.items() if not unwanted.fullmatch(name)}
 
 
@@ -1271,9 +1247,7 @@ BANNER = re.compile(r"^# =+\n# ([A-Z][A-Z ]+?) - .+\n# =+\n#", re.MULTILINE)
 LONGEST_FUNCTION = 60  # lines
 
 
-ROOMS = {
-    SOURCE.count("\n", 0, found.start()) + 1: found[1] for found in BANNER.finditer(SOURCE)
-}  # by first line
+ROOMS = {SOURCE.count("\n", 0, found.start()) + 1: found[1] for found in BANNER.finditer(SOURCE)}  # by first line
 
 
 @functools.cache
@@ -1291,9 +1265,7 @@ def names_bound_by(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return [
-        name.id for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)
-    ]
+    return [name.id for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
 def own_names(function: ast.AST) -> set[str]:
@@ -1443,14 +1415,10 @@ def test_an_empty_environment_variable_is_none_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["argument", "variable", "folder"])
-def test_the_file_is_the_named_one_else_that_of_the_variable_else_that_of_the_folder(
-    tmp_path, monkeypatch, where
-):
+def test_the_file_is_the_named_one_else_that_of_the_variable_else_that_of_the_folder(tmp_path, monkeypatch, where):
     monkeypatch.chdir(tmp_path)
     written(tmp_path, "[server]\nport = 1\n")
-    environ = (
-        {} if where == "folder" else {"MAILPROXY_CONFIG": written(tmp_path, "[server]\nport = 2\n", "b.ini")}
-    )
+    environ = {} if where == "folder" else {"MAILPROXY_CONFIG": written(tmp_path, "[server]\nport = 2\n", "b.ini")}
     config = written(tmp_path, "[server]\nport = 3\n", "a.ini") if where == "argument" else None
 
     settings = mailproxy.load_settings(config, environ, {})
@@ -1463,9 +1431,7 @@ def test_the_file_is_the_named_one_else_that_of_the_variable_else_that_of_the_fo
 def test_a_named_file_that_is_not_there_stops_the_start(environ):
     config = None if environ else "/nowhere/else.ini"
 
-    with pytest.raises(
-        mailproxy.ConfigurationError, match=r"/nowhere/else.ini: cannot be read: No such file"
-    ):
+    with pytest.raises(mailproxy.ConfigurationError, match=r"/nowhere/else.ini: cannot be read: No such file"):
         mailproxy.load_settings(config, environ, {})
 
 
@@ -1534,9 +1500,7 @@ WRONG_VALUES = [
 
 
 @pytest.mark.parametrize(("section", "key", "text", "problem"), WRONG_VALUES)
-def test_a_wrong_value_is_refused_with_file_section_key_and_what_it_should_be(
-    tmp_path, section, key, text, problem
-):
+def test_a_wrong_value_is_refused_with_file_section_key_and_what_it_should_be(tmp_path, section, key, text, problem):
     sentence = refusal(tmp_path, f"[{section}]\n{key} = {text}\n")
 
     assert sentence.startswith(f"{tmp_path}/config.ini: [{section}] {key}: ")
@@ -1544,9 +1508,7 @@ def test_a_wrong_value_is_refused_with_file_section_key_and_what_it_should_be(
 
 
 def test_a_wrong_value_is_refused_where_another_wins_over_it_too(tmp_path):
-    of_the_file = refusal(
-        tmp_path, "[server]\nport = http\n", {"MAILPROXY_SERVER_PORT": "1"}, server__port="2"
-    )
+    of_the_file = refusal(tmp_path, "[server]\nport = http\n", {"MAILPROXY_SERVER_PORT": "1"}, server__port="2")
     of_the_environment = refusal(tmp_path, "", {"MAILPROXY_SERVER_PORT": "http"}, server__port="2")
 
     assert of_the_file.startswith(f'{tmp_path}/config.ini: [server] port: "http" is not')
@@ -1677,9 +1639,7 @@ def test_a_client_of_the_daemon_may_read_what_the_daemon_could_not_start_with(tm
 def test_several_tokens_are_valid_at_a_time_wherever_they_stand(tmp_path):
     (tmp_path / "token").write_text("in-file-1 in-file-2\n")
     environ = {"OLD": "from-env"}
-    settings = loaded(
-        tmp_path, f"[server]\napi_token = plain, env:OLD file:{tmp_path}/token, plain\n", environ
-    )
+    settings = loaded(tmp_path, f"[server]\napi_token = plain, env:OLD file:{tmp_path}/token, plain\n", environ)
 
     tokens = mailproxy.api_tokens(settings, environ)
 
@@ -1690,31 +1650,13 @@ def test_several_tokens_are_valid_at_a_time_wherever_they_stand(tmp_path):
     ("text", "problem"),
     [
         ("[server]\napi_token = env:NOT_SET\n", "[server] api_token: env:NOT_SET is not set"),
-        (
-            "[server]\napi_token = file:/nowhere\n",
-            "[server] api_token: file:/nowhere cannot be read: No such file",
-        ),
+        ("[server]\napi_token = file:/nowhere\n", "[server] api_token: file:/nowhere cannot be read: No such file"),
         ("[server]\napi_token = tökén\n", "[server] api_token: a token must be ASCII"),
-        (
-            "[client]\nclient_sync_password = env:NOT_SET\n",
-            "[client] client_sync_password: env:NOT_SET is not set",
-        ),
-        (
-            "[client]\nclient_sync_token = file:/\n",
-            "[client] client_sync_token: file:/ is not a regular file",
-        ),
-        (
-            "[client]\nclient_sync_token = two words\n",
-            "[client] client_sync_token: must be ASCII without spaces",
-        ),
-        (
-            "[client]\nclient_sync_secret = whsec_?\n",
-            "[client] client_sync_secret: after whsec_ there must be",
-        ),
-        (
-            "[client]\nclient_sync_secret = whsec_\n",
-            "[client] client_sync_secret: after whsec_ there must be",
-        ),
+        ("[client]\nclient_sync_password = env:NOT_SET\n", "[client] client_sync_password: env:NOT_SET is not set"),
+        ("[client]\nclient_sync_token = file:/\n", "[client] client_sync_token: file:/ is not a regular file"),
+        ("[client]\nclient_sync_token = two words\n", "[client] client_sync_token: must be ASCII without spaces"),
+        ("[client]\nclient_sync_secret = whsec_?\n", "[client] client_sync_secret: after whsec_ there must be"),
+        ("[client]\nclient_sync_secret = whsec_\n", "[client] client_sync_secret: after whsec_ there must be"),
         ("[client]\nclient_sync_password = x\n", "[client] client_sync_password: needs client_sync_user"),
         ("[client]\nclient_sync_user = a:b\n", "[client] client_sync_user: must not hold a colon"),
     ],
@@ -1728,9 +1670,7 @@ def test_a_secret_that_cannot_be_used_stops_the_start_and_is_not_told(tmp_path, 
 
 
 def test_secrets_of_accounts_and_of_s3_may_be_missing_at_start(tmp_path):
-    settings = loaded(
-        tmp_path, "[smtp]\nhost = a\nport = 25\npassword = env:NO\n[s3]\nsecret_access_key = file:/no\n"
-    )
+    settings = loaded(tmp_path, "[smtp]\nhost = a\nport = 25\npassword = env:NO\n[s3]\nsecret_access_key = file:/no\n")
 
     assert settings.accounts["default"]["password"] == "env:NO"
 
@@ -1739,9 +1679,7 @@ def test_secrets_of_accounts_and_of_s3_may_be_missing_at_start(tmp_path):
 def test_certificate_and_key_belong_together(tmp_path, key, other):
     pem = written(tmp_path, "x", "x.pem")
 
-    assert refusal(tmp_path, f"[server]\n{key} = {pem}\n").endswith(
-        f"[server] {key}: needs {other} beside it"
-    )
+    assert refusal(tmp_path, f"[server]\n{key} = {pem}\n").endswith(f"[server] {key}: needs {other} beside it")
 
 
 @pytest.mark.parametrize(
@@ -1865,9 +1803,7 @@ def test_what_a_restart_alone_can_change_is_named(tmp_path):
 def test_the_printed_config_ini_holds_every_setting_with_its_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = mailproxy.config_ini()
-    switched_on = re.sub(
-        r"(?m)^#([a-z0-9_]+ =)", r"\1", printed.replace("#[account:ID]\n#host =\n#port =\n", "")
-    )
+    switched_on = re.sub(r"(?m)^#([a-z0-9_]+ =)", r"\1", printed.replace("#[account:ID]\n#host =\n#port =\n", ""))
     defaults = mailproxy.load_settings(None, {}, {})
 
     as_printed = loaded(tmp_path, printed)
@@ -1905,13 +1841,7 @@ NOON = 1_700_000_000.0
 
 def submission_fields(**fields: Any) -> dict[str, Any]:
     """A message that passes, with these fields instead; None takes a field out."""
-    whole = {
-        "id": "m-1",
-        "from": "a@example.com",
-        "to": ["b@example.org"],
-        "subject": "Hello",
-        "body": "Hi\n",
-    }
+    whole = {"id": "m-1", "from": "a@example.com", "to": ["b@example.org"], "subject": "Hello", "body": "Hi\n"}
     return {name: value for name, value in {**whole, **fields}.items() if value is not None}
 
 
@@ -2100,9 +2030,7 @@ def test_the_longest_lawful_address_passes() -> None:
 
 
 def test_the_same_recipient_twice_is_one_whatever_the_capitals_of_its_domain() -> None:
-    message = parsed_submission(
-        to="Ann <a@Example.org>, b@x.org", cc=["a@example.ORG"], bcc="A@example.org, b@x.org"
-    )
+    message = parsed_submission(to="Ann <a@Example.org>, b@x.org", cc=["a@example.ORG"], bcc="A@example.org, b@x.org")
 
     assert message.recipients == ("a@Example.org", "b@x.org", "A@example.org")
 
@@ -2113,8 +2041,7 @@ def test_from_name_stands_beside_a_bare_address_and_gives_way_to_a_name() -> Non
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
-    [("x@y.com", "x@y.com"), ("<x@y.com>", "x@y.com"), ("<>", ""), ("", "a@example.com")],
+    ("given", "expected"), [("x@y.com", "x@y.com"), ("<x@y.com>", "x@y.com"), ("<>", ""), ("", "a@example.com")]
 )
 def test_the_return_path_is_the_envelope_sender(given: str, expected: str) -> None:
     assert parsed_submission(return_path=given).return_path == expected
@@ -2177,15 +2104,10 @@ def test_a_message_id_is_kept_without_its_brackets(given: str) -> None:
         ({"message_id": " <x.1@y.z>"}, "<x.1@y.z>"),
         ({"message_id": "< x.1@y.z>"}, "<x.1@y.z>"),
         ({"message_id": "other@y.z", "headers": {"Message-ID": "<x.1@y.z>"}}, "<x.1@y.z>"),
-        (
-            {"message_id": "other@y.z", "raw": base64.b64encode(b"Message-ID: <x.1@y.z>\n\n").decode()},
-            "<x.1@y.z>",
-        ),
+        ({"message_id": "other@y.z", "raw": base64.b64encode(b"Message-ID: <x.1@y.z>\n\n").decode()}, "<x.1@y.z>"),
     ],
 )
-def test_the_message_id_that_is_shown_and_kept_is_the_one_that_is_sent(
-    fields: dict[str, Any], shown: str
-) -> None:
+def test_the_message_id_that_is_shown_and_kept_is_the_one_that_is_sent(fields: dict[str, Any], shown: str) -> None:
     fields = {**submission_fields(), **fields}
     message = mailproxy.parse_message(fields, now=NOON)
 
@@ -2253,10 +2175,7 @@ def test_what_stands_beside_a_raw_message_means_nothing() -> None:
 # --- attachments ----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "written",
-    ["+/+/YQ==", "-_-_YQ", " +/+/\r\n\tYQ = = ", "+/-_YQ=", "+/+/YQ", "+/+/YQ==\n"],
-)
+@pytest.mark.parametrize("written", ["+/+/YQ==", "-_-_YQ", " +/+/\r\n\tYQ = = ", "+/-_YQ=", "+/+/YQ", "+/+/YQ==\n"])
 def test_base64_is_read_with_white_space_in_either_alphabet_and_without_padding(written: str) -> None:
     assert mailproxy.decode_base64(written) == b"\xfb\xff\xbf\x61"
 
@@ -2274,9 +2193,7 @@ def test_base64_longer_than_a_piece_is_read_as_if_it_were_one() -> None:
         mailproxy.decode_base64(broken_by_padding)
 
 
-@pytest.mark.parametrize(
-    "written", ["a", "abcde", "YQ==YQ==", "Y*Q=", "YQ\0=", "é", "data:x;base64,YQ==", "Y=Q="]
-)
+@pytest.mark.parametrize("written", ["a", "abcde", "YQ==YQ==", "Y*Q=", "YQ\0=", "é", "data:x;base64,YQ==", "Y=Q="])
 def test_garbage_is_no_base64(written: str) -> None:
     with pytest.raises(ValueError, match=r"[a-z]"):
         mailproxy.decode_base64(written)
@@ -2405,9 +2322,7 @@ def test_a_payload_is_json_without_the_fields_that_are_null() -> None:
     )
 
 
-def stored_and_read_back(
-    fields: dict[str, Any],
-) -> tuple[mailproxy.Message, mailproxy.Message, dict[str, Any]]:
+def stored_and_read_back(fields: dict[str, Any]) -> tuple[mailproxy.Message, mailproxy.Message, dict[str, Any]]:
     message = mailproxy.parse_message(fields, now=NOON)
     payload, contents = mailproxy.stored_form(fields, message)
     kept = json.loads(json.dumps(payload))
@@ -2422,7 +2337,7 @@ def test_a_payload_is_kept_without_contents_and_read_back_as_the_same_message() 
             {"filename": "b", "url": "http://x.org/"},
             {"filename": "c", "storage_path": "base64:Yw=="},
             {"filename": "d", "storage_path": "base64:="},
-        ],
+        ]
     )
 
     message, again, restored = stored_and_read_back(fields)
@@ -2430,11 +2345,7 @@ def test_a_payload_is_kept_without_contents_and_read_back_as_the_same_message() 
     assert again == message
     assert mailproxy.parse_message(restored, now=NOON).attachments == message.attachments
     assert restored["attachments"][0] == fields["attachments"][0]
-    assert restored["attachments"][2] == {
-        "filename": "c",
-        "storage_path": "base64:Yw==",
-        "fetch_mode": "base64",
-    }
+    assert restored["attachments"][2] == {"filename": "c", "storage_path": "base64:Yw==", "fetch_mode": "base64"}
     assert "YQ==" not in json.dumps(mailproxy.stored_form(fields, message)[0])
 
 
@@ -2606,12 +2517,7 @@ def test_the_configuration_serves_where_an_account_is_silent() -> None:
 
 
 def test_no_secret_leaves_with_an_account_unless_it_is_asked_for() -> None:
-    oauth2 = {
-        "token_url": "https://x.org",
-        "client_id": "c",
-        "client_secret": "env:S1",
-        "refresh_token": "S2",
-    }
+    oauth2 = {"token_url": "https://x.org", "client_id": "c", "client_secret": "env:S1", "refresh_token": "S2"}
     guarded = parsed_account(password="S3", oauth2=oauth2)
 
     shown = json.dumps(mailproxy.account_fields(guarded, secrets=False)) + repr(guarded)
@@ -2812,11 +2718,7 @@ def test_a_kept_connection_that_turns_out_dead_counts_no_attempt(lost: Any) -> N
 def test_a_kept_connection_lost_after_the_dot_is_in_doubt_all_the_same() -> None:
     disposition = settled({"a": LOST_AFTER_THE_DOT}, reused=True)
 
-    assert (disposition.status, disposition.counted, disposition.reason) == (
-        STATUS.DEFERRED,
-        True,
-        "in_doubt",
-    )
+    assert (disposition.status, disposition.counted, disposition.reason) == (STATUS.DEFERRED, True, "in_doubt")
 
 
 @pytest.mark.parametrize("reply", [LOST_AFTER_THE_DOT, SILENT_AFTER_THE_DOT])
@@ -2831,9 +2733,7 @@ def test_what_is_in_doubt_is_an_error_when_the_account_says_so(reply: Any) -> No
     ("attempts", "jitter", "pause_s"),
     [(0, 0, 60), (1, 0, 300), (2, 0, 300), (99, 0, 300), (0, 1, 72), (0, -1, 48), (1, 0.5, 330)],
 )
-def test_the_pauses_follow_the_schedule_with_a_fifth_of_jitter(
-    attempts: int, jitter: float, pause_s: float
-) -> None:
+def test_the_pauses_follow_the_schedule_with_a_fifth_of_jitter(attempts: int, jitter: float, pause_s: float) -> None:
     disposition = settled({"a": GREYLISTED}, claimed(attempts), jitter=jitter)
 
     assert disposition.deferred_ts == SETTLED_AT + pause_s
@@ -2877,9 +2777,7 @@ def test_giving_up_is_sent_when_a_server_has_it_for_somebody() -> None:
     assert somebody.recipients["b"].status is STATUS.ERROR
 
 
-_LAST_WORDS = st.sampled_from(
-    [TAKEN, GREYLISTED, NO_SUCH_USER, TOO_MANY, CLOSING, TIMED_OUT, LOST, LOST_AFTER_THE_DOT]
-)
+_LAST_WORDS = st.sampled_from([TAKEN, GREYLISTED, NO_SUCH_USER, TOO_MANY, CLOSING, TIMED_OUT, LOST, LOST_AFTER_THE_DOT])
 
 
 @given(
@@ -2888,9 +2786,7 @@ _LAST_WORDS = st.sampled_from(
     reused=st.booleans(),
     untried=st.lists(st.just("z"), max_size=1),
 )
-def test_no_accepted_recipient_is_ever_forgotten(
-    replies: Any, before: Any, reused: bool, untried: list[str]
-) -> None:
+def test_no_accepted_recipient_is_ever_forgotten(replies: Any, before: Any, reused: bool, untried: list[str]) -> None:
     disposition = settled(replies, claimed(**before), reused=reused, untried=untried)
 
     accepted = {a for a, status in before.items() if status == "sent"}
@@ -3041,14 +2937,9 @@ def true_windows_hold(sent, limits):
 
 
 limits_of_all_kinds = st.builds(
-    mailproxy.Limits,
-    st.none() | st.integers(1, 4),
-    st.none() | st.integers(1, 9),
-    st.none() | st.integers(1, 15),
+    mailproxy.Limits, st.none() | st.integers(1, 4), st.none() | st.integers(1, 9), st.none() | st.integers(1, 15)
 )
-sending_pauses = st.sampled_from([0.0, 0.3, 1.0, 17.5, 60.0, 61.0, 700.0, 3_600.0, 30_000.0]) | st.floats(
-    0, 4_000
-)
+sending_pauses = st.sampled_from([0.0, 0.3, 1.0, 17.5, 60.0, 61.0, 700.0, 3_600.0, 30_000.0]) | st.floats(0, 4_000)
 sending_steps = st.tuples(
     sending_pauses, st.sampled_from(["begin", "begin", "sent", "failed", "restart"]), st.floats(0, 1)
 )
@@ -3097,16 +2988,12 @@ def test_no_message_waits_more_than_a_grain_longer_than_it_must(limits, pauses_s
             windows.count(now)
             sent.append(now)
         if restarts:
-            windows = mailproxy.SendWindows(
-                limits, [(mailproxy.compacted(moment, now), 1) for moment in sent]
-            )
+            windows = mailproxy.SendWindows(limits, [(mailproxy.compacted(moment, now), 1) for moment in sent])
 
     opens_at = windows.opens_at(now)
     kinds = ((60, 1, limits.per_minute), (3_600, 60, limits.per_hour), (86_400, 900, limits.per_day))
     latest = [
-        sent[-limit] + length + grain
-        for length, grain, limit in kinds
-        if limit is not None and len(sent) >= limit
+        sent[-limit] + length + grain for length, grain, limit in kinds if limit is not None and len(sent) >= limit
     ]
     assert windows.room(opens_at) > 0
     assert now <= opens_at <= max([now, *latest])
@@ -3129,13 +3016,7 @@ SENT_AT = 1_700_000_000.0
 
 def composed_submission(*, content_types: tuple[str, ...] = (), **fields: Any) -> bytes:
     """The bytes of a submission with these fields, its attachments as if they had been fetched."""
-    whole = {
-        "id": "m-1",
-        "from": "a@example.com",
-        "to": ["b@example.org"],
-        "subject": "Hello",
-        "body": "Hi\n",
-    }
+    whole = {"id": "m-1", "from": "a@example.com", "to": ["b@example.org"], "subject": "Hello", "body": "Hi\n"}
     given_fields = {name: value for name, value in {**whole, **fields}.items() if value is not None}
     message = mailproxy.parse_message(given_fields, now=None, new_id=lambda: "new")
     parts = [
@@ -3340,9 +3221,7 @@ def test_every_subject_arrives_as_it_was_written(subject: str) -> None:
 
 
 def test_header_lines_are_short_even_when_they_are_encoded() -> None:
-    octets = composed_submission(
-        subject="Grüße " * 30, to=[f"Jürgen {i} <j{i}@example.org>" for i in range(40)]
-    )
+    octets = composed_submission(subject="Grüße " * 30, to=[f"Jürgen {i} <j{i}@example.org>" for i in range(40)])
 
     assert max(map(len, octets.partition(b"\r\n\r\n")[0].split(b"\r\n"))) <= 76
 
@@ -3351,9 +3230,7 @@ def test_extra_headers_replace_what_would_be_generated() -> None:
     date = "Fri, 21 Nov 1997 09:55:06 -0600"
 
     message = read_by_a_client(
-        composed_submission(
-            headers={"Date": date, "Message-ID": "<x@y>", "reply-to": "c@d.org", "subject": "S"}
-        )
+        composed_submission(headers={"Date": date, "Message-ID": "<x@y>", "reply-to": "c@d.org", "subject": "S"})
     )
 
     assert message.get_all("Date") == [date]
@@ -3443,9 +3320,7 @@ def test_html_with_its_pictures_beside_the_text_and_before_the_attachments() -> 
         html='<img src="cid:logo">',
         attachments=[
             attachment_fields(b"pdf", filename="a.pdf", content_type="application/pdf"),
-            attachment_fields(
-                b"png", filename="logo.png", content_type="image/png", content_id="logo", inline=True
-            ),
+            attachment_fields(b"png", filename="logo.png", content_type="image/png", content_id="logo", inline=True),
         ],
     )
 
@@ -3481,9 +3356,7 @@ def test_file_names_arrive_as_they_are_but_for_path_separators(name: str, arrive
     assert [part.get_filename() for part in message.iter_attachments()] == [arrives_as]
 
 
-@pytest.mark.parametrize(
-    "content_type", ["text/x\r\nX-Evil: y", "nonsense", "", "multipart/mixed", "a/" + "b" * 999]
-)
+@pytest.mark.parametrize("content_type", ["text/x\r\nX-Evil: y", "nonsense", "", "multipart/mixed", "a/" + "b" * 999])
 def test_what_a_server_calls_an_attachment_cannot_harm_the_header(content_type: str) -> None:
     message = mailproxy.parse_message(
         {
@@ -3508,9 +3381,7 @@ def test_an_attached_message_stays_a_message() -> None:
     inner = b"From: x@y.org\nSubject: inner\n\nbody\n"
 
     message = read_by_a_client(
-        composed_submission(
-            attachments=[attachment_fields(inner, filename="m.eml", content_type="message/rfc822")]
-        )
+        composed_submission(attachments=[attachment_fields(inner, filename="m.eml", content_type="message/rfc822")])
     )
 
     (attached,) = message.iter_attachments()
@@ -3519,14 +3390,11 @@ def test_an_attached_message_stays_a_message() -> None:
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"", b"\0", b"no header", b"Subject: \xff\r\n\r\n", b"A: b\r\n\r\n" + b"x" * 2000, b"A: b\r\n\r\n\xc3"],
+    "content", [b"", b"\0", b"no header", b"Subject: \xff\r\n\r\n", b"A: b\r\n\r\n" + b"x" * 2000, b"A: b\r\n\r\n\xc3"]
 )
 def test_an_attached_message_that_would_not_travel_unencoded_becomes_a_file(content: bytes) -> None:
     message = read_by_a_client(
-        composed_submission(
-            attachments=[attachment_fields(content, filename="m.eml", content_type="message/rfc822")]
-        )
+        composed_submission(attachments=[attachment_fields(content, filename="m.eml", content_type="message/rfc822")])
     )
 
     (attached,) = message.iter_attachments()
@@ -3562,8 +3430,7 @@ def composed_raw(octets: bytes, **fields: Any) -> bytes:
 
 def test_a_complete_message_goes_out_byte_for_byte() -> None:
     octets = (
-        b"Return-Path: <x@y>\r\nDATE : x\r\nMessage-Id: <a@b>\r\nX-Odd:   \xff \r\n\tfold\r\n"
-        b"\r\n.\r\n\xe9  \r\n\r\nend"
+        b"Return-Path: <x@y>\r\nDATE : x\r\nMessage-Id: <a@b>\r\nX-Odd:   \xff \r\n\tfold\r\n\r\n.\r\n\xe9  \r\n\r\nend"
     )
 
     assert composed_raw(octets) == octets
@@ -3571,8 +3438,7 @@ def test_a_complete_message_goes_out_byte_for_byte() -> None:
 
 def test_a_complete_message_loses_every_bcc_and_gains_date_and_message_id() -> None:
     octets = composed_raw(
-        b"bcc: x@y.org,\n z@y.org\nSubject: x\nBCC : a@b.org\nTo: c@d.org\r\r\n"
-        b"body\rmore\nBcc: kept in the body\n"
+        b"bcc: x@y.org,\n z@y.org\nSubject: x\nBCC : a@b.org\nTo: c@d.org\r\r\nbody\rmore\nBcc: kept in the body\n"
     )
 
     assert octets == (
@@ -3600,14 +3466,7 @@ def test_no_complete_message_that_is_accepted_hides_a_bcc_from_us(pieces: list[b
 
 @pytest.mark.parametrize("given_raw", [None, base64.b64encode(b"To: real@example.org\r\n\r\nx").decode()])
 def test_staging_sends_everything_to_one_address_and_tells_the_real_ones(given_raw: str | None) -> None:
-    fields = {
-        "id": "1",
-        "from": "a@b.org",
-        "to": "real@x.org",
-        "cc": "c@x.org",
-        "bcc": "d@x.org",
-        "subject": "s",
-    }
+    fields = {"id": "1", "from": "a@b.org", "to": "real@x.org", "cc": "c@x.org", "bcc": "d@x.org", "subject": "s"}
     message = mailproxy.parse_message({**fields, "body": "x", "raw": given_raw}, now=None)
 
     redirected = mailproxy.redirect(message, "test@staging.org")
@@ -3661,9 +3520,7 @@ LOG = logging.getLogger("mailproxy")
 def test_a_line_is_time_level_sentence_and_fields(lines):
     mailproxy.configure_logging("info", "text", descriptor=lines.descriptor)
 
-    mailproxy.event(
-        LOG, logging.INFO, "message sent", message="m1", account=None, seconds=0.12345, to=["a", "b"]
-    )
+    mailproxy.event(LOG, logging.INFO, "message sent", message="m1", account=None, seconds=0.12345, to=["a", "b"])
 
     line = lines.read()
     assert datetime.datetime.fromisoformat(line[:20]).tzinfo is datetime.UTC
@@ -3708,9 +3565,7 @@ def test_a_sentence_cannot_forge_a_line_and_takes_no_percent_for_a_placeholder(l
 def test_a_traceback_follows_indented_so_that_it_forges_nothing(lines):
     mailproxy.configure_logging("info", "text", descriptor=lines.descriptor)
 
-    mailproxy.event(
-        LOG, logging.ERROR, "it failed", exc_info=ValueError("a\n2026 INFO forged\x1b"), message="m1"
-    )
+    mailproxy.event(LOG, logging.ERROR, "it failed", exc_info=ValueError("a\n2026 INFO forged\x1b"), message="m1")
 
     first, *rest = lines.read().splitlines()
     assert first.endswith(" ERROR it failed message=m1")
@@ -3847,12 +3702,7 @@ def test_every_line_is_json_whoever_speaks():
     folder = Path(mailproxy.__file__).parent
 
     ended = subprocess.run(
-        [sys.executable, "-c", NOBODY_CATCHES],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        timeout=30,
-        check=False,
+        [sys.executable, "-c", NOBODY_CATCHES], capture_output=True, text=True, cwd=folder, timeout=30, check=False
     )
 
     found = [json.loads(line) for line in ended.stderr.splitlines()]
@@ -3903,9 +3753,7 @@ SNAPSHOT = mailproxy.Snapshot(
 def samples(metrics: mailproxy.Metrics, snapshot: mailproxy.Snapshot = SNAPSHOT) -> dict[str, float]:
     """The exposition as {name{label="value"}: number}, labels in alphabetical order."""
     found = {}
-    for family in prometheus_client.parser.text_string_to_metric_families(
-        metrics.exposition(snapshot).decode()
-    ):
+    for family in prometheus_client.parser.text_string_to_metric_families(metrics.exposition(snapshot).decode()):
         for sample in family.samples:
             labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
             found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
@@ -4031,9 +3879,7 @@ def test_two_daemons_in_one_process_count_apart():
 
 
 def test_names_and_help_follow_the_conventions_of_prometheus():
-    for family in prometheus_client.parser.text_string_to_metric_families(
-        busy_metrics().exposition(SNAPSHOT).decode()
-    ):
+    for family in prometheus_client.parser.text_string_to_metric_families(busy_metrics().exposition(SNAPSHOT).decode()):
         assert family.documentation.endswith(".")
         assert family.name.startswith(("mailproxy_", "process_"))
         names = {sample.name for sample in family.samples}
@@ -4049,9 +3895,7 @@ def test_names_and_help_follow_the_conventions_of_prometheus():
 
 
 @contextlib.contextmanager
-def queue_file(
-    folder: Path, migrations: Sequence[str] = ("CREATE TABLE t (x INTEGER PRIMARY KEY)",)
-) -> Iterator[Any]:
+def queue_file(folder: Path, migrations: Sequence[str] = ("CREATE TABLE t (x INTEGER PRIMARY KEY)",)) -> Iterator[Any]:
     """An open queue file and a runner for coroutines on one loop."""
     file = mailproxy.QueueFile(str(folder / "queue.db"), migrations, observe_commit=lambda seconds: None)
     with asyncio.Runner() as runner:
@@ -4081,9 +3925,7 @@ def test_a_write_is_in_the_file_when_it_is_answered(tmp_path: Path) -> None:
 
 def test_writes_that_wait_together_share_a_commit(tmp_path: Path) -> None:
     commits: list[float] = []
-    file = mailproxy.QueueFile(
-        str(tmp_path / "queue.db"), ("CREATE TABLE t (x)",), observe_commit=commits.append
-    )
+    file = mailproxy.QueueFile(str(tmp_path / "queue.db"), ("CREATE TABLE t (x)",), observe_commit=commits.append)
     file.open()
 
     async def burst() -> None:
@@ -4148,12 +3990,7 @@ def test_shared_work_that_raises_is_tried_for_each_caller_alone(tmp_path: Path) 
     with queue_file(tmp_path) as (file, run):
         _, *results = run(together(file, [1, 2, 1, 3]))
 
-        assert [isinstance(result, sqlite3.IntegrityError) for result in results] == [
-            False,
-            False,
-            True,
-            False,
-        ]
+        assert [isinstance(result, sqlite3.IntegrityError) for result in results] == [False, False, True, False]
         assert rows_of(tmp_path) == [1, 2, 3, 1000]
 
 
@@ -4183,18 +4020,14 @@ def test_what_was_asked_before_the_end_is_written(tmp_path: Path) -> None:
         await file.close()
         return await asyncio.gather(*writes)
 
-    file = mailproxy.QueueFile(
-        str(tmp_path / "queue.db"), ("CREATE TABLE t (x)",), observe_commit=lambda s: None
-    )
+    file = mailproxy.QueueFile(str(tmp_path / "queue.db"), ("CREATE TABLE t (x)",), observe_commit=lambda s: None)
     file.open()
     asyncio.run(ask_and_close(file))
 
     assert rows_of(tmp_path) == list(range(20))
 
 
-def test_a_locked_file_refuses_and_comes_back_by_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_locked_file_refuses_and_comes_back_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mailproxy, "BUSY_TIMEOUT_MS", 50)
     with queue_file(tmp_path) as (file, run):
         with contextlib.closing(sqlite3.connect(tmp_path / "queue.db", isolation_level=None)) as other:
@@ -4225,9 +4058,7 @@ def test_a_file_that_refused_is_trusted_again_only_after_something_was_written(t
         assert not file.refuses
 
 
-def test_the_wal_stays_small_in_a_burst_while_somebody_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_wal_stays_small_in_a_burst_while_somebody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mailproxy, "CHECKPOINT_PAGES", 250)  # 1 MB
     wal = tmp_path / "queue.db-wal"
 
@@ -4335,9 +4166,7 @@ def test_a_migration_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> Non
 
 def test_a_migration_that_is_killed_is_undone_and_repeated(tmp_path: Path) -> None:
     path, wal = tmp_path / "queue.db", tmp_path / "queue.db-wal"
-    step = (
-        "ALTER TABLE messages ADD COLUMN tenant; UPDATE messages SET tenant = 'all', payload = payload || ' '"
-    )
+    step = "ALTER TABLE messages ADD COLUMN tenant; UPDATE messages SET tenant = 'all', payload = payload || ' '"
     with queue_file(tmp_path, mailproxy.MIGRATIONS) as (file, run):
         run(file.write(backlog(scheduled=9_998, sent=1, ready_of_another=1)))
         run(file.write(lambda db: db.execute("UPDATE messages SET payload = printf('%2000s', '{}')")))
@@ -4355,9 +4184,7 @@ def test_a_migration_that_is_killed_is_undone_and_repeated(tmp_path: Path) -> No
     assert (untouched, rows_of(tmp_path, "PRAGMA user_version")) == ([10_000], [len(mailproxy.MIGRATIONS)])
 
     with queue_file(tmp_path, (*mailproxy.MIGRATIONS, step)):
-        moved = rows_of(
-            tmp_path, "SELECT count(*) FROM messages WHERE length(payload) = 2001 AND tenant = 'all'"
-        )
+        moved = rows_of(tmp_path, "SELECT count(*) FROM messages WHERE length(payload) = 2001 AND tenant = 'all'")
         assert (moved, rows_of(tmp_path, "PRAGMA integrity_check")) == ([10_000], ["ok"])
         assert rows_of(tmp_path, "PRAGMA user_version") == [len(mailproxy.MIGRATIONS) + 1]
 
@@ -4370,10 +4197,7 @@ def test_an_sqlite_that_is_too_old_is_said(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with (
-        pytest.raises(mailproxy.ConfigurationError, match="does not exist"),
-        queue_file(tmp_path / "nowhere"),
-    ):
+    with pytest.raises(mailproxy.ConfigurationError, match="does not exist"), queue_file(tmp_path / "nowhere"):
         pass
 
 
@@ -4525,9 +4349,7 @@ def test_submissions_that_wait_together_are_stored_in_one_go_and_each_judged_alo
     batches = [["new", "sent"], ["waits", "on the wire"], [], ["new", "newer"]]
 
     async def all_at_once() -> list[Any]:
-        return await asyncio.gather(
-            *(rig.queue.accept([submission(id_) for id_ in batch]) for batch in batches)
-        )
+        return await asyncio.gather(*(rig.queue.accept([submission(id_) for id_ in batch]) for batch in batches))
 
     verdicts = rig.run(all_at_once())
 
@@ -4617,11 +4439,7 @@ def test_states_are_reported_in_the_order_they_came_about_and_each_once(rig: Que
 
     states = rig.unreported(10)
 
-    assert [(s.entry["id"], s.entry["status"]) for s in states] == [
-        ("c", "sent"),
-        ("a", "error"),
-        ("b", "deferred"),
-    ]
+    assert [(s.entry["id"], s.entry["status"]) for s in states] == [("c", "sent"), ("a", "error"), ("b", "deferred")]
     assert rig.acknowledge(states) == 3
     assert rig.unreported(10) == []
 
@@ -4764,12 +4582,7 @@ def test_failed_messages_get_a_new_life(rig: QueueRig) -> None:
     assert rig.retry(["failed", "sent", "unknown"], lambda account: NOW + 77) == (1, ["unknown"], ["sent"])
 
     fields = rig.look_up("failed")[0].fields
-    assert (fields["status"], fields["attempts"], fields["error"], fields["error_ts"]) == (
-        "queued",
-        0,
-        None,
-        None,
-    )
+    assert (fields["status"], fields["attempts"], fields["error"], fields["error_ts"]) == ("queued", 0, None, None)
     assert ids(rig.claimed()) == ["failed"]
 
 
@@ -4797,9 +4610,7 @@ def test_a_message_deferred_just_before_its_account_is_deleted_fails_with_the_ot
     outcome = mailproxy.Outcome(claim, mailproxy.Attempt(NOW, NOW, {}), deferred, sent=False, held=False)
 
     async def both() -> Any:
-        return await asyncio.gather(
-            rig.queue.record(outcome), rig.queue.fail_orphans("main", 0, "account deleted")
-        )
+        return await asyncio.gather(rig.queue.record(outcome), rig.queue.fail_orphans("main", 0, "account deleted"))
 
     assert rig.run(both())[1] == (1, None)
     assert rig.look_up("a")[0].fields["error"] == "account deleted"
@@ -4920,11 +4731,7 @@ def test_no_hot_statement_scans_or_sorts_the_table(rig: QueueRig) -> None:
     assert not [entry for entry in details if "TEMP B-TREE" in entry[1] or _scans_without_an_end(*entry)]
 
 
-SHORT_SCANS = (
-    "SCAN CONSTANT ROW",
-    "SCAN json_each",
-    "SCAN holds",
-)  # one row, what was handed in, the accounts
+SHORT_SCANS = ("SCAN CONSTANT ROW", "SCAN json_each", "SCAN holds")  # one row, what was handed in, the accounts
 
 
 def _scans_without_an_end(statement: str, step: str) -> bool:
@@ -5009,14 +4816,7 @@ def backlog(*, scheduled: int, sent: int, ready_of_another: int) -> Callable[[sq
                 "WITH RECURSIVE count(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM count WHERE n < :n) "
                 "SELECT :kind || n, :account, 2, :now, :now, :deferred, :final, :final, :now, 3 * :now, '', 0, 2, '{}' "
                 "FROM count",
-                {
-                    "kind": kind,
-                    "n": n,
-                    "account": account_id,
-                    "now": NOW,
-                    "deferred": deferred_ts,
-                    "final": final_ts,
-                },
+                {"kind": kind, "n": n, "account": account_id, "now": NOW, "deferred": deferred_ts, "final": final_ts},
             )
 
     return work
@@ -5039,9 +4839,7 @@ class Scripted:
         self.connections = 0
         self._script = script
         self._context = context
-        self._listener = socket.create_server(
-            (host, 0), family=family, dualstack_ipv6=family == socket.AF_INET6
-        )
+        self._listener = socket.create_server((host, 0), family=family, dualstack_ipv6=family == socket.AF_INET6)
         self._stop_reading, self._stop = os.pipe()
         self.stopping = threading.Event()
         self.port = self._listener.getsockname()[1]
@@ -5257,9 +5055,7 @@ def test_the_deadline_holds_for_a_tls_handshake_that_does_not_come():
 def test_the_deadline_holds_for_a_name_look_up_that_does_not_end():
     ended = threading.Event()
 
-    failure = http_failure_of(
-        "http://slow.example/", timeout_s=0.3, resolve=lambda host, port: ended.wait(10) and []
-    )
+    failure = http_failure_of("http://slow.example/", timeout_s=0.3, resolve=lambda host, port: ended.wait(10) and [])
     ended.set()
 
     assert failure.transient
@@ -5360,8 +5156,7 @@ def test_a_decompression_bomb_costs_no_more_than_the_limit():
         (answered(b""), b""),
         (b"HTTP/1.0 200 OK\r\n\r\nuntil close", b"until close"),
         (
-            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nT: v\r\n"
-            b"\r\n",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nT: v\r\n\r\n",
             b"abcde",
         ),
         (answered(gzip.compress(b"a" * 1000, mtime=0), ["Content-Encoding: GZIP"]), b"a" * 1000),
@@ -5537,13 +5332,8 @@ def test_no_spelling_of_a_forbidden_address_gets_a_packet_to_it(place):
 
 def test_of_several_addresses_only_the_permitted_ones_are_connected_to():
     with scripted(answered()) as server:
-        addresses = [
-            (socket.AF_INET, ("127.0.0.2", server.port)),
-            (socket.AF_INET, ("127.0.0.1", server.port)),
-        ]
-        answer = http_get(
-            "http://two.example/", policy=LOOPBACK_ALLOWED, resolve=lambda host, port: addresses
-        )
+        addresses = [(socket.AF_INET, ("127.0.0.2", server.port)), (socket.AF_INET, ("127.0.0.1", server.port))]
+        answer = http_get("http://two.example/", policy=LOOPBACK_ALLOWED, resolve=lambda host, port: addresses)
 
     assert answer.status == 200
     assert server.connections == 1
@@ -5637,9 +5427,7 @@ def redirecting(hops, final=b"here"):
     def script(server, connection):
         path = server.requests[-1][0].split()[1]
         left = int(path.strip("/"))
-        connection.sendall(
-            answered(final) if left == 0 else answered(b"", [f"Location: {hops(left)}"], "302 Found")
-        )
+        connection.sendall(answered(final) if left == 0 else answered(b"", [f"Location: {hops(left)}"], "302 Found"))
 
     return scripted(script)
 
@@ -5662,9 +5450,7 @@ def test_every_redirect_is_judged_anew():
     assert forbidden.connections == 0
 
 
-@pytest.mark.parametrize(
-    "location", ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://h:0/", "data:,x", "http://[x"]
-)
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://h:0/", "data:,x", "http://[x"])
 def test_a_redirect_to_anything_but_http_ends_it_for_good(location):
     refused = pytest.raises(mailproxy.HttpFailure, match="redirects to what is not")
     with scripted(answered(b"", [f"Location: {location}"], "301 Moved")) as server, refused as caught:
@@ -5774,31 +5560,15 @@ def test_a_url_becomes_a_part_named_and_typed_by_its_answer():
     [
         ("/a/b%20%C3%A8.txt?x=/y.pdf", [], "", None, "b è.txt", "text/plain"),
         ("/a.txt", ["Content-Type: image/png"], "mine.pdf", None, "mine.pdf", "image/png"),
-        (
-            "/a.txt",
-            ["Content-Type: application/octet-stream"],
-            "mine.pdf",
-            None,
-            "mine.pdf",
-            "application/pdf",
-        ),
-        (
-            "/a.txt",
-            ["Content-Type: application/octet-stream"],
-            "mine",
-            None,
-            "mine",
-            "application/octet-stream",
-        ),
+        ("/a.txt", ["Content-Type: application/octet-stream"], "mine.pdf", None, "mine.pdf", "application/pdf"),
+        ("/a.txt", ["Content-Type: application/octet-stream"], "mine", None, "mine", "application/octet-stream"),
         ("/a.txt", ["Content-Type: nonsense"], "mine.tar.gz", None, "mine.tar.gz", "application/gzip"),
         ("/a.txt", ["Content-Type: image/png"], "mine.pdf", "Text/CSV; charset=x", "mine.pdf", "text/csv"),
         ("/", [], "", None, "attachment", "application/octet-stream"),
         ("/..%2f..%2fetc%2Fpasswd", [], "", None, ".._.._etc_passwd", "application/octet-stream"),
     ],
 )
-def test_the_message_names_first_then_the_answer_then_the_url(
-    path, headers, given, given_type, filename, content_type
-):
+def test_the_message_names_first_then_the_answer_then_the_url(path, headers, given, given_type, filename, content_type):
     with scripted(answered(b"x", headers)) as server:
         part = fetched(from_url(server.url(path), given, content_type=given_type))
 
@@ -5918,15 +5688,9 @@ def test_md5_is_verified():
 def test_content_that_came_with_the_message_is_judged_too():
     attachment = Attachment("a/b.txt", Source.CONTENT, content=b"hello", content_md5="0" * 32)
 
-    assert fetched(Attachment("a/b.txt", Source.CONTENT, content=b"hello"))[1:] == (
-        "a_b.txt",
-        "text/plain",
-        b"hello",
-    )
+    assert fetched(Attachment("a/b.txt", Source.CONTENT, content=b"hello"))[1:] == ("a_b.txt", "text/plain", b"hello")
     assert_failed(fetched(attachment), transient=False, saying="MD5")
-    assert_failed(
-        fetched(attachment, max_attachment_bytes=4), transient=False, saying="larger than the 4 bytes"
-    )
+    assert_failed(fetched(attachment, max_attachment_bytes=4), transient=False, saying="larger than the 4 bytes")
 
 
 # --- once in a burst
@@ -5980,9 +5744,7 @@ def test_what_was_fetched_is_forgotten_by_age_by_size_and_when_the_md5_says_so()
                 ("/a", None),
                 ("/b", None),
             ]:
-                content.append(
-                    (await part_of(fetcher, from_url(server.url(path), content_md5=md5))).content[0]
-                )
+                content.append((await part_of(fetcher, from_url(server.url(path), content_md5=md5))).content[0])
             clock.now += mailproxy.CACHE_AGE_S + 1
             content.append((await part_of(fetcher, from_url(server.url("/b")))).content[0])
             newer = from_url(server.url("/b"), content_md5=hashlib.md5(contents[5]).hexdigest())
@@ -6026,10 +5788,7 @@ def test_those_who_joined_a_fetch_go_on_when_the_first_is_cancelled():
 
 
 def test_a_slow_server_leaves_threads_to_the_others():
-    with (
-        scripted(lambda server, connection: server.stopping.wait(10)) as slow,
-        scripted(answered(b"fast")) as fast,
-    ):
+    with scripted(lambda server, connection: server.stopping.wait(10)) as slow, scripted(answered(b"fast")) as fast:
         fetcher = a_fetcher(timeout_s=0.8)
 
         async def race():
@@ -6162,9 +5921,7 @@ def test_servers_that_stall_in_the_midst_of_large_attachments_keep_no_memory_fro
         scripted(answered(bytes(9_000_000))) as fast,
         SleepyDaemon(tmp_path, config, smtp=smtp) as daemon,
     ):
-        daemon.submit(
-            *(letter(f"s-{n}", attachments=[{"filename": "x", "url": slow.url(f"/{n}")}]) for n in range(40))
-        )
+        daemon.submit(*(letter(f"s-{n}", attachments=[{"filename": "x", "url": slow.url(f"/{n}")}]) for n in range(40)))
         wait_until(lambda: slow.connections == 4, "the slow fetches")
 
         daemon.submit(letter("own", attachments=[{"filename": "x", "content": content}]))
@@ -6191,15 +5948,11 @@ def test_an_account_whose_server_is_slow_keeps_no_more_memory_than_its_connectio
         ask(daemon, "/account", account_at("slow", moody, max_connections=1))
         daemon.submit(
             *(
-                letter(
-                    f"s-{n}", account_id="slow", attachments=[{"filename": "x", "url": files.url(f"/{n}")}]
-                )
+                letter(f"s-{n}", account_id="slow", attachments=[{"filename": "x", "url": files.url(f"/{n}")}])
                 for n in range(20)
             )
         )
-        wait_until(
-            lambda: moody.heard["."] and len(files.requests) == 20, "all files, and a slow transaction"
-        )
+        wait_until(lambda: moody.heard["."] and len(files.requests) == 20, "all files, and a slow transaction")
 
         content = base64.b64encode(bytes(900_000)).decode()
         daemon.submit(letter("m", attachments=[{"filename": "x", "content": content}]))
@@ -6285,9 +6038,7 @@ def stored_files(tmp_path):
 
 def from_file(stored_files, path, **changes):
     return fetched(
-        Attachment("", Source.FILESYSTEM, path),
-        base_dir=str(stored_files) if stored_files else None,
-        **changes,
+        Attachment("", Source.FILESYSTEM, path), base_dir=str(stored_files) if stored_files else None, **changes
     )
 
 
@@ -6353,9 +6104,7 @@ def test_a_link_that_appears_after_the_path_was_judged_is_not_followed(stored_fi
 
 def test_a_file_too_large_fails_a_missing_base_dir_defers_and_none_refuses(stored_files):
     assert_failed(
-        from_file(stored_files, "sub/a.txt", max_attachment_bytes=5),
-        transient=False,
-        saying="larger than the 5 bytes",
+        from_file(stored_files, "sub/a.txt", max_attachment_bytes=5), transient=False, saying="larger than the 5 bytes"
     )
     assert_failed(from_file(stored_files / "unmounted", "a.txt"), transient=True, saying="No such file")
     assert_failed(from_file(None, "a.txt"), transient=False, saying="base_dir is not configured")
@@ -6385,26 +6134,14 @@ MAY_24_2013 = 1_369_353_600
             "98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd",
         ),
         ("GET", "/?lifecycle", {}, b"", "fea454ca298b7da1c68078a5d1bdbfbbe0d65c699e0f91ac7a200a0136783543"),
-        (
-            "GET",
-            "/?prefix=J&max-keys=2",
-            {},
-            b"",
-            "34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7",
-        ),
+        ("GET", "/?prefix=J&max-keys=2", {}, b"", "34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7"),
     ],
 )
 def test_signatures_are_those_amazon_published(method, path, headers, payload, signature):
     target = mailproxy.http_target(f"https://examplebucket.s3.amazonaws.com{path}")
 
     signed = mailproxy.sign_s3(
-        method,
-        target,
-        headers,
-        hashlib.sha256(payload).hexdigest(),
-        AMAZONS_EXAMPLE,
-        "us-east-1",
-        MAY_24_2013,
+        method, target, headers, hashlib.sha256(payload).hexdigest(), AMAZONS_EXAMPLE, "us-east-1", MAY_24_2013
     )
 
     assert signed["authorization"].endswith(f"Signature={signature}")
@@ -6414,9 +6151,7 @@ KEYS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00
 
 
 @hypothesis.given(
-    key=KEYS,
-    version=st.text("aB0 +/=&%~", max_size=5),
-    token=st.none() | st.text("ab/+=", min_size=1, max_size=9),
+    key=KEYS, version=st.text("aB0 +/=&%~", max_size=5), token=st.none() | st.text("ab/+=", min_size=1, max_size=9)
 )
 @hypothesis.settings(max_examples=100, deadline=None)
 def test_signatures_of_any_key_are_those_botocore_makes(key, version, token):
@@ -6499,9 +6234,7 @@ def from_s3(key="a.txt", bucket="papers", **fields):
 
 
 def s3_defaults(**changes):
-    return lambda: mailproxy.S3Defaults(
-        **({"access_key_id": "AKID", "secret_access_key": "geheim"} | changes)
-    )
+    return lambda: mailproxy.S3Defaults(**({"access_key_id": "AKID", "secret_access_key": "geheim"} | changes))
 
 
 def test_secrets_of_s3_are_not_printed():
@@ -6534,9 +6267,7 @@ def test_a_bucket_in_the_host_name_is_asked_for_under_that_name():
             asked.append(host)
             return [(socket.AF_INET, ("127.0.0.1", server.port))]
 
-        part = fetched(
-            from_s3(), s3=s3_defaults(endpoint="http://s3.example", addressing="virtual"), resolve=resolve
-        )
+        part = fetched(from_s3(), s3=s3_defaults(endpoint="http://s3.example", addressing="virtual"), resolve=resolve)
 
     assert part.content == b"hello"
     assert asked == ["papers.s3.example"]
@@ -6558,40 +6289,28 @@ def s3_says(status, code, message="Because.", headers=(), extra=""):
 )
 def test_a_bucket_in_another_region_is_asked_for_there_once(wrong_region):
     with scripted(
-        lambda server, connection: connection.sendall(
-            [wrong_region, answered(b"hello")][len(server.requests) - 1]
-        )
+        lambda server, connection: connection.sendall([wrong_region, answered(b"hello")][len(server.requests) - 1])
     ) as server:
         part = fetched(from_s3(), s3=s3_defaults(endpoint=server.url("")))
     with scripted(wrong_region) as stubborn:
         outcome = fetched(from_s3(), s3=s3_defaults(endpoint=stubborn.url("")))
 
     assert part.content == b"hello"
-    assert ["/us-east-1/s3/" in server.requests[0][0], "/eu-west-3/s3/" in server.requests[1][0]] == [
-        True,
-        True,
-    ]
+    assert ["/us-east-1/s3/" in server.requests[0][0], "/eu-west-3/s3/" in server.requests[1][0]] == [True, True]
     assert_failed(outcome, transient=False, saying="answered")
     assert len(stubborn.requests) == 2
 
 
 @pytest.mark.parametrize(
     ("status", "code", "transient"),
-    [
-        (503, "SlowDown", True),
-        (500, "InternalError", True),
-        (404, "NoSuchKey", False),
-        (403, "AccessDenied", False),
-    ],
+    [(503, "SlowDown", True), (500, "InternalError", True), (404, "NoSuchKey", False), (403, "AccessDenied", False)],
 )
 def test_an_error_is_told_in_the_words_of_s3_without_credentials(status, code, transient):
     with scripted(s3_says(status, code, "Not for AKID &amp; geheim-token, no.")) as server:
         outcome = fetched(from_s3(), s3=s3_defaults(endpoint=server.url(""), session_token="geheim-token"))
 
     assert_failed(
-        outcome,
-        transient=transient,
-        saying=f"s3://papers/a.txt answered {status} {code}: Not for ... & ..., no.",
+        outcome, transient=transient, saying=f"s3://papers/a.txt answered {status} {code}: Not for ... & ..., no."
     )
 
 
@@ -6655,17 +6374,11 @@ def wait_for_server(server, url):
 def furnished(boto3, url):
     def client(service, key_id, secret):
         return boto3.client(
-            service,
-            endpoint_url=url,
-            region_name="us-east-1",
-            aws_access_key_id=key_id,
-            aws_secret_access_key=secret,
+            service, endpoint_url=url, region_name="us-east-1", aws_access_key_id=key_id, aws_secret_access_key=secret
         )
 
     iam = client("iam", "anyone", "anything")
-    allowed = json.dumps(
-        {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
-    )
+    allowed = json.dumps({"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]})
     iam.create_user(UserName="mailproxy")
     key = iam.create_access_key(UserName="mailproxy")["AccessKey"]
     iam.put_user_policy(UserName="mailproxy", PolicyName="all", PolicyDocument=allowed)
@@ -6678,9 +6391,7 @@ def furnished(boto3, url):
     s3.put_bucket_versioning(Bucket="papers", VersioningConfiguration={"Status": "Enabled"})
     for tricky in TRICKY_KEYS:
         s3.put_object(Bucket="papers", Key=tricky, Body=tricky.encode())
-    versions = [
-        s3.put_object(Bucket="papers", Key="v.txt", Body=body)["VersionId"] for body in (b"old", b"new")
-    ]
+    versions = [s3.put_object(Bucket="papers", Key="v.txt", Body=body)["VersionId"] for body in (b"old", b"new")]
     return {
         "defaults": {"endpoint": url, "access_key_id": user[0], "secret_access_key": user[1]},
         "session": {
@@ -6762,16 +6473,8 @@ class ScriptedServer:
     """
 
     def __init__(self, replies=None, offers="PIPELINING", tls=None, implicit_tls=None, deaf=False):
-        self.replies = {
-            "": "250 ok",
-            "EHLO": "250-test",
-            "DATA": "354 go",
-            "AUTH": "235 ok",
-            **(replies or {}),
-        }
-        self.replies = {
-            verb: list(said) if isinstance(said, list) else said for verb, said in self.replies.items()
-        }
+        self.replies = {"": "250 ok", "EHLO": "250-test", "DATA": "354 go", "AUTH": "235 ok", **(replies or {})}
+        self.replies = {verb: list(said) if isinstance(said, list) else said for verb, said in self.replies.items()}
         self.offers = offers.split(",") if offers else []
         self.tls, self.implicit_tls, self.deaf = tls, implicit_tls, deaf
         self.heard, self.packets, self.contents, self.sessions = [], [], [], 0
@@ -6804,9 +6507,7 @@ class ScriptedServer:
     async def obey(self, reader, writer, command):
         if command == "EHLO us" and "EHLO us" not in self.replies:
             lines = ["test", *self.offers]
-            writer.write(
-                "".join(f"250{'-' if line is not lines[-1] else ' '}{line}\r\n" for line in lines).encode()
-            )
+            writer.write("".join(f"250{'-' if line is not lines[-1] else ' '}{line}\r\n" for line in lines).encode())
             return
         if command == "STARTTLS" and command not in self.replies:
             writer.write(b"220 go\r\n")
@@ -6859,15 +6560,9 @@ def no_form(url, fields, timeout_s):
 
 
 def smtp_agent(*, post_form=no_form, reveal=lambda secret: secret.given, end_of_data_timeout_s=1.0):
-    tokens = mailproxy.TokenKeeper(
-        post_form=post_form, reveal=reveal, in_thread=in_a_thread, monotonic=time.monotonic
-    )
+    tokens = mailproxy.TokenKeeper(post_form=post_form, reveal=reveal, in_thread=in_a_thread, monotonic=time.monotonic)
     return mailproxy.DeliveryAgent(
-        hostname="us",
-        reveal=reveal,
-        in_thread=in_a_thread,
-        tokens=tokens,
-        end_of_data_timeout_s=end_of_data_timeout_s,
+        hostname="us", reveal=reveal, in_thread=in_a_thread, tokens=tokens, end_of_data_timeout_s=end_of_data_timeout_s
     )
 
 
@@ -6978,9 +6673,7 @@ def test_dots_are_doubled_and_line_ends_made_crlf(content, sent):
     assert mailproxy.with_final_dot(mailproxy.as_sent(content, span)) == sent
 
 
-@given(
-    st.lists(st.sampled_from([b"\r\n", b"\n", b"\r", b".", b"x", b"y" * 70_000, b".z" * 65_536]), max_size=12)
-)
+@given(st.lists(st.sampled_from([b"\r\n", b"\n", b"\r", b".", b"x", b"y" * 70_000, b".z" * 65_536]), max_size=12))
 @settings(max_examples=60, deadline=None)
 def test_a_content_cut_in_pieces_is_the_content_as_a_whole(parts):
     content = b"".join(parts)
@@ -7165,9 +6858,7 @@ def test_an_address_cannot_smuggle_a_command():
 
 
 @smtp_modes
-@pytest.mark.parametrize(
-    ("at", "stage"), [("MAIL", "mail"), ("RCPT", "rcpt"), ("DATA", "data"), (".", "end-of-data")]
-)
+@pytest.mark.parametrize(("at", "stage"), [("MAIL", "mail"), ("RCPT", "rcpt"), ("DATA", "data"), (".", "end-of-data")])
 @pytest.mark.parametrize(
     ("deed", "cause", "text"),
     [
@@ -7189,9 +6880,7 @@ def test_an_answer_that_does_not_come_is_a_transient_reply_of_its_stage(offers, 
 
 
 @smtp_modes
-@pytest.mark.parametrize(
-    ("at", "stage"), [("MAIL", "mail"), ("RCPT", "rcpt"), ("DATA", "data"), (".", "end-of-data")]
-)
+@pytest.mark.parametrize(("at", "stage"), [("MAIL", "mail"), ("RCPT", "rcpt"), ("DATA", "data"), (".", "end-of-data")])
 def test_a_421_is_the_reply_for_all_and_ends_the_session(offers, at, stage):
     server = ScriptedServer({at: "421 4.3.2 going down"}, offers)
 
@@ -7209,12 +6898,7 @@ def test_a_421_leaves_the_refusals_before_it_as_they_are(offers):
 
     replies, _ = transact(server, "a@x", "b@x", "c@x", "d@x")
 
-    assert {who: reply.code for who, reply in replies.items()} == {
-        "a@x": 421,
-        "b@x": 550,
-        "c@x": 421,
-        "d@x": 421,
-    }
+    assert {who: reply.code for who, reply in replies.items()} == {"a@x": 421, "b@x": 550, "c@x": 421, "d@x": 421}
 
 
 @smtp_modes
@@ -7335,12 +7019,7 @@ def test_a_session_knows_its_name_its_age_and_what_it_carried():
         session = await open_session()
         await session.transact(envelope_to("a@x"), b"one\r\n", smtputf8=False)
         await session.quit()
-        return (
-            session.name,
-            session.transactions,
-            before <= session.opened_at <= time.monotonic(),
-            session.usable,
-        )
+        return (session.name, session.transactions, before <= session.opened_at <= time.monotonic(), session.usable)
 
     assert with_smtp_server(ScriptedServer(), story) == ("main-1", 1, True, False)
 
@@ -7379,9 +7058,7 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next_one():
             looked_up.append(call.args[0])
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", where) for where in (("127.0.0.1", 1), good)]
 
-        tokens = mailproxy.TokenKeeper(
-            post_form=no_form, reveal=str, in_thread=in_a_thread, monotonic=time.monotonic
-        )
+        tokens = mailproxy.TokenKeeper(post_form=no_form, reveal=str, in_thread=in_a_thread, monotonic=time.monotonic)
         agent = mailproxy.DeliveryAgent(hostname="us", reveal=str, in_thread=two_addresses, tokens=tokens)
         async with listening:
             session = await agent.open_session(smtp_account(good[1], host="mail.x"), name="main-1")
@@ -7453,9 +7130,7 @@ def test_starttls_is_used_when_it_is_offered_and_ehlo_is_said_again(ca):
 def test_a_large_content_goes_through_tls_as_well(ca, encryption):
     context = ca.good().server_context()
     offers = "STARTTLS,PIPELINING" if encryption == "required" else "PIPELINING"
-    server = ScriptedServer(
-        offers=offers, tls=context, implicit_tls=context if encryption == "implicit" else None
-    )
+    server = ScriptedServer(offers=offers, tls=context, implicit_tls=context if encryption == "implicit" else None)
     content = b"".join(b"%07d\r\n" % number for number in range(100_000))
 
     async def story(open_session):
@@ -7496,9 +7171,7 @@ def test_required_tls_without_an_offer_is_a_reply_and_no_mail_in_clear():
 @pytest.mark.parametrize("wrong", ["authority", "name"])
 def test_a_certificate_that_does_not_fit_is_a_reply_and_never_mail_in_clear(ca, encryption, wrong):
     context = (ca.good() if wrong == "authority" else ca.other_name()).server_context()
-    server = ScriptedServer(
-        offers="STARTTLS", tls=context, implicit_tls=context if encryption == "implicit" else None
-    )
+    server = ScriptedServer(offers="STARTTLS", tls=context, implicit_tls=context if encryption == "implicit" else None)
     ca_file = None if wrong == "authority" else str(ca.ca_file)
 
     reply = refused_opening(server, encryption=mailproxy.Encryption(encryption), ca_file=ca_file)
@@ -7511,9 +7184,7 @@ def test_a_certificate_that_does_not_fit_is_a_reply_and_never_mail_in_clear(ca, 
 @pytest.mark.parametrize("encryption", ["auto", "implicit"])
 def test_without_verification_any_certificate_will_do(ca, encryption):
     context = ca.other_name().server_context()
-    server = ScriptedServer(
-        offers="STARTTLS", tls=context, implicit_tls=context if encryption == "implicit" else None
-    )
+    server = ScriptedServer(offers="STARTTLS", tls=context, implicit_tls=context if encryption == "implicit" else None)
 
     replies, _ = transact(server, "a@x", verify_tls=False, encryption=mailproxy.Encryption(encryption))
 
@@ -7586,9 +7257,7 @@ def test_a_certificate_file_that_cannot_be_used_is_a_reply(tmp_path, field):
     nonsense = tmp_path / "nonsense.pem"
     nonsense.write_text("not a certificate")
 
-    replies = [
-        refused_opening(ScriptedServer(), **{field: str(file)}) for file in (nonsense, tmp_path / "none")
-    ]
+    replies = [refused_opening(ScriptedServer(), **{field: str(file)}) for file in (nonsense, tmp_path / "none")]
 
     assert {(reply.stage, reply.code, reply.cause) for reply in replies} == {("tls", 454, "local")}
     assert all("certificate files cannot be used" in reply.text for reply in replies)
@@ -7634,10 +7303,7 @@ class LoginServer(ScriptedServer):
 
     async def login(self, reader, writer, said):
         password = await self.asked(reader, writer, "Password:")
-        return (base64.b64decode(said).decode(), password.decode()) == (
-            self.user,
-            self.secret,
-        ), password.decode()
+        return (base64.b64decode(said).decode(), password.decode()) == (self.user, self.secret), password.decode()
 
     async def cram_md5(self, reader, writer):
         user, digest = (await self.asked(reader, writer, "<1@x>")).decode().split()
@@ -7665,10 +7331,7 @@ def log_in_at(server, agent=None, **fields):
         return None
 
     return with_smtp_server(
-        server,
-        story,
-        agent,
-        **{"user": LoginServer.user, "password": mailproxy.Secret(LoginServer.secret), **fields},
+        server, story, agent, **{"user": LoginServer.user, "password": mailproxy.Secret(LoginServer.secret), **fields}
     )
 
 
@@ -7692,9 +7355,7 @@ def test_a_refused_password_costs_one_login_and_keeps_the_servers_words(method):
 
 @pytest.mark.parametrize(("encrypted", "method"), [(True, "PLAIN"), (False, "CRAM-MD5")])
 def test_auto_hides_the_password_from_the_wire_one_way_or_the_other(ca, encrypted, method):
-    server = LoginServer(
-        "LOGIN PLAIN CRAM-MD5", implicit_tls=ca.good().server_context() if encrypted else None
-    )
+    server = LoginServer("LOGIN PLAIN CRAM-MD5", implicit_tls=ca.good().server_context() if encrypted else None)
     encryption = mailproxy.Encryption.IMPLICIT if encrypted else mailproxy.Encryption.AUTO
 
     assert log_in_at(server, encryption=encryption, ca_file=str(ca.ca_file)) is None
@@ -7797,15 +7458,7 @@ def keeper_of(endpoint, now=lambda: 0.0):
 @pytest.mark.parametrize(
     ("fields", "form"),
     [
-        (
-            {},
-            {
-                "grant_type": "refresh_token",
-                "client_id": "client",
-                "client_secret": "cs",
-                "refresh_token": "rt",
-            },
-        ),
+        ({}, {"grant_type": "refresh_token", "client_id": "client", "client_secret": "cs", "refresh_token": "rt"}),
         (
             {"refresh_token": None, "scope": "https://x/.default"},
             {
@@ -7815,10 +7468,7 @@ def keeper_of(endpoint, now=lambda: 0.0):
                 "scope": "https://x/.default",
             },
         ),
-        (
-            {"client_secret": None},
-            {"grant_type": "refresh_token", "client_id": "client", "refresh_token": "rt"},
-        ),
+        ({"client_secret": None}, {"grant_type": "refresh_token", "client_id": "client", "refresh_token": "rt"}),
     ],
 )
 def test_a_token_is_asked_for_by_refresh_token_or_client_credentials(fields, form):
@@ -7933,9 +7583,7 @@ def test_whatever_is_said_of_its_life_a_token_is_a_token(life):
 def test_xoauth2_logs_in_with_the_token():
     server = LoginServer("PLAIN XOAUTH2")
 
-    reply = log_in_at(
-        server, smtp_agent(post_form=TokenEndpoint(token_granted(server.secret))), oauth2=OAUTH2
-    )
+    reply = log_in_at(server, smtp_agent(post_form=TokenEndpoint(token_granted(server.secret))), oauth2=OAUTH2)
 
     assert reply is None
     assert server.logins == ["XOAUTH2"]
@@ -7964,9 +7612,7 @@ def test_a_token_refused_twice_is_a_reply_that_says_what_the_challenge_said():
 
 
 @pytest.mark.parametrize(("granted", "refused"), [("gehëim", 1), ("also wrong", 2)])
-def test_connections_that_come_together_with_an_old_token_cost_one_refusal_and_renew_it_once(
-    granted, refused
-):
+def test_connections_that_come_together_with_an_old_token_cost_one_refusal_and_renew_it_once(granted, refused):
     endpoint = TokenEndpoint(token_granted("old"), token_granted(granted))
     server = LoginServer("XOAUTH2")
 
@@ -7977,9 +7623,7 @@ def test_connections_that_come_together_with_an_old_token_cost_one_refusal_and_r
                 await session.quit()
         return opened
 
-    opened = with_smtp_server(
-        server, story, smtp_agent(post_form=endpoint), user=LoginServer.user, oauth2=OAUTH2
-    )
+    opened = with_smtp_server(server, story, smtp_agent(post_form=endpoint), user=LoginServer.user, oauth2=OAUTH2)
 
     let_in = [session for session in opened if isinstance(session, mailproxy.Session)]
     assert (len(endpoint.forms), len(let_in)) == (2, 8 if refused == 1 else 0)
@@ -8016,9 +7660,7 @@ class HttpService:
             self.routes(),
             limits=self.limits,
             authorised=lambda request: request.headers.get("x-api-token") == "secret",
-            observe=lambda request, status, seconds: self.observed.append(
-                (request.route, request.method, status)
-            ),
+            observe=lambda request, status, seconds: self.observed.append((request.route, request.method, status)),
             in_thread=self.in_thread,
             log_failure=lambda request, error: self.failures.append((request.id, error)),
         )
@@ -8239,15 +7881,9 @@ REFUSED_HEADS = {
     "overlong utf-8 in the path": (b"GET /message/%c0%ae HTTP/1.1\r\n" + HOST_AND_TOKEN + b"\r\n", 400),
     "no utf-8 in the query": (b"GET /query?a=%ff HTTP/1.1\r\n" + HOST_AND_TOKEN + b"\r\n", 400),
     "bad escape in the query": (b"GET /query?a=%x HTTP/1.1\r\n" + HOST_AND_TOKEN + b"\r\n", 400),
-    "too many query fields": (
-        b"GET /query?" + b"a&" * 100 + b"a HTTP/1.1\r\n" + HOST_AND_TOKEN + b"\r\n",
-        400,
-    ),
+    "too many query fields": (b"GET /query?" + b"a&" * 100 + b"a HTTP/1.1\r\n" + HOST_AND_TOKEN + b"\r\n", 400),
     "too many headers": (b"GET /health HTTP/1.1\r\n" + HOST_LINE + b"A: b\r\n" * 100 + b"\r\n", 431),
-    "too large a header": (
-        b"GET /health HTTP/1.1\r\n" + HOST_LINE + b"A: " + b"b" * 33_000 + b"\r\n\r\n",
-        431,
-    ),
+    "too large a header": (b"GET /health HTTP/1.1\r\n" + HOST_LINE + b"A: " + b"b" * 33_000 + b"\r\n\r\n", 431),
     "endless request line": (b"GET /" + b"a" * 40_000, 431),
     "endless header": (b"GET /health HTTP/1.1\r\nA: " + b"a" * 40_000, 431),
     "a head that stops": (b"GET /health HTTP/1.1\r\nHos", 400),
@@ -8270,9 +7906,7 @@ def test_a_head_that_is_not_strictly_right_is_refused(sent, status):
     with_http_service(story)
 
 
-@pytest.mark.parametrize(
-    "sent", [REFUSED_HEADS[name][0] for name in ("bare lf", "bare cr", "no colon", "folded")]
-)
+@pytest.mark.parametrize("sent", [REFUSED_HEADS[name][0] for name in ("bare lf", "bare cr", "no colon", "folded")])
 def test_a_malformed_head_is_refused_in_the_same_way_when_it_comes_byte_by_byte(sent):
     async def story(service):
         reader, writer = await http_connect(service)
@@ -8333,9 +7967,7 @@ def test_a_body_whose_end_is_in_doubt_is_refused_and_nothing_behind_it_is_read_a
 
 def test_http_1_0_has_no_transfer_encoding():
     async def story(service):
-        answer = await http_answers_to(
-            service, b"POST /length HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
-        )
+        answer = await http_answers_to(service, b"POST /length HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
 
         assert answer_parts(answer)[0] == 400
 
@@ -8437,9 +8069,7 @@ def test_endless_trailers_are_cut_off():
 )
 def test_a_path_or_method_that_is_not_there_is_404_or_405_and_keeps_the_connection(head, status, allow):
     async def story(service):
-        answer = await http_answers_to(
-            service, f"{head} HTTP/1.1\r\nHost: x\r\n{TOKEN_HEADER}\r\n".encode() + HEALTH
-        )
+        answer = await http_answers_to(service, f"{head} HTTP/1.1\r\nHost: x\r\n{TOKEN_HEADER}\r\n".encode() + HEALTH)
 
         got, headers, _ = answer_parts(answer)
         assert (got, headers.get("allow")) == (status, allow)
@@ -8539,9 +8169,7 @@ def test_a_body_that_is_or_may_be_json_is_read_as_json(headers):
 )
 def test_a_body_declared_as_something_else_is_415(header):
     async def story(service):
-        status, _, _ = answer_parts(
-            await http_answers_to(service, http_request(headers=f"{header}\r\n", body=b"{}"))
-        )
+        status, _, _ = answer_parts(await http_answers_to(service, http_request(headers=f"{header}\r\n", body=b"{}")))
 
         assert status == 415
 
@@ -8550,9 +8178,7 @@ def test_a_body_declared_as_something_else_is_415(header):
 
 def test_a_post_without_a_body_has_an_empty_object():
     async def story(service):
-        _, _, body = answer_parts(
-            await http_answers_to(service, http_request(headers="Content-Type: text/plain\r\n"))
-        )
+        _, _, body = answer_parts(await http_answers_to(service, http_request(headers="Content-Type: text/plain\r\n")))
 
         assert json.loads(body)["got"] == {}
 
@@ -8578,10 +8204,7 @@ BAD_JSON = {
     "deep mix": (b'{"a":[1,' * 40 + b"1" + b"]}" * 40, "nested deeper than 64"),
     "twice": (b'{"a": 1, "b": 2, "a": 3}', "'a' twice"),
     "twice inside": (b'{"m": [{"id": 1, "id": 2}]}', "'id' twice"),
-    "lone surrogate": (
-        b'{"m": [1, {"subject": "a\\ud800b"}]}',
-        "m[1].subject holds half a surrogate pair (\\ud800)",
-    ),
+    "lone surrogate": (b'{"m": [1, {"subject": "a\\ud800b"}]}', "m[1].subject holds half a surrogate pair (\\ud800)"),
     "low surrogate": (b'{"a": "\\uDC00"}', "a holds half a surrogate pair (\\udc00)"),
     "surrogate in a name": (b'{"a": {"\\ud800": 1}}', "the name of a field in a holds half a surrogate pair"),
     "control character": (b'{"a": "\x01"}', "not JSON"),
@@ -8651,8 +8274,7 @@ MANY = mailproxy.JSON_VALUES + 1
 
 
 @pytest.mark.parametrize(
-    "values",
-    [b"[]," * MANY, b"1," * MANY, b'"",' * MANY, b'"\\\\",' * 100_000 + b"1," * MANY, b'"\\"",' * MANY],
+    "values", [b"[]," * MANY, b"1," * MANY, b'"",' * MANY, b'"\\\\",' * 100_000 + b"1," * MANY, b'"\\"",' * MANY]
 )
 def test_json_of_very_many_values_is_413_before_it_takes_the_memory(values):
     with pytest.raises(mailproxy.HttpError, match="more than 2000000 values") as refused:
@@ -8687,9 +8309,7 @@ def test_a_whole_surrogate_pair_and_64_levels_are_fine():
     async def story(service):
         inner = b'{"a": "\\ud83d\\ude00"}'
 
-        _, _, body = answer_parts(
-            await http_answers_to(service, http_request(body=b'{"m":' * 63 + inner + b"}" * 63))
-        )
+        _, _, body = answer_parts(await http_answers_to(service, http_request(body=b'{"m":' * 63 + inner + b"}" * 63)))
 
         content = json.loads(body)["got"]
         for _ in range(63):
@@ -8730,9 +8350,7 @@ def test_a_large_body_is_parsed_on_a_thread_and_a_small_one_is_not():
 
         await http_answers_to(service, http_request(body=json.dumps(small).encode()))
         assert service.threads == 0
-        _, _, body = answer_parts(
-            await http_answers_to(service, http_request(body=json.dumps(large).encode()))
-        )
+        _, _, body = answer_parts(await http_answers_to(service, http_request(body=json.dumps(large).encode())))
 
         assert json.loads(body)["got"] == large
         assert service.threads == 1
@@ -8748,15 +8366,7 @@ def test_half_a_surrogate_pair_in_an_answer_becomes_its_json_escape():
 
 @pytest.mark.parametrize(
     ("given", "kept"),
-    [
-        ("abc-123", True),
-        ("x" * 128, True),
-        ("!~", True),
-        ("x" * 129, False),
-        ("a b", False),
-        ("é", False),
-        ("", False),
-    ],
+    [("abc-123", True), ("x" * 128, True), ("!~", True), ("x" * 129, False), ("a b", False), ("é", False), ("", False)],
 )
 def test_the_clients_own_request_id_comes_back_when_it_is_a_decent_one(given, kept):
     async def story(service):
@@ -8881,9 +8491,7 @@ def test_head_of_a_stream_has_no_body_and_keeps_the_connection():
     with_http_service(story)
 
 
-@pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/message/1"), ("DELETE", "/message/1"), ("HEAD", "/message/1")]
-)
+@pytest.mark.parametrize(("method", "path"), [("GET", "/message/1"), ("DELETE", "/message/1"), ("HEAD", "/message/1")])
 def test_a_body_that_means_nothing_is_read_and_dropped(method, path):
     async def story(service):
         body = b"x" * 100_000
@@ -9034,10 +8642,7 @@ def sent_whole_by_a_client_that_reads_only_afterwards(port, head, size):
         (f"POST /echo HTTP/1.1\r\nHost: x\r\n{TOKEN_HEADER}Content-Length: 33554432\r\n\r\n", 413),
         ("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 33554432\r\n\r\n", 401),
         (f"POST /nowhere HTTP/1.1\r\nHost: x\r\n{TOKEN_HEADER}Content-Length: 33554432\r\n\r\n", 404),
-        (
-            f"POST /echo HTTP/1.1\r\nHost: x\r\n{TOKEN_HEADER}Transfer-Encoding: chunked\r\n\r\n2000000\r\n",
-            413,
-        ),
+        (f"POST /echo HTTP/1.1\r\nHost: x\r\n{TOKEN_HEADER}Transfer-Encoding: chunked\r\n\r\n2000000\r\n", 413),
     ],
 )
 def test_a_client_that_is_still_sending_32_mib_sees_the_refusal(head, status):
@@ -9066,9 +8671,7 @@ def test_a_refusal_does_not_wait_for_the_body():
 
 def test_a_body_of_exactly_the_limit_is_taken():
     async def story(service):
-        exact = answer_parts(
-            await http_answers_to(service, http_request("POST", "/length", body=b"x" * 1000))
-        )
+        exact = answer_parts(await http_answers_to(service, http_request("POST", "/length", body=b"x" * 1000)))
         over = answer_parts(await http_answers_to(service, http_request("POST", "/length", body=b"x" * 1001)))
 
         assert (exact[0], over[0]) == (200, 413)
@@ -9199,9 +8802,7 @@ def test_an_upload_that_breaks_off_leaves_nothing_behind():
     async def story(service):
         for _ in range(20):
             _, writer = await http_connect(service)
-            writer.write(
-                http_request("POST", "/length", headers="Content-Length: 100000\r\n") + b"x" * 10_000
-            )
+            writer.write(http_request("POST", "/length", headers="Content-Length: 100000\r\n") + b"x" * 10_000)
             await writer.drain()
             writer.transport.abort()
 
@@ -9487,13 +9088,7 @@ def test_no_bytes_at_all_lead_to_a_500_a_hung_connection_or_a_leaked_task(sent):
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "a:" * 20_000 + "\0",
-        "a" * 30_000 + "\0",
-        "a: " + " " * 30_000 + "\0",
-        "a:b\r\n" * 6000 + "\0",
-        ":" * 30_000,
-    ],
+    ["a:" * 20_000 + "\0", "a" * 30_000 + "\0", "a: " + " " * 30_000 + "\0", "a:b\r\n" * 6000 + "\0", ":" * 30_000],
 )
 def test_judging_a_hostile_head_takes_no_noticeable_time(text):
     begun = time.perf_counter()
@@ -9682,10 +9277,7 @@ def test_what_the_server_does_decides_about_the_message(tmp_path: Path, reports:
         "slowrcpt2@example.com": ("error", 3, "no answer within"),
         "müller@example.com": ("error", 1, "the message needs SMTPUTF8"),
     }
-    config = {
-        "delivery": {"retry_delays": "0", "max_retries": 2},
-        "smtp": {"timeout": 0.3, "max_connections": 12},
-    }
+    config = {"delivery": {"retry_delays": "0", "max_retries": 2}, "smtp": {"timeout": 0.3, "max_connections": 12}}
     with (
         SmtpServer(smtputf8=False, size_limit=20_000) as smtp,
         SleepyDaemon(tmp_path, config, smtp=smtp, reports=reports) as daemon,
@@ -9694,10 +9286,7 @@ def test_what_the_server_does_decides_about_the_message(tmp_path: Path, reports:
 
         for to, (status, attempts, error) in stories.items():
             record = daemon.wait_status(to, status)
-            assert (record["attempts"], str(record["error"])[: len(error or "None")]) == (
-                attempts,
-                str(error),
-            ), record
+            assert (record["attempts"], str(record["error"])[: len(error or "None")]) == (attempts, str(error)), record
             assert reports.wait_for_entry(to, status)["error"] == record["error"]
         assert daemon.wait_status("large", "error")["error"].startswith("message of 31")
         assert smtp.visits["perm@example.com"] == 1
@@ -9718,17 +9307,12 @@ def test_a_recipient_that_was_accepted_is_never_sent_to_again(
         }  # fmt: skip
         record = daemon.wait_status("m", "sent")
 
-        assert [received.recipients for received in smtp.received] == [
-            ["ok@a.example"],
-            ["greylist2@a.example"],
-        ]
+        assert [received.recipients for received in smtp.received] == [["ok@a.example"], ["greylist2@a.example"]]
         assert smtp.visits["perm@a.example"] == 1
         assert (record["attempts"], record["recipients"]["perm@a.example"]["code"]) == (3, 550)
 
 
-def test_many_recipients_are_split_and_those_too_many_follow_at_once(
-    tmp_path: Path, reports: ReportReceiver
-) -> None:
+def test_many_recipients_are_split_and_those_too_many_follow_at_once(tmp_path: Path, reports: ReportReceiver) -> None:
     with (
         SmtpServer(max_recipients=4) as smtp,
         SleepyDaemon(tmp_path, {"smtp": {"max_recipients": 10}}, smtp=smtp, reports=reports) as daemon,
@@ -9742,9 +9326,7 @@ def test_many_recipients_are_split_and_those_too_many_follow_at_once(
         assert reports.wait_for_entry("m", "sent")["recipients"] is None
 
 
-def test_kill_9_between_two_transactions_of_a_message_sends_nothing_twice(
-    tmp_path: Path, smtp: SmtpServer
-) -> None:
+def test_kill_9_between_two_transactions_of_a_message_sends_nothing_twice(tmp_path: Path, smtp: SmtpServer) -> None:
     with SleepyDaemon(tmp_path, {"smtp": {"max_recipients": 1}}, smtp=smtp) as daemon:
         daemon.submit(letter("m", "ok@example.com", "ok+2@example.com", "slow500ms@example.com"))
         wait_until(lambda: smtp.visits["slow500ms@example.com"], "the third transaction")
@@ -9761,9 +9343,7 @@ def test_recipients_that_were_still_to_come_are_told_of_when_their_account_is_de
 ) -> None:
     with SleepyDaemon(tmp_path, smtp=smtp, reports=reports) as daemon:
         daemon.post("/account", account("web", smtp, max_recipients=1))
-        daemon.submit(
-            letter("m", "ok@example.com", "slow200ms@example.com", "never@example.com", account_id="web")
-        )
+        daemon.submit(letter("m", "ok@example.com", "slow200ms@example.com", "never@example.com", account_id="web"))
         wait_until(lambda: smtp.visits["slow200ms@example.com"], "the second transaction")
 
         daemon.delete("/account/web")
@@ -9815,9 +9395,7 @@ def test_a_kept_connection_that_breaks_at_its_next_use_costs_nothing(tmp_path: P
 
 @pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA", "."])
 @pytest.mark.parametrize(("code", "status"), [(451, "deferred"), (554, "error")])
-def test_a_refusal_at_any_step_decides_in_the_servers_words(
-    tmp_path: Path, verb: str, code: int, status: str
-) -> None:
+def test_a_refusal_at_any_step_decides_in_the_servers_words(tmp_path: Path, verb: str, code: int, status: str) -> None:
     words = f"{code} {code // 100}.3.0 Said at {verb}"
     with (
         MoodySmtpServer(**{verb: [words]}) as moody,
@@ -9934,9 +9512,7 @@ def test_a_server_that_takes_fewer_connections_gets_fewer(tmp_path: Path, report
         assert {entry["status"] for entry in reports.entries} <= {"sent"}
 
 
-def test_connections_grow_to_the_most_allowed_and_end_as_the_account_says(
-    tmp_path: Path, smtp: SmtpServer
-) -> None:
+def test_connections_grow_to_the_most_allowed_and_end_as_the_account_says(tmp_path: Path, smtp: SmtpServer) -> None:
     config = {"smtp": {"max_connections": 3, "max_messages_per_connection": 5, "ttl": 1}}
     with Daemon(tmp_path, config, smtp=smtp) as daemon:
         daemon.submit(*letters("m", 30, "slow20ms@example.com"))
@@ -9945,9 +9521,7 @@ def test_connections_grow_to_the_most_allowed_and_end_as_the_account_says(
         by_connection = Counter(one.connection for one in received)
         assert smtp.most_connections == 3
         assert max(by_connection.values()) <= 5
-        wait_until(
-            lambda: daemon.status()["accounts"]["default"]["connections"] == 0, "the end of their life"
-        )
+        wait_until(lambda: daemon.status()["accounts"]["default"]["connections"] == 0, "the end of their life")
 
 
 def test_a_refused_login_costs_a_few_logins_and_no_message(tmp_path: Path, reports: ReportReceiver) -> None:
@@ -10021,10 +9595,7 @@ def test_connections_that_are_open_log_in_as_soon_as_the_first_is_in(tmp_path: P
 def test_a_certificate_that_is_not_accepted_cools_the_account_and_nothing_goes_in_clear(
     tmp_path: Path, ca: PrivateCA, reports: ReportReceiver
 ) -> None:
-    with (
-        SmtpServer(certificate=ca.good()) as smtp,
-        SleepyDaemon(tmp_path, reports=reports) as daemon,
-    ):
+    with SmtpServer(certificate=ca.good()) as smtp, SleepyDaemon(tmp_path, reports=reports) as daemon:
         for wanted in ("auto", "required"):
             ask(daemon, "/account", account_at(wanted, smtp, start_tls=wanted))
             daemon.submit(*letters(wanted, 3, account_id=wanted))
@@ -10203,11 +9774,7 @@ def test_a_lane_that_cooled_is_cooling_until_its_probe_has_worked() -> None:
     rig.pause_after(rig.lane.lose_server)
     line = mailproxy.Line(rig.lane)
 
-    assert (rig.lane.state().state, rig.lane.connections_free(rig.now), rig.lane.wants(rig.now)) == (
-        "cooling",
-        1,
-        1,
-    )
+    assert (rig.lane.state().state, rig.lane.connections_free(rig.now), rig.lane.wants(rig.now)) == ("cooling", 1, 1)
     rig.lane.begin(line)
     assert (rig.lane.connections_free(rig.now), rig.lane.wants(rig.now)) == (0, 0)
     rig.lane.finish(line)
@@ -10256,16 +9823,12 @@ def test_a_lane_grows_by_one_connection_at_a_time_and_never_spins() -> None:
 # -- limits
 
 
-def test_a_limit_is_exact_with_many_connections_and_submitters(
-    tmp_path: Path, reports: ReportReceiver
-) -> None:
+def test_a_limit_is_exact_with_many_connections_and_submitters(tmp_path: Path, reports: ReportReceiver) -> None:
     with SmtpServer() as smtp, SleepyDaemon(tmp_path, reports=reports) as daemon:
         limited = account_at("main", smtp, max_connections=16, limit_per_minute=20, limit_per_day=1_000_000)
         ask(daemon, "/account", limited)
         submitters = [
-            threading.Thread(
-                target=daemon.submit, args=letters(f"s{n}", 25, "slow10ms@example.com", account_id="main")
-            )
+            threading.Thread(target=daemon.submit, args=letters(f"s{n}", 25, "slow10ms@example.com", account_id="main"))
             for n in range(4)
         ]
         for submitter in submitters:
@@ -10324,13 +9887,7 @@ def test_minute_hour_and_day_hold_together_across_kill_9(tmp_path: Path, smtp: S
         return str(daemon.wait_status("m-29", "deferred")["error"])
 
     account = account_at(
-        "main",
-        smtp,
-        limit_per_minute=3,
-        limit_per_hour=5,
-        limit_per_day=6,
-        max_connections=16,
-        batch_size=100,
+        "main", smtp, limit_per_minute=3, limit_per_hour=5, limit_per_day=6, max_connections=16, batch_size=100
     )
     with SleepyDaemon(tmp_path) as daemon:
         with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
@@ -10377,9 +9934,7 @@ def test_a_limit_that_comes_and_goes_while_mail_is_on_the_wire_counts_right_afte
         daemon.kill()
 
 
-def test_deleting_an_account_and_adding_it_again_makes_no_room_in_its_limits(
-    tmp_path: Path, smtp: SmtpServer
-) -> None:
+def test_deleting_an_account_and_adding_it_again_makes_no_room_in_its_limits(tmp_path: Path, smtp: SmtpServer) -> None:
     limited = account_at("main", smtp, limit_per_hour=4, max_connections=9)
     with SleepyDaemon(tmp_path) as daemon:
         ask(daemon, "/account", limited)
@@ -10397,9 +9952,7 @@ def test_deleting_an_account_and_adding_it_again_makes_no_room_in_its_limits(
 
 def test_slots_come_back_when_nothing_was_sent(tmp_path: Path, smtp: SmtpServer) -> None:
     with SleepyDaemon(tmp_path, {"smtp": {"limit_per_minute": 3}}, smtp=smtp) as daemon:
-        daemon.submit(
-            *letters("p", 8, "perm@example.com"), *letters("t", 8, "temp@example.com"), *letters("m", 4)
-        )
+        daemon.submit(*letters("p", 8, "perm@example.com"), *letters("t", 8, "temp@example.com"), *letters("m", 4))
 
         def statuses() -> Counter[str]:
             return Counter(message["status"] for message in daemon.get("/messages").json["messages"])
@@ -10420,9 +9973,7 @@ def test_a_limit_may_fail_what_comes_up(tmp_path: Path, reports: ReportReceiver,
 
 
 def test_when_the_window_opens_those_that_waited_go_first(tmp_path: Path, smtp: SmtpServer) -> None:
-    with SleepyDaemon(
-        tmp_path, {"smtp": {"limit_per_minute": 20, "max_connections": 1}}, smtp=smtp
-    ) as daemon:
+    with SleepyDaemon(tmp_path, {"smtp": {"limit_per_minute": 20, "max_connections": 1}}, smtp=smtp) as daemon:
         daemon.stop()
         opens_ts = int(time.time()) + 3
         with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
@@ -10443,10 +9994,7 @@ def test_run_now_in_test_mode_brings_out_what_is_due_and_no_more(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
     with SleepyDaemon(
-        tmp_path,
-        {"delivery": {"test_mode": "true", "send_interval_seconds": 0.1}},
-        smtp=smtp,
-        reports=reports,
+        tmp_path, {"delivery": {"test_mode": "true", "send_interval_seconds": 0.1}}, smtp=smtp, reports=reports
     ) as daemon:
         daemon.submit(*letters("m", 70), letter("later", deferred_ts=int(time.time()) + 3600))
         time.sleep(0.3)
@@ -10471,9 +10019,7 @@ def test_scheduled_mail_goes_out_when_its_time_comes(tmp_path: Path, smtp: SmtpS
         assert 0 <= smtp.wait_for(1)[0].arrived_at - due_ts < 1
 
 
-def test_mail_that_is_too_old_ends_wherever_it_waits(
-    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
-) -> None:
+def test_mail_that_is_too_old_ends_wherever_it_waits(tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver) -> None:
     config = {
         "delivery": {"max_age_seconds": 1},
         "account:gone": {"host": smtp.host, "port": smtp.port},
@@ -10493,9 +10039,7 @@ def test_mail_that_is_too_old_ends_wherever_it_waits(
         daemon.write_config()
         daemon.signal(signal.SIGHUP)
 
-        errors = {
-            id_: reports.wait_for_entry(id_, "error", timeout=5)["error"] for id_ in ("gone", "down", "quiet")
-        }
+        errors = {id_: reports.wait_for_entry(id_, "error", timeout=5)["error"] for id_ in ("gone", "down", "quiet")}
         assert errors["gone"] == "expired: max_age_seconds reached"
         assert errors["quiet"] == "expired: expires_ts has passed"
         assert errors["down"].startswith("expired: max_age_seconds reached; last: ")
@@ -10583,9 +10127,7 @@ class TwistedDaemon(SleepyDaemon):
         needs("cc")
         source, library, self._ahead = (folder / name for name in ("twist.c", "twist.so", "ahead"))
         source.write_text(PRELOADED)
-        subprocess.run(
-            ["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True, timeout=30
-        )
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True, timeout=30)
         self._ahead.write_bytes(bytes(8))
         environment = {"LD_PRELOAD": str(library), "WALL_CLOCK_AHEAD": str(self._ahead)}
         super().__init__(folder, config, environment=environment, **options)
@@ -10599,9 +10141,7 @@ class TwistedDaemon(SleepyDaemon):
 HOUR_S = 3600
 
 
-def test_a_clock_that_is_set_by_an_hour_neither_stops_mail_nor_lets_it_rush(
-    tmp_path: Path, smtp: SmtpServer
-) -> None:
+def test_a_clock_that_is_set_by_an_hour_neither_stops_mail_nor_lets_it_rush(tmp_path: Path, smtp: SmtpServer) -> None:
     config = {"delivery": {"retry_delays": 2, "send_interval_seconds": 0.1}}
     with TwistedDaemon(tmp_path, config, smtp=smtp) as daemon:
         ask(daemon, "/account", account_at("limited", smtp, limit_per_hour=3))
@@ -10614,9 +10154,7 @@ def test_a_clock_that_is_set_by_an_hour_neither_stops_mail_nor_lets_it_rush(
             daemon.wait_status(f"m-{round_}", "deferred")
 
             daemon.set_clock(ahead_s)
-            wait_until(
-                lambda n=round_: daemon.log.count("the wall clock was set") > n, "the daemon to see it"
-            )
+            wait_until(lambda n=round_: daemon.log.count("the wall clock was set") > n, "the daemon to see it")
             now = time.time() + ahead_s
             assert -1 <= daemon.message(f"m-{round_}")["deferred_ts"] - now <= 5
             assert HOUR_S - 100 <= daemon.message("l-8")["deferred_ts"] - now <= HOUR_S + 61
@@ -10676,17 +10214,13 @@ def test_the_mail_of_a_deleted_account_ends_as_errors(
 ) -> None:
     with SleepyDaemon(tmp_path, smtp=smtp, reports=reports) as daemon:
         ask(daemon, "/account", account_at("main", black_hole, limit_per_minute=100))
-        daemon.submit(
-            *letters("m", 30, account_id="main"), letter("large", body="x" * 100_000, account_id="main")
-        )
+        daemon.submit(*letters("m", 30, account_id="main"), letter("large", body="x" * 100_000, account_id="main"))
         wait_until(lambda: daemon.status()["in_delivery"], "connections to nowhere")
 
         assert daemon.delete("/account/main").status == 200
 
         reports.wait_for(lambda r: len(r.entries) == 31, timeout=5)
-        assert {(entry["status"], entry["error"]) for entry in reports.entries} == {
-            ("error", "account deleted")
-        }
+        assert {(entry["status"], entry["error"]) for entry in reports.entries} == {("error", "account deleted")}
         assert (daemon.status()["pending"], daemon.status()["in_delivery"]) == (0, 0)
 
 
@@ -10703,9 +10237,7 @@ def test_only_allowed_recipients_get_mail(tmp_path: Path, smtp: SmtpServer) -> N
     with SleepyDaemon(
         tmp_path, {"delivery": {"allow_recipients": "@Bücher.example, a@example.com"}}, smtp=smtp
     ) as daemon:
-        daemon.submit(
-            letter("m", "A@example.com", "x@bücher.example", "b@example.com"), letter("n", "b@example.com")
-        )
+        daemon.submit(letter("m", "A@example.com", "x@bücher.example", "b@example.com"), letter("n", "b@example.com"))
 
         assert daemon.wait_status("n", "error")["error"] == "recipient not allowed here"
         outcomes = daemon.wait_status("m", "sent")["recipients"]
@@ -10713,9 +10245,7 @@ def test_only_allowed_recipients_get_mail(tmp_path: Path, smtp: SmtpServer) -> N
         assert sorted(smtp.wait_for(1)[0].recipients) == ["A@example.com", "x@xn--bcher-kva.example"]
 
 
-def test_mail_that_waits_when_staging_ends_goes_to_its_real_recipients_alone(
-    tmp_path: Path, smtp: SmtpServer
-) -> None:
+def test_mail_that_waits_when_staging_ends_goes_to_its_real_recipients_alone(tmp_path: Path, smtp: SmtpServer) -> None:
     delivery = {"redirect_to": "greylist9@example.org", "retry_delays": 1}
     with SleepyDaemon(tmp_path, {"delivery": delivery}, smtp=smtp) as daemon:
         daemon.submit(letter("m", "ok@example.com"))
@@ -10732,10 +10262,7 @@ def test_mail_that_waits_when_staging_ends_goes_to_its_real_recipients_alone(
 
 def test_a_recipient_that_is_not_allowed_here_does_not_make_a_dead_connection_count(tmp_path: Path) -> None:
     config = {"delivery": {"allow_recipients": "@example.com"}}
-    with (
-        MoodySmtpServer(MAIL=[0.0, "drop"]) as moody,
-        SleepyDaemon(tmp_path, config, smtp=moody) as daemon,
-    ):
+    with MoodySmtpServer(MAIL=[0.0, "drop"]) as moody, SleepyDaemon(tmp_path, config, smtp=moody) as daemon:
         for number in range(2):
             daemon.submit(letter(f"m-{number}", "ok@example.com", "ok@example.org"))
             record = daemon.wait_status(f"m-{number}", "sent")
@@ -10748,9 +10275,7 @@ def test_a_recipient_that_is_not_allowed_here_does_not_make_a_dead_connection_co
 # -- accidents
 
 
-def test_a_damaged_row_becomes_an_error_of_its_own(
-    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
-) -> None:
+def test_a_damaged_row_becomes_an_error_of_its_own(tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver) -> None:
     damage = {"m-1": "{cut off", "m-2": "[1, 2]", "m-3": '{"a@example.com": ["nonsense", 1, ""]}'}
     columns = ("priority", "created_at", "deadline", "attempts", "ready_at", "parts", "deferred_ts")
     with SleepyDaemon(tmp_path, smtp=smtp, reports=reports) as daemon:
@@ -10850,9 +10375,7 @@ def test_a_second_sigterm_ends_at_once_and_loses_nothing(tmp_path: Path, smtp: S
         assert time.monotonic() - started < 2
         with daemon.db() as db:
             assert (
-                db.execute(
-                    "SELECT count(*) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL"
-                ).fetchone()[0]
+                db.execute("SELECT count(*) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL").fetchone()[0]
                 == 8
             )
 
@@ -10872,10 +10395,7 @@ def test_waiting_costs_no_processor_time(tmp_path: Path, smtp: SmtpServer, black
         for account in ("down", "limited", "hole", "suspended"):
             daemon.submit(*letters(account, 60, account_id=account))
         daemon.submit(*letters("slow", 5, "slow30@example.com"))
-        wait_until(
-            lambda: state_of(daemon, "limited") == "limited" and state_of(daemon, "down") == "cooling",
-            "a jam",
-        )
+        wait_until(lambda: state_of(daemon, "limited") == "limited" and state_of(daemon, "down") == "cooling", "a jam")
         wait_until(lambda: smtp.visits["slow30@example.com"] == 6, "mail on the wire")
         wait_until(lambda: time.time() > expires_ts + 0.2, "what is overdue")
 
@@ -10903,9 +10423,7 @@ def mail(id_: str = "m-1", to: str = "ok@example.com", **fields: Any) -> dict[st
 def test_the_signature_is_the_one_of_the_standard_webhooks_specification() -> None:
     key = mailproxy.webhook_key("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
 
-    signature = mailproxy.webhook_signature(
-        key, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}'
-    )
+    signature = mailproxy.webhook_signature(key, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
 
     assert signature == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
@@ -10970,9 +10488,7 @@ def test_of_an_acknowledgement_only_sensible_numbers_count(
 
 
 def test_what_the_upstream_remarks_is_kept_for_the_log_and_not_endless() -> None:
-    answer = mailproxy.parse_acknowledgement(
-        200, json.dumps({"error": "é" * 9_000, "not_found": ["m"]}).encode()
-    )
+    answer = mailproxy.parse_acknowledgement(200, json.dumps({"error": "é" * 9_000, "not_found": ["m"]}).encode())
 
     assert [name for name, _ in answer.remarks] == ["error", "not_found"]
     assert all(len(remark) <= 500 for _, remark in answer.remarks)
@@ -11154,9 +10670,7 @@ def test_run_now_overrides_next_sync_after(make_reporter: Any) -> None:
     assert rig.times() == [0, 10, 310]
 
 
-def test_queued_brings_the_next_call_at_once_and_slows_down_while_it_brings_nothing(
-    make_reporter: Any,
-) -> None:
+def test_queued_brings_the_next_call_at_once_and_slows_down_while_it_brings_nothing(make_reporter: Any) -> None:
     rig = make_reporter()
     rig.answers.extend({"queued": 1} for _ in range(8))
 
@@ -11289,11 +10803,7 @@ class Relay(NamedTuple):
 @pytest.fixture(scope="module")
 def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
     folder = tmp_path_factory.mktemp("relay")
-    with (
-        SmtpServer() as smtp,
-        ReportReceiver() as reports,
-        Daemon(folder, smtp=smtp, reports=reports) as daemon,
-    ):
+    with SmtpServer() as smtp, ReportReceiver() as reports, Daemon(folder, smtp=smtp, reports=reports) as daemon:
         reports.wait_for(lambda r: r.calls)
         yield Relay(daemon, smtp, reports)
 
@@ -11411,10 +10921,7 @@ def test_an_acknowledgement_of_many_megabytes_is_one_all_the_same(relay: Relay) 
     [
         ({"client_sync_user": "jörg", "client_sync_password": "pässwort"}, "Basic asO2cmc6cMOkc3N3b3J0"),
         ({"client_sync_token": "env:TOKEN"}, "Bearer t0ken"),
-        (
-            {"client_sync_token": "t0ken", "client_sync_user": "me", "client_sync_password": "x"},
-            "Bearer t0ken",
-        ),
+        ({"client_sync_token": "t0ken", "client_sync_user": "me", "client_sync_password": "x"}, "Bearer t0ken"),
         ({}, None),
     ],
 )
@@ -11469,9 +10976,7 @@ def test_the_upstream_may_use_every_endpoint_from_inside_the_call(relay: Relay) 
     def call_back(entries: list[dict[str, Any]]) -> None:
         reports.inside = None
         submitted = daemon.post("/commands/add-messages", {"messages": [mail("from-inside")]})
-        others = [
-            daemon.get(path) for path in ("/status", "/messages", "/ready", "/metrics", "/message/calls")
-        ]
+        others = [daemon.get(path) for path in ("/status", "/messages", "/ready", "/metrics", "/message/calls")]
         told_to = daemon.post("/commands/run-now")
         statuses.extend(answer.status for answer in (submitted, *others, told_to))
 
@@ -11482,9 +10987,7 @@ def test_the_upstream_may_use_every_endpoint_from_inside_the_call(relay: Relay) 
     assert statuses == [200] * 7
 
 
-def test_a_purged_message_is_remembered_as_sent(
-    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
-) -> None:
+def test_a_purged_message_is_remembered_as_sent(tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver) -> None:
     with Daemon(tmp_path, smtp=smtp, reports=reports) as daemon:
         daemon.submit(mail("gone"), mail("bad", to="perm@example.com"), mail("later", deferred_ts=2**40))
         wait_until(lambda: reports.entries_of("gone") and reports.entries_of("bad"), "the reports")
@@ -11565,12 +11068,7 @@ def test_health_ready_and_status_of_a_daemon_with_nothing_to_do(quiet: Daemon, s
         "ok": True, "active": False, "version": mailproxy.__version__, "pending": 0, "deferred": 0,
         "in_delivery": 0, "unreported": 0, "oldest_pending_ts": None, "accounts": {},
     }  # fmt: skip
-    assert (default["state"], default["reason"], default["until"], default["connections"]) == (
-        "up",
-        None,
-        None,
-        0,
-    )
+    assert (default["state"], default["reason"], default["until"], default["connections"]) == ("up", None, None, 0)
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/status", "/messages", "/accounts", "/metrics"])
@@ -11581,9 +11079,7 @@ def test_head_works_where_get_does(judge: Daemon, path: str) -> None:
     assert head.headers["Content-Type"] == got.headers["Content-Type"]
 
 
-def test_metrics_have_the_names_of_the_contract_and_true_numbers(
-    daemon: Daemon, reports: ReportReceiver
-) -> None:
+def test_metrics_have_the_names_of_the_contract_and_true_numbers(daemon: Daemon, reports: ReportReceiver) -> None:
     daemon.submit(mail("a"), mail("b", to="perm@example.com"), mail("c", deferred_ts=FAR))
     submitted(daemon, {"id": "bad"})
     reports.wait_for_entry("a", "sent")
@@ -11731,9 +11227,7 @@ def test_a_message_for_the_default_account_needs_one(tmp_path: Path) -> None:
         (b'{"messages": [' + b",".join([b"{}"] * 1001) + b"]}", 413, "1000"),
     ],
 )
-def test_a_batch_that_is_none_is_refused_as_a_whole(
-    judge: Daemon, body: bytes, status: int, words: str
-) -> None:
+def test_a_batch_that_is_none_is_refused_as_a_whole(judge: Daemon, body: bytes, status: int, words: str) -> None:
     answer = judge.post("/commands/add-messages", body)
 
     assert (answer.status, answer.json["ok"]) == (status, False)
@@ -11747,9 +11241,7 @@ def test_an_empty_batch_is_fine(judge: Daemon) -> None:
 
 
 def test_fields_that_mean_nothing_are_warned_of_and_null_means_left_out(judge: Daemon) -> None:
-    answer = submitted(
-        judge, mail("odd", colour="blue", tenant_id=None, cc=None, priority=None, batch_code=None)
-    )
+    answer = submitted(judge, mail("odd", colour="blue", tenant_id=None, cc=None, priority=None, batch_code=None))
 
     assert answer.json == {
         "ok": True, "queued": 1, "rejected": [], "warnings": [{"id": "odd", "unknown": ["colour"]}]
@@ -11915,9 +11407,7 @@ def test_cleanup_without_a_number_goes_by_the_configured_retention(judge: Daemon
         assert judge.post("/commands/cleanup-messages", body).json == {"ok": True, "removed": 0}
 
 
-def test_in_test_mode_mail_goes_out_at_run_now_alone(
-    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
-) -> None:
+def test_in_test_mode_mail_goes_out_at_run_now_alone(tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver) -> None:
     config = {"delivery": {"test_mode": "true", "send_interval_seconds": 0.05}}
     with Daemon(tmp_path, config, smtp=smtp, reports=reports) as daemon:
         daemon.submit(*[mail(f"m-{n}") for n in range(120)])
@@ -12053,12 +11543,7 @@ def test_contents_are_left_out_unless_they_are_asked_for(quiet: Daemon) -> None:
     ]
     quiet.submit(
         mail("with", attachments=attachments),
-        {
-            "id": "raw",
-            "from": "me@example.com",
-            "to": "you@example.com",
-            "raw": base64.b64encode(raw).decode(),
-        },
+        {"id": "raw", "from": "me@example.com", "to": "you@example.com", "raw": base64.b64encode(raw).decode()},
     )
 
     bare = {record["id"]: record["message"] for record in quiet.get("/messages").json["messages"]}
@@ -12116,16 +11601,8 @@ def test_a_message_that_is_not_there_is_a_404(judge: Daemon) -> None:
 
 
 def test_accounts_are_listed_without_their_secrets(tmp_path: Path, smtp: SmtpServer) -> None:
-    config = {
-        "smtp": {"password": "s3cret-1", "user": "u"},
-        "account:shop": {"host": "mx.example.com", "port": 25},
-    }
-    oauth2 = {
-        "token_url": "https://example.com/t",
-        "client_id": "c",
-        "client_secret": "s3cret-2",
-        "scope": "x",
-    }
+    config = {"smtp": {"password": "s3cret-1", "user": "u"}, "account:shop": {"host": "mx.example.com", "port": 25}}
+    oauth2 = {"token_url": "https://example.com/t", "client_id": "c", "client_secret": "s3cret-2", "scope": "x"}
     with Daemon(tmp_path, config, smtp=smtp) as daemon:
         added = account(
             "web", smtp, user="ü", password="s3cret-3", oauth2=oauth2, name="ignored", tenant_id=1, ttl=None
@@ -12139,9 +11616,7 @@ def test_accounts_are_listed_without_their_secrets(tmp_path: Path, smtp: SmtpSer
             "default": "config", "shop": "config", "web": "http"
         }  # fmt: skip
         assert (accounts["web"]["user"], accounts["web"]["ttl"]) == ("ü", 300)
-        assert (
-            b"s3cret" not in answer.content + daemon.get("/status").content + daemon.get("/metrics").content
-        )
+        assert b"s3cret" not in answer.content + daemon.get("/status").content + daemon.get("/metrics").content
         assert "s3cret" not in daemon.log
 
 
@@ -12253,8 +11728,7 @@ def test_the_undelivered_mail_of_a_deleted_account_becomes_reported_errors(
 ) -> None:
     daemon.post("/account", account("web", smtp, max_connections=1))
     daemon.submit(
-        mail("later", account_id="web", deferred_ts=FAR),
-        mail("back", account_id="web", to="temp@example.com"),
+        mail("later", account_id="web", deferred_ts=FAR), mail("back", account_id="web", to="temp@example.com")
     )
     daemon.wait_status("back", "deferred")
     daemon.submit(mail("slow", account_id="web", to="slow500ms@example.com"))
@@ -12265,9 +11739,7 @@ def test_the_undelivered_mail_of_a_deleted_account_becomes_reported_errors(
 
     assert answer.status == 200
     assert daemon.delete("/account/web").status == 404
-    assert (
-        submitted(daemon, mail("new", account_id="web")).json["rejected"][0]["reason"] == "account not found"
-    )
+    assert submitted(daemon, mail("new", account_id="web")).json["rejected"][0]["reason"] == "account not found"
     reports.wait_for_entry("slow", "sent")
     reports.wait_for(lambda r: sum(e["error"] == "account deleted" for e in r.entries) == 102)
     assert answer.json["failed"] <= 102
@@ -12302,10 +11774,7 @@ def test_the_mail_of_an_account_that_vanished_from_the_configuration_waits_for_i
         daemon.write_config()
         daemon.signal(signal.SIGHUP)
         wait_until(lambda: "account not found" in json.dumps(daemon.status()["accounts"]), "its absence")
-        assert (
-            submitted(daemon, mail("c", account_id="shop")).json["rejected"][0]["reason"]
-            == "account not found"
-        )
+        assert submitted(daemon, mail("c", account_id="shop")).json["rejected"][0]["reason"] == "account not found"
 
         daemon.restart()
         assert daemon.status()["accounts"]["shop"]["pending"] == 2
@@ -12347,14 +11816,10 @@ def test_accounts_that_come_and_go_in_the_midst_of_everything_break_nothing(
             number += 1
             ids = [f"m-{worker}-{number}-{n}" for n in range(3)]
             tos = ("ok@example.com", "temp@example.com", "slow20ms@example.com")
-            answer = submitted(
-                daemon, *[mail(id_, to=to, account_id="web") for id_, to in zip(ids, tos, strict=True)]
-            )
+            answer = submitted(daemon, *[mail(id_, to=to, account_id="web") for id_, to in zip(ids, tos, strict=True)])
             accepted.extend(ids if answer.status == 200 else [])
             ways = (
-                lambda: daemon.post(
-                    "/account", account("web", smtp, limit_per_minute=1_000_000 if worker % 2 else 0)
-                ),
+                lambda: daemon.post("/account", account("web", smtp, limit_per_minute=1_000_000 if worker % 2 else 0)),
                 lambda: daemon.delete("/account/web"),
                 lambda: daemon.post("/account/web/suspend"),
                 lambda: daemon.post("/account/web/activate"),
@@ -12391,12 +11856,7 @@ def test_accounts_that_come_and_go_in_the_midst_of_everything_break_nothing(
 def test_every_endpoint_but_two_wants_the_token(tmp_path: Path) -> None:
     with Daemon(tmp_path, token="t0ken") as daemon:
         bare = {"X-API-Token": ""}
-        for method, path in [
-            ("GET", "/status"),
-            ("POST", "/account"),
-            ("GET", "/nowhere"),
-            ("PUT", "/status"),
-        ]:
+        for method, path in [("GET", "/status"), ("POST", "/account"), ("GET", "/nowhere"), ("PUT", "/status")]:
             answer = daemon.request(method, path, headers=bare)
             assert (answer.status, answer.json["ok"]) == (401, False)
             assert answer.json["detail"] == "Invalid or missing API token"
@@ -12439,9 +11899,7 @@ def test_without_a_token_it_listens_on_loopback_alone(tmp_path: Path) -> None:
 def test_a_second_daemon_on_the_same_file_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         (tmp_path / "second").mkdir()
-        refused = started(
-            tmp_path / "second", f"[storage]\ndb_path = {tmp_path}/queue.db\n[server]\nport = 0\n"
-        )
+        refused = started(tmp_path / "second", f"[storage]\ndb_path = {tmp_path}/queue.db\n[server]\nport = 0\n")
 
         assert refused.returncode == 2
         assert daemon.process
@@ -12478,9 +11936,7 @@ def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
     assert "Cannot listen on 127.0.0.1" in refused.stderr
 
 
-def test_while_another_process_holds_the_write_lock_nothing_is_accepted(
-    tmp_path: Path, smtp: SmtpServer
-) -> None:
+def test_while_another_process_holds_the_write_lock_nothing_is_accepted(tmp_path: Path, smtp: SmtpServer) -> None:
     with Daemon(tmp_path, smtp=smtp) as daemon:
         with contextlib.closing(sqlite3.connect(tmp_path / "queue.db", isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
@@ -12498,9 +11954,7 @@ def test_while_another_process_holds_the_write_lock_nothing_is_accepted(
 TABLES = ("messages", "switches", "accounts", "suspensions")
 
 
-def test_a_storage_that_refuses_is_a_503_everywhere_and_all_resumes_by_itself(
-    tmp_path: Path, smtp: SmtpServer
-) -> None:
+def test_a_storage_that_refuses_is_a_503_everywhere_and_all_resumes_by_itself(tmp_path: Path, smtp: SmtpServer) -> None:
     with Daemon(tmp_path, smtp=smtp) as daemon:
         daemon.submit(mail("later", deferred_ts=FAR))
         with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
@@ -12671,9 +12125,7 @@ def test_a_full_disk_costs_no_mail(tmp_path: Path, smtp: SmtpServer, reports: Re
             check_nothing_is_doubled(daemon, smtp, reports)
 
 
-def test_a_storage_that_fails_at_the_start_is_said_and_nothing_is_sent(
-    tmp_path: Path, smtp: SmtpServer
-) -> None:
+def test_a_storage_that_fails_at_the_start_is_said_and_nothing_is_sent(tmp_path: Path, smtp: SmtpServer) -> None:
     storage = FaultyStorage(tmp_path)
     smtp.stop()
     with Daemon(tmp_path, smtp=smtp, environment=storage.environment) as daemon:
@@ -12831,11 +12283,7 @@ def test_sighup_takes_over_what_can_change_and_names_what_cannot(
 
 def test_a_broken_file_changes_nothing_and_is_said(tmp_path: Path, smtp: SmtpServer) -> None:
     with Daemon(tmp_path, {"server": {"max_batch": 3}}, smtp=smtp) as daemon:
-        broken = [
-            ("server", {"max_batch": "many"}),
-            ("account:x", {"host": "h", "port": "0"}),
-            ("typo", {"a": "b"}),
-        ]
+        broken = [("server", {"max_batch": "many"}), ("account:x", {"host": "h", "port": "0"}), ("typo", {"a": "b"})]
         for section, values in broken:
             before = dict(daemon.config)
             daemon.config[section] = {**daemon.config.get(section, {}), **values}
@@ -12854,9 +12302,7 @@ def test_sighup_cannot_open_the_door_to_everybody(tmp_path: Path) -> None:
     """The host needs a restart: a new one must not be what makes a token needless."""
     (tmp_path / "before.ini").write_text("[server]\nhost = 0.0.0.0\napi_token = t0ken\n")
     (tmp_path / "after.ini").write_text("[server]\nhost = 127.0.0.1\n")
-    before, after = (
-        mailproxy.load_settings(str(tmp_path / name), {}, {}) for name in ("before.ini", "after.ini")
-    )
+    before, after = (mailproxy.load_settings(str(tmp_path / name), {}, {}) for name in ("before.ini", "after.ini"))
     daemon = mailproxy.Daemon(before, {}, reload=lambda: after)
 
     with pytest.raises(mailproxy.ConfigurationError, match="api_token"):
@@ -12924,9 +12370,7 @@ def test_systemd_is_told_how_it_is(tmp_path: Path, abstract: bool) -> None:
                 told.append(systemd.recv(4096).decode())
 
 
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="other C libraries have no heap for each thread"
-)
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no heap for each thread")
 def test_all_threads_take_their_memory_from_one_heap() -> None:
     code = (
         "import ctypes, mailproxy, threading\n"
@@ -13037,9 +12481,7 @@ def test_the_version_is_told() -> None:
 
 
 @pytest.mark.parametrize("command", [command.name for command in mailproxy.COMMANDS])
-def test_the_help_of_a_command_teaches_with_examples(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_help_of_a_command_teaches_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         mailproxy.main([command, "--help"])
 
@@ -13070,9 +12512,7 @@ def test_the_options_in_the_examples_exist() -> None:
         ["messages", "--status", "lost"],
     ],
 )
-def test_a_usage_mistake_is_one_sentence_and_exit_2(
-    words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_usage_mistake_is_one_sentence_and_exit_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     ended = run_here(capsys, *words)
 
     assert ended.returncode == 2
@@ -13162,8 +12602,7 @@ def test_a_port_that_is_taken_exits_with_a_sentence(tmp_path: Path, daemon: Daem
 
 def test_check_shows_what_is_in_force_and_where_it_comes_from_but_no_secret(tmp_path: Path) -> None:
     (tmp_path / "config.ini").write_text(
-        "[server]\nport = 8026\napi_token = open-sesame\n"
-        "[smtp]\nhost = mx.test\nport = 587\npassword = hunter2\n"
+        "[server]\nport = 8026\napi_token = open-sesame\n[smtp]\nhost = mx.test\nport = 587\npassword = hunter2\n"
     )
 
     ended = run_command("check", folder=tmp_path, environment={"MAILPROXY_DELIVERY_MAX_RETRIES": "3"})
@@ -13238,9 +12677,7 @@ def test_another_server_at_the_url_is_told_from_mailproxy(
     assert "not as mailproxy does" in sentence(ended)
 
 
-def test_a_server_that_does_not_speak_http_is_told(
-    smtp: SmtpServer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_that_does_not_speak_http_is_told(smtp: SmtpServer, capsys: pytest.CaptureFixture[str]) -> None:
     ended = run_here(capsys, "status", "--url", f"http://127.0.0.1:{smtp.port}")
 
     assert ended.returncode == 1
@@ -13293,9 +12730,7 @@ def test_the_token_of_config_ini_is_for_no_other_machine(tmp_path: Path) -> None
     parser = mailproxy.command_parser()
 
     def token_for(url: str) -> str | None:
-        return mailproxy.find_daemon(
-            parser.parse_args(["status", "--config", str(config), "--url", url]), {}
-        ).token
+        return mailproxy.find_daemon(parser.parse_args(["status", "--config", str(config), "--url", url]), {}).token
 
     assert token_for("http://127.0.0.1:8000") == "sesame"
     assert token_for("unix:/run/mailproxy.sock") == "sesame"
@@ -13320,9 +12755,7 @@ def test_config_ini_tells_where_the_daemon_is(tmp_path: Path, server: str, url: 
     assert mailproxy.find_daemon(args, {}).url == url
 
 
-def test_a_config_ini_with_any_free_port_asks_for_the_url(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_config_ini_with_any_free_port_asks_for_the_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.ini").write_text("[server]\nport = 0\n")
 
     ended = run_here(capsys, "status", "--config", tmp_path / "config.ini")
@@ -13341,11 +12774,7 @@ def test_a_unix_socket_and_https_are_spoken_as_config_ini_has_them(tmp_path: Pat
     (tmp_path / "config.ini").write_text(f"[server]\nunix_socket = {tmp_path}/m.sock\n")
     servers = [
         subprocess.Popen(
-            [sys.executable, STARTER, "serve"],
-            cwd=f,
-            env=_plain_environment(),
-            stderr=subprocess.PIPE,
-            text=True,
+            [sys.executable, STARTER, "serve"], cwd=f, env=_plain_environment(), stderr=subprocess.PIPE, text=True
         )
         for f in (folder, tmp_path)
     ]
@@ -13417,17 +12846,11 @@ def test_messages_are_a_table_that_says_why_and_when(daemon: Daemon) -> None:
 
     rows = printed_rows(run_at(daemon, "messages").stdout, "ID")
     active = printed_rows(run_at(daemon, "messages", "--active").stdout, "ID")
-    failed = printed_rows(
-        run_at(daemon, "messages", "--status", "error", "--account", "default").stdout, "ID"
-    )
+    failed = printed_rows(run_at(daemon, "messages", "--status", "error", "--account", "default").stdout, "ID")
     batch = printed_rows(run_at(daemon, "messages", "--batch", "b1").stdout, "ID")
 
     assert list(rows) == ["one", "two", "three"]
-    assert (rows["one"]["STATUS"], rows["one"]["TO"], rows["one"]["ATTEMPTS"]) == (
-        "sent",
-        "ok@c.test +1",
-        "1",
-    )
+    assert (rows["one"]["STATUS"], rows["one"]["TO"], rows["one"]["ATTEMPTS"]) == ("sent", "ok@c.test +1", "1")
     assert "550 5.1.1 No such user here" in rows["two"]["REMARK"]
     assert rows["three"]["REMARK"] == "due in 3 h"
     assert list(active) == ["three"]
@@ -13452,9 +12875,7 @@ def test_a_long_list_says_how_to_go_on(daemon: Daemon) -> None:
 
 def test_a_table_fits_the_terminal_and_never_cuts_an_id(daemon: Daemon) -> None:
     long_id = "x" * 50
-    daemon.submit(
-        {"id": long_id, "from": "a@b.test", "to": "perm@c.test", "subject": "漢字" * 40, "body": "x"}
-    )
+    daemon.submit({"id": long_id, "from": "a@b.test", "to": "perm@c.test", "subject": "漢字" * 40, "body": "x"})
     daemon.wait_status(long_id, "error")
 
     narrow = run_at(daemon, "messages", COLUMNS="60").stdout
@@ -13558,15 +12979,7 @@ def test_a_reader_that_goes_away_is_no_event(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [
-        (0, "0 s"),
-        (119, "119 s"),
-        (120, "2 min"),
-        (7199, "119 min"),
-        (7200, "2 h"),
-        (172_800, "2 d"),
-        (-1, "0 s"),
-    ],
+    [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "119 min"), (7200, "2 h"), (172_800, "2 d"), (-1, "0 s")],
 )
 def test_durations_are_in_the_unit_a_person_would_choose(seconds: float, words: str) -> None:
     assert mailproxy.duration(seconds) == words
@@ -13717,9 +13130,7 @@ def test_the_demos_mail_server_answers_pipelined_commands_in_order() -> None:
     ],
 )
 def test_the_demos_mail_server_takes_content_as_it_was_meant(content: bytes, size: int) -> None:
-    talk = talk_to_demo_server(
-        b"EHLO me\r\nMAIL FROM:<>\r\nRCPT TO:<d@c>\r\nDATA\r\n", content, b".\r\nQUIT\r\n"
-    )
+    talk = talk_to_demo_server(b"EHLO me\r\nMAIL FROM:<>\r\nRCPT TO:<d@c>\r\nDATA\r\n", content, b".\r\nQUIT\r\n")
 
     assert talk.replies[-1].startswith("221")
     assert f" {size / 1000:.1f} kB" in talk.arrived[0][1]
@@ -13778,26 +13189,8 @@ def test_send_with_nothing_to_send_is_a_usage_mistake(send: Send) -> None:
 
 def test_a_message_is_sent_from_options(daemon: Daemon, smtp: SmtpServer) -> None:
     (daemon.folder / "bill.pdf").write_bytes(b"%PDF-1.4 x")
-    options = [
-        "--from",
-        "Shop <shop@a.test>",
-        "--to",
-        "x@c.test, y@c.test",
-        "--cc",
-        "z@c.test",
-        "--bcc",
-        "b@c.test",
-    ]
-    options += [
-        "--subject",
-        "Grüße",
-        "--body",
-        "-",
-        "--html",
-        "<b>Hi</b>",
-        "--attach",
-        daemon.folder / "bill.pdf",
-    ]
+    options = ["--from", "Shop <shop@a.test>", "--to", "x@c.test, y@c.test", "--cc", "z@c.test", "--bcc", "b@c.test"]
+    options += ["--subject", "Grüße", "--body", "-", "--html", "<b>Hi</b>", "--attach", daemon.folder / "bill.pdf"]
 
     ended = piped(daemon, "send", *options, "--id", "m1", "--priority", "high", stdin="Hällo\n".encode())
 
@@ -13855,9 +13248,7 @@ def test_what_cannot_be_sent_is_a_sentence(
     assert complaint in sentence(ended)
 
 
-def test_an_eml_file_goes_out_as_it_is_to_whom_its_headers_name(
-    send: Send, daemon: Daemon, smtp: SmtpServer
-) -> None:
+def test_an_eml_file_goes_out_as_it_is_to_whom_its_headers_name(send: Send, daemon: Daemon, smtp: SmtpServer) -> None:
     eml = b'From: Shop <shop@a.test>\nTo: friends: x@c.test, "Y, Z" <y@c.test>;\n'
     eml += b"Bcc: b@c.test\nSubject: =?utf-8?q?a?=\n"
     (daemon.folder / "x.eml").write_bytes(eml + b"Message-ID: <7@a.test>\nX-Mine: kept\n\nline\n.dot\n")
@@ -13881,12 +13272,8 @@ def write_csv(folder: Path, text: str, encoding: str = "utf-8") -> Path:
     return path
 
 
-def test_the_rows_of_a_csv_are_sent_once_however_often_it_runs(
-    send: Send, daemon: Daemon, smtp: SmtpServer
-) -> None:
-    csv = write_csv(
-        daemon.folder, 'To,Subject,body\nx@c.test,Hi,"a, b"\nperm@c.test,Hi,c\nx@c.test,Hi,"a, b"\n'
-    )
+def test_the_rows_of_a_csv_are_sent_once_however_often_it_runs(send: Send, daemon: Daemon, smtp: SmtpServer) -> None:
+    csv = write_csv(daemon.folder, 'To,Subject,body\nx@c.test,Hi,"a, b"\nperm@c.test,Hi,c\nx@c.test,Hi,"a, b"\n')
     words = ["--csv", csv, "--from", "a@b.test"]
 
     first = send(*words)
@@ -13904,9 +13291,7 @@ def test_the_rows_of_a_csv_are_sent_once_however_often_it_runs(
     assert daemon.get("/messages").json["messages"][0]["message"]["body"] == "a, b"
 
 
-def test_rows_that_are_refused_say_why_and_the_others_go(
-    send: Send, daemon: Daemon, smtp: SmtpServer
-) -> None:
+def test_rows_that_are_refused_say_why_and_the_others_go(send: Send, daemon: Daemon, smtp: SmtpServer) -> None:
     (daemon.folder / "a b.txt").write_text("x")
     csv = write_csv(
         daemon.folder,
@@ -13948,17 +13333,13 @@ def test_rows_that_are_refused_say_why_and_the_others_go(
 def test_a_csv_with_wrong_columns_is_refused_as_a_whole(
     tmp_path: Path, header: str, complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ended = run_here(
-        capsys, "send", "--url", closed_url(), "--csv", write_csv(tmp_path, f"{header}\n1,2,3,4\n")
-    )
+    ended = run_here(capsys, "send", "--url", closed_url(), "--csv", write_csv(tmp_path, f"{header}\n1,2,3,4\n"))
 
     assert ended.returncode == 2
     assert complaint in sentence(ended)
 
 
-def test_a_daemon_with_small_batches_takes_a_long_csv_too(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_daemon_with_small_batches_takes_a_long_csv_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = "".join(f"x@c.test,{n}\n" for n in range(450))
     with Daemon(tmp_path, {"server": {"max_batch": 90}, "scheduler": {"active": "false"},
                            "smtp": {"host": "mx.test", "port": 25}}) as daemon:  # fmt: skip
@@ -13978,18 +13359,8 @@ def test_a_daemon_with_small_batches_takes_a_long_csv_too(
 def test_a_csv_shows_a_bar_in_a_terminal(daemon: Daemon) -> None:
     csv = write_csv(daemon.folder, "from,to,subject,body\na@b.test,x@c.test,s,b\n")
     screen, terminal = pty.openpty()
-    command = [
-        sys.executable,
-        str(PROGRAM),
-        "send",
-        "--csv",
-        str(csv),
-        "--url",
-        f"http://127.0.0.1:{daemon.port}",
-    ]
-    ended = subprocess.run(
-        command, stdout=terminal, stderr=subprocess.PIPE, env=_plain_environment(), timeout=40
-    )
+    command = [sys.executable, str(PROGRAM), "send", "--csv", str(csv), "--url", f"http://127.0.0.1:{daemon.port}"]
+    ended = subprocess.run(command, stdout=terminal, stderr=subprocess.PIPE, env=_plain_environment(), timeout=40)
     os.close(terminal)
     seen = os.read(screen, 65536).decode()
     os.close(screen)
@@ -13998,13 +13369,9 @@ def test_a_csv_shows_a_bar_in_a_terminal(daemon: Daemon) -> None:
     assert f"\r[{'#' * 40}] 1 of 1\r\x1b[K1 messages: 1 queued" in seen
 
 
-def test_a_csv_that_is_interrupted_says_how_to_go_on_and_sends_nothing_twice(
-    daemon: Daemon, smtp: SmtpServer
-) -> None:
+def test_a_csv_that_is_interrupted_says_how_to_go_on_and_sends_nothing_twice(daemon: Daemon, smtp: SmtpServer) -> None:
     recipients = [f"x{n}@c.test" for n in range(mailproxy.BATCH_MESSAGES + 2)]
-    rows = "".join(
-        f"{recipient},s,b,{'late.txt' if recipient == recipients[-1] else ''}\n" for recipient in recipients
-    )
+    rows = "".join(f"{recipient},s,b,{'late.txt' if recipient == recipients[-1] else ''}\n" for recipient in recipients)
     csv = write_csv(daemon.folder, f"to,subject,body,attachments\n{rows}")
     late = daemon.folder / "late.txt"
     os.mkfifo(late)  # opening it waits for somebody who writes
@@ -14029,18 +13396,13 @@ def test_a_csv_that_is_interrupted_says_how_to_go_on_and_sends_nothing_twice(
     assert Counter(mail.recipients[0] for mail in smtp.received) == Counter(recipients)
 
 
-def test_a_csv_that_was_cut_off_says_how_far_it_came(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_csv_that_was_cut_off_says_how_far_it_came(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     csv = write_csv(tmp_path, "from,to,subject,body\na@b.test,x@c.test,s,b\n")
 
     ended = run_here(capsys, "send", "--url", closed_url(), "--csv", csv)
 
     assert ended.returncode == 1
-    assert (
-        "say where it is with --url; 0 of 1 are through; run it again, and nothing is sent twice"
-        in sentence(ended)
-    )
+    assert "say where it is with --url; 0 of 1 are through; run it again, and nothing is sent twice" in sentence(ended)
 
 
 # --- sendmail
@@ -14148,9 +13510,7 @@ def test_sendmail_knows_the_envelope(
     assert fields["to"] == recipients
 
 
-@pytest.mark.parametrize(
-    "text", ["root admin", "x@c.test y@c.test", 'o"brien@c.test', "x@c.test N <y@c.test>"]
-)
+@pytest.mark.parametrize("text", ["root admin", "x@c.test y@c.test", 'o"brien@c.test', "x@c.test N <y@c.test>"])
 def test_sendmail_refuses_recipients_it_would_lose_one_of(text: str) -> None:
     in_header, on_the_command_line = (["-t"], f"To: {text}\n\n"), ([text], "")
     for (words, header), status in (in_header, os.EX_DATAERR), (on_the_command_line, os.EX_NOUSER):
@@ -14279,9 +13639,7 @@ CALLERS = (
 
 
 @pytest.mark.parametrize("caller", CALLERS, ids=[caller.program for caller in CALLERS])
-def test_programs_that_know_sendmail_send_through_it(
-    caller: Caller, daemon: Daemon, smtp: SmtpServer
-) -> None:
+def test_programs_that_know_sendmail_send_through_it(caller: Caller, daemon: Daemon, smtp: SmtpServer) -> None:
     needs(caller.program)
     if caller.program == "git":
         needs(f"{subprocess.getoutput('git --exec-path')}/git-send-email")
@@ -14315,10 +13673,7 @@ def test_programs_that_know_sendmail_send_through_it(
 def test_a_backup_is_a_whole_queue_while_the_daemon_writes(tmp_path: Path) -> None:
     stop = threading.Event()
     message = {"from": "a@b.test", "to": "x@c.test", "subject": "s", "body": "b" * 5000}
-    config: dict[str, dict[str, object]] = {
-        "scheduler": {"active": "false"},
-        "smtp": {"host": "mx.test", "port": 25},
-    }
+    config: dict[str, dict[str, object]] = {"scheduler": {"active": "false"}, "smtp": {"host": "mx.test", "port": 25}}
     with Daemon(tmp_path, config) as daemon:
 
         def submit() -> None:
@@ -14368,9 +13723,7 @@ def test_a_backup_overwrites_only_what_it_may(daemon: Daemon, capsys: pytest.Cap
     assert (itself.returncode, folder.returncode, nowhere.returncode) == (1, 1, 1)
     assert "queue in use" in sentence(itself)
     assert "folder" in sentence(folder)
-    assert f"{daemon.folder / 'no' / 'x.db'} cannot be written: No such file or directory" in sentence(
-        nowhere
-    )
+    assert f"{daemon.folder / 'no' / 'x.db'} cannot be written: No such file or directory" in sentence(nowhere)
     assert (forced.returncode, there.read_bytes()[:6]) == (0, b"SQLite")
 
 
@@ -14395,22 +13748,14 @@ def test_check_connect_shows_what_each_server_offers(
     tmp_path: Path, ca: PrivateCA, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with (
-        SmtpServer(
-            certificate=ca.good(), accounts={"u": "hunter2"}, size_limit=35_000_000, pipelining=True
-        ) as good,
+        SmtpServer(certificate=ca.good(), accounts={"u": "hunter2"}, size_limit=35_000_000, pipelining=True) as good,
         SmtpServer(certificate=ca.good(), accounts={"u": "other"}) as strict,
         SmtpServer(smtputf8=False) as plain,
         socket.socket() as silent,
     ):
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        login = {
-            "user": "u",
-            "password": "hunter2",
-            "ca_file": ca.ca_file,
-            "host": "localhost",
-            "use_tls": "true",
-        }
+        login = {"user": "u", "password": "hunter2", "ca_file": ca.ca_file, "host": "localhost", "use_tls": "true"}
         late = {"host": "127.0.0.1", "port": silent.getsockname()[1], "timeout": 1}
         sections = {
             "smtp": {**login, "port": good.port},
@@ -14558,9 +13903,7 @@ def test_openapi_json_says_what_the_route_table_routes(tmp_path: Path) -> None:
         assert daemon.get("/openapi.json", headers={"X-API-Token": ""}).status == 401
         document = daemon.get("/openapi.json").json
 
-        operations = {
-            (method, path): row for path, rows in document["paths"].items() for method, row in rows.items()
-        }
+        operations = {(method, path): row for path, rows in document["paths"].items() for method, row in rows.items()}
         assert document["openapi"].startswith("3.1")
         assert {("post", "/commands/add-messages"), ("delete", "/account/{id}")} < set(operations)
         for (method, path), row in operations.items():
@@ -14615,9 +13958,7 @@ PRINTABLE = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), 
 GENERATED_TEXT = st.one_of(*[PRINTABLE] * 15, st.text(max_size=60))  # mostly fit for a header
 ADDRESS_TEXT = st.one_of(
     st.builds("{}@example.com".format, st.text("abcXYZ09+-_'é", min_size=1, max_size=12)),
-    st.builds(
-        '"{}" <ok@example.com>'.format, PRINTABLE.map(lambda text: text.replace("\\", "").replace('"', ""))
-    ),
+    st.builds('"{}" <ok@example.com>'.format, PRINTABLE.map(lambda text: text.replace("\\", "").replace('"', ""))),
     st.builds("{} <ok@example.com>".format, st.text("abcé .=?_", max_size=12)),
     st.builds("{}@example.com".format, st.text('ab."', min_size=1, max_size=6)),
     st.emails(),
@@ -14628,14 +13969,9 @@ HEADER_NAME = st.one_of(
     st.sampled_from(["X-Test", "List-Id", "References"]), st.text("abXY-09_!", min_size=1, max_size=20)
 )
 ATTACHMENT = st.fixed_dictionaries(
-    {
-        "filename": GENERATED_TEXT,
-        "content": st.binary(max_size=90).map(lambda raw: base64.b64encode(raw).decode()),
-    },
+    {"filename": GENERATED_TEXT, "content": st.binary(max_size=90).map(lambda raw: base64.b64encode(raw).decode())},
     optional={
-        "content_type": st.sampled_from(
-            ["text/plain", "application/pdf", "message/rfc822", "image/png; name=x"]
-        ),
+        "content_type": st.sampled_from(["text/plain", "application/pdf", "message/rfc822", "image/png; name=x"]),
         "content_id": st.text("abc.@-", max_size=20),
         "inline": st.booleans(),
     },
@@ -14673,11 +14009,7 @@ def assert_can_be_read(received: Received, submitted_as: Mapping[str, Any]) -> N
         return
     assert max(map(len, lines)) <= 998
     message = received.message
-    assert not [
-        part.defects
-        for part in message.walk()
-        if part.defects and part.get_content_type() != "message/rfc822"
-    ]
+    assert not [part.defects for part in message.walk() if part.defects and part.get_content_type() != "message/rfc822"]
     assert all(message.get_all(name, []) != [] for name in ("From", "Date", "Message-ID", "MIME-Version"))
     assert message["Bcc"] is None
     assert len(message.get_all("Subject", [])) == 1
@@ -14691,9 +14023,7 @@ def test_every_message_that_is_accepted_arrives_and_can_be_read(tmp_path: Path, 
 
         @hypothesis.settings(max_examples=60, deadline=None, database=None, derandomize=True,
                              suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate])  # fmt: skip
-        @hypothesis.given(
-            st.lists(st.one_of(WRITTEN_MESSAGE, WRITTEN_MESSAGE, RAW_MESSAGE), min_size=1, max_size=12)
-        )
+        @hypothesis.given(st.lists(st.one_of(WRITTEN_MESSAGE, WRITTEN_MESSAGE, RAW_MESSAGE), min_size=1, max_size=12))
         def submit(messages: list[dict[str, Any]]) -> None:
             batch = [{"id": f"g-{len(waiting)}-{n}", **message} for n, message in enumerate(messages)]
             answer = submitted(daemon, *batch)
@@ -14736,8 +14066,7 @@ def test_who_guesses_tokens_is_slowed_down_counted_and_logged_and_nobody_else(tm
         assert (first < 0.2, slowest > 0.3) == (True, True), (first, slowest)
         began = time.monotonic()
         assert [
-            daemon.get("/status", headers={"X-API-Token": token}).status
-            for token in ("old-t0ken", "new-t0ken")
+            daemon.get("/status", headers={"X-API-Token": token}).status for token in ("old-t0ken", "new-t0ken")
         ] == [200, 200]
         assert time.monotonic() - began < 0.3
         metrics = daemon.get("/metrics").content.decode()
@@ -14887,9 +14216,7 @@ class Echo(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         good = self.path == "/good"
-        answer = (
-            b'{"access_token": "s3cret-access", "expires_in": 60}' if good else sent + bytes(self.headers)
-        )
+        answer = b'{"access_token": "s3cret-access", "expires_in": 60}' if good else sent + bytes(self.headers)
         self.send_response(200 if good else 403)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
@@ -14938,18 +14265,8 @@ def secretive_config(folder: Path, smtp_port: int, http_port: int) -> dict[str, 
     """Secrets everywhere: by value, from the environment, from a file."""
     (folder / "secret").write_text("s3cret-file\n")
     (folder / "webhook").write_text("whsec_" + base64.b64encode(b"s3cret-webhook").decode() + "\n")
-    oauth2 = {
-        "auth": "xoauth2",
-        "user": "me",
-        "oauth2_client_id": "id",
-        "host": "127.0.0.1",
-        "port": smtp_port,
-    }
-    refreshed = {
-        **oauth2,
-        "oauth2_client_secret": "env:CLIENT_SECRET",
-        "oauth2_refresh_token": "s3cret-refresh",
-    }
+    oauth2 = {"auth": "xoauth2", "user": "me", "oauth2_client_id": "id", "host": "127.0.0.1", "port": smtp_port}
+    refreshed = {**oauth2, "oauth2_client_secret": "env:CLIENT_SECRET", "oauth2_refresh_token": "s3cret-refresh"}
     plain = {"host": "127.0.0.1", "port": smtp_port, "user": "me"}
     return {
         "server": {"api_token": "s3cret-token-1, s3cret-token-2"},
@@ -14972,11 +14289,7 @@ def secretive_config(folder: Path, smtp_port: int, http_port: int) -> dict[str, 
     }
 
 
-SECRET_ENVIRONMENT = {
-    "PASSWORD": "s3cret-env",
-    "CLIENT_SECRET": "s3cret-client",
-    "SYNC_PASSWORD": "s3cret-sync",
-}
+SECRET_ENVIRONMENT = {"PASSWORD": "s3cret-env", "CLIENT_SECRET": "s3cret-client", "SYNC_PASSWORD": "s3cret-sync"}
 
 
 def provoke_failures(daemon: Daemon, smtp_port: int, http_port: int) -> None:
@@ -14990,19 +14303,12 @@ def provoke_failures(daemon: Daemon, smtp_port: int, http_port: int) -> None:
     url = f"http://me:s3cret-url@127.0.0.1:{http_port}/file"
     s3 = {"bucket": "bucket", "key": "k", "endpoint": f"http://127.0.0.1:{http_port}"}
     sources: list[dict[str, object]] = [{"url": url}, {"url": url.replace(str(http_port), "1")}, {"s3": s3}]
-    daemon.submit(
-        *[mail(f"at-{n}", attachments=[{"filename": "f", **source}]) for n, source in enumerate(sources)]
-    )
-    for headers in (
-        {"X-API-Token": "s3cret-guess"},
-        {"X-API-Token": "", "Authorization": "Bearer s3cret-guess"},
-    ):
+    daemon.submit(*[mail(f"at-{n}", attachments=[{"filename": "f", **source}]) for n, source in enumerate(sources)])
+    for headers in ({"X-API-Token": "s3cret-guess"}, {"X-API-Token": "", "Authorization": "Bearer s3cret-guess"}):
         assert daemon.get("/status", headers=headers).status == 401
     states = ("cooling",) * len(accounts)
     wait_until(
-        lambda: tuple(daemon.status()["accounts"][id_]["state"] for id_ in accounts) == states,
-        "the refusals",
-        20,
+        lambda: tuple(daemon.status()["accounts"][id_]["state"] for id_ in accounts) == states, "the refusals", 20
     )
     wait_until(lambda: daemon.log.count("report") > 1, "a refused report")
     daemon.config["account:broken"] = {"host": "h", "port": "0", "password": "s3cret-reload"}
@@ -15017,9 +14323,7 @@ def corrupt(daemon: Daemon, id_: str) -> None:
     """A row that makes our own code raise when it is shown."""
     with contextlib.closing(sqlite3.connect(str(daemon.config["storage"]["db_path"]))) as db, db:
         db.execute("UPDATE messages SET payload = '{\"s3cret-added' WHERE id = ?", (id_,))
-        db.execute(
-            "UPDATE attempts SET started_at = 'x' WHERE seq = (SELECT seq FROM messages WHERE id = ?)", (id_,)
-        )
+        db.execute("UPDATE attempts SET started_at = 'x' WHERE seq = (SELECT seq FROM messages WHERE id = ?)", (id_,))
 
 
 def test_no_secret_is_in_anything_that_is_written_or_answered(tmp_path: Path) -> None:
@@ -15034,8 +14338,7 @@ def test_no_secret_is_in_anything_that_is_written_or_answered(tmp_path: Path) ->
             paths = ("/status", "/accounts", "/metrics", "/openapi.json", "/health", "/ready")
             shown = {path: daemon.get(path).content.decode() for path in paths}
             records = [
-                daemon.get(f"/message/{record['id']}").json
-                for record in daemon.get("/messages").json["messages"]
+                daemon.get(f"/message/{record['id']}").json for record in daemon.get("/messages").json["messages"]
             ]
             for record in records:
                 record["message"].pop("message")  # as the client itself wrote it
@@ -15089,31 +14392,22 @@ def listening_daemon(folder: Path, **server: object) -> Iterator[subprocess.Pope
         assert process.wait(20) == 0
 
 
-def asked(
-    connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, token: str = ""
-) -> Any:
+def asked(connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, token: str = "") -> Any:
     content = None if body is None else json.dumps(body)
     connection.request(method, path, content, {"X-API-Token": token} if token else {})
     answer = connection.getresponse()
     return answer.status, json.loads(answer.read())
 
 
-def test_over_tls_the_api_is_the_same_and_without_it_there_is_no_answer(
-    tmp_path: Path, ca: PrivateCA
-) -> None:
+def test_over_tls_the_api_is_the_same_and_without_it_there_is_no_answer(tmp_path: Path, ca: PrivateCA) -> None:
     certificate, port = ca.good(), free_port()
     files = {"tls_cert": certificate.cert, "tls_key": certificate.key}
     with listening_daemon(tmp_path, port=port, api_token="t0ken", **files):
         trusting = ssl.create_default_context(cafile=ca.ca_file)
-        with contextlib.closing(
-            http.client.HTTPSConnection("localhost", port, timeout=10, context=trusting)
-        ) as line:
+        with contextlib.closing(http.client.HTTPSConnection("localhost", port, timeout=10, context=trusting)) as line:
             assert asked(line, "GET", "/health")[0] == 200
             assert asked(line, "GET", "/status")[0] == 401
-            assert (
-                asked(line, "POST", "/commands/add-messages", {"messages": [mail()]}, "t0ken")[1]["queued"]
-                == 1
-            )
+            assert asked(line, "POST", "/commands/add-messages", {"messages": [mail()]}, "t0ken")[1]["queued"] == 1
             assert line.sock.version() in ("TLSv1.2", "TLSv1.3")
         with socket.create_connection(("127.0.0.1", port), 10) as plain:
             plain.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -15286,17 +14580,13 @@ def raw(n: int) -> Case:
     return Case({**submission, "from": "sender@origin.example"}, [f"c{n}@one.example"], check)
 
 
-def _case(
-    submission: dict[str, Any], check: Callable[[Delivered], None], recipients: list[str] | None = None
-) -> Case:
+def _case(submission: dict[str, Any], check: Callable[[Delivered], None], recipients: list[str] | None = None) -> Case:
     """A composed message: its own check, and what holds for all of them."""
 
     def check_all(copy: Delivered) -> None:
         message = copy.message
         assert message["Subject"] == submission["subject"]
-        assert [str(address) for address in message["From"].addresses] == [
-            "Zoë Müller <sender@origin.example>"
-        ]
+        assert [str(address) for address in message["From"].addresses] == ["Zoë Müller <sender@origin.example>"]
         assert message["Date"]
         assert message["Message-ID"]
         check(copy)
@@ -15354,9 +14644,7 @@ def _assert_each_arrived_once_as_asked(asked: list[Case], copies: list[Delivered
         assert "Bcc" not in copy.message
 
 
-def _assert_each_was_reported_once(
-    asked: list[Case], copies: list[Delivered], reports: ReportReceiver
-) -> None:
+def _assert_each_was_reported_once(asked: list[Case], copies: list[Delivered], reports: ReportReceiver) -> None:
     entries = {entry["id"]: entry for entry in reports.acknowledged}
     message_ids = {_case_of(copy): str(copy.message["Message-ID"]).strip("<>") for copy in copies}
     assert Counter((entry["id"], entry["status"]) for entry in reports.entries) == Counter(
@@ -15543,9 +14831,7 @@ class ConfinedDaemon(Daemon):
     SystemCallFilter, RestrictAddressFamilies, RestrictNamespaces, MemoryDenyWriteExecute and the like.
     """
 
-    def __init__(
-        self, folder: Path, config: dict[str, dict[str, object]], secrets: Mapping[str, str]
-    ) -> None:
+    def __init__(self, folder: Path, config: dict[str, dict[str, object]], secrets: Mapping[str, str]) -> None:
         super().__init__(folder, config, token=secrets["api_token"])
         self.config["storage"]["db_path"] = "/var/lib/mailproxy/mailproxy.db"
         self.config["server"]["api_token"] = "file:/etc/mailproxy/api_token"
@@ -15775,9 +15061,7 @@ def test_the_environment_of_the_container_is_a_configuration(tmp_path: Path) -> 
     environment["MAILPROXY_STORAGE_DB_PATH"] = str(tmp_path / "queue.db")
     command = [sys.executable, STARTER, "check"]
 
-    checked = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=20
-    )
+    checked = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=20)
 
     assert checked.returncode == 0, checked.stderr
     assert "matches no setting" not in checked.stdout + checked.stderr
@@ -15794,11 +15078,7 @@ def test_the_health_check_of_the_container_says_whether_the_daemon_is_ready(tmp_
     (check,) = re.findall(r"^HEALTHCHECK .* CMD (\[.*\])$", dockerfile(), re.MULTILINE)
     command = [sys.executable, *json.loads(check)[1:]]
     with Daemon(tmp_path, token="t0ken") as daemon:
-        environment = {
-            **os.environ,
-            "MAILPROXY_SERVER_PORT": str(daemon.port),
-            "http_proxy": "http://127.0.0.1:9",
-        }
+        environment = {**os.environ, "MAILPROXY_SERVER_PORT": str(daemon.port), "http_proxy": "http://127.0.0.1:9"}
 
         well = subprocess.run(command, env=environment, capture_output=True, timeout=20)
         daemon.stop()
@@ -15894,12 +15174,7 @@ def busy_daemon(folder: Path) -> Iterator[Daemon]:
         ReportReceiver() as reports,
         Daemon(folder, {"smtp": account}, smtp=smtp, reports=reports, token="t0ken") as daemon,
     ):
-        for name, status in [
-            ("perm", "error"),
-            ("temp", "deferred"),
-            ("ok", "sent"),
-            ("limited", "deferred"),
-        ]:
+        for name, status in [("perm", "error"), ("temp", "deferred"), ("ok", "sent"), ("limited", "deferred")]:
             daemon.submit(mail(name, to=f"{name}@example.com"))
             reports.wait_for_entry(name, status)
         assert daemon.post("/commands/add-messages", {"messages": [{"id": "bad"}]}).status == 400
@@ -15946,9 +15221,7 @@ def test_alerts_and_dashboard_use_only_metrics_that_exist(exposition: bytes) -> 
     assert used - exist == set()
 
 
-def test_a_real_prometheus_scrapes_the_daemon_evaluates_the_alerts_and_fills_every_panel(
-    tmp_path: Path,
-) -> None:
+def test_a_real_prometheus_scrapes_the_daemon_evaluates_the_alerts_and_fills_every_panel(tmp_path: Path) -> None:
     needs("prometheus")
     with busy_daemon(tmp_path) as daemon, PrometheusServer(tmp_path, daemon) as prometheus:
         seen = 'count_over_time(mailproxy_messages_sent_total{account="default"}[1m]) >= 2'
@@ -16100,9 +15373,7 @@ def test_the_example_application_may_submit_again_what_was_sent_already(
         assert len(smtp.received_by("ann@example.net")) == 1
 
 
-def signed_report(
-    entries: list[dict[str, Any]], *, report_id: str = "rep_1", age_s: int = 0
-) -> tuple[Any, bytes]:
+def signed_report(entries: list[dict[str, Any]], *, report_id: str = "rep_1", age_s: int = 0) -> tuple[Any, bytes]:
     """A call as the daemon makes it: headers and body."""
     body = json.dumps({"delivery_report": entries}).encode()
     timestamp = int(time.time()) - age_s
@@ -16125,9 +15396,7 @@ def test_the_example_application_takes_a_report_once(example: ExampleApplication
         assert example.status(mail_id) == "untouched"
 
 
-def test_the_example_application_takes_no_report_that_is_not_signed_or_too_old(
-    example: ExampleApplication,
-) -> None:
+def test_the_example_application_takes_no_report_that_is_not_signed_or_too_old(example: ExampleApplication) -> None:
     with example:
         mail_id = example.send("ann@example.net")
         entry = {"id": mail_id, "status": "sent", "error": None, "attempts": 1}
@@ -16197,11 +15466,7 @@ def django_message(**fields: Any) -> Any:
         cc=["carol@example.net"],
         bcc=["dave@example.net"],
         reply_to=["help@example.com"],
-        headers={
-            "X-Campaign": "spring",
-            "Message-ID": "<1@example.com>",
-            "Date": "Sat, 22 Nov 2025 21:00:00 +0000",
-        },
+        headers={"X-Campaign": "spring", "Message-ID": "<1@example.com>", "Date": "Sat, 22 Nov 2025 21:00:00 +0000"},
         **fields,
     )
     message.attach_alternative('<p>Der Text <img src="cid:logo"></p>', "text/html")
@@ -16270,9 +15535,7 @@ def test_a_message_that_mailproxy_refuses_is_an_error_in_django_unless_silent(
             assert get_connection(fail_silently=True).send_messages([good]) == 0
 
 
-def test_a_django_message_keeps_its_id_until_mailproxy_has_answered(
-    django: Any, reports: ReportReceiver
-) -> None:
+def test_a_django_message_keeps_its_id_until_mailproxy_has_answered(django: Any, reports: ReportReceiver) -> None:
     from django.core.mail import EmailMessage
 
     message = EmailMessage("Subject", "Body", "me@example.com", ["ann@example.net"])
@@ -16327,16 +15590,7 @@ def test_the_flask_example_sends_one_mail_an_order_and_hears_of_it(tmp_path: Pat
     with Daemon(tmp_path, {"client": client}, smtp=smtp, token="t0ken") as daemon:
         environment = {**_plain_environment(), "MAILPROXY_URL": f"http://127.0.0.1:{daemon.port}"}
         environment |= {"MAILPROXY_TOKEN": "t0ken", "MAILPROXY_SYNC_TOKEN": "choose-one"}
-        command = [
-            sys.executable,
-            "-m",
-            "flask",
-            "--app",
-            EXAMPLES / "flask_app.py",
-            "run",
-            "--port",
-            str(port),
-        ]
+        command = [sys.executable, "-m", "flask", "--app", EXAMPLES / "flask_app.py", "run", "--port", str(port)]
         log = tmp_path / "flask.log"
         with log.open("wb") as output:
             flask = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)

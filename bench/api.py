@@ -31,9 +31,7 @@ def look(url: str, token: str, examples: int, seed: int, folder: Path) -> int:
         "--generation-database", "none", "--no-color",
     ]  # fmt: skip
     environment = {**rig.own_environment(), "SCHEMATHESIS_HOOKS": "api_hooks", "PYTHONPATH": str(FOLDER)}
-    return subprocess.run(
-        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, check=False
-    ).returncode
+    return subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
 
 
 def look_at_own(examples: int, seed: int, folder: Path) -> int:

@@ -112,9 +112,7 @@ def copy_attempts(db: sqlite3.Connection) -> None:
     """Each copy of the sent message has its attempt, as the original has."""
     columns = [row[1] for row in db.execute("PRAGMA table_info(attempts)")]
     if "seq" not in columns:
-        raise BenchError(
-            "the table of attempts is not what it was: copy_attempts() must learn the new schema"
-        )
+        raise BenchError("the table of attempts is not what it was: copy_attempts() must learn the new schema")
     values = ["copy.seq" if column == "seq" else f"attempts.{column}" for column in columns]
     db.execute(
         f"INSERT INTO attempts ({', '.join(columns)}) SELECT {', '.join(values)} "  # noqa: S608 - as above

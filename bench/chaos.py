@@ -304,9 +304,7 @@ def judged(evidence: Evidence, unanswered: int) -> Verdict:
             key for key in accepted if not reported.get(key, Counter())[expected_status(key)]
         ),
         "reported in a wrong final state": sorted(
-            key
-            for key, said in reported.items()
-            if said["sent" if expected_status(key) == "error" else "error"]
+            key for key, said in reported.items() if said["sent" if expected_status(key) == "error" else "error"]
         ),
         "delivered twice without a kill between": unexplained,
         "delivered again under another Message-ID": sorted(
@@ -339,9 +337,7 @@ def doubled_at_kills(
     unexplained = []
     for key, taken in deliveries.items():
         for earlier, later in pairwise(taken):
-            between = next(
-                (n for n, at in enumerate(kills_ns, 1) if earlier.at_ns <= at <= later.at_ns), None
-            )
+            between = next((n for n, at in enumerate(kills_ns, 1) if earlier.at_ns <= at <= later.at_ns), None)
             if between is None:
                 unexplained.append(key)
             else:

@@ -182,9 +182,7 @@ class Conversation:
             head, _, rest = rest.partition(b"\r\n\r\n")
             first, *fields = head.split(b"\r\n")
             must(re.fullmatch(rb"HTTP/1\.1 %d [ -~]+" % status, first), f"status line {first!r}")
-            must(
-                all(re.fullmatch(rb"[A-Za-z-]+: [ -~]*", line) for line in fields), f"answer's head {head!r}"
-            )
+            must(all(re.fullmatch(rb"[A-Za-z-]+: [ -~]*", line) for line in fields), f"answer's head {head!r}")
             must(status == 200 or 400 <= status < 500 or status in (501, 505), f"status {status}")
             length = next(int(line[16:]) for line in fields if line.startswith(b"Content-Length: "))
             if method == "HEAD":
@@ -363,10 +361,7 @@ def refuse_odd_address(mailproxy: Any, address: str) -> None:
     quoted = local_part.startswith('"') and local_part.endswith('"')
     must(quoted or not re.search(r'[\s<>()\[\],;:"\\@]', local_part), f"{address!r} has specials")
     must(mailproxy.parse_addr_spec(address, "to") == address, f"{address!r} reads differently")
-    must(
-        mailproxy.parse_mailboxes(address, "to") == (mailproxy.Mailbox("", address),),
-        f"{address!r} in a list",
-    )
+    must(mailproxy.parse_mailboxes(address, "to") == (mailproxy.Mailbox("", address),), f"{address!r} in a list")
 
 
 def refuse_other_header(mailproxy: Any, mailboxes: Any) -> None:
@@ -510,9 +505,7 @@ class SubmissionTarget(JsonTarget):
         kept = json.dumps({k: v for k, v in payload.items() if v is not None}, ensure_ascii=False)
         kept.encode()
         shown_id = mailproxy._shown_message_id(fields.get("message_id"), message.message_id)
-        again = mailproxy.parse_message(
-            json.loads(kept), now=None, contents=contents, message_id=shown_id.strip("<>")
-        )
+        again = mailproxy.parse_message(json.loads(kept), now=None, contents=contents, message_id=shown_id.strip("<>"))
         given = mailproxy.restored_fields(json.loads(kept), contents)
         mailproxy.json_response({"message": given})
         resubmitted = mailproxy.parse_message(given, now=NOW, new_id=lambda: "new")
@@ -527,9 +520,7 @@ class SubmissionTarget(JsonTarget):
 
     def composed(self, message: Any) -> bytes:
         parts = [
-            self._mailproxy.Part(
-                attachment, attachment.filename, "text/plain", attachment.content or b"fetched"
-            )
+            self._mailproxy.Part(attachment, attachment.filename, "text/plain", attachment.content or b"fetched")
             for attachment in message.attachments
         ]
         return self._mailproxy.compose(message, parts, date=NOW)
@@ -590,10 +581,7 @@ class AccountTarget(JsonTarget):
             return "refused"
         public = self._mailproxy.account_fields(account, secrets=False)
         whole = json.dumps(self._mailproxy.account_fields(account, secrets=True), ensure_ascii=False)
-        must(
-            not {"password", "client_secret", "refresh_token"} & {*public, *(public["oauth2"] or ())},
-            "a secret",
-        )
+        must(not {"password", "client_secret", "refresh_token"} & {*public, *(public["oauth2"] or ())}, "a secret")
         must(self._mailproxy.parse_account(json.loads(whole)) == account, "kept and read again it is another")
         whole.encode()
         self._mailproxy.json_response(public)
@@ -620,9 +608,7 @@ class Findings:
 
     def add(self, error: BaseException, content: bytes) -> None:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        line = (
-            traceback.extract_tb(error.__traceback__)[-2].lineno if isinstance(error, Wrong) else frame.lineno
-        )
+        line = traceback.extract_tb(error.__traceback__)[-2].lineno if isinstance(error, Wrong) else frame.lineno
         kind = f"{type(error).__name__} at {line}"
         self._kinds[kind] += 1
         if self._kinds[kind] > 3:
@@ -672,9 +658,7 @@ def fuzz(target_name: str, folder: Path, seconds: int, seed: int, corpus: Path) 
 
 
 def libfuzzer_escaped(word: str) -> str:
-    return "".join(
-        chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\x{byte:02x}" for byte in word.encode()
-    )
+    return "".join(chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\x{byte:02x}" for byte in word.encode())
 
 
 # -- what is printed
@@ -693,9 +677,7 @@ def run(target: str, seconds: int, seed: int, corpus: Path, folder: Path) -> int
     found = sorted(path for path in folder.iterdir() if re.match(r"finding-\d+-\d+$|stuck-", path.name))
     for path in found:
         told = folder / f"{path.name}.txt"
-        print(
-            f"{path}: {told.read_text().splitlines()[0] if told.exists() else 'took too long, or too much memory'}"
-        )
+        print(f"{path}: {told.read_text().splitlines()[0] if told.exists() else 'took too long, or too much memory'}")
     if status and not found:
         print(f"the fuzzer ended with {status}:\n{words[-3000:]}")
     counts = json.loads((folder / "counts.json").read_text()) if (folder / "counts.json").exists() else {}

@@ -19,9 +19,7 @@ from typing import Any, NamedTuple
 import rig
 
 SENDER, RECIPIENT = "bench@sender.example", "someone@receiver.example"
-TEXT = "\r\n".join(
-    "All work and no play makes for a dull message, said the postmaster....." for _ in range(14)
-)
+TEXT = "\r\n".join("All work and no play makes for a dull message, said the postmaster....." for _ in range(14))
 
 # -- what is sent
 
@@ -82,9 +80,7 @@ class PostConnection(asyncio.Protocol):
 
     def connection_lost(self, _: Exception | None) -> None:
         if not self.done.done():
-            self.done.set_exception(
-                ConnectionError("the daemon closed a connection with a request on the way")
-            )
+            self.done.set_exception(ConnectionError("the daemon closed a connection with a request on the way"))
 
     def send_next(self) -> None:
         request = next(self._requests, None)
@@ -148,9 +144,7 @@ def _post_alone(port: int, body: bytes) -> bool:
 def attached_body(key: str, size_bytes: int) -> bytes:
     """A submission of one message with one attachment of that size."""
     content = "QUFB" * (size_bytes // 3)
-    return json.dumps(
-        {"messages": [message(key, attachments=[{"filename": "a.bin", "content": content}])]}
-    ).encode()
+    return json.dumps({"messages": [message(key, attachments=[{"filename": "a.bin", "content": content}])]}).encode()
 
 
 def post_attachments(port: int, prefix: str, count: int, size_bytes: int) -> int:
@@ -160,9 +154,7 @@ def post_attachments(port: int, prefix: str, count: int, size_bytes: int) -> int
 def post_urls(port: int, prefix: str, count: int, file_port: int) -> int:
     """One batch of messages, each with an attachment behind a URL of its own."""
     batch = [
-        message(
-            f"{prefix}-{number}", attachments=[{"url": f"http://127.0.0.1:{file_port}/{prefix}-{number}"}]
-        )
+        message(f"{prefix}-{number}", attachments=[{"url": f"http://127.0.0.1:{file_port}/{prefix}-{number}"}])
         for number in range(count)
     ]
     return count if _post_alone(port, json.dumps({"messages": batch}).encode()) else 0

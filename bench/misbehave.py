@@ -45,9 +45,7 @@ from sinks import header
 TIMEOUT_S = 2  # of the accounts: for each reply but the last
 BAD_ACCOUNTS = tuple(f"bad{number}" for number in range(6))
 GOOD_ACCOUNT = "good"
-OPERATOR_PAUSE_S = (
-    10.0  # between run-now calls, which end cooling: else most of the time nothing would happen
-)
+OPERATOR_PAUSE_S = 10.0  # between run-now calls, which end cooling: else most of the time nothing would happen
 SETTLE_S = 900.0
 HANG_S = 650.0  # longer than the 600 s that the reply to the end of data is given
 SHOWN_OFFENDERS = 20
@@ -320,9 +318,7 @@ class Run:
         self._dice = random.Random(f"{seed}/submissions")
         self._behaves = False
 
-    def server(
-        self, name: str, *, good: bool = False, login: bool = False, pipelining: bool = True
-    ) -> Server:
+    def server(self, name: str, *, good: bool = False, login: bool = False, pipelining: bool = True) -> Server:
         return Server(
             name,
             self.good_truth if good else self.truth,
@@ -338,9 +334,7 @@ class Run:
         """Its return path carries its key, so that the servers know from MAIL on which it is."""
         good = number % 10 == 0
         key = f"{'good' if good else 'bad'}-{number}"
-        recipients = [
-            f"r{place}-{key}@receiver.example" for place in range(self._dice.choice((1, 1, 1, 2, 5)))
-        ]
+        recipients = [f"r{place}-{key}@receiver.example" for place in range(self._dice.choice((1, 1, 1, 2, 5)))]
         account = GOOD_ACCOUNT if good else self._dice.choice(BAD_ACCOUNTS)
         self.accepted[key] = recipients
         more = {"account_id": account, "return_path": f"{key}@sender.example"}
@@ -378,9 +372,7 @@ def sections(servers: Mapping[str, Server]) -> dict[str, dict[str, object]]:
     return found
 
 
-async def whole_run(
-    run: Run, folder: Path, tell: Callable[[str], None]
-) -> tuple[list[Any], list[Any], int | None]:
+async def whole_run(run: Run, folder: Path, tell: Callable[[str], None]) -> tuple[list[Any], list[Any], int | None]:
     """The records when the time was over, those at the end, and the daemon's exit status."""
     kinds = (
         run.server("plain"), run.server("login", login=True), run.server("slow", pipelining=False),

@@ -68,9 +68,7 @@ def own_environment() -> dict[str, str]:
 class Daemon:
     """One mailproxy, of the zipapp if nothing else is said, with its config.ini, queue and log in its own folder."""
 
-    def __init__(
-        self, folder: Path, sections: Mapping[str, Mapping[str, object]], program: Path | None = None
-    ) -> None:
+    def __init__(self, folder: Path, sections: Mapping[str, Mapping[str, object]], program: Path | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._program = program or built_zipapp()
         self.folder = folder
@@ -97,12 +95,7 @@ class Daemon:
         command = [sys.executable, self._program, "serve", "--config", self.folder / "config.ini"]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=own_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                command, cwd=self.folder, env=own_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
     def start(self) -> float:
@@ -392,9 +385,7 @@ def rounded(value: float) -> str:
     return f"{value:.3g}"
 
 
-def interleaved(
-    rounds: int, contenders: Mapping[str, Callable[[], Any]]
-) -> tuple[dict[str, list[Any]], Spread]:
+def interleaved(rounds: int, contenders: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, list[Any]], Spread]:
     """Run A B A B ...; return what each gave in each round, and the calibration loop's time around them."""
     results: dict[str, list[Any]] = {name: [] for name in contenders}
     calibrations = [calibration_ms()]

@@ -143,9 +143,7 @@ def settle(daemon: Daemon) -> None:
     daemon.wait_for_status(is_quiet, 300)
 
 
-def compared(
-    what: str, unit: str, ours: Sequence[Taken], ceiling: Sequence[float], loop: Spread, **more: str
-) -> Line:
+def compared(what: str, unit: str, ours: Sequence[Taken], ceiling: Sequence[float], loop: Spread, **more: str) -> Line:
     """A line about a rate and its ceiling."""
     spread = Spread.of(taken.figure for taken in ours)
     ratio = statistics.median(taken.figure / bare for taken, bare in zip(ours, ceiling, strict=True))
@@ -221,15 +219,9 @@ def resting_post_lines(bench: Bench, daemon: Daemon, bare: Companion) -> Iterabl
 def delivering_post_line(bench: Bench, daemon: Daemon, bare: Companion, sink: Any) -> Line:
     count = bench.of(5000)
     ours = partial(measured_posts_under_delivery, bench, daemon, sink, count)
-    results, loop = rig.interleaved(
-        bench.rounds, {"ours": ours, "bare": partial(bare_rate, bench, bare, count, 32)}
-    )
+    results, loop = rig.interleaved(bench.rounds, {"ours": ours, "bare": partial(bare_rate, bench, bare, count, 32)})
     return post_line(
-        "posts, connections: 32, while delivering",
-        results["ours"],
-        results["bare"],
-        loop,
-        "2,000/s, p99 40 ms",
+        "posts, connections: 32, while delivering", results["ours"], results["bare"], loop, "2,000/s, p99 40 ms"
     )
 
 
@@ -239,9 +231,7 @@ def bare_rate(bench: Bench, bare: Companion, count: int, connections: int) -> fl
 
 def post_line(what: str, ours: Sequence[Taken], bare: Sequence[float], loop: Spread, goal: str) -> Line:
     line = compared(what, "/s", ours, bare, loop, goal=goal)
-    p50, p99 = (
-        statistics.median(getattr(taken, name) for taken in ours) * 1e3 for name in ("p50_s", "p99_s")
-    )
+    p50, p99 = (statistics.median(getattr(taken, name) for taken in ours) * 1e3 for name in ("p50_s", "p99_s"))
     meanwhile = statistics.median(taken.meanwhile for taken in ours)
     delivered = f", {rig.rounded(meanwhile)} delivered/s meanwhile" if meanwhile else ""
     return line._replace(ours=f"{line.ours}; p50 {p50:.2f} ms, p99 {p99:.2f} ms{delivered}")
@@ -249,11 +239,7 @@ def post_line(what: str, ours: Sequence[Taken], bare: Sequence[float], loop: Spr
 
 def batch_rows(bench: Bench) -> Iterable[Line]:
     count = bench.of(50) * 1000
-    with (
-        fast_sink() as sink,
-        Companion(serve_reports) as receiver,
-        bench.daemon(sink.port, receiver.port) as daemon,
-    ):
+    with fast_sink() as sink, Companion(serve_reports) as receiver, bench.daemon(sink.port, receiver.port) as daemon:
         with Companion(serve_bare_queue, str(bench.folder / "bare-batch.db")) as bare:
             measured_posts(bench, daemon, 1000, 1, 1000)
             results, loop = rig.interleaved(bench.rounds, {
@@ -261,12 +247,7 @@ def batch_rows(bench: Bench) -> Iterable[Line]:
                 "bare": lambda: count / bench.posts(bare.port, count, 1, 1000).seconds,
             })  # fmt: skip
     yield compared(
-        "batches of 1,000, 1 connection",
-        " msg/s",
-        results["ours"],
-        results["bare"],
-        loop,
-        goal="25,000 msg/s",
+        "batches of 1,000, 1 connection", " msg/s", results["ours"], results["bare"], loop, goal="25,000 msg/s"
     )
 
 
@@ -300,11 +281,7 @@ def measured_backlog(bench: Bench, daemon: Daemon, sink: Any, count: int) -> Tak
 
 def deliver_rows(bench: Bench) -> Iterable[Line]:
     count = bench.of(5) * 1000 if not bench.quick else 1000
-    with (
-        fast_sink() as sink,
-        Companion(serve_reports) as receiver,
-        bench.daemon(sink.port, receiver.port) as daemon,
-    ):
+    with fast_sink() as sink, Companion(serve_reports) as receiver, bench.daemon(sink.port, receiver.port) as daemon:
         daemon.command("activate")
         measured_way(bench, daemon, sink, 1000)
 
@@ -318,10 +295,7 @@ def deliver_rows(bench: Bench) -> Iterable[Line]:
             "pipelined": lambda: bare(load.run_bare_smtp, True),
         })  # fmt: skip
     goal = "0.6 of aiosmtplib, 0.6 CPU s"
-    for name, what in (
-        ("way", "delivered, from the first post on"),
-        ("backlog", "delivered, from a backlog"),
-    ):
+    for name, what in (("way", "delivered, from the first post on"), ("backlog", "delivered, from a backlog")):
         line = compared(what, " msg/s", results[name], results["aiosmtplib"], loop, goal=goal)
         yield line._replace(ceiling=f"{line.ceiling} aiosmtplib")
         line = compared(what, " msg/s", results[name], results["pipelined"], loop)
@@ -361,9 +335,7 @@ def provider_rows(bench: Bench) -> Iterable[Line]:
             f"{one_by_one:.1f} s", goal="40 times", loop=shown_loop(loop),
         )  # fmt: skip
     else:
-        yield Line(
-            f"smtplib one by one, {alone} messages, not 100", "", "measured once", f"{one_by_one:.1f} s"
-        )
+        yield Line(f"smtplib one by one, {alone} messages, not 100", "", "measured once", f"{one_by_one:.1f} s")
 
 
 def request_rows(bench: Bench) -> Iterable[Line]:
@@ -468,9 +440,7 @@ def large_lines(bench: Bench, full: Large, empty: Large) -> Iterable[Line]:
         for name in measures:
             title = what or {"deliver": "deliveries", "report": "reports"}[name]
             bare = [taken.figure for taken in results[f"{name} empty"]]
-            line = compared(
-                f"{title}, that file", unit or "/s", results[f"{name} full"], bare, loop, goal="ratio 0.9"
-            )
+            line = compared(f"{title}, that file", unit or "/s", results[f"{name} full"], bare, loop, goal="ratio 0.9")
             yield line._replace(ceiling=f"{line.ceiling} empty file")
 
 
@@ -525,17 +495,13 @@ def loop_rows(bench: Bench) -> Iterable[Line]:
             def compose() -> None:
                 daemon.command("activate")
                 before = sink.count
-                bench.elsewhere.run(
-                    load.post_attachments, daemon.port, bench.label(), large, 25 * 1024 * 1024
-                )
+                bench.elsewhere.run(load.post_attachments, daemon.port, bench.label(), large, 25 * 1024 * 1024)
                 sink.wait_for(before + large)
                 settle(daemon)
 
             def submit() -> None:
                 daemon.command("suspend")
-                bench.elsewhere.run(
-                    load.post_large_batches, daemon.port, bench.label(), batches, 60 * 1000 * 1000
-                )
+                bench.elsewhere.run(load.post_large_batches, daemon.port, bench.label(), batches, 60 * 1000 * 1000)
 
             for what, work in (
                 (f"{large} messages of 25 MB submitted and composed", compose),
@@ -557,10 +523,7 @@ def start_rows(bench: Bench) -> Iterable[Line]:
     def run_of(*command: object) -> float:
         began = time.monotonic()
         subprocess.run(
-            [sys.executable, *map(str, command)],
-            check=True,
-            env=rig.own_environment(),
-            stdout=subprocess.DEVNULL,
+            [sys.executable, *map(str, command)], check=True, env=rig.own_environment(), stdout=subprocess.DEVNULL
         )
         return time.monotonic() - began
 
@@ -612,9 +575,7 @@ def latency_line(bench: Bench, sink: Companion, line: Companion, pipelining: boo
         })  # fmt: skip
     ours = [Taken(taken.figure / connections) for taken in results["ours"]]
     offered = "with" if pipelining else "without"
-    return compared(
-        f"50 ms round trip, {offered} PIPELINING, one connection", "/s", ours, results["bare"], loop
-    )
+    return compared(f"50 ms round trip, {offered} PIPELINING, one connection", "/s", ours, results["bare"], loop)
 
 
 # -- the command
@@ -648,9 +609,7 @@ def measured(bench: Bench, names: Sequence[str]) -> tuple[list[Line], bool]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], epilog=f"rows: {', '.join(ROWS)}"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=f"rows: {', '.join(ROWS)}")
     parser.add_argument("rows", nargs="*", metavar="ROW", help="which rows; all when none is named")
     parser.add_argument("--rounds", type=int, default=3, help="how often ours and its ceiling take turns (3)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the counts")
@@ -664,9 +623,7 @@ def main() -> int:
         lines, complete = measured(bench, options.rows or tuple(ROWS))
     print(rig.markdown_table(HEADER, lines))
     sink = "smtp-sink of Postfix" if find_smtp_sink() else "our own in Python, as smtp-sink is not installed"
-    print(
-        f"\n{rig.machine()}. Rounds: {options.rounds}. Fast sink: {sink}.{' Quick run.' if options.quick else ''}"
-    )
+    print(f"\n{rig.machine()}. Rounds: {options.rounds}. Fast sink: {sink}.{' Quick run.' if options.quick else ''}")
     return 0 if complete else 1
 
 

@@ -116,13 +116,7 @@ def new_mail() -> list[sqlite3.Row]:
 
 def message(mail: sqlite3.Row) -> dict[str, Any]:
     """A mail of our table as mailproxy wants it."""
-    return {
-        "id": mail["id"],
-        "from": FROM,
-        "to": [mail["recipient"]],
-        "subject": mail["subject"],
-        "body": mail["body"],
-    }
+    return {"id": mail["id"], "from": FROM, "to": [mail["recipient"]], "subject": mail["subject"], "body": mail["body"]}
 
 
 def note_submission(ids: list[str], refused: Mapping[str, str]) -> None:
@@ -163,9 +157,7 @@ def take_report(webhook_id: str, entries: list[Mapping[str, Any]]) -> None:
             return
         for entry in entries:
             state = (entry["status"], entry["error"], entry["attempts"], entry["id"])
-            db.execute(
-                "UPDATE mail SET status = ?, error = ?, attempts = ? WHERE id = ? AND status != 'sent'", state
-            )
+            db.execute("UPDATE mail SET status = ?, error = ?, attempts = ? WHERE id = ? AND status != 'sent'", state)
         db.execute("DELETE FROM reports_taken WHERE taken_at < ?", (now - 30 * 86400,))
 
 

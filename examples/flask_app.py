@@ -35,10 +35,7 @@ def confirm(number: int):
         "body": "Thank you!",
     }
     answer = requests.post(
-        f"{URL}/commands/add-messages",
-        json={"messages": [mail]},
-        headers={"X-API-Token": TOKEN},
-        timeout=10,
+        f"{URL}/commands/add-messages", json={"messages": [mail]}, headers={"X-API-Token": TOKEN}, timeout=10
     )
     return answer.json(), answer.status_code
 
