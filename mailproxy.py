@@ -3275,68 +3275,33 @@ def _completed(message: Message, raw: bytes, date: float) -> bytes:
 # THREADS AND WAKEUPS - the one border to threads, and the loops' alarm clock
 # ======================================================================
 #
-# Whatever blocks (files, urllib, long parsing) crosses into a thread here and
-# nowhere else; the sqlite threads of QUEUE FILE are the one exception, because
-# there the thread is the lock.
-
+# Whatever blocks crosses into a thread here and nowhere else. A daemon has two pools: one for
+# what waits for others (the network, files that may lie on a server), large, because a call that
+# hangs keeps its thread; one for computing. Beside them there are only the threads of QUEUE FILE.
+# A call may be done before it is awaited: then awaiting it does not let others run.
 
 CLOCK_STEP_S = 5.0  # a wall clock that is off by more was set; by less, it is being corrected
 
 
 class InThread(Protocol):
-    """Awaits a blocking call that runs in a thread; Threads.run is one."""
+    """Awaits a blocking call that runs in a thread, which it keeps until it ends, even when the waiter is gone."""
 
     def __call__(self, call: Callable[[], T], /) -> Awaitable[T]: ...
 
 
-class Threads:
-    """A bounded pool for blocking calls, of threads that are started when no other is free.
+def in_threads_of(pool: concurrent.futures.Executor) -> InThread:
+    def run(call: Callable[[], T]) -> Awaitable[T]:
+        return asyncio.get_running_loop().run_in_executor(pool, call)
 
-    A call that hangs does not keep the process from ending.
-    """
-
-    def __init__(self, workers: int, name: str) -> None:
-        self._workers = workers
-        self._name = name
-        self._started = 0
-        self._free = threading.Semaphore(0)
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-
-    async def run(self, call: Callable[[], T]) -> T:
-        """Await a blocking call; it keeps its thread until it ends, even when the waiter is gone."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
-        self._calls.put(lambda: _answer_from_thread(call, answer, loop))
-        if not self._free.acquire(blocking=False) and self._started < self._workers:
-            self._started += 1
-            threading.Thread(target=self._work, name=f"{self._name}-{self._started}", daemon=True).start()
-        return await answer
-
-    def _work(self) -> None:
-        while call := self._calls.get():
-            call()
-            del call  # and with it what it was given and what came of it, which may be large
-            self._free.release()
-
-    def close(self) -> None:
-        """Let go of the threads without waiting for calls that outlive the daemon."""
-        for _ in range(self._started):
-            self._calls.put(None)
+    return run
 
 
-def _answer_from_thread(call: Callable[[], T], answer: asyncio.Future[T], loop: asyncio.AbstractEventLoop) -> None:
-    """Run the call, unless its waiter is gone already, and hand over what came of it."""
-    if answer.cancelled():
-        return
-    tell: Callable[[], None]
-    try:
-        result = call()
-    except BaseException as error:
-        tell = functools.partial(answer.set_exception, error)
-    else:
-        tell = functools.partial(answer.set_result, result)
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        loop.call_soon_threadsafe(lambda: None if answer.cancelled() else tell())
+def end_process(status: int) -> NoReturn:
+    """End without waiting for calls that hang in threads, which a return from main() would do."""
+    logging.shutdown()
+    with contextlib.suppress(OSError, ValueError):
+        print(end="", flush=True)
+    os._exit(status)
 
 
 class Clock:
@@ -9182,11 +9147,11 @@ class Turn:
 class Composer:
     """Puts claimed messages together: the payload, its parts, and the rules of the house."""
 
-    def __init__(self, queue: Queue, fetcher: AttachmentFetcher, budget: MemoryBudget, threads: Threads) -> None:
+    def __init__(self, queue: Queue, fetcher: AttachmentFetcher, budget: MemoryBudget, in_thread: InThread) -> None:
         self.fetcher = fetcher  # replaced when the configuration is read again
         self._queue = queue
         self._budget = budget
-        self._threads = threads
+        self._in_thread = in_thread
 
     def compose(self, claim: Claim, redirect_to: str | None) -> Composed:
         """A small message without parts, at once."""
@@ -9209,11 +9174,11 @@ class Composer:
         share = await held.enter_async_context(self._budget.reserve(size_bytes))
         payload = claim.payload or await self._queue.payload(claim.seq)
         contents = await self._queue.contents(claim.seq) if claim.parts else {}
-        message = await self._threads.run(lambda: _message_of(claim, payload, contents))
-        parts = await self._threads.run(lambda: self.fetcher.parts(message.attachments, fetched))
+        message = await self._in_thread(lambda: _message_of(claim, payload, contents))
+        parts = await self._in_thread(lambda: self.fetcher.parts(message.attachments, fetched))
         if isinstance(parts, Reply):
             return parts
-        composed = await self._threads.run(lambda: _composed(message, parts, claim.created_at, redirect_to))
+        composed = await self._in_thread(lambda: _composed(message, parts, claim.created_at, redirect_to))
         share.shrink_to(len(composed.content))
         return composed
 
@@ -9223,7 +9188,7 @@ class Composer:
             return ()
         async with self._budget.reserve(0 if claim.payload else claim.size_bytes):
             payload = claim.payload or await self._queue.payload(claim.seq)
-            attachments = await self._threads.run(lambda: stored_attachments(json.loads(payload)))
+            attachments = await self._in_thread(lambda: stored_attachments(json.loads(payload)))
         return await self.fetcher.fetch_all(attachments)
 
 
@@ -10990,7 +10955,7 @@ class ControlPlane:
         *,
         clock: Clock,
         metrics: Metrics,
-        threads: Threads,
+        in_thread: InThread,
         log: logging.Logger,
         settings: Callable[[], Settings],
     ) -> None:
@@ -11001,7 +10966,7 @@ class ControlPlane:
         self._reporter = reporter
         self._clock = clock
         self._metrics = metrics
-        self._threads = threads
+        self._in_thread = in_thread
         self._log = log
         self._settings = settings
 
@@ -11098,7 +11063,7 @@ class ControlPlane:
             active=self._dispatcher.active,
             lanes={id_: _lane_gauge(lane) for id_, lane in self._dispatcher.lanes.items()},
         )
-        exposition = await self._threads.run(lambda: self._metrics.exposition(snapshot))
+        exposition = await self._in_thread(lambda: self._metrics.exposition(snapshot))
         return Response(200, exposition, METRICS_CONTENT_TYPE)
 
     async def openapi(self, request: Request) -> Response:
@@ -11123,7 +11088,7 @@ class ControlPlane:
         if len(request.body) <= JSON_AT_ONCE_BYTES:
             return self._judge_all(messages, default)
         request.body = b""
-        return await self._threads.run(lambda: self._judge_all(messages, default))
+        return await self._in_thread(lambda: self._judge_all(messages, default))
 
     def _judge_all(self, messages: Sequence[object], default_priority: int) -> list[Judged]:
         """Judge each message alone; the same id a second time is rejected."""
@@ -11306,7 +11271,7 @@ class ControlPlane:
                 contents = await self._queue.contents(record.seq)
         if record.size_bytes <= JSON_AT_ONCE_BYTES:
             return _record_as_json(record, contents)
-        return await self._threads.run(lambda: _record_as_json(record, contents))
+        return await self._in_thread(lambda: _record_as_json(record, contents))
 
     async def show_message(self, request: Request) -> Response:
         with_contents = _flag_asked(request.query, "content")
@@ -11500,11 +11465,8 @@ def _number_asked(query: Mapping[str, str], name: str, low: int, high: int) -> i
 # the daemon down with it, loudly, because a proxy that looks alive and delivers
 # nothing is the worst of all.
 
-UPSTREAM_THREADS = 2  # one call at a time, and one that a stop has left behind
-TOKEN_THREADS = 8
-FETCHING_THREADS = 16
-LOOK_UP_THREADS = 256  # of hosts, and reading passwords and certificates: one that hangs holds up no other
-WORKING_THREADS = 4
+NETWORK_THREADS = 512  # at most: a look-up or a file server that hangs keeps one, and must hold up nobody else
+WORK_THREADS = 4
 HOSTNAME_PATIENCE_S = 2.0
 REPORT_PATIENCE_S = 5.0  # for a report that is under way when the daemon stops
 REQUEST_PATIENCE_S = 5.0  # at least, for requests in progress then
@@ -11590,11 +11552,11 @@ class Daemon:
         self._one_renewal = asyncio.Lock()
         self._systemd = SystemdNotifier(environ)
         self._metrics = Metrics(__version__)
-        self._upstream = Threads(UPSTREAM_THREADS, "upstream")
-        self._token_threads = Threads(TOKEN_THREADS, "tokens")
-        self._fetching = Threads(FETCHING_THREADS, "fetching")
-        self._looking_up = Threads(LOOK_UP_THREADS, "look-up")
-        self._working = Threads(WORKING_THREADS, "working")
+        self._pools = [
+            concurrent.futures.ThreadPoolExecutor(NETWORK_THREADS, "network"),
+            concurrent.futures.ThreadPoolExecutor(WORK_THREADS, "work"),
+        ]
+        self._network, self._work = map(in_threads_of, self._pools)
         self._tokens: tuple[bytes, ...] = ()
         self._queue = Queue(
             QueueFile(
@@ -11615,6 +11577,8 @@ class Daemon:
         """
         self._tokens = tuple(token.encode() for token in api_tokens(self.settings, self._environ))
         configured = configured_accounts(self.settings)
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(self._pools[0])  # asyncio looks up names there
         if signals:
             self._mind_signals()
         self._queue.file.open()
@@ -11625,10 +11589,9 @@ class Daemon:
             raise ConfigurationError(str(error)) from None
         finally:
             await self._queue.file.close()
-            for threads in (
-                self._upstream, self._token_threads, self._fetching, self._looking_up, self._working,
-            ):  # fmt: skip
-                threads.close()
+            loop.set_default_executor(concurrent.futures.ThreadPoolExecutor())  # the loop waits for this one at its end
+            for pool in self._pools:
+                pool.shutdown(wait=False, cancel_futures=True)
         event(self._log, logging.INFO, "stopped", status=status)
         return status
 
@@ -11642,7 +11605,7 @@ class Daemon:
         """Put the rooms together, from the queue upwards."""
         await self._queue.load()
         self._composer = Composer(
-            self._queue, self._fetcher(), MemoryBudget(self.settings.attachments.memory_budget_bytes), self._working
+            self._queue, self._fetcher(), MemoryBudget(self.settings.attachments.memory_budget_bytes), self._work
         )
         agent = self._agent(await self._hostname())
         self._dispatcher = Dispatcher(
@@ -11666,7 +11629,7 @@ class Daemon:
             call=self._call_upstream,
             submissions=lambda: self._control.submissions,
             dispatching=lambda: self._dispatcher.busy,
-            in_thread=self._working.run,
+            in_thread=self._work,
             metrics=self._metrics,
             log=self._log,
         )
@@ -11681,7 +11644,7 @@ class Daemon:
             self._reporter,
             clock=self._clock,
             metrics=self._metrics,
-            threads=self._working,
+            in_thread=self._work,
             log=self._log,
             settings=lambda: self.settings,
         )
@@ -11700,7 +11663,7 @@ class Daemon:
             ),
             authorised=self._authorised,
             observe=self._observe_request,
-            in_thread=self._working.run,
+            in_thread=self._work,
             log_failure=self._log_failure,
         )
         try:
@@ -11814,7 +11777,7 @@ class Daemon:
         async with self._one_renewal:
             self._systemd.tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
-                await self._apply(await self._working.run(self._read_again))
+                await self._apply(await self._work(self._read_again))
             except ConfigurationError as error:
                 event(self._log, logging.ERROR, "the configuration was not taken over", error=str(error))
             except StorageUnavailable as error:
@@ -11854,15 +11817,15 @@ class Daemon:
 
     def _agent(self, hostname: str) -> DeliveryAgent:
         keeper = TokenKeeper(
-            post_form=post_form, reveal=self._reveal, in_thread=self._token_threads.run, monotonic=time.monotonic
+            post_form=post_form, reveal=self._reveal, in_thread=self._network, monotonic=time.monotonic
         )
-        return DeliveryAgent(hostname=hostname, reveal=self._reveal, in_thread=self._looking_up.run, tokens=keeper)
+        return DeliveryAgent(hostname=hostname, reveal=self._reveal, in_thread=self._network, tokens=keeper)
 
     async def _hostname(self) -> str:
         """What we call ourselves to SMTP servers (RFC 5321 4.1.1.1)."""
         try:
             async with asyncio.timeout(HOSTNAME_PATIENCE_S):
-                name = await self._working.run(socket.getfqdn)
+                name = await self._work(socket.getfqdn)
         except TimeoutError:
             name = socket.gethostname()
         return name if re.fullmatch(r"[A-Za-z0-9.-]+", name) else "localhost"
@@ -11903,7 +11866,7 @@ class Daemon:
             endpoint_ca_file=client.ca_file,
             base_dir=attachments.base_dir,
             folder=os.path.dirname(self._queue.file.path),
-            in_thread=self._fetching.run,
+            in_thread=self._network,
             monotonic=time.monotonic,
             now=time.time,
             observe=self._metrics.attachment,
@@ -11929,7 +11892,7 @@ class Daemon:
         return {}
 
     async def _call_upstream(self, report: WrittenReport) -> HttpAnswer:
-        return await self._upstream.run(lambda: self._post_report(report))
+        return await self._network(lambda: self._post_report(report))
 
     def _post_report(self, report: WrittenReport) -> HttpAnswer:
         """One proxy_sync call. Blocking."""
@@ -13105,13 +13068,12 @@ class Demo:
     async def run(self) -> int:
         """Show it. Raises CommandFailed when something did not come as it should, or in time."""
         self._smtp = DemoSmtpServer(self._tell)
-        self._threads = Threads(1, "demo")
         self._app = HttpServer(
             [Route("POST", "/reports", self._take_report, public=True)],
             limits=HttpLimits(),
             authorised=lambda request: False,
             observe=lambda request, status, seconds: None,
-            in_thread=self._threads.run,
+            in_thread=asyncio.to_thread,
             log_failure=lambda request, failure: complain(f"the receiver of reports failed: {failure!r}"),
         )
         try:
@@ -13178,12 +13140,11 @@ class Demo:
             await asyncio.gather(self._serving, return_exceptions=True)
         await self._app.stop(1)
         self._smtp.stop()
-        self._threads.close()
 
     # -- the part of the application
 
     async def _ask(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> dict[str, Any]:
-        answer = await self._threads.run(lambda: self._client.ask(method, path, fields))
+        answer = await asyncio.to_thread(self._client.ask, method, path, fields)
         return answer.fields(self._client.url)
 
     async def _submit(self) -> None:
@@ -13577,12 +13538,13 @@ def serve(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     share_one_heap()
     sys.setswitchinterval(GIVE_WAY_S)
     try:
-        return asyncio.run(Daemon(settings, environ, reload=reload).run())
+        status = asyncio.run(Daemon(settings, environ, reload=reload).run())
     except MailproxyError:
         raise
     except Exception as error:  # the log is where a daemon tells of its own mistakes
         log_uncaught(type(error), error, error.__traceback__)
-        return 1
+        status = 1
+    end_process(status)
 
 
 def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -13658,22 +13620,23 @@ async def _try_servers(
     settings: Settings, configured: Sequence[Account], environ: Mapping[str, str], there_is_a_queue: bool
 ) -> list[tuple[Account, Offers | Reply]]:
     """What each account's server offers, or the reply that kept us out; all at once."""
-    threads = Threads(CONNECTING_THREADS, "check")
+    pool = concurrent.futures.ThreadPoolExecutor(CONNECTING_THREADS, "check")
+    in_thread = in_threads_of(pool)
     agent = DeliveryAgent(
-        hostname=await threads.run(host_name),
+        hostname=await in_thread(host_name),
         reveal=lambda secret: reveal(secret, environ),
-        in_thread=threads.run,
+        in_thread=in_thread,
         tokens=TokenKeeper(
             post_form=post_form,
             reveal=lambda secret: reveal(secret, environ),
-            in_thread=threads.run,
+            in_thread=in_thread,
             monotonic=time.monotonic,
         ),
     )
     stored = await _accounts_in_queue(settings) if there_is_a_queue else []
     accounts = {account.id: account for account in (*stored, *configured)}
     outcomes = await asyncio.gather(*(_try_server(agent, account) for account in accounts.values()))
-    threads.close()
+    pool.shutdown(wait=False, cancel_futures=True)
     return list(zip(accounts.values(), outcomes, strict=True))
 
 

@@ -52,7 +52,6 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import weakref
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -8319,31 +8318,6 @@ def test_a_whole_surrogate_pair_and_64_levels_are_fine():
     with_http_service(story)
 
 
-def test_a_thread_that_waits_keeps_nothing_of_its_last_call():
-    class Content:
-        """Something large."""
-
-    async def story() -> weakref.ref:
-        threads = mailproxy.Threads(1, "test")
-        given = Content()
-        seen = weakref.ref(given)
-
-        await threads.run(functools.partial(lambda content: content, given))
-
-        del given
-        return seen
-
-    async def gone(seen) -> None:
-        async with asyncio.timeout(30):
-            while seen() is not None:
-                await asyncio.sleep(0.001)
-
-    async def whole_story() -> None:
-        await gone(await story())
-
-    asyncio.run(whole_story())
-
-
 def test_a_large_body_is_parsed_on_a_thread_and_a_small_one_is_not():
     async def story(service):
         small, large = ({"a": "x" * size} for size in (200_000, 300_000))
@@ -10520,7 +10494,7 @@ class ReporterRig:
             call=self._call,
             submissions=lambda: self.submissions,
             dispatching=lambda: False,
-            in_thread=mailproxy.Threads(1, "test").run,
+            in_thread=asyncio.to_thread,
             metrics=mailproxy.Metrics("test"),
             log=logging.getLogger("mailproxy"),
         )
