@@ -4141,7 +4141,7 @@ CREATE TABLE sends (                                 -- n messages sent, the las
     account_id TEXT NOT NULL, until_ts INTEGER NOT NULL, n INTEGER NOT NULL,
     PRIMARY KEY (account_id, until_ts)
 ) WITHOUT ROWID;
-CREATE TABLE holds (account_id TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;  -- slots in use
+CREATE TABLE holds (account_id TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;  -- no longer used
 CREATE TABLE switches (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE last_gone (seq INTEGER NOT NULL);       -- the highest seq that was ever deleted
 INSERT INTO last_gone VALUES (0);
@@ -4226,6 +4226,9 @@ PAGE_OF_RECORDS = (
     f"AND (:status IS NULL OR {STATUS_OF_ROW} = :status) ORDER BY seq LIMIT :most"
 )
 
+# The value changes each time, for SQLite writes nothing where nothing changes.
+SAY_IT_ANSWERS = "INSERT INTO switches VALUES ('answers', 1) ON CONFLICT DO UPDATE SET value = 1 - value"
+
 
 class Submission(NamedTuple):
     """A judged message as the queue stores it."""
@@ -4254,7 +4257,6 @@ class Outcome(NamedTuple):
     attempt: Attempt
     disposition: Disposition
     sent: bool  # it counts as sent for the rate limits
-    held: bool  # a slot of the rate limits is to be given back
 
 
 class Order(NamedTuple):
@@ -4314,16 +4316,10 @@ class Queue:
         return len(self._on_wire)
 
     async def load(self) -> None:
-        """Take up the counters where the last run left them; slots it held count as used."""
+        """Take up the counters where the last run left them."""
 
         def work(db: sqlite3.Connection) -> tuple[int, int]:
-            now = math.ceil(self._now())
-            db.execute(
-                "INSERT INTO sends SELECT account_id, :now, n FROM holds WHERE n > 0 "
-                "ON CONFLICT DO UPDATE SET n = n + excluded.n",
-                {"now": now},
-            )
-            db.execute("DELETE FROM holds")  # writes in any case: no start on a file that cannot be written
+            db.execute(SAY_IT_ANSWERS)  # no start on a file that cannot be written
             seq = db.execute(
                 "SELECT max((SELECT coalesce(max(seq), 0) FROM messages), (SELECT max(seq) FROM last_gone))"
             ).fetchone()[0]
@@ -4506,11 +4502,6 @@ class Queue:
     def _claim(self, db: sqlite3.Connection, order: Order) -> list[Claim]:
         claims = take_turns(self._ready(db, order, 0), self._ready(db, order, 1), order.most, order.retried_first)
         self._on_wire.update((claim.seq, claim) for claim in claims)
-        if claims:  # a slot each, limits or not: one may come while they are on the wire
-            db.execute(
-                "INSERT INTO holds VALUES (:account, :n) ON CONFLICT DO UPDATE SET n = n + excluded.n",
-                {"account": order.account_id, "n": len(claims)},
-            )
         return claims
 
     def _ready(self, db: sqlite3.Connection, order: Order, turn: int) -> list[Claim]:
@@ -4535,10 +4526,6 @@ class Queue:
         for claim in claims:
             self._on_wire.pop(claim.seq, None)
             self._expect(None, claim.deadline)
-
-    async def give_back_slot(self, account_id: str) -> None:
-        """A slot of the rate limits that was reserved with a claim is not used."""
-        await self.file.write(lambda db: _give_back(db, account_id, 1))
 
     async def record(self, outcome: Outcome) -> None:
         """Write what became of a claim; unless it goes on, it is off the wire then."""
@@ -4570,9 +4557,6 @@ class Queue:
                 "INSERT INTO sends VALUES (:account, :until, :n) ON CONFLICT DO UPDATE SET n = n + excluded.n",
                 {"account": account_id, "until": until, "n": n},
             )
-        held = collections.Counter(outcome.claim.account_id for outcome in outcomes if outcome.held)
-        for account_id, n in held.items():
-            _give_back(db, account_id, n)
         return [None] * len(outcomes)
 
     def _row_of(self, outcome: Outcome, at: int) -> dict[str, object]:
@@ -4899,15 +4883,8 @@ class Queue:
         return await self.file.read(work)
 
     async def answers(self) -> None:
-        """Raise StorageUnavailable unless the file can be written now: it is tried.
-
-        The value changes each time, for SQLite writes nothing where nothing changes.
-        """
-        await self.file.write(
-            lambda db: db.execute(
-                "INSERT INTO switches VALUES ('answers', 1) ON CONFLICT DO UPDATE SET value = 1 - value"
-            )
-        )
+        """Raise StorageUnavailable unless the file can be written now: it is tried."""
+        await self.file.write(lambda db: db.execute(SAY_IT_ANSWERS))
 
     # -- accounts and switches
 
@@ -5084,10 +5061,6 @@ def _payload_for_people(column: str) -> dict[str, object]:
     except ValueError:
         return {}
     return payload if isinstance(payload, dict) else {}
-
-
-def _give_back(db: sqlite3.Connection, account_id: str, n: int) -> None:
-    db.execute("UPDATE holds SET n = max(n - :n, 0) WHERE account_id = :account", {"account": account_id, "n": n})
 
 
 def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
@@ -9594,8 +9567,6 @@ class Dispatcher:
         lane.windows.give_back()
         self._queue.release([claim])  # at once: the account may be deleted during any wait
         lane.has_mail = True
-        with contextlib.suppress(StorageUnavailable):
-            await self._queue.give_back_slot(claim.account_id)
 
     # -- one connection at work
 
@@ -9790,7 +9761,7 @@ class Dispatcher:
         disposition = settle(claim, attempt, lane.account, self._clock.wall(), self._jitter(), untried)
         self._tell_lane(lane, disposition, begun)
         if disposition.status is Status.QUEUED and not (self._draining or lane.deleted):
-            await self._record(Outcome(claim, attempt, disposition, sent=False, held=False))
+            await self._record(Outcome(claim, attempt, disposition, sent=False))
             served = claim.served or disposition.slot_used
             return claim._replace(recipients=disposition.recipients, served=served), True
         return await self._conclude(lane, claim, attempt, disposition), False
@@ -9802,7 +9773,7 @@ class Dispatcher:
         elif disposition.status is Status.DEFERRED and disposition.deferred_ts is None:
             disposition = replace(disposition, deferred_ts=lane.next_try_ts())
         used = claim.served or disposition.slot_used
-        await self._record(Outcome(claim, attempt, disposition, sent=used, held=True))
+        await self._record(Outcome(claim, attempt, disposition, sent=used))
         self._tell(claim, attempt, disposition)
         if used:
             lane.windows.count(self._clock.monotonic())
