@@ -62,12 +62,17 @@ LEFT_OUT = {"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"}  # pip's note
 def bytecode(name: str, source: bytes) -> bytes:
     """The .pyc of this Python, never checked against its source (PEP 552): starting takes half the time.
 
-    Other Pythons ignore it and compile the source beside it. Marshal's version 2 has no
-    back references, which would depend on what else this process has in memory.
+    Other Pythons ignore it and compile the source beside it. Marshal's version 2 has no back references,
+    which depend on what else this process has in memory. Constant slices (Python 3.14) need version 5; there
+    a second writing of what was read back refers back only to what stands in the file.
     """
     code = compile(source, f"mailproxy.pyz/{name}", "exec", dont_inherit=True, optimize=0)
     unchecked = (0b01).to_bytes(4, "little")
-    return importlib.util.MAGIC_NUMBER + unchecked + importlib.util.source_hash(source) + marshal.dumps(code, 2)
+    if sys.version_info < (3, 14):
+        written = marshal.dumps(code, 2)
+    else:
+        written = marshal.dumps(marshal.loads(marshal.dumps(code, 5)), 5)
+    return importlib.util.MAGIC_NUMBER + unchecked + importlib.util.source_hash(source) + written
 
 
 def contents(tree: Path) -> dict[str, bytes]:
