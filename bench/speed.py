@@ -26,6 +26,8 @@ Rows:
                 batches posted; beside a bare server probed at the same instants, which shows what is the machine's part
     start       from the start of the process to the first answer; `--version` of the zipapp; beside a bare Python
     latency     deliveries per second and connection at 50 ms of round trip, with PIPELINING offered and without
+    beside      with --beside OTHER.pyz: posts, batches, deliveries, memory and start of this build and another one in turns;
+                the ratio is ours to theirs, of the processor time too
 """
 
 from __future__ import annotations
@@ -90,8 +92,8 @@ class Taken(NamedTuple):
 class Bench:
     """The settings of this run, its folder, and what the rows need again and again."""
 
-    def __init__(self, rounds: int, quick: bool, folder: Path, elsewhere: Elsewhere) -> None:
-        self.rounds, self.quick, self.folder, self.elsewhere = rounds, quick, folder, elsewhere
+    def __init__(self, rounds: int, quick: bool, folder: Path, elsewhere: Elsewhere, other: Path | None = None) -> None:
+        self.rounds, self.quick, self.folder, self.elsewhere, self.other = rounds, quick, folder, elsewhere, other
         self._labels = iter(range(10**9))
 
     def of(self, count: int) -> int:
@@ -102,11 +104,11 @@ class Bench:
         """A name that no message or folder had before."""
         return f"run{next(self._labels)}"
 
-    def daemon(self, smtp_port: int, reports_port: int, **smtp: object) -> Daemon:
+    def daemon(self, smtp_port: int, reports_port: int, program: Path | None = None, **smtp: object) -> Daemon:
         """A daemon on an empty file, not yet started; it delivers when told to."""
         sections = backlog.sections(smtp_port, reports_port)
         sections["smtp"].update(smtp)
-        return Daemon(self.folder / self.label(), sections)
+        return Daemon(self.folder / self.label(), sections, program)
 
     def posts(self, port: int, count: int, connections: int, batch: int = 1) -> load.Posted:
         posted = self.elsewhere.run(load.run_posts, port, self.label(), count, connections, batch)
@@ -578,6 +580,79 @@ def latency_line(bench: Bench, sink: Companion, line: Companion, pipelining: boo
     return compared(f"50 ms round trip, {offered} PIPELINING, one connection", "/s", ours, results["bare"], loop)
 
 
+# -- two builds
+
+
+class Pair(NamedTuple):
+    """This build and another one, each with a file of its own, on the same sink and receiver."""
+
+    bench: Bench
+    daemons: dict[str, Daemon]
+
+    def line(self, what: str, unit: str, measure: Callable[[Daemon], Taken]) -> Line:
+        """Both in turns; what they cost is compared, too."""
+        runs = {name: partial(measure, daemon) for name, daemon in self.daemons.items()}
+        results, loop = rig.interleaved(self.bench.rounds, runs)
+        ours, theirs = results["ours"], results["other"]
+        line = compared(what, unit, ours, [taken.figure for taken in theirs], loop)
+        if not ours[0].cpu_s:
+            return line
+        cost = statistics.median(o.cpu_s / t.cpu_s for o, t in zip(ours, theirs, strict=True))
+        return line._replace(cpu=f"{line.cpu}; {cost:.2f} of the other's")
+
+
+def beside_rows(bench: Bench) -> Iterable[Line]:
+    if bench.other is None:
+        return
+    with contextlib.ExitStack() as stack:
+        sink = stack.enter_context(fast_sink())
+        receiver = stack.enter_context(Companion(serve_reports))
+        builds = {"ours": None, "other": bench.other}
+        daemons = {name: bench.daemon(sink.port, receiver.port, program) for name, program in builds.items()}
+        yield Pair(bench, daemons).line("start, empty file", " s", lambda daemon: Taken(restarted(daemon)))
+        for daemon in daemons.values():
+            stack.enter_context(daemon)
+        yield from beside_lines(bench, Pair(bench, daemons), sink)
+    yield from beside_provider(bench, builds)
+
+
+def beside_lines(bench: Bench, pair: Pair, sink: Any) -> Iterable[Line]:
+    yield pair.line("memory, idle", " MiB", lambda daemon: Taken(daemon.rss_mib()))
+    for daemon in pair.daemons.values():
+        measured_posts(bench, daemon, bench.of(2000), 32)
+    for connections, batch, count in ((1, 1, 2000), (32, 1, 10_000), (1, 1000, 50_000)):
+        measure = partial(
+            measured_posts, bench, count=max(batch, bench.of(count)), connections=connections, batch=batch
+        )
+        what = f"batches of {batch}" if batch > 1 else f"posts, connections: {connections}"
+        yield pair.line(what, " msg/s", lambda daemon, measure=measure: measure(daemon))
+        if batch == 1 and connections == 1:
+            p50 = pair.line(f"{what}: p50", " s", lambda daemon, measure=measure: Taken(measure(daemon).p50_s))
+            yield p50
+    for daemon in pair.daemons.values():
+        daemon.command("activate")
+        settle(daemon)
+    count = max(1000, bench.of(5000))
+    for what, way in (
+        ("delivered, from the first post on", measured_way),
+        ("delivered, from a backlog", measured_backlog),
+    ):
+        yield pair.line(what, " msg/s", lambda daemon, way=way: way(bench, daemon, sink, count))
+    yield pair.line("memory, afterwards", " MiB", lambda daemon: Taken(daemon.rss_mib()))
+
+
+def beside_provider(bench: Bench, builds: dict[str, Path | None]) -> Iterable[Line]:
+    login = {"user": "bench", "password": "secret"}
+    with Companion(serve_smtp, PROVIDER) as sink, Companion(serve_reports) as receiver, contextlib.ExitStack() as stack:
+        daemons = {
+            name: stack.enter_context(bench.daemon(sink.port, receiver.port, program, **login))
+            for name, program in builds.items()
+        }
+        yield Pair(bench, daemons).line(
+            "burst of 100, provider-like server", " s", partial(measured_burst, bench, sink=sink)
+        )
+
+
 # -- the command
 
 
@@ -592,6 +667,7 @@ ROWS: dict[str, Callable[[Bench], Iterable[Line]]] = {
     "loop": loop_rows,
     "start": start_rows,
     "latency": latency_rows,
+    "beside": beside_rows,
 }
 
 
@@ -613,13 +689,14 @@ def main() -> int:
     parser.add_argument("rows", nargs="*", metavar="ROW", help="which rows; all when none is named")
     parser.add_argument("--rounds", type=int, default=3, help="how often ours and its ceiling take turns (3)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the counts")
+    parser.add_argument("--beside", metavar="PYZ", type=Path, help="a zipapp of another build, for the row beside")
     options = parser.parse_args()
     if unknown := set(options.rows) - set(ROWS):
         parser.error(f"unknown row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
     rig.end_cleanly_when_told()
     rig.built_zipapp()
     with tempfile.TemporaryDirectory(prefix="mailproxy-bench-") as folder, Elsewhere() as elsewhere:
-        bench = Bench(options.rounds, options.quick, Path(folder), elsewhere)
+        bench = Bench(options.rounds, options.quick, Path(folder), elsewhere, options.beside)
         lines, complete = measured(bench, options.rows or tuple(ROWS))
     print(rig.markdown_table(HEADER, lines))
     sink = "smtp-sink of Postfix" if find_smtp_sink() else "our own in Python, as smtp-sink is not installed"
