@@ -22,6 +22,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import inspect
 import io
 import ipaddress
 import itertools
@@ -73,8 +74,9 @@ import prometheus_client.parser
 import pytest
 from aiosmtpd.smtp import SMTP, AuthResult
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import HealthCheck, given, settings
 
@@ -86,7 +88,7 @@ from mailproxy import Attachment, Reply, S3Object, Source
 # ======================================================================
 #
 # Each rig is a context manager on loopback, on a port of its own, and stops
-# only what it started. Every wait has a deadline.
+# only what it started. Every wait has a deadline, and waits for a condition.
 
 PROGRAM = Path(__file__).with_name("mailproxy.py")
 
@@ -108,33 +110,29 @@ for size in ("COLUMNS", "LINES"):  # of a terminal that the programs under test 
     os.environ.pop(size, None)
 
 
-def needs(*programs: str) -> None:
-    """Skip the test where a program is missing; fail it where REQUIRE_TEST_SERVERS promised them all."""
-    missing = [program for program in programs if not found(program)]
-    if not missing:
-        return
-
-    reason = f"needs {', '.join(missing)}"
-    if os.environ.get("REQUIRE_TEST_SERVERS"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 def found(program: str) -> str | None:
     """The path of a program, also where servers live and the PATH of a user does not look."""
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout: float = 30) -> Any:
+def needs(*programs: str) -> None:
+    """Skip the test where a program (or "root") is missing; fail it where REQUIRE_TEST_SERVERS promised them all."""
+    there = {"root": os.geteuid() == 0}
+    missing = [program for program in programs if not there.get(program, found(program))]
+    if missing and os.environ.get("REQUIRE_TEST_SERVERS"):
+        pytest.fail(f"needs {', '.join(missing)}")
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
+def wait_until(condition: Callable[[], Any], what: str | Callable[[], str], timeout: float = 30) -> Any:
     """The first true value of the condition; a failure that says what never came after `timeout` seconds."""
     deadline = time.monotonic() + timeout
-    while True:
-        value = condition()
-        if value:
-            return value
+    while not (value := condition()):
         if time.monotonic() > deadline:
-            pytest.fail(f"{what}: not within {timeout} s")
+            pytest.fail(f"{what() if callable(what) else what}: not within {timeout} s")
         time.sleep(0.01)
+    return value
 
 
 def free_port() -> int:
@@ -147,17 +145,12 @@ def free_port() -> int:
 @contextlib.contextmanager
 def open_folder(prefix: str) -> Iterator[Path]:
     """A folder that servers running as other users can walk into; pytest's own are closed to them."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
-    folder.chmod(0o755)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
-# ----------------------------------------------------------------------
-# certificates
-# ----------------------------------------------------------------------
+# --- certificates --------------------------------------------------------
 
 
 class Certificate(NamedTuple):
@@ -180,9 +173,8 @@ class PrivateCA:
         self._folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"CA of {folder.name}"[:64])])
-        self._now = datetime.datetime.now(datetime.UTC)
         self.ca_file = folder / "ca.pem"
-        self.ca_file.write_bytes(self._self_signed().public_bytes(serialization.Encoding.PEM))
+        self.ca_file.write_bytes(self._signed(self._name, self._key, 60, path_length=0))
 
     def good(self) -> Certificate:
         """The certificate of the server the tests mean: localhost, 127.0.0.1 and ::1."""
@@ -209,48 +201,39 @@ class PrivateCA:
     ) -> Certificate:
         """A certificate for DNS names and addresses, valid from a month ago until `valid_days` from now."""
         key = ec.generate_private_key(ec.SECP256R1())
-        alternatives = x509.SubjectAlternativeName([_general_name(name) for name in names or (label,)])
-        certificate = (
-            self._builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, label)]), key, valid_days)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(alternatives, critical=False)
-            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
-            .add_extension(_key_usage(signs_certificates=False), critical=True)
-            .sign(self._key, hashes.SHA256())
-        )
-        return self._write(label, certificate, key)
-
-    def _self_signed(self) -> x509.Certificate:
-        return (
-            self._builder(self._name, self._key, valid_days=60)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_key_usage(signs_certificates=True), critical=True)
-            .sign(self._key, hashes.SHA256())
-        )
-
-    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, valid_days: int) -> x509.CertificateBuilder:
-        issuer_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(self._now - datetime.timedelta(days=30))
-            .not_valid_after(self._now + datetime.timedelta(days=valid_days))
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(issuer_key, critical=False)
-        )
-
-    def _write(self, label: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Certificate:
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, label)])
+        names_and_addresses = x509.SubjectAlternativeName([_general_name(name) for name in names or (label,)])
         written = Certificate(self._folder / f"{label}.pem", self._folder / f"{label}.key")
-        written.cert.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        written.key.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
+        written.cert.write_bytes(
+            self._signed(subject, key, valid_days, names_and_addresses, x509.ExtendedKeyUsage([usage]))
         )
+        pem, as_openssl, open_ = Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption()
+        written.key.write_bytes(key.private_bytes(pem, as_openssl, open_))
         return written
+
+    def _signed(
+        self,
+        subject: x509.Name,
+        key: ec.EllipticCurvePrivateKey,
+        valid_days: int,
+        *extensions: x509.ExtensionType,
+        path_length: int | None = None,  # of an authority
+    ) -> bytes:
+        is_ca, now = path_length is not None, datetime.datetime.now(datetime.UTC)
+        usage = dict.fromkeys(inspect.signature(x509.KeyUsage).parameters, False)
+        usage |= {"digital_signature": not is_ca, "key_cert_sign": is_ca, "crl_sign": is_ca}
+        builder = (
+            x509.CertificateBuilder(self._name, subject, key.public_key(), x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=30))
+            .not_valid_after(now + datetime.timedelta(days=valid_days))
+            .add_extension(x509.BasicConstraints(is_ca, path_length), critical=True)
+            .add_extension(x509.KeyUsage(**usage), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+        )
+        for extension in extensions:
+            builder = builder.add_extension(extension, critical=False)
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
 def _general_name(name: str) -> x509.GeneralName:
@@ -259,23 +242,7 @@ def _general_name(name: str) -> x509.GeneralName:
     return x509.DNSName(name)
 
 
-def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-# ----------------------------------------------------------------------
-# a mail server whose behaviour the recipient's address chooses
-# ----------------------------------------------------------------------
+# --- a mail server whose behaviour the recipient's address chooses -------
 #
 #     ok@ (and any other)   accepted                    temp@  451 at RCPT, always
 #     perm@                 550 at RCPT                 550@, 452@ ...  that reply at RCPT (421@ hangs up too)
@@ -301,15 +268,15 @@ class Manner(NamedTuple):
     number: int | None
     seconds: float
 
-
-def manner_of(address: str) -> Manner:
-    """The behaviour an address chooses; a plain name chooses none."""
-    match = _MANNER.fullmatch(address.rpartition("@")[0])
-    if not match:
-        return Manner("ok", None, 0)
-    number = int(match["number"]) if match["number"] else None
-    seconds = 1.0 if number is None else float(number)
-    return Manner(match["word"], number, seconds / 1000 if match["milli"] else seconds)
+    @classmethod
+    def of(cls, address: str) -> Manner:
+        """A plain name asks for nothing."""
+        match = _MANNER.fullmatch(address.rpartition("@")[0])
+        if not match:
+            return cls("ok", None, 0)
+        number = int(match["number"]) if match["number"] else None
+        seconds = 1.0 if number is None else float(number)
+        return cls(match["word"], number, seconds / 1000 if match["milli"] else seconds)
 
 
 @dataclass(frozen=True)
@@ -329,26 +296,20 @@ class Received:
 
 
 class _Line(SMTP):
-    """One connection to the server."""
+    """One connection to the server, which is its event_handler."""
 
-    def __init__(self, smtp_server: SmtpServer, **options: Any) -> None:
-        super().__init__(smtp_server, **options)
-        self.smtp_server = smtp_server
-        self.number = 0  # 0 until greeted
+    number = 0  # until greeted
 
     def connection_made(self, transport: Any) -> None:
-        if self.number:  # once more, after STARTTLS
+        refusal = None if self.number else self.event_handler._admit(self)  # it comes once more after STARTTLS
+        if not refusal:
             return super().connection_made(transport)
-
-        refusal = self.smtp_server._admit(self, transport)
-        if refusal:
-            transport.write(refusal.encode() + b"\r\n")
-            return transport.close()
-        return super().connection_made(transport)
+        transport.write(refusal.encode() + b"\r\n")
+        return transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
         if self.number:
-            self.smtp_server._leave(self)
+            self.event_handler._leave(self)
             super().connection_lost(error)
 
     def eof_received(self) -> bool | None:
@@ -380,14 +341,14 @@ class SmtpServer:
         self.most_connections = 0  # at once
         self.logins: list[tuple[str, bool]] = []  # user, accepted
         self.visits: Counter[str] = Counter()  # RCPT commands by address
-        self._context = certificate.server_context() if certificate else None
-        self._implicit_tls = implicit_tls
         self._pipelining = pipelining
+        context = certificate.server_context() if certificate else None
+        self._implicit_tls = context if implicit_tls else None
         self._options: dict[str, Any] = {
             "data_size_limit": size_limit,
             "enable_SMTPUTF8": smtputf8,
             "hostname": "sink.test",
-            "tls_context": None if implicit_tls else self._context,
+            "tls_context": None if implicit_tls else context,
             "auth_require_tls": bool(certificate and not implicit_tls),
             "authenticator": self._authenticate,
         }
@@ -403,23 +364,21 @@ class SmtpServer:
 
     def start(self) -> None:
         """Listen; after a stop on the same port again."""
-        self._loop = asyncio.new_event_loop()
         listening = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(listening,), name="smtp-server", daemon=True)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(listening)), daemon=True)
         self._thread.start()
-        assert listening.wait(10), "the SMTP server did not start"
+        assert listening.wait(30), "the SMTP server did not start"
 
     def stop(self) -> None:
         """Cut every connection and listen no more: from now on connections are refused."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stopping.set)
-            self._thread.join(10)
+            self._thread.join(30)
             assert not self._thread.is_alive(), "the SMTP server did not stop"
 
     def cut_connections(self) -> None:
         """Close all connections without a word, as a server does with idle ones."""
-        closing = asyncio.run_coroutine_threadsafe(self._abort_all(), self._loop)
-        closing.result(10)
+        asyncio.run_coroutine_threadsafe(self._abort_all(), self._loop).result(30)
 
     def wait_for(self, count: int, timeout: float = 30) -> list[Received]:
         """The messages received, once there are at least so many."""
@@ -435,29 +394,16 @@ class SmtpServer:
         with self._news:
             return [received for received in self.received if recipient in received.recipients]
 
-    def _run(self, listening: threading.Event) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_until_complete(self._serve(listening))
-        finally:
-            self._loop.close()
-
     async def _serve(self, listening: threading.Event) -> None:
-        self._stopping = asyncio.Event()
-        context = self._context if self._implicit_tls else None
-        server = await self._loop.create_server(self._line, self.host, self.port, ssl=context)
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        server = await self._loop.create_server(
+            lambda: _Line(self, loop=self._loop, **self._options), self.host, self.port, ssl=self._implicit_tls
+        )
         self.port = server.sockets[0].getsockname()[1]
         listening.set()
         await self._stopping.wait()
         server.close()
         await self._abort_all()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-
-    def _line(self) -> _Line:
-        return _Line(self, loop=self._loop, **self._options)
 
     async def _abort_all(self) -> None:
         for line in list(self._lines.values()):
@@ -466,7 +412,7 @@ class SmtpServer:
         while self._lines:
             await asyncio.sleep(0.005)
 
-    def _admit(self, line: _Line, transport: Any) -> str | None:
+    def _admit(self, line: _Line) -> str | None:
         """Count a connection in, or the words that turn it away."""
         refusal = self.greeting
         if not refusal and len(self._lines) >= self.max_connections:
@@ -503,7 +449,7 @@ class SmtpServer:
     async def handle_MAIL(self, line: Any, session: Any, envelope: Any, address: str, options: list[str]) -> str:
         if self.accounts and not session.authenticated:
             return "530 5.7.0 Authentication required"
-        word = manner_of(address).word
+        word = Manner.of(address).word
         if word.isdigit():
             return await self._say(line, word)
         envelope.mail_from = address
@@ -513,7 +459,7 @@ class SmtpServer:
     async def handle_RCPT(self, line: Any, _session: Any, envelope: Any, address: str, _options: list[str]) -> str:
         with self._news:
             self.visits[address] += 1
-        manner = manner_of(address)
+        manner = Manner.of(address)
         if manner.word == "slowrcpt":
             await asyncio.sleep(manner.seconds)
         if manner.word == "drop" and self._still(address, manner):
@@ -530,24 +476,13 @@ class SmtpServer:
         return "250 2.1.5 Ok"
 
     async def handle_DATA(self, line: Any, _session: Any, envelope: Any) -> str:
-        asked = {address: manner_of(address) for address in envelope.rcpt_tos}
+        asked = {address: Manner.of(address) for address in envelope.rcpt_tos}
         await asyncio.sleep(max(m.seconds if m.word == "slow" else 0 for m in asked.values()))
         for address, manner in asked.items():
             if manner.word in _DATA_REFUSALS:
                 return _DATA_REFUSALS[manner.word]
             if manner.word == "lost" and self._still(address, manner):
                 await self._hang_up(line)
-
-        self._keep(line, envelope)
-        if any(m.word == "dropdata" and self._still(address, m) for address, m in asked.items()):
-            await self._hang_up(line)
-        return f"250 2.0.0 Ok: queued as {len(self.received)}"
-
-    def _still(self, address: str, manner: Manner) -> bool:
-        """Whether the address misbehaves this time: drop@ always does, drop1@ the first time."""
-        return manner.number is None or self.visits[address] <= manner.number
-
-    def _keep(self, line: _Line, envelope: Any) -> None:
         received = Received(
             sender=envelope.mail_from,
             recipients=list(envelope.rcpt_tos),
@@ -559,6 +494,13 @@ class SmtpServer:
         with self._news:
             self.received.append(received)
             self._news.notify_all()
+        if any(m.word == "dropdata" and self._still(address, m) for address, m in asked.items()):
+            await self._hang_up(line)
+        return f"250 2.0.0 Ok: queued as {len(self.received)}"
+
+    def _still(self, address: str, manner: Manner) -> bool:
+        """Whether the address misbehaves this time: drop@ always does, drop1@ the first time."""
+        return manner.number is None or self.visits[address] <= manner.number
 
     async def _say(self, line: Any, code: str) -> str:
         """The reply of an address such as 550@; 421 ends the connection (RFC 5321 3.8)."""
@@ -574,9 +516,7 @@ class SmtpServer:
         await asyncio.Event().wait()  # ends when the connection does
 
 
-# ----------------------------------------------------------------------
-# the upstream that receives delivery reports
-# ----------------------------------------------------------------------
+# --- the upstream that receives delivery reports -------------------------
 
 
 @dataclass
@@ -615,7 +555,8 @@ class ReportReceiver:
         self.inside: Callable[[list[dict[str, Any]]], object] | None = None  # runs before the answer
         self._news = threading.Condition()
         self._closing = threading.Event()
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._request_class())
+        requests = type("Request", (_ReportRequest,), {"receiver": self})
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), requests)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}/proxy_sync"
 
@@ -661,49 +602,41 @@ class ReportReceiver:
             lambda reports: next((e for e in reports.entries_of(message_id) if e["status"] == status), None), timeout
         )
 
-    def _take(self, request: http.server.BaseHTTPRequestHandler) -> Answer:
-        content = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+
+class _ReportRequest(http.server.BaseHTTPRequestHandler):
+    receiver: ReportReceiver
+
+    def do_POST(self) -> None:
+        receiver, arrived_at = self.receiver, time.time()
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         entries = json.loads(content).get("delivery_report", [])
-        arrived_at = time.time()
-        if self.inside:
-            self.inside(entries)
-        with self._news:
-            answer = self.answers.popleft() if self.answers else Answer()
-            self.calls.append(ReportCall(request.path, request.headers, content, entries, arrived_at, answer))
-            self._news.notify_all()
-        return answer
+        if receiver.inside:
+            receiver.inside(entries)
+        with receiver._news:
+            answer = receiver.answers.popleft() if receiver.answers else Answer()
+            receiver.calls.append(ReportCall(self.path, self.headers, content, entries, arrived_at, answer))
+            receiver._news.notify_all()
+        receiver._closing.wait(answer.delay)
+        with contextlib.suppress(ConnectionError):
+            self._give(answer)
 
-    def _request_class(self) -> type[http.server.BaseHTTPRequestHandler]:
-        receiver = self
+    def _give(self, answer: Answer) -> None:
+        if answer.close:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        content = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
+        self.send_response(answer.status)
+        for name, value in {"Content-Type": "application/json", **answer.headers}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
-        class Request(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                answer = receiver._take(self)
-                receiver._closing.wait(answer.delay)
-                with contextlib.suppress(ConnectionError):
-                    self._give(answer)
-
-            def _give(self, answer: Answer) -> None:
-                if answer.close:
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    return
-                content = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
-                self.send_response(answer.status)
-                for name, value in {"Content-Type": "application/json", **answer.headers}.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_args: object) -> None:
-                pass
-
-        return Request
+    def log_message(self, *_args: object) -> None:
+        pass
 
 
-# ----------------------------------------------------------------------
-# the daemon itself, as a process
-# ----------------------------------------------------------------------
+# --- the daemon itself, as a process -------------------------------------
 
 
 class HttpAnswer(NamedTuple):
@@ -783,14 +716,13 @@ class Daemon:
                 stderr=log,
             )
         self.port = wait_until(self._port_in_log, "the daemon's address in its log", timeout)
-        wait_until(self._ready, "the daemon's readiness", timeout)
+        wait_until(lambda: self.get("/ready").status == 200, "the daemon's readiness", timeout)
 
     def write_config(self) -> None:
         """Write config.ini as `self.config` has it; a running daemon reads it again at SIGHUP."""
         lines = []
         for section, values in self.config.items():
-            lines.append(f"[{section}]")
-            lines += [f"{key} = {value}" for key, value in values.items()]
+            lines += [f"[{section}]", *(f"{key} = {value}" for key, value in values.items())]
         (self.folder / "config.ini").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def signal(self, number: int) -> None:
@@ -819,7 +751,7 @@ class Daemon:
         """SIGKILL: it gets no chance to say goodbye."""
         assert self.process
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(30)
 
     def restart(self) -> None:
         """Stop when it runs, and start again on the same file."""
@@ -829,9 +761,7 @@ class Daemon:
     @property
     def log(self) -> str:
         """All it has written so far, over restarts too."""
-        if not self._log_file.exists():
-            return ""
-        return self._log_file.read_text(encoding="utf-8", errors="replace")
+        return self._log_file.read_text(encoding="utf-8", errors="replace") if self._log_file.exists() else ""
 
     def wait_for_log(self, words: str, timeout: float = 30) -> str:
         """The first line of the log with these words in it."""
@@ -842,13 +772,16 @@ class Daemon:
         )
 
     def request(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> HttpAnswer:
-        """One request; a body that is not bytes is sent as JSON. The connection is kept."""
+        """One request; a body that is not bytes is sent as JSON. This thread's connection is kept."""
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         sent = {"X-API-Token": self.token} if self.token else {}
         if content is not None:
             sent["Content-Type"] = "application/json"
         sent.update(headers or {})
-        connection = self._connection()
+        connection = getattr(self._threads, "connection", None)
+        if connection not in self._connections:
+            connection = self._threads.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+            self._connections.append(connection)
         try:
             connection.request(method, path, content, sent)
             answer = connection.getresponse()
@@ -888,10 +821,7 @@ class Daemon:
             last.update(self.message(message_id))
             return last["status"] == status
 
-        try:
-            wait_until(has_status, f"{message_id} to be {status}", timeout)
-        except pytest.fail.Exception as failure:
-            pytest.fail(f"{failure}; it is {last}")
+        wait_until(has_status, lambda: f"{message_id} to be {status}; it is {last}", timeout)
         return last
 
     def status(self) -> dict[str, Any]:
@@ -911,15 +841,6 @@ class Daemon:
         assert answer.status == 200, answer.content
         return dict(answer.json)
 
-    def _connection(self) -> http.client.HTTPConnection:
-        """This thread's connection to the daemon as it was last started."""
-        connection = getattr(self._threads, "connection", None)
-        if connection not in self._connections:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-            self._threads.connection = connection
-            self._connections.append(connection)
-        return connection
-
     def _hang_up(self) -> None:
         """Close the connections of all threads."""
         while self._connections:
@@ -934,9 +855,6 @@ class Daemon:
         match = re.search(r"http://127\.0\.0\.1:(\d+)", new)
         return int(match[1]) if match else None
 
-    def _ready(self) -> bool:
-        return self.get("/ready").status == 200
-
 
 def _plain_environment() -> dict[str, str]:
     """This environment without what would configure the daemon, or send loopback through a proxy."""
@@ -944,9 +862,7 @@ def _plain_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not unwanted.fullmatch(name)}
 
 
-# ----------------------------------------------------------------------
-# Postfix
-# ----------------------------------------------------------------------
+# --- Postfix -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -956,7 +872,15 @@ class Delivered:
     recipient: str
     trace: email.message.Message  # what Postfix put before it: Return-Path, Received ...
     content: bytes  # what was sent, with bare line feeds
-    delivered_at: float
+
+    @classmethod
+    def read(cls, path: Path) -> Delivered:
+        """A copy, parted into what Postfix added at its head and what was sent."""
+        added = (b"Return-Path:", b"X-Original-To:", b"Delivered-To:", b"Received:", b" ", b"\t")
+        lines = path.read_bytes().splitlines(keepends=True)
+        end = next(number for number, line in enumerate(lines) if not line.startswith(added))
+        trace = email.message_from_bytes(b"".join(lines[:end]))
+        return cls(trace["X-Original-To"], trace, b"".join(lines[end:]))
 
     @functools.cached_property
     def message(self) -> email.message.EmailMessage:
@@ -966,41 +890,24 @@ class Delivered:
 class Postfix:
     """A Postfix of the test's own, with its queue and configuration in a folder of its own; needs root.
 
-    It accepts every domain, offers STARTTLS, and puts each recipient's copy
-    into one Maildir through virtual(8). `rejects` maps a recipient to the reply
-    it gets; `users` (user -> password) makes AUTH a must; `settings` are lines of main.cf.
+    It accepts every domain, offers STARTTLS, and puts each recipient's copy into
+    one Maildir through virtual(8). `users` (user -> password) makes AUTH a must.
     """
 
-    def __init__(
-        self,
-        *,
-        certificate: Certificate | None = None,
-        rejects: Mapping[str, str] | None = None,
-        users: Mapping[str, str] | None = None,
-        settings: Mapping[str, object] | None = None,
-    ) -> None:
+    def __init__(self, *, certificate: Certificate, users: Mapping[str, str] | None = None) -> None:
         self.host, self.port = "127.0.0.1", free_port()
-        self._certificate = certificate
-        self._rejects, self._users, self._settings = rejects or {}, users or {}, settings or {}
-        self._stack = contextlib.ExitStack()
-        self._master: subprocess.Popen[bytes] | None = None
+        self._certificate, self._users = certificate, users or {}
 
     @staticmethod
     def needed(*, with_users: bool = False) -> None:
         """Skip the test (or fail it, where servers were promised) when it cannot run here."""
-        needs("postfix", *(["saslpasswd2"] if with_users else []))
-        if os.geteuid() == 0:
-            return
-        if os.environ.get("REQUIRE_TEST_SERVERS"):
-            pytest.fail("needs root")
-        pytest.skip("needs root")
+        needs("postfix", "root", *(["saslpasswd2"] if with_users else []))
 
     def __enter__(self) -> Postfix:
         with contextlib.ExitStack() as stack:
             self.folder = stack.enter_context(open_folder("mailproxy-postfix-"))
             self._lay_out()
-            stack.callback(self._stop)
-            self._start()
+            self._start(stack)
             self._stack = stack.pop_all()
         return self
 
@@ -1012,45 +919,47 @@ class Postfix:
         log = self.folder / "log"
         return log.read_text(errors="replace") if log.exists() else ""
 
-    def delivered(self) -> list[Delivered]:
-        """Every copy in the mailbox."""
-        return [_delivered(path) for path in self._copies()]
-
-    def wait_for(self, count: int, timeout: float = 20) -> list[Delivered]:
+    def wait_for(self, count: int, timeout: float = 30) -> list[Delivered]:
         """Every copy in the mailbox, once there are at least so many."""
-        try:
-            wait_until(lambda: sum(1 for _ in self._copies()) >= count, f"{count} copies", timeout)
-        except pytest.fail.Exception as failure:
-            copies = sum(1 for _ in self._copies())
-            pytest.fail(f"{failure}; there are {copies}. The end of Postfix's log:\n{self.log[-3000:]}")
-        return self.delivered()
-
-    def _copies(self) -> Iterator[Path]:
         inbox = self.folder / "mail" / "inbox" / "new"
-        return inbox.iterdir() if inbox.exists() else iter(())
+        wait_until(
+            lambda: inbox.exists() and len(list(inbox.iterdir())) >= count,
+            lambda: f"{count} copies in {inbox}; the end of Postfix's log:\n{self.log[-3000:]}",
+            timeout,
+        )
+        return [Delivered.read(path) for path in inbox.iterdir()]
 
     def _lay_out(self) -> None:
         """The folders and files `postfix set-permissions` would make, and no more."""
-        for name, owner, mode in [
-            ("etc", "root", 0o755),
-            ("queue", "root", 0o755),
-            ("data", "postfix", 0o700),
-            ("mail", "nobody", 0o700),
-            *[(f"queue/{name}", "postfix", 0o700) for name in _QUEUES],
-            ("queue/pid", "root", 0o755),
-            ("queue/maildrop", "postfix", 0o730),
-            ("queue/public", "postfix", 0o710),
+        private = (
+            "active",
+            "bounce",
+            "corrupt",
+            "defer",
+            "deferred",
+            "flush",
+            "hold",
+            "incoming",
+            "private",
+            "saved",
+            "trace",
+        )
+        for name, owner, group, mode in [
+            ("etc", "root", None, 0o755),
+            ("queue", "root", None, 0o755),
+            ("data", "postfix", None, 0o700),
+            ("mail", "nobody", None, 0o700),
+            *((f"queue/{name}", "postfix", None, 0o700) for name in private),
+            ("queue/pid", "root", None, 0o755),
+            ("queue/maildrop", "postfix", "postdrop", 0o730),
+            ("queue/public", "postfix", "postdrop", 0o710),
         ]:
             path = self.folder / name
             path.mkdir()
             path.chmod(mode)
-            shutil.chown(path, owner)
-        for name in ("queue/maildrop", "queue/public"):
-            shutil.chown(self.folder / name, group="postdrop")
-        rejects = "".join(f"{address} {reply}\n" for address, reply in self._rejects.items())
-        self._write("rejects", rejects)
-        settings = {**self._main_cf(), **self._tls(), **self._sasl(), **self._settings}
-        self._write("main.cf", "".join(f"{name} = {value}\n" for name, value in settings.items()))
+            shutil.chown(path, owner, group)
+        (cert, key), nobody = self._certificate, (self.folder / "mail").stat().st_uid
+        self._write("main.cf", _MAIN_CF.format(folder=self.folder, nobody=nobody, cert=cert, key=key) + self._sasl())
         self._write("master.cf", _MASTER_CF.format(port=self.port))
 
     def _write(self, name: str, text: str) -> None:
@@ -1059,118 +968,94 @@ class Postfix:
         path.write_text(text)
         os.utime(path, (0, 0))
 
-    def _main_cf(self) -> dict[str, object]:
-        folder = self.folder
-        return {
-            "compatibility_level": "3.6",
-            "queue_directory": folder / "queue",
-            "data_directory": folder / "data",
-            "maillog_file": folder / "log",
-            "maillog_file_prefixes": folder,
-            "myhostname": "postfix.test",
-            "mydestination": "",
-            "mynetworks": "127.0.0.0/8",
-            "inet_interfaces": "127.0.0.1",
-            "inet_protocols": "ipv4",
-            "alias_maps": "",
-            "alias_database": "",
-            "virtual_mailbox_domains": "static:all",
-            "virtual_mailbox_maps": "static:inbox/",
-            "virtual_mailbox_base": folder / "mail",
-            "virtual_minimum_uid": 1,
-            "virtual_uid_maps": f"static:{(folder / 'mail').stat().st_uid}",
-            "virtual_gid_maps": f"static:{(folder / 'mail').stat().st_uid}",
-            "virtual_mailbox_limit": 0,
-            "message_size_limit": 60_000_000,
-            # What arrives stays as it was sent, a Bcc header that should not be there included.
-            "message_drop_headers": "",
-            "local_header_rewrite_clients": "",
-            "smtpd_relay_restrictions": "permit_mynetworks, reject",
-            "smtpd_recipient_restrictions": f"check_recipient_access texthash:{folder}/etc/rejects, permit",
-            "smtputf8_enable": "yes",
-            "strict_smtputf8": "yes",
-            "in_flow_delay": 0,
-            "smtpd_client_event_limit_exceptions": "",
-        }
-
-    def _tls(self) -> dict[str, object]:
-        if not self._certificate:
-            return {}
-        return {
-            "smtpd_tls_security_level": "may",
-            "smtpd_tls_cert_file": self._certificate.cert,
-            "smtpd_tls_key_file": self._certificate.key,
-            "smtpd_tls_received_header": "yes",
-        }
-
-    def _sasl(self) -> dict[str, object]:
+    def _sasl(self) -> str:
         """AUTH by Cyrus SASL from a file of users."""
         if not self._users:
-            return {}
-        folder, realm = self.folder / "etc" / "sasl", "postfix.test"
+            return ""
+        folder = self.folder / "etc" / "sasl"
         folder.mkdir()
         passwords = folder / "users.db"
         for user, password in self._users.items():
-            command = [found("saslpasswd2"), "-p", "-c", "-f", passwords, "-u", realm, user]
-            subprocess.run(command, input=password.encode(), check=True, timeout=10)
+            command = [found("saslpasswd2"), "-p", "-c", "-f", passwords, "-u", "postfix.test", user]
+            subprocess.run(command, input=password.encode(), check=True, timeout=30)
         shutil.chown(passwords, "postfix")
-        (folder / "smtpd.conf").write_text(
-            "pwcheck_method: auxprop\nauxprop_plugin: sasldb\n"
-            f"mech_list: PLAIN LOGIN CRAM-MD5\nsasldb_path: {passwords}\n"
-        )
-        return {
-            "cyrus_sasl_config_path": folder,
-            "smtpd_sasl_auth_enable": "yes",
-            "smtpd_sasl_local_domain": realm,
-            "smtpd_client_restrictions": "permit_sasl_authenticated, reject",
-        }
+        mechanisms = "pwcheck_method: auxprop\nauxprop_plugin: sasldb\nmech_list: PLAIN LOGIN CRAM-MD5\n"
+        (folder / "smtpd.conf").write_text(f"{mechanisms}sasldb_path: {passwords}\n")
+        return _SASL_CF.format(folder=folder)
 
-    def _start(self) -> None:
-        lookup = subprocess.run(
-            [found("postconf"), "-c", self.folder / "etc", "-hx", "daemon_directory"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
+    def _start(self, stack: contextlib.ExitStack) -> None:
+        asked = [found("postconf"), "-c", self.folder / "etc", "-hx", "daemon_directory"]
+        where = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
         with (self.folder / "master.out").open("wb") as out:
-            self._master = subprocess.Popen(
-                [Path(lookup.stdout.strip()) / "master", "-c", self.folder / "etc", "-s"],
+            master = subprocess.Popen(
+                [f"{where}/master", "-c", self.folder / "etc", "-s"],
                 cwd=self.folder / "queue",
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
                 start_new_session=True,  # it signals its whole process group when it ends
             )
-        try:
-            wait_until(self._greets, "Postfix's greeting", 20)
-        except pytest.fail.Exception as failure:
-            pytest.fail(f"{failure}. Its log:\n{self.log[-3000:]}")
+        stack.callback(self._stop, master)
+        wait_until(lambda: self._greets(master), lambda: f"Postfix's greeting; its log:\n{self.log[-3000:]}")
 
-    def _greets(self) -> bool:
-        assert self._master
-        if self._master.poll() is not None:
+    def _greets(self, master: subprocess.Popen[bytes]) -> bool:
+        if master.poll() is not None:
             output = (self.folder / "master.out").read_text()
-            pytest.fail(f"Postfix ended with status {self._master.returncode}:\n{output}{self.log}")
+            pytest.fail(f"Postfix ended with status {master.returncode}:\n{output}{self.log}")
         with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), 10) as line:
             return line.recv(4) == b"220 "
         return False
 
-    def _stop(self) -> None:
-        if not self._master:
-            return
-        self._master.terminate()
+    def _stop(self, master: subprocess.Popen[bytes]) -> None:
+        master.terminate()
         try:
-            self._master.wait(10)
+            master.wait(10)
         except subprocess.TimeoutExpired:
-            os.killpg(self._master.pid, signal.SIGKILL)
-            self._master.wait(10)
+            os.killpg(master.pid, signal.SIGKILL)
+            master.wait(10)
 
 
-_QUEUES = (
-    *("active", "bounce", "corrupt", "defer", "deferred", "flush"),
-    *("hold", "incoming", "private", "saved", "trace"),
-)
+# What arrives stays as it was sent, a Bcc header that should not be there included.
+_MAIN_CF = """\
+compatibility_level = 3.6
+queue_directory = {folder}/queue
+data_directory = {folder}/data
+maillog_file = {folder}/log
+maillog_file_prefixes = {folder}
+myhostname = postfix.test
+mydestination =
+mynetworks = 127.0.0.0/8
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+alias_maps =
+alias_database =
+virtual_mailbox_domains = static:all
+virtual_mailbox_maps = static:inbox/
+virtual_mailbox_base = {folder}/mail
+virtual_minimum_uid = 1
+virtual_uid_maps = static:{nobody}
+virtual_gid_maps = static:{nobody}
+virtual_mailbox_limit = 0
+message_size_limit = 60000000
+message_drop_headers =
+local_header_rewrite_clients =
+smtpd_relay_restrictions = permit_mynetworks, reject
+smtputf8_enable = yes
+strict_smtputf8 = yes
+in_flow_delay = 0
+smtpd_client_event_limit_exceptions =
+smtpd_tls_security_level = may
+smtpd_tls_cert_file = {cert}
+smtpd_tls_key_file = {key}
+smtpd_tls_received_header = yes
+"""
+
+_SASL_CF = """\
+cyrus_sasl_config_path = {folder}
+smtpd_sasl_auth_enable = yes
+smtpd_sasl_local_domain = postfix.test
+smtpd_client_restrictions = permit_sasl_authenticated, reject
+"""
 
 _MASTER_CF = """\
 127.0.0.1:{port} inet n - n - - smtpd
@@ -1192,22 +1077,7 @@ postlog   unix-dgram n - n - 1 postlogd
 """
 
 
-def _delivered(path: Path) -> Delivered:
-    """A copy, parted into what Postfix added at its head and what was sent."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    end = next(number for number, line in enumerate(lines) if not _is_trace(line))
-    trace = email.message_from_bytes(b"".join(lines[:end]))
-    return Delivered(trace["X-Original-To"], trace, b"".join(lines[end:]), path.stat().st_mtime)
-
-
-def _is_trace(line: bytes) -> bool:
-    names = (b"Return-Path:", b"X-Original-To:", b"Delivered-To:", b"Received:", b" ", b"\t")
-    return line.startswith(names)
-
-
-# ----------------------------------------------------------------------
-# the rigs as fixtures
-# ----------------------------------------------------------------------
+# --- the rigs as fixtures ------------------------------------------------
 
 
 @pytest.fixture(scope="session")
