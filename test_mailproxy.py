@@ -106,6 +106,7 @@ def starter() -> Path:
 
 
 STARTER = starter()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and what it starts too
 for size in ("COLUMNS", "LINES"):  # of a terminal that the programs under test do not have
     os.environ.pop(size, None)
 
