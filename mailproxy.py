@@ -136,8 +136,6 @@ from typing import Annotated, Any, BinaryIO, NamedTuple, NoReturn, Protocol, Typ
 
 import aiosmtplib
 import prometheus_client
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 __version__ = "0.1.0"
 
@@ -3369,8 +3367,8 @@ class Alarm:
 # LOG AND METRICS - one event, one line; the instruments on a registry of the daemon's own
 # ======================================================================
 #
-# Only loops and doors log. A line is a sentence and fields; nobody can forge a second line
-# by what he sends us. Labels of metrics come from short lists alone: accounts that exist,
+# Only loops and doors log. A line is a sentence and fields; nothing that a peer sends can
+# forge a second line. Labels of metrics come from short lists only: accounts that exist,
 # routes of the table, outcomes named here. Never a message id, an address, a secret.
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -3431,35 +3429,25 @@ def _traceback_of(record: logging.LogRecord) -> str:
 
 
 class TextLines(logging.Formatter):
-    """For people: time, level, sentence, key=value; a traceback follows indented."""
+    """For people: time, level, sentence, key=value; a traceback follows indented.
+
+    For journald, which knows the time itself, with a priority instead of time and level (sd-daemon(3)).
+    """
+
+    def __init__(self, *, journal: bool) -> None:
+        super().__init__()
+        self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join([self._first_line(record), *self._indented_traceback(record)])
-
-    def _first_line(self, record: logging.LogRecord) -> str:
+        if self._journal:
+            opening = indent = next(prefix for level, prefix in JOURNAL_PRIORITIES if record.levelno >= level)
+        else:
+            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+            opening, indent = f"{now} {record.levelname} ", ""
         fields = [f"{name}={_field_as_text(value)}" for name, value in _fields_of(record).items()]
-        return f"{self.opening(record)}{' '.join([_escaped(record.getMessage()), *fields])}"
-
-    def _indented_traceback(self, record: logging.LogRecord) -> list[str]:
-        indent = self.continuation(record)
-        return [f"{indent}{_escaped(line)}" for line in _traceback_of(record).split("\n") if line]
-
-    def opening(self, record: logging.LogRecord) -> str:
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-        return f"{now} {record.levelname} "
-
-    def continuation(self, record: logging.LogRecord) -> str:
-        return "    "
-
-
-class JournalLines(TextLines):
-    """For journald, which knows the time itself and reads the priority from a prefix (sd-daemon(3))."""
-
-    def opening(self, record: logging.LogRecord) -> str:
-        return next(prefix for level, prefix in JOURNAL_PRIORITIES if record.levelno >= level)
-
-    def continuation(self, record: logging.LogRecord) -> str:
-        return f"{self.opening(record)}    "
+        lines = [opening + " ".join([_escaped(record.getMessage()), *fields])]
+        lines += [f"{indent}    {_escaped(line)}" for line in _traceback_of(record).split("\n") if line]
+        return "\n".join(lines)
 
 
 class JsonLines(logging.Formatter):
@@ -3479,10 +3467,7 @@ class JsonLines(logging.Formatter):
 
 
 class LineWriter(logging.Handler):
-    """Writes each line at once to a file descriptor. One that is broken or closed loses lines, no more.
-
-    Blocking, as all that writes to stderr.
-    """
+    """Writes each line at once to a file descriptor; blocking. Lines for one that is broken or closed are lost."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -3507,38 +3492,29 @@ def stderr_is_journal(environ: Mapping[str, str], descriptor: int = 2) -> bool:
 
 
 def configure_logging(level: str, line_format: str, *, journal: bool = False, descriptor: int = 2) -> None:
-    """Send every line of the process to stderr: ours, those of libraries (from WARNING on),
-    warnings, and what nobody caught. May be called again when the settings change."""
+    """Send every line of the process to stderr: ours, those of libraries (from WARNING on), warnings,
+    and errors that nobody caught. May be called again when the settings change."""
     writer = LineWriter(descriptor)
-    writer.setFormatter(JsonLines() if line_format == "json" else JournalLines() if journal else TextLines())
+    writer.setFormatter(JsonLines() if line_format == "json" else TextLines(journal=journal))
     root, ours = logging.getLogger(), logging.getLogger("mailproxy")
     root.handlers = [kept for kept in root.handlers if not isinstance(kept, LineWriter)] + [writer]
     ours.setLevel(level.upper())
     root.setLevel(max(logging.WARNING, ours.level))  # the debug lines of libraries may hold credentials
     logging.captureWarnings(True)
     sys.excepthook = log_uncaught
-    sys.unraisablehook = lambda failed: _log_failure("error while clearing up", failed.exc_value)
-    threading.excepthook = lambda failed: _log_failure(
-        "a thread died of an error nobody caught", failed.exc_value, thread=getattr(failed.thread, "name", None)
-    )
+    threading.excepthook = lambda failed: _log_died(failed.exc_value, getattr(failed.thread, "name", None))
+    sys.unraisablehook = lambda failed: _log_died(failed.exc_value)
 
 
-def _log_failure(sentence: str, error: BaseException | None, **fields: object) -> None:
-    event(logging.getLogger("mailproxy"), logging.ERROR, sentence, exc_info=error, **fields)
+def _log_died(error: BaseException | None, thread: str | None = None) -> None:
+    """What nobody caught elsewhere: in a thread, or where an object is cleared up."""
+    event(logging.getLogger("mailproxy"), logging.ERROR, "an error nobody caught", exc_info=error, thread=thread)
 
 
 def log_uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
     """What nobody caught in the main thread (sys.excepthook)."""
-    event(logging.getLogger("mailproxy"), logging.CRITICAL, "stopped by an error nobody caught", exc_info=error)
-
-
-def log_loop_failure(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
-    """What the event loop reports (loop.set_exception_handler). Tasks are named, futures are not
-    shown: their repr holds their result."""
-    task = context.get("task") or context.get("future")
-    name = task.get_name() if isinstance(task, asyncio.Task) else None
-    failure, what = context.get("exception"), context.get("message")
-    _log_failure("the event loop reports an error", failure, what=what, task=name)
+    log = logging.getLogger("mailproxy")
+    event(log, logging.CRITICAL, "stopped by an error nobody caught", exc_info=error)
 
 
 # --- metrics -------------------------------------------------------------
@@ -3548,10 +3524,7 @@ METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CONNECT_OUTCOMES = ("ok", "failed", "login_refused")
 REPORT_OUTCOMES = ("acknowledged", "refused", "timeout", "unreachable")
 ATTACHMENT_OUTCOMES = ("fetched", "cached", "deferred", "failed")
-HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-UNKNOWN_ACCOUNT = "unknown"  # the label of all accounts that do not exist (any more)
-
-Instrument = TypeVar("Instrument", prometheus_client.Counter, prometheus_client.Histogram)
+HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # all others are "other"
 
 REQUEST_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 COMMIT_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 10)
@@ -3559,235 +3532,89 @@ TRANSACTION_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10
 QUEUE_WAIT_BUCKETS_S = (0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14_400, 43_200, 86_400, 432_000)
 
 
-class LaneGauge(NamedTuple):
-    """What a lane shows at the moment of a scrape."""
-
-    up: bool
-    connections: Mapping[str, int]  # by state: busy, idle ...
-
-
-class Snapshot(NamedTuple):
-    """What is measured only when somebody looks."""
-
-    pending: int
-    in_delivery: int
-    oldest_pending_s: float  # age; 0 when nothing is pending
-    unreported: int
-    active: bool  # the scheduler is on
-    lanes: Mapping[str, LaneGauge]  # by account
-
-
-def _one_known(name: str, known: Sequence[str]) -> str:
-    """The name; "other" for any that is not known, so that labels stay few."""
-    return name if name in known else "other"
-
-
-def _gauge(name: str, meaning: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"mailproxy_{name}", meaning, value=value)
-
-
-class Scrape(Collector):
-    """One look at everything: what was counted, and the gauges of this moment."""
-
-    def __init__(self, registry: prometheus_client.CollectorRegistry, snapshot: Snapshot) -> None:
-        self._registry = registry
-        self._snapshot = snapshot
-
-    def collect(self) -> Iterator[Metric]:
-        for metric in self._registry.collect():
-            # The time of creation of each series serves nobody and doubles the answer.
-            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
-            yield metric
-        yield from self._queue_gauges()
-        yield from self._lane_gauges()
-
-    def _queue_gauges(self) -> Iterator[Metric]:
-        now = self._snapshot
-        yield _gauge("messages_pending", "Undelivered messages, deferred and on the wire included.", now.pending)
-        yield _gauge("messages_in_delivery", "Messages on the wire.", now.in_delivery)
-        yield _gauge("oldest_pending_seconds", "Age of the oldest undelivered message.", now.oldest_pending_s)
-        yield _gauge("reports_unacknowledged", "States the upstream has not acknowledged.", now.unreported)
-        yield _gauge("scheduler_active", "1 while mail goes out, 0 while suspended.", now.active)
-
-    def _lane_gauges(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily(
-            "mailproxy_account_up", "1 when mail goes out, 0 when the account's server refuses us.", labels=["account"]
-        )
-        connections = GaugeMetricFamily(
-            "mailproxy_smtp_connections", "Open SMTP connections.", labels=["account", "state"]
-        )
-        for account_id, lane in self._snapshot.lanes.items():
-            up.add_metric([account_id], lane.up)
-            for state, number in lane.connections.items():
-                connections.add_metric([account_id, state], number)
-        yield from (up, connections)
-
-
 class Metrics:
-    """The instruments of one daemon. Counting costs a microsecond or two and waits for nothing."""
+    """The instruments of one daemon, named as its metrics. Counting costs a microsecond or two and waits
+    for nothing; an account is counted under `label(account_id)`. Gauges are set when somebody looks."""
 
     def __init__(self, version: str) -> None:
-        self._registry = prometheus_client.CollectorRegistry()
-        self._accounts: set[str] = set()
-        self._series: dict[tuple[object, ...], Any] = {}  # by instrument and labels
-        prometheus_client.ProcessCollector(registry=self._registry)
-        self._make_message_instruments()
-        self._make_server_instruments()
-        self._make_outside_instruments()
-        build = prometheus_client.Info("mailproxy_build", "What is running.", registry=self._registry)
-        python = platform.python_version()
-        build.info({"version": version, "python": python, "sqlite": sqlite3.sqlite_version})
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # they would double the answer
+        self.accounts: set[str] = set()  # that have series
+        self._registry = registry = prometheus_client.CollectorRegistry()
+        counter = functools.partial(prometheus_client.Counter, namespace="mailproxy", registry=registry)
+        gauge = functools.partial(prometheus_client.Gauge, namespace="mailproxy", registry=registry)
+        timer = functools.partial(prometheus_client.Histogram, namespace="mailproxy", registry=registry)
 
-    def _make_message_instruments(self) -> None:
-        self._accepted = self._counter("messages_accepted", "Messages accepted from clients.", "account")
-        self._rejected = self._counter("messages_rejected", "Messages refused at submission.")
-        self._sent = self._counter("messages_sent", "Messages a server took over.", "account")
-        self._failed = self._counter("messages_failed", "Messages given up.", "account")
-        self._deferred = self._counter(
-            "messages_deferred", "Times a message was put off, by the cause.", "account", "reason"
+        account, by_reason, by_outcome = ["account"], ["account", "reason"], ["account", "outcome"]
+        self.messages_accepted = counter("messages_accepted", "Messages accepted from clients.", account)
+        self.messages_rejected = counter("messages_rejected", "Messages refused at submission.")
+        self.messages_sent = counter("messages_sent", "Messages a server took over.", account)
+        self.messages_failed = counter("messages_failed", "Messages given up.", account)
+        self.messages_deferred = counter("messages_deferred", "Times a message was put off, by the cause.", by_reason)
+        self.rate_limited = counter("rate_limited", "Times a message met a limit of its account.", account)
+        self.queue_wait_seconds = timer(
+            "queue_wait_seconds", "Time from ready to sent.", account, buckets=QUEUE_WAIT_BUCKETS_S
         )
-        self._rate_limited = self._counter("rate_limited", "Times a message met a limit of its account.", "account")
-        self._wait_time = self._histogram(
-            "queue_wait_seconds", "Time from ready to sent.", QUEUE_WAIT_BUCKETS_S, "account"
+        self.smtp_connects = counter("smtp_connects", "Connections tried, by the end they had.", by_outcome)
+        self.smtp_transaction_seconds = timer(
+            "smtp_transaction_seconds", "Duration of SMTP transactions.", account, buckets=TRANSACTION_BUCKETS_S
         )
-
-    def _make_server_instruments(self) -> None:
-        self._http_requests = self._counter("http_requests", "HTTP requests answered.", "route", "method", "code")
-        self._http_time = self._histogram(
-            "http_request_seconds", "Time to answer an HTTP request.", REQUEST_BUCKETS_S, "route"
+        self.attachment_fetches = counter(
+            "attachment_fetches", "Attachments asked for, by the end it had.", ["source", "outcome"]
         )
-        self._auth_failures = self._counter("auth_failures", "HTTP requests with a missing or wrong token.")
-        self._commit_time = self._histogram(
-            "storage_commit_seconds", "Duration of commits to the queue file.", COMMIT_BUCKETS_S
+        self.report_requests = counter("report_requests", "Calls of the upstream, by the end they had.", ["outcome"])
+        self.http_requests = counter("http_requests", "HTTP requests answered.", ["route", "method", "code"])
+        self.http_request_seconds = timer(
+            "http_request_seconds", "Time to answer an HTTP request.", ["route"], buckets=REQUEST_BUCKETS_S
         )
-        self._commit_failures = self._counter("storage_commit_failures", "Commits the queue file refused.")
-
-    def _make_outside_instruments(self) -> None:
-        self._connects = self._counter("smtp_connects", "Connections tried, by the end they had.", "account", "outcome")
-        self._transaction_time = self._histogram(
-            "smtp_transaction_seconds", "Duration of SMTP transactions.", TRANSACTION_BUCKETS_S, "account"
+        self.auth_failures = counter("auth_failures", "HTTP requests with a missing or wrong token.")
+        self.storage_commit_seconds = timer(
+            "storage_commit_seconds", "Duration of commits to the queue file.", buckets=COMMIT_BUCKETS_S
         )
-        self._reports = self._counter("report_requests", "Calls of the upstream, by the end they had.", "outcome")
-        self._fetches = self._counter(
-            "attachment_fetches", "Attachments asked for, by the end it had.", "source", "outcome"
-        )
-        self._begin(self._reports, (), REPORT_OUTCOMES)
-        for source in Source:
-            self._begin(self._fetches, (source,), ATTACHMENT_OUTCOMES)
+        self.storage_commit_failures = counter("storage_commit_failures", "Commits the queue file refused.")
 
-    def _counter(self, name: str, meaning: str, *labels: str) -> prometheus_client.Counter:
-        return prometheus_client.Counter(f"mailproxy_{name}", meaning, labels, registry=self._registry)
+        self.messages_pending = gauge("messages_pending", "Undelivered messages, deferred and on the wire included.")
+        self.messages_in_delivery = gauge("messages_in_delivery", "Messages on the wire.")
+        self.oldest_pending_seconds = gauge("oldest_pending_seconds", "Age of the oldest undelivered message.")
+        self.reports_unacknowledged = gauge("reports_unacknowledged", "States the upstream has not acknowledged.")
+        self.scheduler_active = gauge("scheduler_active", "1 while mail goes out, 0 while suspended.")
+        self.account_up = gauge("account_up", "1 when mail goes out, 0 when the account's server refuses us.", account)
+        self.smtp_connections = gauge("smtp_connections", "Open SMTP connections.", ["account", "state"])
 
-    def _histogram(
-        self, name: str, meaning: str, buckets: Sequence[float], *labels: str
-    ) -> prometheus_client.Histogram:
-        return prometheus_client.Histogram(
-            f"mailproxy_{name}", meaning, labels, registry=self._registry, buckets=buckets
-        )
+        for outcome in REPORT_OUTCOMES:
+            self.report_requests.labels(outcome)
+        for source, outcome in itertools.product(Source, ATTACHMENT_OUTCOMES):
+            self.attachment_fetches.labels(source, outcome)
+        prometheus_client.ProcessCollector(registry=registry)
+        build = prometheus_client.Info("build", "What is running.", namespace="mailproxy", registry=registry)
+        build.info({"version": version, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version})
 
-    def _one(self, instrument: Instrument, *labels: object) -> Instrument:
-        """One series of an instrument, kept at hand: to look it up there takes longer than to count."""
-        key = (instrument, *labels)
-        if key not in self._series:
-            self._series[key] = instrument.labels(*labels)
-        return cast(Instrument, self._series[key])
+    def know(self, account_id: str) -> None:
+        """Begin the counters of an account at 0, before the first event; not its histograms, which are many series."""
+        self.accounts.add(account_id)
+        for counter in (self.messages_accepted, self.messages_sent, self.messages_failed, self.rate_limited):
+            counter.labels(account_id)
+        for reason in DEFERRAL_REASONS:
+            self.messages_deferred.labels(account_id, reason)
+        for outcome in CONNECT_OUTCOMES:
+            self.smtp_connects.labels(account_id, outcome)
 
-    def _begin(self, counter: prometheus_client.Counter, labels: tuple[object, ...], outcomes: Sequence[str]) -> None:
-        """Have a series at 0 for each outcome there can be."""
-        for outcome in (*outcomes, "other"):
-            self._one(counter, *labels, outcome)
-
-    # -- accounts come and go
-
-    def know_account(self, account_id: str) -> None:
-        """Begin to count for an account, so that its series are there, at 0, before the first event.
-
-        Not those of histograms: they are many, and an account that sends nothing needs none of them.
-        """
-        if account_id not in self._accounts:
-            self._accounts.add(account_id)
-            for counter in (self._accepted, self._sent, self._failed, self._rate_limited):
-                self._one(counter, account_id)
-            self._begin(self._deferred, (account_id,), DEFERRAL_REASONS)
-            self._begin(self._connects, (account_id,), CONNECT_OUTCOMES)
-
-    def forget_account(self, account_id: str) -> None:
-        """End the series of an account that was deleted."""
-        self._accounts.discard(account_id)
-        self._series = {key: one for key, one in self._series.items() if account_id not in key}
-        counters = (self._accepted, self._sent, self._failed, self._rate_limited)
-        outcomes, times = (self._deferred, self._connects), (self._wait_time, self._transaction_time)
-        for instrument in (*counters, *outcomes, *times):
+    def forget(self, account_id: str) -> None:
+        """End the series of an account that is gone."""
+        self.accounts.discard(account_id)
+        for instrument in (
+            self.messages_accepted, self.messages_sent, self.messages_failed, self.messages_deferred,
+            self.rate_limited, self.queue_wait_seconds, self.smtp_connects, self.smtp_transaction_seconds,
+            self.account_up, self.smtp_connections,
+        ):  # fmt: skip
             instrument.remove_by_labels({"account": account_id})
 
-    def _label(self, account_id: str) -> str:
-        """The account, or "unknown" for one that does not exist."""
-        if account_id in self._accounts:
-            return account_id
-        self.know_account(UNKNOWN_ACCOUNT)
-        return UNKNOWN_ACCOUNT
+    def label(self, account_id: str) -> str:
+        """The label of an account; one for all that do not exist (any more)."""
+        return account_id if account_id in self.accounts else "unknown"
 
-    # -- what happens
-
-    def accepted(self, account_id: str, number: int = 1) -> None:
-        self._one(self._accepted, self._label(account_id)).inc(number)
-
-    def rejected(self, number: int = 1) -> None:
-        self._rejected.inc(number)
-
-    def sent(self, account_id: str) -> None:
-        self._one(self._sent, self._label(account_id)).inc()
-
-    def failed(self, account_id: str, number: int = 1) -> None:
-        self._one(self._failed, self._label(account_id)).inc(number)
-
-    def deferred(self, account_id: str, reason: str, number: int = 1) -> None:
-        reason = _one_known(reason, DEFERRAL_REASONS)
-        self._one(self._deferred, self._label(account_id), reason).inc(number)
-
-    def rate_limited(self, account_id: str, number: int = 1) -> None:
-        self._one(self._rate_limited, self._label(account_id)).inc(number)
-
-    def queue_wait(self, account_id: str, duration_s: float) -> None:
-        """A message was sent so long after it had become ready."""
-        self._one(self._wait_time, self._label(account_id)).observe(duration_s)
-
-    def connect(self, account_id: str, outcome: str) -> None:
-        """A connection was tried: one of CONNECT_OUTCOMES."""
-        outcome = _one_known(outcome, CONNECT_OUTCOMES)
-        self._one(self._connects, self._label(account_id), outcome).inc()
-
-    def transaction(self, account_id: str, duration_s: float) -> None:
-        self._one(self._transaction_time, self._label(account_id)).observe(duration_s)
-
-    def commit(self, duration_s: float) -> None:
-        """The queue file took a commit. May be called from any thread."""
-        self._commit_time.observe(duration_s)
-
-    def commit_failed(self) -> None:
-        """The queue file refused a commit. May be called from any thread."""
-        self._commit_failures.inc()
-
-    def auth_failed(self) -> None:
-        self._auth_failures.inc()
-
-    def request(self, route: str | None, method: str, code: int, duration_s: float) -> None:
-        """An HTTP request was answered; `route` is the pattern of the table, None when none fits."""
-        route = route or "unmatched"
-        self._one(self._http_requests, route, _one_known(method, HTTP_METHODS), code).inc()
-        self._one(self._http_time, route).observe(duration_s)
-
-    def report(self, outcome: str) -> None:
-        """The upstream was called: one of REPORT_OUTCOMES."""
-        self._one(self._reports, _one_known(outcome, REPORT_OUTCOMES)).inc()
-
-    def attachment(self, source: Source, outcome: str) -> None:
-        """An attachment was asked for: one of ATTACHMENT_OUTCOMES."""
-        self._one(self._fetches, source, _one_known(outcome, ATTACHMENT_OUTCOMES)).inc()
-
-    def exposition(self, snapshot: Snapshot) -> bytes:
+    def exposition(self) -> bytes:
         """Everything as Prometheus' text format. Blocking: some 15 ms for each 1,000 series."""
-        return prometheus_client.generate_latest(Scrape(self._registry, snapshot))
+        return prometheus_client.generate_latest(self._registry)
 
 
 # ======================================================================
@@ -9373,7 +9200,7 @@ class Dispatcher:
             self.wake(await self._queue.release_due())
         if self._queue.next_deadline_ts <= now:
             for id_, account_id, why in await self._queue.give_up_overdue():
-                self._metrics.failed(account_id)
+                self._metrics.messages_failed.labels(self._metrics.label(account_id)).inc()
                 event(self._log, logging.WARNING, "message given up", message=id_, account=account_id, error=why)
             self._reports_due()
 
@@ -9467,18 +9294,18 @@ class Dispatcher:
         order = self._order(lane, lane.account.batch_size)
         if lane.account.limit_behavior == "error":
             held_back, until_ts = await self._queue.fail_limited(order, why), None
-            self._metrics.failed(lane.account.id, len(held_back))
+            self._metrics.messages_failed.labels(lane.account.id).inc(len(held_back))
             self._alarm.ring()  # the next ones come up, and fail too
         else:
             until_ts = math.ceil(self._clock.wall() + opens_at - now)
             lane.limit_until(opens_at)
             held_back = await self._queue.defer_limited(order, until_ts, why)
-            self._metrics.deferred(lane.account.id, "limit", len(held_back))
+            self._metrics.messages_deferred.labels(lane.account.id, "limit").inc(len(held_back))
         if not held_back:
             lane.has_mail = False
             lane.limited_until = None
             return
-        self._metrics.rate_limited(lane.account.id, len(held_back))
+        self._metrics.rate_limited.labels(lane.account.id).inc(len(held_back))
         for claim in held_back:
             event(
                 self._log, logging.INFO, "message held back by the rate limit", message=claim.id,
@@ -9666,7 +9493,7 @@ class Dispatcher:
             line.session = opened
             lane.opened()
             self._alarm.ring()  # it may have more now
-        self._metrics.connect(lane.account.id, outcome)
+        self._metrics.smtp_connects.labels(self._metrics.label(lane.account.id), outcome).inc()
         return opened
 
     async def _open(self, lane: Lane) -> Session | Reply:
@@ -9730,7 +9557,8 @@ class Dispatcher:
         except Exception as error:
             replies = dict.fromkeys(recipients, self._internal_failure(turn.claim, error))
         lane.took(self._clock.monotonic() - begun)
-        self._metrics.transaction(lane.account.id, self._clock.monotonic() - begun)
+        took_s = self._clock.monotonic() - begun
+        self._metrics.smtp_transaction_seconds.labels(self._metrics.label(lane.account.id)).observe(took_s)
         if not session.usable:
             self._part_with(lane, session)
             line.session = None
@@ -9836,19 +9664,20 @@ class Dispatcher:
 
     def _tell(self, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
         """One line and the counters for what became of a message."""
+        label = self._metrics.label(claim.account_id)
         fields: dict[str, Any] = {
             "message": claim.id, "account": claim.account_id, "connection": attempt.connection or None
         }  # fmt: skip
         if disposition.status is Status.SENT:
-            self._metrics.sent(claim.account_id)
-            self._metrics.queue_wait(claim.account_id, max(0.0, self._clock.wall() - claim.ready_at))
+            self._metrics.messages_sent.labels(label).inc()
+            self._metrics.queue_wait_seconds.labels(label).observe(max(0.0, self._clock.wall() - claim.ready_at))
             if self.log_deliveries:
                 event(self._log, logging.INFO, "message sent", **fields, recipients=len(attempt.replies))
         elif disposition.status is Status.ERROR:
-            self._metrics.failed(claim.account_id)
+            self._metrics.messages_failed.labels(label).inc()
             event(self._log, logging.WARNING, "message failed", **fields, error=disposition.error)
         elif disposition.status is Status.DEFERRED:
-            self._metrics.deferred(claim.account_id, disposition.reason)
+            self._metrics.messages_deferred.labels(label, disposition.reason).inc()
             event(
                 self._log, logging.INFO, "message deferred", **fields, until=disposition.deferred_ts,
                 error=disposition.error,
@@ -10158,7 +9987,7 @@ class Reporter:
             answer = await self._answer_to(await self._written(states))
         finally:
             self._calling = False
-        self._metrics.report(answer.outcome)
+        self._metrics.report_requests.labels(answer.outcome).inc()
         for name, remark in answer.remarks:
             event(self._log, logging.WARNING, "the upstream remarks on a report", field=name, remark=remark)
         if answer.problem is not None:
@@ -11026,15 +10855,17 @@ class ControlPlane:
     async def metrics(self, request: Request) -> Response:
         tallies = await self._queue.tallies()
         oldest = await self._queue.oldest_pending_ts()
-        snapshot = Snapshot(
-            pending=sum(tally.ready + tally.waiting for tally in tallies.values()),
-            in_delivery=self._queue.in_delivery,
-            oldest_pending_s=0 if oldest is None else max(0.0, self._clock.wall() - oldest),
-            unreported=sum(tally.unreported for tally in tallies.values()),
-            active=self._dispatcher.active,
-            lanes={id_: _lane_gauge(lane) for id_, lane in self._dispatcher.lanes.items()},
-        )
-        exposition = await self._in_thread(lambda: self._metrics.exposition(snapshot))
+        metrics = self._metrics
+        metrics.messages_pending.set(sum(tally.ready + tally.waiting for tally in tallies.values()))
+        metrics.messages_in_delivery.set(self._queue.in_delivery)
+        metrics.oldest_pending_seconds.set(0 if oldest is None else max(0.0, self._clock.wall() - oldest))
+        metrics.reports_unacknowledged.set(sum(tally.unreported for tally in tallies.values()))
+        metrics.scheduler_active.set(self._dispatcher.active)
+        for account_id, lane in self._dispatcher.lanes.items():
+            metrics.account_up.labels(account_id).set(lane.state().state != "cooling")
+            metrics.smtp_connections.labels(account_id, "busy").set(lane.busy)
+            metrics.smtp_connections.labels(account_id, "idle").set(len(lane.idle))
+        exposition = await self._in_thread(metrics.exposition)
         return Response(200, exposition, METRICS_CONTENT_TYPE)
 
     async def openapi(self, request: Request) -> Response:
@@ -11126,7 +10957,7 @@ class ControlPlane:
         for submission in accepted:
             by_account[submission.account_id] = by_account.get(submission.account_id, 0) + 1
         for account_id, number in by_account.items():
-            self._metrics.accepted(account_id, number)
+            self._metrics.messages_accepted.labels(self._metrics.label(account_id)).inc(number)
         self._dispatcher.wake(by_account)
         level = logging.INFO if self._dispatcher.log_deliveries else logging.DEBUG
         if self._log.isEnabledFor(level):
@@ -11134,7 +10965,7 @@ class ControlPlane:
                 event(self._log, level, "message accepted", message=submission.id, account=submission.account_id)
 
     def _tell_rejected(self, rejected: Sequence[Mapping[str, object]]) -> None:
-        self._metrics.rejected(len(rejected))
+        self._metrics.messages_rejected.inc(len(rejected))
         for entry in rejected:
             event(self._log, logging.WARNING, "message rejected", message=entry["id"], reason=entry["reason"])
 
@@ -11262,15 +11093,15 @@ class ControlPlane:
 
     async def put_account(self, request: Request) -> Response:
         account = await self._book.put(await request.json_object())
-        self._metrics.know_account(account.id)
+        self._metrics.know(account.id)
         event(self._log, logging.INFO, "account set", account=account.id)
         return json_response({"ok": True})
 
     async def delete_account(self, request: Request) -> Response:
         account_id = request.parameters["id"]
         failed = await self._book.delete(account_id)
-        self._metrics.forget_account(account_id)
-        self._metrics.failed(account_id, failed)
+        self._metrics.forget(account_id)
+        self._metrics.messages_failed.labels(self._metrics.label(account_id)).inc(failed)
         self._reporter.wake()
         event(self._log, logging.INFO, "account deleted", account=account_id, failed=failed)
         return json_response({"ok": True, "failed": failed})
@@ -11385,10 +11216,6 @@ def _no_lane_status() -> dict[str, object]:
     """Of an account that is gone while mail waits for it to come back."""
     gone = "account not found"
     return {"state": gone, "reason": gone, "since": None, "until": None, "connections": 0}
-
-
-def _lane_gauge(lane: Lane) -> LaneGauge:
-    return LaneGauge(up=lane.state().state != "cooling", connections={"busy": lane.busy, "idle": len(lane.idle)})
 
 
 async def _only_fields(request: Request) -> None:
@@ -11533,8 +11360,8 @@ class Daemon:
             QueueFile(
                 settings.storage.db_path,
                 MIGRATIONS,
-                observe_commit=self._metrics.commit,
-                observe_refusal=self._metrics.commit_failed,
+                observe_commit=self._metrics.storage_commit_seconds.observe,
+                observe_refusal=self._metrics.storage_commit_failures.inc,
             ),
             now=self._clock.wall,
         )
@@ -11607,7 +11434,7 @@ class Daemon:
         self._book = AccountBook(self._queue, self._dispatcher, self._clock, account_defaults(self.settings))
         await self._book.renew(configured)
         for account in self._book.accounts():
-            self._metrics.know_account(account.id)
+            self._metrics.know(account.id)
         self._control = ControlPlane(
             self._queue,
             self._book,
@@ -11731,7 +11558,6 @@ class Daemon:
 
     def _mind_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(log_loop_failure)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
         if self._reload is not None:
@@ -11776,8 +11602,11 @@ class Daemon:
         self._composer.fetcher = self._fetcher()
         self._book.defaults = account_defaults(settings)
         await self._book.renew(renewal.accounts)
-        for account in self._book.accounts():
-            self._metrics.know_account(account.id)
+        accounts = {account.id for account in self._book.accounts()}
+        for account_id in self._metrics.accounts - accounts:
+            self._metrics.forget(account_id)
+        for account_id in accounts:
+            self._metrics.know(account_id)
         needs_restart = ", ".join(renewal.fixed) or None
         event(self._log, logging.INFO, "configuration read again", needs_restart=needs_restart)
 
@@ -11840,7 +11669,7 @@ class Daemon:
             in_thread=self._network,
             monotonic=time.monotonic,
             now=time.time,
-            observe=self._metrics.attachment,
+            observe=lambda source, outcome: self._metrics.attachment_fetches.labels(source, outcome).inc(),
         )
 
     def _s3_defaults(self) -> S3Defaults:
@@ -11916,12 +11745,15 @@ class Daemon:
         return any(matches) or self._tell_of_stranger(request)
 
     def _tell_of_stranger(self, request: Request) -> bool:
-        self._metrics.auth_failed()
+        self._metrics.auth_failures.inc()
         event(self._log, logging.WARNING, "a request without a valid token", peer=request.peer, request=request.id)
         return False
 
     def _observe_request(self, request: Request, status: int, seconds: float) -> None:
-        self._metrics.request(request.route, request.method, status, seconds)
+        route = request.route or "unmatched"
+        method = request.method if request.method in HTTP_METHODS else "other"
+        self._metrics.http_requests.labels(route, method, status).inc()
+        self._metrics.http_request_seconds.labels(route).observe(seconds)
         event(
             self._log, logging.DEBUG, "request answered", method=request.method, path=request.path[:200],
             status=status, request=request.id, peer=request.peer, seconds=seconds,
