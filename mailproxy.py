@@ -2905,20 +2905,21 @@ class SendWindows:
 # COMPOSITION - message and fetched parts -> RFC 5322 bytes
 # ======================================================================
 #
-# What SUBMISSION accepted is composed without an exception, into the same bytes
-# on every attempt. The bytes are written directly: the email package of the
-# standard library takes forty times as long for them (it is what the tests read
-# them with). Everything but a UTF-8 local part of an address (RFC 6532) is ASCII,
-# in lines that any server takes: header texts as encoded words (RFC 2047), file
-# names by RFC 2231, bodies by RFC 2045. Dot-stuffing belongs to the transport.
+# What SUBMISSION accepted is composed without an exception, into the same bytes on every attempt. The bytes
+# are written directly: the email package of the standard library takes forty times as long for them (it is
+# what the tests read them with). Everything but a UTF-8 local part of an address (RFC 6532) is ASCII, in lines
+# that any server takes: header texts as encoded words (RFC 2047), file names by RFC 2231, bodies by RFC 2045.
+# Dot-stuffing belongs to the transport.
 
 LONGEST_LINE = 998  # octets without CRLF, RFC 5322 2.1.1
 SHORT_LINE = 78  # octets that a header line should not exceed; 76 with encoded words (RFC 2047 2)
 LONGEST_WORD = 900  # octets of a header's word that still fits a line beside the field's name
+LONGEST_NAME = 60  # characters of a display name that is written as it is
 ENCODED_WORD_OCTETS = 45  # in one encoded word: 72 characters with its frame (RFC 2047 2: 75 at most)
 BASE64_BLOCK = 57 * 1000  # octets encoded at a time; 57 make a line of 76 characters
 TEXT_BLOCK = 65_536  # octets of a text encoded at a time, and the rest of the last line
 FILE_NAME_LINE = 600  # characters of an encoded file name kept in one piece, as all readers know it
+DATE_FORMAT = "%a, %d %b %Y %H:%M:%S +0000"  # RFC 5322 3.3; in English, as the daemon sets no locale
 
 
 class Entity(NamedTuple):
@@ -2954,7 +2955,7 @@ def needs_smtputf8(message: Message) -> bool:
 
 
 def redirect(message: Message, address: str) -> Message:
-    """The same message to that address alone, its recipients told in X-Original-To."""
+    """The same message to that address only, its recipients told in X-Original-To."""
     headers = (*message.headers, ("X-Original-To", ", ".join(message.recipients)))
     return message._replace(to=(Mailbox("", address),), cc=(), bcc=(), headers=headers)
 
@@ -2966,12 +2967,10 @@ _NEEDS_ENCODING = re.compile(rf"[^ -~]+|=\?|  |\A | \Z|(?<![!-~])[!-~]{{{LONGEST
 _WORD = re.compile(" +[^ ]+")
 _PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]+(?: [A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]+)*")
 _TO_QUOTE = re.compile(r'["\\]')
-_LONGEST_NAME = 60  # characters of a display name that is written as it is
 
 
 def _message_header(message: Message, date: float) -> Iterator[str]:
     """The header lines of the message itself; its extra headers replace what would be generated."""
-    replaced = {name.lower() for name, _ in message.headers}
     yield _address_header("From", (message.sender,))
     yield _address_header("To", message.to)
     if message.cc:
@@ -2979,36 +2978,13 @@ def _message_header(message: Message, date: float) -> Iterator[str]:
     if message.reply_to:
         yield _address_header("Reply-To", message.reply_to)
     yield _text_header("Subject", message.subject)
-    if "date" not in replaced:
-        yield f"Date: {_date_text(date)}"
+    if not any(name.lower() == "date" for name, _ in message.headers):
+        yield time.strftime(f"Date: {DATE_FORMAT}", time.gmtime(date))
     if message.message_id:
         yield f"Message-ID: <{message.message_id}>"
     yield "MIME-Version: 1.0"
     for name, value in message.headers:
         yield _extra_header(name, value)
-
-
-def _date_text(unix_s: float) -> str:
-    """RFC 5322 3.3, in UTC; strftime speaks English here, as the daemon sets no locale."""
-    return time.strftime("%a, %d %b %Y %H:%M:%S +0000", time.gmtime(unix_s))
-
-
-def _text_header(name: str, text: str) -> str:
-    """A header of free text; what is not plain ASCII, from its first to its last word, is encoded."""
-    if len(name) + 2 + len(text) <= SHORT_LINE and _SHORT_TEXT.fullmatch(text) and "=?" not in text:
-        return f"{name}: {text}"
-    start, end = _span_to_encode(text)
-    encoded = _encoded_words(text[start:end], beside=len(name) + 1)
-    return _folded(name, [*_WORD.findall(f" {text[:start]}"), *encoded, *_WORD.findall(text[end:])])
-
-
-def _span_to_encode(text: str) -> tuple[int, int]:
-    """From the first to the last word that cannot be written as it is."""
-    first = _NEEDS_ENCODING.search(text)
-    if first is None:
-        return len(text), len(text)
-    end = text.find(" ", max(found.end() for found in _NEEDS_ENCODING.finditer(text)))
-    return text.rfind(" ", 0, first.start()) + 1, len(text) if end < 0 else end
 
 
 def _extra_header(name: str, value: str) -> str:
@@ -3019,26 +2995,38 @@ def _extra_header(name: str, value: str) -> str:
     return _text_header(name, value)
 
 
+def _text_header(name: str, text: str) -> str:
+    """A header of free text; what is not plain ASCII, from its first to its last word, is encoded."""
+    if len(name) + 2 + len(text) <= SHORT_LINE and _SHORT_TEXT.fullmatch(text) and "=?" not in text:
+        return f"{name}: {text}"
+    start = end = len(text)
+    strange = [found.span() for found in _NEEDS_ENCODING.finditer(text)]
+    if strange:
+        start = text.rfind(" ", 0, strange[0][0]) + 1
+        last = max(stop for _, stop in strange)
+        end = text.find(" ", last) if " " in text[last:] else len(text)
+    encoded = _encoded_words(text[start:end], beside=len(name) + 1)
+    return _folded(name, [*_WORD.findall(f" {text[:start]}"), *encoded, *_WORD.findall(text[end:])])
+
+
 def _address_header(name: str, mailboxes: Sequence[Mailbox]) -> str:
+    """A header of mailboxes; it may be folded before each address, and within a name that is encoded."""
     words: list[str] = []
-    for mailbox in mailboxes:
+    for display_name, address in mailboxes:
         if words:
             words[-1] += ","
-        words += _mailbox_words(mailbox)
+        if not display_name:
+            words.append(f" {address}")
+            continue
+        if len(display_name) > LONGEST_NAME or not _SHORT_TEXT.fullmatch(display_name) or "=?" in display_name:
+            words += _encoded_words(display_name, beside=len("Reply-To:"))
+        elif _PHRASE.fullmatch(display_name):
+            words.append(f" {display_name}")
+        else:
+            quoted = _TO_QUOTE.sub(r"\\\g<0>", display_name)
+            words.append(f' "{quoted}"')
+        words.append(f" <{address}>")
     return _folded(name, words)
-
-
-def _mailbox_words(mailbox: Mailbox) -> list[str]:
-    """A mailbox in the pieces between which its header may be folded."""
-    name, address = mailbox
-    if not name:
-        return [f" {address}"]
-    if len(name) > _LONGEST_NAME or not _SHORT_TEXT.fullmatch(name) or "=?" in name:
-        return [*_encoded_words(name, beside=len("Reply-To:")), f" <{address}>"]
-    if _PHRASE.fullmatch(name):
-        return [f" {name}", f" <{address}>"]
-    quoted = _TO_QUOTE.sub(r"\\\g<0>", name)
-    return [f' "{quoted}"', f" <{address}>"]
 
 
 def _encoded_words(text: str, *, beside: int) -> Iterator[str]:
@@ -3074,27 +3062,23 @@ def _folded(name: str, words: Sequence[str]) -> str:
 
 # --- body -----------------------------------------------------------------
 
+_NOT_ASCII = bytes(range(0x80, 0x100))
+
 
 def _message_body(message: Message, parts: Sequence[Part]) -> Entity:
     """text and html are alternatives, inline parts belong to the html, attachments come after both."""
-    related = [part for part in parts if part.attachment.inline and message.html is not None]
-    attached = [part for part in parts if not part.attachment.inline or message.html is None]
-    if not parts and (message.text is None or message.html is None):
-        return _lone_text(message)
+    texts = [_text_entity(message.text, "plain")] if message.text is not None else []
+    if message.html is not None:
+        texts.append(_text_entity(message.html, "html"))
+    if len(texts) == 1 and not parts:
+        return texts[0]
     boundary = _boundary(message, parts)
-    alternatives = [] if message.text is None else [_text_entity(message.text, "plain")]
-    if message.html is not None:
-        html = _text_entity(message.html, "html")
-        pictures = [_attached(part) for part in related]
-        alternatives.append(_multipart("related", [html, *pictures], boundary) if related else html)
-    body = _multipart("alternative", alternatives, boundary) if len(alternatives) > 1 else alternatives[0]
-    return _multipart("mixed", [body, *map(_attached, attached)], boundary) if attached else body
-
-
-def _lone_text(message: Message) -> Entity:
-    if message.html is not None:
-        return _text_entity(message.html, "html")
-    return _text_entity(message.text or "", "plain")
+    related = [_attached(part) for part in parts if part.attachment.inline and message.html is not None]
+    attached = [_attached(part) for part in parts if not part.attachment.inline or message.html is None]
+    if related:
+        texts[-1] = _multipart("related", [texts[-1], *related], boundary)
+    body = _multipart("alternative", texts, boundary) if len(texts) > 1 else texts[0]
+    return _multipart("mixed", [body, *attached], boundary) if attached else body
 
 
 def _boundary(message: Message, parts: Sequence[Part]) -> str:
@@ -3103,32 +3087,21 @@ def _boundary(message: Message, parts: Sequence[Part]) -> str:
     for text in (message.text, message.html):
         digest.update(f"{text}\0".encode())
     for part in parts:
-        if _media_type(part) == "message/rfc822":
+        if _content_type_of(part)[1] == "message/rfc822":
             digest.update(part.content)
     return digest.hexdigest()
 
 
-def _multipart(subtype: str, entities: Iterable[Entity], boundary: str) -> Entity:
+def _multipart(subtype: str, entities: Sequence[Entity], boundary: str) -> Entity:
     """Entities in one (RFC 2046 5.1), the levels told apart by their initial in the boundary."""
     line = f"=_{subtype[0]}{boundary}"
-    root = ' type="text/html";' if subtype == "related" else ""  # RFC 2387 3.1
-    header = [f"Content-Type: multipart/{subtype};{root}", f' boundary="{line}"']
-    if not root:
-        header = ["".join(header)]
-    return Entity(header, _multipart_body(entities, line))
-
-
-def _multipart_body(entities: Iterable[Entity], line: str) -> Iterator[bytes]:
+    header = [f'Content-Type: multipart/{subtype}; boundary="{line}"']
+    if subtype == "related":  # RFC 2387 3.1
+        header = ['Content-Type: multipart/related; type="text/html";', f' boundary="{line}"']
+    pieces: list[Iterable[bytes]] = []
     for entity in entities:
-        yield "\r\n".join((f"--{line}", *entity.header, "\r\n")).encode()
-        yield from entity.body
-        yield b"\r\n"
-    yield f"--{line}--\r\n".encode()
-
-
-# --- text -----------------------------------------------------------------
-
-_NOT_ASCII = bytes(range(0x80, 0x100))
+        pieces += ["\r\n".join((f"--{line}", *entity.header, "\r\n")).encode()], entity.body, [b"\r\n"]
+    return Entity(header, itertools.chain(*pieces, [f"--{line}--\r\n".encode()]))
 
 
 def _text_entity(text: str, subtype: str) -> Entity:
@@ -3136,27 +3109,21 @@ def _text_entity(text: str, subtype: str) -> Entity:
     octets = with_crlf(text.encode())
     if not octets.endswith(b"\r\n"):
         octets += b"\r\n"
-    encoding, body = _encoded_text(octets)
-    content_type = f'Content-Type: text/{subtype}; charset="utf-8"'
-    return Entity([content_type, f"Content-Transfer-Encoding: {encoding}"], body)
-
-
-def _encoded_text(octets: bytes) -> tuple[str, Iterable[bytes]]:
-    if octets.isascii():
-        if has_short_lines(octets):
-            return "7bit", [octets]
-        return "quoted-printable", _quoted_printable(octets)
-    to_quote = len(octets) - len(octets.translate(None, _NOT_ASCII))
-    if to_quote * 6 < len(octets):  # each grows threefold: below a sixth that is less than base64's third
-        return "quoted-printable", _quoted_printable(octets)
-    return "base64", _base64_lines(octets)
+    to_quote = 0 if octets.isascii() else len(octets) - len(octets.translate(None, _NOT_ASCII))
+    encoding, body = "7bit", cast(Iterable[bytes], (octets,))
+    if to_quote * 6 >= len(octets):  # each grows threefold: below a sixth that is less than base64's third
+        encoding, body = "base64", _base64_lines(octets)
+    elif to_quote or not has_short_lines(octets):
+        encoding, body = "quoted-printable", _quoted_printable(octets)
+    header = [f'Content-Type: text/{subtype}; charset="utf-8"', f"Content-Transfer-Encoding: {encoding}"]
+    return Entity(header, body)
 
 
 def has_short_lines(octets: bytes) -> bool:
     """True when no line is longer than SMTP allows (RFC 5321 4.5.3.1.6); lines end with CRLF."""
-    if len(octets) <= LONGEST_LINE:
-        return True
-    return all(max(map(len, lines.split(b"\r\n"))) <= LONGEST_LINE for lines in _complete_lines(octets))
+    return len(octets) <= LONGEST_LINE or all(
+        max(map(len, lines.split(b"\r\n"))) <= LONGEST_LINE for lines in _complete_lines(octets)
+    )
 
 
 def _complete_lines(octets: bytes) -> Iterator[bytes]:
@@ -3197,9 +3164,16 @@ _PLAIN_FILE_NAME = re.compile(r"[ !#-\[\]-~]{1,60}")
 
 
 def _attached(part: Part) -> Entity:
+    """An attachment in base64; only a message stays as it is, and must not be encoded (RFC 2046 5.2.1)."""
     attachment = part.attachment
+    content_type, media_type = _content_type_of(part)
+    encoding, body = "base64", cast(Iterable[bytes], _base64_lines(part.content))
+    octets = with_crlf(part.content) if media_type == "message/rfc822" else b""
+    if HEADER_FIELD.match(octets) and octets.isascii() and b"\0" not in octets and has_short_lines(octets):
+        content_type, encoding, body = media_type, "7bit", [octets]
+    elif media_type.startswith(("message/", "multipart/")):
+        content_type = "application/octet-stream"
     disposition = "inline" if attachment.inline else "attachment"
-    content_type, encoding, body = _attached_content(part)
     header = [
         f"Content-Type: {content_type}",
         f"Content-Transfer-Encoding: {encoding}",
@@ -3210,33 +3184,12 @@ def _attached(part: Part) -> Entity:
     return Entity(header, body)
 
 
-def _attached_content(part: Part) -> tuple[str, str, Iterable[bytes]]:
-    """Content type, encoding and body; messages must not be encoded (RFC 2046 5.2.1)."""
-    media_type = _media_type(part)
-    if media_type == "message/rfc822" and _is_plain_message(octets := with_crlf(part.content)):
-        return media_type, "7bit", [octets]
-    content_type = _content_type_of(part)
-    if media_type.startswith(("message/", "multipart/")):
-        content_type = "application/octet-stream"
-    return content_type, "base64", _base64_lines(part.content)
-
-
-def _is_plain_message(octets: bytes) -> bool:
-    return (
-        HEADER_FIELD.match(octets) is not None and octets.isascii() and b"\0" not in octets and has_short_lines(octets)
-    )
-
-
-def _content_type_of(part: Part) -> str:
-    """What the client says, else what the source said: which may be anything."""
+def _content_type_of(part: Part) -> tuple[str, str]:
+    """What the client says, else what the source said (which may be anything); and its type/subtype only."""
     content_type = part.attachment.content_type or part.content_type
-    fits = CONTENT_TYPE.fullmatch(content_type) and content_type.isprintable() and len(content_type) < 500
-    return content_type if fits else "application/octet-stream"
-
-
-def _media_type(part: Part) -> str:
-    """type/subtype without parameters."""
-    return _content_type_of(part).partition(";")[0].strip().lower()
+    if not (CONTENT_TYPE.fullmatch(content_type) and content_type.isprintable() and len(content_type) < 500):
+        content_type = "application/octet-stream"
+    return content_type, content_type.partition(";")[0].strip().lower()
 
 
 def _file_name(name: str) -> str:
@@ -3247,7 +3200,7 @@ def _file_name(name: str) -> str:
     encoded = urllib.parse.quote(safe, safe="", errors="replace")
     if len(encoded) <= FILE_NAME_LINE:
         return f"filename*=utf-8''{encoded}"
-    pieces = re.findall(r"(?:%..|[^%]){1,60}", f"{encoded}")
+    pieces = re.findall(r"(?:%..|[^%]){1,60}", encoded)
     pieces[0] = f"utf-8''{pieces[0]}"
     return ";\r\n ".join(f"filename*{i}*={piece}" for i, piece in enumerate(pieces))
 
@@ -3262,7 +3215,7 @@ def _completed(message: Message, raw: bytes, date: float) -> bytes:
     names = {field_name(field) for field in kept}
     added = [_extra_header(name, value) for name, value in message.headers]
     if b"date" not in names:
-        added.append(f"Date: {_date_text(date)}")
+        added.append(time.strftime(f"Date: {DATE_FORMAT}", time.gmtime(date)))
     if b"message-id" not in names and message.message_id:
         added.append(f"Message-ID: <{message.message_id}>")
     header = b"\r\n".join([*kept, *(line.encode() for line in added)])
