@@ -2508,9 +2508,8 @@ def _oauth2_fields(oauth2: OAuth2 | None, *, secrets: bool) -> dict[str, object]
 # DISPOSITION - what becomes of a message, and of its lane, after an attempt
 # ======================================================================
 #
-# Pure: the clock and the dice are arguments. A reply goes in for each recipient
-# that was still to be served; out comes what is recorded. The codes are those of
-# RFC 5321 4.2, the enhanced ones of RFC 3463.
+# Pure: the clock and the dice are arguments. A reply goes in for each recipient that was still to be served; out
+# comes what is recorded. The codes are those of RFC 5321 4.2, the enhanced ones of RFC 3463.
 
 DEFERRAL_REASONS = ("schedule", "retry", "in_doubt", "attachment", "connection", "login", "limit")
 SESSION_STAGES = (Stage.CONNECT, Stage.TLS, Stage.EHLO, Stage.AUTH)
@@ -2519,9 +2518,9 @@ SESSION_STAGES = (Stage.CONNECT, Stage.TLS, Stage.EHLO, Stage.AUTH)
 class LaneSignal(enum.StrEnum):
     """What an attempt tells about the account's server, not about the message."""
 
-    NONE = "none"  # nothing: the server was not asked, or the line broke
+    NONE = "none"  # nothing: the server was not asked, or the connection broke
     UP = "up"  # it works with us
-    COOL = "cool"  # it wants to be left alone for a while
+    COOL = "cool"  # it does not: try it again later
     LOGIN_REFUSED = "login refused"  # it does not know us: a person must look
 
 
@@ -2539,19 +2538,45 @@ class Disposition:
     reason: str = ""  # of a deferral: one of DEFERRAL_REASONS
 
 
-UNTRIED = RecipientOutcome(Status.DEFERRED, 451, "not tried yet")  # others of the message have had their word
+UNTRIED = RecipientOutcome(Status.DEFERRED, 451, "not tried yet")  # while others of the message have an outcome
+
+
+# --- what a reply means ---------------------------------------------------
 
 
 def spoken(reply: Reply) -> str:
-    """A reply as an error text: the server's words with their codes, or ours alone."""
+    """A reply as an error text: the server's words with their codes, or only ours."""
     text = reply.words if reply.cause is Cause.SERVER else reply.text
     return f"in doubt: {text}" if reply.in_doubt else text
 
 
-def retry_delay_s(attempts: int, delays_s: Sequence[int], jitter: float) -> float:
-    """The pause after so many attempts (1 or more): the schedule, its last one repeated,
-    spread by a fifth either way; `jitter` lies between -1 and 1."""
-    return delays_s[min(attempts, len(delays_s)) - 1] * (1 + 0.2 * jitter)
+def login_refused(failure: Reply) -> bool:
+    """True when the account's credentials are at fault: a person must look."""
+    return failure.stage is Stage.AUTH and (failure.permanent or failure.cause is Cause.LOCAL)
+
+
+def _closes_the_session(reply: Reply) -> bool:
+    return reply.code == 421 and reply.cause is Cause.SERVER
+
+
+def _too_many(reply: Reply) -> bool:
+    """True when a recipient was refused for the number of them (RFC 5321 4.5.3.1.10: old servers say 552)."""
+    if reply.stage is not Stage.RCPT or reply.accepted:
+        return False
+    if reply.code == 552 and reply.enhanced_code is None:
+        return True
+    return reply.code == 452 or (reply.enhanced_code or "").endswith(".5.3")
+
+
+def _recipient_status(reply: Reply, account: Account) -> Status:
+    if reply.accepted:
+        return Status.SENT
+    if reply.in_doubt:
+        return Status.ERROR if account.in_doubt == "error" else Status.DEFERRED
+    return Status.ERROR if reply.permanent else Status.DEFERRED
+
+
+# --- what becomes of the message ------------------------------------------
 
 
 def settle(
@@ -2562,28 +2587,19 @@ def settle(
     The `untried` recipients are left for another transaction, to follow at once. Where some recipients
     have an outcome, all have one: whatever ends the message then, nobody is missing in it.
     """
-    failure = attempt.first_failure
-    if failure is None and attempt.replies and not (untried or claim.recipients):  # as nearly all mail goes
-        return _final({}, _lane_signal(attempt.replies.values()), used=True)
+    replies, failure = attempt.replies, attempt.first_failure
+    if failure is None and replies and not (untried or claim.recipients):  # as nearly all mail goes
+        return Disposition(Status.SENT, LaneSignal.UP, counted=True, slot_used=True)
     if failure is not None and failure.stage in SESSION_STAGES:
         return _settle_without_session(claim, failure)
-    closing = next((reply for reply in attempt.replies.values() if _closes_the_connection(reply)), None)
-    if closing is not None:
-        return _settle_closing_server(claim, attempt, closing, untried)
-    if _connection_was_stale(attempt):
+    if any(_closes_the_session(reply) for reply in replies.values()):
+        return _settle_closed_session(claim, attempt, untried)
+    unheard = bool(replies) and all(reply.cause is Cause.LOST and not reply.in_doubt for reply in replies.values())
+    if attempt.reused and unheard:  # the connection had died before the server took anything of this message
         return untouched(claim)
     if failure is not None and failure.stage in (Stage.ATTACHMENT, Stage.COMPOSITION):
         return _settle_incomplete(claim, failure, account, now, jitter)
     return _settle_recipients(claim, attempt, account, now, jitter, untried)
-
-
-def _closes_the_connection(reply: Reply) -> bool:
-    return reply.code == 421 and reply.cause is Cause.SERVER
-
-
-def login_refused(failure: Reply) -> bool:
-    """True when the account's credentials are at fault: a person must look."""
-    return failure.stage is Stage.AUTH and (failure.permanent or failure.cause is Cause.LOCAL)
 
 
 def untouched(claim: Claim) -> Disposition:
@@ -2606,122 +2622,72 @@ def given_up(disposition: Disposition, why: str) -> Disposition:
 
 
 def _settle_without_session(claim: Claim, failure: Reply) -> Disposition:
-    refused = login_refused(failure)
-    return Disposition(
-        Status.DEFERRED,
-        LaneSignal.LOGIN_REFUSED if refused else LaneSignal.COOL,
-        counted=False,
-        slot_used=False,
-        error=spoken(failure),
-        recipients=claim.recipients,
-        reason="login" if refused else "connection",
-    )
+    lane, reason = LaneSignal.COOL, "connection"
+    if login_refused(failure):
+        lane, reason = LaneSignal.LOGIN_REFUSED, "login"
+    return replace(untouched(claim), status=Status.DEFERRED, lane=lane, error=spoken(failure), reason=reason)
 
 
-def _settle_closing_server(claim: Claim, attempt: Attempt, closing: Reply, untried: Collection[str]) -> Disposition:
-    """A 421 ends the connection, not the message: recipients without a final word wait for the lane."""
-    outcomes = _merged(
-        claim,
-        {
-            address: _outcome(reply, Status.SENT if reply.accepted else Status.ERROR)
-            for address, reply in attempt.replies.items()
-            if reply.accepted or reply.permanent
-        },
-    )
+def _settle_closed_session(claim: Claim, attempt: Attempt, untried: Collection[str]) -> Disposition:
+    """A 421 ends the session, not the message: recipients without a final reply wait for the lane."""
+    replies = attempt.replies
+    outcomes = dict(claim.recipients or {})
+    for address, reply in replies.items():
+        if reply.accepted or reply.permanent:
+            status = Status.SENT if reply.accepted else Status.ERROR
+            outcomes[address] = RecipientOutcome(status, reply.code, spoken(reply))
     return Disposition(
         Status.DEFERRED,
         LaneSignal.COOL,
         counted=False,
-        slot_used=any(reply.accepted for reply in attempt.replies.values()),
-        error=spoken(closing),
-        recipients=_with_untried(outcomes, [*attempt.replies, *untried]) if outcomes else None,
+        slot_used=any(reply.accepted for reply in replies.values()),
+        error=next(spoken(reply) for reply in replies.values() if _closes_the_session(reply)),
+        recipients=_with_untried(outcomes, [*replies, *untried]) if outcomes else None,
         reason="connection",
-    )
-
-
-def _connection_was_stale(attempt: Attempt) -> bool:
-    """True when a kept connection had died before the server took anything of this message."""
-    return (
-        attempt.reused
-        and bool(attempt.replies)
-        and all(reply.cause is Cause.LOST and not reply.in_doubt for reply in attempt.replies.values())
     )
 
 
 def _settle_incomplete(claim: Claim, failure: Reply, account: Account, now: float, jitter: float) -> Disposition:
     """A message that could not be put together: later, or never."""
-    if failure.transient and not _out_of_retries(claim.attempts + 1, claim, account, now):
-        deferral = _deferral(claim, spoken(failure), claim.recipients, account, now, jitter, failure.retry_after_s)
-        return replace(deferral, reason="attachment")
-    return given_up(replace(untouched(claim), counted=True), spoken(failure))
+    disposition = replace(untouched(claim), counted=True)
+    if failure.permanent or _out_of_retries(claim, account, now):
+        return given_up(disposition, spoken(failure))
+    retry_at = max(_retry_at(claim, account, now, jitter), math.ceil(now + (failure.retry_after_s or 0)))
+    return replace(
+        disposition, status=Status.DEFERRED, error=spoken(failure), deferred_ts=retry_at, reason="attachment"
+    )
 
 
 def _settle_recipients(
     claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, untried: Collection[str]
 ) -> Disposition:
-    """Each recipient has a word of its own; the message is done when every one of them is final."""
+    """Each recipient has a reply of its own; the message is done when every one of them is final."""
     replies = attempt.replies
-    some_accepted = any(reply.accepted for reply in replies.values())
-    crowded_out = {address for address, reply in replies.items() if some_accepted and _too_many(reply)}
-    outcomes = {
-        **(claim.recipients or {}),
-        **{
-            address: _outcome(reply, _recipient_status(reply, account))
-            for address, reply in replies.items()
-            if address not in crowded_out
-        },
-    }
-    lane = _lane_signal(replies.values())
-    used = any(reply.accepted or reply.in_doubt for reply in replies.values())
-    if crowded_out or untried:
-        outcomes = _with_untried(outcomes, [*crowded_out, *untried])
-        return Disposition(Status.QUEUED, lane, counted=False, slot_used=used, recipients=outcomes)
-    waiting = [outcome for outcome in outcomes.values() if outcome.status is Status.DEFERRED]
-    if not waiting:
-        return _final(outcomes, lane, used)
-    if _out_of_retries(claim.attempts + 1, claim, account, now):
-        return _final(closed(outcomes, ""), lane, used)
-    deferral = _deferral(claim, waiting[0].text, outcomes, account, now, jitter, None)
+    accepted = any(reply.accepted for reply in replies.values())
     in_doubt = any(reply.in_doubt for reply in replies.values())
-    return replace(deferral, lane=lane, slot_used=used, reason="in_doubt" if in_doubt else "retry")
-
-
-def _deferral(
-    claim: Claim,
-    error: str,
-    outcomes: dict[str, RecipientOutcome] | None,
-    account: Account,
-    now: float,
-    jitter: float,
-    retry_after_s: float | None,
-) -> Disposition:
-    pause_s = retry_delay_s(claim.attempts + 1, account.retry_delays_s, jitter)
-    return Disposition(
-        Status.DEFERRED,
-        LaneSignal.NONE,
-        counted=True,
-        slot_used=False,
-        error=error,
-        deferred_ts=math.ceil(now + max(pause_s, retry_after_s or 0)),
-        recipients=outcomes,
-        reason="retry",
-    )
-
-
-def _final(outcomes: dict[str, RecipientOutcome], lane: LaneSignal, used: bool) -> Disposition:
-    """Sent when any server took responsibility for any recipient, else an error."""
+    lane = LaneSignal.UP if any(reply.cause is Cause.SERVER for reply in replies.values()) else LaneSignal.NONE
+    outcomes, crowded_out = dict(claim.recipients or {}), []
+    for address, reply in replies.items():
+        if accepted and _too_many(reply):
+            crowded_out.append(address)
+        else:
+            outcomes[address] = RecipientOutcome(_recipient_status(reply, account), reply.code, spoken(reply))
+    disposition = Disposition(Status.QUEUED, lane, counted=False, slot_used=accepted or in_doubt, recipients=outcomes)
+    if crowded_out or untried:
+        return replace(disposition, recipients=_with_untried(outcomes, [*crowded_out, *untried]))
+    waiting = [outcome for outcome in outcomes.values() if outcome.status is Status.DEFERRED]
+    if waiting and not _out_of_retries(claim, account, now):
+        return replace(
+            disposition,
+            status=Status.DEFERRED,
+            counted=True,
+            error=waiting[0].text,
+            deferred_ts=_retry_at(claim, account, now, jitter),
+            reason="in_doubt" if in_doubt else "retry",
+        )
     refused = [outcome for outcome in outcomes.values() if outcome.status is not Status.SENT]
-    if not refused:
-        return Disposition(Status.SENT, lane, counted=True, slot_used=used)
-    sent = len(refused) < len(outcomes)
-    return Disposition(
-        Status.SENT if sent else Status.ERROR,
-        lane,
-        counted=True,
-        slot_used=used,
-        error=None if sent else refused[0].text,
-        recipients=outcomes,
-    )
+    final = given_up(replace(disposition, counted=True), refused[0].text if refused else "")
+    return final if refused else replace(final, recipients=None)
 
 
 def closed(outcomes: Mapping[str, RecipientOutcome], why: str) -> dict[str, RecipientOutcome]:
@@ -2738,37 +2704,15 @@ def _with_untried(outcomes: Mapping[str, RecipientOutcome], addresses: Iterable[
     return {**outcomes, **{address: UNTRIED for address in addresses if address not in outcomes}}
 
 
-def _outcome(reply: Reply, status: Status) -> RecipientOutcome:
-    return RecipientOutcome(status, reply.code, spoken(reply))
+def _retry_at(claim: Claim, account: Account, now: float, jitter: float) -> int:
+    """When the schedule, its last pause repeated, has the next attempt, spread by a fifth either way;
+    `jitter` lies between -1 and 1."""
+    pause_s = account.retry_delays_s[min(claim.attempts + 1, len(account.retry_delays_s)) - 1]
+    return math.ceil(now + pause_s * (1 + 0.2 * jitter))
 
 
-def _merged(claim: Claim, latest: Mapping[str, RecipientOutcome]) -> dict[str, RecipientOutcome]:
-    return {**(claim.recipients or {}), **latest}
-
-
-def _recipient_status(reply: Reply, account: Account) -> Status:
-    if reply.accepted:
-        return Status.SENT
-    if reply.in_doubt:
-        return Status.ERROR if account.in_doubt == "error" else Status.DEFERRED
-    return Status.ERROR if reply.permanent else Status.DEFERRED
-
-
-def _too_many(reply: Reply) -> bool:
-    """True when a recipient was refused for the number of them (RFC 5321 4.5.3.1.10: old servers say 552)."""
-    if reply.stage is not Stage.RCPT or reply.accepted:
-        return False
-    if reply.code == 552 and reply.enhanced_code is None:
-        return True
-    return reply.code == 452 or (reply.enhanced_code or "").endswith(".5.3")
-
-
-def _lane_signal(replies: Iterable[Reply]) -> LaneSignal:
-    return LaneSignal.UP if any(reply.cause is Cause.SERVER for reply in replies) else LaneSignal.NONE
-
-
-def _out_of_retries(attempts: int, claim: Claim, account: Account, now: float) -> bool:
-    if account.max_retries and attempts > account.max_retries:
+def _out_of_retries(claim: Claim, account: Account, now: float) -> bool:
+    if account.max_retries and claim.attempts + 1 > account.max_retries:
         return True
     return claim.deadline is not None and now >= claim.deadline
 
