@@ -7175,6 +7175,10 @@ def _is_refused_login(opened: Session | Reply) -> bool:
 # ----- the agent
 
 
+async def at_once() -> None:
+    """For who need not wait to log in."""
+
+
 class DeliveryAgent:
     """Opens sessions for all accounts; `hostname` is what we call ourselves, in ASCII."""
 
@@ -7195,13 +7199,18 @@ class DeliveryAgent:
         self._doors: dict[str, _Door] = {}  # by account
         self._end_of_data_timeout_s = end_of_data_timeout_s
 
-    async def open_session(self, account: Account, *, name: str) -> Session | Reply:
-        """Connect and log in, or the reply that says why not; a refused access token is renewed once."""
+    async def open_session(
+        self, account: Account, *, name: str, may_log_in: Callable[[], Awaitable[object]] = at_once
+    ) -> Session | Reply:
+        """Connect and log in, or the reply that says why not; a refused access token is renewed once.
+
+        `may_log_in` is awaited before each login.
+        """
         async with _Turn(self._door(account)) as turn:
-            opened = await self._open(account, name, turn)
+            opened = await self._open(account, name, turn, may_log_in)
             if account.oauth2 and turn.shown and _is_refused_login(opened):
                 self._tokens.invalidate(account, turn.shown)
-                opened = await self._open(account, name, turn)
+                opened = await self._open(account, name, turn, may_log_in)
             turn.came_to(opened)
         return opened
 
@@ -7211,7 +7220,9 @@ class DeliveryAgent:
             door = self._doors[account.id] = _Door(account)
         return door
 
-    async def _open(self, account: Account, name: str, turn: _Turn) -> Session | Reply:
+    async def _open(
+        self, account: Account, name: str, turn: _Turn, may_log_in: Callable[[], Awaitable[object]]
+    ) -> Session | Reply:
         login = await self._login(account) if account.user else None
         if isinstance(login, Reply):
             return login
@@ -7223,11 +7234,19 @@ class DeliveryAgent:
         connected = await _connected_socket(account, self._in_thread)
         if isinstance(connected, Reply):
             return connected
-        enter = functools.partial(self._enter, account, login, turn) if login is not None else None
+        enter = functools.partial(self._enter, account, login, turn, may_log_in) if login is not None else None
         return await self._introduce(connected, account, name, context, enter)
 
-    async def _enter(self, account: Account, login: Login, turn: _Turn, smtp: aiosmtplib.SMTP) -> Reply | None:
+    async def _enter(
+        self,
+        account: Account,
+        login: Login,
+        turn: _Turn,
+        may_log_in: Callable[[], Awaitable[object]],
+        smtp: aiosmtplib.SMTP,
+    ) -> Reply | None:
         """Log in when it is this connection's turn."""
+        await may_log_in()
         refusal = await turn.comes()
         if refusal is not None:
             return refusal
@@ -8910,7 +8929,7 @@ class Dispatcher:
         *,
         clock: Clock,
         jitter: Callable[[], float],
-        open_session: Callable[[Account, str], Awaitable[Session | Reply]],
+        open_session: Callable[..., Awaitable[Session | Reply]],
         composer: Composer,
         metrics: Metrics,
         log: logging.Logger,
@@ -9398,7 +9417,7 @@ class Dispatcher:
 
         Servers that do not answer must not keep the slots from those that do, however many there are.
         """
-        opening = asyncio.ensure_future(self._open_session(lane.account, lane.next_name()))
+        opening = asyncio.ensure_future(self._open_session(lane.account, name=lane.next_name()))
         generation = lane.generation
         lane.opening.add(opening)
         try:
@@ -11308,7 +11327,7 @@ class Daemon:
             self._delivery_rules(),
             clock=self._clock,
             jitter=lambda: random.uniform(-1, 1),
-            open_session=lambda account, name: agent.open_session(account, name=name),
+            open_session=agent.open_session,
             composer=self._composer,
             metrics=self._metrics,
             log=self._log,
