@@ -420,6 +420,79 @@ class Claim(NamedTuple):
     served: bool = False  # a transaction of this very turn has reached a server
 
 
+# ----------------------------------------------------------------------
+# URLs
+# ----------------------------------------------------------------------
+
+DOTS = re.compile("[.\u3002\uff0e\uff61]")  # RFC 3490 3.1
+HOST_OF_URL = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*")
+# What may stand unencoded in a request line; "%" because the caller's own encoding is kept.
+PATH_CHARACTERS = "/%:@!$&'()*+,;=~-._"
+QUERY_CHARACTERS = PATH_CHARACTERS + "?[]|^`{}\\"
+
+
+class HttpTarget(NamedTuple):
+    """A URL taken apart once; what is judged, signed and sent are the same pieces."""
+
+    scheme: str  # http or https
+    host: str  # lower case, A-labels, without the brackets of IPv6
+    port: int
+    path: str  # with the query, encoded
+    authorization: str | None  # the header's value, from user:password@
+
+    @property
+    def netloc(self) -> str:
+        """The Host header (RFC 9110 7.2)."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if (self.scheme, self.port) in (("http", 80), ("https", 443)) else f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://{self.netloc}{self.path}"
+
+    @property
+    def shown(self) -> str:
+        """The URL for people: no credentials, no query string, of bearable length."""
+        shown = f"{self.scheme}://{self.netloc}{self.path.partition('?')[0]}"
+        return shown if len(shown) <= 200 else f"{shown[:197]}..."
+
+
+def http_target(url: str) -> HttpTarget:
+    """An http or https URL, taken apart (RFC 3986). Raises ValueError, which does not quote it, when it is none."""
+    try:
+        parts = urllib.parse.urlsplit(url.strip(" "))
+        host, port = parts.hostname or "", parts.port
+        host = host if host.isascii() else a_labels(host).lower()
+        unfit = parts.scheme not in ("http", "https") or port == 0 or not HOST_OF_URL.fullmatch(host)
+        if unfit or re.search(r"[\x00-\x1f\x7f]", url):  # of these urlsplit drops some
+            raise ValueError
+        authorization = None
+        if "@" in parts.netloc:
+            user, password = (urllib.parse.unquote(given or "") for given in (parts.username, parts.password))
+            authorization = basic_authorization(user, password)
+        path = urllib.parse.quote(parts.path or "/", safe=PATH_CHARACTERS)
+        query = urllib.parse.quote(f"?{parts.query}" if parts.query else "", safe=QUERY_CHARACTERS)
+    except ValueError:  # no host, an impossible name or port, lone surrogates
+        raise ValueError("not a valid http or https URL") from None
+    return HttpTarget(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), path + query, authorization)
+
+
+def basic_authorization(user: str, password: str) -> str:
+    """The value of an Authorization header (RFC 7617), in UTF-8."""
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")
+
+
+def a_labels(domain: str) -> str:
+    """A domain as DNS has it (RFC 5890), or UnicodeError."""
+    return ".".join(label if label.isascii() else _a_label(label) for label in DOTS.split(domain))
+
+
+def _a_label(label: str) -> str:
+    if "ß" in label or "ς" in label:  # letters of their own since IDNA 2008; the codec still maps them away
+        return "xn--" + unicodedata.normalize("NFC", label.lower()).encode("punycode").decode()
+    return label.encode("idna").decode()
+
+
 # ======================================================================
 # ERRORS - mistakes of operators, callers and programmers
 # ======================================================================
@@ -1542,7 +1615,6 @@ _MAILBOX = re.compile(
     re.VERBOSE,
 )
 _LONGEST_TO_DECODE = 500  # characters: longer texts are not looked through for encoded words
-_DOTS = re.compile("[.\u3002\uff0e\uff61]")  # RFC 3490 3.1
 
 
 def parse_mailboxes(value: object, field: str) -> tuple[Mailbox, ...]:
@@ -1633,20 +1705,12 @@ def _domain_in_ascii(domain: str, field: str) -> str:
     if domain.startswith("["):
         return _address_literal(domain, field)
     try:
-        labels = domain if domain.isascii() else ".".join(map(_a_label, _DOTS.split(domain)))
+        labels = domain if domain.isascii() else a_labels(domain)
     except UnicodeError:
         labels = ""
     if not _DOMAIN.fullmatch(labels):
         raise Rejected(f"invalid {field}: {_shown(domain)} is not a domain")
     return labels
-
-
-def _a_label(label: str) -> str:
-    if label.isascii():
-        return label
-    if "ß" in label or "ς" in label:  # letters of their own since IDNA 2008; the codec still maps them away
-        return "xn--" + unicodedata.normalize("NFC", label.lower()).encode("punycode").decode()
-    return label.encode("idna").decode()
 
 
 def _address_literal(literal: str, field: str) -> str:
@@ -4918,15 +4982,6 @@ NOT_PUBLIC_6 = tuple(
 IPV4_INSIDE = ipaddress.IPv6Network("::ffff:0:0/96")  # mapped: the kernel connects by IPv4 (RFC 4291 2.5.5.2)
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # a translator connects by IPv4 (RFC 6052)
 
-# What may stand unencoded in a request line; "%" because the caller's own encoding is kept.
-PATH_CHARACTERS = "/%:@!$&'()*+,;=~-._"
-QUERY_CHARACTERS = PATH_CHARACTERS + "?[]|^`{}\\"
-
-HTTP_URL = re.compile(
-    r"(?P<scheme>https?)://(?P<authority>[^/?#]*)(?P<path>[^?#]*)(?P<query>\?[^#]*)?(#.*)?", re.IGNORECASE
-)
-HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]*))?")
-
 
 class HttpFailure(MailproxyError):
     """No complete answer came; the text says why, without credentials or query strings."""
@@ -4960,81 +5015,12 @@ class HttpAnswer(NamedTuple):
     url: str  # as requested
 
 
-class HttpTarget(NamedTuple):
-    """A URL taken apart once; what is judged, signed and sent are the same pieces."""
-
-    scheme: str
-    host: str  # lower case, A-labels, without the brackets of IPv6
-    port: int
-    path: str  # with the query, encoded
-    authorization: str | None  # from user:password@
-
-    @property
-    def netloc(self) -> str:
-        """The Host header (RFC 9110 7.2)."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == _default_port(self.scheme) else f"{host}:{self.port}"
-
-    @property
-    def url(self) -> str:
-        return f"{self.scheme}://{self.netloc}{self.path}"
-
-    @property
-    def shown(self) -> str:
-        """The URL for people: no credentials, no query string, of bearable length."""
-        shown = f"{self.scheme}://{self.netloc}{self.path.partition('?')[0]}"
-        return shown if len(shown) <= 200 else f"{shown[:197]}..."
-
-
-def http_target(url: str) -> HttpTarget:
-    """An http or https URL, taken apart (RFC 3986), or HttpFailure when it is none."""
-    found = HTTP_URL.fullmatch(url.strip(" "))
-    if found is None or any(character < " " or character == "\x7f" for character in url):
-        raise HttpFailure("not a valid http or https URL", transient=False)
-    scheme = found["scheme"].lower()
+def asked_at(url: str) -> HttpTarget:
+    """The target of a URL, or HttpFailure when it is none."""
     try:
-        userinfo, host, port = _split_authority(found["authority"])
-        path = urllib.parse.quote(found["path"] or "/", safe=PATH_CHARACTERS)
-        query = urllib.parse.quote(found["query"] or "", safe=QUERY_CHARACTERS)
-        authorization = _basic_from_url(userinfo)
-        return HttpTarget(scheme, host, port or _default_port(scheme), path + query, authorization)
-    except ValueError:  # no host, an impossible name or port, lone surrogates
-        raise HttpFailure("not a valid http or https URL", transient=False) from None
-
-
-def basic_authorization(user: str, password: str) -> str:
-    """The value of an Authorization header (RFC 7617), in UTF-8."""
-    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")
-
-
-def _default_port(scheme: str) -> int:
-    return 443 if scheme == "https" else 80
-
-
-def _split_authority(authority: str) -> tuple[str | None, str, int | None]:
-    userinfo, at, place = authority.rpartition("@")
-    if not place.isascii():
-        name, colon, port = place.partition(":")
-        place = _in_a_labels(name) + colon + port
-    found = HOST_AND_PORT.fullmatch(place)
-    if found is None:
-        raise ValueError("no host")
-    port_number = int(found["port"]) if found["port"] else None
-    if port_number is not None and not 1 <= port_number <= 65_535:
-        raise ValueError("port out of range")
-    return userinfo if at else None, found["host"].strip("[]").lower(), port_number
-
-
-def _in_a_labels(name: str) -> str:
-    """The name of a host as DNS has it (RFC 3490), or UnicodeError."""
-    return name.encode("idna").decode("ascii")
-
-
-def _basic_from_url(userinfo: str | None) -> str | None:
-    if userinfo is None:
-        return None
-    user, _, password = userinfo.partition(":")
-    return basic_authorization(urllib.parse.unquote(user), urllib.parse.unquote(password))
+        return http_target(url)
+    except ValueError as error:
+        raise HttpFailure(str(error), transient=False) from None
 
 
 # ----------------------------------------------------------------------
@@ -5075,7 +5061,7 @@ class AddressPolicy:
     @staticmethod
     def _name(allowed: str) -> str:
         try:
-            return allowed if allowed.isascii() else _in_a_labels(allowed)
+            return allowed if allowed.isascii() else a_labels(allowed)
         except UnicodeError:
             raise ConfigurationError(f"[attachments] allow_hosts: {allowed!r} is not a host") from None
 
@@ -5303,7 +5289,7 @@ def http_request(
     are for URLs of the operator; with a policy there are none, because a proxy would connect where
     nobody judged.
     """
-    target = http_target(url)
+    target = asked_at(url)
     deadline = deadline or HttpDeadline(timeout_s)
     opener = urllib.request.OpenerDirector()  # nothing of urllib's but HTTP: no redirects, files, passwords
     opener.addheaders = [("User-Agent", "mailproxy")]
@@ -5455,7 +5441,7 @@ def http_get_following(
 ) -> HttpAnswer:
     """GET with up to five redirects, each judged anew, all within one deadline. Blocks."""
     deadline = HttpDeadline(timeout_s)
-    target = http_target(url)
+    target = asked_at(url)
     for _ in range(MAX_REDIRECTS + 1):
         answer = http_request(
             "GET",
@@ -5479,7 +5465,7 @@ def _redirected(target: HttpTarget, location: str) -> HttpTarget:
     """Where a Location header leads; a password in the URL stays with the server it was meant for."""
     location = location.encode("latin-1", "replace").decode("utf-8", "replace")  # http.client reads Latin-1
     try:
-        next_target = http_target(urllib.parse.urljoin(target.url, location))
+        next_target = asked_at(urllib.parse.urljoin(target.url, location))
     except (HttpFailure, ValueError):
         reason = f"{target.shown} redirects to what is not a valid http or https URL"
         raise HttpFailure(reason, transient=False) from None
@@ -5782,7 +5768,7 @@ def s3_target(wanted: S3Object, defaults: S3Defaults, region: str) -> HttpTarget
     """Where an object is asked for: path style or virtual-host style, on Amazon or elsewhere."""
     if not S3_BUCKET.fullmatch(wanted.bucket) or not S3_REGION.fullmatch(region):
         raise HttpFailure("the S3 bucket or region has a name that cannot be", transient=False)
-    endpoint = http_target(wanted.endpoint or defaults.endpoint or _amazon(region))
+    endpoint = asked_at(wanted.endpoint or defaults.endpoint or _amazon(region))
     prefix = endpoint.path.partition("?")[0].rstrip("/")
     try:
         key = urllib.parse.quote(wanted.key, safe="/")
@@ -6024,7 +6010,7 @@ class AttachmentFetcher:
         match attachment:
             case Attachment(source=Source.URL, location=url) | Attachment(s3=S3Object(endpoint=str(url))):
                 with contextlib.suppress(HttpFailure):  # the fetch itself will say it
-                    return http_target(url).netloc
+                    return asked_at(url).netloc
         return attachment.source.value
 
     # ------------------------------------------------------------------
@@ -6067,7 +6053,7 @@ class AttachmentFetcher:
             into=file,
         )
         name = urllib.parse.unquote(_last_segment(urllib.parse.urlsplit(answer.url).path))
-        return self._judged(answer, http_target(answer.url).shown, name)
+        return self._judged(answer, asked_at(answer.url).shown, name)
 
     def _from_endpoint(self, attachment: Attachment, file: BinaryIO) -> Named | Reply:
         if self._endpoint_url is None:
