@@ -3990,6 +3990,7 @@ MIGRATIONS = (SCHEMA_1,)  # the step to each schema version, in order; PRAGMA us
 OLDEST_SEND_S = 86_400 + 900  # older counts matter to no window
 KEPT_ATTEMPTS = 100  # of one message: older ones give way, by the trigger above
 SMALL_PAYLOAD_BYTES = 65_536  # larger ones are read under the memory budget
+HELD_BACK = ("limit", "connection", "login")  # deferrals that end when the account can be used again
 RAW_POSITION = -1  # in contents: the raw message; attachments count from 0
 CHUNK = 500  # rows of one commit in work that may touch many
 STRETCH = 5_000  # rows looked at in one go by what must pass over others
@@ -4067,6 +4068,23 @@ class Tally(NamedTuple):
     ready: int
     waiting: int
     unreported: int
+
+
+class Retried(NamedTuple):
+    """What became of failed messages that were to be tried again."""
+
+    queued: int
+    not_found: list[str]
+    not_failed: list[str]
+    account_not_found: list[str]  # these have failed again
+
+
+class Standing(NamedTuple):
+    """What outlives the lane of an account."""
+
+    sends: Sequence[tuple[int, int]]  # counted for its limits: (until, n)
+    suspended: bool
+    held_back: bool  # some of its mail waits for its limits
 
 
 class Filters(NamedTuple):
@@ -4396,31 +4414,9 @@ class Queue:
 
         return await self.file.write(work)
 
-    async def held_back(self) -> set[str]:
-        """The accounts with messages that wait for a rate limit."""
-
-        def work(db: sqlite3.Connection) -> set[str]:
-            rows = db.execute(
-                "SELECT DISTINCT account_id FROM messages WHERE deferral = 'limit' "
-                "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL"
-            )
-            return {row[0] for row in rows}
-
-        return await self.file.read(work)
-
-    async def let_go(self, account_id: str, deferrals: Sequence[str]) -> int:
+    async def let_go(self, account_id: str, deferrals: Sequence[str] = HELD_BACK) -> int:
         """Make an account's messages ready that wait for one of these reasons; return their number."""
-
-        def work(db: sqlite3.Connection) -> int:
-            return db.execute(
-                "UPDATE messages SET deferred_ts = NULL, deferral = NULL, report_order = NULL "
-                "WHERE account_id = :account AND deferral IN (SELECT value FROM json_each(:deferrals)) "
-                "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
-                "AND sent_ts IS NULL AND error_ts IS NULL",
-                {"account": account_id, "deferrals": AS_JSON(list(deferrals))},
-            ).rowcount
-
-        return await self.file.write(work)
+        return await self.file.write(lambda db: _let_go(db, account_id, deferrals))
 
     async def let_cooled_go(self) -> set[str]:
         """Make all messages ready that wait for a server to be tried again; return their accounts."""
@@ -4514,43 +4510,44 @@ class Queue:
 
         return await self.file.write(work)
 
-    async def retry(self, ids: Sequence[str], deadlines: Callable[[str], int]) -> tuple[int, list[str], list[str]]:
-        """Queue failed messages anew; return how many, the ids not found, and those not failed.
+    async def retry(self, ids: Sequence[str], deadline_of: Callable[[str], int | None]) -> Retried:
+        """Queue failed messages anew; recipients that are served stay served.
 
-        `deadlines` tells until when an account's message may be tried, counted from now.
+        `deadline_of` tells until when an account's message may be tried, counted from now; None: there is
+        no such account, and the message fails again.
         """
-        now = self._now()
+        now = int(self._now())
 
-        def work(db: sqlite3.Connection) -> tuple[int, list[str], list[str]]:
+        def work(db: sqlite3.Connection) -> Retried:
             seqs = _seqs(db, ids)
-            failed = [id_ for id_, (_, failed_) in seqs.items() if failed_]
-            for id_ in failed:
-                self._revive(db, seqs[id_][0], now, deadlines)
-            return len(failed), [i for i in ids if i not in seqs], [i for i in seqs if i not in failed]
+            failed = [id_ for id_, (_, is_failed) in seqs.items() if is_failed]
+            of_no_account = [id_ for id_ in failed if not self._revive(db, seqs[id_][0], now, deadline_of)]
+            return Retried(
+                len(failed) - len(of_no_account), [id_ for id_ in ids if id_ not in seqs],
+                [id_ for id_ in seqs if id_ not in failed], of_no_account,
+            )  # fmt: skip
 
         self.next_deadline_ts = 0
         return await self.file.write(work)
 
-    def _revive(self, db: sqlite3.Connection, seq: int, now: float, deadlines: Callable[[str], int]) -> None:
-        """Give a failed message a new life; recipients that are served stay served."""
+    def _revive(self, db: sqlite3.Connection, seq: int, now: int, deadline_of: Callable[[str], int | None]) -> bool:
+        """Give a failed message a new life, or a new end; True when it lives."""
         account_id, recipients = db.execute(
             "SELECT account_id, recipients FROM messages WHERE seq = :seq", {"seq": seq}
         ).fetchone()
-        served = {
-            address: outcome
-            for address, outcome in (_recipients_if_readable(recipients) or {}).items()
-            if outcome.status is Status.SENT
-        }
+        outcomes = _recipients_if_readable(recipients) or {}
+        served = {address: outcome for address, outcome in outcomes.items() if outcome.status is Status.SENT}
+        deadline = deadline_of(account_id)
         db.execute(
             "UPDATE messages SET error_ts = NULL, error = NULL, attempts = 0, turn = 0, reported_ts = NULL, "
             "report_order = NULL, ready_at = :now, updated_at = :now, deferred_ts = NULL, deferral = NULL, "
             "expires_ts = NULL, deadline = :deadline, recipients = :recipients "
             "WHERE seq = :seq AND error_ts IS NOT NULL",
-            {
-                "now": int(now), "deadline": deadlines(account_id), "seq": seq,
-                "recipients": _recipients_to_row(served or None),
-            },
-        )  # fmt: skip
+            {"now": now, "deadline": deadline, "seq": seq, "recipients": _recipients_to_row(served or None)},
+        )
+        if deadline is None:
+            self._give_up(db, seq, "account not found", _recipients_to_row(served or None), now)
+        return deadline is not None
 
     async def purge(self, older_than_s: float, *, unreported_too: bool) -> int:
         """Remove some final messages reported (or, with no upstream, final) longer ago; 0: none is left."""
@@ -4681,13 +4678,17 @@ class Queue:
         return await self.file.read(lambda db: dict(db.execute("SELECT id, definition FROM accounts").fetchall()))
 
     async def put_account(self, account_id: str, definition: str) -> None:
-        await self.file.write(
-            lambda db: db.execute(
+        """Store an account; its mail that was held back under an older definition is ready."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(
                 "INSERT INTO accounts VALUES (:id, :definition) "
                 "ON CONFLICT DO UPDATE SET definition = excluded.definition",
                 {"id": account_id, "definition": definition},
             )
-        )
+            _let_go(db, account_id, HELD_BACK)
+
+        await self.file.write(work)
 
     async def delete_account(self, account_id: str) -> None:
         """Remove the account's definition and suspension; its messages are failed by fail_orphans."""
@@ -4721,18 +4722,19 @@ class Queue:
 
         return await self.file.write(work)
 
-    async def suspended(self) -> set[str]:
-        return await self.file.read(lambda db: {row[0] for row in db.execute("SELECT account_id FROM suspensions")})
-
     async def suspend(self, account_id: str) -> None:
         await self.file.write(
             lambda db: db.execute("INSERT OR IGNORE INTO suspensions VALUES (:id)", {"id": account_id})
         )
 
     async def activate(self, account_id: str) -> None:
-        await self.file.write(
-            lambda db: db.execute("DELETE FROM suspensions WHERE account_id = :id", {"id": account_id})
-        )
+        """End the suspension of an account; its mail that was held back is ready."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM suspensions WHERE account_id = :id", {"id": account_id})
+            _let_go(db, account_id, HELD_BACK)
+
+        await self.file.write(work)
 
     async def switch(self, name: str) -> bool | None:
         """A switch as it was last set, None when it never was."""
@@ -4749,14 +4751,29 @@ class Queue:
             )
         )
 
-    async def sends(self) -> dict[str, list[tuple[int, int]]]:
-        """The counted sends (until, n) of each account."""
+    async def standing(self, account_id: str) -> Standing:
+        """What the last run, or an earlier account of this id, left behind for a lane."""
 
-        def work(db: sqlite3.Connection) -> dict[str, list[tuple[int, int]]]:
-            counted: dict[str, list[tuple[int, int]]] = {}
-            for account_id, until_ts, n in db.execute("SELECT account_id, until_ts, n FROM sends ORDER BY until_ts"):
-                counted.setdefault(account_id, []).append((until_ts, n))
-            return counted
+        def work(db: sqlite3.Connection) -> Standing:
+            of = {"id": account_id}
+            sends = db.execute("SELECT until_ts, n FROM sends WHERE account_id = :id ORDER BY until_ts", of)
+            suspended, held_back = db.execute(
+                "SELECT EXISTS (SELECT 1 FROM suspensions WHERE account_id = :id), "
+                "EXISTS (SELECT 1 FROM messages WHERE account_id = :id AND deferral = 'limit' "
+                "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL)",
+                of,
+            ).fetchone()
+            return Standing(tuple(sends.fetchall()), bool(suspended), bool(held_back))
+
+        return await self.file.read(work)
+
+    async def has_orphans(self, account_id: str) -> bool:
+        """True while an account has undelivered messages that are not on the wire."""
+        on_wire = sum(claim.account_id == account_id for claim in self._on_wire.values())
+
+        def work(db: sqlite3.Connection) -> bool:
+            tally = db.execute("SELECT ready + waiting FROM tallies WHERE account_id = :id", {"id": account_id})
+            return any(row[0] > on_wire for row in tally)
 
         return await self.file.read(work)
 
@@ -4849,6 +4866,16 @@ def _payload_for_people(column: str) -> dict[str, object]:
     except ValueError:
         return {}
     return payload if isinstance(payload, dict) else {}
+
+
+def _let_go(db: sqlite3.Connection, account_id: str, deferrals: Sequence[str]) -> int:
+    return db.execute(
+        "UPDATE messages SET deferred_ts = NULL, deferral = NULL, report_order = NULL "
+        "WHERE account_id = :account AND deferral IN (SELECT value FROM json_each(:deferrals)) "
+        "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
+        "AND sent_ts IS NULL AND error_ts IS NULL",
+        {"account": account_id, "deferrals": AS_JSON(list(deferrals))},
+    ).rowcount
 
 
 def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
@@ -8981,19 +9008,18 @@ class Dispatcher:
         self._rotation.append(lane)
         self._alarm.ring()
 
-    async def replace_account(self, account: Account) -> None:
+    def replace_account(self, account: Account) -> None:
         """Deliver by the new definition; connections in use finish their message, all others end."""
         lane = self.lanes[account.id]
         lane.account = account
         lane.in_memory = _turns_in_memory(account)
         lane.generation += 1
         lane.windows.replace_limits(account.limits)
-        await self._refresh(lane)
+        self._refresh(lane)
 
-    async def _refresh(self, lane: Lane) -> None:
+    def _refresh(self, lane: Lane) -> None:
         self._recall(lane)
         lane.heal()
-        await self._queue.let_go(lane.account.id, ("limit", "connection", "login"))
         lane.has_mail = True
         self._alarm.ring()
 
@@ -9003,10 +9029,10 @@ class Dispatcher:
         lane.suspend()
         self._recall(lane)
 
-    async def activate_lane(self, account_id: str) -> None:
+    def activate_lane(self, account_id: str) -> None:
         lane = self.lanes[account_id]
         lane.suspended = False
-        await self._refresh(lane)
+        self._refresh(lane)
 
     def remove_lane(self, account_id: str) -> None:
         """Stop delivering for an account that is gone; messages on the wire finish, for good or ill.
@@ -9992,10 +10018,12 @@ class Reporter:
 
 MAX_IDS = 100_000  # of one command that names messages
 LOOP_PATIENCE_S = 10.0  # by which a loop, or the storage, may be late
+WRITABLE_S = 1.0  # for so long a write that succeeded says that the storage answers
 PAGE_ROWS = 200  # of a listing that is read and sent at a time
 LISTING_LIMIT = 10_000
 TRUE_WORDS, FALSE_WORDS = ("true", "1"), ("false", "0")
 ALL_REJECTED = "all messages rejected"
+NO_ACCOUNT = "there is no account with this id"
 
 
 def stored_accounts(definitions: Mapping[str, str], defaults: AccountDefaults) -> list[Account]:
@@ -10012,7 +10040,7 @@ def stored_accounts(definitions: Mapping[str, str], defaults: AccountDefaults) -
 class AccountBook:
     """All accounts: those of config.ini and those added over HTTP, and which are suspended.
 
-    One change at a time: whoever looks an account up here finds it as the last change left it.
+    One change at a time, on disk before it is in force: what the storage refuses has changed nothing.
     """
 
     def __init__(self, queue: Queue, dispatcher: Dispatcher, clock: Clock, defaults: AccountDefaults) -> None:
@@ -10036,62 +10064,55 @@ class AccountBook:
         """
         async with self._one_at_a_time:
             stored = stored_accounts(await self._queue.accounts(), self.defaults)
-            wanted = {account.id: account for account in stored}
-            wanted.update((account.id, account) for account in configured)
+            wanted = {account.id: account for account in (*stored, *configured)}
             for account in self.accounts():
                 if account.id not in wanted:
                     self._dispatcher.remove_lane(account.id)
-            await self._enter([account for account in wanted.values() if account != self.get(account.id)])
-
-    async def _enter(self, accounts: Sequence[Account]) -> None:
-        """Deliver for these accounts, by these definitions, from now on."""
-        sends, suspended = await self._queue.sends(), await self._queue.suspended()
-        held_back = await self._queue.held_back()
-        now, offset = self._clock.monotonic(), self._clock.monotonic() - self._clock.wall()
-        for account in accounts:
-            if account.id in self._dispatcher.lanes:
-                await self._dispatcher.replace_account(account)
-            else:
-                counted = [(min(until + offset, now), n) for until, n in sends.get(account.id, ())]
-                self._dispatcher.add_lane(
-                    account, counted, suspended=account.id in suspended, held_back=account.id in held_back
-                )
+            for account in wanted.values():
+                if account.id not in self._dispatcher.lanes:
+                    self._begin(account, await self._queue.standing(account.id))
+                elif account != self.get(account.id):
+                    await self._queue.let_go(account.id, HELD_BACK)
+                    self._dispatcher.replace_account(account)
 
     async def put(self, fields: Mapping[str, object]) -> Account:
-        """Add or replace an account; on disk first. Raises Rejected, HttpError 409."""
+        """Add or replace an account. Raises Rejected, HttpError 409."""
         account = parse_account(fields, defaults=self.defaults)
         definition = {key: fields[key] for key in ("id", *ACCOUNT_KEYS) if fields.get(key) is not None}
         async with self._one_at_a_time:
             self._refuse_configured(account.id)
-            await self._queue.put_account(account.id, json.dumps(definition))
-            await self._enter([account])
+            standing = await self._queue.standing(account.id)
+            await self._queue.put_account(account.id, AS_JSON(definition))
+            if account.id in self._dispatcher.lanes:
+                self._dispatcher.replace_account(account)
+            else:
+                self._begin(account, standing)
         return account
+
+    def _begin(self, account: Account, standing: Standing) -> None:
+        """Deliver for a new account, which may have had another life before."""
+        now, wall = self._clock.monotonic(), self._clock.wall()
+        sends = [(min(now + until - wall, now), n) for until, n in standing.sends]
+        self._dispatcher.add_lane(account, sends, suspended=standing.suspended, held_back=standing.held_back)
 
     async def delete(self, account_id: str) -> int:
         """Remove an account; its undelivered messages become errors. Returns their number.
 
-        Its messages come first: should the storage refuse in between, the account is still there.
+        Should the storage refuse in between, the account is gone and the same call again ends the rest of them.
         """
         async with self._one_at_a_time:
-            account = self._known(account_id)
             self._refuse_configured(account_id)
-            self._dispatcher.remove_lane(account_id)
-            try:
-                failed = await self._fail_orphans(account_id)
-                await self._queue.delete_account(account_id)
-            except StorageUnavailable:
-                await self._enter([account])
-                raise
+            if self.get(account_id) is None and not await self._queue.has_orphans(account_id):
+                raise HttpError(404, NO_ACCOUNT)
+            await self._queue.delete_account(account_id)
+            if account_id in self._dispatcher.lanes:
+                self._dispatcher.remove_lane(account_id)
+            failed = 0
+            after: int | None = 0
+            while after is not None:
+                some, after = await self._queue.fail_orphans(account_id, after, "account deleted")
+                failed += some
         return failed
-
-    async def _fail_orphans(self, account_id: str) -> int:
-        failed, after = 0, 0
-        while True:
-            some, go_on = await self._queue.fail_orphans(account_id, after, "account deleted")
-            failed += some
-            if go_on is None:
-                return failed
-            after = go_on
 
     async def suspend(self, account_id: str) -> None:
         """Deliver nothing more for an account, also after a restart."""
@@ -10105,12 +10126,12 @@ class AccountBook:
         async with self._one_at_a_time:
             self._known(account_id)
             await self._queue.activate(account_id)
-            await self._dispatcher.activate_lane(account_id)
+            self._dispatcher.activate_lane(account_id)
 
     def _known(self, account_id: str) -> Account:
         account = self.get(account_id)
         if account is None:
-            raise HttpError(404, "there is no account with this id")
+            raise HttpError(404, NO_ACCOUNT)
         return account
 
     def _refuse_configured(self, account_id: str) -> None:
@@ -10662,6 +10683,7 @@ class ControlPlane:
         settings: Callable[[], Settings],
     ) -> None:
         self.submissions = 0  # accepted so far
+        self._wrote_at = -math.inf  # for a look whether the storage answers
         self._queue = queue
         self._book = book
         self._dispatcher = dispatcher
@@ -10723,9 +10745,12 @@ class ControlPlane:
         """What keeps mail from going its way, or None."""
         if standing := self.loops_turn():
             return standing
+        if not self._queue.file.refuses and self._clock.monotonic() < self._wrote_at + WRITABLE_S:
+            return None
         try:
             async with asyncio.timeout(LOOP_PATIENCE_S):
                 await self._queue.answers()
+            self._wrote_at = self._clock.monotonic()
         except StorageUnavailable as error:
             return str(error)
         except TimeoutError:
@@ -10901,15 +10926,19 @@ class ControlPlane:
 
     async def retry_messages(self, request: Request) -> Response:
         ids = _ids_of(await request.json_object())
-        queued, not_found, not_failed = await self._queue.retry(ids, self._deadline_of)
+        retried = await self._queue.retry(ids, self._deadline_of)
         self._dispatcher.wake(self._dispatcher.lanes)
-        event(self._log, logging.INFO, "failed messages queued anew", messages=queued)
-        return json_response({"ok": True, "queued": queued, "not_found": not_found, "not_failed": not_failed})
+        self._reporter.wake()
+        event(self._log, logging.INFO, "failed messages queued anew", messages=retried.queued)
+        answer = {"ok": True, **retried._asdict()}
+        if not retried.account_not_found:
+            del answer["account_not_found"]
+        return json_response(answer)
 
-    def _deadline_of(self, account_id: str) -> int:
+    def _deadline_of(self, account_id: str) -> int | None:
+        """Until when a message that is submitted now may be tried; None when its account is gone."""
         account = self._book.get(account_id)
-        max_age_s = account.max_age_s if account else self._book.defaults.max_age_s
-        return min(int(self._clock.wall()) + max_age_s, LARGEST_INTEGER)
+        return min(int(self._clock.wall()) + account.max_age_s, LARGEST_INTEGER) if account else None
 
     async def cleanup_messages(self, request: Request) -> Response:
         fields = await request.json_object()

@@ -4257,7 +4257,7 @@ def test_outcomes_that_wait_together_are_recorded_in_one_go(rig: QueueRig) -> No
 
     assert [rig.look_up(id_)[0].fields["status"] for id_ in "abc"] == ["sent"] * 3
     assert [len(rig.look_up(id_)[1]) for id_ in "abc"] == [1, 1, 1]
-    assert rig.sends() == {"main": [(NOW + 1, 2)], "other": [(NOW + 1, 1)]}
+    assert [rig.standing(id_).sends for id_ in ("main", "other")] == [((NOW + 1, 2),), ((NOW + 1, 1),)]
     assert [state.entry["id"] for state in rig.unreported(10)] == ["a", "b", "c"]
 
 
@@ -4392,7 +4392,7 @@ def test_when_the_clock_is_set_what_was_put_off_keeps_its_pause(
 
     due = dict(rig.sql("SELECT id, deferred_ts FROM messages WHERE deferred_ts IS NOT NULL"))
     assert {id_: ts - NOW for id_, ts in due.items()} == {"scheduled": 60, **moved}
-    assert rig.sends() == {"main": [(NOW + 11 + step_s, 1)]}
+    assert rig.standing("main").sends == ((NOW + 11 + step_s, 1),)
     assert rig.queue.next_due_ts == 0
 
 
@@ -4404,7 +4404,7 @@ def test_counts_of_neighbouring_seconds_move_without_getting_mixed_up(rig: Queue
 
     rig.move_times(6, NOW)
 
-    assert rig.sends() == {"main": [(NOW + second + 7, 1) for second in range(5)]}
+    assert rig.standing("main").sends == tuple((NOW + second + 7, 1) for second in range(5))
 
 
 def test_old_send_counts_are_folded_together_and_dropped_after_a_day(rig: QueueRig) -> None:
@@ -4416,11 +4416,11 @@ def test_old_send_counts_are_folded_together_and_dropped_after_a_day(rig: QueueR
 
     rig.fold_sends()
 
-    assert sum(n for _, n in rig.sends()["main"]) == 90
-    assert len(rig.sends()["main"]) <= 2
+    assert sum(n for _, n in rig.standing("main").sends) == 90
+    assert len(rig.standing("main").sends) <= 2
     rig.now += 86_400
     rig.fold_sends()
-    assert rig.sends() == {}
+    assert rig.standing("main").sends == ()
 
 
 def test_failed_messages_get_a_new_life(rig: QueueRig) -> None:
@@ -4428,7 +4428,7 @@ def test_failed_messages_get_a_new_life(rig: QueueRig) -> None:
     for claim, status in zip(rig.claimed(), (ERROR, SENT), strict=True):
         rig.recorded(claim, status, error="550 no")
 
-    assert rig.retry(["failed", "sent", "unknown"], lambda account: NOW + 77) == (1, ["unknown"], ["sent"])
+    assert rig.retry(["failed", "sent", "unknown"], lambda account: NOW + 77) == (1, ["unknown"], ["sent"], [])
 
     fields = rig.look_up("failed")[0].fields
     assert (fields["status"], fields["attempts"], fields["error"], fields["error_ts"]) == ("queued", 0, None, None)
@@ -4504,7 +4504,7 @@ def test_the_counts_of_sends_stay_few_and_are_forgotten_after_a_day(rig: QueueRi
 
     rig.fold_sends()
 
-    counts = rig.sends()["main"]
+    counts = rig.standing("main").sends
     assert len(counts) < 6 + 60 + 96 + 5  # as they came, by the minute, by the quarter of an hour
     for window in (60, 3600, 86_400):
         assert sum(n for until, n in counts if until > rig.now - window) >= window - 10
@@ -4627,7 +4627,7 @@ def test_no_hot_statement_costs_more_with_a_backlog(rig: QueueRig) -> None:
         counted("accept another", rig.accepted(submission(f"{id_}, another")))
         counted("replace", rig.accepted(submission(f"{id_}, another")))
         counted("defer limited", rig.defer_limited(order, int(rig.now) + 60, "limit"))
-        counted("held back", rig.held_back())
+        counted("standing", rig.standing("main"))
         counted("let the cooled go", rig.let_cooled_go())
         counted("let the limited go", rig.let_go("main", ("limit",)))
         counted("fail limited", rig.fail_limited(order, "limit"))
@@ -10900,6 +10900,18 @@ def test_health_ready_and_status_of_a_daemon_with_nothing_to_do(quiet: Daemon, s
     assert (default["state"], default["reason"], default["until"], default["connections"]) == ("up", None, None, 0)
 
 
+def test_to_ask_whether_the_daemon_is_ready_writes_once_a_second_at_most(quiet: Daemon) -> None:
+    def commits() -> float:
+        (line,) = re.findall(rb"^mailproxy_storage_commit_seconds_count (.*)$", quiet.get("/metrics").content, re.M)
+        return float(line)
+
+    before, began = commits(), time.monotonic()
+    answers = [quiet.get("/ready").status for _ in range(40)]
+
+    assert answers == [200] * 40
+    assert commits() - before <= 2 + 2 * (time.monotonic() - began)
+
+
 @pytest.mark.parametrize("path", ["/health", "/ready", "/status", "/messages", "/accounts", "/metrics"])
 def test_head_works_where_get_does(judge: Daemon, path: str) -> None:
     got, head = judge.get(path), judge.request("HEAD", path)
@@ -11208,6 +11220,22 @@ def test_failed_messages_are_retried_by_hand_and_others_are_not(daemon: Daemon, 
     daemon.post("/commands/activate")
     daemon.wait_status("bad", "error")
     assert smtp.visits["perm@example.com"] == 2
+
+
+def test_a_failed_message_whose_account_is_gone_fails_again_at_once(
+    daemon: Daemon, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    daemon.post("/account", account("web", smtp))
+    daemon.submit(mail("bad", account_id="web", to="perm@example.com"))
+    reports.wait_for_entry("bad", "error")
+    daemon.delete("/account/web")
+
+    answer = daemon.post("/commands/retry-messages", {"ids": ["bad"]}).json
+
+    assert answer == {"ok": True, "queued": 0, "not_found": [], "not_failed": [], "account_not_found": ["bad"]}
+    bad = daemon.message("bad")
+    assert (bad["status"], bad["error"], bad["attempts"]) == ("error", "account not found", 0)
+    reports.wait_for(lambda r: "account not found" in [entry["error"] for entry in r.entries])
 
 
 @pytest.mark.parametrize(
@@ -11574,6 +11602,43 @@ def test_the_undelivered_mail_of_a_deleted_account_becomes_reported_errors(
     assert answer.json["failed"] <= 102
     assert daemon.status()["pending"] == 0
     assert "web" not in daemon.status()["accounts"]
+
+
+def test_an_account_whose_deletion_the_storage_refuses_is_there_as_before(
+    daemon: Daemon, tmp_path: Path, smtp: SmtpServer
+) -> None:
+    daemon.post("/account", account("web", smtp))
+    daemon.submit(mail("m", account_id="web", to="slowrcpt20@example.com"))
+    wait_until(lambda: smtp.visits["slowrcpt20@example.com"], "the transaction")
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert daemon.delete("/account/web").status == 503
+        smtp.cut_connections()
+        wait_until(lambda: "storage message=m " in daemon.log, "the outcome to wait for the storage")
+        other.execute("ROLLBACK")
+
+    wait_until(lambda: daemon.message("m")["attempts"] == 1, "the outcome")
+    assert daemon.message("m")["status"] == "deferred"
+    assert "web" in daemon.status()["accounts"]
+    assert daemon.delete("/account/web").json == {"ok": True, "failed": 1}
+    assert daemon.message("m")["error"] == "account deleted"
+
+
+def test_an_account_that_the_storage_refuses_is_not_in_force(tmp_path: Path, smtp: SmtpServer) -> None:
+    def rename(old: str, new: str) -> None:
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
+            db.execute(f"ALTER TABLE {old} RENAME TO {new}")
+
+    with Daemon(tmp_path) as daemon:
+        rename("sends", "away")  # what its limits have seen already cannot be read
+        assert daemon.post("/account", account("web", smtp)).status == 503
+        rename("away", "sends")
+
+        assert daemon.get("/accounts").json["accounts"] == []
+        daemon.restart()
+        assert daemon.get("/accounts").json["accounts"] == []
+        assert daemon.post("/account", account("web", smtp)).status == 200
 
 
 def test_a_suspended_account_keeps_its_mail_until_it_is_activated(daemon: Daemon, smtp: SmtpServer) -> None:
