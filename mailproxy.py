@@ -103,7 +103,6 @@ import threading
 import time
 import traceback
 import types
-import typing
 import unicodedata
 import urllib.error
 import urllib.parse
@@ -125,14 +124,14 @@ from collections.abc import (
     Sequence,
 )
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.errors import MessageError
 from email.header import decode_header, make_header
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from types import MappingProxyType
-from typing import Annotated, Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
 import aiosmtplib
 import prometheus_client
@@ -344,40 +343,6 @@ class Limits(NamedTuple):
     per_day: int | None = None
 
 
-NO_LIMITS = Limits()
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """A server to send through, and the manners to keep there."""
-
-    id: str
-    host: str
-    port: int
-    user: str | None = None
-    password: Secret | None = None
-    encryption: Encryption = Encryption.AUTO
-    verify_tls: bool = True
-    ca_file: str | None = None
-    client_cert: str | None = None
-    client_key: str | None = None
-    auth: str = "auto"  # auto, plain, login, cram-md5, xoauth2
-    oauth2: OAuth2 | None = None
-    ttl_s: float = 300  # life of a connection
-    max_connections: int = 5
-    max_messages_per_connection: int = 100
-    max_recipients: int = 100  # of one transaction
-    timeout_s: float = 60  # for each reply but the last
-    in_doubt: str = "retry"  # retry or error
-    limits: Limits = NO_LIMITS
-    limit_behavior: str = "defer"  # defer or error
-    batch_size: int = 50  # most messages of one turn
-    retry_delays_s: tuple[int, ...] = (60, 300, 900, 3600, 7200)
-    max_age_s: int = 432_000
-    max_retries: int = 0  # 0: until max_age_s
-    source: str = "http"  # or "config"
-
-
 class RecipientOutcome(NamedTuple):
     """What became of one recipient: status is sent, error or deferred."""
 
@@ -482,15 +447,17 @@ def basic_authorization(user: str, password: str) -> str:
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")
 
 
-def a_labels(domain: str) -> str:
-    """A domain as DNS has it (RFC 5890), or UnicodeError."""
-    return ".".join(label if label.isascii() else _a_label(label) for label in DOTS.split(domain))
-
-
-def _a_label(label: str) -> str:
-    if "ß" in label or "ς" in label:  # letters of their own since IDNA 2008; the codec still maps them away
-        return "xn--" + unicodedata.normalize("NFC", label.lower()).encode("punycode").decode()
-    return label.encode("idna").decode()
+def a_labels(name: str) -> str:
+    """The name of a host as DNS has it (RFC 5890), or ValueError."""
+    if name.isascii():
+        return name
+    labels = DOTS.split(name)
+    for i, label in enumerate(labels):
+        if "ß" in label or "ς" in label:  # letters of their own since IDNA 2008; the codec still maps them away
+            labels[i] = "xn--" + unicodedata.normalize("NFC", label.lower()).encode("punycode").decode()
+        elif not label.isascii():
+            labels[i] = label.encode("idna").decode()
+    return ".".join(labels)
 
 
 # ======================================================================
@@ -524,88 +491,134 @@ class StorageUnavailable(MailproxyError):
 # SETTINGS - one typed table of all settings, and the one reader of files and environment
 # ======================================================================
 #
-# A setting is one line below: name, type, kind (what its value must be), meaning, default.
-# That line validates, prints config.ini, fills the README and refuses what it does not know.
-# Command line over environment over file over default. No value of a secret leaves this
-# room but through `reveal`.
+# A setting is one line below: name, type, default, kind (what its value must be), meaning.
+# That line validates, prints config.ini, fills the README and refuses what is not known;
+# an account is one more section, and its lines judge the JSON of POST /account, too.
+# Command line over environment over file over default. The value of a secret leaves this
+# room only through `reveal`.
+
+LARGEST_INTEGER = 2**63 - 1
+LONGEST_S = 100 * 365 * 86_400
+LONGEST_ID = 255  # characters
+PRIORITIES = {"immediate": 0, "high": 1, "medium": 2, "low": 3}
 
 
 class Kind(NamedTuple):
     """What a value must be: in words for a person, and as the function that reads it."""
 
     words: str  # "a whole number from 0 to 65535"
-    parse: Callable[[str], object]  # raises ValueError
+    parse: Callable[[str], Any]  # raises ValueError
+    json: str = "string"  # its type in JSON, as openapi.json is made of it
+    types: tuple[type, ...] = ()  # of JSON, that may stand instead of the same as a string
     unit: str = ""
     secret: bool = False
     many: bool = False  # a list: may go on over several lines
 
+    def read(self, value: object) -> Any:
+        """A value of JSON, or the words of config.ini. Raises ValueError."""
+        if self.many and isinstance(value, list):
+            return self.parse(", ".join(map(str, value)))
+        if not isinstance(value, str) and type(value) not in self.types:
+            raise ValueError
+        return self.parse(str(value))
 
-def _one_of(value: str, words: Iterable[str]) -> str:
-    if value.lower() in words:
-        return value.lower()
+
+def flaw_of_line(text: str) -> str | None:
+    """Why a text cannot stand on one line of a header or an address; None when it can."""
+    if text.isprintable() or not (found := NOT_FOR_ONE_LINE.search(text)):
+        return None
+    if found[1]:
+        return "is not valid Unicode (a lone surrogate)"
+    return f"must not have line breaks or control characters (U+{ord(found[0]):04X})"
+
+
+NOT_FOR_ONE_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]|([\ud800-\udfff])")
+
+
+def _line(value: str) -> str:
+    if flaw_of_line(value):
+        raise ValueError
+    return value
+
+
+def _label(value: str) -> str:
+    if not 1 <= len(value) <= LONGEST_ID:
+        raise ValueError
+    return _line(value)
+
+
+def _secret(value: str) -> Secret:
+    if value in ("env:", "file:"):
+        raise ValueError
+    return Secret(_line(value))
+
+
+def _boolean(value: str) -> bool:
+    word = value.strip().lower()
+    if word in ("true", "yes", "on", "1"):
+        return True
+    if word in ("false", "no", "off", "0"):
+        return False
     raise ValueError
 
 
 def word(*words: str) -> Kind:
-    return Kind(f"one of {', '.join(words)}", lambda value: _one_of(value, words))
+    def parse(value: str) -> str:
+        if value.strip().lower() not in words:
+            raise ValueError
+        return value.strip().lower()
+
+    return Kind(f"one of {', '.join(words)}", parse, " | ".join(map(repr, words)))
 
 
-def integer(low: int, high: int = 2**53, unit: str = "") -> Kind:
+def integer(low: int, high: int = LARGEST_INTEGER, unit: str = "") -> Kind:
     def parse(value: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]{1,18}", value) or not low <= int(value) <= high:
+        if not re.fullmatch(r"\s*[+-]?[0-9]{1,19}\s*", value) or not low <= int(value) <= high:
             raise ValueError
         return int(value)
 
-    most = "" if high == 2**53 else f" to {high}"
-    return Kind(f"a whole number from {low}{most}", parse, unit)
+    number = "a whole number of bytes" if unit == "bytes" else "a whole number"
+    most = "" if high == LARGEST_INTEGER else f" to {high}"
+    return Kind(f"{number} from {low}{most}", parse, "integer", (int,), unit)
 
 
-TEN_YEARS_S = 10 * 365 * 86_400
-
-
-def seconds(low: float, high: float = TEN_YEARS_S) -> Kind:
+def seconds(low: float, high: float = LONGEST_S) -> Kind:
     def parse(value: str) -> float:
-        if not re.fullmatch(r"[0-9.]{1,18}", value) or not low <= float(value) <= high:
+        if not re.fullmatch(r"\s*[0-9.]{1,18}\s*", value) or not low <= float(value) <= high:
             raise ValueError
         return float(value)
 
-    most = "" if high == TEN_YEARS_S else f" to {high:.0f}"
-    return Kind(f"a number of seconds from {low:g}{most}", parse, "seconds")
-
-
-def size(low: int = 1) -> Kind:
-    return integer(low, unit="bytes")._replace(words=f"a whole number of bytes from {low}")
-
-
-def _boolean(value: str) -> bool:
-    true, false = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-    return _one_of(value, (*true, *false)) in true
-
-
-def _secret_as_given(value: str) -> Secret:
-    if value in ("env:", "file:"):
-        raise ValueError
-    return Secret(value)
+    most = "" if high == LONGEST_S else f" to {high:.0f}"
+    return Kind(f"a number of seconds from {low:g}{most}", parse, "number", (int, float), "seconds")
 
 
 def _split(value: str) -> tuple[str, ...]:
     return tuple(item for item in re.split(r"[,\s]+", value) if item)
 
 
-def _list_of(parse: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
+def many(words: str, parse: Callable[[str], object], json: str = "string", *, secret: bool = False) -> Kind:
+    """A list of what `parse` reads, with commas or white space between, or a list of JSON."""
+
     def parse_all(value: str) -> tuple[object, ...]:
         items = tuple(parse(item) for item in _split(value))
         if not items:
             raise ValueError
         return items
 
-    return parse_all
+    return Kind(f"a list of {words}", parse_all, f"string | {json}[]", secret=secret, many=True)
 
 
 def _listening_host(value: str) -> str:
     if re.search(r"[\s/]", value):
         raise ValueError
     return value.removeprefix("[").removesuffix("]")
+
+
+def _host(value: str) -> str:
+    host = a_labels(value.strip())
+    if not re.fullmatch(r"[A-Za-z0-9_.:%\-]{1,255}", host):
+        raise ValueError
+    return host
 
 
 def _socket_path(value: str) -> str:
@@ -649,203 +662,298 @@ def _host_or_network(value: str) -> str:
 
 
 def _priority(value: str) -> int:
-    names = ("immediate", "high", "medium", "low")
-    if value.lower() in names:
-        return names.index(value.lower())
-    return int(_one_of(value, ("0", "1", "2", "3")))
+    name = value.strip().lower()
+    return PRIORITIES[name] if name in PRIORITIES else int(integer(0, 3).parse(name))
 
 
-TEXT = Kind("text", str)
-BOOLEAN = Kind("true or false (or yes, no, on, off, 1, 0)", _boolean)
-PATH = Kind("a path", str)
+TEXT = Kind("text on one line", _line)
+LABEL = Kind(f"1 to {LONGEST_ID} characters on one line", _label)
+BOOLEAN = Kind("true or false (or yes, no, on, off, 1, 0)", _boolean, "boolean", (bool, int))
+PATH = Kind("a path", _line)
 READABLE_FILE = Kind("the path of a file that can be read", _readable_file)
 SOCKET_PATH = Kind("a path of at most 103 bytes", _socket_path)
 LISTENING_HOST = Kind("an address or a host name", _listening_host)
+HOST = Kind("the name or the address of a server", _host)
 URL = Kind("an http:// or https:// URL without user and password in it", _http_url)
-SECRET = Kind("a secret: itself, env:NAME or file:/path", _secret_as_given, secret=True)
-SECRETS = Kind(
-    "a list of secrets, each itself, env:NAME or file:/path", _list_of(_secret_as_given), secret=True, many=True
-)
-DELAYS = Kind("a list of whole seconds", _list_of(integer(0, TEN_YEARS_S).parse), "seconds", many=True)
+SECRET = Kind("a secret: itself, env:NAME or file:/path", _secret, secret=True)
+SECRETS = many("secrets, each itself, env:NAME or file:/path", _secret, secret=True)
+DELAYS = many("whole seconds", integer(0, LONGEST_S).parse, "integer")._replace(unit="seconds")
 MAIL_ADDRESS = Kind("a mail address", _address)
-RECIPIENTS = Kind("a list of mail addresses or @domains", _list_of(_address_or_domain), many=True)
-HOSTS = Kind("a list of host names, addresses or networks, not URLs", _list_of(_host_or_network), many=True)
-PRIORITY = Kind("0 to 3, or immediate, high, medium, low", _priority)
+RECIPIENTS = many("mail addresses or @domains", _address_or_domain)
+HOSTS = many("host names, addresses or networks, not URLs", _host_or_network)
+PRIORITY = Kind(
+    "0 to 3, or immediate, high, medium, low", _priority, " | ".join(["integer", *map(repr, PRIORITIES)]), (int,)
+)
 
-AT_START = "read at start alone"  # marks what SIGHUP cannot change
+NEEDED: Any = MISSING  # the default of what has none
+
+
+class Setting(NamedTuple):
+    """One row of the table."""
+
+    section: str
+    key: str
+    default: Any
+    kind: Kind
+    meaning: str
+    at_start: bool  # SIGHUP cannot change it
+    else_of: str  # of an account: the setting of [delivery] that stands in for it
+
+    @property
+    def shown_default(self) -> str:
+        return "" if self.else_of or self.default is NEEDED else as_written(self.default)
+
+
+def setting(default: T, kind: Kind, meaning: str, *, at_start: bool = False, else_of: str = "") -> T:
+    """A row of the table, where its section is declared."""
+    return field(default=default, metadata={"kind": kind, "meaning": meaning, "at_start": at_start, "else_of": else_of})
 
 
 @dataclass(frozen=True, slots=True)
 class StorageSettings:
     """Where the queue lives."""
 
-    db_path: Annotated[str, PATH, "File of the queue. Its directory must exist.", AT_START] = "./mailproxy.db"
+    db_path: str = setting("./mailproxy.db", PATH, "File of the queue. Its directory must exist.", at_start=True)
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
     """The HTTP side: where it listens, who may come in, how much it takes."""
 
-    host: Annotated[
-        str, LISTENING_HOST, "Address to listen on. Anything but loopback needs an api_token.", AT_START
-    ] = "127.0.0.1"
-    port: Annotated[int, integer(0, 65_535), "TCP port; 0 takes a free one.", AT_START] = 8000
-    unix_socket: Annotated[
-        str | None, SOCKET_PATH, "Listen on this Unix socket (mode 0660) instead of TCP.", AT_START
-    ] = None
-    api_token: Annotated[
-        tuple[Secret, ...],
+    host: str = setting(
+        "127.0.0.1", LISTENING_HOST, "Address to listen on. Anything but loopback needs an api_token.", at_start=True
+    )
+    port: int = setting(8000, integer(0, 65_535), "TCP port; 0 takes a free one.", at_start=True)
+    unix_socket: str | None = setting(
+        None, SOCKET_PATH, "Listen on this Unix socket (mode 0660) instead of TCP.", at_start=True
+    )
+    api_token: tuple[Secret, ...] = setting(
+        (),
         SECRETS,
         "What clients must send as X-API-Token or Bearer token. Several, with commas or spaces between, "
         "are all valid: for the days in which a token is changed.",
-    ] = ()
-    tls_cert: Annotated[
-        str | None, READABLE_FILE, "Certificate chain (PEM) to speak HTTPS; needs tls_key.", AT_START
-    ] = None
-    tls_key: Annotated[str | None, READABLE_FILE, "Private key (PEM) of tls_cert.", AT_START] = None
-    max_body_bytes: Annotated[int, size(), "Largest body of a request.", AT_START] = 64 * 2**20
-    max_batch: Annotated[int, integer(1), "Most messages of one submission."] = 1000
-    max_connections: Annotated[int, integer(1), "Most connections at a time.", AT_START] = 1000
-    head_timeout_seconds: Annotated[float, seconds(0.01), "Time for the head of a request.", AT_START] = 10.0
-    idle_timeout_seconds: Annotated[
-        float, seconds(0.01), "How long a connection may be idle between requests.", AT_START
-    ] = 75.0
-    body_timeout_seconds: Annotated[
-        float, seconds(0.01), "How long the body of a request may make no progress.", AT_START
-    ] = 60.0
+    )
+    tls_cert: str | None = setting(
+        None, READABLE_FILE, "Certificate chain (PEM) to speak HTTPS; needs tls_key.", at_start=True
+    )
+    tls_key: str | None = setting(None, READABLE_FILE, "Private key (PEM) of tls_cert.", at_start=True)
+    max_body_bytes: int = setting(64 * 2**20, integer(1, unit="bytes"), "Largest body of a request.", at_start=True)
+    max_batch: int = setting(1000, integer(1), "Most messages of one submission.")
+    max_connections: int = setting(1000, integer(1), "Most connections at a time.", at_start=True)
+    head_timeout_seconds: float = setting(10.0, seconds(0.01), "Time for the head of a request.", at_start=True)
+    idle_timeout_seconds: float = setting(
+        75.0, seconds(0.01), "How long a connection may be idle between requests.", at_start=True
+    )
+    body_timeout_seconds: float = setting(
+        60.0, seconds(0.01), "How long the body of a request may make no progress.", at_start=True
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
     """The upstream: who gets the delivery reports, and serves attachments by storage path."""
 
-    client_sync_url: Annotated[
-        str | None, URL, "Delivery reports go here (POST). Without it results stay in the queue file until purged."
-    ] = None
-    client_attachment_url: Annotated[
-        str | None, URL, "Attachments with fetch_mode endpoint are fetched here (POST)."
-    ] = None
-    client_sync_user: Annotated[str | None, TEXT, "User of HTTP basic authentication."] = None
-    client_sync_password: Annotated[Secret | None, SECRET, "Password of HTTP basic authentication."] = None
-    client_sync_token: Annotated[
-        Secret | None, SECRET, "Bearer token; wins over user and password when both are set."
-    ] = None
-    client_sync_secret: Annotated[
-        Secret | None,
-        SECRET,
-        "Signs each report as Standard Webhooks has it: whsec_ and base64, or any other text as it is.",
-    ] = None
-    sync_interval_seconds: Annotated[
-        float, seconds(0.05), "The upstream is called at least this often, with or without anything to report."
-    ] = 300.0
-    report_batch_size: Annotated[int, integer(1, 100_000), "Most entries of one report."] = 1000
-    timeout_seconds: Annotated[float, seconds(0.05, 3600), "Time for the whole call."] = 30.0
-    ca_file: Annotated[
-        str | None, READABLE_FILE, "CA certificates (PEM) to trust for https upstreams instead of the system's."
-    ] = None
+    client_sync_url: str | None = setting(
+        None, URL, "Delivery reports go here (POST). Without it results stay in the queue file until purged."
+    )
+    client_attachment_url: str | None = setting(
+        None, URL, "Attachments with fetch_mode endpoint are fetched here (POST)."
+    )
+    client_sync_user: str | None = setting(None, TEXT, "User of HTTP basic authentication.")
+    client_sync_password: Secret | None = setting(None, SECRET, "Password of HTTP basic authentication.")
+    client_sync_token: Secret | None = setting(
+        None, SECRET, "Bearer token; wins over user and password when both are set."
+    )
+    client_sync_secret: Secret | None = setting(
+        None, SECRET, "Signs each report as Standard Webhooks has it: whsec_ and base64, or any other text as it is."
+    )
+    sync_interval_seconds: float = setting(
+        300.0, seconds(0.05), "The upstream is called at least this often, with or without anything to report."
+    )
+    report_batch_size: int = setting(1000, integer(1, 100_000), "Most entries of one report.")
+    timeout_seconds: float = setting(30.0, seconds(0.05, 3600), "Time for the whole call.")
+    ca_file: str | None = setting(
+        None, READABLE_FILE, "CA certificates (PEM) to trust for https upstreams instead of the system's."
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
     """Whether mail goes out at all."""
 
-    active: Annotated[
-        bool, BOOLEAN, "Deliver from the start. What suspend and activate last said wins over it.", AT_START
-    ] = True
+    active: bool = setting(
+        True, BOOLEAN, "Deliver from the start. What suspend and activate last said wins over it.", at_start=True
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class DeliverySettings:
     """How mail goes out: pace, retries, retention, staging. Accounts may have their own."""
 
-    send_interval_seconds: Annotated[
-        float, seconds(0.01, 3600), "Longest sleep of the dispatcher; mail goes out at once all the same."
-    ] = 0.5
-    test_mode: Annotated[bool, BOOLEAN, "Deliver and report at run-now alone.", AT_START] = False
-    default_priority: Annotated[int, PRIORITY, "Priority of messages that have none."] = 2
-    delivery_report_retention_seconds: Annotated[
-        int, integer(0, unit="seconds"), "Final, reported messages are purged after this time."
-    ] = 604_800
-    batch_size_per_account: Annotated[
-        int, integer(1, 100_000), "Most messages an account has in one turn of the dispatcher."
-    ] = 50
-    max_connections_per_account: Annotated[
-        int, integer(1, 1000), "Most SMTP connections of an account that names no max_connections."
-    ] = 5
-    max_concurrency: Annotated[int, integer(1, 10_000), "Most SMTP transactions at a time, all accounts together."] = (
-        100
+    send_interval_seconds: float = setting(
+        0.5, seconds(0.01, 3600), "Longest sleep of the dispatcher; mail goes out at once all the same."
     )
-    retry_delays: Annotated[
-        tuple[int, ...], DELAYS, "Pauses before each retry after a passing failure; the last one repeats."
-    ] = (60, 300, 900, 3600, 7200)
-    max_age_seconds: Annotated[
-        int, integer(1, unit="seconds"), "A message not delivered for so long becomes an error."
-    ] = 432_000
-    max_retries: Annotated[
-        int, integer(0, 1_000_000), "Further attempts after the first; 0 goes on until max_age_seconds."
-    ] = 0
-    id_retention_seconds: Annotated[
-        int, integer(0, unit="seconds"), "How long the id of a sent message is refused a second time."
-    ] = 2_592_000
-    shutdown_timeout_seconds: Annotated[
-        float, seconds(0, 86_400), "How long SMTP transactions in progress may finish when the daemon stops."
-    ] = 30.0
-    redirect_to: Annotated[
-        str | None, MAIL_ADDRESS, "Staging: every mail goes here instead, its real recipients in X-Original-To."
-    ] = None
-    allow_recipients: Annotated[
-        tuple[str, ...], RECIPIENTS, "Staging: addresses or @domains mail may go to; others become errors. Empty: all."
-    ] = ()
+    test_mode: bool = setting(False, BOOLEAN, "Deliver and report only at run-now.", at_start=True)
+    default_priority: int = setting(2, PRIORITY, "Priority of messages that have none.")
+    delivery_report_retention_seconds: int = setting(
+        604_800, integer(0, unit="seconds"), "Final, reported messages are purged after this time."
+    )
+    batch_size_per_account: int = setting(
+        50, integer(1, 100_000), "Most messages an account has in one turn of the dispatcher."
+    )
+    max_connections_per_account: int = setting(
+        5, integer(1, 1000), "Most SMTP connections of an account that names no max_connections."
+    )
+    max_concurrency: int = setting(100, integer(1, 10_000), "Most SMTP transactions at a time, all accounts together.")
+    retry_delays: tuple[int, ...] = setting(
+        (60, 300, 900, 3600, 7200), DELAYS, "Pauses before each retry after a passing failure; the last one repeats."
+    )
+    max_age_seconds: int = setting(
+        432_000, integer(1, unit="seconds"), "A message not delivered for so long becomes an error."
+    )
+    max_retries: int = setting(
+        0, integer(0, 1_000_000), "Further attempts after the first; 0 goes on until max_age_seconds."
+    )
+    id_retention_seconds: int = setting(
+        2_592_000, integer(0, unit="seconds"), "How long the id of a sent message is refused a second time."
+    )
+    shutdown_timeout_seconds: float = setting(
+        30.0, seconds(0, 86_400), "How long SMTP transactions in progress may finish when the daemon stops."
+    )
+    redirect_to: str | None = setting(
+        None, MAIL_ADDRESS, "Staging: every mail goes here instead, its real recipients in X-Original-To."
+    )
+    allow_recipients: tuple[str, ...] = setting(
+        (), RECIPIENTS, "Staging: addresses or @domains mail may go to; others become errors. Empty: all."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """An SMTP server to send through. [smtp] is the account of messages that name none."""
+
+    id: str = setting(NEEDED, LABEL, "The name by which messages choose it.")
+    host: str = setting(NEEDED, HOST, "Name or address of the SMTP server. Without it there is no such account.")
+    port: int = setting(NEEDED, integer(1, 65_535), "587 or 25 (STARTTLS), or 465 (TLS from the first byte).")
+    user: str | None = setting(None, TEXT, "Login name; without it there is no login.")
+    password: Secret | None = setting(None, SECRET, "Better env:NAME or file:/path than the password itself.")
+    use_tls: bool | None = setting(
+        None, BOOLEAN, "true: encrypted for certain; left out: by start_tls, and true on port 465."
+    )
+    implicit_tls: bool = setting(False, BOOLEAN, "TLS from the first byte on any port.")
+    start_tls: str = setting("auto", word("auto", "required", "never"), "auto: when the server offers it.")
+    verify_tls: bool = setting(True, BOOLEAN, "Verify the server's certificate and name.")
+    ca_file: str | None = setting(None, PATH, "CA certificates (PEM) to trust instead of the system's.")
+    client_cert: str | None = setting(None, PATH, "Certificate (PEM) to show to the server.")
+    client_key: str | None = setting(None, PATH, "Private key (PEM) of client_cert.")
+    auth: str = setting("auto", word("auto", "plain", "login", "cram-md5", "xoauth2"), "How to log in.")
+    oauth2_token_url: str | None = setting(None, URL, "Where access tokens for xoauth2 come from.")
+    oauth2_client_id: str | None = setting(None, TEXT, "Client id of xoauth2.")
+    oauth2_client_secret: Secret | None = setting(None, SECRET, "Client secret of xoauth2.")
+    oauth2_refresh_token: Secret | None = setting(
+        None, SECRET, "Refresh token; without it client credentials are used."
+    )
+    oauth2_scope: str | None = setting(None, TEXT, "Scope of the access token.")
+    ttl: float = setting(300.0, seconds(0.001), "How long a connection may live.")
+    max_connections: int = setting(
+        5, integer(1, 1000), "Most connections at a time.", else_of="max_connections_per_account"
+    )
+    max_messages_per_connection: int = setting(100, integer(1), "Most messages over one connection.")
+    max_recipients: int = setting(100, integer(1), "Most recipients of one transaction; more are split over several.")
+    timeout: float = setting(60.0, seconds(0.001), "For each reply; the last one of a message is given 600 seconds.")
+    in_doubt: str = setting("retry", word("retry", "error"), "What to do when the last reply never came.")
+    limit_per_minute: int = setting(0, integer(0), "Most messages in any 60 seconds; 0: no limit.")
+    limit_per_hour: int = setting(0, integer(0), "Most messages in any hour.")
+    limit_per_day: int = setting(0, integer(0), "Most messages in any day.")
+    limit_behavior: str = setting("defer", word("defer", "error"), "What becomes of messages above a limit.")
+    batch_size: int = setting(50, integer(1), "Most messages of one turn.", else_of="batch_size_per_account")
+    retry_delays: tuple[int, ...] = setting(
+        (60, 300, 900, 3600, 7200), DELAYS, "Pauses before each retry; the last one repeats.", else_of="retry_delays"
+    )
+    max_age_seconds: int = setting(
+        432_000, integer(1), "A message not delivered for so long becomes an error.", else_of="max_age_seconds"
+    )
+    max_retries: int = setting(
+        0, integer(0), "Further attempts after the first; 0 goes on until max_age_seconds.", else_of="max_retries"
+    )
+    source: str = "http"  # or "config"; no setting
+
+    @property
+    def encryption(self) -> Encryption:
+        """When to turn to TLS: use_tls asks for certainty, and port 465 is TLS from the first byte."""
+        certain = self.port == 465 if self.use_tls is None else self.use_tls
+        if self.implicit_tls or (certain and self.port == 465):
+            return Encryption.IMPLICIT
+        return Encryption.REQUIRED if certain else Encryption(self.start_tls)
+
+    @property
+    def oauth2(self) -> OAuth2 | None:
+        if self.oauth2_token_url is None or self.oauth2_client_id is None:
+            return None
+        return OAuth2(
+            self.oauth2_token_url,
+            self.oauth2_client_id,
+            self.oauth2_client_secret,
+            self.oauth2_refresh_token,
+            self.oauth2_scope,
+        )
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.limit_per_minute or None, self.limit_per_hour or None, self.limit_per_day or None)
 
 
 @dataclass(frozen=True, slots=True)
 class AttachmentSettings:
     """What fetching attachments may cost, and where they may come from."""
 
-    timeout_seconds: Annotated[float, seconds(0.05, 3600), "Time to fetch one attachment, redirects included."] = 60.0
-    max_attachment_bytes: Annotated[int, size(), "Largest attachment."] = 25 * 2**20
-    max_message_bytes: Annotated[int, size(), "Most bytes of all attachments of a message."] = 35 * 2**20
-    memory_budget_bytes: Annotated[int, size(), "Memory for all messages being put together at a time.", AT_START] = (
-        100 * 2**20
+    timeout_seconds: float = setting(60.0, seconds(0.05, 3600), "Time to fetch one attachment, redirects included.")
+    max_attachment_bytes: int = setting(25 * 2**20, integer(1, unit="bytes"), "Largest attachment.")
+    max_message_bytes: int = setting(
+        35 * 2**20, integer(1, unit="bytes"), "Most bytes of all attachments of a message."
     )
-    cache_bytes: Annotated[
-        int, size(0), "Bytes of fetched attachments kept, on disk, for the next message of a burst; 0: none.", AT_START
-    ] = 25 * 2**20
-    allow_hosts: Annotated[
-        tuple[str, ...],
-        HOSTS,
-        "Host names, addresses and networks attachments may come from although they are not public.",
-    ] = ()
-    base_dir: Annotated[
-        str | None,
-        PATH,
-        "Attachments with fetch_mode filesystem lie below this directory; without it they are refused.",
-    ] = None
+    memory_budget_bytes: int = setting(
+        100 * 2**20, integer(1, unit="bytes"), "Memory for all messages being put together at a time.", at_start=True
+    )
+    cache_bytes: int = setting(
+        25 * 2**20,
+        integer(0, unit="bytes"),
+        "Bytes of fetched attachments kept, on disk, for the next message of a burst; 0: none.",
+        at_start=True,
+    )
+    allow_hosts: tuple[str, ...] = setting(
+        (), HOSTS, "Host names, addresses and networks attachments may come from although they are not public."
+    )
+    base_dir: str | None = setting(
+        None, PATH, "Attachments with fetch_mode filesystem lie below this directory; without it they are refused."
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class S3Settings:
     """Where attachments in S3 come from; the AWS_* variables stand in for what is left out."""
 
-    access_key_id: Annotated[Secret | None, SECRET, "Else AWS_ACCESS_KEY_ID."] = None
-    secret_access_key: Annotated[Secret | None, SECRET, "Else AWS_SECRET_ACCESS_KEY."] = None
-    session_token: Annotated[Secret | None, SECRET, "Else AWS_SESSION_TOKEN, when the key id comes from there too."] = (
-        None
+    access_key_id: Secret | None = setting(None, SECRET, "Else AWS_ACCESS_KEY_ID.")
+    secret_access_key: Secret | None = setting(None, SECRET, "Else AWS_SECRET_ACCESS_KEY.")
+    session_token: Secret | None = setting(
+        None, SECRET, "Else AWS_SESSION_TOKEN, when the key id comes from there too."
     )
-    region: Annotated[str | None, TEXT, "Else AWS_REGION or AWS_DEFAULT_REGION."] = None
-    endpoint: Annotated[str | None, URL, "Of a server that is not Amazon's. Else AWS_ENDPOINT_URL_S3."] = None
-    addressing: Annotated[
-        str, word("auto", "path", "virtual"), "Bucket in the path or the host name; auto: virtual on Amazon alone."
-    ] = "auto"
+    region: str | None = setting(None, TEXT, "Else AWS_REGION or AWS_DEFAULT_REGION.")
+    endpoint: str | None = setting(None, URL, "Of a server that is not Amazon's. Else AWS_ENDPOINT_URL_S3.")
+    addressing: str = setting(
+        "auto",
+        word("auto", "path", "virtual"),
+        "Bucket in the path or the host name; auto: virtual on Amazon, path elsewhere.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class LoggingSettings:
     """What is said on stderr, and how."""
 
-    level: Annotated[str, word("debug", "info", "warning", "error"), "What is logged: this, and worse."] = "info"
-    format: Annotated[str, word("text", "json"), "json: every line is an object."] = "text"
-    delivery_activity: Annotated[bool, BOOLEAN, "One line for each delivery."] = False
+    level: str = setting("info", word("debug", "info", "warning", "error"), "What is logged: this, and worse.")
+    format: str = setting("text", word("text", "json"), "json: every line is an object.")
+    delivery_activity: bool = setting(False, BOOLEAN, "One line for each delivery.")
 
 
 @dataclass(frozen=True)
@@ -866,98 +974,31 @@ class Settings:
     origins: Mapping[tuple[str, str], str] = field(default_factory=dict, repr=False)  # of each that was given
 
 
-SECTIONS: Mapping[str, type[Any]] = MappingProxyType(
+CLASSES: Mapping[str, type[Any]] = MappingProxyType(  # in the order in which they are printed
     {
         "storage": StorageSettings,
         "server": ServerSettings,
         "client": ClientSettings,
         "scheduler": SchedulerSettings,
+        "smtp": Account,
         "delivery": DeliverySettings,
         "attachments": AttachmentSettings,
         "s3": S3Settings,
         "logging": LoggingSettings,
     }
 )
-
-
-class Setting(NamedTuple):
-    """One row of the table."""
-
-    section: str
-    key: str
-    kind: Kind
-    meaning: str
-    default: Any
-    at_start: bool = False
-
-
-class AccountKey(NamedTuple):
-    """One key of [smtp] and [account:ID]; its value is judged where accounts are (SUBMISSION)."""
-
-    key: str
-    default: str  # as config.ini shows it
-    meaning: str
-    secret: bool = False
-
-
-def _rows_of(section: str) -> Iterator[Setting]:
-    hints = typing.get_type_hints(SECTIONS[section], include_extras=True)
-    for row in fields(SECTIONS[section]):
-        kind, meaning, *marks = hints[row.name].__metadata__
-        yield Setting(section, row.name, kind, meaning, row.default, AT_START in marks)
-
-
-SETTINGS_TABLE: tuple[Setting, ...] = tuple(row for section in SECTIONS for row in _rows_of(section))
-
-ACCOUNT_TABLE: tuple[AccountKey, ...] = (
-    AccountKey("host", "", "Name or address of the SMTP server. Without it there is no such account."),
-    AccountKey("port", "", "587 or 25 (STARTTLS), or 465 (TLS from the first byte)."),
-    AccountKey("user", "", "Login name; without it there is no login."),
-    AccountKey("password", "", "Better env:NAME or file:/path than the password itself.", secret=True),
-    AccountKey("use_tls", "", "true: encrypted for certain; left out: by start_tls, and true on port 465."),
-    AccountKey("implicit_tls", "false", "TLS from the first byte on any port."),
-    AccountKey("start_tls", "auto", "auto (when offered), required or never."),
-    AccountKey("verify_tls", "true", "Verify the server's certificate and name."),
-    AccountKey("ca_file", "", "CA certificates (PEM) to trust instead of the system's."),
-    AccountKey("client_cert", "", "Certificate (PEM) to show to the server."),
-    AccountKey("client_key", "", "Private key (PEM) of client_cert."),
-    AccountKey("auth", "auto", "auto, plain, login, cram-md5 or xoauth2."),
-    AccountKey("oauth2_token_url", "", "Where access tokens for xoauth2 come from."),
-    AccountKey("oauth2_client_id", "", "Client id of xoauth2."),
-    AccountKey("oauth2_client_secret", "", "Client secret of xoauth2.", secret=True),
-    AccountKey("oauth2_refresh_token", "", "Refresh token; without it client credentials are used.", secret=True),
-    AccountKey("oauth2_scope", "", "Scope of the access token."),
-    AccountKey("ttl", "300", "Seconds a connection may live."),
-    AccountKey("max_connections", "", "Most connections at a time; else max_connections_per_account of [delivery]."),
-    AccountKey("max_messages_per_connection", "100", "Most messages over one connection."),
-    AccountKey("max_recipients", "100", "Most recipients of one transaction; more are split over several."),
-    AccountKey("timeout", "60", "Seconds for each reply; the last one of a message is given 600."),
-    AccountKey("in_doubt", "retry", "retry or error: what to do when the last reply never came."),
-    AccountKey("limit_per_minute", "", "Most messages in any 60 seconds."),
-    AccountKey("limit_per_hour", "", "Most messages in any hour."),
-    AccountKey("limit_per_day", "", "Most messages in any day."),
-    AccountKey("limit_behavior", "defer", "defer or error: what becomes of messages above a limit."),
-    AccountKey("batch_size", "", "Most messages of one turn; else batch_size_per_account of [delivery]."),
-    AccountKey("retry_delays", "", "Seconds before each retry; else retry_delays of [delivery]."),
-    AccountKey("max_age_seconds", "", "Else max_age_seconds of [delivery]."),
-    AccountKey("max_retries", "", "Else max_retries of [delivery]."),
+TABLE: Mapping[str, tuple[Setting, ...]] = MappingProxyType(
+    {
+        section: tuple(Setting(section, row.name, row.default, **row.metadata) for row in fields(kind) if row.metadata)
+        for section, kind in CLASSES.items()
+    }
 )
+SECTIONS = tuple(section for section in CLASSES if section != "smtp")  # those that are there once
+SETTINGS_TABLE = tuple(row for section in SECTIONS for row in TABLE[section])
+ACCOUNT_TABLE = TABLE["smtp"][1:]  # the id of an account stands in the name of its section
+
 
 # --- config.ini and README: the table, printed ---------------------------
-
-
-def _as_written(value: object) -> str:
-    """A default or a value as it would stand in config.ini; never a secret."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple):
-        return ", ".join(_as_written(item) for item in value)
-    if isinstance(value, Secret):
-        return value.given if value.is_reference else "(set)"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "" if value is None else str(value)
-
 
 CONFIG_INI_HEAD = """\
 # config.ini of mailproxy: every setting with its meaning and its default.
@@ -965,133 +1006,128 @@ CONFIG_INI_HEAD = """\
 #
 # The command line wins over the environment, which wins over this file: [server] port
 # is MAILPROXY_SERVER_PORT there, [smtp] host MAILPROXY_SMTP_HOST. [account:ID] sections
-# stand in this file alone. Any secret may be written env:NAME or file:/path. A # or ;
-# begins a comment at the start of a line alone, and % is a character like any other.
+# stand only in this file. Any secret may be written env:NAME or file:/path. A # or ;
+# begins a comment only at the start of a line, and % is a character like any other.
 """
-
-CONFIG_INI_SMTP = "The default account: messages that name no account go out through it. No host: no such account."
 CONFIG_INI_ACCOUNT = """\
 # A further account, under the ID messages name it by. All keys of [smtp] are known here.
 #[account:ID]
 #host =
-#port ="""
+#port =
+"""
 
 
-def _commented_row(key: str, meaning: str, default: str) -> list[str]:
+def as_written(value: object) -> str:
+    """A default or a value as it would stand in config.ini; never a secret."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return ", ".join(as_written(item) for item in value)
+    if isinstance(value, Secret):
+        return value.given if value.is_reference else "(set)"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None else str(value)
+
+
+def printed_rows(section: str) -> Sequence[tuple[Setting, str]]:
+    """The rows of a section that stand in config.ini, and their meaning in full."""
+    rows = ACCOUNT_TABLE if section == "smtp" else TABLE[section]
     return [
-        *textwrap.wrap(meaning, 98, initial_indent="# ", subsequent_indent="# "),
-        f"#{key} = {default}".rstrip(),
-        "",
+        (row, f"{row.meaning} Left out: {row.else_of} of [delivery]." if row.else_of else row.meaning) for row in rows
     ]
-
-
-def _ini_section(section: str) -> list[str]:
-    lines = [f"[{section}]", f"# {SECTIONS[section].__doc__}", ""]
-    for row in SETTINGS_TABLE:
-        if row.section == section:
-            words = row.kind.words + ("; needs a restart" if row.at_start else "")
-            lines += _commented_row(row.key, f"{row.meaning} [{words}]", _as_written(row.default))
-    return lines
 
 
 def config_ini() -> str:
     """A config.ini with every setting in it, commented out, with its meaning and default."""
     lines = [CONFIG_INI_HEAD]
-    for section in SECTIONS:
-        if section == "delivery":
-            lines += ["[smtp]", f"# {CONFIG_INI_SMTP}", ""]
-            for row in ACCOUNT_TABLE:
-                lines += _commented_row(row.key, row.meaning, row.default)
-            lines += [CONFIG_INI_ACCOUNT, ""]
-        lines += _ini_section(section)
+    for section, kind in CLASSES.items():
+        lines += [f"[{section}]", f"# {kind.__doc__}", ""]
+        for row, meaning in printed_rows(section):
+            words = f"{meaning} [{row.kind.words}{'; needs a restart' if row.at_start else ''}]"
+            lines += textwrap.wrap(words, 98, initial_indent="# ", subsequent_indent="# ")
+            lines += [f"#{row.key} = {row.shown_default}".rstrip(), ""]
+        if section == "smtp":
+            lines += [CONFIG_INI_ACCOUNT]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _table_row(key: str, default: str, meaning: str) -> str:
-    shown = f"`{default}`" if default else ""
-    return f"| `{key}` | {shown} | {meaning.replace('|', chr(92) + '|')} |"
 
 
 def settings_table() -> str:
     """The table of all settings as Markdown, for the README."""
     lines = ["| setting | default | |", "|---|---|---|"]
-    for section in SECTIONS:
-        if section == "delivery":
-            lines.append(f"| **[smtp]**, **[account:ID]** | | {CONFIG_INI_SMTP} |")
-            lines += [_table_row(row.key, row.default, row.meaning) for row in ACCOUNT_TABLE]
-        lines.append(f"| **[{section}]** | | {SECTIONS[section].__doc__} |")
-        rows = (row for row in SETTINGS_TABLE if row.section == section)
-        lines += [_table_row(row.key, _with_unit(row), row.meaning) for row in rows]
+    for section, kind in CLASSES.items():
+        name = "**[smtp]**, **[account:ID]**" if section == "smtp" else f"**[{section}]**"
+        lines.append(f"| {name} | | {kind.__doc__} |")
+        for row, meaning in printed_rows(section):
+            default = f"`{row.shown_default} {row.kind.unit}".rstrip() + "`" if row.shown_default else ""
+            lines.append(f"| `{row.key}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
-
-
-def _with_unit(row: Setting) -> str:
-    shown = _as_written(row.default)
-    return f"{shown} {row.kind.unit}".rstrip() if shown else ""
 
 
 # --- reading: file, environment, command line ----------------------------
 
 
 class Given(NamedTuple):
-    """A value as somebody wrote it, and where."""
+    """A value as somebody wrote it, judged, and where."""
 
     text: str
+    value: Any
     origin: str  # "/etc/mailproxy/config.ini", "environment variable X", "command line"
 
 
-GivenSettings = dict[tuple[str, str], Given]
+GivenSettings = dict[tuple[str, str], Given]  # by section and key
 
 ENVIRONMENT_OF_THE_CLIENT = ("MAILPROXY_CONFIG", "MAILPROXY_URL", "MAILPROXY_TOKEN")
+AWS_VARIABLES = (  # that stand in for a key of [s3] which is not given
+    ("access_key_id", "AWS_ACCESS_KEY_ID"),
+    ("secret_access_key", "AWS_SECRET_ACCESS_KEY"),
+    ("session_token", "AWS_SESSION_TOKEN"),
+    ("region", "AWS_REGION"),
+    ("region", "AWS_DEFAULT_REGION"),
+    ("endpoint", "AWS_ENDPOINT_URL_S3"),
+)
 
 
-def _keys_of(section: str) -> tuple[str, ...]:
-    """The keys a section knows; none for a section that is not known."""
-    if section in SECTIONS:
-        return tuple(row.name for row in fields(SECTIONS[section]))
-    if section == "smtp" or section.startswith("account:"):
-        return tuple(row.key for row in ACCOUNT_TABLE)
-    return ()
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _unknown_key(origin: str, section: str, key: str) -> ConfigurationError:
-    homes = [name for name in (*SECTIONS, "smtp") if key in _keys_of(name)]
-    hint = f"; it belongs into [{homes[0]}]" if homes else _nearest(key, _keys_of(section))
-    return ConfigurationError(f"{origin}: [{section}] {key}: unknown key{hint}")
+def _keys_of(origin: str, section: str) -> Mapping[str, Setting]:
+    """The rows of a section by their keys. Raises ConfigurationError."""
+    account_id = section.removeprefix("account:")
+    if account_id == section and section not in CLASSES:
+        known = nearest(section.lower(), [*CLASSES, "account:ID"])
+        raise ConfigurationError(f"{origin}: [{section}]: unknown section{known}")
+    if account_id != section and account_id == "default":
+        raise ConfigurationError(f"{origin}: [account:default]: the default account is the section [smtp]")
+    if not 1 <= len(account_id) <= LONGEST_ID:
+        raise ConfigurationError(f"{origin}: [account:ID]: the ID of an account has 1 to {LONGEST_ID} characters")
+    rows = TABLE[section] if section in SECTIONS else ACCOUNT_TABLE
+    return {row.key: row for row in rows}
 
 
-def _check_section(origin: str, section: str) -> None:
-    if section.startswith("account:"):
-        account_id = section.removeprefix("account:")
-        if account_id == "default":
-            raise ConfigurationError(f"{origin}: [account:default]: the default account is the section [smtp]")
-        if not 1 <= len(account_id) <= 255:
-            raise ConfigurationError(f"{origin}: [account:ID]: the ID of an account has 1 to 255 characters")
-    elif not _keys_of(section):
-        known = [*SECTIONS, "smtp", "account:ID"]
-        raise ConfigurationError(f"{origin}: [{section}]: unknown section{_nearest(section.lower(), known)}")
-
-
-def _check_key(origin: str, section: str, key: str) -> None:
-    _check_section(origin, section)
-    if key not in _keys_of(section):
-        raise _unknown_key(origin, section, key)
-
-
-def _check_text(origin: str, section: str, key: str, text: str) -> None:
-    """Control characters belong into no setting; a line break into lists alone."""
-    many = any((row.section, row.key) == (section, key) and row.kind.many for row in SETTINGS_TABLE)
-    if "\n" in text and not many:
-        raise ConfigurationError(
-            f"{origin}: [{section}] {key}: goes on over several lines; is the next line indented by mistake?"
-        )
+def _given(origin: str, section: str, key: str, text: str) -> Given:
+    """A value that may stand at this place and is what it should be. Raises ConfigurationError."""
+    rows, text, where = _keys_of(origin, section), text.strip(), f"{origin}: [{section}] {key}"
+    if key not in rows:
+        home = next((name for name in (*SECTIONS, "smtp") if key in _keys_of(origin, name)), None)
+        hint = f"; it belongs into [{home}]" if home else nearest(key, rows)
+        raise ConfigurationError(f"{where}: unknown key{hint}")
+    row = rows[key]
+    if "\n" in text and not row.kind.many:
+        raise ConfigurationError(f"{where}: goes on over several lines; is the next line indented by mistake?")
     if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
-        raise ConfigurationError(f"{origin}: [{section}] {key}: holds a control character")
+        raise ConfigurationError(f"{where}: holds a control character")
+    if not text and (row.default in (None, ()) or row.section == "smtp"):
+        return Given("", row.default, origin)
+    if not text:
+        raise ConfigurationError(f"{where}: is empty; it must be {row.kind.words}")
+    try:
+        return Given(text, row.kind.parse(text), origin)
+    except ValueError:
+        shown = "the value" if row.kind.secret else f'"{text[:100]}"'
+        raise ConfigurationError(f"{where}: {shown} is not {row.kind.words}") from None
 
 
 def _config_path(config: str | None, environ: Mapping[str, str]) -> str | None:
@@ -1102,75 +1138,56 @@ def _config_path(config: str | None, environ: Mapping[str, str]) -> str | None:
     return next((path for path in ("./config.ini", "/etc/mailproxy/config.ini") if os.path.exists(path)), None)
 
 
-def _file_text(path: str) -> str:
-    """Blocking: reads config.ini, which is UTF-8, with or without a byte order mark."""
+def _sections_of(path: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """The sections of a file, and what is in them. Blocking. Errors name lines, never their text: it may hold a secret."""
+    parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return file.read()
+            parser.read_file(file)
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path}: is not UTF-8 text; save it in that encoding") from error
-
-
-def _parsed(path: str) -> configparser.RawConfigParser:
-    """The sections of a file. Errors name lines, never their text: it may hold a secret."""
-    parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
-    try:
-        parser.read_string(_file_text(path))
-    except configparser.DuplicateSectionError as error:
-        raise ConfigurationError(f"{path}: [{error.section}]: a second time in line {error.lineno}") from None
-    except configparser.DuplicateOptionError as error:
-        where = f"[{error.section}] {error.option}"
+    except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
+        where = f"[{error.section}] {getattr(error, 'option', '')}".rstrip()
         raise ConfigurationError(f"{path}: {where}: a second time in line {error.lineno}") from None
     except configparser.MissingSectionHeaderError as error:
         raise ConfigurationError(f"{path}: line {error.lineno} stands before the first [section]") from None
     except configparser.ParsingError as error:
         lines = ", ".join(str(line) for line, _ in error.errors)
         raise ConfigurationError(f"{path}: line {lines} is not of the form key = value") from None
-    return parser
+    for written in parser.sections():
+        yield re.sub(r"^account:\s+", "account:", written.strip()), parser.items(written)
 
 
 def _from_file(path: str) -> GivenSettings:
     given: GivenSettings = {}
-    parser = _parsed(path)
-    for written in parser.sections():
-        section = re.sub(r"^account:\s+", "account:", written.strip())
-        _check_section(path, section)
-        if section.startswith("account:") and not parser.items(written):
+    for section, items in _sections_of(path):
+        _keys_of(path, section)
+        if section.startswith("account:") and not items:
             raise ConfigurationError(f"{path}: [{section}]: is empty; an account has at least a host")
-        for key, text in parser.items(written):
-            _check_key(path, section, key)
+        for key, text in items:
             if (section, key) in given:
                 raise ConfigurationError(f"{path}: [{section}] {key}: a second time")
-            given[section, key] = Given(text, path)
+            given[section, key] = _given(path, section, key, text)
     return given
 
 
-def _variables() -> dict[str, tuple[str, str]]:
-    """The environment variable of each setting that may stand there."""
-    return {
-        f"MAILPROXY_{section}_{key}".upper(): (section, key)
-        for section in (*SECTIONS, "smtp")
-        for key in _keys_of(section)
+def _from_environment(environ: Mapping[str, str]) -> tuple[GivenSettings, list[str]]:
+    """What stands in MAILPROXY_<SECTION>_<KEY>, and warnings of what looks like it; an empty variable is none."""
+    places = {
+        f"MAILPROXY_{section}_{key}".upper(): (section, key) for section in CLASSES for key in _keys_of("", section)
     }
-
-
-def _from_environment(environ: Mapping[str, str]) -> GivenSettings:
-    """MAILPROXY_<SECTION>_<KEY>; an empty variable is none."""
-    return {
-        place: Given(text, f"environment variable {name}")
-        for name, place in _variables().items()
-        if (text := environ.get(name))
+    given = {
+        place: _given(f"environment variable {name}", *place, environ[name])
+        for name, place in places.items()
+        if environ.get(name)
     }
-
-
-def _strangers_in(environ: Mapping[str, str]) -> Iterator[str]:
-    """A warning for each variable that looks like ours and is not."""
-    known = (*_variables(), *ENVIRONMENT_OF_THE_CLIENT)
-    for name in sorted(environ):
-        if name.startswith("MAILPROXY_") and name not in known:
-            yield f"environment variable {name} matches no setting and is ignored{_nearest(name, known)}"
+    known = (*places, *ENVIRONMENT_OF_THE_CLIENT)
+    strangers = sorted(name for name in environ if name.startswith("MAILPROXY_") and name not in known)
+    return given, [
+        f"environment variable {name} matches no setting and is ignored{nearest(name, known)}" for name in strangers
+    ]
 
 
 def _from_command_line(overrides: Mapping[str, str]) -> GivenSettings:
@@ -1179,66 +1196,21 @@ def _from_command_line(overrides: Mapping[str, str]) -> GivenSettings:
         section, _, key = name.rpartition(".")
         if not section:
             raise ConfigurationError(f"command line: {name}: write SECTION.KEY=VALUE, such as server.port=8000")
-        _check_key("command line", section, key.lower())
-        given[section, key.lower()] = Given(text, "command line")
+        given[section, key.lower()] = _given("command line", section, key.lower(), text)
     return given
 
 
-def _value(row: Setting, given: Given | None) -> Any:
-    if given is None:
-        return row.default
-    text, where = given.text.strip(), f"{given.origin}: [{row.section}] {row.key}"
-    if not text and row.default in (None, ()):
-        return row.default
-    if not text:
-        raise ConfigurationError(f"{where}: is empty; it must be {row.kind.words}")
-    try:
-        return row.kind.parse(text)
-    except ValueError:
-        shown = "the value" if row.kind.secret else f'"{text[:100]}"'
-        raise ConfigurationError(f"{where}: {shown} is not {row.kind.words}") from None
-
-
-def _check_layer(given: GivenSettings) -> None:
-    """Raises ConfigurationError for a value that cannot be right, though another may win over it."""
-    for (section, key), value in given.items():
-        _check_text(value.origin, section, key, value.text)
-    for row in SETTINGS_TABLE:
-        written = given.get((row.section, row.key))
-        if written is not None and written.text.strip():
-            _value(row, written)
-
-
-def _accounts(given: GivenSettings) -> tuple[dict[str, Mapping[str, str]], tuple[str, ...]]:
-    """The accounts as they were written, and what is to be said about them."""
-    accounts: dict[str, dict[str, str]] = {}
-    for (section, key), value in given.items():
-        if section not in SECTIONS and value.text.strip():
-            account_id = "default" if section == "smtp" else section.removeprefix("account:")
-            accounts.setdefault(account_id, {})[key] = value.text.strip()
-    frozen = {account_id: MappingProxyType(keys) for account_id, keys in accounts.items()}
-    if "default" in frozen and "host" not in frozen["default"]:
-        del frozen["default"]
-        return dict(frozen), ("[smtp] has no host: there is no default account",)
-    return dict(frozen), ()
-
-
-def _with_aws_variables(given: GivenSettings, environ: Mapping[str, str]) -> GivenSettings:
-    """[s3] completed from the AWS_* variables; the secret ones by reference."""
-    stand_ins = [
-        ("secret_access_key", "AWS_SECRET_ACCESS_KEY", "env:AWS_SECRET_ACCESS_KEY"),
-        ("region", "AWS_DEFAULT_REGION", environ.get("AWS_DEFAULT_REGION", "")),
-        ("region", "AWS_REGION", environ.get("AWS_REGION", "")),
-        ("endpoint", "AWS_ENDPOINT_URL_S3", environ.get("AWS_ENDPOINT_URL_S3", "")),
-    ]
-    given = {name: value for name, value in given.items() if name[0] != "s3" or value.text.strip()}
-    if ("s3", "access_key_id") not in given:  # a session token belongs to the key id it was issued with
-        stand_ins.append(("access_key_id", "AWS_ACCESS_KEY_ID", "env:AWS_ACCESS_KEY_ID"))
-        stand_ins.append(("session_token", "AWS_SESSION_TOKEN", "env:AWS_SESSION_TOKEN"))
-    found = {
-        ("s3", key): Given(text, f"environment variable {name}") for key, name, text in stand_ins if environ.get(name)
-    }
-    return found | given
+def _from_aws_variables(given: GivenSettings, environ: Mapping[str, str]) -> GivenSettings:
+    """What [s3] leaves out; secrets by reference. A session token belongs to the key id it was issued with."""
+    has_key_id = ("s3", "access_key_id") in given and bool(given["s3", "access_key_id"].text)
+    found: GivenSettings = {}
+    for key, name in AWS_VARIABLES:
+        taken = ("s3", key) in found or (("s3", key) in given and given["s3", key].text)
+        if environ.get(name) and not taken and not (key == "session_token" and has_key_id):
+            is_secret = _keys_of("", "s3")[key].kind.secret
+            text = f"env:{name}" if is_secret else environ[name]
+            found["s3", key] = _given(f"environment variable {name}", "s3", key, text)
+    return found
 
 
 def read_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
@@ -1248,24 +1220,27 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     Raises ConfigurationError that names file, section and key.
     """
     path = _config_path(config, environ)
-    layers = [_from_file(path) if path else {}, _from_environment(environ), _from_command_line(overrides)]
-    for layer in layers:
-        _check_layer(layer)
-    given = layers[0] | layers[1] | layers[2]
-    given = _with_aws_variables(given, environ)
-    sections = {
-        name: kind(
-            **{row.key: _value(row, given.get((name, row.key))) for row in SETTINGS_TABLE if row.section == name}
-        )
-        for name, kind in SECTIONS.items()
-    }
-    accounts, remarks = _accounts(given)
+    of_environment, warnings = _from_environment(environ)
+    given = (_from_file(path) if path else {}) | of_environment | _from_command_line(overrides)
+    given |= _from_aws_variables(given, environ)
+    sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    accounts: dict[str, dict[str, str]] = {}
+    for (section, key), one in given.items():
+        if section in SECTIONS:
+            sections[section][key] = one.value
+        elif one.text:
+            accounts.setdefault("default" if section == "smtp" else section.removeprefix("account:"), {})[key] = (
+                one.text
+            )
+    if "host" not in accounts.get("default", {"host": ""}):
+        del accounts["default"]
+        warnings.append("[smtp] has no host: there is no default account")
     return Settings(
-        **sections,
-        accounts=MappingProxyType(accounts),
+        **{section: CLASSES[section](**values) for section, values in sections.items()},
+        accounts=MappingProxyType({id_: MappingProxyType(keys) for id_, keys in accounts.items()}),
         source=path,
-        warnings=(*_strangers_in(environ), *remarks),
-        origins=MappingProxyType({name: value.origin for name, value in given.items()}),
+        warnings=tuple(warnings),
+        origins=MappingProxyType({place: one.origin for place, one in given.items()}),
     )
 
 
@@ -1275,9 +1250,11 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     Blocking: reads files. Raises ConfigurationError that names file, section and key.
     """
     settings = read_settings(config, environ, overrides)
-    _check_listening(settings, api_tokens(settings, environ))
-    _check_client_secrets(settings, environ)
-    _check_pairs(settings)
+    check_listening(settings, api_tokens(settings, environ))
+    _check_client(settings, environ)
+    for key, needed in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
+        if getattr(settings.server, key) and not getattr(settings.server, needed):
+            raise _complaint(settings, "server", key, f"needs {needed} beside it")
     return settings
 
 
@@ -1287,22 +1264,6 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
 def _complaint(settings: Settings, section: str, key: str, problem: str) -> ConfigurationError:
     origin = settings.origins.get((section, key), settings.source or "configuration")
     return ConfigurationError(f"{origin}: [{section}] {key}: {problem}")
-
-
-GO_TOGETHER = (  # section; a setting; the one it needs
-    ("server", "tls_cert", "tls_key"),
-    ("server", "tls_key", "tls_cert"),
-    ("client", "client_sync_password", "client_sync_user"),
-)
-
-
-def _check_pairs(settings: Settings) -> None:
-    for section, key, needed in GO_TOGETHER:
-        given = getattr(settings, section)
-        if getattr(given, key) and not getattr(given, needed):
-            raise _complaint(settings, section, key, f"needs {needed} beside it")
-    if ":" in (settings.client.client_sync_user or ""):
-        raise _complaint(settings, "client", "client_sync_user", "must not hold a colon (RFC 7617)")
 
 
 def is_loopback(host: str) -> bool:
@@ -1315,38 +1276,39 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _check_listening(settings: Settings, tokens: tuple[str, ...]) -> None:
+def check_listening(settings: Settings, tokens: tuple[str, ...]) -> None:
     """Without a token only this machine may come in (CONTRACT: authentication)."""
     server = settings.server
-    if tokens or server.unix_socket or is_loopback(server.host):
-        return
-    raise _complaint(
-        settings,
-        "server",
-        "host",
-        f"{server.host} can be reached from outside, and no token is set: set api_token in [server] "
-        "(or MAILPROXY_SERVER_API_TOKEN), or listen on 127.0.0.1",
-    )
+    if not tokens and not server.unix_socket and not is_loopback(server.host):
+        raise _complaint(
+            settings,
+            "server",
+            "host",
+            f"{server.host} can be reached from outside, and no token is set: set api_token in [server] "
+            "(or MAILPROXY_SERVER_API_TOKEN), or listen on 127.0.0.1",
+        )
 
 
-def _check_client_secrets(settings: Settings, environ: Mapping[str, str]) -> None:
-    for row in SETTINGS_TABLE:
-        secret = getattr(settings.client, row.key) if row.section == "client" else None
+def _check_client(settings: Settings, environ: Mapping[str, str]) -> None:
+    """The credentials of the upstream: readable, and fit for a header."""
+    client = settings.client
+    for row in TABLE["client"]:
+        secret = getattr(client, row.key)
         if isinstance(secret, Secret):
             text = _revealed(settings, "client", row.key, secret, environ)
-            _check_client_secret(settings, row.key, text)
-
-
-def _check_client_secret(settings: Settings, key: str, text: str) -> None:
-    if key == "client_sync_token" and not re.fullmatch(r"[\x21-\x7e]+", text):
-        raise _complaint(settings, "client", key, "must be ASCII without spaces to go into a header")
-    if re.search(r"[\x00-\x1f\x7f]", text):
-        raise _complaint(settings, "client", key, "holds a line break or another control character")
-    if key == "client_sync_secret":
-        try:
-            webhook_key(text)
-        except ValueError:
-            raise _complaint(settings, "client", key, "after whsec_ there must be base64") from None
+            if row.key == "client_sync_token" and not re.fullmatch(r"[\x21-\x7e]+", text):
+                raise _complaint(settings, "client", row.key, "must be ASCII without spaces to go into a header")
+            if re.search(r"[\x00-\x1f\x7f]", text):
+                raise _complaint(settings, "client", row.key, "holds a line break or another control character")
+            if row.key == "client_sync_secret":
+                try:
+                    webhook_key(text)
+                except ValueError:
+                    raise _complaint(settings, "client", row.key, "after whsec_ there must be base64") from None
+    if client.client_sync_password and not client.client_sync_user:
+        raise _complaint(settings, "client", "client_sync_password", "needs client_sync_user beside it")
+    if ":" in (client.client_sync_user or ""):
+        raise _complaint(settings, "client", "client_sync_user", "must not hold a colon (RFC 7617)")
 
 
 def webhook_key(secret: str) -> bytes:
@@ -1355,10 +1317,7 @@ def webhook_key(secret: str) -> bytes:
     if not secret.startswith("whsec_"):
         return secret.encode()
     encoded = secret.removeprefix("whsec_").rstrip("=")
-    try:
-        key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
-    except binascii.Error:
-        raise ValueError("not base64") from None
+    key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
     if not key:
         raise ValueError("empty")
     return key
@@ -1372,39 +1331,31 @@ SECRET_FILE_MAX_BYTES = 65_536
 def reveal(secret: Secret, environ: Mapping[str, str]) -> str:
     """The secret itself: as given, from the environment, or from a file without its last line end.
 
-    Blocking: may read a file. Raises SecretUnavailable, whose text names the reference alone.
+    Blocking: may read a file. Raises SecretUnavailable, whose text has only the reference.
     """
-    if secret.given.startswith("env:"):
-        text = environ.get(secret.given.removeprefix("env:"), "")
-        if not text:
+    kind, _, name = secret.given.partition(":")
+    if kind == "env" and secret.is_reference:
+        if not environ.get(name):
             raise SecretUnavailable(f"{secret.given} is not set")
-        return text
-    if secret.given.startswith("file:"):
-        return _secret_in_file(secret.given)
-    return secret.given
-
-
-def _secret_in_file(reference: str) -> str:
-    """Blocking: reads a regular file of bounded size."""
-    path = reference.removeprefix("file:")
+        return environ[name]
+    if not secret.is_reference:
+        return secret.given
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe could block for ever
-            raise SecretUnavailable(f"{reference} is not a regular file")
-        with open(path, "rb") as file:
+        if not stat.S_ISREG(os.stat(name).st_mode):  # a pipe could block for ever
+            raise SecretUnavailable(f"{secret.given} is not a regular file")
+        with open(name, "rb") as file:
             content = file.read(SECRET_FILE_MAX_BYTES + 1)
+        text = content.decode().removesuffix("\n").removesuffix("\r")
     except OSError as error:
-        raise SecretUnavailable(f"{reference} cannot be read: {error.strerror}") from None
+        raise SecretUnavailable(f"{secret.given} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SecretUnavailable(f"{secret.given} is not UTF-8 text") from None
     except ValueError:
         raise SecretUnavailable("file: with a path that no file can have") from None
     if len(content) > SECRET_FILE_MAX_BYTES:
-        raise SecretUnavailable(f"{reference} is larger than {SECRET_FILE_MAX_BYTES} bytes")
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        raise SecretUnavailable(f"{reference} is not UTF-8 text") from None
-    text = text.removesuffix("\n").removesuffix("\r")
+        raise SecretUnavailable(f"{secret.given} is larger than {SECRET_FILE_MAX_BYTES} bytes")
     if not text:
-        raise SecretUnavailable(f"{reference} is empty")
+        raise SecretUnavailable(f"{secret.given} is empty")
     return text
 
 
@@ -1429,7 +1380,109 @@ def api_tokens(settings: Settings, environ: Mapping[str, str]) -> tuple[str, ...
     return tuple(dict.fromkeys(tokens))
 
 
+# --- accounts ------------------------------------------------------------
+
+
+class Field(NamedTuple):
+    """A field of a JSON object that clients send: what openapi.json says of it."""
+
+    type: str  # "string", "integer", "string | string[]", "'auto' | 'never'", or a named schema
+    words: str
+    required: bool = False
+
+
+SECRET_FIELDS = frozenset(row.key for row in ACCOUNT_TABLE if row.kind.secret)  # not shown to anybody
+_FIELDS_OF_ACCOUNTS = {row.key: Field(row.kind.json, row.meaning, row.default is NEEDED) for row in TABLE["smtp"]}
+OAUTH2_FIELDS: Mapping[str, Field] = {
+    key.removeprefix("oauth2_"): known for key, known in _FIELDS_OF_ACCOUNTS.items() if key.startswith("oauth2_")
+}
+ACCOUNT_FIELDS: Mapping[str, Field] = {  # config.ini has the keys of oauth2 as oauth2_token_url and so on
+    **{key: known for key, known in _FIELDS_OF_ACCOUNTS.items() if not key.startswith("oauth2_")},
+    "oauth2": Field(
+        "OAuth2", "A refresh token (and client_secret, where it is asked for), or client_secret and scope."
+    ),
+}
+ACCOUNT_KEYS = frozenset((*_FIELDS_OF_ACCOUNTS, "oauth2"))
+
+
+def parse_account(fields: object, *, source: str = "http", defaults: DeliverySettings = DeliverySettings()) -> Account:
+    """An account from JSON, or from the words of config.ini; null and empty mean left out.
+
+    Raises Rejected, which names the field.
+    """
+    if not isinstance(fields, dict):
+        raise Rejected("invalid account: must be an object")
+    nested = fields.get("oauth2")
+    if not (nested is None or nested == "" or isinstance(nested, dict)):
+        raise Rejected("invalid oauth2: must be an object")
+    given = {**fields, **{f"oauth2_{key}": value for key, value in (nested or {}).items()}}
+    values: dict[str, Any] = {"source": source}
+    for row in TABLE["smtp"]:
+        value = given.get(row.key)
+        if value is not None and value != "":
+            try:
+                values[row.key] = row.kind.read(value)
+            except ValueError:
+                name = row.key.replace("oauth2_", "oauth2: ")
+                raise Rejected(f"invalid {name}: must be {row.kind.words}") from None
+        elif row.default is NEEDED:
+            raise Rejected(f"missing {row.key}")
+        elif row.else_of:
+            values[row.key] = getattr(defaults, row.else_of)
+    account = Account(**values)
+    asks_for_oauth2 = nested or any(key.startswith("oauth2_") for key in values)
+    if asks_for_oauth2 and account.oauth2 is None:
+        raise Rejected("invalid oauth2: needs token_url and client_id")
+    if asks_for_oauth2 and not (
+        account.oauth2_refresh_token or (account.oauth2_client_secret and account.oauth2_scope)
+    ):
+        raise Rejected("invalid oauth2: needs refresh_token, or client_secret and scope")
+    if account.auth == "xoauth2" and account.oauth2 is None:
+        raise Rejected("invalid auth: xoauth2 needs oauth2")
+    if account.client_key and not account.client_cert:
+        raise Rejected("invalid client_key: goes with a client_cert")
+    return account
+
+
+def configured_accounts(settings: Settings) -> list[Account]:
+    """The accounts of config.ini, judged. Raises ConfigurationError that names the section."""
+    accounts = []
+    for account_id, words in settings.accounts.items():
+        try:
+            given = {**words, "id": account_id}
+            accounts.append(parse_account(given, source="config", defaults=settings.delivery))
+        except Rejected as error:
+            where = f"{settings.source or 'configuration'}: [{section_of(account_id)}]"
+            raise ConfigurationError(f"{where}: {error}") from None
+    return accounts
+
+
+def section_of(account_id: str) -> str:
+    """Where an account stands in config.ini."""
+    return "smtp" if account_id == "default" else f"account:{account_id}"
+
+
+def account_fields(account: Account) -> dict[str, object]:
+    """An account as it is shown: no secret is in it."""
+    values = {row.key: getattr(account, row.key) for row in TABLE["smtp"] if not row.kind.secret}
+    shown = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in values.items()
+        if not key.startswith("oauth2_")
+    }
+    return {
+        **shown,
+        "source": account.source,
+        "use_tls": account.port == 465 if account.use_tls is None else account.use_tls,
+        "oauth2": account.oauth2 and {key: values[f"oauth2_{key}"] for key in ("token_url", "client_id", "scope")},
+    }
+
+
 # --- what is in force, and what has changed ------------------------------
+
+
+def _in_force(settings: Settings, row: Setting) -> Any:
+    return getattr(getattr(settings, row.section), row.key)
 
 
 def unchangeable(old: Settings, new: Settings) -> list[str]:
@@ -1441,33 +1494,18 @@ def unchangeable(old: Settings, new: Settings) -> list[str]:
     ]
 
 
-def _in_force(settings: Settings, row: Setting) -> Any:
-    return getattr(getattr(settings, row.section), row.key)
-
-
 def describe(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
     """What is in force: section, key, value, where it came from. No secret among it."""
     for row in SETTINGS_TABLE:
-        origin = settings.origins.get((row.section, row.key), "default")
-        yield row.section, row.key, _value_shown(row, settings), origin
-    for account_id in settings.accounts:
-        yield from _described_account(settings, account_id)
-
-
-def _value_shown(row: Setting, settings: Settings) -> str:
-    value = _in_force(settings, row)
-    if row.kind is URL and value and "?" in value:
-        return f"{value.partition('?')[0]}?..."  # a query may carry a token
-    return _as_written(value)
-
-
-def _described_account(settings: Settings, account_id: str) -> Iterator[tuple[str, str, str, str]]:
-    section = "smtp" if account_id == "default" else f"account:{account_id}"
-    given = settings.accounts[account_id]
-    for row in ACCOUNT_TABLE:
-        if row.key in given:
-            value = _as_written(Secret(given[row.key])) if row.secret else given[row.key]
-            yield section, row.key, value, settings.origins[section, row.key]
+        value = _in_force(settings, row)
+        if row.kind is URL and value and "?" in value:
+            value = f"{value.partition('?')[0]}?..."  # a query may carry a token
+        yield row.section, row.key, as_written(value), settings.origins.get((row.section, row.key), "default")
+    for account_id, words in settings.accounts.items():
+        section = section_of(account_id)
+        for key in (row.key for row in ACCOUNT_TABLE if row.key in words):
+            value = as_written(Secret(words[key])) if key in SECRET_FIELDS else words[key]
+            yield section, key, value, settings.origins[section, key]
 
 
 # ======================================================================
@@ -1479,18 +1517,60 @@ def _described_account(settings: Settings, account_id: str) -> Iterator[tuple[st
 # are fixed. Pure, and linear in the length of what it is given. Addresses are
 # those of RFC 5322 3.4 within the lengths of RFC 5321 4.5.3.1.
 
-MESSAGE_FIELDS = frozenset((
-    "id", "account_id", "from", "from_name", "to", "cc", "bcc", "reply_to", "return_path", "subject",
-    "body", "content_type", "text", "html", "headers", "message_id", "attachments", "priority",
-    "deferred_ts", "expires_ts", "raw", "batch_code",
-))  # fmt: skip
+ADDRESSES = "string | string[]"
+MESSAGE_FIELDS: Mapping[str, Field] = {
+    "id": Field("string", "The client's own key, unique; submitted again, it is the same message.", required=True),
+    "account_id": Field("string", "The account to send through; left out: that of [smtp]."),
+    "from": Field("string", "a@b or Name <a@b>.", required=True),
+    "from_name": Field("string", "The name beside a bare address in from."),
+    "to": Field(ADDRESSES, "Addresses in a list, or in one string with commas.", required=True),
+    "cc": Field(ADDRESSES, "As to."),
+    "bcc": Field(ADDRESSES, "As to; in no header."),
+    "reply_to": Field(ADDRESSES, "As to."),
+    "return_path": Field("string", "The envelope sender; left out: the address of from; <>: none."),
+    "subject": Field("string", "May be empty, must be there (but beside raw)."),
+    "body": Field(
+        "string", "The text, of the kind that content_type says. One of body, text, html, raw must be there."
+    ),
+    "content_type": Field("'plain' | 'html'", "Of body; left out: plain."),
+    "text": Field("string", "The plain text, beside html or without it."),
+    "html": Field("string | boolean", "The HTML text; true beside body: that is HTML."),
+    "headers": Field("object", "More headers by their names, each a string, a number or a list of them."),
+    "message_id": Field("string", "Message-ID; left out: made up once."),
+    "attachments": Field("Attachment[]", "Files, as they are or to be fetched."),
+    "priority": Field(PRIORITY.json, "0 is immediate, 3 low; left out: default_priority."),
+    "deferred_ts": Field("integer", "Not before this time, Unix seconds."),
+    "expires_ts": Field("integer", "Not after this time, Unix seconds."),
+    "raw": Field(
+        "string", "A complete RFC 5322 message in base64, instead of subject, texts, headers and attachments."
+    ),
+    "batch_code": Field("string", "A free label."),
+}
+ATTACHMENT_FIELDS: Mapping[str, Field] = {
+    "filename": Field("string", "Its name in the message."),
+    "content": Field("string", "The file in base64."),
+    "url": Field("string", "An http or https URL it is fetched from."),
+    "s3": Field("S3Object", "An object it is fetched from."),
+    "storage_path": Field("string", "As fetch_mode says: a path of the upstream's, a URL, base64, or a file."),
+    "fetch_mode": Field("'endpoint' | 'http_url' | 'base64' | 'filesystem'", "Left out: what the path looks like."),
+    "content_type": Field("string", "type/subtype; left out: by the answer of the source, or the name."),
+    "content_id": Field("string", "What cid: in html refers to."),
+    "inline": Field("boolean", "Shown in the text rather than beside it."),
+    "content_md5": Field("string", "32 hexadecimal digits that the file must have."),
+}
+S3_FIELDS: Mapping[str, Field] = {
+    "bucket": Field("string", "The bucket.", required=True),
+    "key": Field("string", "The key, of any characters.", required=True),
+    "region": Field("string", "Left out: that of [s3]."),
+    "endpoint": Field("string", "URL of a server; left out: that of [s3]."),
+    "version_id": Field("string", "A version of the object."),
+    "addressing": Field("'auto' | 'path' | 'virtual'", "Where the bucket stands in the URL; left out: as [s3] says."),
+}
 BESIDE_RAW = (  # what means nothing where a raw message stands instead
     "from_name", "reply_to", "subject", "body", "content_type", "text", "html", "headers", "attachments",
 )  # fmt: skip
 RAW_CONTENT = -1  # where a raw message stands among the contents; attachments count from 0
 
-LARGEST_INTEGER = 2**63 - 1
-LONGEST_ID = 255  # characters
 LONGEST_ADDRESS = 254  # octets, RFC 5321 4.5.3.1.3 less the angle brackets
 LONGEST_LOCAL_PART = 64  # octets, RFC 5321 4.5.3.1.1
 LONGEST_DOMAIN = 255  # octets, RFC 5321 4.5.3.1.2
@@ -1498,24 +1578,14 @@ LONGEST_MESSAGE_ID = 900  # octets: a header line has 998 at most (RFC 5322 2.1.
 
 # --- text -----------------------------------------------------------------
 
-_NOT_FOR_ONE_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]|([\ud800-\udfff])")
-
 
 def _one_line(value: object, field: str) -> str:
     """Text for a header, an address or a label: no line break, no control character."""
     if not isinstance(value, str):
         raise Rejected(f"invalid {field}: must be a string")
-    if value.isprintable():
-        return value
-    if unfit := _NOT_FOR_ONE_LINE.search(value):
-        raise Rejected(f"invalid {field}: {_unfit(unfit)}")
+    if flaw := flaw_of_line(value):
+        raise Rejected(f"invalid {field}: {flaw}")
     return value
-
-
-def _unfit(found: re.Match[str]) -> str:
-    if found[1]:
-        return "is not valid Unicode (a lone surrogate)"
-    return f"must not have line breaks or control characters (U+{ord(found[0]):04X})"
 
 
 def _header_text(value: object, field: str) -> str:
@@ -1567,22 +1637,15 @@ def _shown(text: str) -> str:
 
 # --- numbers --------------------------------------------------------------
 
-PRIORITIES = {"immediate": 0, "high": 1, "medium": 2, "low": 3}
-
 
 def parse_priority(value: object, default: int, *, field: str = "priority") -> int:
     """The number of a priority that is given as 0 to 3 or by name."""
     if value is None:
         return default
-    if type(value) is int and 0 <= value <= 3:
-        return value
-    if isinstance(value, str):
-        word = value.strip().lower()
-        if word in PRIORITIES:
-            return PRIORITIES[word]
-        if word in ("0", "1", "2", "3"):
-            return int(word)
-    raise Rejected(f"invalid {field}: must be 0 to 3, or immediate, high, medium, low")
+    try:
+        return int(PRIORITY.read(value))
+    except ValueError:
+        raise Rejected(f"invalid {field}: must be {PRIORITY.words}") from None
 
 
 def _timestamp_of(value: object, field: str) -> int | None:
@@ -1705,7 +1768,7 @@ def _domain_in_ascii(domain: str, field: str) -> str:
     if domain.startswith("["):
         return _address_literal(domain, field)
     try:
-        labels = domain if domain.isascii() else a_labels(domain)
+        labels = a_labels(domain)
     except UnicodeError:
         labels = ""
     if not _DOMAIN.fullmatch(labels):
@@ -1941,10 +2004,6 @@ def _raw_message(content: bytes) -> tuple[bytes, str | None]:
 
 # --- attachments ----------------------------------------------------------
 
-_ATTACHMENT_FIELDS = frozenset((
-    "filename", "content", "url", "s3", "storage_path", "fetch_mode", "content_type", "content_id",
-    "inline", "content_md5",
-))  # fmt: skip
 _SOURCES = ("content", "url", "s3", "storage_path")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~\-]+"  # RFC 2045 5.1
 CONTENT_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})((?:\s*;\s*{_TOKEN}=(?:{_TOKEN}|{_QUOTED}))*)\s*;?")
@@ -1974,7 +2033,7 @@ def _attachment(given: object, index: int, contents: Mapping[int, bytes] | None)
     which = f"{_BAD} attachment {index + 1}"
     if not isinstance(given, dict):
         raise Rejected(f"{which} must be an object")
-    if unknown := {key: value for key, value in given.items() if key not in _ATTACHMENT_FIELDS}:
+    if unknown := {key: value for key, value in given.items() if key not in ATTACHMENT_FIELDS}:
         _must_be_storable(unknown, "attachments")
     _text_of(given, "fetch_mode", which)
     attachment = Attachment(
@@ -2070,7 +2129,7 @@ def _fetchable_url(value: object, what: str) -> str:
         fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         fits = False
-    if not fits or _NOT_FOR_ONE_LINE.search(text) or " " in text:
+    if not fits or NOT_FOR_ONE_LINE.search(text) or " " in text:
         raise Rejected(f"{what} must be an http or https URL")
     return text
 
@@ -2086,8 +2145,8 @@ def _string_of(given: Mapping[str, object], key: str, which: str) -> str | None:
 def _text_of(given: Mapping[str, object], key: str, which: str) -> str | None:
     """A string on one line."""
     value = _string_of(given, key, which)
-    if value and not value.isprintable() and (unfit := _NOT_FOR_ONE_LINE.search(value)):
-        raise Rejected(f"{which}: {key} {_unfit(unfit)}")
+    if value and (flaw := flaw_of_line(value)):
+        raise Rejected(f"{which}: {key} {flaw}")
     return value
 
 
@@ -2273,7 +2332,7 @@ def _raw_of(fields: Mapping[str, object], contents: Mapping[int, bytes] | None) 
 
 def _unknown_fields(fields: Mapping[str, object], is_raw: bool) -> tuple[str, ...]:
     """The fields that mean nothing in this message; they are kept, so they must be fit for that."""
-    if fields.keys() <= MESSAGE_FIELDS and not is_raw:
+    if fields.keys() <= MESSAGE_FIELDS.keys() and not is_raw:
         return ()
     unknown = [name for name in fields if name not in MESSAGE_FIELDS]
     if is_raw:
@@ -2334,238 +2393,6 @@ def _content_in(kept: Mapping[str, object], content: bytes) -> dict[str, object]
     if kept.get("fetch_mode") == "base64":
         return {**kept, "storage_path": f"base64:{encoded}"}  # never empty, which would be no path
     return {**kept, "content": encoded}
-
-
-# --- accounts -------------------------------------------------------------
-
-ACCOUNT_KEYS = (
-    "host", "port", "user", "password", "use_tls", "implicit_tls", "start_tls", "verify_tls", "ca_file",
-    "client_cert", "client_key", "auth", "oauth2", "oauth2_token_url", "oauth2_client_id",
-    "oauth2_client_secret", "oauth2_refresh_token", "oauth2_scope", "ttl", "max_connections",
-    "max_messages_per_connection", "max_recipients", "timeout", "in_doubt", "limit_per_minute",
-    "limit_per_hour", "limit_per_day", "limit_behavior", "batch_size", "retry_delays", "max_age_seconds",
-    "max_retries",
-)  # fmt: skip
-_HOST = re.compile(r"[A-Za-z0-9_.:%\-]{1,255}")
-_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,19}")
-_DECIMAL_NUMBER = re.compile(r"[0-9]{1,15}(?:\.[0-9]{1,9})?")
-_YES = ("true", "yes", "on", "1")
-_NO = ("false", "no", "off", "0")
-
-
-class AccountDefaults(NamedTuple):
-    """What the configuration says for accounts that do not say it themselves ([delivery])."""
-
-    retry_delays_s: tuple[int, ...] = (60, 300, 900, 3600, 7200)
-    max_age_s: int = 432_000
-    batch_size: int = 50
-    max_connections: int = 5
-    max_retries: int = 0
-
-
-def parse_account(fields: object, *, source: str = "http", defaults: AccountDefaults | None = None) -> Account:
-    """An account from JSON, or from the words of config.ini; null and empty mean left out."""
-    if not isinstance(fields, dict):
-        raise Rejected("invalid account: must be an object")
-    given = {key: value for key, value in fields.items() if value is not None and value != ""}
-    for key in ("id", "host", "port"):
-        if key not in given:
-            raise Rejected(f"missing {key}")
-    fallback = defaults or AccountDefaults()
-    port = _number_of(given, "port", 0, 1, 65_535)
-    oauth2 = _oauth2_of(given)
-    auth = _word_of(given, "auth", ("auto", "plain", "login", "cram-md5", "xoauth2"))
-    if auth == "xoauth2" and oauth2 is None:
-        raise Rejected("invalid auth: xoauth2 needs oauth2")
-    if "client_key" in given and "client_cert" not in given:
-        raise Rejected("invalid client_key: goes with a client_cert")
-    return Account(
-        id=_client_label(given["id"], "id"),
-        host=_host_of(given["host"]),
-        port=port,
-        user=_words_of(given, "user"),
-        password=_secret_of(given, "password"),
-        encryption=_encryption_of(given, port),
-        verify_tls=_truth_of(given, "verify_tls", True),
-        ca_file=_words_of(given, "ca_file"),
-        client_cert=_words_of(given, "client_cert"),
-        client_key=_words_of(given, "client_key"),
-        auth=auth,
-        oauth2=oauth2,
-        ttl_s=_seconds_of(given, "ttl", 300),
-        max_connections=_number_of(given, "max_connections", fallback.max_connections, 1, 1000),
-        max_messages_per_connection=_number_of(given, "max_messages_per_connection", 100, 1),
-        max_recipients=_number_of(given, "max_recipients", 100, 1),
-        timeout_s=_seconds_of(given, "timeout", 60),
-        in_doubt=_word_of(given, "in_doubt", ("retry", "error")),
-        limits=Limits(
-            per_minute=_number_of(given, "limit_per_minute", 0, 0) or None,
-            per_hour=_number_of(given, "limit_per_hour", 0, 0) or None,
-            per_day=_number_of(given, "limit_per_day", 0, 0) or None,
-        ),
-        limit_behavior=_word_of(given, "limit_behavior", ("defer", "error")),
-        batch_size=_number_of(given, "batch_size", fallback.batch_size, 1),
-        retry_delays_s=_retry_delays_of(given, fallback.retry_delays_s),
-        max_age_s=_number_of(given, "max_age_seconds", fallback.max_age_s, 1),
-        max_retries=_number_of(given, "max_retries", fallback.max_retries, 0),
-        source=source,
-    )
-
-
-def _encryption_of(given: Mapping[str, object], port: int) -> Encryption:
-    """When to turn to TLS: use_tls asks for certainty, and port 465 is TLS from the first byte."""
-    start_tls = Encryption(_word_of(given, "start_tls", ("auto", "required", "never")))
-    if _truth_of(given, "implicit_tls", False):
-        return Encryption.IMPLICIT
-    if _truth_of(given, "use_tls", port == 465):
-        return Encryption.IMPLICIT if port == 465 else Encryption.REQUIRED
-    return start_tls
-
-
-def _oauth2_of(given: Mapping[str, object]) -> OAuth2 | None:
-    """The access to a token endpoint, from the nested object of JSON or the flat keys of config.ini."""
-    nested = given.get("oauth2", {})
-    if not isinstance(nested, dict):
-        raise Rejected("invalid oauth2: must be an object")
-    keys = ("token_url", "client_id", "client_secret", "refresh_token", "scope")
-    oauth2 = {key: nested.get(key, given.get(f"oauth2_{key}")) for key in keys}
-    words = {key: _words_of({"oauth2": value}, "oauth2") for key, value in oauth2.items()}
-    if not nested and not any(words.values()):
-        return None
-    if not words["token_url"] or not words["client_id"]:
-        raise Rejected("invalid oauth2: needs token_url and client_id")
-    if not words["refresh_token"] and not (words["client_secret"] and words["scope"]):
-        raise Rejected("invalid oauth2: needs refresh_token, or client_secret and scope")
-    return OAuth2(
-        token_url=_fetchable_url(words["token_url"], "invalid oauth2: token_url"),
-        client_id=words["client_id"],
-        client_secret=Secret(words["client_secret"]) if words["client_secret"] else None,
-        refresh_token=Secret(words["refresh_token"]) if words["refresh_token"] else None,
-        scope=words["scope"],
-    )
-
-
-def _host_of(value: object) -> str:
-    host = _one_line(value, "host").strip()
-    if not host.isascii():
-        return _domain_in_ascii(host, "host")
-    if not _HOST.fullmatch(host):
-        raise Rejected("invalid host: must be the name or the address of a server")
-    return host
-
-
-def _words_of(given: Mapping[str, object], key: str) -> str | None:
-    value = given.get(key)
-    return None if value is None else _one_line(value, key)
-
-
-def _secret_of(given: Mapping[str, object], key: str) -> Secret | None:
-    words = _words_of(given, key)
-    return None if words is None else Secret(words)
-
-
-def _word_of(given: Mapping[str, object], key: str, known: tuple[str, ...]) -> str:
-    """One of the known words, the first of them when left out."""
-    value = given.get(key, known[0])
-    word = value.strip().lower() if isinstance(value, str) else ""
-    if word not in known:
-        raise Rejected(f"invalid {key}: must be {', '.join(known[:-1])} or {known[-1]}")
-    return word
-
-
-def _truth_of(given: Mapping[str, object], key: str, default: bool) -> bool:
-    value = given.get(key, default)
-    word = str(value).strip().lower() if isinstance(value, (str, int)) else ""
-    if word not in _YES and word not in _NO:
-        raise Rejected(f"invalid {key}: must be true or false")
-    return word in _YES
-
-
-def _number_of(given: Mapping[str, object], key: str, default: int, low: int, high: int = LARGEST_INTEGER) -> int:
-    number = _whole_number(given.get(key, default))
-    if number is None or not low <= number <= high:
-        bounds = f"of {low} or more" if high == LARGEST_INTEGER else f"from {low} to {high}"
-        raise Rejected(f"invalid {key}: must be a whole number {bounds}")
-    return number
-
-
-def _whole_number(value: object) -> int | None:
-    if isinstance(value, str) and _WHOLE_NUMBER.fullmatch(value.strip()):
-        return int(value)
-    return value if type(value) is int else None
-
-
-def _seconds_of(given: Mapping[str, object], key: str, default: float) -> float:
-    """A duration that is more than nothing; fractions are allowed."""
-    value = given.get(key, default)
-    if isinstance(value, str) and _DECIMAL_NUMBER.fullmatch(value.strip()):
-        value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise Rejected(f"invalid {key}: must be a number of seconds")
-    if not 0 < value <= LARGEST_INTEGER or not math.isfinite(value):
-        raise Rejected(f"invalid {key}: must be more than 0 seconds")
-    return value
-
-
-LONGEST_DELAY_S = 10 * 365 * 86_400
-
-
-def _retry_delays_of(given: Mapping[str, object], default: tuple[int, ...]) -> tuple[int, ...]:
-    value = given.get("retry_delays", default)
-    items = value.split(",") if isinstance(value, str) else value
-    delays = [_whole_number(item) for item in items] if isinstance(items, (list, tuple)) else []
-    fitting = tuple(delay for delay in delays if delay is not None and 0 <= delay <= LONGEST_DELAY_S)
-    if not delays or len(fitting) < len(delays):
-        raise Rejected("invalid retry_delays: must be whole numbers of seconds, in a list or with commas")
-    return fitting
-
-
-def account_fields(account: Account, *, secrets: bool) -> dict[str, object]:
-    """An account as JSON; parse_account makes the same of it again, but for secrets left out."""
-    fields: dict[str, object] = {
-        "id": account.id,
-        "source": account.source,
-        "host": account.host,
-        "port": account.port,
-        "user": account.user,
-        "use_tls": account.encryption is Encryption.IMPLICIT
-        or (account.encryption is Encryption.REQUIRED and account.port != 465),
-        "implicit_tls": account.encryption is Encryption.IMPLICIT,
-        "start_tls": "auto" if account.encryption is Encryption.IMPLICIT else str(account.encryption),
-        "verify_tls": account.verify_tls,
-        "ca_file": account.ca_file,
-        "client_cert": account.client_cert,
-        "client_key": account.client_key,
-        "auth": account.auth,
-        "oauth2": _oauth2_fields(account.oauth2, secrets=secrets),
-        "ttl": account.ttl_s,
-        "max_connections": account.max_connections,
-        "max_messages_per_connection": account.max_messages_per_connection,
-        "max_recipients": account.max_recipients,
-        "timeout": account.timeout_s,
-        "in_doubt": account.in_doubt,
-        "limit_per_minute": account.limits.per_minute,
-        "limit_per_hour": account.limits.per_hour,
-        "limit_per_day": account.limits.per_day,
-        "limit_behavior": account.limit_behavior,
-        "batch_size": account.batch_size,
-        "retry_delays": list(account.retry_delays_s),
-        "max_age_seconds": account.max_age_s,
-        "max_retries": account.max_retries,
-    }
-    if secrets:
-        fields["password"] = account.password.given if account.password else None
-    return fields
-
-
-def _oauth2_fields(oauth2: OAuth2 | None, *, secrets: bool) -> dict[str, object] | None:
-    if oauth2 is None:
-        return None
-    fields: dict[str, object] = {"token_url": oauth2.token_url, "client_id": oauth2.client_id, "scope": oauth2.scope}
-    if secrets:
-        fields["client_secret"] = oauth2.client_secret.given if oauth2.client_secret else None
-        fields["refresh_token"] = oauth2.refresh_token.given if oauth2.refresh_token else None
-    return fields
 
 
 # ======================================================================
@@ -2771,7 +2598,7 @@ def _with_untried(outcomes: Mapping[str, RecipientOutcome], addresses: Iterable[
 def _retry_at(claim: Claim, account: Account, now: float, jitter: float) -> int:
     """When the schedule, its last pause repeated, has the next attempt, spread by a fifth either way;
     `jitter` lies between -1 and 1."""
-    pause_s = account.retry_delays_s[min(claim.attempts + 1, len(account.retry_delays_s)) - 1]
+    pause_s = account.retry_delays[min(claim.attempts + 1, len(account.retry_delays)) - 1]
     return math.ceil(now + pause_s * (1 + 0.2 * jitter))
 
 
@@ -6772,7 +6599,7 @@ async def _connected_socket(account: Account, in_thread: InThread) -> socket.soc
     """Look the host up and try its addresses in turn, all within one timeout: each gets its
     share of what is left, so that a dead first address does not use it up."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + account.timeout_s
+    deadline = loop.time() + account.timeout
     look_up = functools.partial(socket.getaddrinfo, account.host, account.port, type=socket.SOCK_STREAM)
     try:
         async with asyncio.timeout_at(deadline):
@@ -6973,7 +6800,7 @@ class TlsContexts:
 
     async def context(self, account: Account) -> ssl.SSLContext | Reply:
         try:
-            async with asyncio.timeout(account.timeout_s):
+            async with asyncio.timeout(account.timeout):
                 return await self._in_thread(functools.partial(self._context, account))
         except TimeoutError:
             return local_reply(Stage.TLS, "the certificate files cannot be read in time", Cause.TIMEOUT)
@@ -7045,7 +6872,7 @@ class TokenKeeper:
             if grant.token is not None and self._monotonic() < grant.expires_at:
                 return grant.token
             if grant.failure is None or grant.fetches == fetches:  # else it failed while we stood in line
-                grant.failure = await self._fetch(grant, account.timeout_s)
+                grant.failure = await self._fetch(grant, account.timeout)
                 grant.fetches += 1
             return grant.failure or cast(str, grant.token)
 
@@ -7278,7 +7105,7 @@ class DeliveryAgent:
         if account.password is None:
             return Login(user, "")
         try:
-            async with asyncio.timeout(account.timeout_s):
+            async with asyncio.timeout(account.timeout):
                 return Login(user, await self._in_thread(functools.partial(self._reveal, account.password)))
         except TimeoutError:
             return local_reply(Stage.AUTH, "the password cannot be read in time")
@@ -7292,7 +7119,7 @@ class DeliveryAgent:
             hostname=account.host.removesuffix("."),
             sock=connected,
             local_hostname=self._hostname,
-            timeout=account.timeout_s,
+            timeout=account.timeout,
             use_tls=account.encryption is Encryption.IMPLICIT,
             start_tls=False,
             tls_context=context,
@@ -7313,7 +7140,7 @@ class DeliveryAgent:
             Wire(cast(asyncio.Transport, smtp.transport)),
             name=name,
             offers=_offers_of(smtp),
-            timeout_s=account.timeout_s,
+            timeout_s=account.timeout,
             end_of_data_timeout_s=self._end_of_data_timeout_s,
         )
 
@@ -8730,7 +8557,7 @@ class Lane:
         return (
             session.usable
             and generation == self.generation
-            and now - session.opened_at < self.account.ttl_s
+            and now - session.opened_at < self.account.ttl
             and session.transactions < self.account.max_messages_per_connection
         )
 
@@ -10026,7 +9853,7 @@ ALL_REJECTED = "all messages rejected"
 NO_ACCOUNT = "there is no account with this id"
 
 
-def stored_accounts(definitions: Mapping[str, str], defaults: AccountDefaults) -> list[Account]:
+def stored_accounts(definitions: Mapping[str, str], defaults: DeliverySettings) -> list[Account]:
     """The accounts that were added over HTTP. Raises ConfigurationError."""
     accounts = []
     for account_id, definition in definitions.items():
@@ -10043,7 +9870,7 @@ class AccountBook:
     One change at a time, on disk before it is in force: what the storage refuses has changed nothing.
     """
 
-    def __init__(self, queue: Queue, dispatcher: Dispatcher, clock: Clock, defaults: AccountDefaults) -> None:
+    def __init__(self, queue: Queue, dispatcher: Dispatcher, clock: Clock, defaults: DeliverySettings) -> None:
         self.defaults = defaults
         self._queue = queue
         self._dispatcher = dispatcher
@@ -10078,7 +9905,7 @@ class AccountBook:
     async def put(self, fields: Mapping[str, object]) -> Account:
         """Add or replace an account. Raises Rejected, HttpError 409."""
         account = parse_account(fields, defaults=self.defaults)
-        definition = {key: fields[key] for key in ("id", *ACCOUNT_KEYS) if fields.get(key) is not None}
+        definition = {key: fields[key] for key in sorted(ACCOUNT_KEYS) if fields.get(key) is not None}
         async with self._one_at_a_time:
             self._refuse_configured(account.id)
             standing = await self._queue.standing(account.id)
@@ -10163,7 +9990,7 @@ GIVEN_TIME_SCHEMA: Schema = {"type": ["integer", "null"], "minimum": 0, "maximum
 IDS_SCHEMA: Schema = {"type": "array", "items": STRING_SCHEMA}
 WORDS_SCHEMA: Schema = {"type": ["string", "null"], "pattern": f"^{ONE_LINE}*$"}
 SECRET_WORDS_SCHEMA: Schema = {**WORDS_SCHEMA, "writeOnly": True, "description": "itself, env:NAME or file:/path"}
-SWITCH_SCHEMA: Schema = {"enum": [True, False, None, 0, 1, "", *_YES, *_NO]}
+SWITCH_SCHEMA: Schema = {"enum": [True, False, None, 0, 1, "", "true", "yes", "on", "1", "false", "no", "off", "0"]}
 SECONDS_SCHEMA: Schema = {
     "anyOf": [
         {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": LARGEST_INTEGER},
@@ -10174,7 +10001,7 @@ DELAYS_SCHEMA: Schema = {
     "anyOf": [
         {
             "type": ["array", "null"], "minItems": 1,
-            "items": {"type": "integer", "minimum": 0, "maximum": LONGEST_DELAY_S},
+            "items": {"type": "integer", "minimum": 0, "maximum": LONGEST_S},
         },
         {"type": "string", "pattern": "^([0-9]{1,8}(,[0-9]{1,8})*)?$"},
     ],
@@ -10938,7 +10765,7 @@ class ControlPlane:
     def _deadline_of(self, account_id: str) -> int | None:
         """Until when a message that is submitted now may be tried; None when its account is gone."""
         account = self._book.get(account_id)
-        return min(int(self._clock.wall()) + account.max_age_s, LARGEST_INTEGER) if account else None
+        return min(int(self._clock.wall()) + account.max_age_seconds, LARGEST_INTEGER) if account else None
 
     async def cleanup_messages(self, request: Request) -> Response:
         fields = await request.json_object()
@@ -11019,7 +10846,7 @@ class ControlPlane:
     # -- accounts
 
     async def list_accounts(self, request: Request) -> Response:
-        accounts = [account_fields(account, secrets=False) for account in self._book.accounts()]
+        accounts = [account_fields(account) for account in self._book.accounts()]
         return json_response({"ok": True, "accounts": accounts})
 
     async def put_account(self, request: Request) -> Response:
@@ -11107,7 +10934,7 @@ def _no_account(account_id: str) -> str:
 
 def _submission(fields: Any, message: Message, account: Account, now: float) -> Submission:
     payload, contents = stored_form(fields, message)
-    too_old_ts = min(int(max(now, message.deferred_ts or 0)) + account.max_age_s, LARGEST_INTEGER)
+    too_old_ts = min(int(max(now, message.deferred_ts or 0)) + account.max_age_seconds, LARGEST_INTEGER)
     return Submission(
         id=message.id,
         account_id=message.account_id,
@@ -11362,7 +11189,7 @@ class Daemon:
             metrics=self._metrics,
             log=self._log,
         )
-        self._book = AccountBook(self._queue, self._dispatcher, self._clock, account_defaults(self.settings))
+        self._book = AccountBook(self._queue, self._dispatcher, self._clock, self.settings.delivery)
         await self._book.renew(configured)
         for account in self._book.accounts():
             self._metrics.know(account.id)
@@ -11519,7 +11346,7 @@ class Daemon:
         fixed = unchangeable(self.settings, new)
         settings = with_unchangeable_of(self.settings, new)
         tokens = api_tokens(settings, self._environ)
-        _check_listening(settings, tokens)
+        check_listening(settings, tokens)
         return Renewal(settings, fixed, tokens, configured_accounts(settings))
 
     async def _apply(self, renewal: Renewal) -> None:
@@ -11531,7 +11358,7 @@ class Daemon:
         self._reporter.rules = self._report_rules()
         self._reporter.wake()
         self._composer.fetcher = self._fetcher()
-        self._book.defaults = account_defaults(settings)
+        self._book.defaults = settings.delivery
         await self._book.renew(renewal.accounts)
         accounts = {account.id for account in self._book.accounts()}
         for account_id in self._metrics.accounts - accounts:
@@ -11720,31 +11547,6 @@ def with_unchangeable_of(old: Settings, new: Settings) -> Settings:
         for name in SECTIONS
     }
     return replace(new, **sections)
-
-
-def account_defaults(settings: Settings) -> AccountDefaults:
-    delivery = settings.delivery
-    return AccountDefaults(
-        retry_delays_s=delivery.retry_delays,
-        max_age_s=delivery.max_age_seconds,
-        batch_size=delivery.batch_size_per_account,
-        max_connections=delivery.max_connections_per_account,
-        max_retries=delivery.max_retries,
-    )
-
-
-def configured_accounts(settings: Settings) -> list[Account]:
-    """The accounts of config.ini, judged. Raises ConfigurationError that names the section."""
-    accounts = []
-    for account_id, words in settings.accounts.items():
-        section = "smtp" if account_id == "default" else f"account:{account_id}"
-        try:
-            given = {**words, "id": account_id}
-            accounts.append(parse_account(given, source="config", defaults=account_defaults(settings)))
-        except Rejected as error:
-            where = settings.source or "configuration"
-            raise ConfigurationError(f"{where}: [{section}]: {error}") from None
-    return accounts
 
 
 def server_tls_context(server: ServerSettings) -> ssl.SSLContext | None:
@@ -12123,7 +11925,7 @@ BATCH_BYTES = 8_388_608
 LONGEST_CELL = 67_108_864  # characters
 THROUGH_BEFORE = ("already sent", "in delivery")  # how the daemon refuses what it has from an earlier run
 NOT_THE_CONTENT = frozenset(("account_id", "priority", "deferred_ts", "expires_ts", "batch_code"))
-COLUMNS = frozenset(MESSAGE_FIELDS - {"raw"})
+COLUMNS = frozenset(MESSAGE_FIELDS.keys() - {"raw"})
 
 
 def submit(client: Client, messages: Sequence[Mapping[str, object]], *, show: bool) -> dict[str | None, str]:
@@ -12299,7 +12101,7 @@ def _must_be_columns(path: str, columns: Sequence[str], known_anyway: Container[
     """Every column means a field of a message, once; and what every message needs is there."""
     for name in columns:
         if name not in COLUMNS:
-            raise UsageMistake(f'{path}: unknown column "{name}"{_nearest(name, sorted(COLUMNS))}')
+            raise UsageMistake(f'{path}: unknown column "{name}"{nearest(name, sorted(COLUMNS))}')
         if columns.count(name) > 1:
             raise UsageMistake(f"{path}: the column {name} is there twice")
     for name in ("from", "to", "subject"):
@@ -13381,7 +13183,7 @@ async def _accounts_in_queue(settings: Settings) -> list[Account]:
         definitions = await Queue(file, now=time.time).accounts()
     finally:
         await file.close()
-    return stored_accounts(definitions, account_defaults(settings))
+    return stored_accounts(definitions, settings.delivery)
 
 
 async def _try_server(agent: DeliveryAgent, account: Account) -> Offers | Reply:
