@@ -129,7 +129,6 @@ from datetime import UTC, datetime
 from email.errors import MessageError
 from email.header import decode_header, make_header
 from email.utils import parsedate_to_datetime
-from http import HTTPStatus
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
@@ -7149,15 +7148,10 @@ class DeliveryAgent:
 # HTTP SERVER - bytes in, requests; answers out, bytes; knows no mail
 # ======================================================================
 #
-# A small, strict HTTP/1.1 server for this API alone (RFC 9110, RFC 9112). Its
-# invariant: a connection goes on to a next request only when every byte of the
-# one before is accounted for; at the least doubt it answers and closes. So
-# nobody can hide a request inside another one. Everything a client may send
-# is bounded, in bytes and in time.
-#
-# One task serves one connection, one request after another. No timer is set
-# for a read or a write: the connection notes a deadline, and one sweep a
-# second over all connections ends those that are late.
+# A small, strict HTTP/1.1 server (RFC 9110, RFC 9112) on asyncio's streams, for this API only. Its
+# invariant: a connection goes on to a next request only when every byte of the one before is accounted
+# for; at the least doubt it answers and closes. So nobody can hide a request inside another one.
+# Everything a client may send is bounded, in bytes and in time.
 
 HTTP_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 5.6.2
 REQUEST_LINE = re.compile(rf"({HTTP_TOKEN}) ([!-~]+) HTTP/([0-9]\.[0-9])")
@@ -7165,7 +7159,6 @@ FIELD_LINES = re.compile(rf"{HTTP_TOKEN}:[\t -~\x80-\xff]*(?:\r\n{HTTP_TOKEN}:[\
 FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")
 HOPELESS_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")
 HOST_FIELD = re.compile(r"[A-Za-z0-9._~!$&'()*+;=%:\[\]-]*")
-REQUEST_ID = re.compile(r"[!-~]{1,128}")
 REQUEST_ID_LINE = re.compile(rb"(?im)^x-request-id:[ \t]*([!-~]{1,128})[ \t]*\r?$")
 ABSOLUTE_FORM = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -7175,34 +7168,25 @@ HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 METHODS_WITHOUT_BODY = frozenset({"GET", "HEAD", "DELETE"})  # one that comes with them is read and dropped
 JSON_TYPES = frozenset({"", "application/json", "application/x-www-form-urlencoded"})  # the last: curl's
-HTTP_REASONS = MappingProxyType({status.value: status.phrase for status in HTTPStatus})
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-HTTP_READ_BYTES = 32_768
+HTTP_READ_BYTES = 65_536
 QUERY_FIELDS = 100
 LINE_BYTES = 1024  # of a chunk's size with its extensions
-CHUNK_OVERHEAD_BYTES = 65_536  # by which the framing of a chunked body may outweigh it
 JSON_AT_ONCE_BYTES = 262_144  # a larger body is parsed outside the event loop
-LONG_STRING_BYTES = 8_192  # a longer string of a large body is read for itself
+LONG_STRING_BYTES = 8_192  # a longer string of a large body is read separately
 STRING_PIECE_BYTES = 262_144  # of a long string, read in one step
-COMPLETE_ESCAPES = re.compile(rb"(?:[^\\]++|\\u[0-9a-fA-F]{4}|\\[^u])*+", re.DOTALL)
 BACKSLASH = 0x5C
 JSON_DEPTH = 64
-JSON_VALUES = 2_000_000  # of one body, about: an empty list takes thirty times the memory of its bytes
+JSON_VALUES = (
+    2_000_000  # strings, lists and objects of one body: an empty list takes thirty times the memory of its bytes
+)
 EXACT_IN_A_FLOAT = 2**53
-SWEEP_S = 1.0
 HTTP_CLOSE_S = 5.0
 LINGER_S = 10.0
 LINGER_PAUSE_S = 2.0
-LINGER_BYTES = 268_435_456
-ACCEPT_PAUSE_S = 0.2  # when there is no file descriptor for another connection
-TURNED_AWAY = 100  # connections over the limit that wait at one time for their 503 to be read
-TURNED_AWAY_S = 1.0
-STRANGERS = 1000  # peers without a valid token that are remembered at one time
-STRANGERS_WAITING = 100  # refusals held back at one time; more are answered at once
-FREE_REFUSALS = 20  # of one peer, before its refusals are held back
-REFUSALS_FORGIVEN_PER_S = 1.0
-HELD_BACK_STEP_S = 0.02  # longer with each refusal
-HELD_BACK_S = 1.0  # at most
+ACCEPTED_AT_ONCE = 32
+TURNED_AWAY = 100  # connections over the limit that are answered 503 at one time; more are closed without a word
 
 
 class HttpError(MailproxyError):
@@ -7219,10 +7203,11 @@ class HttpError(MailproxyError):
         super().__init__(error)
         self.status = status
         self.error = error
-        self.headers = dict(headers or {})
-        self.extra = dict(extra or {})
+        self.headers = headers or {}
+        self.extra = extra or {}
 
     def response(self) -> Response:
+        """The one place where a failure becomes JSON."""
         response = json_response({"ok": False, "error": self.error, **self.extra}, self.status)
         response.headers = self.headers
         return response
@@ -7237,7 +7222,7 @@ class HttpLimits(NamedTuple):
 
     head_bytes: int = 32_768
     headers: int = 100
-    head_timeout_s: float = 10  # from the first byte of a request to the end of its head
+    head_timeout_s: float = 10  # from the first byte of a request to the end of its head; for a TLS handshake
     idle_timeout_s: float = 75  # before the first byte
     body_progress_timeout_s: float = 60
     write_progress_timeout_s: float = 60
@@ -7247,7 +7232,7 @@ class HttpLimits(NamedTuple):
 
 @dataclass(slots=True)
 class Request:
-    """A request, understood; the values of its headers are Latin-1, so that no byte is lost."""
+    """A request, as far as it is understood; header values are Latin-1, so that no byte is lost."""
 
     method: str  # as sent when it is one of KNOWN_METHODS, else "other"
     path: str  # as sent, without the query
@@ -7259,18 +7244,57 @@ class Request:
     id: str
     peer: str  # the client's address, or "unix"
     in_thread: InThread = field(repr=False)
+    version: str = "1.1"
 
     async def json_object(self, judged: str | None = None) -> dict[str, object]:
         """The body as a JSON object; no body is an empty object. HttpError 400 or 415 otherwise.
 
         Whether the texts of the field `judged` are Unicode is left to whoever asks.
         """
-        if not self.body:
+        body = self.body.removeprefix(BYTE_ORDER_MARK)
+        if not body:
             return {}
-        refuse_other_types(self.headers)
-        if len(self.body) <= JSON_AT_ONCE_BYTES:
-            return parse_json_object(self.body, judged)
-        return await self.in_thread(lambda: parse_large_json_object(self.body, judged))
+        declared = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if declared not in JSON_TYPES and not declared.endswith("+json"):
+            raise HttpError(415, f"the body must be application/json, not {declared[:80]}")
+        encoding = self.headers.get("content-encoding", "identity").strip().lower()
+        if encoding != "identity":
+            raise HttpError(415, f"a body with Content-Encoding {encoding[:80]} is not read here")
+        if len(body) <= JSON_AT_ONCE_BYTES:
+            return parse_json_object(body, judged)
+        return await self.in_thread(lambda: parse_large_json_object(body, judged))
+
+    def read_head(self, head: bytes, most_headers: int) -> str:
+        """Fill in what a head says, and return the target; HttpError for one that is not strictly right.
+
+        No folding, no white space before the colon (RFC 9112 5), one Host that can be one (3.2).
+        """
+        self.id = request_id_in(head)
+        line, _, fields = head.decode("latin-1").removeprefix("\r\n").partition("\r\n")
+        parts = REQUEST_LINE.fullmatch(line)
+        if not parts:
+            raise HttpError(400, "the request line is not one of HTTP/1.1")
+        method, target, self.version = parts.groups()
+        if self.version not in ("1.1", "1.0"):
+            raise HttpError(505, f"HTTP/{self.version} is not spoken here, HTTP/1.1 is")
+        if method in KNOWN_METHODS:
+            self.method = method
+        if fields and not FIELD_LINES.fullmatch(fields):
+            raise HttpError(400, "a header line is malformed")
+        lines = fields.split("\r\n") if fields else []
+        if len(lines) > most_headers:
+            raise HttpError(431, f"more than {most_headers} headers")
+        headers = self.headers
+        for line in lines:
+            name, _, value = line.partition(":")
+            name, value = name.lower(), value.strip(" \t")
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        host = headers.get("host")
+        if host is None and self.version == "1.1":
+            raise HttpError(400, "there is no Host header")
+        if host and not HOST_FIELD.fullmatch(host):
+            raise HttpError(400, "the Host header is malformed")
+        return target
 
 
 @dataclass(slots=True)
@@ -7281,6 +7305,18 @@ class Response:
     body: bytes | AsyncIterator[bytes] = b""
     content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
+    opening: bytes = b""  # the first piece of a body that is sent piece by piece
+
+    async def open(self) -> None:
+        """Have the first piece ready: what fails up to here can still be told by a status."""
+        if self.headers and not all(FIELD_VALUE.fullmatch(value) for value in self.headers.values()):
+            raise ValueError("a header of the answer has a character that cannot be there")
+        if isinstance(self.body, bytes):
+            return
+        async for piece in self.body:
+            if piece:
+                self.opening = piece
+                return
 
 
 PLAIN_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -7292,16 +7328,6 @@ def json_response(content: Mapping[str, object], status: int = 200) -> Response:
 
 
 # ---------------------------------------------------------------------- JSON bodies
-
-
-def refuse_other_types(headers: Mapping[str, str]) -> None:
-    """Raises 415 for a body that is declared as anything but plain JSON."""
-    declared = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if declared not in JSON_TYPES and not declared.endswith("+json"):
-        raise HttpError(415, f"the body is to be application/json, not {declared[:80]}")
-    encoding = headers.get("content-encoding", "identity").strip().lower()
-    if encoding != "identity":
-        raise HttpError(415, f"a body with Content-Encoding {encoding[:80]} is not read here")
 
 
 def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, object]:
@@ -7320,150 +7346,74 @@ def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, objec
         raise HttpError(400, "the JSON has a number with too many digits") from None
     if not isinstance(content, dict):
         raise HttpError(400, "the body is not a JSON object")
-    if text.count("{") + text.count("[") > JSON_DEPTH:
+    if body.count(b"{") + body.count(b"[") > JSON_DEPTH:
         refuse_depth(content)
-    if "\\u" in text and ("\\ud" in text or "\\uD" in text):
+    if b"\\u" in body and (b"\\ud" in body or b"\\uD" in body):
         refuse_lone_surrogates({name: value for name, value in content.items() if name != judged})
     return content
 
 
 def parse_large_json_object(body: bytes, judged: str | None = None) -> dict[str, object]:
-    """The same, with the long strings cut out and read piece by piece. Blocking.
+    """The same of a large body, whose long strings are read separately. Blocking.
 
-    No step of it holds the interpreter for long, which would hold up the event loop too.
-    What is not as expected is parsed again in one go, which finds the words for what is wrong.
+    Each step is short, and between two of them the event loop gets the interpreter. What is not as
+    expected is parsed again in one step, which finds the words for what is wrong.
     """
-    refuse_too_many_values(body)
-    if not may_have_long_strings(body):
-        return parse_json_object(body, judged)
     cut: dict[str, str] = {}
     try:
-        content = parse_json_object(_without_long_strings(body, cut), judged)
+        kept = without_long_strings(body, cut)
+        refuse_too_many_values(kept)
+        content = parse_json_object(kept, judged)
+        put_back(content, cut)
+        if not cut:  # none of them was the name of a field
+            return content
     except (HttpError, ValueError):
-        return parse_json_object(body, judged)
-    _put_back(content, cut)
-    return parse_json_object(body, judged) if cut else content  # one was the name of a field
+        pass
+    refuse_too_many_values(body)
+    return parse_json_object(body, judged)
 
 
-def may_have_long_strings(body: bytes) -> bool:
-    """True unless quotes, none of them within a string, are so close everywhere that all strings are short."""
-    step = LONG_STRING_BYTES // 2
-    if not all(body.find(b'"', at, at + step) >= 0 for at in range(0, len(body), step)):
-        return True
-    step = STRING_PIECE_BYTES
-    return any(body.find(b'\\"', at, at + step + 1) >= 0 for at in range(0, len(body), step))
-
-
-def _without_long_strings(body: bytes, cut: dict[str, str]) -> bytes:
+def without_long_strings(body: bytes, cut: dict[str, str]) -> bytes:
     """The JSON with a mark nobody can guess in the place of each long string, which `cut` has by its mark.
 
-    Outside of strings JSON knows no quotes, so they are found without looking at anything else.
+    Only strings without a backslash, as base64 is: they end at the next quote. ValueError when one is no string.
     """
     nonce = secrets.token_hex(16)
-    kept = io.BytesIO()
-    done = 0
-    for quote, end in _strings_in(body):
-        if end - quote > LONG_STRING_BYTES:
-            mark = f"{nonce}{len(cut)}"
-            cut[mark] = _json_string(body, quote + 1, end)
-            kept.write(body[done : quote + 1])
-            kept.write(mark.encode())
-            done = end
-    kept.write(body[done:])
-    return kept.getvalue()
-
-
-def _strings_in(body: bytes) -> Iterator[tuple[int, int]]:
-    """Where the quotes of each string are; ValueError when the last one has no end."""
-    quote = body.find(b'"')
+    kept: list[bytes] = []
+    done, quote = 0, body.find(b'"')
     while quote >= 0:
-        end = _end_of_json_string(body, quote + 1)
-        yield quote, end
-        quote = body.find(b'"', end + 1)
+        near = body.rfind(b'"', quote + 1, quote + LONG_STRING_BYTES)
+        end = near if near >= 0 else body.find(b'"', quote + 1)
+        if end - quote > LONG_STRING_BYTES and body[quote - 1] != BACKSLASH and body.find(b"\\", quote, end) < 0:
+            text = body[quote + 1 : end].decode()
+            for start in range(0, len(text), STRING_PIECE_BYTES):  # refuses control characters
+                STRICT_JSON.decode(f'"{text[start : start + STRING_PIECE_BYTES]}"')
+            mark = f"{nonce}{len(cut)}"
+            cut[mark] = text
+            kept += body[done : quote + 1], mark.encode()
+            done = end
+        quote = end
+    kept.append(body[done:])
+    return b"".join(kept)
 
 
-def _end_of_json_string(body: bytes, start: int) -> int:
-    """Where the quote is that ends the string which starts there."""
-    end = body.find(b'"', start)
-    while end >= 0 and _is_escaped(body, end):
-        end = body.find(b'"', end + 1)
-    if end < 0:
-        raise ValueError("a string without end")
-    return end
-
-
-def _is_escaped(body: bytes, quote: int) -> bool:
-    """True for a quote after an odd number of backslashes; the string's first quote ends the search."""
-    start = quote
-    while body[start - 1] == BACKSLASH:
-        start -= 1
-    return (quote - start) % 2 == 1
-
-
-def _json_string(body: bytes, start: int, end: int) -> str:
-    """The string between two quotes."""
-    pieces: list[str] = []
-    while start < end:
-        stop = _end_of_piece(body, start, end)
-        piece = STRICT_JSON.decode((b'"%b"' % body[start:stop]).decode())
-        if not piece.isascii() and HALF_A_PAIR.search(piece):  # perhaps a whole one, cut in two
-            raise ValueError("half a surrogate pair")
-        pieces.append(piece)
-        start = stop
-    return "".join(pieces)
-
-
-def _end_of_piece(body: bytes, start: int, end: int) -> int:
-    """Where a piece of a string may end: not within an escape, not within a character."""
-    stop = min(start + STRING_PIECE_BYTES, end)
-    if body.find(b"\\", start, stop) >= 0 and (complete := COMPLETE_ESCAPES.match(body, start, stop)):
-        stop = complete.end()
-    while start < stop < end and body[stop] & 0xC0 == 0x80:
-        stop -= 1
-    if stop == start:
-        raise ValueError("an escape that is none")
-    return stop
-
-
-def _put_back(container: Any, cut: dict[str, str]) -> None:
+def put_back(container: Any, cut: dict[str, str]) -> None:
     """Move the values that were cut out to where their marks stand."""
     for place, value in container.items() if isinstance(container, dict) else enumerate(container):
         if isinstance(value, str):
             container[place] = cut.pop(value, value)
         elif isinstance(value, dict | list):
-            _put_back(value, cut)
+            put_back(value, cut)
 
 
 def refuse_too_many_values(body: bytes) -> None:
     """Raises 413 for JSON of so many values that reading it would take the memory, and the loop's time."""
-    if len(body) <= JSON_VALUES or number_of_marks(body) <= JSON_VALUES:
-        return
-    strings = (occurrences(body, b'"') - occurrences(body, b'\\"')) // 2
-    if strings > JSON_VALUES or number_of_marks(_outside_of_strings(body)) > JSON_VALUES:
+    opened = body.count(b"[") + body.count(b"{")
+    quotes = body.count(b'"')
+    if quotes > 2 * JSON_VALUES:
+        quotes -= body.count(b'\\"')  # those within texts
+    if opened + quotes // 2 > JSON_VALUES:
         raise HttpError(413, f"the JSON has more than {JSON_VALUES} values")
-
-
-def number_of_marks(body: bytes) -> int:
-    """What begins or parts values; in the texts of a message they mean nothing."""
-    return occurrences(body, b",") + occurrences(body, b"[") + occurrences(body, b"{")
-
-
-def occurrences(body: bytes, mark: bytes) -> int:
-    """How often it is there; counted in steps, which is exact for a single byte."""
-    step = STRING_PIECE_BYTES
-    return sum(body.count(mark, start, start + step) for start in range(0, len(body), step))
-
-
-def _outside_of_strings(body: bytes) -> bytes:
-    """The JSON without its strings, but for one that has no end."""
-    kept = io.BytesIO()
-    done = 0
-    with contextlib.suppress(ValueError):
-        for quote, end in _strings_in(body):
-            kept.write(body[done:quote])
-            done = end + 1
-    kept.write(body[done:])
-    return kept.getvalue()
 
 
 def unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -7491,51 +7441,41 @@ def refuse_constant(text: str) -> float:
 
 
 STRICT_JSON = json.JSONDecoder(
-    object_pairs_hook=unique_fields, parse_float=finite_number, parse_constant=refuse_constant
+    object_pairs_hook=unique_fields,
+    parse_int=lambda text: int(
+        text
+    ),  # a call for each: with many of them the event loop gets the interpreter in between
+    parse_float=finite_number,
+    parse_constant=refuse_constant,
 )
 
 
-def refuse_depth(content: object) -> None:
+def refuse_depth(content: Mapping[str, object]) -> None:
     """Raises 400 for nesting so deep that code which walks through it might run out of stack."""
-    level = [content]
+    level: list[Any] = [content]
     for _ in range(JSON_DEPTH):
-        level = [inner for outer in level for inner in members(outer) if isinstance(inner, (dict, list))]
+        members = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [inner for inner in itertools.chain.from_iterable(members) if isinstance(inner, dict | list)]
         if not level:
             return
     raise HttpError(400, f"the JSON is nested deeper than {JSON_DEPTH} levels")
 
 
-def members(container: object) -> Iterable[object]:
-    if isinstance(container, dict):
-        return container.values()
-    return container if isinstance(container, list) else ()
-
-
-def refuse_lone_surrogates(content: dict[str, object]) -> None:
-    """Raises 400 naming the field that holds half a surrogate pair: no text, nothing can carry it."""
-    try:
-        json.dumps(content, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        for place, text in strings_of(content, ""):
-            if half := HALF_A_PAIR.search(text):
-                escape = f"\\u{ord(half[0]):04x}"
-                raise HttpError(400, f"{place} holds half a surrogate pair ({escape})") from None
-
-
-def strings_of(value: object, place: str) -> Iterator[tuple[str, str]]:
-    """Every string of parsed JSON and its place, such as messages[3].subject."""
+def refuse_lone_surrogates(value: object, place: str = "") -> None:
+    """Raises 400 naming the field, such as messages[3].subject, that holds half a surrogate pair: it is no text."""
     if isinstance(value, str):
-        yield place, value
+        if half := HALF_A_PAIR.search(value):
+            raise HttpError(400, f"{place} holds half a surrogate pair (\\u{ord(half[0]):04x})")
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from strings_of(item, f"{place}[{index}]")
+            refuse_lone_surrogates(item, f"{place}[{index}]")
     elif isinstance(value, dict):
         for name, member in value.items():
-            yield f"the name of a field in {place or 'the object'}", name
-            yield from strings_of(member, f"{place}.{name}" if place else name)
+            refuse_lone_surrogates(name, f"the name of a field in {place or 'the object'}")
+            refuse_lone_surrogates(member, f"{place}.{name}" if place else name)
 
 
-# ---------------------------------------------------------------------- routes
+# ---------------------------------------------------------------------- the head of a request
 
 
 class Route(NamedTuple):
@@ -7548,112 +7488,33 @@ class Route(NamedTuple):
     schema: Mapping[str, object] = MappingProxyType({})  # what openapi.json says of it; not read here
 
 
-Methods = Mapping[str, Route]
+def request_id_in(head: bytes) -> str:
+    """The client's own id of a request, understood or not, else a new one."""
+    line = REQUEST_ID_LINE.search(head)
+    return line[1].decode() if line else f"{random.getrandbits(64):016x}"  # names a request, protects nothing
 
 
-class RouteTable:
-    """Finds the rows for a path, fixed paths before patterns with parameters."""
+def framing_of(headers: Mapping[str, str], version: str) -> tuple[int | None, bool]:
+    """How long the body is (None: chunked), and whether the connection goes on after it (RFC 9112 6.3, 9.3).
 
-    def __init__(self, routes: Sequence[Route]) -> None:
-        self._fixed: dict[tuple[str, ...], dict[str, Route]] = {}
-        self._patterns: dict[tuple[str, ...], dict[str, Route]] = {}
-        for route in routes:
-            table = self._patterns if "{" in route.pattern else self._fixed
-            table.setdefault(tuple(route.pattern.split("/")), {})[route.method] = route
-
-    def at(self, segments: tuple[str, ...]) -> tuple[Methods, dict[str, str]]:
-        """The rows for a path by their methods, and its parameters; both empty when there is nothing."""
-        if methods := self._fixed.get(segments):
-            return methods, {}
-        for pattern, methods in self._patterns.items():
-            parameters = path_parameters(pattern, segments)
-            if parameters is not None:
-                return methods, parameters
-        return {}, {}
-
-
-def path_parameters(pattern: tuple[str, ...], segments: tuple[str, ...]) -> dict[str, str] | None:
-    """What the names in the pattern stand for in this path; None when the path does not fit."""
-    if len(pattern) != len(segments):
-        return None
-    parameters = {}
-    for expected, segment in zip(pattern, segments, strict=True):
-        if expected.startswith("{") and segment:
-            parameters[expected[1:-1]] = segment
-        elif expected != segment:
-            return None
-    return parameters
-
-
-# ---------------------------------------------------------------------- the head of a request
-
-
-def parse_request_line(line: str) -> tuple[str, str, str]:
-    """Method, target and version of a request (RFC 9112 3)."""
-    parts = REQUEST_LINE.fullmatch(line)
-    if not parts:
-        raise HttpError(400, "the request line is not one of HTTP/1.1")
-    method, target, version = parts.groups()
-    if version not in ("1.1", "1.0"):
-        raise HttpError(505, f"HTTP/{version} is not spoken here, HTTP/1.1 is")
-    return method, target, version
-
-
-def parse_fields(text: str, most: int) -> dict[str, str]:
-    """The headers of a request; no folding, no white space before the colon (RFC 9112 5)."""
-    if not text:
-        return {}
-    if not FIELD_LINES.fullmatch(text):
-        raise HttpError(400, "a header line is malformed")
-    lines = text.split("\r\n")
-    if len(lines) > most:
-        raise HttpError(431, f"more than {most} headers")
-    headers: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
-
-
-def refuse_bad_host(headers: Mapping[str, str], version: str) -> None:
-    """Raises 400 unless there is one Host header and it can be one (RFC 9112 3.2)."""
-    host = headers.get("host")
-    if host is None and version == "1.1":
-        raise HttpError(400, "there is no Host header")
-    if host and not HOST_FIELD.fullmatch(host):
-        raise HttpError(400, "the Host header is malformed")
-
-
-def declared_length(headers: Mapping[str, str], version: str) -> int | None:
-    """How long the body is; None: chunked. Whatever two readers might take in two ways is a 400."""
+    Whatever two readers might take in two ways is an HttpError 400.
+    """
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
-    if coding is None:
-        return 0 if length is None else decimal_length(length)
-    if length is not None:
-        raise HttpError(400, "Content-Length and Transfer-Encoding exclude each other")
-    if version == "1.0":
-        raise HttpError(400, "HTTP/1.0 has no Transfer-Encoding")
-    if coding.lower() != "chunked":
-        raise HttpError(501, "no Transfer-Encoding but chunked is understood here")
-    return None
-
-
-def decimal_length(text: str) -> int:
-    """Content-Length; a number beyond all sense counts as 10**18 bytes. 400 unless digits alone."""
-    if not (text.isascii() and text.isdigit()):
-        raise HttpError(400, "Content-Length is not one number")
-    return int(text) if len(text) <= 18 else 10**18
-
-
-def wants_to_go_on(headers: Mapping[str, str], version: str) -> bool:
-    """True when the client means to send another request on this connection (RFC 9112 9.3)."""
-    if "connection" not in headers:
-        return version == "1.1"
-    options = {option.strip().lower() for option in headers["connection"].split(",")}
-    if version == "1.0":
-        return "keep-alive" in options and "close" not in options
-    return "close" not in options
+    size: int | None = 0
+    if coding is not None:
+        if length is not None:
+            raise HttpError(400, "Content-Length and Transfer-Encoding exclude each other")
+        if version == "1.0":
+            raise HttpError(400, "HTTP/1.0 has no Transfer-Encoding")
+        if coding.lower() != "chunked":
+            raise HttpError(501, "no Transfer-Encoding but chunked is understood here")
+        size = None
+    elif length is not None:
+        if not (length.isascii() and length.isdigit()):
+            raise HttpError(400, "Content-Length is not one number")
+        size = int(length) if len(length) <= 18 else 10**18
+    options = {option.strip().lower() for option in headers.get("connection", "").split(",")}
+    return size, "close" not in options and (version == "1.1" or "keep-alive" in options)
 
 
 def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
@@ -7667,15 +7528,11 @@ def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
     segments = path.split("/")
     if "%" in path:
         segments = [percent_decoded(segment, "path") for segment in segments]
-    return path, tuple(segments), parse_query(query) if query else {}
-
-
-def parse_query(text: str) -> dict[str, str]:
-    """The fields of a query; 400 for more than a hundred of them."""
-    if text.count("&") >= QUERY_FIELDS:
+    if query.count("&") >= QUERY_FIELDS:
         raise HttpError(400, f"more than {QUERY_FIELDS} fields in the query")
-    pairs = (part.replace("+", " ").partition("=") for part in text.split("&") if part)
-    return {percent_decoded(name, "query"): percent_decoded(value, "query") for name, _, value in pairs}
+    pairs = (part.partition("=") for part in query.replace("+", " ").split("&") if part)
+    fields = {percent_decoded(name, "query"): percent_decoded(value, "query") for name, _, value in pairs}
+    return path, tuple(segments), fields
 
 
 def percent_decoded(text: str, where: str) -> str:
@@ -7693,43 +7550,25 @@ def percent_decoded(text: str, where: str) -> str:
     return decoded
 
 
-def request_id_in(head: bytes) -> str:
-    """The client's own id of a request that cannot be understood otherwise, else a new one."""
-    line = REQUEST_ID_LINE.search(head)
-    return line[1].decode() if line else new_request_id()
-
-
-def new_request_id() -> str:
-    return f"{random.getrandbits(64):016x}"  # names a request, protects nothing
-
-
-# ---------------------------------------------------------------------- the head of an answer
-
-
-def response_head(response: Response, request_id: str, framing: str) -> bytes:
-    """Status line and headers up to the empty line; `framing` says where the body ends and what follows."""
-    lines = [
-        f"HTTP/1.1 {response.status} {HTTP_REASONS.get(response.status, '')}\r\n"
+def answer_head(request: Request, response: Response, *, last: bool) -> bytes:
+    """Status line and headers of an answer up to the empty line; `last` when the connection ends after it."""
+    if isinstance(response.body, bytes):
+        framing = f"Content-Length: {len(response.body)}\r\n"
+    else:
+        framing = "Transfer-Encoding: chunked\r\n" if request.version == "1.1" else ""
+    if last:
+        framing += "Connection: close\r\n"
+    elif request.version == "1.0":
+        framing += "Connection: keep-alive\r\n"
+    more = "".join([f"{name}: {value}\r\n" for name, value in response.headers.items()])
+    return (
+        f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, '')}\r\n"
         f"Content-Type: {response.content_type}\r\n"
-        f"X-Request-Id: {request_id}\r\n"
+        f"X-Request-Id: {request.id}\r\n"
         "Cache-Control: no-store\r\n"
         "X-Content-Type-Options: nosniff\r\n"
-    ]
-    lines += [f"{name}: {value}\r\n" for name, value in response.headers.items()]
-    lines.append(f"{framing}\r\n")
-    return "".join(lines).encode("latin-1")
-
-
-async def opening_of(response: Response) -> bytes:
-    """The first piece of the answer's body: what fails up to here can still be told by a status."""
-    if response.headers and not all(FIELD_VALUE.fullmatch(value) for value in response.headers.values()):
-        raise ValueError("a header of the answer has a character that cannot be there")
-    if isinstance(response.body, bytes):
-        return response.body
-    async for piece in response.body:
-        if piece:
-            return piece
-    return b""
+        f"{more}{framing}\r\n"
+    ).encode("latin-1")
 
 
 # ---------------------------------------------------------------------- connections
@@ -7738,331 +7577,243 @@ async def opening_of(response: Response) -> bytes:
 class HttpConnection:
     """One client, its requests answered one after another."""
 
-    def __init__(self, server: HttpServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        server: HttpServer,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        tls: ssl.SSLContext | None = None,
+        turned_away: bool = False,
+    ) -> None:
         self._server = server
         self._limits = server.limits
         self._reader = reader
         self._writer = writer
-        self._transport = writer.transport
-        # A write counts as done when all of it has left for the kernel: nothing unread outlives its deadline.
-        self._transport.set_write_buffer_limits(high=1, low=0)
+        self._tls = tls
+        self._turned_away = turned_away
         self._loop = asyncio.get_running_loop()
-        self._peer = peer_address(writer)
+        peername = writer.get_extra_info("peername")
+        self._peer = str(peername[0]) if isinstance(peername, tuple) else "unix"
         self._buffer = b""  # received and not yet understood
-        self._head = b""
-        self._version = "1.1"
-        self._last = True  # the connection ends after the present request
+        self._last = False  # the connection ends after the present request
         self._unread = False  # the client may still be sending the present request
-        self._idle = False
-        self._began_at = 0.0  # the loop's clock, at the first byte of the request
-        self._deadline = math.inf  # the loop's clock
-        self._unsent_bytes = 0
-        self._late = False
-        self.task = asyncio.create_task(self._run(), name=f"http {self._peer}")
+        self.idle = True  # nothing is lost when it is ended now
 
-    # What the server may do from outside.
-
-    def end_if_late(self, now: float) -> None:
-        """Ends the read or write that is past its deadline; a write that moved gets a new one."""
-        if now < self._deadline or self._late:
-            return
-        unsent = self._transport.get_write_buffer_size()
-        if unsent < self._unsent_bytes:
-            self._unsent_bytes = unsent
-            self._deadline = now + self._limits.write_progress_timeout_s
-            return
-        self._late = True
-        self.task.cancel()
-
-    def end_if_idle(self) -> None:
-        if self._idle:
-            self.task.cancel()
-
-    def cut(self) -> None:
-        self._transport.abort()
-        self.task.cancel()
-
-    # The life of the connection.
-
-    async def _run(self) -> None:
+    async def run(self) -> None:
+        """Answer one request after another until the connection ends."""
         try:
-            await self._exchange()
-            while not self._last:
-                if self._buffer:  # requests in a row must not keep the loop from everybody else
-                    await asyncio.sleep(0)
+            if self._tls:
+                await self._writer.start_tls(self._tls, ssl_handshake_timeout=self._limits.head_timeout_s)
+            # A write counts as done when all of it has left for the kernel: nothing unread outlives its deadline.
+            self._writer.transport.set_write_buffer_limits(high=1, low=0)
+            while not self._last and await self._begins():
                 await self._exchange()
             await self._close()
-        except ClientGone:
+        except (ClientGone, OSError):  # OSError: no TLS that we know
             pass
         finally:
-            self._transport.abort()
+            self._writer.transport.abort()
+
+    async def _begins(self) -> bool:
+        """Wait for the first bytes of a request; False when none come."""
+        if self._buffer:
+            await asyncio.sleep(0)  # requests in a row must not keep the loop from everybody else
+            return True
+        if self._server.stopping:
+            return False
+        self.idle = True
+        try:
+            await self._receive(LINGER_PAUSE_S if self._turned_away else self._limits.idle_timeout_s)
+        except HttpError:
+            return False
+        self.idle = False
+        return True
 
     async def _exchange(self) -> None:
         """One request and its answer, whatever the request is."""
-        self._last = True
-        await self._wait_for_request()
-        self._began_at = self._loop.time()
-        self._unread = True
+        began_at = self._loop.time()
+        self._last = self._unread = True
         request = Request("other", "", "unmatched", {}, {}, {}, b"", "", self._peer, self._server.in_thread)
         try:
-            response = await self._response_to(request)
-            opening = await opening_of(response)
+            if self._turned_away:
+                raise HttpError(503, "too many connections", headers={"Retry-After": "1"})
+            response = await self._response_to(request, began_at + self._limits.head_timeout_s)
+            await response.open()
         except HttpError as error:
             response = error.response()
-            opening = await opening_of(response)
         except ClientGone:
             raise
         except Exception as error:
             self._server.log_failure(request, error)
             response = HttpError(500, "internal error: the log has more, under this X-Request-Id").response()
-            opening = await opening_of(response)
-        request.id = request.id or request_id_in(self._head or self._buffer)
+        request.id = request.id or request_id_in(self._buffer)
         try:
-            await self._send(request, response, opening)
+            await self._send(request, response)
         finally:
-            self._server.observe(request, response.status, self._loop.time() - self._began_at)
+            self._server.observe(request, response.status, self._loop.time() - began_at)
 
-    async def _response_to(self, request: Request) -> Response:
-        """Reads a request step by step, as far as it is welcome, and has it answered."""
-        self._head = b""
-        self._head = await self._read_head()
-        request_line, _, fields = self._head.decode("latin-1").removeprefix("\r\n").partition("\r\n")
-        method, target, self._version = parse_request_line(request_line)
-        request.method = method if method in KNOWN_METHODS else "other"
-        request.headers = parse_fields(fields, self._limits.headers)
-        wanted_id = request.headers.get("x-request-id", "")
-        request.id = wanted_id if REQUEST_ID.fullmatch(wanted_id) else new_request_id()
-        refuse_bad_host(request.headers, self._version)
-        length = declared_length(request.headers, self._version)
+    async def _response_to(self, request: Request, head_until: float) -> Response:
+        """Read a request step by step, as far as it is welcome, and have it answered."""
+        target = request.read_head(await self._read_head(head_until), self._limits.headers)
+        length, goes_on = framing_of(request.headers, request.version)
         request.path, segments, request.query = parse_target(target)
         body_is_here = length is not None and length <= len(self._buffer)
         if body_is_here:
-            request.body = self._taken(length or 0)
-            self._request_is_read(request)
-        route = await self._server.admit(request, segments)
-        self._refuse_expectations(request)
+            request.body, self._buffer = self._buffer[:length], self._buffer[length:]
+            self._unread, self._last = False, not goes_on
+        route = self._server.admit(request, segments)
+        if request.headers.get("expect", "100-continue").lower() != "100-continue":
+            raise HttpError(417, "nothing can be expected here but 100-continue")
         if length is not None and length > self._limits.body_bytes:
             raise self._too_large()
         if not body_is_here:
-            await self._read_body(request, length)
-            self._request_is_read(request)
+            if "expect" in request.headers and request.version == "1.1" and not self._buffer:
+                await self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.body = await self._read_body(length, kept=request.method not in METHODS_WITHOUT_BODY)
+            self._unread, self._last = False, not goes_on
         if request.method in METHODS_WITHOUT_BODY:
             request.body = b""
         return await route.handler(request)
-
-    def _request_is_read(self, request: Request) -> None:
-        self._unread = False
-        self._last = not wants_to_go_on(request.headers, self._version)
-
-    def _refuse_expectations(self, request: Request) -> None:
-        if request.headers.get("expect", "100-continue").lower() != "100-continue":
-            raise HttpError(417, "nothing can be expected here but 100-continue")
 
     def _too_large(self) -> HttpError:
         return HttpError(413, f"the body is larger than {self._limits.body_bytes} bytes")
 
     # Reading.
 
-    async def _wait_for_request(self) -> None:
-        """Returns when the first bytes of a request are here."""
-        if self._buffer:
-            return
-        if self._server.stopping:
-            raise ClientGone
-        self._idle = True
+    async def _receive(self, timeout_s: float) -> None:
+        """Add what the client sends next to the buffer. HttpError 408 when nothing comes in time, 400 when nothing will."""
         try:
-            self._buffer = await self._received(self._limits.idle_timeout_s)
+            async with asyncio.timeout(timeout_s):
+                received = await self._reader.read(HTTP_READ_BYTES)
         except TimeoutError:
+            raise HttpError(408, "the request did not come in time") from None
+        except OSError:
             raise ClientGone from None
-        finally:
-            self._idle = False
-        if not self._buffer:
-            raise ClientGone
+        if not received:
+            raise HttpError(400, "the request ends in its middle")
+        self._buffer += received
 
-    async def _read_head(self) -> bytes:
-        """Request line and headers, without the empty line that ends them."""
+    async def _read_head(self, until: float) -> bytes:
+        """Request line and headers, without the empty line that ends them; `until` is on the loop's clock."""
         seen, most = 0, self._limits.head_bytes
-        until = self._began_at + self._limits.head_timeout_s
         while (end := self._buffer.find(b"\r\n\r\n", max(0, seen - 3))) < 0:
             if HOPELESS_HEAD.search(self._buffer, max(0, seen - 1)):
                 raise HttpError(400, "the head has a character that cannot be there")
             seen = len(self._buffer)
             if seen > most:
                 break
-            await self._receive_more(until - self._loop.time())
+            await self._receive(until - self._loop.time())
         if not 0 <= end <= most:
             raise HttpError(431, f"the head of the request is larger than {most} bytes")
-        return self._taken(end + 4)[:-4]
+        head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
+        return head
 
-    async def _read_body(self, request: Request, length: int | None) -> None:
-        if "expect" in request.headers and self._version == "1.1" and not self._buffer:
-            await self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        dropped = request.method in METHODS_WITHOUT_BODY
-        body = io.BytesIO(b"" if dropped else bytes(length or 0))  # to grow is to copy; its getvalue() is no copy
-        size = 0
-        async for piece in self._chunks() if length is None else self._pieces(length):
-            size += len(piece)
-            if size > self._limits.body_bytes:
-                raise self._too_large()
-            if not dropped:
-                body.write(piece)
-        request.body = body.getvalue()
+    async def _read_body(self, length: int | None, *, kept: bool) -> bytes:
+        """A body of this length, or in chunks when it is None; b"" unless it is to be kept."""
+        body = io.BytesIO(bytes(length or 0)) if kept else None  # to grow is to copy; its getvalue() is no copy
+        if length is None:
+            await self._copy_chunks(body)
+        else:
+            await self._copy(length, body)
+        return body.getvalue() if body else b""
 
-    async def _pieces(self, length: int) -> AsyncIterator[bytes]:
-        """The next `length` bytes, as they come."""
-        while length:
+    async def _copy(self, size: int, body: io.BytesIO | None) -> None:
+        """The next `size` bytes, as they come."""
+        while size:
             if not self._buffer:
-                await self._receive_body()
-            piece = self._taken(min(length, len(self._buffer)))
-            length -= len(piece)
-            yield piece
+                await self._receive(self._limits.body_progress_timeout_s)
+            piece, self._buffer = self._buffer[:size], self._buffer[size:]
+            size -= len(piece)
+            if body:
+                body.write(piece)
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
+    async def _copy_chunks(self, body: io.BytesIO | None) -> None:
         """A chunked body (RFC 9112 7.1); extensions and trailers are passed over."""
-        overhead = 0
+        size = trailers = 0
         while True:
             line = await self._line(LINE_BYTES)
             size_field = CHUNK_SIZE.fullmatch(line)
             if not size_field:
                 raise HttpError(400, "the size of a chunk is malformed")
-            size = int(size_field[1], 16)
-            if not size:
+            chunk = int(size_field[1], 16)
+            if not chunk:
                 break
-            overhead += len(line) + 4 - size
-            if overhead > CHUNK_OVERHEAD_BYTES:
-                raise HttpError(400, "the chunks of the body are too small for their framing")
-            async for piece in self._pieces(size):
-                yield piece
+            size += chunk
+            if size > self._limits.body_bytes:
+                raise self._too_large()
+            await self._copy(chunk, body)
             if await self._line(LINE_BYTES):
                 raise HttpError(400, "a chunk is longer than its size")
-        await self._pass_over_trailers()
-
-    async def _pass_over_trailers(self) -> None:
-        size = 0
         while line := await self._line(self._limits.head_bytes):
-            size += len(line)
-            if size > self._limits.head_bytes:
+            trailers += len(line)
+            if trailers > self._limits.head_bytes:
                 raise HttpError(431, "the trailers are too large")
-            parse_fields(line.decode("latin-1"), 1)
+            if not FIELD_LINES.fullmatch(line.decode("latin-1")):
+                raise HttpError(400, "a trailer is malformed")
 
     async def _line(self, most: int) -> bytes:
         """A line without its CRLF; 400 for a line end that is not CRLF, or a line that does not end."""
         while (end := self._buffer.find(b"\n", 0, most)) < 0:
             if len(self._buffer) >= most:
                 raise HttpError(400, "a line of the chunked body is too long")
-            await self._receive_body()
-        line = self._taken(end + 1)
+            await self._receive(self._limits.body_progress_timeout_s)
+        line, self._buffer = self._buffer[: end + 1], self._buffer[end + 1 :]
         if not line.endswith(b"\r\n"):
             raise HttpError(400, "a line of the chunked body does not end with CRLF")
         return line[:-2]
 
-    def _taken(self, size: int) -> bytes:
-        taken, self._buffer = self._buffer[:size], self._buffer[size:]
-        return taken
-
-    async def _receive_body(self) -> None:
-        await self._receive_more(self._limits.body_progress_timeout_s)
-        await asyncio.sleep(0)  # a body that is here already must not keep the loop from everybody else
-
-    async def _receive_more(self, timeout_s: float) -> None:
-        """Adds to the buffer; 408 when nothing comes in time, 400 when nothing will."""
-        try:
-            received = await self._received(timeout_s)
-        except TimeoutError:
-            raise HttpError(408, "the request did not come in time") from None
-        if not received:
-            raise HttpError(400, "the request ends in its middle")
-        self._buffer += received
-
-    async def _received(self, timeout_s: float) -> bytes:
-        """What the client sends next, b"" when it has finished; TimeoutError when nothing comes."""
-        self._deadline = self._loop.time() + timeout_s
-        try:
-            return await self._reader.read(HTTP_READ_BYTES)
-        except asyncio.CancelledError:
-            if not self._was_late():
-                raise
-            raise TimeoutError from None
-        except OSError:
-            raise ClientGone from None
-        finally:
-            self._deadline = math.inf
-
-    def _was_late(self) -> bool:
-        """True when it was the sweep that cancelled, which then is over and done with."""
-        if not self._late:
-            return False
-        self._late = False
-        self.task.uncancel()
-        return True
-
     # Writing.
 
-    async def _send(self, request: Request, response: Response, opening: bytes) -> None:
-        self._last = self._last or self._server.stopping
-        head_only = request.method == "HEAD"
-        if isinstance(response.body, bytes):
-            framing = f"Content-Length: {len(opening)}\r\n{self._connection_field()}"
-            head = response_head(response, request.id, framing)
-            await self._write(head if head_only else head + opening)
-            return
-        try:
-            await self._stream(request, response, response.body, opening)
-        finally:
-            if isinstance(response.body, AsyncGenerator):
-                await response.body.aclose()
-
-    def _connection_field(self) -> str:
-        if self._last:
-            return "Connection: close\r\n"
-        return "Connection: keep-alive\r\n" if self._version == "1.0" else ""
-
-    async def _stream(self, request: Request, response: Response, rest: AsyncIterator[bytes], opening: bytes) -> None:
-        """Sends a body of unknown length: in chunks, or in HTTP/1.0 up to the end of the connection."""
-        chunked = self._version == "1.1"
-        self._last = self._last or not chunked
-        framing = "Transfer-Encoding: chunked\r\n" if chunked else ""
-        head = response_head(response, request.id, framing + self._connection_field())
-        if request.method == "HEAD":
-            await self._write(head)
+    async def _send(self, request: Request, response: Response) -> None:
+        """The whole answer; a body of unknown length in chunks, or in HTTP/1.0 up to the end of the connection."""
+        rest, chunked = response.body, request.version == "1.1"
+        self._last = self._last or self._server.stopping or not (chunked or isinstance(rest, bytes))
+        head = answer_head(request, response, last=self._last)
+        if isinstance(rest, bytes):
+            await self._write(head if request.method == "HEAD" else head + rest)
             return
         framed = as_chunk if chunked else bytes
-        await self._write(head + framed(opening) if opening else head)
         try:
+            if request.method == "HEAD":
+                await self._write(head)
+                return
+            await self._write(head + framed(response.opening))
             async for piece in rest:
                 if piece:
                     await self._write(framed(piece))
+            if chunked:
+                await self._write(b"0\r\n\r\n")
         except ClientGone:
             raise
         except Exception as error:  # too late for a status: the missing end tells the client
             self._server.log_failure(request, error)
             raise ClientGone from None
-        if chunked:
-            await self._write(b"0\r\n\r\n")
+        finally:
+            if isinstance(rest, AsyncGenerator):
+                await rest.aclose()
 
     async def _write(self, content: bytes) -> None:
         """Returns when the kernel has all of it; ClientGone when the client does not take it in time."""
-        if self._transport.is_closing():
+        transport = self._writer.transport
+        if transport.is_closing():
             raise ClientGone
         self._writer.write(content)
-        self._unsent_bytes = self._transport.get_write_buffer_size()
-        if not self._unsent_bytes:
-            return
-        self._deadline = self._loop.time() + self._limits.write_progress_timeout_s
-        try:
-            await self._writer.drain()
-        except asyncio.CancelledError:
-            if not self._was_late():
-                raise
-            raise ClientGone from None
-        except OSError:
-            raise ClientGone from None
-        finally:
-            self._deadline = math.inf
-            self._unsent_bytes = 0
+        unsent = transport.get_write_buffer_size()
+        while unsent:
+            try:
+                async with asyncio.timeout(self._limits.write_progress_timeout_s):
+                    await self._writer.drain()
+                return
+            except TimeoutError:
+                before, unsent = unsent, transport.get_write_buffer_size()
+                if unsent >= before:
+                    raise ClientGone from None
+            except OSError:
+                raise ClientGone from None
 
     async def _close(self) -> None:
-        """Ends the connection so that the client sees the last answer."""
+        """End the connection so that the client sees the last answer."""
         if self._unread or self._buffer:
             await self._linger()
         self._writer.close()
@@ -8071,60 +7822,24 @@ class HttpConnection:
                 await self._writer.wait_closed()
 
     async def _linger(self) -> None:
-        """Reads on for a while: closing on a client that sends would destroy the answer (RFC 9112 9.6)."""
+        """Read on for a while: closing on a client that sends would destroy the answer (RFC 9112 9.6)."""
         if self._writer.can_write_eof():
             with contextlib.suppress(OSError):
                 self._writer.write_eof()
-        self._buffer = b""
         until = self._loop.time() + LINGER_S
-        left = LINGER_BYTES
-        with contextlib.suppress(TimeoutError):
-            while left > 0:
-                received = await self._received(min(LINGER_PAUSE_S, until - self._loop.time()))
-                left = left - len(received) if received else 0
+        with contextlib.suppress(HttpError):  # nothing more comes, or not in time
+            while True:
+                self._buffer = b""
+                await self._receive(min(LINGER_PAUSE_S, until - self._loop.time()))
 
 
 def as_chunk(piece: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(piece), piece)
-
-
-def peer_address(writer: asyncio.StreamWriter) -> str:
-    peername = writer.get_extra_info("peername")
-    return str(peername[0]) if isinstance(peername, tuple) else "unix"
+    return b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
 
 
 # ---------------------------------------------------------------------- the server
 
-
-class Strangers:
-    """Peers that come without a valid token: who keeps trying waits longer and longer for its refusals.
-
-    Only refusals wait, so a peer that has a valid token as well is never slowed down, and nobody is
-    locked out. What they cost is bounded: peers remembered, connections held back.
-    """
-
-    def __init__(self) -> None:
-        self._refusals: dict[str, tuple[float, float]] = {}  # peer: number, less those forgiven; when
-        self._waiting = 0
-
-    def delay_s(self, peer: str, now: float) -> float:
-        """Count one more refusal of this peer; how long it is to be held back."""
-        number, then = self._refusals.pop(peer, (0.0, now))
-        number = max(0.0, number - (now - then) * REFUSALS_FORGIVEN_PER_S) + 1
-        self._refusals[peer] = number, now
-        if len(self._refusals) > STRANGERS:
-            del self._refusals[next(iter(self._refusals))]  # who came longest ago
-        return min(max(0.0, number - FREE_REFUSALS) * HELD_BACK_STEP_S, HELD_BACK_S)
-
-    async def hold_back(self, peer: str) -> None:
-        delay_s = self.delay_s(peer, asyncio.get_running_loop().time())
-        if not delay_s or self._waiting >= STRANGERS_WAITING:
-            return
-        self._waiting += 1
-        try:
-            await asyncio.sleep(delay_s)
-        finally:
-            self._waiting -= 1
+Methods = dict[str, Route]  # the rows of one path
 
 
 class HttpServer:
@@ -8151,237 +7866,107 @@ class HttpServer:
         self.log_failure = log_failure
         self.stopping = False
         self._authorised = authorised
-        self._table = RouteTable(routes)
-        self._listeners: dict[socket.socket, Callable[[], None]] = {}  # and what takes a connection of each
-        self._connecting: set[asyncio.Task[None]] = set()  # connections before TLS is agreed upon
-        self._unix_sockets: dict[str, int] = {}  # path: inode
+        self._fixed: dict[tuple[str, ...], Methods] = {}  # by the segments of the path
+        self._patterns: dict[tuple[str, ...], Methods] = {}
+        self._listeners: list[asyncio.Server] = []
+        self._unix_sockets: list[str] = []
         self._connections: dict[asyncio.Task[None], HttpConnection] = {}
-        self._turned_away: set[asyncio.StreamWriter] = set()
-        self._strangers = Strangers()
-        self._sweeping: asyncio.TimerHandle | None = None
-        shortest = min(time_s for name, time_s in limits._asdict().items() if name.endswith("_s"))
-        self._sweep_s = min(SWEEP_S, shortest / 4)
+        for route in routes:
+            table = self._patterns if "{" in route.pattern else self._fixed
+            table.setdefault(tuple(route.pattern.split("/")), {})[route.method] = route
 
-    async def start_tcp(self, host: str, port: int, ssl_context: ssl.SSLContext | None) -> tuple[tuple[str, int], ...]:
+    async def start_tcp(self, host: str, port: int, tls: ssl.SSLContext | None) -> tuple[tuple[str, int], ...]:
         """Listens on every address of `host`, with TLS when there is a context; returns (address, port)."""
-        bound = await bound_tcp_sockets(host, port, self._backlog)
-        for listening in bound:
-            self._listen(listening, ssl_context)
-        return tuple(listening.getsockname()[:2] for listening in bound)
+        connected = functools.partial(self._connected, tls)
+        listener = await asyncio.start_server(connected, host or None, port, backlog=ACCEPTED_AT_ONCE)
+        self._keep(listener)
+        return tuple(listening.getsockname()[:2] for listening in listener.sockets)
 
     async def start_unix(self, path: str, mode: int = 0o660) -> None:
-        """Listens on a Unix socket; OSError when another process listens there or a file is in the way."""
-        listening = bound_unix_socket(path, mode)
-        listening.listen(self._backlog)
-        self._listen(listening, None)
-        self._unix_sockets[path] = os.stat(path).st_ino
+        """Listens on a Unix socket of this mode, in the place of one that a crash left behind.
+
+        OSError when a living process listens there, or a file is in the way.
+        """
+        with socket.socket(socket.AF_UNIX) as probe:  # asyncio removes any socket that it finds
+            probe.settimeout(1)
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                probe.connect(path)
+                raise OSError(errno.EADDRINUSE, "another process listens there", path)
+        connected = functools.partial(self._connected, None)
+        listener = await asyncio.start_unix_server(
+            connected, path, backlog=self.limits.connections, start_serving=False
+        )
+        os.chmod(path, mode)  # before anybody can connect
+        await listener.start_serving()
+        self._keep(listener)
+        self._unix_sockets.append(path)
+
+    def _keep(self, listener: asyncio.Server) -> None:
+        """What asyncio calls backlog is also how many it accepts in one step; the kernel may let more of them wait."""
+        self._listeners.append(listener)
+        for listening in listener.sockets:
+            with listening.dup() as same:
+                same.listen(self.limits.connections)
 
     async def stop(self, grace_s: float) -> None:
         """Stops listening, answers the requests in progress within `grace_s`, then cuts what is left."""
         self.stopping = True
-        while self._listeners:
-            listening, _ = self._listeners.popitem()
-            asyncio.get_running_loop().remove_reader(listening)
-            listening.close()
-        for connecting in self._connecting:
-            connecting.cancel()
-        await asyncio.gather(*self._connecting, return_exceptions=True)
-        for path, inode in self._unix_sockets.items():
-            remove_unix_socket(path, inode)
-        for writer in self._turned_away:
-            writer.transport.abort()
-        for connection in self._connections.values():
-            connection.end_if_idle()
-        await self._connections_end_within(grace_s)
-        for connection in self._connections.values():
-            connection.cut()
-        await self._connections_end_within(HTTP_CLOSE_S)
-        if self._sweeping:
-            self._sweeping.cancel()
+        for path in self._unix_sockets:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        for listener in self._listeners:
+            listener.close()
+        for task, connection in self._connections.items():
+            if connection.idle:
+                task.cancel()
+        for patience_s in (grace_s, HTTP_CLOSE_S):
+            if self._connections:
+                await asyncio.wait(list(self._connections), timeout=patience_s)
+            for task in self._connections:
+                task.cancel()
 
-    async def admit(self, request: Request, segments: tuple[str, ...]) -> Route:
+    def admit(self, request: Request, segments: tuple[str, ...]) -> Route:
         """The row for a request; otherwise 401 before 404 and 405, so that a stranger learns nothing."""
-        methods, request.parameters = self._table.at(segments)
+        methods = self._fixed.get(segments) or self._matching(request, segments)
         route = methods.get(request.method)
         if route is None and request.method == "HEAD":
             route = methods.get("GET")
         if methods:
             request.route = next(iter(methods.values())).pattern
         if not (route and route.public) and not self._authorised(request):
-            await self._strangers.hold_back(request.peer)
-            raise unauthorised()
+            sentence = "Invalid or missing API token"
+            raise HttpError(401, sentence, headers={"WWW-Authenticate": "Bearer"}, extra={"detail": sentence})
         if not methods:
-            raise HttpError(404, "there is nothing at this path")
+            raise HttpError(404, "no such path; see /openapi.json")
         if route is None:
-            raise method_not_allowed(methods)
+            listed = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
+            raise HttpError(405, f"this path takes only {listed}", headers={"Allow": listed})
         return route
 
-    @property
-    def _backlog(self) -> int:
-        return min(self.limits.connections, 1024)
+    def _matching(self, request: Request, segments: tuple[str, ...]) -> Methods:
+        """The rows whose pattern a path fits; fills in what the names in the pattern stand for."""
+        for pattern, methods in self._patterns.items():
+            if len(pattern) != len(segments):
+                continue
+            pairs = list(zip(pattern, segments, strict=True))
+            if all(given if expected.startswith("{") else given == expected for expected, given in pairs):
+                request.parameters = {name[1:-1]: given for name, given in pairs if name.startswith("{")}
+                return methods
+        return {}
 
-    def _listen(self, listening: socket.socket, tls: ssl.SSLContext | None) -> None:
-        listening.setblocking(False)
-        self._listeners[listening] = functools.partial(self._take_next, listening, tls)
-        self._mind(listening)
-
-    def _mind(self, listening: socket.socket) -> None:
-        if not self.stopping:
-            asyncio.get_running_loop().add_reader(listening, self._listeners[listening])
-
-    def _take_next(self, listening: socket.socket, tls: ssl.SSLContext | None) -> None:
-        """Take one connection: many at once must not keep the loop from everybody else.
-
-        When there is no file descriptor for another one, the next try comes after a while.
-        """
-        try:
-            client, _ = listening.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError:
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(listening)
-            loop.call_later(ACCEPT_PAUSE_S, self._mind, listening)
-            return
-        client.setblocking(False)
-        self._take(client, tls)
-
-    def _take(self, client: socket.socket, tls: ssl.SSLContext | None) -> None:
-        """Begins with a client; hangs up at once when there are far too many, whatever state they are in."""
-        taken = len(self._connections) + len(self._connecting) + len(self._turned_away)
-        if taken >= self.limits.connections + TURNED_AWAY:
-            client.close()
-            return
-        connecting = asyncio.create_task(self._connect(client, tls))
-        self._connecting.add(connecting)
-        connecting.add_done_callback(lambda task: self._connecting_ended(task, client))
-
-    def _connecting_ended(self, task: asyncio.Task[None], client: socket.socket) -> None:
-        self._connecting.discard(task)
-        if task.cancelled():
-            client.close()
-
-    async def _connect(self, client: socket.socket, tls: ssl.SSLContext | None) -> None:
-        loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader()
-        protocol = asyncio.StreamReaderProtocol(reader)
-        patience = {"ssl_handshake_timeout": self.limits.head_timeout_s, "ssl_shutdown_timeout": HTTP_CLOSE_S}
-        try:
-            transport, _ = await loop.connect_accepted_socket(
-                lambda: protocol, client, ssl=tls, **(patience if tls else {})
-            )
-        except OSError:  # gone again, late, or no TLS that we know
-            client.close()
-            return
-        self._accept(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
-
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.stopping or len(self._connections) >= self.limits.connections:
-            self._turn_away(writer)
-            return
-        connection = HttpConnection(self, reader, writer)
-        self._connections[connection.task] = connection
-        connection.task.add_done_callback(self._connections.pop)
-        if self._sweeping is None:
-            self._sweep()
-
-    def _turn_away(self, writer: asyncio.StreamWriter) -> None:
-        """Answers 503 without a task, and gives the client a moment to read it."""
-        if self.stopping or len(self._turned_away) >= TURNED_AWAY:
+    def _connected(
+        self, tls: ssl.SSLContext | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Begin with a client. One over the limit is told so; when there are far too many, the connection is closed."""
+        taken = len(self._connections)
+        if self.stopping or taken >= self.limits.connections + TURNED_AWAY:
             writer.transport.abort()
             return
-        response = HttpError(503, "too many connections", headers={"Retry-After": "1"}).response()
-        body = response.body if isinstance(response.body, bytes) else b""
-        framing = f"Content-Length: {len(body)}\r\nConnection: close\r\n"
-        writer.write(response_head(response, new_request_id(), framing) + body)
-        with contextlib.suppress(OSError):  # the client is gone
-            if writer.can_write_eof():
-                writer.write_eof()
-        self._turned_away.add(writer)
-        asyncio.get_running_loop().call_later(TURNED_AWAY_S, self._drop, writer)
-
-    def _drop(self, writer: asyncio.StreamWriter) -> None:
-        self._turned_away.discard(writer)
-        writer.transport.abort()
-
-    def _sweep(self) -> None:
-        """Ends what is late, and comes again as long as there are connections."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        for connection in self._connections.values():
-            connection.end_if_late(now)
-        self._sweeping = loop.call_later(self._sweep_s, self._sweep) if self._connections else None
-
-    async def _connections_end_within(self, seconds: float) -> None:
-        if self._connections:
-            await asyncio.wait(list(self._connections), timeout=seconds)
-
-
-def unauthorised() -> HttpError:
-    sentence = "Invalid or missing API token"
-    return HttpError(401, sentence, headers={"WWW-Authenticate": "Bearer"}, extra={"detail": sentence})
-
-
-def method_not_allowed(methods: Methods) -> HttpError:
-    allowed = sorted({*methods, "HEAD"} if "GET" in methods else methods)
-    listed = ", ".join(allowed)
-    return HttpError(405, f"this path takes {listed} alone", headers={"Allow": listed})
-
-
-async def bound_tcp_sockets(host: str, port: int, backlog: int) -> list[socket.socket]:
-    """Listening sockets on every address of a host, of all hosts when it is empty; OSError when one fails."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    bound: list[socket.socket] = []
-    try:
-        for family, address in dict.fromkeys((family, address) for family, *_, address in found):
-            bound.append(socket.create_server(address, family=family, backlog=backlog))
-            bound[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited; asyncio would not set it
-    except OSError:
-        for listening in bound:
-            listening.close()
-        raise
-    return bound
-
-
-def bound_unix_socket(path: str, mode: int) -> socket.socket:
-    """A Unix socket at `path`, its mode set before anybody can connect. Takes over after a dead process."""
-    refuse_live_unix_socket(path)
-    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        bound.bind(path)
-        os.chmod(path, mode)
-    except OSError as error:
-        bound.close()
-        raise OSError(error.errno, error.strerror or str(error), path) from None
-    return bound
-
-
-def refuse_live_unix_socket(path: str) -> None:
-    """Removes the socket file of a dead process; OSError when a process listens or it is another file."""
-    try:
-        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
-    except FileNotFoundError:
-        return
-    if not is_socket:
-        raise OSError(errno.EEXIST, "there is a file that is not a socket", path)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except OSError as error:
-            raise OSError(error.errno, error.strerror or str(error), path) from None
-    raise OSError(errno.EADDRINUSE, "another process listens there", path)
-
-
-def remove_unix_socket(path: str, inode: int) -> None:
-    """Removes our socket file, unless somebody has put another one in its place."""
-    with contextlib.suppress(OSError):
-        if os.stat(path).st_ino == inode:
-            os.unlink(path)
+        turned_away = taken >= self.limits.connections
+        connection = HttpConnection(self, reader, writer, tls=tls, turned_away=turned_away)
+        task = asyncio.create_task(connection.run(), name=f"http {taken}")
+        self._connections[task] = connection
+        task.add_done_callback(self._connections.pop)
 
 
 # ======================================================================

@@ -35,7 +35,6 @@ import pty
 import py_compile
 import random
 import re
-import resource
 import select
 import shlex
 import shutil
@@ -7874,7 +7873,6 @@ BAD_CHUNKS = {
     "bare lf after the chunk": b"5\r\nhello\n0\r\n\r\n",
     "bare cr in an extension": b"5;a\rb\r\nhello\r\n0\r\n\r\n",
     "long extension": b"5;" + b"a" * 2000 + b"\r\nhello\r\n0\r\n\r\n",
-    "many extensions": (b"1;" + b"a" * 900 + b"\r\nx\r\n") * 100 + b"0\r\n\r\n",
     "bad trailer": b"0\r\nno trailer\r\n\r\n",
     "folded trailer": b"0\r\nA: b\r\n c\r\n\r\n",
     "it ends early": b"5\r\nhel",
@@ -8009,11 +8007,12 @@ def test_a_query_is_decoded_and_the_last_of_a_name_counts(query, expected):
         "Content-Encoding: identity\r\n",
     ],
 )
-def test_a_body_that_is_or_may_be_json_is_read_as_json(headers):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_body_that_is_or_may_be_json_is_read_as_json(headers, encoding):
     async def story(service):
-        _, _, body = answer_parts(
-            await http_answers_to(service, http_request(headers=headers, body='{"a": "é"}'.encode()))
-        )
+        sent = http_request(headers=headers, body='{"a": "é"}'.encode(encoding))
+
+        _, _, body = answer_parts(await http_answers_to(service, sent))
 
         assert json.loads(body)["got"] == {"a": "é"}
 
@@ -8045,7 +8044,7 @@ BAD_JSON = {
     "not json": (b"{nonsense", "not JSON"),
     "white space": (b"  ", "not JSON"),
     "two": (b"{} {}", "not JSON"),
-    "bom": (b"\xef\xbb\xbf{}", "not JSON"),
+    "bom in its middle": (b"{}\xef\xbb\xbf", "not JSON"),
     "list": (b"[]", "not a JSON object"),
     "null": (b"null", "not a JSON object"),
     "latin-1": (b'{"a": "\xe9"}', "not UTF-8 (byte 7)"),
@@ -8088,15 +8087,6 @@ LONG_STRINGS = {
 }
 
 
-def test_no_long_string_goes_unnoticed_and_a_body_of_short_ones_is_not_looked_through():
-    for before in (0, 1, 2048, 4095, 4096, 8191, 8192):
-        for long_one in ("x" * mailproxy.LONG_STRING_BYTES, '"' * mailproxy.LONG_STRING_BYTES):
-            body = json.dumps({"a": ["y"] * (before // 5), "b": long_one, "c": ["y"] * 5000}).encode()
-            assert mailproxy.may_have_long_strings(body)
-
-    assert not mailproxy.may_have_long_strings(json.dumps({"a": ["y" * 2000, r"\r\n"] * 5000}).encode())
-
-
 @pytest.mark.parametrize("ensure_ascii", [True, False])
 @pytest.mark.parametrize("content", LONG_STRINGS.values(), ids=LONG_STRINGS.keys())
 def test_long_strings_of_a_large_body_are_read_as_any_other(content, ensure_ascii):
@@ -8129,29 +8119,19 @@ def test_what_is_wrong_in_a_long_string_is_told_as_in_any_other(wrong, words):
 MANY = mailproxy.JSON_VALUES + 1
 
 
-@pytest.mark.parametrize(
-    "values", [b"[]," * MANY, b"1," * MANY, b'"",' * MANY, b'"\\\\",' * 100_000 + b"1," * MANY, b'"\\"",' * MANY]
-)
-def test_json_of_very_many_values_is_413_before_it_takes_the_memory(values):
+@pytest.mark.parametrize("values", [b"[]," * MANY, b"{}," * MANY, b'"",' * MANY, b'"\\"",' * 2 * MANY])
+@pytest.mark.parametrize("around", [(b"", b""), (b'"",', b',""')])
+def test_json_of_very_many_values_is_413_before_it_takes_the_memory(values, around):
     with pytest.raises(mailproxy.HttpError, match="more than 2000000 values") as refused:
-        mailproxy.parse_large_json_object(b'{"a": [' + values + b"0]}")
+        mailproxy.parse_large_json_object(b'{"a": [' + around[0] + values + b"0" + around[1] + b"]}")
 
     assert refused.value.status == 413
 
 
-def test_many_values_before_a_string_without_end_are_413_in_no_time():
-    began = time.process_time()
+def test_the_texts_of_a_large_body_may_have_as_many_commas_and_quotes_as_they_like():
+    texts = [',"' * MANY, ",[{" * MANY]
 
-    with pytest.raises(mailproxy.HttpError, match="more than 2000000 values"):
-        mailproxy.parse_large_json_object(b'{"a": [' + b"1," * MANY + b'"' + b'\\"' * 100_000)
-
-    assert time.process_time() - began < 5  # it took 40 s
-
-
-def test_the_text_of_a_message_may_have_as_many_commas_and_brackets_as_it_likes():
-    text = ",[{" * MANY + '"\\' * 1000
-
-    assert mailproxy.parse_large_json_object(json.dumps({"a": [text, "b"]}).encode()) == {"a": [text, "b"]}
+    assert mailproxy.parse_large_json_object(json.dumps({"a": texts}).encode()) == {"a": texts}
 
 
 @pytest.mark.parametrize("text", ["short", "x" * mailproxy.LONG_STRING_BYTES * 2])
@@ -8248,14 +8228,15 @@ def test_requests_in_a_row_are_answered_in_order():
 def test_no_answer_waits_for_the_client_to_confirm_the_one_before():
     """Nagle's algorithm would hold back the second of two answers for the 40 ms of a delayed ACK."""
 
-    async def story():
-        (listening,) = await mailproxy.bound_tcp_sockets("127.0.0.1", 0, 1)
-        with listening, socket.create_connection(listening.getsockname()):
-            accepted, _ = listening.accept()
-            with accepted:
-                return accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    async def story(service):
+        _, writer = await http_connect(service)
+        await http_until(lambda: service.server._connections)
 
-    assert asyncio.run(story())
+        (connection,) = service.server._connections.values()
+        assert connection._writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        writer.close()
+
+    with_http_service(story)
 
 
 def test_a_request_that_comes_byte_by_byte_is_the_same_request():
@@ -8804,27 +8785,11 @@ def test_the_socket_file_of_a_dead_process_is_replaced_and_that_of_a_live_one_is
     asyncio.run(story())
 
 
-def test_a_socket_that_somebody_else_put_in_our_place_is_not_removed(tmp_path):
-    async def story():
-        path = tmp_path / "api.sock"
-        service = HttpService()
-        await service.server.start_unix(str(path))
-
-        path.rename(tmp_path / "old.sock")
-        with socket.socket(socket.AF_UNIX) as other:
-            other.bind(str(path))
-            await service.server.stop(0)
-
-        assert path.is_socket()
-
-    asyncio.run(story())
-
-
 def test_a_file_that_is_no_socket_is_left_alone(tmp_path):
     path = tmp_path / "api.sock"
     path.write_text("precious")
 
-    with pytest.raises(OSError, match="not a socket"):
+    with pytest.raises(OSError, match="already in use"):
         asyncio.run(HttpService().server.start_unix(str(path)))
 
     assert path.read_text() == "precious"
@@ -8859,6 +8824,7 @@ def test_clients_that_never_begin_the_tls_handshake_are_counted_and_those_far_be
         ((host, port),) = await service.server.start_tcp("127.0.0.1", 0, ca.good().server_context())
 
         silent = [await asyncio.open_connection(host, port) for _ in range(3 + mailproxy.TURNED_AWAY)]
+        await http_until(lambda: len(service.server._connections) == len(silent))
         reader, writer = await asyncio.open_connection(host, port)
         async with asyncio.timeout(5):
             with contextlib.suppress(ConnectionResetError):
@@ -8922,10 +8888,11 @@ def test_no_bytes_at_all_lead_to_a_500_a_hung_connection_or_a_leaked_task(sent):
     ["a:" * 20_000 + "\0", "a" * 30_000 + "\0", "a: " + " " * 30_000 + "\0", "a:b\r\n" * 6000 + "\0", ":" * 30_000],
 )
 def test_judging_a_hostile_head_takes_no_noticeable_time(text):
+    request = mailproxy.Request("other", "", "unmatched", {}, {}, {}, b"", "", "unix", None)
     begun = time.perf_counter()
 
     with pytest.raises(mailproxy.HttpError):
-        mailproxy.parse_fields(text, 100)
+        request.read_head(b"GET / HTTP/1.1\r\nHost: x\r\n" + text.encode(), 100)
 
     assert time.perf_counter() - begun < 0.5
 
@@ -13949,64 +13916,20 @@ def test_every_message_that_is_accepted_arrives_and_can_be_read(tmp_path: Path, 
 # -- strangers
 
 
-def refused(daemon: Daemon) -> float:
-    """Seconds until a wrong token is refused."""
-    began = time.monotonic()
-    assert daemon.get("/status", headers={"X-API-Token": "guess-5f3a"}).status == 401
-    return time.monotonic() - began
+def test_a_wrong_token_is_counted_and_logged_without_its_value_and_any_of_the_right_ones_is_let_in(
+    tmp_path: Path,
+) -> None:
+    with Daemon(tmp_path, {"server": {"api_token": "old-t0ken, new-t0ken"}}) as daemon:
+        statuses = [
+            daemon.get("/status", headers={"X-API-Token": token}).status
+            for token in ("guess-5f3a", "", "old-t0ke", "old-t0ken, new-t0ken", "old-t0ken", "new-t0ken")
+        ]
 
-
-def test_who_guesses_tokens_is_slowed_down_counted_and_logged_and_nobody_else(tmp_path: Path) -> None:
-    config = {"server": {"api_token": "old-t0ken, new-t0ken"}}
-    with Daemon(tmp_path, config) as daemon:
+        assert statuses == [401, 401, 401, 401, 200, 200]
         daemon.token = "old-t0ken"
-        first = refused(daemon)
-        with concurrent.futures.ThreadPoolExecutor(44) as guessers:
-            slowest = max(guessers.map(lambda _: refused(daemon), range(44)))
-
-        assert (first < 0.2, slowest > 0.3) == (True, True), (first, slowest)
-        began = time.monotonic()
-        assert [
-            daemon.get("/status", headers={"X-API-Token": token}).status for token in ("old-t0ken", "new-t0ken")
-        ] == [200, 200]
-        assert time.monotonic() - began < 0.3
-        metrics = daemon.get("/metrics").content.decode()
-        assert "mailproxy_auth_failures_total 45.0" in metrics
-        assert daemon.log.count("a request without a valid token") == 45
+        assert "mailproxy_auth_failures_total 4.0" in daemon.get("/metrics").content.decode()
+        assert daemon.log.count("a request without a valid token") == 4
         assert "guess-5f3a" not in daemon.log
-
-
-def test_refusals_are_held_back_for_a_second_at_most_and_forgiven_in_time() -> None:
-    strangers = mailproxy.Strangers()
-
-    delays = [strangers.delay_s("192.0.2.1", now=100.0) for _ in range(200)]
-
-    assert delays[: mailproxy.FREE_REFUSALS] == [0.0] * mailproxy.FREE_REFUSALS
-    assert delays == sorted(delays)
-    assert delays[-1] == 1.0
-    assert strangers.delay_s("192.0.2.2", now=100.0) == 0
-    assert strangers.delay_s("192.0.2.1", now=100.0 + 3600) == 0
-
-
-def test_what_strangers_cost_is_bounded() -> None:
-    strangers = mailproxy.Strangers()
-    for number in range(3 * mailproxy.STRANGERS):
-        strangers.delay_s(f"2001:db8::{number:x}", now=100.0)
-    assert len(strangers._refusals) == mailproxy.STRANGERS
-
-    async def held_back() -> tuple[int, float]:
-        for _ in range(200):
-            strangers.delay_s("192.0.2.1", now=asyncio.get_running_loop().time())
-        began = time.monotonic()
-        waits = [asyncio.create_task(strangers.hold_back("192.0.2.1")) for _ in range(500)]
-        await asyncio.sleep(0.05)
-        waiting = sum(not task.done() for task in waits)
-        await asyncio.gather(*waits)
-        return waiting, time.monotonic() - began
-
-    waiting, seconds = asyncio.run(held_back())
-    assert waiting == mailproxy.STRANGERS_WAITING
-    assert seconds < 3
 
 
 @contextlib.contextmanager
@@ -14028,20 +13951,8 @@ def test_strangers_who_open_connections_without_end_neither_stop_delivery_nor_fi
             smtp.wait_for(1)
         wait_until(lambda: answers_again(daemon), "the API again")
 
-        assert daemon.process
-        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (3, 300))
-        with silent_connections(daemon.port, 30), pytest.raises(TimeoutError):
-            first_bytes_of_answer(daemon.port, timeout=0.5)
-        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (300, 300))
-        wait_until(lambda: answers_again(daemon), "the API again")
         assert "fewer HTTP connections" in daemon.log
         assert len(daemon.log) < 5000
-
-
-def first_bytes_of_answer(port: int, timeout: float) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as client:
-        client.sendall(HEALTH)
-        return client.recv(20)
 
 
 def answers_again(daemon: Daemon) -> bool:

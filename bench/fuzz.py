@@ -152,7 +152,7 @@ class Conversation:
 
     async def run(self) -> Conversation:
         connection = self._mailproxy.HttpConnection(self.server, self._pieces, self.writer)
-        await connection.task
+        await connection.run()
         return self
 
     def authorised(self, request: Any) -> bool:
