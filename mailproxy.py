@@ -636,21 +636,29 @@ def _readable_file(value: str) -> str:
 
 
 def _http_url(value: str) -> str:
-    parts = urllib.parse.urlsplit(value)
-    usable = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
-    if not usable or not value.isascii() or re.search(r"[\s\\]", value) or parts.port == 0:
+    text = value.strip()
+    http_target(text)
+    if " " in text or flaw_of_line(text):
+        raise ValueError
+    return text
+
+
+def _url_without_user(value: str) -> str:
+    if http_target(value).authorization or re.search(r"[^!-\[\]-~]", value):
         raise ValueError
     return value
 
 
 def _address(value: str) -> str:
-    if not re.fullmatch(r"[^@\s]+@[^@\s]+", value):
+    """An address, its domain in A-labels as those of messages are."""
+    local_part, at, domain = value.rpartition("@")
+    if not at or not re.fullmatch(r"[^@\s]+", local_part) or not re.fullmatch(r"[^@\s]+", domain):
         raise ValueError
-    return value
+    return f"{local_part}@{a_labels(domain)}"
 
 
-def _address_or_domain(value: str) -> str:
-    return value if re.fullmatch(r"@[^@\s]+", value) else _address(value)
+def _allowed_recipient(value: str) -> str:
+    return (f"@{a_labels(value[1:])}" if re.fullmatch(r"@[^@\s]+", value) else _address(value)).lower()
 
 
 def _host_or_network(value: str) -> str:
@@ -673,12 +681,13 @@ READABLE_FILE = Kind("the path of a file that can be read", _readable_file)
 SOCKET_PATH = Kind("a path of at most 103 bytes", _socket_path)
 LISTENING_HOST = Kind("an address or a host name", _listening_host)
 HOST = Kind("the name or the address of a server", _host)
-URL = Kind("an http:// or https:// URL without user and password in it", _http_url)
+HTTP_URL = Kind("an http or https URL", _http_url)
+URL = Kind("an http:// or https:// URL without user and password in it", _url_without_user)
 SECRET = Kind("a secret: itself, env:NAME or file:/path", _secret, secret=True)
 SECRETS = many("secrets, each itself, env:NAME or file:/path", _secret, secret=True)
 DELAYS = many("whole seconds", integer(0, LONGEST_S).parse, "integer")._replace(unit="seconds")
 MAIL_ADDRESS = Kind("a mail address", _address)
-RECIPIENTS = many("mail addresses or @domains", _address_or_domain)
+RECIPIENTS = many("mail addresses or @domains", _allowed_recipient)
 HOSTS = many("host names, addresses or networks, not URLs", _host_or_network)
 PRIORITY = Kind(
     "0 to 3, or immediate, high, medium, low", _priority, " | ".join(["integer", *map(repr, PRIORITIES)]), (int,)
@@ -846,7 +855,7 @@ class Account:
     client_cert: str | None = setting(None, PATH, "Certificate (PEM) to show to the server.")
     client_key: str | None = setting(None, PATH, "Private key (PEM) of client_cert.")
     auth: str = setting("auto", word("auto", "plain", "login", "cram-md5", "xoauth2"), "How to log in.")
-    oauth2_token_url: str | None = setting(None, URL, "Where access tokens for xoauth2 come from.")
+    oauth2_token_url: str | None = setting(None, HTTP_URL, "Where access tokens for xoauth2 come from.")
     oauth2_client_id: str | None = setting(None, TEXT, "Client id of xoauth2.")
     oauth2_client_secret: Secret | None = setting(None, SECRET, "Client secret of xoauth2.")
     oauth2_refresh_token: Secret | None = setting(
@@ -1578,45 +1587,15 @@ LONGEST_MESSAGE_ID = 900  # octets: a header line has 998 at most (RFC 5322 2.1.
 # --- text -----------------------------------------------------------------
 
 
-def _one_line(value: object, field: str) -> str:
-    """Text for a header, an address or a label: no line break, no control character."""
+def line_of(value: object, field: str, *, most: int | None = None) -> str:
+    """Text on one line, without control characters; with `most` it has 1 to so many characters."""
     if not isinstance(value, str):
         raise Rejected(f"invalid {field}: must be a string")
-    if flaw := flaw_of_line(value):
+    if not value.isprintable() and (flaw := flaw_of_line(value)):
         raise Rejected(f"invalid {field}: {flaw}")
+    if most is not None and not 1 <= len(value) <= most:
+        raise Rejected(f"invalid {field}: must have 1 to {most} characters")
     return value
-
-
-def _header_text(value: object, field: str) -> str:
-    """Text of a header, its tabs made spaces as unfolding would (RFC 5322 2.2.3)."""
-    return _one_line(value.replace("\t", " ") if isinstance(value, str) else value, field)
-
-
-def _body_text(value: object, field: str) -> str:
-    """Text of many lines: everything but NUL and what is not Unicode."""
-    if not isinstance(value, str):
-        raise Rejected(f"invalid {field}: must be a string")
-    if "\0" in value:
-        raise Rejected(f"invalid {field}: must not have NUL characters")
-    if not (value.isascii() or _is_unicode(value)):
-        raise Rejected(f"invalid {field}: is not valid Unicode (a lone surrogate)")
-    return value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _client_label(value: object, field: str) -> str:
-    """A client's own key or label: 1 to 255 characters on one line."""
-    text = _one_line(value, field)
-    if not 1 <= len(text) <= LONGEST_ID:
-        raise Rejected(f"invalid {field}: must have 1 to {LONGEST_ID} characters")
-    return text
 
 
 def _must_be_storable(value: object, field: str) -> None:
@@ -1639,20 +1618,16 @@ def _shown(text: str) -> str:
 
 def parse_priority(value: object, default: int, *, field: str = "priority") -> int:
     """The number of a priority that is given as 0 to 3 or by name."""
-    if value is None:
-        return default
     try:
-        return int(PRIORITY.read(value))
+        return default if value is None else int(PRIORITY.read(value))
     except ValueError:
         raise Rejected(f"invalid {field}: must be {PRIORITY.words}") from None
 
 
-def _timestamp_of(value: object, field: str) -> int | None:
-    if value is None:
-        return None
-    if type(value) is not int or not 0 <= value <= LARGEST_INTEGER:
-        raise Rejected(f"invalid {field}: must be a time in whole Unix seconds")
-    return value
+def _timestamp(value: object, field: str) -> int | None:
+    if value is None or (type(value) is int and 0 <= value <= LARGEST_INTEGER):
+        return value
+    raise Rejected(f"invalid {field}: must be a time in whole Unix seconds")
 
 
 # --- addresses ------------------------------------------------------------
@@ -1668,19 +1643,20 @@ _UTF8_ATEXT = r'[^\x00- "(),.:;<>@\[\\\]\x7f]'  # RFC 6532 3.2
 _DOT_ATOM = re.compile(rf"{_UTF8_ATEXT}+(?:\.{_UTF8_ATEXT}+)*")
 _QUOTED_STRING = re.compile(_QUOTED)
 _QUOTED_PAIR = re.compile(r"\\(.)")
-_BETWEEN_MAILBOXES = re.compile(r"[\s,]*")
 _MAILBOX = re.compile(
     rf"""(?: (?P<name> (?: {_QUOTED} | [^",<>:;\\] )*+ ) < (?P<angle> (?: {_QUOTED} | [^"<>] )*+ ) >
            | (?P<bare> (?: {_QUOTED} | \[[^\[\]\s]*+\] | [^\s",<>():;\\\[\]] )++ )
              \s*+ (?: \( (?P<comment> [^()]*+ ) \) )?+
-         ) \s*+ (?: , | \Z )""",
+         ) \s*+ (?: , [\s,]*+ | \Z )""",
     re.VERBOSE,
 )
 _LONGEST_TO_DECODE = 500  # characters: longer texts are not looked through for encoded words
 
 
-def parse_mailboxes(value: object, field: str) -> tuple[Mailbox, ...]:
+def parse_mailboxes(value: object, field: str, *, exactly_one: bool = False) -> tuple[Mailbox, ...]:
     """The mailboxes of a list, or of a comma-separated string (RFC 5322 3.4, without groups)."""
+    if exactly_one and not isinstance(value, str):
+        raise Rejected(f"invalid {field}: must be one address in a string")
     texts = value if isinstance(value, list) else () if value is None else (value,)
     found: list[Mailbox] = []
     for text in texts:
@@ -1689,38 +1665,27 @@ def parse_mailboxes(value: object, field: str) -> tuple[Mailbox, ...]:
         if (usual := _USUAL_MAILBOX.fullmatch(text)) and len(usual[2]) <= LONGEST_ADDRESS:
             found.append(Mailbox((usual[1] or "").strip(), usual[2]))
         else:
-            found.extend(_mailboxes_of(_one_line(text, field), field))
+            found.extend(_mailboxes_of(line_of(text, field), field))
+    if exactly_one and len(found) != 1:
+        raise Rejected(f"invalid {field}: must be exactly one address")
     return tuple(found)
 
 
 def _mailboxes_of(text: str, field: str) -> Iterator[Mailbox]:
-    end = len(text)
-    start = _skip(text, 0)
-    while start < end:
+    """The general way: display names with quotes, encoded words (RFC 2047) and commas in them, comments."""
+    text, start = re.sub(r"^[\s,]+", "", text), 0
+    while start < len(text):
         found = _MAILBOX.match(text, start)
         if found is None:
             raise Rejected(f"invalid {field}: {_shown(text[start:])} is not an address")
-        yield _mailbox(found, field)
-        start = _skip(text, found.end())
-
-
-def _skip(text: str, start: int) -> int:
-    between = _BETWEEN_MAILBOXES.match(text, start)
-    return between.end() if between else start
-
-
-def _mailbox(found: re.Match[str], field: str) -> Mailbox:
-    if found["bare"] is not None:
-        return Mailbox((found["comment"] or "").strip(), parse_addr_spec(found["bare"], field))
-    return Mailbox(_display_name(found["name"], field), parse_addr_spec(found["angle"], field))
-
-
-def _display_name(written: str, field: str) -> str:
-    """The name that was meant: without its quotes, encoded words (RFC 2047) decoded."""
-    name = written.strip()
-    if '"' in name:
-        name = _QUOTED_STRING.sub(lambda quoted: _QUOTED_PAIR.sub(r"\1", quoted[0][1:-1]), name)
-    return _decoded(name, field)
+        start = found.end()
+        if found["bare"] is not None:
+            yield Mailbox((found["comment"] or "").strip(), parse_addr_spec(found["bare"], field))
+            continue
+        name = found["name"].strip()
+        if '"' in name:
+            name = _QUOTED_STRING.sub(lambda quoted: _QUOTED_PAIR.sub(r"\1", quoted[0][1:-1]), name)
+        yield Mailbox(_decoded(name, field), parse_addr_spec(found["angle"], field))
 
 
 def _decoded(text: str, field: str) -> str:
@@ -1731,7 +1696,7 @@ def _decoded(text: str, field: str) -> str:
         decoded = str(make_header(decode_header(text)))
     except (ValueError, LookupError, MessageError):
         return text
-    return _header_text(decoded, field).strip()
+    return line_of(decoded.replace("\t", " "), field).strip()
 
 
 def parse_addr_spec(text: str, field: str) -> str:
@@ -1745,89 +1710,43 @@ def parse_addr_spec(text: str, field: str) -> str:
         raise Rejected(f"invalid {field}: {_shown(address)} is not an address")
     if len(local_part.encode()) > LONGEST_LOCAL_PART:
         raise Rejected(f"invalid {field}: the part before the @ has more than {LONGEST_LOCAL_PART} octets")
+    if len(domain) > LONGEST_DOMAIN:
+        raise Rejected(f"invalid {field}: a domain has at most {LONGEST_DOMAIN} octets")
     address = f"{local_part}@{_domain_in_ascii(domain, field)}"
     if len(address.encode()) > LONGEST_ADDRESS:
         raise Rejected(f"invalid {field}: an address has at most {LONGEST_ADDRESS} octets")
     return address
 
 
-def with_a_labels(address: str) -> str:
-    """An address or @domain of the configuration, its domain as those of messages are; what is none, as it is."""
-    local_part, _, domain = address.rpartition("@")
-    try:
-        return f"{local_part}@{_domain_in_ascii(domain, 'address')}"
-    except Rejected:
-        return address
-
-
 def _domain_in_ascii(domain: str, field: str) -> str:
     """A domain as DNS has it (RFC 5890), or an address literal (RFC 5321 4.1.3)."""
-    if len(domain) > LONGEST_DOMAIN:
-        raise Rejected(f"invalid {field}: a domain has at most {LONGEST_DOMAIN} octets")
-    if domain.startswith("["):
-        return _address_literal(domain, field)
     try:
-        labels = a_labels(domain)
-    except UnicodeError:
-        labels = ""
-    if not _DOMAIN.fullmatch(labels):
-        raise Rejected(f"invalid {field}: {_shown(domain)} is not a domain")
-    return labels
-
-
-def _address_literal(literal: str, field: str) -> str:
-    inner = literal[1:].removesuffix("]")
-    is_ipv6 = inner[:5].lower() == "ipv6:"
-    try:
-        if len(inner) != len(literal) - 2 or "%" in inner:  # a scope could be any characters
+        if not domain.startswith("["):
+            if not _DOMAIN.fullmatch(labels := a_labels(domain)):
+                raise ValueError
+            return labels
+        inner = domain[1:].removesuffix("]")
+        if len(inner) != len(domain) - 2 or "%" in inner:  # a scope could be any characters
             raise ValueError
-        ipaddress.IPv6Address(inner[5:]) if is_ipv6 else ipaddress.IPv4Address(inner)
+        if inner[:5].lower() == "ipv6:":
+            ipaddress.IPv6Address(inner[5:])
+        else:
+            ipaddress.IPv4Address(inner)
+        return domain
     except ValueError:
-        raise Rejected(f"invalid {field}: {_shown(literal)} is not an address literal") from None
-    return literal
-
-
-def _one_mailbox(value: object, field: str) -> Mailbox:
-    if not isinstance(value, str):
-        raise Rejected(f"invalid {field}: must be one address in a string")
-    mailboxes = parse_mailboxes(value, field)
-    if len(mailboxes) != 1:
-        raise Rejected(f"invalid {field}: must be exactly one address")
-    return mailboxes[0]
-
-
-def _sender_of(fields: Mapping[str, object]) -> Mailbox:
-    given = fields.get("from")
-    if given is None or (isinstance(given, str) and not given.strip()):
-        raise Rejected("missing from")
-    sender = _one_mailbox(given, "from")
-    if fields.get("from_name") is None:
-        return sender
-    name = _one_line(fields["from_name"], "from_name").strip()
-    return sender if sender.name else sender._replace(name=name)
-
-
-def _return_path_of(value: object, sender: str) -> str:
-    """The envelope sender; `<>` is the null one, of mail that must not bounce (RFC 5321 4.5.5)."""
-    if value is None or value == "":
-        return sender
-    if value == "<>":
-        return ""
-    return _one_mailbox(value, "return_path").address
+        raise Rejected(f"invalid {field}: {_shown(domain)} is not a domain or an address literal") from None
 
 
 def _spelled_alike(*groups: tuple[Mailbox, ...]) -> tuple[tuple[Mailbox, ...], ...]:
     """Gives a recipient that is mentioned again, its domain in other capitals, its first spelling."""
-    if sum(map(len, groups)) < 2:
-        return groups
     spellings: dict[tuple[str, str], str] = {}
-    return tuple(tuple(_first_spelling(mailbox, spellings) for mailbox in group) for group in groups)
-
-
-def _first_spelling(mailbox: Mailbox, spellings: dict[tuple[str, str], str]) -> Mailbox:
-    local_part, _, domain = mailbox.address.rpartition("@")
-    first = spellings.setdefault((local_part, domain.lower()), mailbox.address)
-    return mailbox if first == mailbox.address else mailbox._replace(address=first)
+    alike = []
+    for group in groups:
+        places = [mailbox.address.rpartition("@") for mailbox in group]
+        keys = [(local_part, domain.lower()) for local_part, _, domain in places]
+        first = [spellings.setdefault(key, mailbox.address) for key, mailbox in zip(keys, group, strict=True)]
+        alike.append(tuple(Mailbox(mailbox.name, address) for mailbox, address in zip(group, first, strict=True)))
+    return tuple(alike)
 
 
 # --- header fields --------------------------------------------------------
@@ -1839,64 +1758,47 @@ _MEANS_A_FIELD = ("subject", "message-id", "reply-to")
 _MESSAGE_ID = re.compile(r"[!-;=?-~]+")
 
 
-class _ExtraHeaders(NamedTuple):
-    """The headers of a submission, with those taken out that mean a field of the message."""
-
-    others: tuple[tuple[str, str], ...] = ()
-    subject: str | None = None
-    message_id: str | None = None
-    reply_to: tuple[Mailbox, ...] | None = None
-
-
-_NO_EXTRA_HEADERS = _ExtraHeaders()
-
-
-def _extra_headers(value: object) -> _ExtraHeaders:
+def _extra_headers(value: object) -> tuple[tuple[tuple[str, str], ...], dict[str, str]]:
+    """The headers of a submission; apart from them, by name, those that mean a field of the message."""
     if not isinstance(value, dict):
         raise Rejected("invalid headers: must be an object of names and values")
-    given = [(name, text) for name, values in value.items() for text in _header_values(name, values)]
-    names = [name.lower() for name, _ in given]
-    if twice := next((name for name in names if name in _ONCE and names.count(name) > 1), None):
-        raise Rejected(f"invalid headers: {twice} can be there once only")
-    special = {name.lower(): text for name, text in given if name.lower() in _MEANS_A_FIELD}
-    _must_be_a_date(next((text for name, text in given if name.lower() == "date"), None))
-    return _ExtraHeaders(
-        others=tuple((name, text) for name, text in given if name.lower() not in special),
-        subject=_decoded(special["subject"], "headers") if "subject" in special else None,
-        message_id=_message_id(special["message-id"], "headers") if "message-id" in special else None,
-        reply_to=parse_mailboxes(special["reply-to"], "headers") if "reply-to" in special else None,
-    )
-
-
-def _header_values(name: object, values: object) -> Iterator[str]:
-    if not isinstance(name, str) or not _FIELD_NAME.fullmatch(name):
-        raise Rejected(f"invalid headers: {_shown(str(name))} is not the name of a header")
-    if name.lower() in _OURS or name.lower().startswith("content-"):
-        raise Rejected(f"invalid headers: {name} cannot be given here")
-    for value in values if isinstance(values, list) else [values]:
-        if value is not None and not isinstance(value, str) and not _is_plain_number(value):
-            raise Rejected(f"invalid headers: {name} must be a string, a number or a list of them")
-        if value is not None:
-            yield _header_text(str(value), "headers").strip(" ")
-
-
-def _is_plain_number(value: object) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return type(value) is int and -LARGEST_INTEGER <= value <= LARGEST_INTEGER
-
-
-def _must_be_a_date(text: str | None) -> None:
+    others: list[tuple[str, str]] = []
+    once: dict[str, str] = {}
+    for name, values in value.items():
+        lower = name.lower()
+        if not _FIELD_NAME.fullmatch(name):
+            raise Rejected(f"invalid headers: {_shown(name)} is not the name of a header")
+        if lower in _OURS or lower.startswith("content-"):
+            raise Rejected(f"invalid headers: {name} cannot be given here")
+        for text in _header_texts(name, values):
+            if lower in once:
+                raise Rejected(f"invalid headers: {lower} can be there only once")
+            if lower in _ONCE:
+                once[lower] = text
+            if lower not in _MEANS_A_FIELD:
+                others.append((name, text))
     try:
-        if text is not None:
-            parsedate_to_datetime(text)
+        if "date" in once:
+            parsedate_to_datetime(once["date"])
     except (ValueError, TypeError, OverflowError):
         raise Rejected("invalid headers: Date is not a date as mail has it") from None
+    return tuple(others), once
+
+
+def _header_texts(name: str, values: object) -> Iterator[str]:
+    for value in values if isinstance(values, list) else [values]:
+        is_number = (type(value) is int and abs(value) <= LARGEST_INTEGER) or (
+            isinstance(value, float) and math.isfinite(value)
+        )
+        if is_number or isinstance(value, str):
+            yield line_of(str(value).replace("\t", " "), "headers").strip(" ")
+        elif value is not None:
+            raise Rejected(f"invalid headers: {name} must be a string, a number or a list of them")
 
 
 def _message_id(value: object, field: str) -> str:
     """A Message-ID without its angle brackets (RFC 5322 3.6.4, but for its finer points)."""
-    text = _one_line(value, field).strip()
+    text = line_of(value, field).strip()
     if text.startswith("<") and text.endswith(">"):
         text = text[1:-1].strip()
     has_two_sides = 0 < text.find("@") < len(text) - 1
@@ -1913,8 +1815,7 @@ def random_id() -> str:
 # --- base64 and raw messages ----------------------------------------------
 
 BASE64_PIECE = 262_144  # characters decoded at a time
-_WHITE_SPACE = b" \t\r\n\f\v"
-_BARE_BASE64 = (bytes.maketrans(b"-_", b"+/"), _WHITE_SPACE)  # for bytes.translate()
+_BARE_BASE64 = (bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f\v")  # for bytes.translate()
 _BASE64_END = frozenset("= \t\r\n\f\v")
 
 
@@ -1923,8 +1824,10 @@ def decode_base64(text: str) -> bytes:
 
     Piece by piece: this runs in a thread, and no single step is to keep the event loop waiting.
     """
+    end = len(text)
+    while end and text[end - 1] in _BASE64_END:
+        end -= 1
     decoded = io.BytesIO()  # its getvalue() is no copy
-    end = _end_of_base64(text)
     rest = b""  # of a group of four
     for start in range(0, end, BASE64_PIECE):
         bare = rest + text[start : min(start + BASE64_PIECE, end)].encode("ascii").translate(*_BARE_BASE64)
@@ -1937,21 +1840,13 @@ def decode_base64(text: str) -> bytes:
     return decoded.getvalue()
 
 
-def _end_of_base64(text: str) -> int:
-    """Where the padding and white space begin at the end of it."""
-    end = len(text)
-    while end and text[end - 1] in _BASE64_END:
-        end -= 1
-    return end
-
-
-def _decoded_content(value: object, reason: str) -> bytes:
+def _decoded_content(value: object, field: str) -> bytes:
     try:
         if isinstance(value, str):
             return decode_base64(value)
     except ValueError:
         pass
-    raise Rejected(f"{reason} is not base64")
+    raise Rejected(f"invalid {field}: is not base64")
 
 
 _END_OF_HEADER = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
@@ -1984,8 +1879,9 @@ def field_name(field: bytes) -> bytes:
     return field.partition(b":")[0].rstrip(b" \t").lower()
 
 
-def _raw_message(content: bytes) -> tuple[bytes, str | None]:
+def _raw_message(given: object) -> tuple[bytes, str | None]:
     """A complete message that may be sent, and its own Message-ID ("" when it has a strange one)."""
+    content = _decoded_content(given, "raw")
     if b"\0" in content:
         raise Rejected("invalid raw: must not have NUL characters")
     fields, _ = split_raw(content)
@@ -2008,107 +1904,91 @@ _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~\-]+"  # RFC 2045 5.1
 CONTENT_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})((?:\s*;\s*{_TOKEN}=(?:{_TOKEN}|{_QUOTED}))*)\s*;?")
 _LONGEST_CONTENT_TYPE = 255  # characters
 _MD5 = re.compile("[0-9a-fA-F]{32}")
-_FETCH_MODES: Mapping[object, Source] = {
-    "endpoint": Source.ENDPOINT,
-    "http_url": Source.URL,
-    "filesystem": Source.FILESYSTEM,
-}
-_BAD = "invalid attachments:"  # how every reason here begins
+_FETCH_MODES = {"endpoint": Source.ENDPOINT, "http_url": Source.URL, "filesystem": Source.FILESYSTEM}
 
 
 def _attachments(value: object, contents: Mapping[int, bytes] | None) -> tuple[Attachment, ...]:
+    """The attachments of a message; `contents` are those that were taken out for keeping."""
     if not isinstance(value, list):
-        raise Rejected(f"{_BAD} must be a list")
-    return tuple(_attachment(given, index, contents) for index, given in enumerate(value))
+        raise Rejected("invalid attachments: must be a list")
+    found = []
+    for index, given in enumerate(value):
+        field = f"attachments: attachment {index + 1}"
+        if not isinstance(given, dict):
+            raise Rejected(f"invalid {field}: must be an object")
+        if unknown := {key: value for key, value in given.items() if key not in ATTACHMENT_FIELDS}:
+            _must_be_storable(unknown, "attachments")
+        if contents is not None and not any(given.get(source) is not None for source in _SOURCES):
+            source: dict[str, Any] = {"source": Source.CONTENT, "content": contents.get(index)}
+        else:
+            source = _source(given, field)
+        found.append(_attachment(given, field, source))
+    return tuple(found)
 
 
-def stored_attachments(payload: Mapping[str, object]) -> tuple[Attachment, ...]:
+def stored_attachments(payload: str) -> tuple[Attachment, ...]:
     """The attachments of a stored payload; those that came with their content are without it."""
-    return _attachments(payload.get("attachments") or [], {})
+    return _attachments(json.loads(payload).get("attachments") or [], {})
 
 
-def _attachment(given: object, index: int, contents: Mapping[int, bytes] | None) -> Attachment:
-    """One attachment; its content is among `contents` when it was taken out for keeping."""
-    which = f"{_BAD} attachment {index + 1}"
-    if not isinstance(given, dict):
-        raise Rejected(f"{which} must be an object")
-    if unknown := {key: value for key, value in given.items() if key not in ATTACHMENT_FIELDS}:
-        _must_be_storable(unknown, "attachments")
-    _text_of(given, "fetch_mode", which)
-    attachment = Attachment(
-        filename=_text_of(given, "filename", which) or "",
-        source=Source.CONTENT,
-        content_type=_content_type(given, which),
-        content_id=_content_id(given, which),
-        inline=_flag_of(given, "inline", which),
-        content_md5=_content_md5(given, which),
+def _attachment(given: Mapping[str, object], field: str, source: Mapping[str, Any]) -> Attachment:
+    content_type = _text(given, "content_type", field).strip()
+    content_id = _text(given, "content_id", field).strip()
+    content_md5 = _text(given, "content_md5", field).strip()
+    inline = given.get("inline")
+    type_found = CONTENT_TYPE.fullmatch(content_type)
+    if content_type and not (type_found and len(content_type) <= _LONGEST_CONTENT_TYPE and content_type.isascii()):
+        raise Rejected(f"invalid {field}: content_type must be like application/pdf")
+    if content_id.startswith("<") and content_id.endswith(">"):
+        content_id = content_id[1:-1]
+    if content_id and not (_MESSAGE_ID.fullmatch(content_id) and len(content_id) <= LONGEST_ID):
+        raise Rejected(f"invalid {field}: content_id must be ASCII without spaces and angle brackets")
+    if content_md5 and not _MD5.fullmatch(content_md5):
+        raise Rejected(f"invalid {field}: content_md5 must be 32 hexadecimal digits")
+    if not (inline is None or isinstance(inline, bool)):
+        raise Rejected(f"invalid {field}: inline must be true or false")
+    return Attachment(
+        filename=_text(given, "filename", field),
+        content_type=type_found[1].lower() + type_found[2] if type_found else None,
+        content_id=content_id or None,
+        inline=bool(inline),
+        content_md5=content_md5.lower() or None,
+        **source,
     )
+
+
+def _source(given: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """Where the bytes of an attachment are, in the fields of Attachment that say so."""
     named = [source for source in _SOURCES if given.get(source) is not None]
     if len(named) > 1:
-        raise Rejected(f"{which} names more than one source: {' and '.join(named)}")
-    if not named and contents is not None:
-        return replace(attachment, content=contents.get(index))
+        raise Rejected(f"invalid {field}: names more than one source: {' and '.join(named)}")
     if not named:
-        raise Rejected(f"{which} has no source: content, url, s3 or storage_path")
-    return _SOURCE_READERS[named[0]](attachment, given, which)
+        raise Rejected(f"invalid {field}: has no source: content, url, s3 or storage_path")
+    mode, path = _text(given, "fetch_mode", field), given.get("storage_path")
+    if "content" in named:
+        if not given.get("filename"):
+            raise Rejected(f"invalid {field}: has no filename")
+        return {"source": Source.CONTENT, "content": _decoded_content(given["content"], f"{field}: content")}
+    if "url" in named:
+        return {"source": Source.URL, "location": _fetchable_url(given["url"], f"{field}: url")}
+    if "s3" in named:
+        return {"source": Source.S3, "s3": _s3_object(given["s3"], field)}
+    if not isinstance(path, str) or not path:
+        raise Rejected(f"invalid {field}: storage_path must be a string, and not empty")
+    mode = mode or _mode_of(path)
+    if mode == "base64":
+        encoded = path[7:] if path[:7].lower() == "base64:" else path
+        return {"source": Source.CONTENT, "content": _decoded_content(encoded, f"{field}: storage_path")}
+    if mode not in _FETCH_MODES:
+        raise Rejected(f"invalid {field}: fetch_mode must be endpoint, http_url, base64 or filesystem")
+    if mode == "http_url":
+        return {"source": Source.URL, "location": _fetchable_url(path, f"{field}: storage_path")}
+    return {"source": _FETCH_MODES[mode], "location": line_of(path, f"{field}: storage_path")}
 
 
-def _from_content(attachment: Attachment, given: Mapping[str, object], which: str) -> Attachment:
-    if not attachment.filename:
-        raise Rejected(f"{which} has no filename")
-    return replace(attachment, content=_decoded_content(given["content"], f"{which}: content"))
-
-
-def _from_url(attachment: Attachment, given: Mapping[str, object], which: str) -> Attachment:
-    return replace(attachment, source=Source.URL, location=_fetchable_url(given["url"], f"{which}: url"))
-
-
-def _from_s3(attachment: Attachment, given: Mapping[str, object], which: str) -> Attachment:
-    s3 = given["s3"]
-    if not isinstance(s3, dict):
-        raise Rejected(f"{which}: s3 must be an object")
-    _must_be_storable(s3, "attachments")
-    bucket, key = _text_of(s3, "bucket", which), _string_of(s3, "key", which)
-    if not bucket or not key:
-        raise Rejected(f"{which}: s3 needs bucket and key")
-    addressing = _text_of(s3, "addressing", which)
-    if addressing not in (None, "path", "virtual", "auto"):
-        raise Rejected(f"{which}: addressing must be path, virtual or auto")
-    endpoint = _text_of(s3, "endpoint", which)
-    place = S3Object(
-        bucket=bucket,
-        key=key,
-        region=_text_of(s3, "region", which),
-        endpoint=endpoint and _fetchable_url(endpoint, f"{which}: endpoint"),
-        version_id=_text_of(s3, "version_id", which),
-        addressing=addressing,
-    )
-    return replace(attachment, source=Source.S3, s3=place)
-
-
-def _from_storage_path(attachment: Attachment, given: Mapping[str, object], which: str) -> Attachment:
-    """An attachment as Genropy names it: a path, and a word for how to fetch it."""
-    path = given["storage_path"]
-    if isinstance(path, str) and path and _fetch_mode(given) == "base64":
-        return replace(attachment, content=_decoded_content(_without_prefix(path), f"{which}: storage_path"))
-    path = _text_of(given, "storage_path", which)
-    if not path:
-        raise Rejected(f"{which}: storage_path is empty")
-    source = _FETCH_MODES.get(_fetch_mode(given))
-    if source is None:
-        raise Rejected(f"{which}: fetch_mode must be endpoint, http_url, base64 or filesystem")
-    location = _fetchable_url(path, f"{which}: storage_path") if source is Source.URL else path
-    return replace(attachment, source=source, location=location)
-
-
-_SOURCE_READERS = {"content": _from_content, "url": _from_url, "s3": _from_s3, "storage_path": _from_storage_path}
-
-
-def _fetch_mode(given: Mapping[str, object]) -> object:
-    """The word that was given, or what the path says."""
-    if given.get("fetch_mode") is not None:
-        return given["fetch_mode"]
-    start = str(given.get("storage_path"))[:8].lower()
+def _mode_of(path: str) -> str:
+    """How to fetch a storage path that comes without a word for it."""
+    start = path[:8].lower()
     if start.startswith("base64:"):
         return "base64"
     if start.startswith(("http://", "https://")):
@@ -2116,72 +1996,31 @@ def _fetch_mode(given: Mapping[str, object]) -> object:
     return "filesystem" if start.startswith("/") else "endpoint"
 
 
-def _without_prefix(path: str) -> str:
-    return path[7:] if path[:7].lower() == "base64:" else path
+def _s3_object(given: object, field: str) -> S3Object:
+    if not isinstance(given, dict):
+        raise Rejected(f"invalid {field}: s3 must be an object")
+    _must_be_storable(given, "attachments")
+    texts: dict[str, Any] = {key: _text(given, key, field) or None for key in S3_FIELDS if key != "key"}
+    if not texts["bucket"] or not isinstance(given.get("key"), str) or not given["key"]:
+        raise Rejected(f"invalid {field}: s3 needs bucket and key")
+    if texts["addressing"] not in (None, "path", "virtual", "auto"):
+        raise Rejected(f"invalid {field}: addressing must be path, virtual or auto")
+    if texts["endpoint"]:
+        texts["endpoint"] = _fetchable_url(texts["endpoint"], f"{field}: endpoint")
+    return S3Object(key=given["key"], **texts)
 
 
-def _fetchable_url(value: object, what: str) -> str:
+def _fetchable_url(value: object, field: str) -> str:
     """An HTTP or HTTPS URL with a host; whether it may be asked is judged when it is."""
-    text = value.strip() if isinstance(value, str) else ""
     try:
-        parts = urllib.parse.urlsplit(text)
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        return str(HTTP_URL.read(value))
     except ValueError:
-        fits = False
-    if not fits or NOT_FOR_ONE_LINE.search(text) or " " in text:
-        raise Rejected(f"{what} must be an http or https URL")
-    return text
+        raise Rejected(f"invalid {field}: must be {HTTP_URL.words}") from None
 
 
-def _string_of(given: Mapping[str, object], key: str, which: str) -> str | None:
-    """A string of any characters."""
-    value = given.get(key)
-    if value is None or isinstance(value, str):
-        return value
-    raise Rejected(f"{which}: {key} must be a string")
-
-
-def _text_of(given: Mapping[str, object], key: str, which: str) -> str | None:
-    """A string on one line."""
-    value = _string_of(given, key, which)
-    if value and (flaw := flaw_of_line(value)):
-        raise Rejected(f"{which}: {key} {flaw}")
-    return value
-
-
-def _flag_of(given: Mapping[str, object], key: str, which: str) -> bool:
-    value = given.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise Rejected(f"{which}: {key} must be true or false")
-    return bool(value)
-
-
-def _content_type(given: Mapping[str, object], which: str) -> str | None:
-    """type/subtype in small letters, with its parameters as they were given (RFC 2045 5.1)."""
-    text = (_text_of(given, "content_type", which) or "").strip()
-    if not text:
-        return None
-    found = CONTENT_TYPE.fullmatch(text)
-    if found is None or len(text) > _LONGEST_CONTENT_TYPE or not text.isascii():
-        raise Rejected(f"{which}: content_type must be like application/pdf")
-    return found[1].lower() + found[2]
-
-
-def _content_id(given: Mapping[str, object], which: str) -> str | None:
-    text = (_text_of(given, "content_id", which) or "").strip()
-    if not text:
-        return None
-    content_id = text[1:-1] if text.startswith("<") and text.endswith(">") else text
-    if not _MESSAGE_ID.fullmatch(content_id) or len(content_id) > LONGEST_ID:
-        raise Rejected(f"{which}: content_id must be ASCII without spaces and angle brackets")
-    return content_id
-
-
-def _content_md5(given: Mapping[str, object], which: str) -> str | None:
-    text = (_text_of(given, "content_md5", which) or "").strip()
-    if text and not _MD5.fullmatch(text):
-        raise Rejected(f"{which}: content_md5 must be 32 hexadecimal digits")
-    return text.lower() or None
+def _text(given: Mapping[str, object], key: str, field: str) -> str:
+    """A text on one line, "" when there is none."""
+    return "" if given.get(key) is None else line_of(given[key], f"{field}: {key}")
 
 
 # --- messages -------------------------------------------------------------
@@ -2204,135 +2043,138 @@ def parse_message(
     if not isinstance(fields, dict):
         raise Rejected("invalid message: must be an object")
     get = fields.get
-    client_id = get("id")
+    client_id, account_id, batch_code, own_id = get("id"), get("account_id"), get("batch_code"), get("message_id")
     if client_id is None or client_id == "":
         raise Rejected("missing id")
-    client_id = _client_label(client_id, "id")
-    sender = _sender_of(fields)
-    to, cc, bcc = _recipients_of(fields)
-    raw, raw_id = _raw_of(fields, contents)
-    written = _Written() if raw is not None else _written_of(fields, contents)
-    given_id = None if get("message_id") is None else _message_id(get("message_id"), "message_id")
-    settled_id = given_id
-    for known_id in (written.message_id, raw_id, message_id):  # whoever has the last word comes last
-        settled_id = settled_id if known_id is None else known_id
-    account_id, batch_code = get("account_id"), get("batch_code")
-    expires_ts = _timestamp_of(get("expires_ts"), "expires_ts")
+    client_id = line_of(client_id, "id", most=LONGEST_ID)
+    sender, return_path, to, cc, bcc = _envelope_of(fields)
+    content = _content_of(fields, contents)
+    own_id = None if own_id is None else _message_id(own_id, "message_id")
+    for known_id in (content.message_id, message_id):  # whoever has the last word comes last
+        own_id = own_id if known_id is None else known_id
+    expires_ts = _timestamp(get("expires_ts"), "expires_ts")
     if now is not None and expires_ts is not None and expires_ts <= now:
         raise Rejected("invalid expires_ts: lies in the past")
+    usual_fields = content.raw is None and fields.keys() <= MESSAGE_FIELDS.keys()
     return Message(
         id=client_id,
-        account_id="default" if account_id is None else _client_label(account_id, "account_id"),
+        account_id="default" if account_id is None else line_of(account_id, "account_id", most=LONGEST_ID),
         sender=sender,
         to=to,
         cc=cc,
         bcc=bcc,
-        reply_to=written.reply_to,
-        return_path=_return_path_of(get("return_path"), sender.address),
-        subject=written.subject,
-        text=written.text,
-        html=written.html,
-        headers=written.headers,
-        message_id=f"{new_id()}@{sender.address.rpartition('@')[2]}" if settled_id is None else settled_id,
-        attachments=written.attachments,
-        raw=raw,
-        priority=parse_priority(get("priority"), default_priority),
-        deferred_ts=_timestamp_of(get("deferred_ts"), "deferred_ts"),
+        reply_to=content.reply_to,
+        return_path=return_path,
+        subject=content.subject,
+        text=content.text,
+        html=content.html,
+        headers=content.headers,
+        message_id=f"{new_id()}@{sender.address.rpartition('@')[2]}" if own_id is None else own_id,
+        attachments=content.attachments,
+        raw=content.raw,
+        priority=default_priority if get("priority") is None else parse_priority(get("priority"), default_priority),
+        deferred_ts=_timestamp(get("deferred_ts"), "deferred_ts"),
         expires_ts=expires_ts,
-        batch_code=None if batch_code is None else _one_line(batch_code, "batch_code"),
-        unknown=_unknown_fields(fields, raw is not None),
+        batch_code=None if batch_code is None else line_of(batch_code, "batch_code"),
+        unknown=() if usual_fields else _unknown_fields(fields, content.raw is not None),
     )
 
 
-def _recipients_of(fields: Mapping[str, object]) -> tuple[tuple[Mailbox, ...], ...]:
-    to = parse_mailboxes(fields.get("to"), "to")
+Mailboxes: TypeAlias = tuple[Mailbox, ...]
+
+
+def _envelope_of(fields: Mapping[str, Any]) -> tuple[Mailbox, str, Mailboxes, Mailboxes, Mailboxes]:
+    """From, the envelope sender, and to, cc, bcc."""
+    given, name, return_path = fields.get("from"), fields.get("from_name"), fields.get("return_path")
+    if given is None or (isinstance(given, str) and not given.strip()):
+        raise Rejected("missing from")
+    (sender,) = parse_mailboxes(given, "from", exactly_one=True)
+    if name is not None:
+        name = line_of(name, "from_name").strip()
+        sender = Mailbox(sender.name or name, sender.address)
+    if return_path is None or return_path == "":
+        return_path = sender.address
+    elif return_path == "<>":  # the null one, of mail that must not bounce (RFC 5321 4.5.5)
+        return_path = ""
+    else:
+        return_path = parse_mailboxes(return_path, "return_path", exactly_one=True)[0].address
+    to, cc, bcc = (parse_mailboxes(fields.get(field), field) for field in ("to", "cc", "bcc"))
     if not to:
         raise Rejected("missing to")
-    cc, bcc = fields.get("cc"), fields.get("bcc")
-    if cc is None and bcc is None and len(to) == 1:
-        return to, (), ()
-    return _spelled_alike(to, parse_mailboxes(cc, "cc"), parse_mailboxes(bcc, "bcc"))
+    if cc or bcc or len(to) > 1:
+        to, cc, bcc = _spelled_alike(to, cc, bcc)
+    return sender, return_path, to, cc, bcc
 
 
-class _Written(NamedTuple):
-    """What a message consists of when it is not a raw one."""
+class _Content(NamedTuple):
+    """What a message consists of."""
 
     subject: str = ""
     text: str | None = None
     html: str | None = None
     headers: tuple[tuple[str, str], ...] = ()
-    reply_to: tuple[Mailbox, ...] = ()
-    message_id: str | None = None
+    reply_to: Mailboxes = ()
     attachments: tuple[Attachment, ...] = ()
+    raw: bytes | None = None
+    message_id: str | None = None  # its own
 
 
-def _written_of(fields: Mapping[str, object], contents: Mapping[int, bytes] | None) -> _Written:
-    if fields.get("subject") is None:
+def _content_of(fields: Mapping[str, Any], contents: Mapping[int, bytes] | None) -> _Content:
+    """A complete message that was given as such, or what is to be made into one."""
+    get = fields.get
+    if contents is not None and RAW_CONTENT in contents:
+        return _Content(raw=contents[RAW_CONTENT])
+    if get("raw") is not None:
+        raw, raw_id = _raw_message(get("raw"))
+        return _Content(raw=raw, message_id=raw_id)
+    subject, given, attachments, reply_to = get("subject"), get("headers"), get("attachments"), get("reply_to")
+    if subject is None:
         raise Rejected("missing subject")
-    subject = _header_text(fields["subject"], "subject")
+    subject = line_of(subject.replace("\t", " ") if isinstance(subject, str) else subject, "subject")
     text, html = _bodies_of(fields)
-    reply_to = parse_mailboxes(fields.get("reply_to"), "reply_to")
-    headers, attachments = fields.get("headers"), fields.get("attachments")
-    extra = _NO_EXTRA_HEADERS if headers is None else _extra_headers(headers)
-    return _Written(
-        subject=subject if extra.subject is None else extra.subject,
-        text=text,
-        html=html,
-        headers=extra.others,
-        reply_to=extra.reply_to or reply_to,
-        message_id=extra.message_id,
-        attachments=() if attachments is None else _attachments(attachments, contents),
-    )
+    reply_to = () if reply_to is None else parse_mailboxes(reply_to, "reply_to")
+    headers, special = ((), {}) if given is None else _extra_headers(given)
+    if "subject" in special:
+        subject = _decoded(special["subject"], "headers")
+    if "reply-to" in special:
+        reply_to = parse_mailboxes(special["reply-to"], "headers") or reply_to
+    own_id = _message_id(special["message-id"], "headers") if "message-id" in special else None
+    attachments = () if attachments is None else _attachments(attachments, contents)
+    return _Content(subject, text, html, headers, reply_to, attachments, message_id=own_id)
 
 
-def _bodies_of(fields: Mapping[str, object]) -> tuple[str | None, str | None]:
+def _bodies_of(fields: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """The text and the html of a message; at least one of them is there."""
-    body, text, html = fields.get("body"), fields.get("text"), fields.get("html")
-    body_is_html = _body_is_html(fields)
+    body, text, html, kind = fields.get("body"), fields.get("text"), fields.get("html"), fields.get("content_type")
+    if isinstance(kind, str):
+        kind = kind.strip().lower().removeprefix("text/")
     if isinstance(html, bool):
-        html = None
+        kind, html = ("html" if html else kind), None
+    if kind not in (None, "plain", "html"):
+        raise Rejected("invalid content_type: must be plain or html")
     if body is None and text is None and html is None:
         raise Rejected("missing body")
-    if body is not None and body_is_html:
-        html = _only_once(body, html, "html")
+    if body is not None and (html if kind == "html" else text) is not None:
+        raise Rejected("invalid body: is there twice, as body and as " + ("html" if kind == "html" else "text"))
+    if body is not None and kind == "html":
+        html = body
     elif body is not None:
-        text = _only_once(body, text, "text")
-    return (
-        None if text is None else _body_text(text, "body" if text is body else "text"),
-        None if html is None else _body_text(html, "body" if html is body else "html"),
-    )
-
-
-def _only_once(body: object, same: object, field: str) -> object:
-    if same is not None:
-        raise Rejected(f"invalid body: is there twice, as body and as {field}")
-    return body
-
-
-def _body_is_html(fields: Mapping[str, object]) -> bool:
-    if isinstance(html := fields.get("html"), bool) and (html or fields.get("content_type") is None):
-        return html
-    if (given := fields.get("content_type")) is None:
-        return False
-    kind = given.strip().lower().removeprefix("text/") if isinstance(given, str) else ""
-    if kind not in ("plain", "html"):
-        raise Rejected("invalid content_type: must be plain or html")
-    return kind == "html"
-
-
-def _raw_of(fields: Mapping[str, object], contents: Mapping[int, bytes] | None) -> tuple[bytes | None, str | None]:
-    """The complete message and its own Message-ID, where there is one instead of the other fields."""
-    if contents is not None and RAW_CONTENT in contents:
-        return contents[RAW_CONTENT], None
-    if (raw := fields.get("raw")) is None:
-        return None, None
-    return _raw_message(_decoded_content(raw, "invalid raw:"))
+        text = body
+    for value, name in ((text, "text"), (html, "html")):
+        field = "body" if value is body else name
+        if value is not None and not isinstance(value, str):
+            raise Rejected(f"invalid {field}: must be a string")
+        if value and "\0" in value:
+            raise Rejected(f"invalid {field}: must not have NUL characters")
+        try:
+            _ = value is None or value.isascii() or value.encode()
+        except UnicodeEncodeError:
+            raise Rejected(f"invalid {field}: is not valid Unicode (a lone surrogate)") from None
+    return text, html
 
 
 def _unknown_fields(fields: Mapping[str, object], is_raw: bool) -> tuple[str, ...]:
     """The fields that mean nothing in this message; they are kept, so they must be fit for that."""
-    if fields.keys() <= MESSAGE_FIELDS.keys() and not is_raw:
-        return ()
     unknown = [name for name in fields if name not in MESSAGE_FIELDS]
     if is_raw:
         unknown += [name for name in BESIDE_RAW if name in fields]
@@ -2346,32 +2188,27 @@ def _unknown_fields(fields: Mapping[str, object], is_raw: bool) -> tuple[str, ..
 _PAYLOAD_AS_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 
 
-def payload_as_json(payload: Mapping[str, object]) -> str:
-    """The payload as the queue keeps it, without the fields that are null."""
-    if None in payload.values():
-        payload = {key: value for key, value in payload.items() if value is not None}
-    return _PAYLOAD_AS_JSON(payload)
-
-
-def stored_form(fields: Mapping[str, Any], message: Message) -> tuple[Mapping[str, object], dict[int, bytes]]:
-    """The payload as the queue keeps it, and the contents taken out of it, by position.
+def stored_form(fields: Mapping[str, Any], message: Message) -> tuple[str, dict[int, bytes]]:
+    """The payload as the queue keeps it: JSON without what is null; and the contents taken out of it, by position.
 
     The contents are those of `message`, which was made of these fields; -1 is the raw message.
     """
-    if message.raw is None and not message.attachments:
-        return fields, {}
+    contents: dict[int, bytes] = {}
     if message.raw is not None:
-        payload = {key: value for key, value in fields.items() if key not in ("raw", "attachments")}
-        return payload, {RAW_CONTENT: message.raw}
-    contents = {i: part.content for i, part in enumerate(message.attachments) if part.content is not None}
-    given = fields["attachments"]
-    kept = [_content_out(part) if i in contents else part for i, part in enumerate(given)]
-    return {**fields, "attachments": kept}, contents
-
-
-def _content_out(given: Mapping[str, object]) -> dict[str, object]:
-    kept = {key: value for key, value in given.items() if key not in ("content", "storage_path")}
-    return kept if given.get("storage_path") is None else {**kept, "fetch_mode": "base64"}
+        contents[RAW_CONTENT] = message.raw
+        fields = {key: value for key, value in fields.items() if key not in ("raw", "attachments")}
+    elif message.attachments:
+        kept = list(fields["attachments"])
+        for i, attachment in enumerate(message.attachments):
+            if attachment.content is not None:
+                contents[i] = attachment.content
+                as_path = {} if kept[i].get("storage_path") is None else {"fetch_mode": "base64"}
+                bare = {key: value for key, value in kept[i].items() if key not in ("content", "storage_path")}
+                kept[i] = bare | as_path
+        fields = {**fields, "attachments": kept}
+    if None in fields.values():
+        fields = {key: value for key, value in fields.items() if value is not None}
+    return _PAYLOAD_AS_JSON(fields), contents
 
 
 def restored_fields(payload: Mapping[str, Any], contents: Mapping[int, bytes]) -> dict[str, object]:
@@ -2380,18 +2217,14 @@ def restored_fields(payload: Mapping[str, Any], contents: Mapping[int, bytes]) -
     if RAW_CONTENT in contents:
         fields["raw"] = base64.b64encode(contents[RAW_CONTENT]).decode()
     elif contents:
-        kept = payload.get("attachments", ())
-        fields["attachments"] = [
-            _content_in(part, contents[i]) if i in contents else part for i, part in enumerate(kept)
-        ]
+        fields["attachments"] = kept = list(payload.get("attachments", ()))
+        for i, content in contents.items():
+            encoded = base64.b64encode(content).decode()
+            if kept[i].get("fetch_mode") == "base64":
+                kept[i] = {**kept[i], "storage_path": f"base64:{encoded}"}  # never empty, which would be no path
+            else:
+                kept[i] = {**kept[i], "content": encoded}
     return fields
-
-
-def _content_in(kept: Mapping[str, object], content: bytes) -> dict[str, object]:
-    encoded = base64.b64encode(content).decode()
-    if kept.get("fetch_mode") == "base64":
-        return {**kept, "storage_path": f"base64:{encoded}"}  # never empty, which would be no path
-    return {**kept, "content": encoded}
 
 
 # ======================================================================
@@ -8329,7 +8162,7 @@ class Composer:
             return ()
         async with self._budget.reserve(0 if claim.payload else claim.size_bytes):
             payload = claim.payload or await self._queue.payload(claim.seq)
-            attachments = await self._in_thread(lambda: stored_attachments(json.loads(payload)))
+            attachments = await self._in_thread(lambda: stored_attachments(payload))
         return await self.fetcher.fetch_all(attachments)
 
 
@@ -10508,7 +10341,7 @@ def _warning(judged: Judged) -> dict[str, object]:
 def _usable_id(fields: object) -> str | None:
     """The id of a submission, if it has one that can be one."""
     try:
-        return _client_label(fields.get("id"), "id") if isinstance(fields, dict) else None
+        return line_of(fields.get("id"), "id", most=LONGEST_ID) if isinstance(fields, dict) else None
     except Rejected:
         return None
 
@@ -10530,7 +10363,7 @@ def _submission(fields: Any, message: Message, account: Account, now: float) -> 
         batch_code=message.batch_code,
         message_id=_shown_message_id(fields.get("message_id"), message.message_id),
         parts=len(message.attachments) + (message.raw is not None),
-        payload=payload_as_json(payload),
+        payload=payload,
         contents=contents,
     )
 
@@ -10979,8 +10812,8 @@ class Daemon:
             send_interval_s=delivery.send_interval_seconds,
             test_mode=delivery.test_mode,
             max_concurrency=delivery.max_concurrency,
-            redirect_to=delivery.redirect_to and with_a_labels(delivery.redirect_to),
-            allow_recipients=tuple(with_a_labels(entry).lower() for entry in delivery.allow_recipients),
+            redirect_to=delivery.redirect_to,
+            allow_recipients=delivery.allow_recipients,
         )
 
     def _report_rules(self) -> ReportRules:
@@ -11635,7 +11468,9 @@ class Mailing:
         own = csv_fields(row)
         attachments = [*self._common.get("attachments", ()), *own.get("attachments", ())]
         message = {**self._common, **own, **({"attachments": attachments} if attachments else {})}
-        id_ = message["id"] = self._new_id(message) if "id" not in message else _client_label(message["id"], "id")
+        id_ = message["id"] = (
+            self._new_id(message) if "id" not in message else line_of(message["id"], "id", most=LONGEST_ID)
+        )
         if id_ in self._lines:
             raise Rejected(f"duplicate id in this file: {id_}")
         self._lines[id_] = line
