@@ -124,7 +124,7 @@ from collections.abc import (
     Sequence,
 )
 from contextvars import ContextVar
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, InitVar, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.errors import MessageError
 from email.header import decode_header, make_header
@@ -7003,9 +7003,10 @@ METHODS_WITHOUT_BODY = frozenset({"GET", "HEAD", "DELETE"})  # one that comes wi
 JSON_TYPES = frozenset({"", "application/json", "application/x-www-form-urlencoded"})  # the last: curl's
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-HTTP_READ_BYTES = 65_536
+HTTP_READ_BYTES = 32_768
 QUERY_FIELDS = 100
 LINE_BYTES = 1024  # of a chunk's size with its extensions
+CHUNK_OVERHEAD_BYTES = 65_536  # by which the framing of a chunked body may outweigh it
 JSON_AT_ONCE_BYTES = 262_144  # a larger body is parsed outside the event loop
 LONG_STRING_BYTES = 8_192  # a longer string of a large body is read separately
 STRING_PIECE_BYTES = 262_144  # of a long string, read in one step
@@ -7026,12 +7027,7 @@ class HttpError(MailproxyError):
     """An answer that says no: status, one sentence, further headers and members of its JSON."""
 
     def __init__(
-        self,
-        status: int,
-        error: str,
-        *,
-        headers: Mapping[str, str] | None = None,
-        extra: Mapping[str, object] | None = None,
+        self, status: int, error: str, *, headers: dict[str, str] | None = None, extra: dict[str, Any] | None = None
     ) -> None:
         super().__init__(error)
         self.status = status
@@ -7144,12 +7140,15 @@ class Response:
         """Have the first piece ready: what fails up to here can still be told by a status."""
         if self.headers and not all(FIELD_VALUE.fullmatch(value) for value in self.headers.values()):
             raise ValueError("a header of the answer has a character that cannot be there")
-        if isinstance(self.body, bytes):
-            return
-        async for piece in self.body:
+        if not isinstance(self.body, bytes):
+            self.opening = await self.next_piece()
+
+    async def next_piece(self) -> bytes:
+        """The next piece that is not empty, b"" after the last."""
+        async for piece in cast(AsyncIterator[bytes], self.body):
             if piece:
-                self.opening = piece
-                return
+                return piece
+        return b""
 
 
 PLAIN_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -7181,8 +7180,10 @@ def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, objec
         raise HttpError(400, "the body is not a JSON object")
     if body.count(b"{") + body.count(b"[") > JSON_DEPTH:
         refuse_depth(content)
-    if b"\\u" in body and (b"\\ud" in body or b"\\uD" in body):
-        refuse_lone_surrogates({name: value for name, value in content.items() if name != judged})
+    if b"\\ud" in body or b"\\uD" in body:
+        for name, value in content.items():
+            if name != judged and (half := HALF_A_PAIR.search(PLAIN_JSON.encode({name: value}))):
+                raise HttpError(400, f"{name} holds half a surrogate pair (\\u{ord(half[0]):04x})")
     return content
 
 
@@ -7254,8 +7255,7 @@ def unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) == len(pairs):
         return fields
-    counts = collections.Counter(name for name, _ in pairs)
-    twice = counts.most_common(1)[0][0]
+    twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
     raise HttpError(400, f"the JSON has the field {twice[:80]!r} twice in one object")
 
 
@@ -7269,17 +7269,13 @@ def finite_number(text: str) -> float | int:
     raise HttpError(400, f"the JSON has a number out of range ({text[:20]})")
 
 
-def refuse_constant(text: str) -> float:
-    raise HttpError(400, f"the JSON has {text}, which is no JSON number")
-
-
 STRICT_JSON = json.JSONDecoder(
     object_pairs_hook=unique_fields,
     parse_int=lambda text: int(
         text
     ),  # a call for each: with many of them the event loop gets the interpreter in between
     parse_float=finite_number,
-    parse_constant=refuse_constant,
+    parse_constant=finite_number,  # NaN, Infinity
 )
 
 
@@ -7292,20 +7288,6 @@ def refuse_depth(content: Mapping[str, object]) -> None:
         if not level:
             return
     raise HttpError(400, f"the JSON is nested deeper than {JSON_DEPTH} levels")
-
-
-def refuse_lone_surrogates(value: object, place: str = "") -> None:
-    """Raises 400 naming the field, such as messages[3].subject, that holds half a surrogate pair: it is no text."""
-    if isinstance(value, str):
-        if half := HALF_A_PAIR.search(value):
-            raise HttpError(400, f"{place} holds half a surrogate pair (\\u{ord(half[0]):04x})")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            refuse_lone_surrogates(item, f"{place}[{index}]")
-    elif isinstance(value, dict):
-        for name, member in value.items():
-            refuse_lone_surrogates(name, f"the name of a field in {place or 'the object'}")
-            refuse_lone_surrogates(member, f"{place}.{name}" if place else name)
 
 
 # ---------------------------------------------------------------------- the head of a request
@@ -7407,57 +7389,46 @@ def answer_head(request: Request, response: Response, *, last: bool) -> bytes:
 # ---------------------------------------------------------------------- connections
 
 
-class HttpConnection:
+@dataclass(eq=False, slots=True)
+class ServedConnection:
     """One client, its requests answered one after another."""
 
-    def __init__(
-        self,
-        server: HttpServer,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        *,
-        tls: ssl.SSLContext | None = None,
-        turned_away: bool = False,
-    ) -> None:
-        self._server = server
-        self._limits = server.limits
-        self._reader = reader
-        self._writer = writer
-        self._tls = tls
-        self._turned_away = turned_away
-        self._loop = asyncio.get_running_loop()
-        peername = writer.get_extra_info("peername")
-        self._peer = str(peername[0]) if isinstance(peername, tuple) else "unix"
-        self._buffer = b""  # received and not yet understood
-        self._last = False  # the connection ends after the present request
-        self._unread = False  # the client may still be sending the present request
-        self.idle = True  # nothing is lost when it is ended now
+    server: HttpServer
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    peer: str  # the client's address, or "unix"
+    tls: ssl.SSLContext | None = None
+    turned_away: bool = False  # it is one too many
+    idle: bool = True  # nothing is lost when it is ended now
+    _buffer: bytes = b""  # received and not yet understood
+    _last: bool = False  # the connection ends after the present request
+    _unread: bool = False  # the client may still be sending the present request
 
     async def run(self) -> None:
         """Answer one request after another until the connection ends."""
         try:
-            if self._tls:
-                await self._writer.start_tls(self._tls, ssl_handshake_timeout=self._limits.head_timeout_s)
+            if self.tls:
+                await self.writer.start_tls(self.tls, ssl_handshake_timeout=self.server.limits.head_timeout_s)
             # A write counts as done when all of it has left for the kernel: nothing unread outlives its deadline.
-            self._writer.transport.set_write_buffer_limits(high=1, low=0)
+            self.writer.transport.set_write_buffer_limits(high=1, low=0)
             while not self._last and await self._begins():
                 await self._exchange()
             await self._close()
         except (ClientGone, OSError):  # OSError: no TLS that we know
             pass
         finally:
-            self._writer.transport.abort()
+            self.writer.transport.abort()
 
     async def _begins(self) -> bool:
         """Wait for the first bytes of a request; False when none come."""
         if self._buffer:
             await asyncio.sleep(0)  # requests in a row must not keep the loop from everybody else
             return True
-        if self._server.stopping:
+        if self.server.stopping:
             return False
         self.idle = True
         try:
-            await self._receive(LINGER_PAUSE_S if self._turned_away else self._limits.idle_timeout_s)
+            await self._receive(LINGER_PAUSE_S if self.turned_away else self.server.limits.idle_timeout_s)
         except HttpError:
             return False
         self.idle = False
@@ -7465,41 +7436,45 @@ class HttpConnection:
 
     async def _exchange(self) -> None:
         """One request and its answer, whatever the request is."""
-        began_at = self._loop.time()
+        began_at = time.monotonic()
         self._last = self._unread = True
-        request = Request("other", "", "unmatched", {}, {}, {}, b"", "", self._peer, self._server.in_thread)
+        request = Request("other", "", "unmatched", {}, {}, {}, b"", "", self.peer, self.server.in_thread)
         try:
-            if self._turned_away:
+            if self.turned_away:
                 raise HttpError(503, "too many connections", headers={"Retry-After": "1"})
-            response = await self._response_to(request, began_at + self._limits.head_timeout_s)
+            response = await self._response_to(request, began_at + self.server.limits.head_timeout_s)
             await response.open()
         except HttpError as error:
             response = error.response()
+        except Rejected as error:
+            response = HttpError(400, str(error)).response()
+        except StorageUnavailable as error:
+            response = HttpError(503, str(error), headers={"Retry-After": "1"}).response()
         except ClientGone:
             raise
         except Exception as error:
-            self._server.log_failure(request, error)
+            self.server.log_failure(request, error)
             response = HttpError(500, "internal error: the log has more, under this X-Request-Id").response()
         request.id = request.id or request_id_in(self._buffer)
         try:
             await self._send(request, response)
         finally:
-            self._server.observe(request, response.status, self._loop.time() - began_at)
+            self.server.observe(request, response.status, time.monotonic() - began_at)
 
     async def _response_to(self, request: Request, head_until: float) -> Response:
         """Read a request step by step, as far as it is welcome, and have it answered."""
-        target = request.read_head(await self._read_head(head_until), self._limits.headers)
+        target = request.read_head(await self._read_head(head_until), self.server.limits.headers)
         length, goes_on = framing_of(request.headers, request.version)
         request.path, segments, request.query = parse_target(target)
         body_is_here = length is not None and length <= len(self._buffer)
         if body_is_here:
             request.body, self._buffer = self._buffer[:length], self._buffer[length:]
             self._unread, self._last = False, not goes_on
-        route = self._server.admit(request, segments)
+        route = self.server.admit(request, segments)
         if request.headers.get("expect", "100-continue").lower() != "100-continue":
             raise HttpError(417, "nothing can be expected here but 100-continue")
-        if length is not None and length > self._limits.body_bytes:
-            raise self._too_large()
+        if length is not None and length > self.server.limits.body_bytes:
+            raise HttpError(413, f"the body is larger than {self.server.limits.body_bytes} bytes")
         if not body_is_here:
             if "expect" in request.headers and request.version == "1.1" and not self._buffer:
                 await self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -7507,18 +7482,14 @@ class HttpConnection:
             self._unread, self._last = False, not goes_on
         if request.method in METHODS_WITHOUT_BODY:
             request.body = b""
+        request_id.set(request.id)
         return await route.handler(request)
-
-    def _too_large(self) -> HttpError:
-        return HttpError(413, f"the body is larger than {self._limits.body_bytes} bytes")
-
-    # Reading.
 
     async def _receive(self, timeout_s: float) -> None:
         """Add what the client sends next to the buffer. HttpError 408 when nothing comes in time, 400 when nothing will."""
         try:
             async with asyncio.timeout(timeout_s):
-                received = await self._reader.read(HTTP_READ_BYTES)
+                received = await self.reader.read(HTTP_READ_BYTES)
         except TimeoutError:
             raise HttpError(408, "the request did not come in time") from None
         except OSError:
@@ -7529,14 +7500,14 @@ class HttpConnection:
 
     async def _read_head(self, until: float) -> bytes:
         """Request line and headers, without the empty line that ends them; `until` is on the loop's clock."""
-        seen, most = 0, self._limits.head_bytes
+        seen, most = 0, self.server.limits.head_bytes
         while (end := self._buffer.find(b"\r\n\r\n", max(0, seen - 3))) < 0:
             if HOPELESS_HEAD.search(self._buffer, max(0, seen - 1)):
                 raise HttpError(400, "the head has a character that cannot be there")
             seen = len(self._buffer)
             if seen > most:
                 break
-            await self._receive(until - self._loop.time())
+            await self._receive(until - time.monotonic())
         if not 0 <= end <= most:
             raise HttpError(431, f"the head of the request is larger than {most} bytes")
         head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
@@ -7555,7 +7526,7 @@ class HttpConnection:
         """The next `size` bytes, as they come."""
         while size:
             if not self._buffer:
-                await self._receive(self._limits.body_progress_timeout_s)
+                await self._receive(self.server.limits.body_progress_timeout_s)
             piece, self._buffer = self._buffer[:size], self._buffer[size:]
             size -= len(piece)
             if body:
@@ -7563,7 +7534,7 @@ class HttpConnection:
 
     async def _copy_chunks(self, body: io.BytesIO | None) -> None:
         """A chunked body (RFC 9112 7.1); extensions and trailers are passed over."""
-        size = trailers = 0
+        size = overhead = trailers = 0
         while True:
             line = await self._line(LINE_BYTES)
             size_field = CHUNK_SIZE.fullmatch(line)
@@ -7573,14 +7544,17 @@ class HttpConnection:
             if not chunk:
                 break
             size += chunk
-            if size > self._limits.body_bytes:
-                raise self._too_large()
+            overhead += len(line) + 4 - chunk
+            if overhead > CHUNK_OVERHEAD_BYTES:
+                raise HttpError(400, "the chunks of the body are too small for their framing")
+            if size > self.server.limits.body_bytes:
+                raise HttpError(413, f"the body is larger than {self.server.limits.body_bytes} bytes")
             await self._copy(chunk, body)
             if await self._line(LINE_BYTES):
                 raise HttpError(400, "a chunk is longer than its size")
-        while line := await self._line(self._limits.head_bytes):
+        while line := await self._line(self.server.limits.head_bytes):
             trailers += len(line)
-            if trailers > self._limits.head_bytes:
+            if trailers > self.server.limits.head_bytes:
                 raise HttpError(431, "the trailers are too large")
             if not FIELD_LINES.fullmatch(line.decode("latin-1")):
                 raise HttpError(400, "a trailer is malformed")
@@ -7590,7 +7564,7 @@ class HttpConnection:
         while (end := self._buffer.find(b"\n", 0, most)) < 0:
             if len(self._buffer) >= most:
                 raise HttpError(400, "a line of the chunked body is too long")
-            await self._receive(self._limits.body_progress_timeout_s)
+            await self._receive(self.server.limits.body_progress_timeout_s)
         line, self._buffer = self._buffer[: end + 1], self._buffer[end + 1 :]
         if not line.endswith(b"\r\n"):
             raise HttpError(400, "a line of the chunked body does not end with CRLF")
@@ -7600,43 +7574,38 @@ class HttpConnection:
 
     async def _send(self, request: Request, response: Response) -> None:
         """The whole answer; a body of unknown length in chunks, or in HTTP/1.0 up to the end of the connection."""
-        rest, chunked = response.body, request.version == "1.1"
-        self._last = self._last or self._server.stopping or not (chunked or isinstance(rest, bytes))
-        head = answer_head(request, response, last=self._last)
-        if isinstance(rest, bytes):
-            await self._write(head if request.method == "HEAD" else head + rest)
+        chunked, wanted = request.version == "1.1", request.method != "HEAD"
+        self._last = self._last or self.server.stopping or not (chunked or isinstance(response.body, bytes))
+        content = answer_head(request, response, last=self._last)
+        if isinstance(response.body, bytes):
+            await self._write(content + response.body if wanted else content)
             return
-        framed = as_chunk if chunked else bytes
         try:
-            if request.method == "HEAD":
-                await self._write(head)
-                return
-            await self._write(head + framed(response.opening))
-            async for piece in rest:
-                if piece:
-                    await self._write(framed(piece))
-            if chunked:
-                await self._write(b"0\r\n\r\n")
+            piece = response.opening if wanted else b""
+            while piece:
+                await self._write(content + (b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece))
+                content, piece = b"", await response.next_piece()
+            await self._write(content + (b"0\r\n\r\n" if chunked and wanted else b""))
         except ClientGone:
             raise
         except Exception as error:  # too late for a status: the missing end tells the client
-            self._server.log_failure(request, error)
+            self.server.log_failure(request, error)
             raise ClientGone from None
         finally:
-            if isinstance(rest, AsyncGenerator):
-                await rest.aclose()
+            if isinstance(response.body, AsyncGenerator):
+                await response.body.aclose()
 
     async def _write(self, content: bytes) -> None:
         """Returns when the kernel has all of it; ClientGone when the client does not take it in time."""
-        transport = self._writer.transport
+        transport = self.writer.transport
         if transport.is_closing():
             raise ClientGone
-        self._writer.write(content)
+        self.writer.write(content)
         unsent = transport.get_write_buffer_size()
         while unsent:
             try:
-                async with asyncio.timeout(self._limits.write_progress_timeout_s):
-                    await self._writer.drain()
+                async with asyncio.timeout(self.server.limits.write_progress_timeout_s):
+                    await self.writer.drain()
                 return
             except TimeoutError:
                 before, unsent = unsent, transport.get_write_buffer_size()
@@ -7649,25 +7618,21 @@ class HttpConnection:
         """End the connection so that the client sees the last answer."""
         if self._unread or self._buffer:
             await self._linger()
-        self._writer.close()
+        self.writer.close()
         with contextlib.suppress(OSError):  # TimeoutError is one
             async with asyncio.timeout(HTTP_CLOSE_S):
-                await self._writer.wait_closed()
+                await self.writer.wait_closed()
 
     async def _linger(self) -> None:
         """Read on for a while: closing on a client that sends would destroy the answer (RFC 9112 9.6)."""
-        if self._writer.can_write_eof():
+        if self.writer.can_write_eof():
             with contextlib.suppress(OSError):
-                self._writer.write_eof()
-        until = self._loop.time() + LINGER_S
+                self.writer.write_eof()
+        until = time.monotonic() + LINGER_S
         with contextlib.suppress(HttpError):  # nothing more comes, or not in time
             while True:
                 self._buffer = b""
-                await self._receive(min(LINGER_PAUSE_S, until - self._loop.time()))
-
-
-def as_chunk(piece: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
+                await self._receive(min(LINGER_PAUSE_S, until - time.monotonic()))
 
 
 # ---------------------------------------------------------------------- the server
@@ -7675,35 +7640,24 @@ def as_chunk(piece: bytes) -> bytes:
 Methods = dict[str, Route]  # the rows of one path
 
 
+@dataclass(eq=False)
 class HttpServer:
-    """Listens, and has each request answered by the row of the route table it belongs to.
+    """Listens, and has each request answered by the row of the route table it belongs to."""
 
-    `authorised` is asked about every request that is not for a public row, before anything else is told.
-    `observe` learns of every answer: request, status, seconds. `log_failure` gets what a handler
-    raised unexpectedly; the client gets a bare 500.
-    """
+    routes: InitVar[Sequence[Route]]
+    limits: HttpLimits
+    authorised: Callable[[Request], bool]  # asked about all but public rows, before anything else is told
+    observe: Callable[[Request, int, float], None]  # learns of every answer: request, status, seconds
+    in_thread: InThread
+    log_failure: Callable[[Request, Exception], None]  # what a handler raised; the client gets a bare 500
+    stopping: bool = False
+    _listeners: list[asyncio.Server] = field(default_factory=list)
+    _unix_sockets: list[str] = field(default_factory=list)
+    _connections: dict[asyncio.Task[None], ServedConnection] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        routes: Sequence[Route],
-        *,
-        limits: HttpLimits,
-        authorised: Callable[[Request], bool],
-        observe: Callable[[Request, int, float], None],
-        in_thread: InThread,
-        log_failure: Callable[[Request, Exception], None],
-    ) -> None:
-        self.limits = limits
-        self.observe = observe
-        self.in_thread = in_thread
-        self.log_failure = log_failure
-        self.stopping = False
-        self._authorised = authorised
+    def __post_init__(self, routes: Sequence[Route]) -> None:
         self._fixed: dict[tuple[str, ...], Methods] = {}  # by the segments of the path
         self._patterns: dict[tuple[str, ...], Methods] = {}
-        self._listeners: list[asyncio.Server] = []
-        self._unix_sockets: list[str] = []
-        self._connections: dict[asyncio.Task[None], HttpConnection] = {}
         for route in routes:
             table = self._patterns if "{" in route.pattern else self._fixed
             table.setdefault(tuple(route.pattern.split("/")), {})[route.method] = route
@@ -7766,7 +7720,7 @@ class HttpServer:
             route = methods.get("GET")
         if methods:
             request.route = next(iter(methods.values())).pattern
-        if not (route and route.public) and not self._authorised(request):
+        if not (route and route.public) and not self.authorised(request):
             sentence = "Invalid or missing API token"
             raise HttpError(401, sentence, headers={"WWW-Authenticate": "Bearer"}, extra={"detail": sentence})
         if not methods:
@@ -7796,7 +7750,9 @@ class HttpServer:
             writer.transport.abort()
             return
         turned_away = taken >= self.limits.connections
-        connection = HttpConnection(self, reader, writer, tls=tls, turned_away=turned_away)
+        peername = writer.get_extra_info("peername")
+        peer = str(peername[0]) if isinstance(peername, tuple) else "unix"
+        connection = ServedConnection(self, reader, writer, peer, tls, turned_away)
         task = asyncio.create_task(connection.run(), name=f"http {taken}")
         self._connections[task] = connection
         task.add_done_callback(self._connections.pop)

@@ -151,7 +151,7 @@ class Conversation:
         self._pieces = Pieces(pieces)
 
     async def run(self) -> Conversation:
-        connection = self._mailproxy.HttpConnection(self.server, self._pieces, self.writer)
+        connection = self._mailproxy.ServedConnection(self.server, self._pieces, self.writer, "192.0.2.1")
         await connection.run()
         return self
 
