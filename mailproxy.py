@@ -414,8 +414,7 @@ class HttpTarget(NamedTuple):
     def url(self) -> str:
         return f"{self.scheme}://{self.netloc}{self.path}"
 
-    @property
-    def shown(self) -> str:
+    def __str__(self) -> str:
         """The URL for people: no credentials, no query string, of bearable length."""
         shown = f"{self.scheme}://{self.netloc}{self.path.partition('?')[0]}"
         return shown if len(shown) <= 200 else f"{shown[:197]}..."
@@ -4618,19 +4617,24 @@ def _seqs(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, tuple[int, bo
 # OUTBOUND HTTP - one request with a deadline, a size limit and an address policy
 # ======================================================================
 #
-# Everything here blocks and belongs into a thread. A request ends at its deadline
-# whatever the other side does: a head or a body that trickles is cut as well. With
-# an AddressPolicy not one packet goes to an address that was not judged: the name
-# is resolved once, and the socket connects to the number that came out of it.
+# Everything here blocks and belongs into a thread. A request ends at its deadline whatever the
+# other side does: then its socket is shut. Only the look-up of a name knows no end; who awaits the
+# thread sets one. With an AddressPolicy not one packet goes to an address that was not judged: the
+# name is resolved once, and the socket connects to the number that came out of it.
 
 Address: TypeAlias = "tuple[socket.AddressFamily, tuple[Any, ...]]"  # as socket.connect() takes it
 Resolver: TypeAlias = "Callable[[str, int], Sequence[Address]]"
 Trust: TypeAlias = "Callable[[], ssl.SSLContext]"  # whoever asks often makes one context and keeps it
 
 ERROR_BODY_BYTES = 65_536  # of an answer that is not a success: enough for its reason
-BODY_PIECE_BYTES = 65_536  # read at a time from a body of unknown length
+BODY_PIECE_BYTES = 65_536  # read at a time from a body
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
+UNDONE_CODINGS = ("gzip", "x-gzip", "deflate")
+# The content codings that are registered (RFC 9110 16.6); what else servers put there is none, and the bytes are plain.
+CODINGS = (
+    *UNDONE_CODINGS, "aes128gcm", "br", "compress", "dcb", "dcz", "exi", "pack200-gzip", "x-compress", "zstd",
+)  # fmt: skip
 
 # What is not on the public Internet (RFC 6890 and its registry), spelled out because
 # ipaddress.is_global differs between releases of Python and counts multicast as public.
@@ -4681,14 +4685,11 @@ class HttpFailure(MailproxyError):
 class ForbiddenAddress(HttpFailure):
     """The other side is not on the public Internet, and nobody allowed it."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason, transient=False)
-
 
 class TooLarge(HttpFailure):
     """The body is larger than it may be."""
 
-    def __init__(self, what: str, max_bytes: int) -> None:
+    def __init__(self, what: object, max_bytes: int) -> None:
         super().__init__(f"{what} is larger than the {max_bytes} bytes allowed", transient=False)
 
 
@@ -4697,8 +4698,9 @@ class HttpAnswer(NamedTuple):
 
     status: int
     headers: Mapping[str, str]  # names in lower case, repeated ones joined by commas
-    body: bytes  # its content encoding undone
+    body: bytes  # its content encoding undone; empty when it went into a file
     url: str  # as requested
+    encoded_md5: str = ""  # of the body as it came, where a content encoding was undone
 
 
 def asked_at(url: str) -> HttpTarget:
@@ -4728,41 +4730,38 @@ def _last_32_bits(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
 
 
 class AddressPolicy:
-    """Lets through what is public, and what the operator named."""
+    """Lets through what is public, and what the operator named: hosts, addresses, networks."""
 
     def __init__(self, allow_hosts: Sequence[str]) -> None:
         self._networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
         self._names: set[str] = set()
-        for allowed in allow_hosts:
-            self._allow(allowed.strip())
+        for allowed in map(str.strip, allow_hosts):
+            try:
+                self._networks.append(ipaddress.ip_network(allowed.strip("[]"), strict=False))
+                continue
+            except ValueError:
+                name = ""
+            with contextlib.suppress(UnicodeError):
+                name = a_labels(allowed).lower().rstrip(".")
+            if not name or "/" in name:
+                raise ConfigurationError(f"[attachments] allow_hosts: {allowed!r} is not a host or a network")
+            self._names.add(name)
 
-    def _allow(self, allowed: str) -> None:
-        try:
-            self._networks.append(ipaddress.ip_network(allowed.strip("[]"), strict=False))
-        except ValueError:
-            if "/" in allowed:
-                raise ConfigurationError(f"[attachments] allow_hosts: {allowed!r} is not a network") from None
-            self._names.add(self._name(allowed).lower().rstrip("."))
+    def permitted(self, host: str, addresses: Sequence[Address]) -> Sequence[Address]:
+        """Those of the host's addresses that are allowed. Raises ForbiddenAddress when it has others only."""
+        allowed = [address for address in addresses if self._allows(host, address[1][0])]
+        if addresses and not allowed:
+            number = addresses[0][1][0]
+            reason = f"the address {number} of {host} is not public, and [attachments] allow_hosts does not name it"
+            raise ForbiddenAddress(reason, transient=False)
+        return allowed
 
-    @staticmethod
-    def _name(allowed: str) -> str:
-        try:
-            return allowed if allowed.isascii() else a_labels(allowed)
-        except UnicodeError:
-            raise ConfigurationError(f"[attachments] allow_hosts: {allowed!r} is not a host") from None
-
-    def judge(self, host: str, address: str) -> None:
-        """Raise ForbiddenAddress unless this address, reached for under this name, is allowed."""
-        if host.lower().rstrip(".") in self._names:
-            return
+    def _allows(self, host: str, address: str) -> bool:
         number = ipaddress.ip_address(address.partition("%")[0])
         if isinstance(number, ipaddress.IPv6Address) and number in IPV4_INSIDE:
             number = _last_32_bits(number)
-        if is_public(number) or any(number in network for network in self._networks):
-            return
-        raise ForbiddenAddress(
-            f"the address {number} of {host} is not public, and [attachments] allow_hosts does not name it"
-        )
+        named = host.lower().rstrip(".") in self._names or any(number in network for network in self._networks)
+        return named or is_public(number)
 
 
 def resolve_name(host: str, port: int) -> Sequence[Address]:
@@ -4772,151 +4771,119 @@ def resolve_name(host: str, port: int) -> Sequence[Address]:
 
 
 # ----------------------------------------------------------------------
-# Sockets that know when the request has to be over
+# The connection
 # ----------------------------------------------------------------------
 
 
 class HttpDeadline:
-    """The instant at which a request ends, with all its redirects."""
+    """The instant at which a request ends, with all its redirects: a timer shuts the socket it uses then."""
 
     def __init__(self, timeout_s: float) -> None:
-        self._at = time.monotonic() + timeout_s
+        self.at = time.monotonic() + timeout_s
+        self.socket: socket.socket | None = None
+        self.timer = threading.Timer(timeout_s, self._shut)  # to be cancelled at the end
+        self.timer.daemon = True
+        self.timer.start()
 
     def left_s(self) -> float:
-        left = self._at - time.monotonic()
+        """Raises TimeoutError when nothing is left."""
+        left = self.at - time.monotonic()
         if left <= 0:
             raise TimeoutError
         return left
 
-
-class _DeadlineSocket(socket.socket):
-    """Every send and receive has what is left until the deadline, not a timeout of its own."""
-
-    deadline: HttpDeadline
-    ended = False  # the other side has sent its last
-
-    def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        self.settimeout(self.deadline.left_s())
-        received = super().recv_into(*args, **kwargs)
-        self.ended = received == 0
-        return received
-
-    def sendall(self, *args: Any, **kwargs: Any) -> None:
-        self.settimeout(self.deadline.left_s())
-        super().sendall(*args, **kwargs)
+    def _shut(self) -> None:
+        if self.socket is not None:
+            with contextlib.suppress(OSError):  # not by the method of TLS sockets, which would read on without TLS
+                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
 
-class _DeadlineTlsSocket(ssl.SSLSocket):
-    """The same under TLS, whose sendall() is a series of send()."""
+class JudgedConnection(http.client.HTTPConnection):
+    """A connection to an address that was resolved once and judged; with a context, by TLS."""
 
-    deadline: HttpDeadline
-    ended = False  # the other side has sent its last
-
-    def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        self.settimeout(self.deadline.left_s())
-        received = super().recv_into(*args, **kwargs)
-        self.ended = received == 0
-        return received
-
-    def send(self, *args: Any, **kwargs: Any) -> int:
-        self.settimeout(self.deadline.left_s())
-        return super().send(*args, **kwargs)
-
-
-class _Dialer:
-    """Opens the connection of one request: resolves, judges, connects to what was judged."""
-
-    def __init__(self, deadline: HttpDeadline, policy: AddressPolicy | None, resolve: Resolver) -> None:
-        self.deadline = deadline
+    def __init__(
+        self,
+        host: str,
+        *,
+        deadline: HttpDeadline,
+        policy: AddressPolicy | None = None,
+        resolve: Resolver = resolve_name,
+        context: ssl.SSLContext | None = None,
+        **options: Any,
+    ) -> None:
+        self.default_port = http.client.HTTPS_PORT if context else http.client.HTTP_PORT
+        super().__init__(host, **options)
+        self.response_class = WholeAnswer
+        self._deadline = deadline
         self._policy = policy
         self._resolve = resolve
+        self._context = context
+        self._beyond_proxy: tuple[str, Mapping[str, str]] | None = None
 
-    def __call__(self, place: tuple[str, int], *_: Any) -> socket.socket:
-        """Stand in for socket.create_connection()."""
-        host, port = place
-        addresses = self._permitted(host, self._look_up(host, port))
-        failure: OSError = OSError("the name has no address")
-        for tried, address in enumerate(addresses):
-            try:
-                return self._connect(address, self.deadline.left_s() / (len(addresses) - tried))
-            except OSError as error:
-                failure = error
-        raise failure
-
-    def _look_up(self, host: str, port: int) -> Sequence[Address]:
-        """A look-up knows no timeout; it gets a thread of its own, and our wait for it the deadline."""
-        found: concurrent.futures.Future[Sequence[Address]] = concurrent.futures.Future()
-
-        def look_up() -> None:
-            try:
-                found.set_result(self._resolve(host, port))
-            except Exception as error:  # raised again where somebody waits
-                found.set_exception(error)
-
-        threading.Thread(target=look_up, name="name-look-up", daemon=True).start()
-        return found.result(self.deadline.left_s())
-
-    def _permitted(self, host: str, addresses: Sequence[Address]) -> Sequence[Address]:
-        if self._policy is None:
-            return addresses
-        permitted: list[Address] = []
-        refusal: ForbiddenAddress | None = None
-        for family, address in addresses:
-            try:
-                self._policy.judge(host, address[0])
-                permitted.append((family, address))
-            except ForbiddenAddress as error:
-                refusal = refusal or error
-        if refusal is not None and not permitted:
-            raise refusal
-        return permitted
-
-    def _connect(self, address: Address, timeout_s: float) -> socket.socket:
-        family, number = address
-        connection = _DeadlineSocket(family, socket.SOCK_STREAM)
-        connection.deadline = self.deadline
-        try:
-            connection.settimeout(timeout_s)
-            connection.connect(number)
-            connection.settimeout(self.deadline.left_s())  # for the TLS handshake
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-
-class _Response(http.client.HTTPResponse):
-    """An answer with a whole head: http.client takes one that breaks off for a short one."""
-
-    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        self._source = sock
-
-    def begin(self) -> None:
-        super().begin()
-        if self._source.ended:
-            raise http.client.IncompleteRead(b"")
-
-
-class _PlainConnection(http.client.HTTPConnection):
-    response_class = _Response
-
-    def __init__(self, host: str, *, timeout: float, dial: _Dialer) -> None:
-        super().__init__(host, timeout=timeout)
-        self._create_connection = dial
-
-
-class _TlsConnection(http.client.HTTPSConnection):
-    response_class = _Response
-
-    def __init__(self, host: str, *, timeout: float, dial: _Dialer, context: ssl.SSLContext) -> None:
-        super().__init__(host, timeout=timeout, context=context)
-        self._create_connection = dial
+    def set_tunnel(self, host: str, port: int | None = None, headers: Mapping[str, str] | None = None) -> None:
+        self._beyond_proxy = host, headers or {}
 
     def connect(self) -> None:
-        super().connect()
-        if isinstance(self.sock, _DeadlineTlsSocket):
-            self.sock.deadline = self._create_connection.deadline
+        addresses = self._resolve(self.host, self.port)
+        if self._policy is not None:
+            addresses = self._policy.permitted(self.host, addresses)
+        failure = OSError("the name has no address")
+        for tried, (family, address) in enumerate(addresses):
+            self.sock = self._deadline.socket = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                self.sock.settimeout(self._deadline.left_s() / (len(addresses) - tried))
+                self.sock.connect(address)
+                break
+            except OSError as error:
+                self.sock.close()
+                failure = error
+        else:
+            raise failure
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.settimeout(self._deadline.left_s())
+        name = self._ask_proxy() if self._beyond_proxy else self.host
+        if self._context is not None:
+            secured = self._context.wrap_socket(self.sock, server_hostname=name, do_handshake_on_connect=False)
+            self.sock = self._deadline.socket = secured
+            secured.do_handshake()
+
+    def _ask_proxy(self) -> str:
+        """Have the proxy connect to the host (RFC 9110 9.3.6); its name."""
+        assert self._beyond_proxy is not None
+        host, headers = self._beyond_proxy
+        target = http_target(f"https://{host}")
+        lines = [f"CONNECT {target.host}:{target.port} HTTP/1.1", f"Host: {target.host}:{target.port}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        self.sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        answer = WholeAnswer(self.sock, method="CONNECT")
+        answer.begin()
+        if not 200 <= answer.status < 300:
+            raise OSError(f"the proxy answered {answer.status}")
+        return target.host
+
+
+class WholeAnswer(http.client.HTTPResponse):
+    """An answer with a whole head, where http.client takes one that breaks off for a short one; informational
+    answers before it are read over (RFC 9110 15.2), where http.client takes them for the answer."""
+
+    def begin(self, **limits: Any) -> None:
+        file = self.fp
+        whole_line = functools.partial(_whole_line, file)
+        lines = types.SimpleNamespace(readline=whole_line, flush=file.flush, close=file.close)
+        self.fp = cast(io.BufferedReader, lines)
+        super().begin(**limits)
+        while 100 <= self.status < 200:
+            cast(Any, self).headers = None
+            super().begin(**limits)
+        self.fp = file
+
+
+def _whole_line(file: io.BufferedReader, limit: int = -1) -> bytes:
+    """A line of a head, which does not end before its empty line."""
+    line = file.readline(limit)
+    if not line.endswith(b"\n"):
+        raise http.client.IncompleteRead(line)
+    return line
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):
@@ -4924,28 +4891,25 @@ class _Handler(urllib.request.AbstractHTTPHandler):
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    def __init__(self, dial: _Dialer, trust: Trust) -> None:
+    def __init__(self, connection: Callable[..., JudgedConnection], trust: Trust) -> None:
         super().__init__()
-        self._dial = dial
+        self._connection = connection
         self._trust = trust
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(functools.partial(_PlainConnection, dial=self._dial), request)
+        return self.do_open(self._connection, request)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        connection = functools.partial(_TlsConnection, dial=self._dial, context=self._trust())
-        return self.do_open(connection, request)
+        return self.do_open(self._connection, request, context=self._trust())
 
 
 def tls_context(ca_file: str | None) -> ssl.SSLContext:
-    """Trust in the system's authorities, or in those of `ca_file` alone. Reads files: takes a while."""
+    """Trust in the system's authorities, or only in those of `ca_file`. Reads files: takes a while."""
     try:
-        context = ssl.create_default_context(cafile=ca_file)
+        return ssl.create_default_context(cafile=ca_file)
     except OSError as error:
         reason = f"cannot read the certificates in {ca_file}: {error.strerror}"
-        raise HttpFailure(reason, transient=True) from None
-    context.sslsocket_class = _DeadlineTlsSocket
-    return context
+        raise HttpFailure(reason, transient=True) from error
 
 
 # ----------------------------------------------------------------------
@@ -4960,60 +4924,70 @@ def http_request(
     body: bytes | None = None,
     headers: Mapping[str, str] | None = None,
     timeout_s: float,
-    deadline: HttpDeadline | None = None,
     max_bytes: int,
+    redirects: int = 0,
     trust: Trust | None = None,
     policy: AddressPolicy | None = None,
-    proxies: bool = False,
     resolve: Resolver = resolve_name,
     into: BinaryIO | None = None,
+    is_gzip_file: Callable[[Mapping[str, str]], bool] = lambda headers: False,
 ) -> HttpAnswer:
-    """One request, one answer of whatever status; redirects are answers. Blocks up to `timeout_s`,
-    or until the deadline of the series it belongs to.
+    """One request, one answer of whatever status. Blocks up to `timeout_s`, if the name is found in time.
 
-    The body of a success goes `into` a file when there is one. `proxies` (those of the environment)
-    are for URLs of the operator; with a policy there are none, because a proxy would connect where
-    nobody judged.
+    Of a GET without headers some `redirects` are followed, each judged anew; beyond these they are answers. The body
+    of a success goes `into` a file when there is one, as it came where its headers say `is_gzip_file`. Without a policy
+    (the URL is the operator's) the proxies of the environment are used; with one they would connect where nobody judged.
     """
     target = asked_at(url)
-    deadline = deadline or HttpDeadline(timeout_s)
-    opener = urllib.request.OpenerDirector()  # nothing of urllib's but HTTP: no redirects, files, passwords
-    opener.addheaders = [("User-Agent", "mailproxy")]
-    trust = trust or functools.partial(tls_context, None)
-    opener.add_handler(_Handler(_Dialer(deadline, policy, resolve), trust))
-    if proxies and policy is None:
-        opener.add_handler(urllib.request.ProxyHandler())
-    request = urllib.request.Request(target.url, body, _request_headers(target, headers or {}), method=method)
+    deadline = HttpDeadline(timeout_s)
     try:
-        response = opener.open(request, timeout=timeout_s)
-        if response is None:
-            raise HttpFailure("the proxy in the environment is not an HTTP proxy", transient=True)
-        with response:
-            received = _read_body(response, target.shown, max_bytes, into)
-            return HttpAnswer(response.status, _header_mapping(response.headers), received, target.url)
-    except (OSError, http.client.HTTPException, ValueError, zlib.error) as error:
-        raise _http_failure(error, target, timeout_s) from None
+        connection = functools.partial(JudgedConnection, deadline=deadline, policy=policy, resolve=resolve)
+        opener = urllib.request.OpenerDirector()  # nothing of urllib's but HTTP: no redirects, files, passwords
+        opener.addheaders = [("User-Agent", "mailproxy")]
+        opener.add_handler(_Handler(connection, trust or functools.partial(tls_context, None)))
+        if policy is None:
+            opener.add_handler(urllib.request.ProxyHandler())
+        for _ in range(redirects + 1):
+            sent = {"Accept-Encoding": "identity"}
+            if target.authorization is not None:
+                sent["Authorization"] = target.authorization
+            request = urllib.request.Request(target.url, body, sent | dict(headers or {}), method=method)
+            try:
+                response = opener.open(request)
+                if response is None:
+                    raise HttpFailure("the proxy in the environment is not an HTTP proxy", transient=True)
+                with response:
+                    answer = _read_answer(response, target, max_bytes, into, is_gzip_file)
+                deadline.left_s()  # a body without a length may have ended there
+            except (OSError, http.client.HTTPException, ValueError, zlib.error) as error:
+                failure = _http_failure(error, target, timeout_s, is_over=time.monotonic() >= deadline.at)
+                raise failure from None if isinstance(error, ValueError) else error
+            if not redirects or answer.status not in REDIRECTS or "location" not in answer.headers:
+                return answer
+            target = _redirected(target, answer.headers["location"])
+    finally:
+        deadline.timer.cancel()
+    raise HttpFailure(f"more than {redirects} redirects, the last one to {target}", transient=False)
 
 
-def _request_headers(target: HttpTarget, headers: Mapping[str, str]) -> dict[str, str]:
-    sent = {"Accept-Encoding": "identity"}
-    if target.authorization is not None:
-        sent["Authorization"] = target.authorization
-    return sent | dict(headers)
+def _redirected(target: HttpTarget, location: str) -> HttpTarget:
+    """Where a Location header leads; a password in the URL stays with the server it was meant for."""
+    location = location.encode("latin-1", "replace").decode("utf-8", "replace")  # http.client reads Latin-1
+    try:
+        next_target = http_target(urllib.parse.urljoin(target.url, location))
+    except ValueError:
+        reason = f"{target} redirects to what is not a valid http or https URL"
+        raise HttpFailure(reason, transient=False) from None
+    if next_target[:3] == target[:3] and next_target.authorization is None:  # scheme, host and port
+        return next_target._replace(authorization=target.authorization)
+    return next_target
 
 
-def _header_mapping(headers: http.client.HTTPMessage) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in headers.items():
-        name = name.lower()
-        found[name] = f"{found[name]}, {value}" if name in found else value
-    return found
-
-
-def _http_failure(error: Exception, target: HttpTarget, timeout_s: float) -> HttpFailure:
+def _http_failure(error: Exception, target: HttpTarget, timeout_s: float, *, is_over: bool) -> HttpFailure:
     """What went wrong, in a sentence; only a request that cannot even be written is lasting."""
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
         error = error.reason
+    error = TimeoutError() if is_over else error
     place = f"{target.scheme}://{target.netloc}"
     match error:
         case TimeoutError():
@@ -5042,122 +5016,70 @@ def _http_failure(error: Exception, target: HttpTarget, timeout_s: float) -> Htt
 # ----------------------------------------------------------------------
 
 
-class BoundedBody:
-    """Collects a body, in memory or in a file, up to a limit."""
-
-    def __init__(self, what: str, max_bytes: int, into: BinaryIO | None = None) -> None:
-        self._what = what
-        self._max_bytes = max_bytes
-        self._in_memory = io.BytesIO()  # its getvalue() is no copy
-        self._into = into or self._in_memory
-        self._size_bytes = 0
-
-    def add(self, piece: bytes) -> None:
-        self._size_bytes += len(piece)
-        if self._size_bytes > self._max_bytes:
-            raise TooLarge(self._what, self._max_bytes)
-        try:
-            self._into.write(piece)
-        except OSError as error:
-            raise HttpFailure(f"{self._what} cannot be kept: {error.strerror}", transient=True) from None
-
-    def in_memory(self) -> bytes:
-        return self._in_memory.getvalue()
-
-
-def _read_body(response: http.client.HTTPResponse, what: str, max_bytes: int, into: BinaryIO | None) -> bytes:
-    """The body of an answer, empty when it went into the file."""
+def _read_answer(
+    response: http.client.HTTPResponse,
+    target: HttpTarget,
+    max_bytes: int,
+    into: BinaryIO | None,
+    is_gzip_file: Callable[[Mapping[str, str]], bool],
+) -> HttpAnswer:
+    names = dict.fromkeys(name.lower() for name in response.headers)
+    headers = {name: ", ".join(response.headers.get_all(name, [])) for name in names}
     if not 200 <= response.status < 300:
-        return response.read(ERROR_BODY_BYTES)
+        return HttpAnswer(response.status, headers, response.read(ERROR_BODY_BYTES), target.url)
     if (response.length or 0) > max_bytes:
-        raise TooLarge(what, max_bytes)
-    collected = BoundedBody(what, max_bytes, into)
-    coding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if coding not in ("identity", ""):
-        _read_encoded(response, coding, collected)
-    else:
-        for piece in _pieces(response):
-            collected.add(piece)
-    return collected.in_memory()
-
-
-def _read_encoded(response: http.client.HTTPResponse, coding: str, collected: BoundedBody) -> None:
-    """Undo gzip or deflate (RFC 9110 8.4.1), which some servers use though nobody asked."""
-    if coding not in ("gzip", "x-gzip", "deflate"):
-        reason = f"the answer has the content encoding {coding[:40]!r}, which nobody asked for"
+        raise TooLarge(target, max_bytes)
+    words = re.split(r"[\s,]+", headers.get("content-encoding", "").lower())
+    codings = [word for word in words if word in CODINGS]
+    if len(codings) > 1 or (codings and codings[0] not in UNDONE_CODINGS):
+        reason = f"the answer has the content encoding {', '.join(codings)!r}, which nobody asked for"
         raise HttpFailure(reason, transient=False)
-    inflate: Any = None  # zlib's decompressor; gzip may be several members in a row (RFC 1952 2.2)
-    for piece in _pieces(response):
-        while piece:
-            inflate = inflate or zlib.decompressobj(zlib.MAX_WBITS | 32)  # either header is recognised
-            collected.add(inflate.decompress(piece, BODY_PIECE_BYTES))
-            piece = inflate.unconsumed_tail or inflate.unused_data
-            inflate = None if inflate.eof else inflate
-    while inflate is not None:  # what it still holds back because of the size of a piece
-        rest = inflate.decompress(b"", BODY_PIECE_BYTES)
-        collected.add(rest)
-        if not rest and not inflate.eof:
-            raise http.client.IncompleteRead(b"")
-        inflate = None if inflate.eof else inflate
+    pieces, encoded_md5 = _pieces(response), hashlib.md5(usedforsecurity=False)
+    is_encoded = bool(codings) and not is_gzip_file(headers)
+    if is_encoded:
+        pieces = _inflated(pieces, encoded_md5.update)
+    memory = io.BytesIO()  # its getvalue() is no copy
+    write_within(max_bytes, pieces, into or memory, target)
+    return HttpAnswer(
+        response.status, headers, memory.getvalue(), target.url, encoded_md5.hexdigest() if is_encoded else ""
+    )
 
 
 def _pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    missing = response.length
     while piece := response.read(BODY_PIECE_BYTES):
-        missing = None if missing is None else missing - len(piece)
         yield piece
-    if missing:
-        raise http.client.IncompleteRead(b"", missing)
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
 
 
-# ----------------------------------------------------------------------
-# Redirects
-# ----------------------------------------------------------------------
+def _inflated(pieces: Iterable[bytes], note: Callable[[bytes], None]) -> Iterator[bytes]:
+    """Undo gzip or deflate (RFC 9110 8.4.1), which some servers use though nobody asked; `note` what came."""
+    inflate = None  # gzip may be several members in a row (RFC 1952 2.2)
+    for piece in pieces:
+        note(piece)
+        while piece:
+            if inflate is None or inflate.eof:
+                inflate = zlib.decompressobj(47)  # with the header of either
+            yield inflate.decompress(piece, BODY_PIECE_BYTES)
+            piece = inflate.unconsumed_tail or inflate.unused_data
+    while inflate is not None and not inflate.eof:  # what it still holds back because of the size of a piece
+        rest = inflate.decompress(b"", BODY_PIECE_BYTES)
+        if not rest and not inflate.eof:
+            raise http.client.IncompleteRead(b"")
+        yield rest
 
 
-def http_get_following(
-    url: str,
-    *,
-    timeout_s: float,
-    max_bytes: int,
-    policy: AddressPolicy | None,
-    trust: Trust | None = None,
-    resolve: Resolver = resolve_name,
-    into: BinaryIO | None = None,
-) -> HttpAnswer:
-    """GET with up to five redirects, each judged anew, all within one deadline. Blocks."""
-    deadline = HttpDeadline(timeout_s)
-    target = asked_at(url)
-    for _ in range(MAX_REDIRECTS + 1):
-        answer = http_request(
-            "GET",
-            target.url,
-            headers={"Authorization": target.authorization} if target.authorization else {},
-            timeout_s=timeout_s,
-            deadline=deadline,
-            max_bytes=max_bytes,
-            trust=trust,
-            policy=policy,
-            resolve=resolve,
-            into=into,
-        )
-        if answer.status not in REDIRECTS or "location" not in answer.headers:
-            return answer
-        target = _redirected(target, answer.headers["location"])
-    raise HttpFailure(f"more than {MAX_REDIRECTS} redirects, the last one to {target.shown}", transient=False)
-
-
-def _redirected(target: HttpTarget, location: str) -> HttpTarget:
-    """Where a Location header leads; a password in the URL stays with the server it was meant for."""
-    location = location.encode("latin-1", "replace").decode("utf-8", "replace")  # http.client reads Latin-1
-    try:
-        next_target = asked_at(urllib.parse.urljoin(target.url, location))
-    except (HttpFailure, ValueError):
-        reason = f"{target.shown} redirects to what is not a valid http or https URL"
-        raise HttpFailure(reason, transient=False) from None
-    if next_target[:3] == target[:3] and next_target.authorization is None:  # scheme, host and port
-        return next_target._replace(authorization=target.authorization)
-    return next_target
+def write_within(max_bytes: int, pieces: Iterable[bytes], file: BinaryIO, what: object) -> None:
+    """Write the pieces of a body into a file. Raises TooLarge beyond the limit, HttpFailure when the disk is full."""
+    size_bytes = 0
+    for piece in pieces:
+        size_bytes += len(piece)
+        if size_bytes > max_bytes:
+            raise TooLarge(what, max_bytes)
+        try:
+            file.write(piece)
+        except OSError as error:
+            raise HttpFailure(f"{what} cannot be kept: {error.strerror}", transient=True) from error
 
 
 # ======================================================================
@@ -5545,9 +5467,7 @@ def _copy_regular_file(base: str, steps: Sequence[str], max_bytes: int, into: Bi
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise HttpFailure(f"{steps[-1]!r} is not a regular file", transient=False)
-        copy = BoundedBody(repr(steps[-1]), max_bytes, into)
-        while piece := os.read(descriptor, FILE_PIECE_BYTES):
-            copy.add(piece)
+        write_within(max_bytes, iter(lambda: os.read(descriptor, FILE_PIECE_BYTES), b""), into, repr(steps[-1]))
 
 
 # ----------------------------------------------------------------------
@@ -5729,17 +5649,19 @@ class AttachmentFetcher:
             return failed_fetch(f"it cannot be kept: {error.strerror}", 451)
 
     def _from_url(self, attachment: Attachment, file: BinaryIO) -> Named | Reply:
-        answer = http_get_following(
+        answer = http_request(
+            "GET",
             attachment.location,
             timeout_s=self._timeout_s,
             max_bytes=self._max_attachment_bytes,
+            redirects=MAX_REDIRECTS,
             policy=self._policy,
             trust=self._trust,
             resolve=self._resolve,
             into=file,
         )
         name = urllib.parse.unquote(_last_segment(urllib.parse.urlsplit(answer.url).path))
-        return self._judged(answer, asked_at(answer.url).shown, name)
+        return self._judged(answer, str(asked_at(answer.url)), name)
 
     def _from_endpoint(self, attachment: Attachment, file: BinaryIO) -> Named | Reply:
         if self._endpoint_url is None:
@@ -5752,7 +5674,6 @@ class AttachmentFetcher:
             timeout_s=self._timeout_s,
             max_bytes=self._max_attachment_bytes,
             trust=self._endpoint_trust,
-            proxies=True,
             resolve=self._resolve,
             into=file,
         )
@@ -5773,17 +5694,14 @@ class AttachmentFetcher:
         if not defaults.access_key_id or not defaults.secret_access_key:
             return failed_fetch("no S3 credentials: set access_key_id and secret_access_key in [s3]", 554)
         region = wanted.region or defaults.region or "us-east-1"
-        deadline = HttpDeadline(self._timeout_s)
-        answer = self._ask_s3(wanted, defaults, region, deadline, file)
+        answer = self._ask_s3(wanted, defaults, region, file)
         right_region = _region_named(answer)
         if right_region is not None and right_region != region:
-            answer = self._ask_s3(wanted, defaults, right_region, deadline, file)
+            answer = self._ask_s3(wanted, defaults, right_region, file)
         what = f"s3://{wanted.bucket}/{wanted.key[:200]}"
         return self._judged(answer, what, _last_segment(wanted.key), _s3_words(answer, defaults))
 
-    def _ask_s3(
-        self, wanted: S3Object, defaults: S3Defaults, region: str, deadline: HttpDeadline, file: BinaryIO
-    ) -> HttpAnswer:
+    def _ask_s3(self, wanted: S3Object, defaults: S3Defaults, region: str, file: BinaryIO) -> HttpAnswer:
         target = s3_target(wanted, defaults, region)
         headers = sign_s3("GET", target, {}, EMPTY_SHA256, defaults, region, self._now())
         return http_request(
@@ -5791,11 +5709,9 @@ class AttachmentFetcher:
             target.url,
             headers=headers,
             timeout_s=self._timeout_s,
-            deadline=deadline,
             max_bytes=self._max_attachment_bytes,
             policy=self._policy if wanted.endpoint else None,
             trust=self._trust,
-            proxies=True,
             resolve=self._resolve,
             into=file,
         )
@@ -10395,7 +10311,7 @@ def _number_asked(query: Mapping[str, str], name: str, low: int, high: int) -> i
 # the daemon down with it, loudly, because a proxy that looks alive and delivers
 # nothing is the worst of all.
 
-NETWORK_THREADS = 512  # at most: a look-up or a file server that hangs keeps one, and must hold up nobody else
+NETWORK_THREADS = 256  # at most: a look-up or a file server that hangs keeps one, and must hold up nobody else
 WORK_THREADS = 4
 HOSTNAME_PATIENCE_S = 2.0
 REPORT_PATIENCE_S = 5.0  # for a report that is under way when the daemon stops
@@ -10839,7 +10755,6 @@ class Daemon:
                 timeout_s=client.timeout_seconds,
                 max_bytes=ANSWER_BYTES,
                 trust=functools.partial(tls_context, client.ca_file),
-                proxies=True,
             )
         except TooLarge:  # only a success is read to its end: it counts, whatever it says
             return HttpAnswer(200, {}, b"", url)
@@ -10945,7 +10860,6 @@ def post_form(url: str, fields: Mapping[str, str], timeout_s: float) -> tuple[in
             headers={"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"},
             timeout_s=timeout_s,
             max_bytes=ANSWER_BYTES,
-            proxies=True,
         )
     except HttpFailure as failure:
         raise OSError(str(failure)) from None
