@@ -3670,8 +3670,12 @@ PAGE_OF_RECORDS = (
     f"SELECT {RECORD_COLUMNS} FROM messages WHERE seq BETWEEN :first AND :last "  # noqa: S608 - constants alone
     "AND (NOT :active_only OR (sent_ts IS NULL AND error_ts IS NULL)) "
     "AND (:account IS NULL OR account_id = :account) AND (:batch IS NULL OR batch_code = :batch) "
-    f"AND (:status IS NULL OR {STATUS_OF_ROW} = :status) ORDER BY seq LIMIT :most"
+    f"AND (:status IS NULL OR {STATUS_OF_ROW} = :status) ORDER BY seq "
 )
+FIRST_OF_PAGE = {
+    "asc": "SELECT min(seq) FROM messages WHERE seq > :after ",
+    "desc": "SELECT max(seq) FROM messages WHERE seq < :after ",
+}
 
 # The value changes each time, for SQLite writes nothing where nothing changes.
 SAY_IT_ANSWERS = "INSERT INTO switches VALUES ('answers', 1) ON CONFLICT DO UPDATE SET value = 1 - value"
@@ -3752,6 +3756,12 @@ class Filters(NamedTuple):
     status: str | None = None
     account_id: str | None = None
     batch_code: str | None = None
+    order: str = "asc"  # or "desc": newest first
+
+    @property
+    def start(self) -> int:
+        """Where a listing begins: before the first seq, or after the last."""
+        return LARGEST_INTEGER if self.order == "desc" else 0
 
 
 class Record(NamedTuple):
@@ -4271,25 +4281,24 @@ class Queue:
         return await self.file.read(work)
 
     async def page(self, filters: Filters, after: int, most: int) -> tuple[list[Record], int | None]:
-        """Up to `most` records in the order of acceptance after a seq, and the seq to go on from (None: end).
+        """Up to `most` records in the order of acceptance after a seq, or newest first before it, and the seq
+        to go on from (None: end).
 
         A page looks at a bounded stretch of the table, so it may be short, or empty, before the end.
         """
         now = self._now()
 
         def work(db: sqlite3.Connection) -> tuple[list[Record], int | None]:
-            first = db.execute(
-                "SELECT min(seq) FROM messages WHERE seq > :after AND sent_ts IS NULL AND error_ts IS NULL"
-                if filters.active_only
-                else "SELECT min(seq) FROM messages WHERE seq > :after",
-                {"after": after},
-            ).fetchone()[0]
-            if first is None:
+            pending = "AND sent_ts IS NULL AND error_ts IS NULL" if filters.active_only else ""
+            (begin,) = db.execute(FIRST_OF_PAGE[filters.order] + pending, {"after": after}).fetchone()
+            if begin is None:
                 return [], None
+            newest_first = filters.order == "desc"
+            end = begin - STRETCH + 1 if newest_first else begin + STRETCH - 1
             rows = db.execute(
-                PAGE_OF_RECORDS,
+                PAGE_OF_RECORDS + ("DESC LIMIT :most" if newest_first else "LIMIT :most"),
                 {
-                    "first": first, "last": first + STRETCH - 1, "now": now, "most": most,
+                    "first": min(begin, end), "last": max(begin, end), "now": now, "most": most,
                     "active_only": filters.active_only, "account": filters.account_id,
                     "batch": filters.batch_code, "status": filters.status,
                 },
@@ -4301,7 +4310,7 @@ class Queue:
                 size_bytes += len(row[-1])
                 if len(records) == most or size_bytes > PAGE_BYTES:
                     return records, records[-1].seq
-            return records, first + STRETCH - 1
+            return records, end
 
         return await self.file.read(work)
 
@@ -9138,9 +9147,9 @@ LOOP_PATIENCE_S = 10.0  # by which a loop, or the storage, may be late
 WRITABLE_S = 1.0  # for so long a write that succeeded says that the storage answers
 PAGE_ROWS = 200  # of a listing that is read and sent at a time
 LISTING_LIMIT = 10_000
-TRUE_WORDS, FALSE_WORDS = ("true", "1"), ("false", "0")
 ALL_REJECTED = "all messages rejected"
 NO_ACCOUNT = "there is no account with this id"
+NOT_FOUND = "account not found"
 
 
 def stored_accounts(definitions: Mapping[str, str], defaults: DeliverySettings) -> list[Account]:
@@ -9160,8 +9169,11 @@ class AccountBook:
     One change at a time, on disk before it is in force: what the storage refuses has changed nothing.
     """
 
-    def __init__(self, queue: Queue, dispatcher: Dispatcher, clock: Clock, defaults: DeliverySettings) -> None:
+    def __init__(
+        self, queue: Queue, dispatcher: Dispatcher, metrics: Metrics, clock: Clock, defaults: DeliverySettings
+    ) -> None:
         self.defaults = defaults
+        self._metrics = metrics
         self._queue = queue
         self._dispatcher = dispatcher
         self._clock = clock
@@ -9184,7 +9196,7 @@ class AccountBook:
             wanted = {account.id: account for account in (*stored, *configured)}
             for account in self.accounts():
                 if account.id not in wanted:
-                    self._dispatcher.remove_lane(account.id)
+                    self._end(account.id)
             for account in wanted.values():
                 if account.id not in self._dispatcher.lanes:
                     self._begin(account, await self._queue.standing(account.id))
@@ -9211,6 +9223,11 @@ class AccountBook:
         now, wall = self._clock.monotonic(), self._clock.wall()
         sends = [(min(now + until - wall, now), n) for until, n in standing.sends]
         self._dispatcher.add_lane(account, sends, suspended=standing.suspended, held_back=standing.held_back)
+        self._metrics.know(account.id)
+
+    def _end(self, account_id: str) -> None:
+        self._dispatcher.remove_lane(account_id)
+        self._metrics.forget(account_id)
 
     async def delete(self, account_id: str) -> int:
         """Remove an account; its undelivered messages become errors. Returns their number.
@@ -9223,7 +9240,7 @@ class AccountBook:
                 raise HttpError(404, NO_ACCOUNT)
             await self._queue.delete_account(account_id)
             if account_id in self._dispatcher.lanes:
-                self._dispatcher.remove_lane(account_id)
+                self._end(account_id)
             failed = 0
             after: int | None = 0
             while after is not None:
@@ -9258,319 +9275,94 @@ class AccountBook:
             raise HttpError(409, f"this account comes from config.ini, section {section}; change it there")
 
 
+class QueryField(NamedTuple):
+    kind: Kind
+    words: str
+
+
+STATUS = word(*(status.value for status in Status))
+CONTENT = {"content": QueryField(BOOLEAN, "With the contents of inline attachments, and raw messages.")}
+LISTING: Mapping[str, QueryField] = {
+    "active_only": QueryField(BOOLEAN, "Only messages that are not final."),
+    "status": QueryField(STATUS, "Only messages of this status."),
+    "account_id": QueryField(TEXT, "Only messages of this account."),
+    "batch_code": QueryField(TEXT, "Only messages with this label."),
+    "order": QueryField(word("asc", "desc"), "desc: newest first."),
+    "limit": QueryField(integer(1, LISTING_LIMIT), f"At most so many, 1 to {LISTING_LIMIT}; left out: all."),
+    "after": QueryField(integer(0)._replace(json="string"), "Go on there: the `next` of an answer."),
+    **CONTENT,
+}
+
+
+def asked(query: Mapping[str, str], fields: Mapping[str, QueryField]) -> dict[str, Any]:
+    """The values of the fields that a query has; HttpError 400 names one that is bad. Others are ignored."""
+    values = {}
+    for name, (kind, _) in fields.items():
+        if name in query:
+            try:
+                values[name] = kind.parse(query[name])
+            except ValueError:
+                raise HttpError(400, f"{name}: must be {kind.words}") from None
+    return values
+
+
 # ---------------------------------------------------------------------- openapi.json
 #
-# Each row of the route table carries its Operation Object (OpenAPI 3.1); what all of
-# them have in common is added when the document is put together. JSON Schema 2020-12.
+# Made of the route table and the tables of fields; what is answered stands here, in the same notation
+# of types: "string | integer[] | null", "'auto' | 'never'", Record[] (a named schema), integer{} (an object
+# whose members are integers, by their names), time (Unix seconds); a name with ? need not be there.
 
-ONE_LINE = r"[^\u0000-\u001f\u007f-\u009f\u2028\u2029]"
-# RFC 5321 4.5.3.1.1. No generator of test data we know finds its way through the look-ahead; that is
-# as well, for what it made up would be mailed to strangers.
-MAILBOX = r'(?:^|[<\s])(?=[^@\s<>]{1,64}@|"[^"\s<]{0,62}"@)(?:[^@\s<>]+|"[^"\s<]*")@[^@\s<>]+>?\s*$'
-
-Schema = Mapping[str, object]
-
-STRING_SCHEMA: Schema = {"type": "string"}
-NULLABLE_STRING_SCHEMA: Schema = {"type": ["string", "null"]}
-COUNT_SCHEMA: Schema = {"type": "integer", "minimum": 0}
-TRUTH_SCHEMA: Schema = {"type": "boolean"}
-TIME_SCHEMA: Schema = {"type": "integer", "description": "Unix seconds, UTC"}
-NULLABLE_TIME_SCHEMA: Schema = {"type": ["integer", "null"], "description": "Unix seconds, UTC"}
-GIVEN_TIME_SCHEMA: Schema = {"type": ["integer", "null"], "minimum": 0, "maximum": LARGEST_INTEGER}
-IDS_SCHEMA: Schema = {"type": "array", "items": STRING_SCHEMA}
-WORDS_SCHEMA: Schema = {"type": ["string", "null"], "pattern": f"^{ONE_LINE}*$"}
-SECRET_WORDS_SCHEMA: Schema = {**WORDS_SCHEMA, "writeOnly": True, "description": "itself, env:NAME or file:/path"}
-SWITCH_SCHEMA: Schema = {"enum": [True, False, None, 0, 1, "", "true", "yes", "on", "1", "false", "no", "off", "0"]}
-SECONDS_SCHEMA: Schema = {
-    "anyOf": [
-        {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": LARGEST_INTEGER},
-        {"type": "string", "pattern": r"^([1-9][0-9]{0,14}(\.[0-9]{1,9})?)?$"},
-    ]
-}
-DELAYS_SCHEMA: Schema = {
-    "anyOf": [
-        {
-            "type": ["array", "null"], "minItems": 1,
-            "items": {"type": "integer", "minimum": 0, "maximum": LONGEST_S},
-        },
-        {"type": "string", "pattern": "^([0-9]{1,8}(,[0-9]{1,8})*)?$"},
-    ],
-    "description": "seconds before each retry; the last one repeats",
-}  # fmt: skip
-MAILBOX_SCHEMA: Schema = {"type": "string", "pattern": MAILBOX, "description": "a@b or Name <a@b>"}
-ADDRESSES_SCHEMA: Schema = {
-    "anyOf": [{"type": ["array", "null"], "items": MAILBOX_SCHEMA}, {"type": "string"}],
-    "description": "a list, or one string with commas",
-}
-
-
-def ref(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def schema_of(required: str, **properties: Schema) -> Schema:
-    """An object with these properties, those named in `required` always there."""
-    return {"type": "object", "required": required.split(), "properties": properties}
-
-
-def record_of(**properties: Schema) -> Schema:
-    """An object with these properties, all of them always there."""
-    return schema_of(" ".join(properties), **properties)
-
-
-def answer_of(**properties: Schema) -> Schema:
-    """A successful answer: `ok` and these, all of them always there."""
-    return record_of(ok={"const": True}, **properties)
-
-
-def one_of_words(*words: str) -> Schema:
-    """One of these words; left out, the first of them."""
-    return {"enum": [*words, "", None], "description": f"default {words[0]}"}
-
-
-def number_of(low: int, high: int = LARGEST_INTEGER, digits: str = "{0,17}") -> Schema:
-    """A whole number, or its digits in a string; the empty string is null."""
-    pattern = f"^([1-9][0-9]{digits})?$" if low else f"^([0-9]{digits})?$"
-    whole = {"type": ["integer", "null"], "minimum": low, "maximum": high}
-    return {"anyOf": [whole, {"type": "string", "pattern": pattern}]}
-
-
-def not_empty(*names: str) -> Schema:
-    """These properties are there, and not empty."""
-    return {"required": [*names], "properties": {name: {"type": "string", "minLength": 1} for name in names}}
-
-
-ATTACHMENT_SCHEMA = schema_of(
-    "",
-    filename=STRING_SCHEMA,
-    content={"type": "string", "contentEncoding": "base64"},
-    url=STRING_SCHEMA,
-    s3=schema_of(
-        "bucket key", bucket=STRING_SCHEMA, key=STRING_SCHEMA, region=NULLABLE_STRING_SCHEMA, endpoint=NULLABLE_STRING_SCHEMA,
-        version_id=NULLABLE_STRING_SCHEMA, addressing={"enum": ["auto", "path", "virtual", None]},
+ANSWERS: Mapping[str, str] = {
+    "Done": "ok: boolean",
+    "Problem": "ok: boolean, error: string, detail?: string | object, rejected?: Rejection[]",
+    "Health": "ok: boolean, status: string",
+    "Status": (
+        "ok: boolean, active: boolean, version: string, pending: integer, deferred: integer, in_delivery: integer, "
+        "unreported: integer, oldest_pending_ts: time | null, accounts: AccountStatus{}"
     ),
-    storage_path=STRING_SCHEMA,
-    fetch_mode={"enum": ["endpoint", "http_url", "base64", "filesystem", None]},
-    content_type=NULLABLE_STRING_SCHEMA,
-    content_id=NULLABLE_STRING_SCHEMA,
-    inline={"type": ["boolean", "null"]},
-    content_md5={"type": ["string", "null"], "description": "32 hexadecimal digits"},
-)  # fmt: skip
-
-MESSAGE_FIELD_SCHEMAS: Mapping[str, Schema] = {
-    "id": {"type": "string", "pattern": f"^{ONE_LINE}{{1,{LONGEST_ID}}}$"},
-    "account_id": {**NULLABLE_STRING_SCHEMA, "description": "default: the account of [smtp]"},
-    "from": MAILBOX_SCHEMA,
-    "from_name": NULLABLE_STRING_SCHEMA,
-    "to": {
-        "anyOf": [{"type": "array", "items": MAILBOX_SCHEMA, "minItems": 1}, MAILBOX_SCHEMA],
-        "description": "a list, or one string with commas",
-    },
-    "cc": ADDRESSES_SCHEMA,
-    "bcc": ADDRESSES_SCHEMA,
-    "reply_to": ADDRESSES_SCHEMA,
-    "return_path": {**NULLABLE_STRING_SCHEMA, "description": "envelope sender; default: the address of from"},
-    "subject": NULLABLE_STRING_SCHEMA,
-    "body": NULLABLE_STRING_SCHEMA,
-    "content_type": {**NULLABLE_STRING_SCHEMA, "description": "of body: plain (default) or html"},
-    "text": NULLABLE_STRING_SCHEMA,
-    "html": {"type": ["string", "boolean", "null"]},
-    "headers": {
-        "type": ["object", "null"],
-        "additionalProperties": {"type": ["string", "number", "array", "null"]},
-    },
-    "message_id": NULLABLE_STRING_SCHEMA,
-    "attachments": {"type": ["array", "null"], "items": ref("Attachment")},
-    "priority": {"enum": [*range(4), *PRIORITIES, "0", "1", "2", "3", None]},
-    "deferred_ts": {**GIVEN_TIME_SCHEMA, "description": "not before, Unix seconds"},
-    "expires_ts": {**GIVEN_TIME_SCHEMA, "description": "not after, Unix seconds"},
-    "raw": {
-        "type": ["string", "null"], "contentEncoding": "base64",
-        "description": "a complete RFC 5322 message instead of subject, body, headers, attachments",
-    },
-    "batch_code": NULLABLE_STRING_SCHEMA,
-}  # fmt: skip
-
-MESSAGE_EXAMPLE = {
-    "id": "order-1",
-    "from": "Shop <shop@example.com>",
-    "to": ["ann@example.com"],
-    "subject": "Your order",
-    "body": "It is on its way.",
-}
-
-BATCH_SCHEMA = schema_of(
-    "messages",
-    messages={
-        "type": "array",
-        "examples": [[MESSAGE_EXAMPLE]],
-        "description": (
-            "Each is judged alone. A batch of which no message can be taken is refused as a whole; what "
-            "is there already, and which accounts there are, is judged beyond this schema."
-        ),
-        "anyOf": [{"maxItems": 0}, {"contains": ref("Message")}],
-    },
-    default_priority=MESSAGE_FIELD_SCHEMAS["priority"],
-)  # fmt: skip
-
-ACCOUNT_FIELD_SCHEMAS: Mapping[str, Schema] = {
-    "id": {"type": "string", "pattern": f"^{ONE_LINE}{{1,{LONGEST_ID}}}$"},
-    "host": {"type": "string", "pattern": r"^[A-Za-z0-9_.:%-]{1,255}$"},
-    "port": {
-        "anyOf": [
-            {"type": "integer", "minimum": 1, "maximum": 65_535},
-            {"type": "string", "pattern": "^[1-9][0-9]{0,3}$"},
-        ]
-    },
-    "user": WORDS_SCHEMA,
-    "password": SECRET_WORDS_SCHEMA,
-    "use_tls": SWITCH_SCHEMA,
-    "implicit_tls": SWITCH_SCHEMA,
-    "start_tls": one_of_words("auto", "required", "never"),
-    "verify_tls": SWITCH_SCHEMA,
-    "ca_file": WORDS_SCHEMA,
-    "client_cert": WORDS_SCHEMA,
-    "client_key": WORDS_SCHEMA,
-    "auth": one_of_words("auto", "plain", "login", "cram-md5", "xoauth2"),
-    "oauth2": {"anyOf": [{"enum": [None, "", {}]}, ref("OAuth2")]},
-    "ttl": SECONDS_SCHEMA,
-    "max_connections": number_of(1, 1000, "{0,2}"),
-    "max_messages_per_connection": number_of(1),
-    "max_recipients": number_of(1),
-    "timeout": SECONDS_SCHEMA,
-    "in_doubt": one_of_words("retry", "error"),
-    "limit_per_minute": number_of(0),
-    "limit_per_hour": number_of(0),
-    "limit_per_day": number_of(0),
-    "limit_behavior": one_of_words("defer", "error"),
-    "batch_size": number_of(1),
-    "retry_delays": DELAYS_SCHEMA,
-    "max_age_seconds": number_of(1),
-    "max_retries": number_of(0),
-}
-
-GIVEN_WORDS_SCHEMA: Schema = {"type": "string", "pattern": f"^{ONE_LINE}+$"}
-GIVEN_SECRET_SCHEMA: Schema = {**SECRET_WORDS_SCHEMA, **GIVEN_WORDS_SCHEMA}
-TOKEN_ENDPOINT: Mapping[str, Schema] = {
-    "token_url": {
-        "type": "string",
-        "pattern": r"^https?://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[1-9][0-9]{0,3})?(/[!-Z_a-~]*)?$",
-    },
-    "client_id": GIVEN_WORDS_SCHEMA,
-}
-OAUTH2_SCHEMA: Schema = {
-    "description": "a refresh token (and client_secret, where it is asked for), or client_secret and scope",
-    "anyOf": [
-        schema_of("token_url client_id refresh_token", **TOKEN_ENDPOINT, refresh_token=GIVEN_SECRET_SCHEMA),
-        schema_of(
-            "token_url client_id client_secret scope",
-            **TOKEN_ENDPOINT,
-            client_secret=GIVEN_SECRET_SCHEMA,
-            scope=GIVEN_WORDS_SCHEMA,
-        ),
-    ],
-}
-
-ACCOUNT_SCHEMA: Schema = {
-    **schema_of("id host port", **ACCOUNT_FIELD_SCHEMAS),
-    "allOf": [
-        {
-            "if": {"required": ["auth"], "properties": {"auth": {"const": "xoauth2"}}},
-            "then": {"required": ["oauth2"], "properties": {"oauth2": ref("OAuth2")}},
-        },
-        {"if": not_empty("client_key"), "then": not_empty("client_cert")},
-    ],
-}
-
-SHOWN_ACCOUNT_SCHEMA: Schema = schema_of(
-    "id source host port",
-    source={"enum": ["http", "config"]},
-    **{name: {} for name in ACCOUNT_FIELD_SCHEMAS if name not in ("id", "host", "port", "password")},
-    id=STRING_SCHEMA, host=STRING_SCHEMA, port=COUNT_SCHEMA,
-)  # fmt: skip
-
-RECIPIENTS_SCHEMA: Schema = {
-    "type": ["object", "null"],
-    "description": "by address, where some recipients were refused",
-    "additionalProperties": record_of(
-        status={"enum": ["sent", "error", "deferred"]}, code={"type": "integer"}, text=STRING_SCHEMA
+    "AccountStatus": (
+        "state: 'up' | 'probing' | 'cooling' | 'limited' | 'suspended' | 'account not found', reason: string | null, "
+        "since: time | null, until: time | null, connections: integer, pending: integer, limits_left?: integer{}"
     ),
+    "Submitted": "ok: boolean, queued: integer, rejected: Rejection[], warnings?: Warning[]",
+    "Rejection": "id: string | null, reason: string",
+    "Warning": "id: string, unknown: string[]",
+    "Switched": "ok: boolean, active: boolean",
+    "Removed": "ok: boolean, removed: integer, not_found: string[], in_delivery: string[]",
+    "CleanedUp": "ok: boolean, removed: integer",
+    "Retried": (
+        "ok: boolean, queued: integer, not_found: string[], not_failed: string[], account_not_found?: string[]"
+    ),
+    "Messages": "ok: boolean, messages: MessageRecord[], next: string | null",
+    "MessageHistory": "ok: boolean, message: MessageRecord, attempts: Attempt[]",
+    "MessageRecord": (
+        f"id: string, account_id: string, priority: integer, status: {STATUS.json}, created_at: time, "
+        "updated_at: time, deferred_ts: time | null, sent_ts: time | null, error_ts: time | null, "
+        "error: string | null, reported_ts: time | null, batch_code: string | null, attempts: integer, "
+        "message_id: string | null, recipients: RecipientOutcome{} | null, message: object"
+    ),
+    "RecipientOutcome": "status: 'sent' | 'error' | 'deferred', code: integer, text: string",
+    "Attempt": (
+        "started_at: time, ended_at: time, outcome: string, stage: string | null, code: integer | null, "
+        "enhanced_code: string | null, text: string | null, recipients: RecipientOutcome{} | null, "
+        "connection: string | null"
+    ),
+    "Accounts": "ok: boolean, accounts: ShownAccount[]",
+    "AccountRemoved": "ok: boolean, failed: integer",
 }
-RECORD_SCHEMA = record_of(
-    id=STRING_SCHEMA,
-    account_id=STRING_SCHEMA,
-    priority={"type": "integer", "minimum": 0, "maximum": 3},
-    status={"enum": [*Status]},
-    created_at=TIME_SCHEMA,
-    updated_at=TIME_SCHEMA,
-    deferred_ts=NULLABLE_TIME_SCHEMA,
-    sent_ts=NULLABLE_TIME_SCHEMA,
-    error_ts=NULLABLE_TIME_SCHEMA,
-    error=NULLABLE_STRING_SCHEMA,
-    reported_ts=NULLABLE_TIME_SCHEMA,
-    batch_code=NULLABLE_STRING_SCHEMA,
-    attempts=COUNT_SCHEMA,
-    message_id=NULLABLE_STRING_SCHEMA,
-    recipients=RECIPIENTS_SCHEMA,
-    message={"type": "object", "description": "as submitted; inline contents are there with content=1"},
-)
-ATTEMPT_SCHEMA = record_of(
-    started_at=TIME_SCHEMA,
-    ended_at=TIME_SCHEMA,
-    outcome=STRING_SCHEMA,
-    stage=NULLABLE_STRING_SCHEMA,
-    code={"type": ["integer", "null"]},
-    enhanced_code=NULLABLE_STRING_SCHEMA,
-    text=NULLABLE_STRING_SCHEMA,
-    recipients=RECIPIENTS_SCHEMA,
-    connection=NULLABLE_STRING_SCHEMA,
-)
-LANE_SCHEMA = schema_of(
-    "state reason since until connections pending",
-    state={"enum": ["up", "cooling", "limited", "suspended", "account not found"]},
-    reason=NULLABLE_STRING_SCHEMA,
-    since=NULLABLE_TIME_SCHEMA,
-    until=NULLABLE_TIME_SCHEMA,
-    connections=COUNT_SCHEMA,
-    pending=COUNT_SCHEMA,
-    limits_left={"type": "object", "additionalProperties": COUNT_SCHEMA},
-)
-REJECTED_SCHEMA: Schema = {"type": "array", "items": record_of(id=NULLABLE_STRING_SCHEMA, reason=STRING_SCHEMA)}
-SUBMITTED_SCHEMA = schema_of(
-    "ok queued rejected",
-    ok={"const": True},
-    queued=COUNT_SCHEMA,
-    rejected=REJECTED_SCHEMA,
-    warnings={"type": "array", "items": record_of(id=STRING_SCHEMA, unknown=IDS_SCHEMA)},
-)
-ERROR_SCHEMA = schema_of(
-    "ok error",
-    ok={"const": False},
-    error={"type": "string", "description": "one plain sentence"},
-    detail={"type": ["string", "object"]},
-    rejected=REJECTED_SCHEMA,
-)
-
-NAMED_SCHEMAS: Mapping[str, Schema] = {
-    "Message": {
-        **schema_of("id from to", **MESSAGE_FIELD_SCHEMAS),
-        "anyOf": [
-            {"required": ["subject", content], "properties": {"subject": STRING_SCHEMA}}
-            for content in ("body", "text", "html")
-        ]
-        + [{"required": ["raw"], "properties": {"raw": STRING_SCHEMA}}],
+GIVEN: Mapping[str, Mapping[str, Field]] = {
+    "Batch": {
+        "messages": Field("Message[]", "Each is judged by itself.", required=True),
+        "default_priority": Field(PRIORITY.json, "Of messages that have none."),
     },
-    "Attachment": ATTACHMENT_SCHEMA,
-    "Account": ACCOUNT_SCHEMA,
-    "OAuth2": OAUTH2_SCHEMA,
-    "ShownAccount": SHOWN_ACCOUNT_SCHEMA,
-    "Record": RECORD_SCHEMA,
-    "Attempt": ATTEMPT_SCHEMA,
-    "Lane": LANE_SCHEMA,
-    "Error": ERROR_SCHEMA,
+    "Message": MESSAGE_FIELDS,
+    "Attachment": ATTACHMENT_FIELDS,
+    "S3Object": S3_FIELDS,
+    "MessageIds": {"ids": Field("string[]", f"At most {MAX_IDS}.", required=True)},
+    "Age": {"older_than_seconds": Field("integer", "Left out: the configured retention.")},
+    "Account": ACCOUNT_FIELDS,
+    "OAuth2": OAUTH2_FIELDS,
 }
-
-ANSWER_HEADERS = {"X-Request-Id": {"schema": {"type": "string", "pattern": "^[!-~]{1,128}$"}}}
 REFUSALS: Mapping[str, str] = {
     "400": "bad JSON, or a bad field, which the sentence names",
     "401": "no token, or a wrong one",
@@ -9582,56 +9374,108 @@ REFUSALS: Mapping[str, str] = {
     "431": "the headers are too large, or too many",
     "503": "storage refuses writes; nothing was taken over",
 }
-REFUSALS_OF_ALL = ("400", "408", "413", "431", "503")
-TEXT_TO_LOOK_FOR: Schema = {"type": "string", "pattern": r"^[^\u0000]*$"}
 
 
-def operation(
-    summary: str,
-    answer: Schema,
+def json_schema(type_: str) -> dict[str, object]:
+    """The JSON Schema (2020-12) of a type."""
+    names = ["integer" if name == "time" else name for name in type_.split(" | ")]
+    words = [name.strip("'") for name in names if name.startswith("'")]
+    schemas: list[dict[str, object]] = [{"type": "string", "enum": words}] if words else []
+    for name in names:
+        if name.endswith("[]"):
+            schemas.append({"type": "array", "items": json_schema(name[:-2])})
+        elif name.endswith("{}"):
+            schemas.append({"type": "object", "additionalProperties": json_schema(name[:-2])})
+        elif name[0].isupper():
+            schemas.append({"$ref": f"#/components/schemas/{name}"})
+        elif not name.startswith("'"):
+            schemas.append({"type": name})
+    if len(schemas) == 1:
+        return schemas[0]
+    if all(schema.keys() == {"type"} for schema in schemas):
+        return {"type": [schema["type"] for schema in schemas]}
+    return {"anyOf": schemas}
+
+
+def object_schema(fields: Mapping[str, Field]) -> dict[str, object]:
+    properties = {
+        name: {**json_schema(type_), "description": words} if words else json_schema(type_)
+        for name, (type_, words, _) in fields.items()
+    }
+    required = [name for name, field in fields.items() if field.required]
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def named_schemas() -> dict[str, object]:
+    """What the operations refer to: bodies, answers, and what is in them."""
+    schemas: dict[str, object] = {}
+    for name, given in GIVEN.items():  # null means left out, everywhere
+        schemas[name] = object_schema({key: one if one.required else nullable(one) for key, one in given.items()})
+    for name, members in ANSWERS.items():
+        pairs = [member.split(": ") for member in members.split(", ")]
+        words = {key: "Unix seconds, UTC" if type_.startswith("time") else "" for key, type_ in pairs}
+        schemas[name] = object_schema(
+            {key.rstrip("?"): Field(type_, words[key], required=not key.endswith("?")) for key, type_ in pairs}
+        )
+    shown = {key: nullable(field) for key, field in ACCOUNT_FIELDS.items() if key not in SECRET_FIELDS}
+    source = Field("'http' | 'config'", "Where it was defined.", required=True)
+    return {**schemas, "ShownAccount": object_schema({"source": source, **shown})}
+
+
+def nullable(field: Field) -> Field:
+    return field._replace(type=f"{field.type} | null")
+
+
+class Handler(Protocol):
+    __name__: str
+
+    def __call__(self, request: Request, /) -> Awaitable[Response]: ...
+
+
+def route(
+    method: str,
+    pattern: str,
+    handler: Handler,
+    answer: str,
     *,
-    body: Schema | None = None,
-    body_required: bool = False,
-    query: Mapping[str, Schema] = MappingProxyType({}),
+    body: str = "",
+    query: Mapping[str, QueryField] = MappingProxyType({}),
     refusals: Sequence[str] = (),
-    links: Mapping[str, Schema] = MappingProxyType({}),
-    content_type: str = "application/json",
-) -> Schema:
-    """What openapi.json says of one row of the route table, but for what all rows share."""
-    described: dict[str, object] = {
-        "summary": summary,
-        "parameters": [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()],
-        "responses": {"200": answer_in(content_type, answer, links), **refused(*refusals)},
+    public: bool = False,
+) -> Route:
+    """A row of the route table, with its Operation Object of OpenAPI 3.1. A body named with ? may be left out."""
+    parameters: list[dict[str, object]] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall("{(.+?)}", pattern)
+    ]
+    statuses = {"400", "408", "413", "431", "503", *refusals}
+    statuses |= {status for status, found in (("401", not public), ("404", parameters), ("415", body)) if found}
+    for name, (kind, words) in query.items():
+        schema = json_schema(kind.json)
+        parameters.append({"name": name, "in": "query", "description": words, "schema": schema})
+    content_type = "text/plain" if answer == "string" else "application/json"
+    done = {"description": "done", "content": {content_type: {"schema": json_schema(answer)}}}
+    refused = {status: {"$ref": f"#/components/responses/{status}"} for status in sorted(statuses)}
+    operation: dict[str, object] = {
+        "operationId": handler.__name__,
+        "summary": (handler.__doc__ or "").partition("\n")[0].rstrip("."),
+        "parameters": parameters,
+        "responses": {"200": done, **refused},
     }
-    if body is not None:
-        described["requestBody"] = {"required": body_required, "content": {"application/json": {"schema": body}}}
-    return described
+    if body:
+        content = {"application/json": {"schema": json_schema(body.rstrip("?"))}}
+        operation["requestBody"] = {"required": not body.endswith("?"), "content": content}
+    if public:
+        operation["security"] = []
+    return Route(method, pattern, handler, public, operation)
 
 
-def answer_in(content_type: str, schema: Schema, links: Mapping[str, Schema]) -> dict[str, object]:
-    answer: dict[str, object] = {
-        "description": "done",
-        "headers": ANSWER_HEADERS,
-        "content": {content_type: {"schema": schema}},
-    }
-    return {**answer, "links": links} if links else answer
-
-
-def refused(*statuses: str) -> dict[str, Schema]:
-    return {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
-
-
-def link_to(operation_id: str, id_: str) -> Schema:
-    """From an answer to an operation on the thing whose id stands at `id_`."""
-    return {"operationId": operation_id, "parameters": {"id": id_}}
-
-
-def openapi_document(routes: Sequence[Route]) -> dict[str, object]:
+def openapi_document(routes: Iterable[Route]) -> dict[str, object]:
     """The route table as OpenAPI 3.1."""
     paths: dict[str, dict[str, object]] = {}
-    for route in routes:
-        path = paths.setdefault(route.pattern, {})
-        path[route.method.lower()] = full_operation(route)
+    for row in routes:
+        paths.setdefault(row.pattern, {})[row.method.lower()] = row.schema
+    problem = {"application/json": {"schema": json_schema("Problem")}}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -9639,14 +9483,14 @@ def openapi_document(routes: Sequence[Route]) -> dict[str, object]:
             "version": __version__,
             "description": (
                 "Mail is submitted as JSON, queued, delivered by SMTP and reported. Null means left out. "
-                "HEAD works where GET does. A method that a path does not take is a 405 with Allow."
+                "HEAD works where GET does. Every answer has an X-Request-Id, which is in the log lines of its request."
             ),
         },
         "paths": paths,
         "security": [{"ApiToken": []}, {"Bearer": []}],
         "components": {
-            "schemas": NAMED_SCHEMAS,
-            "responses": {status: refusal_for(words) for status, words in REFUSALS.items()},
+            "schemas": named_schemas(),
+            "responses": {status: {"description": words, "content": problem} for status, words in REFUSALS.items()},
             "securitySchemes": {
                 "ApiToken": {"type": "apiKey", "in": "header", "name": "X-API-Token"},
                 "Bearer": {"type": "http", "scheme": "bearer"},
@@ -9655,136 +9499,17 @@ def openapi_document(routes: Sequence[Route]) -> dict[str, object]:
     }
 
 
-def refusal_for(words: str) -> Schema:
-    return {"description": words, "headers": ANSWER_HEADERS, "content": {"application/json": {"schema": ref("Error")}}}
+class Judged(NamedTuple):
+    """One message of a batch: what to store of it, or the reason why it is rejected."""
 
-
-def full_operation(route: Route) -> dict[str, object]:
-    """What openapi.json says of a row: its own words, and what follows from the rest of the row."""
-    own: Any = route.schema
-    in_path = [
-        {"name": name, "in": "path", "required": True, "schema": {**TEXT_TO_LOOK_FOR, "minLength": 1}}
-        for name in re.findall("{(.+?)}", route.pattern)
-    ]
-    statuses = [*REFUSALS_OF_ALL]
-    statuses += [] if route.public else ["401"]
-    statuses += ["404"] if in_path else []
-    statuses += ["415"] if "requestBody" in own else []
-    described = {
-        **own,
-        "operationId": operation_id_of(route),
-        "parameters": in_path + own["parameters"],
-        "responses": dict(sorted({**refused(*statuses), **own["responses"]}.items())),
-    }
-    return {**described, "security": []} if route.public else described
-
-
-def operation_id_of(route: Route) -> str:
-    """Such as post-account-id-suspend."""
-    return "-".join([route.method.lower(), *re.findall("[a-z]+", route.pattern)])
-
-
-# What each row says of itself.
-
-NO_FIELDS: Schema = {"type": "object"}
-BY_ID: Schema = record_of(ids=IDS_SCHEMA)
-SWITCHED = answer_of(active=TRUTH_SCHEMA)
-OWN_ID = "$request.path.id"
-
-HEALTH = operation("Liveness", answer_of(status={"const": "ok"}))
-READY = operation("Does storage answer, do both loops turn?", answer_of())
-STATUS = operation(
-    "How it goes",
-    answer_of(
-        active=TRUTH_SCHEMA, version=STRING_SCHEMA, pending=COUNT_SCHEMA, deferred=COUNT_SCHEMA, in_delivery=COUNT_SCHEMA,
-        unreported=COUNT_SCHEMA, oldest_pending_ts=NULLABLE_TIME_SCHEMA,
-        accounts={"type": "object", "additionalProperties": ref("Lane")},
-    ),
-)  # fmt: skip
-METRICS = operation("Metrics for Prometheus", STRING_SCHEMA, content_type="text/plain")
-OPENAPI = operation("This document", {"type": "object"})
-ADD_MESSAGES = operation(
-    "Submit messages",
-    SUBMITTED_SCHEMA,
-    body=BATCH_SCHEMA,
-    body_required=True,
-    links={"message": link_to("get-message-id", "$request.body#/messages/0/id")},
-)
-RUN_NOW = operation("Wake dispatch and reporting at once", answer_of(), body=NO_FIELDS)
-SUSPEND = operation("Deliver nothing", SWITCHED, body=NO_FIELDS)
-ACTIVATE = operation("Deliver again", SWITCHED, body=NO_FIELDS)
-DELETE_MESSAGES = operation(
-    "Remove messages, but for those on the wire",
-    answer_of(removed=COUNT_SCHEMA, not_found=IDS_SCHEMA, in_delivery=IDS_SCHEMA),
-    body=BY_ID,
-    body_required=True,
-)
-CLEANUP_MESSAGES = operation(
-    "Remove final messages that were reported longer ago than that",
-    answer_of(removed=COUNT_SCHEMA),
-    body=schema_of("", older_than_seconds={"type": ["integer", "null"], "minimum": 0, "maximum": 2**53 - 1}),
-)
-RETRY_MESSAGES = operation(
-    "Give failed messages a new life",
-    answer_of(queued=COUNT_SCHEMA, not_found=IDS_SCHEMA, not_failed=IDS_SCHEMA),
-    body=BY_ID,
-    body_required=True,
-)
-LIST_MESSAGES = operation(
-    "Messages in order of acceptance",
-    answer_of(messages={"type": "array", "items": ref("Record")}, next=NULLABLE_STRING_SCHEMA),
-    query={
-        "active_only": TRUTH_SCHEMA,
-        "status": {"enum": [*Status]},
-        "account_id": TEXT_TO_LOOK_FOR,
-        "batch_code": TEXT_TO_LOOK_FOR,
-        "limit": {"type": "integer", "minimum": 1, "maximum": LISTING_LIMIT},
-        "after": {"type": "string", "pattern": "^[0-9]{1,18}$", "description": "the `next` of an answer"},
-        "content": TRUTH_SCHEMA,
-    },
-)
-SHOW_MESSAGE = operation(
-    "One message and the timeline of its attempts",
-    answer_of(message=ref("Record"), attempts={"type": "array", "items": ref("Attempt")}),
-    query={"content": TRUTH_SCHEMA},
-)
-LIST_ACCOUNTS = operation(
-    "Accounts, without their secrets", answer_of(accounts={"type": "array", "items": ref("ShownAccount")})
-)
-PUT_ACCOUNT = operation(
-    "Add or replace an account",
-    answer_of(),
-    body=ref("Account"),
-    body_required=True,
-    refusals=["409"],
-    links={
-        name: link_to(f"{method}-account-id{then}", "$request.body#/id")
-        for name, method, then in (
-            ("delete", "delete", ""),
-            ("suspend", "post", "-suspend"),
-            ("activate", "post", "-activate"),
-        )
-    },
-)
-DELETE_ACCOUNT = operation(
-    "Remove an account; its undelivered messages become errors", answer_of(failed=COUNT_SCHEMA), refusals=["409"]
-)
-SUSPEND_ACCOUNT = operation(
-    "Deliver nothing through this account",
-    SWITCHED,
-    body=NO_FIELDS,
-    links={"activate": link_to("post-account-id-activate", OWN_ID)},
-)
-ACTIVATE_ACCOUNT = operation(
-    "Deliver through it again",
-    SWITCHED,
-    body=NO_FIELDS,
-    links={"suspend": link_to("post-account-id-suspend", OWN_ID), "delete": link_to("delete-account-id", OWN_ID)},
-)
+    id: str | None
+    submission: Submission | None
+    reason: str | None = None
+    unknown: Sequence[str] = ()
 
 
 class ControlPlane:
-    """The handlers of the route table."""
+    """The handlers of the route table: their names and first lines are those of openapi.json."""
 
     def __init__(
         self,
@@ -9812,44 +9537,43 @@ class ControlPlane:
         self._settings = settings
 
     def routes(self) -> tuple[Route, ...]:
-        return tuple(route._replace(handler=_guarded(route.handler)) for route in self._table())
-
-    def _table(self) -> tuple[Route, ...]:
         return (
-            Route("GET", "/health", self.health, public=True, schema=HEALTH),
-            Route("GET", "/ready", self.ready, public=True, schema=READY),
-            Route("GET", "/status", self.status, schema=STATUS),
-            Route("GET", "/metrics", self.metrics, schema=METRICS),
-            Route("GET", "/openapi.json", self.openapi, schema=OPENAPI),
-            Route("POST", "/commands/add-messages", self.add_messages, schema=ADD_MESSAGES),
-            Route("POST", "/commands/run-now", self.run_now, schema=RUN_NOW),
-            Route("POST", "/commands/suspend", self.suspend, schema=SUSPEND),
-            Route("POST", "/commands/activate", self.activate, schema=ACTIVATE),
-            Route("POST", "/commands/delete-messages", self.delete_messages, schema=DELETE_MESSAGES),
-            Route("POST", "/commands/cleanup-messages", self.cleanup_messages, schema=CLEANUP_MESSAGES),
-            Route("POST", "/commands/retry-messages", self.retry_messages, schema=RETRY_MESSAGES),
-            Route("GET", "/messages", self.list_messages, schema=LIST_MESSAGES),
-            Route("GET", "/message/{id}", self.show_message, schema=SHOW_MESSAGE),
-            Route("GET", "/accounts", self.list_accounts, schema=LIST_ACCOUNTS),
-            Route("POST", "/account", self.put_account, schema=PUT_ACCOUNT),
-            Route("DELETE", "/account/{id}", self.delete_account, schema=DELETE_ACCOUNT),
-            Route("POST", "/account/{id}/suspend", self.suspend_account, schema=SUSPEND_ACCOUNT),
-            Route("POST", "/account/{id}/activate", self.activate_account, schema=ACTIVATE_ACCOUNT),
+            route("GET", "/health", self.check_health, "Health", public=True),
+            route("GET", "/ready", self.check_ready, "Done", public=True),
+            route("GET", "/status", self.get_status, "Status"),
+            route("GET", "/metrics", self.get_metrics, "string"),
+            route("GET", "/openapi.json", self.get_openapi, "object"),
+            route("POST", "/commands/add-messages", self.submit_messages, "Submitted", body="Batch"),
+            route("POST", "/commands/run-now", self.run_now, "Done"),
+            route("POST", "/commands/suspend", self.suspend, "Switched"),
+            route("POST", "/commands/activate", self.activate, "Switched"),
+            route("POST", "/commands/delete-messages", self.delete_messages, "Removed", body="MessageIds"),
+            route("POST", "/commands/cleanup-messages", self.cleanup_messages, "CleanedUp", body="Age?"),
+            route("POST", "/commands/retry-messages", self.retry_messages, "Retried", body="MessageIds"),
+            route("GET", "/messages", self.list_messages, "Messages", query=LISTING),
+            route("GET", "/message/{id}", self.get_message, "MessageHistory", query=CONTENT),
+            route("GET", "/accounts", self.list_accounts, "Accounts"),
+            route("POST", "/account", self.put_account, "Done", body="Account", refusals=["409"]),
+            route("DELETE", "/account/{id}", self.delete_account, "AccountRemoved", refusals=["409"]),
+            route("POST", "/account/{id}/suspend", self.suspend_account, "Switched"),
+            route("POST", "/account/{id}/activate", self.activate_account, "Switched"),
         )
 
     # -- how it goes
 
-    async def health(self, request: Request) -> Response:
+    async def check_health(self, request: Request) -> Response:
+        """Liveness; touches no storage."""
         return json_response({"ok": True, "status": "ok"})
 
-    async def ready(self, request: Request) -> Response:
-        problem = await self._not_ready()
+    async def check_ready(self, request: Request) -> Response:
+        """Readiness: the storage answers, both loops turn."""
+        problem = self.stalled_loop() or await self._storage_problem()
         if problem is None:
             return json_response({"ok": True})
         return json_response({"ok": False, "error": problem}, 503)
 
-    def loops_turn(self) -> str | None:
-        """Which loop stands still, or None."""
+    def stalled_loop(self) -> str | None:
+        """Which loop does not turn, in a sentence, or None."""
         now = self._clock.monotonic()
         delivery, client = self._settings().delivery, self._settings().client
         if now - self._dispatcher.turned_at > delivery.send_interval_seconds + LOOP_PATIENCE_S:
@@ -9858,30 +9582,34 @@ class ControlPlane:
             return "the report loop does not turn"
         return None
 
-    async def _not_ready(self) -> str | None:
-        """What keeps mail from going its way, or None."""
-        if standing := self.loops_turn():
-            return standing
+    async def _storage_problem(self) -> str | None:
+        """Why the storage takes no mail, or None. Anybody may ask, so it is written once a second at most."""
         if not self._queue.file.refuses and self._clock.monotonic() < self._wrote_at + WRITABLE_S:
             return None
         try:
             async with asyncio.timeout(LOOP_PATIENCE_S):
                 await self._queue.answers()
-            self._wrote_at = self._clock.monotonic()
         except StorageUnavailable as error:
             return str(error)
         except TimeoutError:
             return "the queue file does not answer"
+        self._wrote_at = self._clock.monotonic()
         return None
 
-    async def status(self, request: Request) -> Response:
+    async def get_status(self, request: Request) -> Response:
+        """What waits, and the state of each account."""
         tallies = await self._queue.tallies()
         now = self._clock.monotonic()
         pending = {id_: tally.ready + tally.waiting for id_, tally in tallies.items()}
-        accounts = {id_: _lane_status(lane, now) for id_, lane in self._dispatcher.lanes.items()}
-        accounts |= {id_: _no_lane_status() for id_, n in pending.items() if n and id_ not in accounts}
-        for id_, account in accounts.items():
-            account["pending"] = pending.get(id_, 0)
+        accounts: dict[str, dict[str, object]] = {}
+        for id_, lane in self._dispatcher.lanes.items():
+            state = {**lane.state()._asdict(), "connections": lane.connections, "pending": pending.get(id_, 0)}
+            left = lane.windows.left(now)
+            accounts[id_] = {**state, "limits_left": left} if left else state
+        for id_ in pending.keys() - accounts.keys():
+            if pending[id_]:  # mail that waits for its account to come back
+                gone = {"state": NOT_FOUND, "reason": NOT_FOUND, "since": None, "until": None}
+                accounts[id_] = {**gone, "connections": 0, "pending": pending[id_]}
         return json_response(
             {
                 "ok": True,
@@ -9896,7 +9624,8 @@ class ControlPlane:
             }
         )
 
-    async def metrics(self, request: Request) -> Response:
+    async def get_metrics(self, request: Request) -> Response:
+        """Metrics for Prometheus."""
         tallies = await self._queue.tallies()
         oldest = await self._queue.oldest_pending_ts()
         metrics = self._metrics
@@ -9909,19 +9638,16 @@ class ControlPlane:
             metrics.account_up.labels(account_id).set(lane.state().state != "cooling")
             metrics.smtp_connections.labels(account_id, "busy").set(lane.busy)
             metrics.smtp_connections.labels(account_id, "idle").set(len(lane.idle))
-        exposition = await self._in_thread(metrics.exposition)
-        return Response(200, exposition, METRICS_CONTENT_TYPE)
+        return Response(200, await self._in_thread(metrics.exposition), METRICS_CONTENT_TYPE)
 
-    async def openapi(self, request: Request) -> Response:
-        return json_response(openapi_document(self._table()))
+    async def get_openapi(self, request: Request) -> Response:
+        """This document."""
+        return json_response(openapi_document(self.routes()))
 
     # -- submission
 
-    async def add_messages(self, request: Request) -> Response:
-        return await self._accept(await self._judged(request))
-
-    async def _judged(self, request: Request) -> list[Judged]:
-        """The messages of the request, judged; what large ones were read from is let go."""
+    async def submit_messages(self, request: Request) -> Response:
+        """Submit messages; each is judged by itself, and what is accepted is on disk."""
         fields = await request.json_object(judged="messages")
         messages = fields.get("messages")
         if not isinstance(messages, list):
@@ -9932,118 +9658,109 @@ class ControlPlane:
         configured = self._settings().delivery.default_priority
         default = parse_priority(fields.get("default_priority"), configured, field="default_priority")
         if len(request.body) <= JSON_AT_ONCE_BYTES:
-            return self._judge_all(messages, default)
-        request.body = b""
-        return await self._in_thread(lambda: self._judge_all(messages, default))
+            return await self._accept(self._judged(messages, default))
+        request.body = b""  # large; let go while the messages are judged
+        return await self._accept(await self._in_thread(lambda: self._judged(messages, default)))
 
-    def _judge_all(self, messages: Sequence[object], default_priority: int) -> list[Judged]:
-        """Judge each message alone; the same id a second time is rejected."""
+    def _judged(self, messages: Sequence[object], default_priority: int) -> list[Judged]:
+        """Each message as it is to be stored, or the reason why not; of an id only the first can be taken."""
         now = self._clock.wall()
+        judged: list[Judged] = []
         seen: set[str] = set()
-        judged = []
         for given in messages:
-            id_ = _usable_id(given)
-            if id_ is not None and id_ in seen:
-                judged.append(Judged(id_, "duplicate id in this batch", None, ()))
+            id_ = usable_id(given)
+            if id_ in seen:
+                judged.append(Judged(id_, None, "duplicate id in this batch"))
                 continue
-            judged.append(self._judge(given, id_, now, default_priority))
             if id_ is not None:
                 seen.add(id_)
+            try:
+                message = parse_message(given, now=now, default_priority=default_priority)
+                submission = submission_of(given, message, self._book.get(message.account_id), now)
+                judged.append(Judged(id_, submission, unknown=message.unknown))
+            except Rejected as error:
+                judged.append(Judged(id_, None, str(error)))
+            except Exception as error:  # a bug of ours must not spoil the batch
+                event(self._log, logging.ERROR, "a submission made mailproxy fail", message=id_, exc_info=error)
+                judged.append(Judged(id_, None, "invalid message: it could not be understood"))
         return judged
 
-    def _judge(self, fields: object, id_: str | None, now: float, default_priority: int) -> Judged:
-        try:
-            message = parse_message(fields, now=now, default_priority=default_priority)
-            account = self._book.get(message.account_id)
-            if account is None:
-                return Judged(id_, _no_account(message.account_id), None, ())
-            return Judged(id_, None, _submission(fields, message, account, now), message.unknown)
-        except Rejected as error:
-            return Judged(id_, str(error), None, ())
-        except Exception as error:  # a bug of ours must not spoil the batch
-            event(self._log, logging.ERROR, "a submission made mailproxy fail", message=id_, exc_info=error)
-            return Judged(id_, "invalid message: it could not be understood", None, ())
-
     async def _accept(self, judged: Sequence[Judged]) -> Response:
-        """Store what was judged good, and tell of each message that was not."""
-        judged = [self._still_good(one) for one in judged]
-        submissions = [one.submission for one in judged if one.submission is not None]
-        verdicts = await self._queue.accept(submissions) if submissions else []
-        refused = {s.id: why for s, why in zip(submissions, verdicts, strict=True) if why is not None}
-        accepted = [s for s in submissions if s.id not in refused]
-        rejected = [
-            {"id": one.id, "reason": one.reason or refused[one.submission.id if one.submission else ""]}
-            for one in judged
-            if one.submission is None or one.submission.id in refused
+        """Store what was judged good, unless its account is gone meanwhile; answer for each message."""
+        good = [
+            one.submission for one in judged if one.submission and one.submission.account_id in self._dispatcher.lanes
         ]
-        if accepted:
-            self._tell_accepted(accepted)
-        if rejected:
-            self._tell_rejected(rejected)
+        verdicts = await self._queue.accept(good) if good else []
+        reasons = {submission.id: reason for submission, reason in zip(good, verdicts, strict=True)}
+        accepted: list[Submission] = []
+        rejected: list[dict[str, object]] = []
+        warnings: list[dict[str, object]] = []
+        for id_, submission, reason, unknown in judged:
+            if submission is not None:
+                reason = reasons.get(submission.id, NOT_FOUND)
+            if submission is None or reason is not None:
+                rejected.append({"id": id_, "reason": reason})
+                continue
+            accepted.append(submission)
+            if unknown:
+                warnings.append({"id": id_, "unknown": list(unknown)})
+        self._tell_of_submissions(accepted, rejected)
         if rejected and not accepted:
             detail = {"error": ALL_REJECTED, "rejected": rejected}
             raise HttpError(400, ALL_REJECTED, extra={"rejected": rejected, "detail": detail})
-        answer: dict[str, object] = {"ok": True, "queued": len(accepted), "rejected": rejected}
-        if warnings := [_warning(one) for one in judged if one.unknown and one.id not in refused]:
-            answer["warnings"] = warnings
-        return json_response(answer)
+        answer = {"ok": True, "queued": len(accepted), "rejected": rejected}
+        return json_response({**answer, "warnings": warnings} if warnings else answer)
 
-    def _still_good(self, judged: Judged) -> Judged:
-        """The same, unless its account was deleted while the batch was judged."""
-        submission = judged.submission
-        if submission is None or submission.account_id in self._dispatcher.lanes:
-            return judged
-        return Judged(judged.id, _no_account(submission.account_id), None, ())
-
-    def _tell_accepted(self, accepted: Sequence[Submission]) -> None:
+    def _tell_of_submissions(self, accepted: Sequence[Submission], rejected: Sequence[Mapping[str, object]]) -> None:
         self.submissions += len(accepted)
-        by_account: dict[str, int] = {}
-        for submission in accepted:
-            by_account[submission.account_id] = by_account.get(submission.account_id, 0) + 1
+        by_account = collections.Counter(submission.account_id for submission in accepted)
         for account_id, number in by_account.items():
             self._metrics.messages_accepted.labels(self._metrics.label(account_id)).inc(number)
-        self._dispatcher.wake(by_account)
+        if by_account:
+            self._dispatcher.wake(by_account)
         level = logging.INFO if self._dispatcher.log_deliveries else logging.DEBUG
         if self._log.isEnabledFor(level):
             for submission in accepted:
                 event(self._log, level, "message accepted", message=submission.id, account=submission.account_id)
-
-    def _tell_rejected(self, rejected: Sequence[Mapping[str, object]]) -> None:
-        self._metrics.messages_rejected.inc(len(rejected))
-        for entry in rejected:
-            event(self._log, logging.WARNING, "message rejected", message=entry["id"], reason=entry["reason"])
+        if rejected:
+            self._metrics.messages_rejected.inc(len(rejected))
+            for entry in rejected:
+                event(self._log, logging.WARNING, "message rejected", message=entry["id"], reason=entry["reason"])
 
     # -- commands
 
     async def run_now(self, request: Request) -> Response:
-        await _only_fields(request)
+        """Wake dispatch and reporting at once."""
+        await request.json_object()  # no field is known, but a bad body is told
         self._reporter.run_now()
         await self._dispatcher.run_now()
         return json_response({"ok": True})
 
     async def suspend(self, request: Request) -> Response:
-        await _only_fields(request)
+        """Deliver nothing, also after a restart; submission and reporting go on."""
+        await request.json_object()
         await self._queue.set_switch("active", False)
         self._dispatcher.suspend()
         event(self._log, logging.INFO, "delivery suspended")
         return json_response({"ok": True, "active": False})
 
     async def activate(self, request: Request) -> Response:
-        await _only_fields(request)
+        """Deliver again."""
+        await request.json_object()
         await self._queue.set_switch("active", True)
         self._dispatcher.activate()
         event(self._log, logging.INFO, "delivery activated")
         return json_response({"ok": True, "active": True})
 
     async def delete_messages(self, request: Request) -> Response:
-        ids = _ids_of(await request.json_object())
-        removed, not_found, on_wire = await self._queue.delete(ids)
+        """Remove messages, but for those on the wire."""
+        removed, not_found, on_wire = await self._queue.delete(ids_of(await request.json_object()))
         event(self._log, logging.INFO, "messages deleted", messages=removed)
         return json_response({"ok": True, "removed": removed, "not_found": not_found, "in_delivery": on_wire})
 
     async def retry_messages(self, request: Request) -> Response:
-        ids = _ids_of(await request.json_object())
-        retried = await self._queue.retry(ids, self._deadline_of)
+        """Give failed messages a new life."""
+        retried = await self._queue.retry(ids_of(await request.json_object()), self._deadline_of)
         self._dispatcher.wake(self._dispatcher.lanes)
         self._reporter.wake()
         event(self._log, logging.INFO, "failed messages queued anew", messages=retried.queued)
@@ -10055,14 +9772,14 @@ class ControlPlane:
     def _deadline_of(self, account_id: str) -> int | None:
         """Until when a message that is submitted now may be tried; None when its account is gone."""
         account = self._book.get(account_id)
-        return min(int(self._clock.wall()) + account.max_age_seconds, LARGEST_INTEGER) if account else None
+        return deadline(account, self._clock.wall()) if account else None
 
     async def cleanup_messages(self, request: Request) -> Response:
-        fields = await request.json_object()
-        age_s = fields.get("older_than_seconds")
+        """Remove final messages that were reported longer ago than that."""
+        age_s = (await request.json_object()).get("older_than_seconds")
         if age_s is None:
             age_s = self._settings().delivery.delivery_report_retention_seconds
-        if not isinstance(age_s, int) or isinstance(age_s, bool) or not 0 <= age_s < 2**53:
+        if type(age_s) is not int or not 0 <= age_s < 2**53:
             raise HttpError(400, "older_than_seconds: must be a whole number of seconds, 0 or more")
         removed = 0
         while some := await self._queue.purge(age_s, unreported_too=False):
@@ -10073,144 +9790,91 @@ class ControlPlane:
     # -- looking
 
     async def list_messages(self, request: Request) -> Response:
-        filters = Filters(
-            active_only=_flag_asked(request.query, "active_only"),
-            status=_word_asked(request.query, "status", tuple(Status)),
-            account_id=request.query.get("account_id"),
-            batch_code=request.query.get("batch_code"),
-        )
-        limit = _number_asked(request.query, "limit", 1, LISTING_LIMIT)
-        after = _number_asked(request.query, "after", 0, 2**63 - 1) or 0
-        return Response(200, self._listing(filters, after, limit, _flag_asked(request.query, "content")))
+        """Messages in order of acceptance."""
+        values = asked(request.query, LISTING)
+        limit, with_contents = values.pop("limit", math.inf), values.pop("content", False)
+        after = values.pop("after", None)
+        return Response(200, self._listing(Filters(**values), after, limit, with_contents))
 
     async def _listing(
-        self, filters: Filters, after: int, limit: int | None, with_contents: bool
+        self, filters: Filters, after: int | None, limit: float, with_contents: bool
     ) -> AsyncIterator[bytes]:
         """The answer piece by piece: one page of rows in memory, however many there are."""
-        left = math.inf if limit is None else limit
-        separator = b'{"ok": true, "messages": ['
-        cursor: int | None = after
-        while cursor is not None and left > 0:
-            most = 1 if with_contents else int(min(left, PAGE_ROWS))
-            records, cursor = await self._page(filters, cursor, most)
-            left -= len(records)
-            for record in records:
-                yield separator + await self._shown(record, with_contents)
-                separator = b",\n"
-        opening = b"" if separator == b",\n" else separator
-        ending = b"null" if cursor is None or not await self._go_on(filters, cursor) else b'"%d"' % cursor
-        yield opening + b'], "next": ' + ending + b"}\n"
-
-    async def _page(self, filters: Filters, after: int, most: int) -> tuple[list[Record], int | None]:
-        with _told_of_storage():
-            return await self._queue.page(filters, after, most)
-
-    async def _go_on(self, filters: Filters, cursor: int | None) -> bool:
-        """True when a listing has more to show after the cursor."""
+        before = b'{"ok": true, "messages": ['
+        last = filters.start if after is None else after
+        cursor: int | None = last
+        shown = 0
         while cursor is not None:
-            records, cursor = await self._page(filters, cursor, 1)
-            if records:
-                return True
-        return False
+            most = 1 if with_contents else int(min(PAGE_ROWS, limit - shown + 1))  # one more shows whether it goes on
+            records, cursor = await self._queue.page(filters, cursor, most)
+            for record in records:
+                if shown == limit:
+                    yield b'], "next": "%d"}\n' % last
+                    return
+                yield before + await self._shown(record, with_contents)
+                before, shown, last = b",\n", shown + 1, record.seq
+        yield (b"" if shown else before) + b'], "next": null}\n'
 
     async def _shown(self, record: Record, with_contents: bool) -> bytes:
-        """A record as JSON; a large one is put together in a thread."""
-        contents: Mapping[int, bytes] = {}
-        if with_contents:
-            with _told_of_storage():
-                contents = await self._queue.contents(record.seq)
-        if record.size_bytes <= JSON_AT_ONCE_BYTES:
-            return _record_as_json(record, contents)
-        return await self._in_thread(lambda: _record_as_json(record, contents))
+        """A message as JSON, with its contents as it was submitted; a large one is put together in a thread."""
+        contents = await self._queue.contents(record.seq) if with_contents else {}
 
-    async def show_message(self, request: Request) -> Response:
-        with_contents = _flag_asked(request.query, "content")
+        def as_json() -> bytes:
+            message = restored_fields(record.payload, contents)
+            return AS_JSON({**record.fields, "message": message}).encode()
+
+        return as_json() if record.size_bytes <= JSON_AT_ONCE_BYTES else await self._in_thread(as_json)
+
+    async def get_message(self, request: Request) -> Response:
+        """A message and the timeline of its attempts."""
+        with_contents = asked(request.query, CONTENT).get("content", False)
         found = await self._queue.look_up(request.parameters["id"])
         if found is None:
             raise HttpError(404, "there is no message with this id")
         record, attempts = found
         shown = await self._shown(record, with_contents)
-        timeline = json.dumps(attempts, ensure_ascii=False).encode()
-        return Response(200, b'{"ok": true, "message": %b, "attempts": %b}' % (shown, timeline))
+        return Response(200, b'{"ok": true, "message": %b, "attempts": %b}\n' % (shown, AS_JSON(attempts).encode()))
 
     # -- accounts
 
     async def list_accounts(self, request: Request) -> Response:
+        """Accounts, without their secrets."""
         accounts = [account_fields(account) for account in self._book.accounts()]
         return json_response({"ok": True, "accounts": accounts})
 
     async def put_account(self, request: Request) -> Response:
+        """Add or replace an account."""
         account = await self._book.put(await request.json_object())
-        self._metrics.know(account.id)
         event(self._log, logging.INFO, "account set", account=account.id)
         return json_response({"ok": True})
 
     async def delete_account(self, request: Request) -> Response:
+        """Remove an account; its undelivered messages become errors."""
         account_id = request.parameters["id"]
         failed = await self._book.delete(account_id)
-        self._metrics.forget(account_id)
         self._metrics.messages_failed.labels(self._metrics.label(account_id)).inc(failed)
         self._reporter.wake()
         event(self._log, logging.INFO, "account deleted", account=account_id, failed=failed)
         return json_response({"ok": True, "failed": failed})
 
     async def suspend_account(self, request: Request) -> Response:
-        await _only_fields(request)
+        """Deliver nothing through an account, also after a restart."""
+        await request.json_object()
         account_id = request.parameters["id"]
         await self._book.suspend(account_id)
         event(self._log, logging.INFO, "account suspended", account=account_id)
         return json_response({"ok": True, "active": False})
 
     async def activate_account(self, request: Request) -> Response:
-        await _only_fields(request)
+        """Deliver through an account again, at once."""
+        await request.json_object()
         account_id = request.parameters["id"]
         await self._book.activate(account_id)
         event(self._log, logging.INFO, "account activated", account=account_id)
         return json_response({"ok": True, "active": True})
 
 
-def _guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """The handler as it is routed: its log lines carry the request's id; a field that is refused is a 400,
-    a storage that refuses a 503."""
-
-    async def guarded(request: Request) -> Response:
-        request_id.set(request.id)
-        try:
-            return await handler(request)
-        except StorageUnavailable as error:
-            raise _storage_refuses(error) from None
-        except Rejected as error:
-            raise HttpError(400, str(error)) from None
-
-    return guarded
-
-
-@contextlib.contextmanager
-def _told_of_storage() -> Iterator[None]:
-    try:
-        yield
-    except StorageUnavailable as error:
-        raise _storage_refuses(error) from None
-
-
-def _storage_refuses(error: StorageUnavailable) -> HttpError:
-    return HttpError(503, str(error), headers={"Retry-After": "1"})
-
-
-class Judged(NamedTuple):
-    """One message of a batch: stored if it has a submission, rejected if it has a reason."""
-
-    id: str | None
-    reason: str | None
-    submission: Submission | None
-    unknown: tuple[str, ...]
-
-
-def _warning(judged: Judged) -> dict[str, object]:
-    return {"id": judged.id, "unknown": list(judged.unknown)}
-
-
-def _usable_id(fields: object) -> str | None:
+def usable_id(fields: object) -> str | None:
     """The id of a submission, if it has one that can be one."""
     try:
         return line_of(fields.get("id"), "id", most=LONGEST_ID) if isinstance(fields, dict) else None
@@ -10218,13 +9882,19 @@ def _usable_id(fields: object) -> str | None:
         return None
 
 
-def _no_account(account_id: str) -> str:
-    return "missing account configuration" if account_id == "default" else "account not found"
+def deadline(account: Account, since: float) -> int:
+    """When a message of this account that may go since then is too old."""
+    return min(int(since) + account.max_age_seconds, LARGEST_INTEGER)
 
 
-def _submission(fields: Any, message: Message, account: Account, now: float) -> Submission:
+def submission_of(fields: Any, message: Message, account: Account | None, now: float) -> Submission:
+    """A judged message as the queue stores it. Raises Rejected when its account is not there."""
+    if account is None:
+        raise Rejected("missing account configuration" if message.account_id == "default" else NOT_FOUND)
     payload, contents = stored_form(fields, message)
-    too_old_ts = min(int(max(now, message.deferred_ts or 0)) + account.max_age_seconds, LARGEST_INTEGER)
+    too_old_ts = deadline(account, max(now, message.deferred_ts or 0))
+    bare, settled = fields.get("message_id"), message.message_id  # shown as the client wrote it, else in brackets
+    as_given = not settled or (isinstance(bare, str) and bare.strip() == settled)
     return Submission(
         id=message.id,
         account_id=message.account_id,
@@ -10233,74 +9903,21 @@ def _submission(fields: Any, message: Message, account: Account, now: float) -> 
         expires_ts=message.expires_ts,
         deadline=min(too_old_ts, message.expires_ts or too_old_ts),
         batch_code=message.batch_code,
-        message_id=_shown_message_id(fields.get("message_id"), message.message_id),
+        message_id=settled if as_given else f"<{settled}>",
         parts=len(message.attachments) + (message.raw is not None),
         payload=payload,
         contents=contents,
     )
 
 
-def _shown_message_id(given: object, settled: str) -> str:
-    """The Message-ID as reports and listings show it: as the client wrote it, else in angle brackets."""
-    if isinstance(given, str) and settled and given.strip() in (settled, f"<{settled}>"):
-        return given.strip()
-    return f"<{settled}>" if settled else ""
-
-
-def _record_as_json(record: Record, contents: Mapping[int, bytes]) -> bytes:
-    """A message as listings show it; with `contents` as it was submitted."""
-    shown = {**record.fields, "message": restored_fields(record.payload, contents)}
-    return json.dumps(shown, ensure_ascii=False).encode()
-
-
-def _lane_status(lane: Lane, now: float) -> dict[str, object]:
-    status: dict[str, object] = {**lane.state()._asdict(), "connections": lane.connections}
-    if left := lane.windows.left(now):
-        status["limits_left"] = left
-    return status
-
-
-def _no_lane_status() -> dict[str, object]:
-    """Of an account that is gone while mail waits for it to come back."""
-    gone = "account not found"
-    return {"state": gone, "reason": gone, "since": None, "until": None, "connections": 0}
-
-
-async def _only_fields(request: Request) -> None:
-    """A command without fields: its body is read, so that a bad one is told."""
-    await request.json_object()
-
-
-def _ids_of(fields: Mapping[str, object]) -> list[str]:
+def ids_of(fields: Mapping[str, object]) -> list[str]:
+    """The messages that a command names, each once."""
     ids = fields.get("ids")
     if not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
         raise HttpError(400, "ids: must be a list of message ids")
     if len(ids) > MAX_IDS:
         raise HttpError(413, f"ids: at most {MAX_IDS} in one call")
     return list(dict.fromkeys(ids))
-
-
-def _flag_asked(query: Mapping[str, str], name: str) -> bool:
-    word = query.get(name, "false").lower()
-    if word not in TRUE_WORDS + FALSE_WORDS:
-        raise HttpError(400, f"{name}: must be true or false")
-    return word in TRUE_WORDS
-
-
-def _word_asked(query: Mapping[str, str], name: str, known: Sequence[str]) -> str | None:
-    word = query.get(name)
-    if word is not None and word not in known:
-        raise HttpError(400, f"{name}: must be one of {', '.join(known)}")
-    return word
-
-
-def _number_asked(query: Mapping[str, str], name: str, low: int, high: int) -> int | None:
-    text = query.get(name)
-    if text is None:
-        return None
-    if not re.fullmatch("[0-9]{1,19}", text) or not low <= int(text) <= high:
-        raise HttpError(400, f"{name}: must be a number from {low} to {high}")
-    return int(text)
 
 
 # ======================================================================
@@ -10479,10 +10096,8 @@ class Daemon:
             metrics=self._metrics,
             log=self._log,
         )
-        self._book = AccountBook(self._queue, self._dispatcher, self._clock, self.settings.delivery)
+        self._book = AccountBook(self._queue, self._dispatcher, self._metrics, self._clock, self.settings.delivery)
         await self._book.renew(configured)
-        for account in self._book.accounts():
-            self._metrics.know(account.id)
         self._control = ControlPlane(
             self._queue,
             self._book,
@@ -10598,7 +10213,7 @@ class Daemon:
         if self._systemd.watchdog_interval_s is None:
             return
         while True:
-            if self._control.loops_turn() is None:
+            if self._control.stalled_loop() is None:
                 self._systemd.tell("WATCHDOG=1")
             await asyncio.sleep(self._systemd.watchdog_interval_s)
 
@@ -10650,11 +10265,6 @@ class Daemon:
         self._composer.fetcher = self._fetcher()
         self._book.defaults = settings.delivery
         await self._book.renew(renewal.accounts)
-        accounts = {account.id for account in self._book.accounts()}
-        for account_id in self._metrics.accounts - accounts:
-            self._metrics.forget(account_id)
-        for account_id in accounts:
-            self._metrics.know(account_id)
         needs_restart = ", ".join(renewal.fixed) or None
         event(self._log, logging.INFO, "configuration read again", needs_restart=needs_restart)
 

@@ -1,4 +1,4 @@
-"""Does the API keep what its openapi.json says? schemathesis with all its checks, stateful links included.
+"""Does the API keep what its openapi.json says? schemathesis with all its checks, stateful tests included.
 
     python3 bench/api.py [--examples 100] [--seed 1]                    # a daemon of its own, with an SMTP sink
     python3 bench/api.py --url http://127.0.0.1:8000 --token TOKEN ...  # a running one: changes its accounts, deletes
@@ -26,9 +26,9 @@ FOLDER = Path(__file__).absolute().parent
 def look(url: str, token: str, examples: int, seed: int, folder: Path) -> int:
     """Run schemathesis against a daemon; its exit status."""
     command = [
-        Path(sys.executable).with_name("schemathesis"), "run", f"{url}/openapi.json", "--checks", "all",
-        "--max-examples", str(examples), "--seed", str(seed), "--header", f"X-API-Token: {token}",
-        "--generation-database", "none", "--no-color",
+        Path(sys.executable).with_name("schemathesis"), "--config-file", FOLDER / "schemathesis.toml",
+        "run", f"{url}/openapi.json", "--max-examples", str(examples), "--seed", str(seed),
+        "--header", f"X-API-Token: {token}", "--generation-database", "none", "--no-color",
     ]  # fmt: skip
     environment = {**rig.own_environment(), "SCHEMATHESIS_HOOKS": "api_hooks", "PYTHONPATH": str(FOLDER)}
     return subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
