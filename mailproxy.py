@@ -5105,8 +5105,6 @@ def write_within(max_bytes: int, pieces: Iterable[bytes], file: BinaryIO, what: 
 FILE_PIECE_BYTES = 262_144  # read at a time from what was fetched
 FETCHES_PER_HOST = 4  # at a time: a slow server holds up its own messages, not the pool of threads
 CACHE_AGE_S = 300  # how long a burst may fall back on what was fetched
-SMALL_SHARE = 200  # so small a part of the budget is granted at once: a small message waits for no large ones
-BUILD_FACTOR = 3  # bytes a message takes while it is built, for each of its attachments: it, base64, message
 MAX_NAME_CHARACTERS = 200
 
 GOOD_ANSWERS = (200, 203)
@@ -5161,82 +5159,6 @@ class Fetched:
     def content(self) -> bytes:
         """All of it at once. Blocks; the caller has reserved the memory."""
         return os.pread(self._descriptor, self.size_bytes, 0)
-
-
-# ----------------------------------------------------------------------
-# The memory of all messages being put together
-# ----------------------------------------------------------------------
-
-
-class Reservation:
-    """A share of the memory budget, held until its block ends."""
-
-    def __init__(self, budget: MemoryBudget) -> None:
-        self._budget = budget
-        self.size_bytes = 0
-
-    def shrink_to(self, size_bytes: int) -> None:
-        """Give back what is beyond `size_bytes`."""
-        self._budget.give_back(self, max(0, self.size_bytes - size_bytes))
-
-
-class MemoryBudget:
-    """Bytes that may be in use at a time, given out in the order of asking.
-
-    A request larger than the whole budget is granted when it is alone; next to nothing is
-    granted at once. It belongs to one event loop.
-    """
-
-    def __init__(self, total_bytes: int) -> None:
-        self.used_bytes = 0
-        self._total_bytes = total_bytes
-        self._waiting: collections.deque[tuple[Reservation, int, asyncio.Future[None]]] = collections.deque()
-
-    @contextlib.asynccontextmanager
-    async def reserve(self, size_bytes: int) -> AsyncIterator[Reservation]:
-        """Wait for room and hold it until the block ends; the wait has the caller's deadline."""
-        reservation = Reservation(self)
-        try:
-            if self._is_small(size_bytes) or (not self._waiting and self._has_room(size_bytes)):
-                self._take(reservation, size_bytes)
-            else:
-                await self._wait_for(reservation, size_bytes)
-            yield reservation
-        finally:
-            self.give_back(reservation, reservation.size_bytes)
-
-    def give_back(self, reservation: Reservation, size_bytes: int) -> None:
-        reservation.size_bytes -= size_bytes
-        self.used_bytes -= size_bytes
-        self._grant()
-
-    async def _wait_for(self, reservation: Reservation, size_bytes: int) -> None:
-        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        place = (reservation, size_bytes, granted)
-        self._waiting.append(place)
-        try:
-            await granted
-        finally:
-            if place in self._waiting:
-                self._waiting.remove(place)
-
-    def _is_small(self, size_bytes: int) -> bool:
-        return size_bytes <= self._total_bytes // SMALL_SHARE
-
-    def _has_room(self, size_bytes: int) -> bool:
-        return not self.used_bytes or self.used_bytes + size_bytes <= self._total_bytes
-
-    def _take(self, reservation: Reservation, size_bytes: int) -> None:
-        reservation.size_bytes += size_bytes
-        self.used_bytes += size_bytes
-
-    def _grant(self) -> None:
-        """Serve those who wait, in their order, as far as there is room."""
-        while self._waiting and self._has_room(self._waiting[0][1]):
-            reservation, size_bytes, granted = self._waiting.popleft()
-            self._take(reservation, size_bytes)
-            if not granted.done():
-                granted.set_result(None)
 
 
 # ----------------------------------------------------------------------
@@ -7687,21 +7609,295 @@ class HttpServer:
 # DISPATCHER - the first coroutine: due mail goes out
 # ======================================================================
 #
-# A lane for each account: its connections, its state, its rate windows. The loop
-# gives free slots to the lanes in turn, claims a few messages for each, and sleeps
-# until something happens. No lane waits for another; a lane that its server sends
-# away costs its own mail alone. After RFC 5321 4.5.4 and Postfix's qmgr.
+# A lane for each account: its connections, its state, its rate windows. What happens to
+# a lane (new mail, a finished transaction, a time that comes) marks it for the next turn;
+# the turn claims a few messages for each marked lane, and the others cost it nothing. A
+# lane opens one connection first, and the others when that one may log in: so a server that
+# is away costs one connection, and a refused password one login. No lane waits for another.
+# After RFC 5321 4.5.4 and Postfix's qmgr.
 
 COOLING_S = (5, 15, 60, 300)  # pauses of a lane whose server cannot be reached
 LOGIN_COOLING_S = (60, 300, 900, 3600)  # ... or does not accept the login
-STAGGER_S = 0.02  # between the openings of further connections
-SLOW_OPENING_S = 0.25  # an opening that takes longer holds no slot of max_concurrency any more
 GROWTH_PAUSE_S = 10  # no further connection after one was refused
 AHEAD_S = 0.02  # claims are taken ahead for as much work as this
 PREPARED_AT_ONCE = 50  # messages of a lane that are being fetched: those behind wait for no slow server
-KEPT_SLOTS = 4  # one slot in so many is kept for lanes that have none
+KEPT_SHARE = 4  # one in so many slots, or bytes, is kept for lanes that have none
 COMPOSED_INLINE_BYTES = 32_768  # larger messages are composed in a thread
+BUILD_FACTOR = 3  # bytes a message takes while it is built, for each of its attachments: it, base64, message
+SMALL_PART = 200  # the first message of a lane does not wait for so small a part of the memory
 STORAGE_PAUSE_S = 1.0  # between two tries while the queue file refuses
+
+
+class Shares:
+    """So many slots, or bytes, for all lanes together, given out in the order of asking.
+
+    A lane that has some leaves a part of all to the lanes that have none, which may overtake it: so
+    no account holds up another. It belongs to one event loop.
+    """
+
+    def __init__(self, total: int, small: int = 0) -> None:
+        self.total = total
+        self.used = 0
+        self._small = small  # a lane that has none gets so much at once, come what may
+        self.alone = False  # there is only one lane: nothing is kept for others
+        self._of: collections.Counter[object] = collections.Counter()
+        self._waiting: dict[asyncio.Future[bool], tuple[object, int]] = {}
+
+    @property
+    def most(self) -> int:
+        """The most that one asking can get; a message that needs more is content with this."""
+        return self.total - self.total // KEPT_SHARE
+
+    async def take(self, lane: object, amount: int) -> bool:
+        """Wait until the lane may have so much more; False: it was called back meanwhile, and has no more."""
+        small = amount <= self._small and not self._of[lane]
+        if small or (not self._waiting and self._fits(lane, amount)):
+            self._hand_out(lane, amount)
+            return True
+        granted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting[granted] = lane, amount
+        self._grant()
+        try:
+            return await granted
+        except asyncio.CancelledError:
+            self._waiting.pop(granted, None)
+            if not granted.cancelled() and granted.result():
+                self.give_back(lane, amount)
+            raise
+
+    def give_back(self, lane: object, amount: int) -> None:
+        self.used -= amount
+        self._of[lane] -= amount
+        if not self._of[lane]:
+            del self._of[lane]
+        if self._waiting:
+            self._grant()
+
+    def call_back(self, lane: object) -> None:
+        """Those of the lane that wait get nothing any more."""
+        for granted in [granted for granted, asked in self._waiting.items() if asked[0] == lane]:
+            del self._waiting[granted]
+            if not granted.done():
+                granted.set_result(False)
+
+    def _fits(self, lane: object, amount: int) -> bool:
+        kept = self.total // KEPT_SHARE if self._of[lane] and not self.alone else 0
+        return self.used + amount + kept <= self.total
+
+    def _hand_out(self, lane: object, amount: int) -> None:
+        self.used += amount
+        self._of[lane] += amount
+
+    def _grant(self) -> None:
+        """Serve those who wait; within a lane nobody is overtaken."""
+        passed_over = set()
+        for granted, (lane, amount) in list(self._waiting.items()):
+            if self.used >= self.total:
+                return
+            if lane in passed_over or granted.done():
+                continue
+            if self._fits(lane, amount):
+                del self._waiting[granted]
+                self._hand_out(lane, amount)
+                granted.set_result(True)
+            else:
+                passed_over.add(lane)
+
+
+# ----- lanes
+
+
+class LaneState(enum.StrEnum):
+    """What a lane may do now."""
+
+    UP = "up"  # deliver
+    PROBING = "probing"  # it has cooled: one connection finds out whether its server works again
+    COOLING = "cooling"  # leave the server alone
+    LIMITED = "limited"  # finish what was claimed
+    SUSPENDED = "suspended"  # nothing: by hand, or because the account is gone
+
+
+class LaneStatus(NamedTuple):
+    """A lane as GET /status shows it; times are wall-clock seconds."""
+
+    state: LaneState
+    reason: str | None
+    since: int
+    until: int | None
+
+
+class Lane:
+    """The mail of one account on its way out."""
+
+    def __init__(self, account: Account, windows: SendWindows, clock: Clock) -> None:
+        self.account = account
+        self.windows = windows
+        self.state = LaneState.UP
+        self.until = math.inf  # monotonic, as all times in here: when it has cooled, or the limit ends
+        self.failures = 0  # cooling periods in a row
+        self.generation = 0  # what began in an earlier one tells nothing about the server
+        self.deleted = False  # the account is gone, and its mail ends with it
+        self.has_mail = True  # until a claim finds less than it asked for
+        self.retried_first = False
+        self.ready: deque[Consignment] = deque()
+        self.preparing = 0  # messages whose parts are being fetched or put together
+        self.busy = 0  # connections at work, those being opened included
+        self.sessions: dict[Session, int] = {}  # open connections, and the generation that opened them
+        self.idle: list[Session] = []  # those of them that nobody uses
+        self.openings: set[asyncio.Future[Session | Reply]] = set()
+        self.first: Line | None = None  # the connection that logs in while no session is open
+        self.greeted = False  # ... and its server has greeted it
+        self.first_is_in = asyncio.Event()
+        self.names = itertools.count(1)  # of connections
+        self.timer: asyncio.TimerHandle | None = None
+        self._clock = clock
+        self._reason: str | None = None
+        self._since = int(clock.wall())
+        self._believes = 0  # success of an earlier generation does not end the cooling
+        self._limit = account.max_connections  # connections allowed now
+        self._grows_at = -math.inf
+        self._seconds_each = 0.1  # a transaction, smoothed
+
+    # -- what it can take
+
+    def rests(self, now: float) -> bool:
+        """True when nothing may go out."""
+        if self.state is LaneState.COOLING and self.until <= now:
+            self._become(LaneState.PROBING)
+        return self.state in (LaneState.COOLING, LaneState.SUSPENDED)
+
+    def connections_free(self, now: float, most: int) -> int:
+        """Connections that may go to work now, of `most` in all; fewer than 0 when there are too many."""
+        if self.state is LaneState.PROBING or not (self.sessions or self.greeted):
+            return 1 - self.busy
+        if self._limit < self.account.max_connections and now >= self._grows_at:
+            self._limit, self._grows_at = self._limit + 1, now + GROWTH_PAUSE_S
+        return min(self._limit, most) - self.busy
+
+    def wants(self, now: float, most: int) -> int:
+        """Messages to claim now: one for each free connection, and a little work ahead."""
+        if not self.has_mail or self.rests(now) or (self.state is LaneState.LIMITED and now < self.until):
+            return 0
+        free = max(0, self.connections_free(now, most))
+        if self.state is LaneState.PROBING:
+            return max(0, free - len(self.ready) - self.preparing)
+        ahead = int(len(self.sessions) * AHEAD_S / self._seconds_each)
+        if len(self.ready) * 2 > free + ahead or self.preparing >= PREPARED_AT_ONCE:
+            return 0
+        return max(0, min(free + ahead - len(self.ready), self.account.batch_size))
+
+    def keeps(self, session: Session, now: float) -> bool:
+        """True when the session may carry one more transaction."""
+        return (
+            session.usable
+            and self.sessions[session] == self.generation
+            and now - session.opened_at < self.account.ttl
+            and session.transactions < self.account.max_messages_per_connection
+        )
+
+    @property
+    def connections(self) -> int:
+        """The sessions that are open."""
+        return sum(session.usable for session in self.sessions)
+
+    def wakes_at(self) -> float:
+        """When time alone changes something: it has cooled, its limit ends, an idle session is too old."""
+        waits = self.state in (LaneState.COOLING, LaneState.LIMITED)
+        oldest = min((session.opened_at for session in self.idle), default=math.inf)
+        return min(self.until if waits else math.inf, oldest + self.account.ttl)
+
+    # -- what it learns
+
+    def took(self, seconds: float) -> None:
+        self._seconds_each += (max(seconds, 0.0005) - self._seconds_each) / 4
+
+    def works(self, generation: int) -> bool:
+        """The server did its part in something begun in that generation; True when it did not before."""
+        if not self.failures or generation < self._believes:
+            return False
+        self.failures = 0
+        if self.state in (LaneState.COOLING, LaneState.PROBING):
+            self._become(LaneState.UP)
+        return True
+
+    def cool(self, signal: LaneSignal, reason: str, jitter: float) -> None:
+        """Leave the server alone for a while, longer each time; then one connection finds out.
+
+        After a refused login it does not count that sessions of before still work.
+        """
+        schedule_s = LOGIN_COOLING_S if signal is LaneSignal.LOGIN_REFUSED else COOLING_S
+        pause_s = schedule_s[min(self.failures, len(schedule_s) - 1)] * (1 + 0.2 * jitter)
+        self._become(LaneState.COOLING, self._clock.monotonic() + pause_s)
+        self.failures += 1
+        self._reason = reason
+        self.generation += 1
+        if signal is LaneSignal.LOGIN_REFUSED:
+            self._believes = self.generation
+
+    def refused_another(self) -> None:
+        """One connection more than the server wants: make do with fewer for a while."""
+        self._limit = max(1, self.busy - 1)
+        self._grows_at = self._clock.monotonic() + GROWTH_PAUSE_S
+
+    def try_now(self) -> None:
+        """End the cooling: one connection may find out."""
+        if self.state is LaneState.COOLING:
+            self._become(LaneState.PROBING)
+            self.has_mail = True
+
+    def begin_anew(self) -> None:
+        """Somebody says that the server should be tried now; what was known of it is forgotten."""
+        self.failures = 0
+        self._believes = self.generation
+        self._limit = self.account.max_connections
+        self.has_mail = True
+        self._become(LaneState.UP)
+
+    def suspend(self) -> None:
+        self._become(LaneState.SUSPENDED)
+
+    def limit_until(self, moment: float) -> None:
+        self._become(LaneState.LIMITED, moment)
+
+    def end_limit(self) -> None:
+        self._become(LaneState.PROBING if self.failures else LaneState.UP)
+        self.has_mail = True
+
+    def _become(self, state: LaneState, until: float = math.inf) -> None:
+        in_trouble = (LaneState.COOLING, LaneState.PROBING)
+        if state is not self.state and not (state in in_trouble and self.state in in_trouble):
+            self._since = int(self._clock.wall())
+        self.state, self.until = state, until
+
+    # -- what it says
+
+    def next_try_ts(self) -> int:
+        """The wall-clock second after the lane's next try: others go first."""
+        pause_s = self.until - self._clock.monotonic() if self.state is LaneState.COOLING else 0
+        return math.floor(self._clock.wall() + max(0.0, pause_s)) + 1
+
+    def status(self) -> LaneStatus:
+        reason, until = None, None
+        if self.state is LaneState.SUSPENDED:
+            reason = "suspended by hand"
+        elif self.state is LaneState.LIMITED:
+            reason = "rate limit reached"
+            until = math.ceil(self._clock.wall() + self.until - self._clock.monotonic())
+        elif self.state is not LaneState.UP:
+            reason = self._reason
+            until = self.next_try_ts() if self.state is LaneState.COOLING else None
+        return LaneStatus(self.state, reason, self._since, until)
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """One connection of a lane at work, and its session as long as there is one."""
+
+    lane: Lane
+    session: Session | None = None
+
+
+# ----- messages
 
 
 class Composed(NamedTuple):
@@ -7712,276 +7908,12 @@ class Composed(NamedTuple):
     smtputf8: bool
 
 
-class LaneState(NamedTuple):
-    """A lane as GET /status shows it; times are wall-clock seconds."""
-
-    state: str  # up, cooling, limited or suspended
-    reason: str | None
-    since: int
-    until: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class DeliveryRules:
-    """The part of the settings that dispatch lives by."""
-
-    send_interval_s: float = 0.5
-    test_mode: bool = False
-    max_concurrency: int = 100
-    redirect_to: str | None = None
-    allow_recipients: tuple[str, ...] = ()
-
-    def allows(self, address: str) -> bool:
-        """True when mail may go to this address; no list allows all."""
-        if not self.allow_recipients:
-            return True
-        address = address.lower()
-        return address in self.allow_recipients or f"@{address.rpartition('@')[2]}" in self.allow_recipients
-
-
-def _turns_in_memory(account: Account) -> asyncio.Semaphore:
-    """A message for each connection and one more: no account uses up the memory of all."""
-    return asyncio.Semaphore(account.max_connections + 1)
-
-
-class Lane:
-    """The mail of one account on its way out."""
-
-    def __init__(self, account: Account, windows: SendWindows, clock: Clock) -> None:
-        self.account = account
-        self.windows = windows
-        self.suspended = False
-        self.removed = False
-        self.deleted = False  # removed, and its mail is to end with it
-        self.has_mail = True  # until a claim finds less than it asked for
-        self.retried_first = False
-        self.ready: deque[Consignment] = deque()
-        self.idle: list[Session] = []
-        self.opening: set[asyncio.Future[Session | Reply]] = set()  # connections that are being opened
-        self.busy = 0  # connections at work, those being opened included
-        self.in_memory = _turns_in_memory(account)
-        self.preparing = 0  # messages whose parts are being fetched or put together
-        self.generation = 0  # of the account's definition: sessions of an older one are not reused
-        self.limited_until: float | None = None  # monotonic, as all times in here
-        self._clock = clock
-        self._limit = 1  # connections allowed now
-        self._opened = 0  # number of the latest connection
-        self._live = 0  # sessions that are open
-        self._failures = 0  # cooling periods in a row
-        self._probing = False  # the next connection alone decides whether the lane is up
-        self._probe: Line | None = None
-        self._cooling_until: float | None = None
-        self._reason: str | None = None
-        self._since = int(clock.wall())
-        self._changed_at = -math.inf  # failures of what began before tell nothing
-        self._believes_since = -math.inf  # nor does success of what began before this
-        self._grown_at = clock.monotonic()
-        self._seconds_each = 0.1  # a transaction, smoothed
-
-    # -- what it can take
-
-    def open(self, now: float) -> bool:
-        """True when mail may be claimed for this lane."""
-        return not self.rests(now) and (self.limited_until is None or self.limited_until <= now)
-
-    def rests(self, now: float) -> bool:
-        """True when nothing may go out: by hand, for good, or because the server is left alone."""
-        return self.suspended or self.removed or self.cooling(now)
-
-    def cooling(self, now: float) -> bool:
-        return self._cooling_until is not None and now < self._cooling_until
-
-    def connections_allowed(self, now: float) -> int:
-        """Connections the lane may have now; grows by one every STAGGER_S while all are in use."""
-        if self._probing:
-            return self.busy + (self._probe is None)
-        if self.busy >= self._limit and now >= self._grown_at + STAGGER_S:
-            self._limit, self._grown_at = self._limit + 1, now
-        self._limit = min(self._limit, self.account.max_connections)
-        return self._limit
-
-    def connections_free(self, now: float) -> int:
-        return max(0, self.connections_allowed(now) - self.busy)
-
-    def wants(self, now: float) -> int:
-        """Messages to claim now: one for each free connection, and a little work ahead."""
-        if not (self.has_mail and self.open(now)):
-            return 0
-        free = self.connections_free(now)
-        if self._probing:
-            return max(0, free - len(self.ready) - self.preparing)
-        ahead = int(self._live * AHEAD_S / self._seconds_each)
-        if len(self.ready) * 2 > free + ahead or self.preparing >= PREPARED_AT_ONCE:
-            return 0
-        return max(0, min(free + ahead - len(self.ready), self.account.batch_size))
-
-    def wakes_at(self, now: float) -> float:
-        """When the lane will next want attention by itself."""
-        times = [at for at in (self._cooling_until, self.limited_until) if at is not None and at > now]
-        if times:
-            return max(times)
-        grows = not self._probing and self.busy >= self._limit < self.account.max_connections
-        if grows and self.open(now) and (self.has_mail or self.ready):
-            return max(now, self._grown_at + STAGGER_S)
-        return math.inf
-
-    # -- its connections
-
-    def begin(self, line: Line) -> None:
-        """One more connection goes to work; that of a lane that has cooled is its probe."""
-        self.busy += 1
-        if self._probing:
-            self._probe = line
-
-    def finish(self, line: Line) -> None:
-        self.busy -= 1
-        if self._probe is line:
-            self._probe = None
-
-    def next_name(self) -> str:
-        self._opened += 1
-        return f"{self.account.id}-{self._opened}"
-
-    def take_session(self, now: float) -> Session | None:
-        """A kept session that may carry one more transaction."""
-        while self.idle:
-            session = self.idle.pop()
-            if self.keeps(session, self.generation, now):
-                return session
-            self._live -= 1
-            session.abort()
-        return None
-
-    def keeps(self, session: Session, generation: int, now: float) -> bool:
-        return (
-            session.usable
-            and generation == self.generation
-            and now - session.opened_at < self.account.ttl
-            and session.transactions < self.account.max_messages_per_connection
-        )
-
-    def opened(self) -> None:
-        self._live += 1
-
-    def ended(self) -> None:
-        self._live -= 1
-
-    @property
-    def connections(self) -> int:
-        return self._live
-
-    # -- what it learns
-
-    def took(self, seconds: float) -> None:
-        self._seconds_each += (max(seconds, 0.0005) - self._seconds_each) / 4
-
-    def outdated(self, begun: float) -> bool:
-        """True when the failure of something begun then tells nothing: the lane has changed since."""
-        return begun < self._changed_at
-
-    def works(self, begun: float) -> None:
-        """The server did its part in something begun then."""
-        if begun >= self._believes_since and self._failures:
-            self.up()
-
-    def up(self) -> None:
-        """The server works with us."""
-        if self._failures:
-            self._reason, self._since = None, int(self._clock.wall())
-        self._failures = 0
-        self._probing = False
-        self._cooling_until = None
-
-    def heal(self) -> None:
-        """Somebody says that the server should be tried again now, with all that belongs to it."""
-        self.up()
-        self.limited_until = None
-        self._since = int(self._clock.wall())
-        self._changed_at = self._believes_since = self._grown_at = self._clock.monotonic()
-
-    def try_now(self) -> bool:
-        """End the cooling: the probe may go. False when the lane was not cooling."""
-        self._cooling_until = None
-        return self._probing
-
-    def recall(self) -> None:
-        """What is being opened is given up; the failures that come of it are not the server's."""
-        self._changed_at = self._clock.monotonic()
-        for opening in self.opening:
-            opening.cancel()
-
-    def suspend(self) -> None:
-        self.suspended = True
-        self._since = int(self._clock.wall())
-
-    def limit_until(self, moment: float) -> None:
-        self.limited_until = moment
-        self._since = int(self._clock.wall())
-
-    def end_limit(self) -> None:
-        self.limited_until = None
-        self._since = int(self._clock.wall())
-
-    def refused_another(self) -> None:
-        """One connection more than the server wants: make do with fewer for a while."""
-        self._limit = max(self._live, self._limit // 2, 1)
-        self._grown_at = self._clock.monotonic() + GROWTH_PAUSE_S
-
-    def cool(self, reason: str, pause_s: float) -> None:
-        """Leave the server alone for a while; then one connection is to find out."""
-        now = self._clock.monotonic()
-        if self._failures == 0 or reason != self._reason:
-            self._since = int(self._clock.wall())
-        self._failures += 1
-        self._reason = reason
-        self._probing, self._probe = True, None
-        self._limit = max(1, self._limit // 2)
-        self._cooling_until = now + pause_s
-        self._changed_at = now
-
-    def refuse_login(self, reason: str, jitter: float) -> None:
-        """Cool for long; that sessions of before still work does not heal it."""
-        self.cool(reason, self._pause_s(LOGIN_COOLING_S, jitter))
-        self._believes_since = self._changed_at
-
-    def lose_server(self, reason: str, jitter: float) -> None:
-        self.cool(reason, self._pause_s(COOLING_S, jitter))
-
-    def _pause_s(self, schedule_s: Sequence[int], jitter: float) -> float:
-        return schedule_s[min(self._failures, len(schedule_s) - 1)] * (1 + 0.2 * jitter)
-
-    def next_try_ts(self) -> int:
-        """The wall-clock second after the lane's next try: others go first."""
-        pause_s = max(0.0, (self._cooling_until or 0) - self._clock.monotonic())
-        return math.floor(self._clock.wall() + pause_s) + 1
-
-    def state(self) -> LaneState:
-        now = self._clock.monotonic()
-        if self.suspended:
-            return LaneState("suspended", "suspended by hand", self._since, None)
-        if self._probing:
-            return LaneState("cooling", self._reason, self._since, self.next_try_ts())
-        if self.limited_until is not None and self.limited_until > now:
-            until = math.ceil(self._clock.wall() + self.limited_until - now)
-            return LaneState("limited", "rate limit reached", self._since, until)
-        return LaneState("up", None, self._since, None)
-
-
 class Consignment(NamedTuple):
     """A claimed message in its lane: composed already, or small enough to be composed on the way."""
 
     claim: Claim
-    composed: Composed | None
-    held: contextlib.AsyncExitStack  # its turn and its share of the memory budget
-
-
-@dataclass(slots=True, eq=False)
-class Line:
-    """One connection of a lane at work, and its session as long as there is one."""
-
-    lane: Lane
-    session: Session | None = None
-    generation: int = 0  # of the account's definition that the session was opened by
+    composed: Composed | None = None
+    memory_bytes: int = 0  # its share of the memory
 
 
 @dataclass(slots=True)
@@ -8002,60 +7934,64 @@ class Turn:
 class Composer:
     """Puts claimed messages together: the payload, its parts, and the rules of the house."""
 
-    def __init__(self, queue: Queue, fetcher: AttachmentFetcher, budget: MemoryBudget, in_thread: InThread) -> None:
+    def __init__(self, queue: Queue, fetcher: AttachmentFetcher, memory_bytes: int, in_thread: InThread) -> None:
         self.fetcher = fetcher  # replaced when the configuration is read again
+        self.memory = Shares(memory_bytes, memory_bytes // SMALL_PART)
         self._queue = queue
-        self._budget = budget
         self._in_thread = in_thread
 
-    def compose(self, claim: Claim, redirect_to: str | None) -> Composed:
-        """A small message without parts, at once."""
-        return _composed(_message_of(claim, claim.payload or "", {}), (), claim.created_at, redirect_to)
-
-    async def prepare(
-        self, claim: Claim, redirect_to: str | None, turns: asyncio.Semaphore, held: contextlib.AsyncExitStack
+    def compose(
+        self,
+        claim: Claim,
+        payload: str,
+        redirect_to: str | None,
+        contents: Mapping[int, bytes] = MappingProxyType({}),
+        fetched: Sequence[Fetched | None] = (),
     ) -> Composed | Reply:
-        """A large message, or one with parts, in a thread; `held` then has its turn and its share of
-        the memory budget.
+        """The message, or the reply that says what of it cannot be had. Blocks where there are parts."""
+        message_id = claim.message_id.strip("<>")
+        message = parse_message(json.loads(payload), now=None, contents=contents, message_id=message_id)
+        parts = self.fetcher.parts(message.attachments, fetched) if message.attachments else ()
+        if isinstance(parts, Reply):
+            return parts
+        if redirect_to is not None:
+            message = redirect(message, redirect_to)
+        content = compose(message, parts, date=claim.created_at)
+        return Composed(content, Envelope(message.return_path, message.recipients), needs_smtputf8(message))
+
+    async def prepare(self, lane: Lane, claim: Claim, redirect_to: str | None) -> Consignment | Reply:
+        """A large message, or one with parts, put together in a thread; the lane has memory for it then.
 
         What it refers to is fetched first: a slow server keeps no memory from other messages.
         """
-        fetched = await self._fetched(claim)
+        fetched = await self._fetched(lane, claim) if claim.parts else ()
         if isinstance(fetched, Reply):
             return fetched
-        fetched_bytes = sum(one.size_bytes for one in fetched if one is not None)
-        await held.enter_async_context(turns)
-        size_bytes = (claim.size_bytes + fetched_bytes) * BUILD_FACTOR
-        share = await held.enter_async_context(self._budget.reserve(size_bytes))
-        payload = claim.payload or await self._queue.payload(claim.seq)
-        contents = await self._queue.contents(claim.seq) if claim.parts else {}
-        message = await self._in_thread(lambda: _message_of(claim, payload, contents))
-        parts = await self._in_thread(lambda: self.fetcher.parts(message.attachments, fetched))
-        if isinstance(parts, Reply):
-            return parts
-        composed = await self._in_thread(lambda: _composed(message, parts, claim.created_at, redirect_to))
-        share.shrink_to(len(composed.content))
-        return composed
+        size_bytes = claim.size_bytes + sum(one.size_bytes for one in fetched if one is not None)
+        taken_bytes = min(size_bytes * BUILD_FACTOR, self.memory.most)
+        await self.memory.take(lane, taken_bytes)
+        kept_bytes = 0
+        try:
+            payload = claim.payload or await self._queue.payload(claim.seq)
+            contents = await self._queue.contents(claim.seq) if claim.parts else {}
+            composed = await self._in_thread(lambda: self.compose(claim, payload, redirect_to, contents, fetched))
+            if isinstance(composed, Reply):
+                return composed
+            kept_bytes = min(taken_bytes, len(composed.content))
+            return Consignment(claim, composed, kept_bytes)
+        finally:
+            self.memory.give_back(lane, taken_bytes - kept_bytes)
 
-    async def _fetched(self, claim: Claim) -> Sequence[Fetched | None] | Reply:
-        """What the message refers to, or the reply that says why it is not to be had."""
-        if not claim.parts:
-            return ()
-        async with self._budget.reserve(0 if claim.payload else claim.size_bytes):
+    async def _fetched(self, lane: Lane, claim: Claim) -> Sequence[Fetched | None] | Reply:
+        """What the message refers to, or the reply that says why it cannot be fetched."""
+        taken_bytes = 0 if claim.payload else min(claim.size_bytes, self.memory.most)
+        await self.memory.take(lane, taken_bytes)
+        try:
             payload = claim.payload or await self._queue.payload(claim.seq)
             attachments = await self._in_thread(lambda: stored_attachments(payload))
+        finally:
+            self.memory.give_back(lane, taken_bytes)
         return await self.fetcher.fetch_all(attachments)
-
-
-def _message_of(claim: Claim, payload: str, contents: Mapping[int, bytes]) -> Message:
-    return parse_message(json.loads(payload), now=None, contents=contents, message_id=claim.message_id.strip("<>"))
-
-
-def _composed(message: Message, parts: Sequence[Part], date: float, redirect_to: str | None) -> Composed:
-    if redirect_to is not None:
-        message = redirect(message, redirect_to)
-    content = compose(message, parts, date=date)
-    return Composed(content, Envelope(message.return_path, message.recipients), needs_smtputf8(message))
 
 
 class Dispatcher:
@@ -8064,7 +8000,7 @@ class Dispatcher:
     def __init__(
         self,
         queue: Queue,
-        rules: DeliveryRules,
+        settings: DeliverySettings,
         *,
         clock: Clock,
         jitter: Callable[[], float],
@@ -8074,7 +8010,7 @@ class Dispatcher:
         log: logging.Logger,
         reports_due: Callable[[], None],
     ) -> None:
-        self.rules = rules
+        self.settings = settings  # replaced when the configuration is read again
         self.lanes: dict[str, Lane] = {}
         self.active = True
         self.log_deliveries = False
@@ -8088,15 +8024,15 @@ class Dispatcher:
         self._log = log
         self._reports_due = reports_due
         self._alarm = Alarm()
+        self._marked: dict[Lane, None] = {}  # lanes for the next turn to look at, in this order
+        self._slots = Shares(settings.max_concurrency)  # a transaction each
         self._tasks: set[asyncio.Task[None]] = set()
         self._preparations: set[asyncio.Task[None]] = set()  # those of the tasks that are not on the wire yet
-        self._busy = 0  # slots of max_concurrency that are taken
-        self._without_slot: deque[asyncio.Future[None]] = deque()  # connections that are open, and wait for one
         self._asked = False  # run-now in test_mode: turn until nothing is left to do
+        self._cooled_may_go = False  # run-now: what waits for a server's next try is ready
         self._draining = False
         self._waits_for_storage = False
         self._held_windows: dict[str, SendWindows] = {}  # of accounts that went with mail on the wire
-        self._rotation: deque[Lane] = deque()
 
     @property
     def busy(self) -> bool:
@@ -8110,14 +8046,21 @@ class Dispatcher:
         for account_id in account_ids:
             if lane := self.lanes.get(account_id):
                 lane.has_mail = True
+                self._mark(lane)
         self._alarm.ring()
 
-    async def run_now(self) -> None:
+    def _mark(self, lane: Lane) -> None:
+        """Have the next turn look at the lane, or at the one that has taken its place."""
+        self._marked[self.lanes.get(lane.account.id, lane)] = None
+        self._alarm.ring()
+
+    def run_now(self) -> None:
         """End all cooling and look at once; in test_mode the one way to get mail out."""
-        self._asked = self.rules.test_mode
+        self._asked = self.settings.test_mode
+        self._cooled_may_go = True
         for lane in self.lanes.values():
-            lane.has_mail |= lane.try_now()
-        self.wake(await self._queue.let_cooled_go())
+            lane.try_now()
+            self._mark(lane)
 
     def add_lane(
         self, account: Account, counted: Iterable[tuple[float, int]], *, suspended: bool, held_back: bool
@@ -8127,38 +8070,34 @@ class Dispatcher:
         windows = self._held_windows.pop(account.id, None) or SendWindows(account.limits, counted)
         windows.replace_limits(account.limits)
         lane = self.lanes[account.id] = Lane(account, windows, self._clock)
-        lane.suspended = suspended
         now = self._clock.monotonic()
-        if held_back and not windows.room(now):
-            lane.limit_until(windows.opens_at(now))
-        self._rotation.append(lane)
-        self._alarm.ring()
+        if suspended:
+            lane.suspend()
+        elif held_back and not windows.room(now):
+            self._limit(lane, now)
+        self._lanes_changed()
+        self._mark(lane)
 
     def replace_account(self, account: Account) -> None:
         """Deliver by the new definition; connections in use finish their message, all others end."""
         lane = self.lanes[account.id]
         lane.account = account
-        lane.in_memory = _turns_in_memory(account)
-        lane.generation += 1
         lane.windows.replace_limits(account.limits)
-        self._refresh(lane)
-
-    def _refresh(self, lane: Lane) -> None:
         self._recall(lane)
-        lane.heal()
-        lane.has_mail = True
-        self._alarm.ring()
+        if lane.state is not LaneState.SUSPENDED:
+            lane.begin_anew()
+        self._mark(lane)
 
     def suspend_lane(self, account_id: str) -> None:
         """Deliver nothing more for the account; what is on the wire finishes."""
-        lane = self.lanes[account_id]
-        lane.suspend()
-        self._recall(lane)
+        self.lanes[account_id].suspend()
+        self._recall(self.lanes[account_id])
 
     def activate_lane(self, account_id: str) -> None:
         lane = self.lanes[account_id]
-        lane.suspended = False
-        self._refresh(lane)
+        self._recall(lane)
+        lane.begin_anew()
+        self._mark(lane)
 
     def remove_lane(self, account_id: str) -> None:
         """Stop delivering for an account that is gone; messages on the wire finish, for good or ill.
@@ -8166,12 +8105,15 @@ class Dispatcher:
         The mail of one that stood in config.ini stays (it may come back), that of others ends.
         """
         lane = self.lanes.pop(account_id)
-        lane.removed = True
         lane.deleted = lane.account.source != "config"
-        self._rotation.remove(lane)
+        lane.suspend()
         self._recall(lane)
+        self._lanes_changed()
         if lane.windows.held:
             self._held_windows[account_id] = lane.windows
+
+    def _lanes_changed(self) -> None:
+        self._slots.alone = self._composer.memory.alone = len(self.lanes) == 1
 
     def suspend(self) -> None:
         self.active = False
@@ -8180,20 +8122,16 @@ class Dispatcher:
 
     def activate(self) -> None:
         self.active = True
-        self._alarm.ring()
+        self.wake(self.lanes)
 
     def _recall(self, lane: Lane) -> None:
         """Call back what is not on the wire yet, and close the connections nobody uses."""
-        lane.recall()
-        self._put_back(lane)
-        self._close_idle(lane)
-
-    def _put_back(self, lane: Lane) -> None:
-        """Return what was claimed ahead to the queue, untouched."""
+        lane.generation += 1
+        for opening in lane.openings:
+            opening.cancel()
+        self._slots.call_back(lane)
         while lane.ready:
             self._spawn(self._return(lane, lane.ready.popleft()))
-
-    def _close_idle(self, lane: Lane) -> None:
         while lane.idle:
             self._part_with(lane, lane.idle.pop())
 
@@ -8207,16 +8145,16 @@ class Dispatcher:
 
     async def _turn(self) -> float:
         """Do what is to be done now; return for how long nothing will be, in seconds."""
-        self._end_old_sessions()
+        self._slots.total = self.settings.max_concurrency
         try:
             await self._follow_clock()
-            if self.rules.test_mode and not self._asked:
-                return self.rules.send_interval_s
+            if self.settings.test_mode and not self._asked:
+                return self.settings.send_interval_seconds
             if self._queue.file.refuses:
                 await self._queue.answers()
             await self._step_clockwork()
             if self.active:
-                await self._claim_for_lanes()
+                await self._look_after_lanes()
         except StorageUnavailable as error:
             if not self._waits_for_storage:
                 event(self._log, logging.ERROR, "delivery waits for the storage", error=str(error))
@@ -8225,10 +8163,11 @@ class Dispatcher:
         if self._waits_for_storage:
             event(self._log, logging.INFO, "delivery goes on: the storage works again")
         self._waits_for_storage = False
-        if self.rules.test_mode and self._is_idle():
+        until_due_s = min(self._queue.next_due_ts, self._queue.next_deadline_ts) - self._clock.wall()
+        if self.settings.test_mode and until_due_s > 0 and not (self._tasks or (self.active and self._marked)):
             self._asked = False
             self._reports_due()
-        return self._pause_s()
+        return max(0.0, min(self.settings.send_interval_seconds, until_due_s))
 
     async def _follow_clock(self) -> None:
         """When somebody set the wall clock, what the daemon itself put off keeps its pauses.
@@ -8248,8 +8187,11 @@ class Dispatcher:
         event(self._log, logging.WARNING, "the wall clock was set", seconds=step_s)
 
     async def _step_clockwork(self) -> None:
-        """Let some of the scheduled mail become ready, and some overdue mail end, when there is any."""
+        """Let what waits for a time become ready, and some overdue mail end, when there is any."""
         now = self._clock.wall()
+        if self._cooled_may_go:
+            self.wake(await self._queue.let_cooled_go())
+            self._cooled_may_go = False
         if self._queue.next_due_ts <= now:
             self.wake(await self._queue.release_due())
         if self._queue.next_deadline_ts <= now:
@@ -8258,107 +8200,54 @@ class Dispatcher:
                 event(self._log, logging.WARNING, "message given up", message=id_, account=account_id, error=why)
             self._reports_due()
 
-    def _is_idle(self) -> bool:
-        """True when nothing is on its way and nothing could be."""
-        if self._tasks or self._clock.wall() >= min(self._queue.next_due_ts, self._queue.next_deadline_ts):
-            return False
-        now = self._clock.monotonic()
-        return not (self.active and any(lane.ready or lane.wants(now) for lane in self.lanes.values()))
-
-    def _pause_s(self) -> float:
-        wall, now = self._clock.wall(), self._clock.monotonic()
-        until_due = min(self._queue.next_due_ts, self._queue.next_deadline_ts) - wall
-        lanes = self.lanes.values() if self.active else ()
-        until_lane = min((lane.wakes_at(now) for lane in lanes), default=math.inf) - now
-        return max(0.0, min(self.rules.send_interval_s, until_due, until_lane))
-
-    async def _claim_for_lanes(self) -> None:
-        """Put waiting mail on free connections, and claim more for all lanes that can take it."""
-        now = self._clock.monotonic()
-        wanting: dict[Lane, int] = {}
-        for lane in tuple(self._rotation):
-            self._start_work(lane)
-            if wants := lane.wants(now):
-                wanting[lane] = await self._room_in_limits(lane, wants)
-        shares = self._shares({lane: wants for lane, wants in wanting.items() if not lane.removed})
-        for lane in shares:  # the next time others come first
-            self._rotation.remove(lane)
-            self._rotation.append(lane)
-        if shares:
-            await self._claim(shares)
-
-    def _shares(self, wanting: Mapping[Lane, int]) -> dict[Lane, int]:
-        """Divide the free slots: one each in turn, beginning with the lanes that have the fewest."""
-        now = self._clock.monotonic()
-        waiting = sum(min(len(lane.ready), lane.connections_free(now)) for lane in self.lanes.values())
-        free = self.rules.max_concurrency - self._busy - waiting
-        shares = dict.fromkeys(sorted(wanting, key=lambda lane: lane.busy), 0)
-        shared = True
-        while shared:
-            shared = False
-            for lane in shares:
-                if shares[lane] < wanting[lane] and free > self._kept_from(lane, shares[lane]):
-                    shares[lane] += 1
-                    free -= 1
-                    shared = True
-        return {lane: share for lane, share in shares.items() if share}
-
-    def _kept_from(self, lane: Lane, share: int = 0) -> int:
-        """Slots the lane must leave free for others: those that have none must not wait for slow ones."""
-        return self.rules.max_concurrency // KEPT_SLOTS if lane.busy + share and len(self.lanes) > 1 else 0
-
-    def _order(self, lane: Lane, most: int) -> Order:
-        return Order(lane.account.id, most, lane.retried_first)
-
-    async def _claim(self, shares: Mapping[Lane, int]) -> None:
-        orders = [self._order(lane, most) for lane, most in shares.items()]
-        for lane, most in shares.items():
-            lane.windows.hold(most)
-            lane.has_mail = False  # a wake during the claim sets it again
+    async def _look_after_lanes(self) -> None:
+        """Put waiting mail of the marked lanes on free connections, and claim more where it can be taken."""
+        marked, self._marked = self._marked, {}
+        wanted: dict[Lane, int] = {}
         try:
-            found = await self._queue.claim(orders)
+            for lane in marked:
+                self._start_work(lane, len(lane.ready))
+                if most := await self._wanted(lane):
+                    wanted[lane] = most
+            if wanted:
+                await self._claim(wanted)
         except StorageUnavailable:
-            for lane, most in shares.items():
-                lane.windows.give_back(most)
-                lane.has_mail = True
+            self._marked = {**marked, **self._marked}
             raise
-        for (lane, most), claims in zip(shares.items(), found, strict=True):
-            lane.windows.give_back(most - len(claims))
-            lane.has_mail = lane.has_mail or len(claims) == most
-            lane.retried_first ^= bool(len(claims) % 2)
-            for claim in claims:
-                self._take_up(lane, claim)
 
-    async def _room_in_limits(self, lane: Lane, wants: int) -> int:
-        """How many of them the account's limits let go now; when none, the turn waits or fails."""
-        if lane.limited_until is not None:  # it has passed: those that waited keep their place
+    async def _wanted(self, lane: Lane) -> int:
+        """Messages to claim for the lane now; where its limits let none go, this turn's wait or fail."""
+        now = self._clock.monotonic()
+        if lane.state is LaneState.LIMITED and lane.until <= now:  # those that waited keep their place
             await self._queue.let_go(lane.account.id, ("limit",))
             lane.end_limit()
-        now = self._clock.monotonic()
+        wants = lane.wants(now, self.settings.max_concurrency)
+        if not wants:
+            return 0
         room = lane.windows.room(now)
-        if not room and not lane.windows.held:  # what is on the wire may yet give its slot back
-            await self._hold_back(lane, lane.windows.opens_at(now), now)
+        if not room and not lane.windows.held:  # else what is on the wire may yet give its slot back
+            await self._hold_back(lane, now)
         return min(wants, room)
 
-    async def _hold_back(self, lane: Lane, opens_at: float, now: float) -> None:
+    async def _hold_back(self, lane: Lane, now: float) -> None:
         """The rate limit is reached: this turn's messages wait until the window opens, or fail."""
         reached = [name for name, left in lane.windows.left(now).items() if not left]
         limits = lane.account.limits._asdict()
         why = "rate limit reached: " + ", ".join(f"{limits[f'per_{name}']} per {name}" for name in reached)
-        order = self._order(lane, lane.account.batch_size)
+        order = Order(lane.account.id, lane.account.batch_size, lane.retried_first)
         if lane.account.limit_behavior == "error":
             held_back, until_ts = await self._queue.fail_limited(order, why), None
             self._metrics.messages_failed.labels(lane.account.id).inc(len(held_back))
-            self._alarm.ring()  # the next ones come up, and fail too
         else:
+            opens_at = self._limit(lane, now)
             until_ts = math.ceil(self._clock.wall() + opens_at - now)
-            lane.limit_until(opens_at)
             held_back = await self._queue.defer_limited(order, until_ts, why)
             self._metrics.messages_deferred.labels(lane.account.id, "limit").inc(len(held_back))
         if not held_back:
+            lane.end_limit()
             lane.has_mail = False
-            lane.limited_until = None
             return
+        self._mark(lane)  # the next ones come up, and fail too
         self._metrics.rate_limited.labels(lane.account.id).inc(len(held_back))
         for claim in held_back:
             event(
@@ -8366,6 +8255,52 @@ class Dispatcher:
                 account=claim.account_id, until=until_ts, error=why,
             )  # fmt: skip
         self._reports_due()
+
+    def _limit(self, lane: Lane, now: float) -> float:
+        """Claim nothing for the lane until its window opens; return when that is."""
+        opens_at = lane.windows.opens_at(now)
+        lane.limit_until(opens_at)
+        self._set_timer(lane)
+        return opens_at
+
+    def _set_timer(self, lane: Lane) -> None:
+        """Look at the lane when time changes something in it."""
+        wakes_at = lane.wakes_at()
+        if wakes_at == math.inf or (lane.timer is not None and lane.timer.when() <= wakes_at):
+            return
+        if lane.timer is not None:
+            lane.timer.cancel()
+        lane.timer = asyncio.get_running_loop().call_at(wakes_at, self._time_has_come, lane)
+
+    def _time_has_come(self, lane: Lane) -> None:
+        now = self._clock.monotonic()
+        lane.timer = None
+        lane.rests(now)
+        for session in [session for session in lane.idle if not lane.keeps(session, now)]:
+            lane.idle.remove(session)
+            self._part_with(lane, session)
+        self._set_timer(lane)
+        self._mark(lane)
+
+    async def _claim(self, wanted: Mapping[Lane, int]) -> None:
+        orders = [Order(lane.account.id, most, lane.retried_first) for lane, most in wanted.items()]
+        for lane, most in wanted.items():
+            lane.windows.hold(most)
+            lane.has_mail = False  # a wake during the claim sets it again
+        try:
+            found = await self._queue.claim(orders)
+        except StorageUnavailable:
+            for lane, most in wanted.items():
+                lane.windows.give_back(most)
+                lane.has_mail = True
+            raise
+        for (lane, most), claims in zip(wanted.items(), found, strict=True):
+            if len(claims) < most:
+                lane.windows.give_back(most - len(claims))
+            lane.has_mail = lane.has_mail or len(claims) == most
+            lane.retried_first ^= bool(len(claims) % 2)
+            for claim in claims:
+                self._take_up(lane, claim)
 
     # -- from claim to consignment
 
@@ -8381,62 +8316,50 @@ class Dispatcher:
         if not self._may_go(lane):
             self._spawn(self._release(lane, claim))
         elif claim.payload is not None and not claim.parts and claim.size_bytes <= COMPOSED_INLINE_BYTES:
-            self._enqueue(lane, Consignment(claim, None, contextlib.AsyncExitStack()))
+            lane.ready.append(Consignment(claim))
+            self._start_work(lane, 1)
         else:
             lane.preparing += 1
-            self._alarm.ring()  # it takes no connection yet: another may come
+            self._mark(lane)  # it takes no connection yet: another may come
             preparation = self._spawn(self._prepare(lane, claim))
             self._preparations.add(preparation)
             preparation.add_done_callback(self._preparations.discard)
 
     async def _prepare(self, lane: Lane, claim: Claim) -> None:
         """Fetch and compose a message beside the lane; no connection waits for it."""
+        started_at, generation = self._clock.wall(), lane.generation
         try:
-            consignment = await self._consignment(lane, claim)
+            prepared = await self._composer.prepare(lane, claim, self.settings.redirect_to)
         except asyncio.CancelledError:
             await self._release(lane, claim)
             raise
+        except StorageUnavailable:
+            await asyncio.sleep(STORAGE_PAUSE_S)
+            await self._release(lane, claim)
+            return
+        except Exception as error:
+            await self._fail_internally(lane, claim, error)
+            return
         finally:
             lane.preparing -= 1
-        if consignment is not None and self._may_go(lane):
-            self._enqueue(lane, consignment)
-        elif consignment is not None:
-            self._spawn(self._return(lane, consignment))
+            self._mark(lane)
+        if isinstance(prepared, Reply):
+            attempt = Attempt(started_at, self._clock.wall(), {"": prepared})
+            await self._settle(lane, claim, attempt, generation)
+        elif self._may_go(lane):
+            lane.ready.append(prepared)
+            self._start_work(lane, 1)
+        else:
+            await self._return(lane, prepared)
 
-    async def _consignment(self, lane: Lane, claim: Claim) -> Consignment | None:
-        """The message put together; None when that was the end of it, for now or for good."""
-        started_at, begun = self._clock.wall(), self._clock.monotonic()
-        async with contextlib.AsyncExitStack() as held:
-            try:
-                composed = await self._composer.prepare(claim, self.rules.redirect_to, lane.in_memory, held)
-            except StorageUnavailable:
-                await asyncio.sleep(STORAGE_PAUSE_S)
-                await self._release(lane, claim)
-            except Exception as error:
-                await self._fail_internally(lane, claim, error)
-            else:
-                if isinstance(composed, Composed):
-                    return Consignment(claim, composed, held.pop_all())
-                attempt = Attempt(started_at, self._clock.wall(), {"": composed})
-                await self._settle(lane, claim, attempt, begun)
-        return None
-
-    def _enqueue(self, lane: Lane, consignment: Consignment) -> None:
-        lane.ready.append(consignment)
-        self._start_work(lane)
-
-    def _start_work(self, lane: Lane) -> None:
-        """Put one more connection to work where there is work for it."""
-        if not lane.ready or not lane.connections_free(self._clock.monotonic()):
-            return
-        if self.rules.max_concurrency - self._busy > self._kept_from(lane):
-            line = Line(lane)
-            lane.begin(line)
-            self._busy += 1
-            self._spawn(self._work(line))
+    def _start_work(self, lane: Lane, most: int) -> None:
+        """Put free connections to work, so many at most."""
+        for _ in range(min(most, lane.connections_free(self._clock.monotonic(), self.settings.max_concurrency))):
+            lane.busy += 1
+            self._spawn(self._work(Line(lane)))
 
     async def _return(self, lane: Lane, consignment: Consignment) -> None:
-        await consignment.held.aclose()
+        self._composer.memory.give_back(lane, consignment.memory_bytes)
         await self._release(lane, consignment.claim)
 
     async def _release(self, lane: Lane, claim: Claim) -> None:
@@ -8448,6 +8371,7 @@ class Dispatcher:
         lane.windows.give_back()
         self._queue.release([claim])  # at once: the account may be deleted during any wait
         lane.has_mail = True
+        self._mark(lane)
 
     # -- one connection at work
 
@@ -8455,36 +8379,37 @@ class Dispatcher:
         """Deliver the lane's consignments over one connection until none is left."""
         lane = line.lane
         try:
-            while lane.ready and not (self._stands_still() or self._has_too_many(lane)):
+            while lane.ready and not self._stands_still() and self._is_welcome(lane):
                 consignment = lane.ready.popleft()
                 if len(lane.ready) <= lane.busy:
-                    self._alarm.ring()
+                    self._mark(lane)
                 try:
                     await self._deliver(line, consignment)
                 finally:
-                    await consignment.held.aclose()
+                    if consignment.memory_bytes:
+                        self._composer.memory.give_back(lane, consignment.memory_bytes)
         finally:
-            lane.finish(line)
+            lane.busy -= 1
             self._park(line)
-            self._give_back_slot()
-            self._alarm.ring()
+            self._mark(lane)
 
-    def _has_too_many(self, lane: Lane) -> bool:
-        """True when the lane was told to use fewer connections than it has."""
-        return lane.busy > lane.connections_allowed(self._clock.monotonic())
+    def _is_welcome(self, lane: Lane) -> bool:
+        """False when the lane has more connections at work than it may have now."""
+        return lane.connections_free(self._clock.monotonic(), self.settings.max_concurrency) >= 0
 
     def _park(self, line: Line) -> None:
         """Keep the session for the next message, or say goodbye."""
         lane, session = line.lane, line.session
         if session is None:
             return
-        if self._may_go(lane) and lane.keeps(session, line.generation, self._clock.monotonic()):
+        if self._may_go(lane) and lane.keeps(session, self._clock.monotonic()):
             lane.idle.append(session)
+            self._set_timer(lane)
         else:
             self._part_with(lane, session)
 
     def _part_with(self, lane: Lane, session: Session) -> None:
-        lane.ended()
+        del lane.sessions[session]
         if session.usable:
             self._spawn(session.quit())
         else:
@@ -8492,163 +8417,183 @@ class Dispatcher:
 
     async def _deliver(self, line: Line, consignment: Consignment) -> None:
         """Bring one message to its disposition, or put it back untouched."""
-        lane, claim = line.lane, consignment.claim
+        lane, claim, turn = line.lane, consignment.claim, None
         if claim.deadline is not None and claim.deadline <= self._clock.wall():
             await self._release(lane, claim)
             return
+        redirect_to = self.settings.redirect_to
         try:
-            composed = consignment.composed or self._composer.compose(claim, self.rules.redirect_to)
+            composed = consignment.composed or self._composer.compose(claim, claim.payload or "", redirect_to)
+            assert isinstance(composed, Composed)  # without parts there is nothing that cannot be fetched
+            turn = Turn(_for_its_recipients(claim, composed.envelope), composed)
+            while await self._transact(line, turn):
+                pass
         except Exception as error:
-            await self._fail_internally(lane, claim, error)
-            return
-        turn = Turn(_for_its_recipients(claim, composed.envelope), composed)
-        while await self._transact(line, turn):
-            pass
+            await self._fail_internally(lane, turn.claim if turn else claim, error, in_doubt=turn is not None)
 
     async def _transact(self, line: Line, turn: Turn) -> bool:
         """One transaction; True when the message goes on at once with the recipients that are left."""
-        lane, claim = line.lane, turn.claim
-        started_at, begun = self._clock.wall(), self._clock.monotonic()
+        lane, claim, generation = line.lane, turn.claim, line.lane.generation
+        started_at = self._clock.wall()
         left = turn.recipients_left
-        replies = {a: _not_allowed() for a in left if not (self.rules.redirect_to or self.rules.allows(a))}
+        replies = {address: _not_allowed() for address in left if not self._allows(address)}
         served = () if replies else tuple(left)[: lane.account.max_recipients]
         asked = {*replies, *served}
-        untried = [a for a in left if a not in asked]
+        untried = [address for address in left if address not in asked]
         name, reused = "", False
         if served:
             session = await self._session(line)
             if isinstance(session, Reply):
-                await self._without_session(line, claim, session, started_at, begun)
+                await self._without_session(line, claim, session, started_at, generation)
+                return False
+            if session is None or not await self._slots.take(lane, 1):
+                await self._release(lane, claim)
                 return False
             name, reused = session.name, session.transactions > 0
-            replies |= await self._converse(line, session, turn, served)
+            replies = await self._converse(line, session, turn.composed, served)
         attempt = Attempt(started_at, self._clock.wall(), replies, name, reused)
-        before = claim.recipients or {}
-        turn.claim, goes_on = await self._settle(lane, claim, attempt, begun, untried)
-        after = turn.claim.recipients or {}
-        turn.tried.update(a for a, o in after.items() if o is not before.get(a) and o != UNTRIED)
+        turn.claim, goes_on = await self._settle(lane, claim, attempt, generation, untried)
+        before, after = claim.recipients or {}, turn.claim.recipients or {}
+        turn.tried.update(a for a, outcome in after.items() if outcome is not before.get(a) and outcome != UNTRIED)
         return goes_on
 
-    async def _session(self, line: Line) -> Session | Reply:
-        """The line's session, one that was kept, or a new one; a reply says why there is none."""
+    def _allows(self, address: str) -> bool:
+        """True when mail may go to this address; no list allows all, and redirected mail goes where it is told."""
+        allowed = self.settings.allow_recipients
+        if not allowed or self.settings.redirect_to:
+            return True
+        address = address.lower()
+        return address in allowed or f"@{address.rpartition('@')[2]}" in allowed
+
+    async def _session(self, line: Line) -> Session | Reply | None:
+        """The line's session, one that was kept, or a new one; a reply says why there is none. None: called back."""
         lane, now = line.lane, self._clock.monotonic()
-        if line.session is not None and lane.keeps(line.session, line.generation, now):
-            return line.session
-        if line.session is not None:
-            self._part_with(lane, line.session)
-        line.session, line.generation = lane.take_session(now), lane.generation
-        if line.session is not None:
-            return line.session
-        opened = await self._open(lane)
-        if isinstance(opened, Reply):
-            outcome = "login_refused" if login_refused(opened) else "failed"
-        else:
-            outcome = "ok"
-            line.session = opened
-            lane.opened()
-            self._alarm.ring()  # it may have more now
-        self._metrics.smtp_connects.labels(self._metrics.label(lane.account.id), outcome).inc()
-        return opened
+        while line.session is not None or lane.idle:
+            session = line.session or lane.idle.pop()
+            if lane.keeps(session, now):
+                line.session = session
+                return session
+            self._part_with(lane, session)
+            line.session = None
+        return await self._open(line)
 
-    async def _open(self, lane: Lane) -> Session | Reply:
-        """Open a connection, unless the lane is recalled meanwhile.
+    async def _open(self, line: Line) -> Session | Reply | None:
+        """Open a connection, unless it is called back. While no session is open, one connection logs in
+        first; the others may connect once it is greeted, and log in once it is in."""
+        lane, generation = line.lane, line.lane.generation
+        if not lane.sessions and lane.first is None:
+            lane.first = line
+            lane.first_is_in.clear()
 
-        Servers that do not answer must not keep the slots from those that do, however many there are.
-        """
-        opening = asyncio.ensure_future(self._open_session(lane.account, name=lane.next_name()))
-        generation = lane.generation
-        lane.opening.add(opening)
+        async def may_log_in() -> None:
+            if lane.first is line:
+                lane.greeted = True
+                self._mark(lane)
+            else:
+                await lane.first_is_in.wait()
+
+        name = f"{lane.account.id}-{next(lane.names)}"
+        opening = asyncio.ensure_future(self._open_session(lane.account, name=name, may_log_in=may_log_in))
+        lane.openings.add(opening)
         try:
-            _, slow = await asyncio.wait([opening], timeout=SLOW_OPENING_S)
-            if slow:
-                self._give_back_slot()
-                await asyncio.wait([opening])
+            await asyncio.wait([opening])
         finally:
-            lane.opening.discard(opening)
+            lane.openings.discard(opening)
             opening.cancel()
-        if slow:
-            await self._slot()
+            if lane.first is line:
+                lane.first, lane.greeted = None, False
         if opening.cancelled():
-            return _given_up_while_connecting()
+            return None
         if (error := opening.exception()) is not None:
             event(
-                self._log, logging.ERROR, "connecting made mailproxy fail", account=lane.account.id,
-                exc_info=error,
+                self._log, logging.ERROR, "connecting made mailproxy fail", account=lane.account.id, exc_info=error
             )  # fmt: skip
             return Reply(Stage.CONNECT, 451, f"internal error ({type(error).__name__})", "4.3.0", Cause.LOCAL)
         opened = opening.result()
-        if isinstance(opened, Session) and not (self._may_go(lane) and lane.generation == generation):
+        outcome = "ok" if isinstance(opened, Session) else "login_refused" if login_refused(opened) else "failed"
+        self._metrics.smtp_connects.labels(self._metrics.label(lane.account.id), outcome).inc()
+        if isinstance(opened, Reply):
+            return opened
+        if lane.generation != generation or not self._may_go(lane):
             self._spawn(opened.quit())
-            return _given_up_while_connecting()
+            return None
+        lane.sessions[opened] = generation
+        lane.first_is_in.set()
+        line.session = opened
+        self._mark(lane)  # it may have more connections now
         return opened
 
-    async def _slot(self) -> None:
-        """Wait for one of the slots of max_concurrency."""
-        if self._busy < self.rules.max_concurrency:
-            self._busy += 1
-            return
-        self._without_slot.append(asyncio.get_running_loop().create_future())
-        await self._without_slot[-1]
-
-    def _give_back_slot(self) -> None:
-        """Free a slot, or hand it on to a connection that has waited for its server."""
-        while self._without_slot:
-            waiter = self._without_slot.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
-        self._busy -= 1
-        self._alarm.ring()
-
     async def _converse(
-        self, line: Line, session: Session, turn: Turn, recipients: tuple[str, ...]
+        self, line: Line, session: Session, composed: Composed, recipients: tuple[str, ...]
     ) -> dict[str, Reply]:
-        """One SMTP transaction: a reply for each recipient, and a session only if it can carry more."""
-        lane, composed, begun = line.lane, turn.composed, self._clock.monotonic()
+        """One SMTP transaction in its slot: a reply for each recipient, and a session only if it can carry more."""
+        lane, begun = line.lane, self._clock.monotonic()
         envelope = Envelope(composed.envelope.sender, recipients)
         try:
-            replies = await session.transact(envelope, composed.content, smtputf8=composed.smtputf8)
-        except Exception as error:
-            replies = dict.fromkeys(recipients, self._internal_failure(turn.claim, error))
-        lane.took(self._clock.monotonic() - begun)
-        took_s = self._clock.monotonic() - begun
-        self._metrics.smtp_transaction_seconds.labels(self._metrics.label(lane.account.id)).observe(took_s)
-        if not session.usable:
-            self._part_with(lane, session)
-            line.session = None
-        return replies
+            return await session.transact(envelope, composed.content, smtputf8=composed.smtputf8)
+        finally:
+            self._slots.give_back(lane, 1)
+            seconds = self._clock.monotonic() - begun
+            lane.took(seconds)
+            self._metrics.smtp_transaction_seconds.labels(self._metrics.label(lane.account.id)).observe(seconds)
+            if not session.usable:
+                self._part_with(lane, session)
+                line.session = None
 
-    async def _without_session(self, line: Line, claim: Claim, failure: Reply, started_at: float, begun: float) -> None:
-        """A connection could not be had: fewer will do when others work, else the lane cools.
+    async def _without_session(
+        self, line: Line, claim: Claim, failure: Reply, started_at: float, generation: int
+    ) -> None:
+        """A connection could not be opened: fewer will do when others work, else the lane cools.
 
         When the lane was called back or changed meanwhile, the message has not had its turn.
         """
         lane = line.lane
-        while lane.opening and not (lane.connections or login_refused(failure)):  # do others work?
-            await asyncio.wait(lane.opening, return_when=asyncio.FIRST_COMPLETED)
-        if lane.outdated(begun) and not lane.cooling(self._clock.monotonic()):
-            await self._release(lane, claim)
-        elif lane.connections and not login_refused(failure):
+        current = generation == lane.generation
+        if current and not login_refused(failure) and (lane.connections or lane.first is not None):
             lane.refused_another()
             await self._release(lane, claim)
+        elif current or lane.state is LaneState.COOLING:
+            await self._settle(lane, claim, Attempt(started_at, self._clock.wall(), {"": failure}), generation)
         else:
-            await self._settle(lane, claim, Attempt(started_at, self._clock.wall(), {"": failure}), begun)
+            await self._release(lane, claim)
 
     # -- what became of it
 
     async def _settle(
-        self, lane: Lane, claim: Claim, attempt: Attempt, begun: float, untried: Collection[str] = ()
+        self, lane: Lane, claim: Claim, attempt: Attempt, generation: int, untried: Collection[str] = ()
     ) -> tuple[Claim, bool]:
         """Judge the attempt, tell the lane, record it; True when the message goes on at once."""
         disposition = settle(claim, attempt, lane.account, self._clock.wall(), self._jitter(), untried)
-        self._tell_lane(lane, disposition, begun)
+        if disposition.lane is LaneSignal.UP:
+            if lane.works(generation):
+                self._spawn(self._let_go(lane))
+        elif disposition.lane is not LaneSignal.NONE and generation == lane.generation:
+            self._cool(lane, disposition)
         if disposition.status is Status.QUEUED and not (self._draining or lane.deleted):
             await self._record(Outcome(claim, attempt, disposition, sent=False))
             served = claim.served or disposition.slot_used
             return claim._replace(recipients=disposition.recipients, served=served), True
-        return await self._conclude(lane, claim, attempt, disposition), False
+        await self._conclude(lane, claim, attempt, disposition)
+        return claim, False
 
-    async def _conclude(self, lane: Lane, claim: Claim, attempt: Attempt, disposition: Disposition) -> Claim:
+    def _cool(self, lane: Lane, disposition: Disposition) -> None:
+        lane.cool(disposition.lane, disposition.error or "", self._jitter())
+        refused = disposition.lane is LaneSignal.LOGIN_REFUSED
+        level, what = (
+            (logging.ERROR, "an account cannot log in") if refused else (logging.WARNING, "account cooling down")
+        )
+        event(self._log, level, what, account=lane.account.id, until=lane.next_try_ts(), error=disposition.error)
+        self._recall(lane)
+        self._set_timer(lane)
+
+    async def _let_go(self, lane: Lane) -> None:
+        """The server works again: what waited for it is ready at once."""
+        with contextlib.suppress(StorageUnavailable):  # then it goes when its time comes
+            await self._queue.let_go(lane.account.id, ("connection", "login"))
+        lane.has_mail = True
+        self._mark(lane)
+
+    async def _conclude(self, lane: Lane, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
         """Record how the turn of a message ended; its slot, and its place on the wire, are free."""
         if lane.deleted and disposition.status in (Status.QUEUED, Status.DEFERRED):
             disposition = given_up(disposition, "account deleted")
@@ -8664,25 +8609,6 @@ class Dispatcher:
         if disposition.status is Status.QUEUED:
             self._queue.release([claim])
             lane.has_mail = True
-        return claim
-
-    def _tell_lane(self, lane: Lane, disposition: Disposition, begun: float) -> None:
-        """What an attempt begun then says about the server."""
-        if disposition.lane is LaneSignal.UP:
-            lane.works(begun)
-        elif disposition.lane is not LaneSignal.NONE and not lane.outdated(begun):
-            self._cool(lane, disposition)
-
-    def _cool(self, lane: Lane, disposition: Disposition) -> None:
-        if disposition.lane is LaneSignal.LOGIN_REFUSED:
-            lane.refuse_login(disposition.error or "", self._jitter())
-            level, what = logging.ERROR, "an account cannot log in"
-        else:
-            lane.lose_server(disposition.error or "", self._jitter())
-            level, what = logging.WARNING, "an account's server is left alone"
-        event(self._log, level, what, account=lane.account.id, until=lane.next_try_ts(), error=disposition.error)
-        self._put_back(lane)
-        self._close_idle(lane)
 
     async def _record(self, outcome: Outcome) -> None:
         """Write the outcome, however long the storage refuses: it must not be forgotten."""
@@ -8702,19 +8628,19 @@ class Dispatcher:
         if outcome.disposition.status is not Status.QUEUED:
             self._reports_due()
 
-    async def _fail_internally(self, lane: Lane, claim: Claim, error: Exception) -> None:
-        """Our own code could not put this message together: it fails alone."""
-        now = self._clock.wall()
-        attempt = Attempt(now, now, {"": self._internal_failure(claim, error)})
-        await self._settle(lane, claim, attempt, self._clock.monotonic())
-
-    def _internal_failure(self, claim: Claim, error: Exception) -> Reply:
+    async def _fail_internally(self, lane: Lane, claim: Claim, error: Exception, *, in_doubt: bool = False) -> None:
+        """Our own code failed with this message: it ends, and no other; in doubt when it may have been sent."""
         event(
             self._log, logging.ERROR, "a message made mailproxy fail", message=claim.id,
             account=claim.account_id, exc_info=error,
         )  # fmt: skip
-        why = f"internal error: the message could not be composed ({type(error).__name__})"
-        return Reply(Stage.COMPOSITION, 554, why, "5.6.0", Cause.LOCAL)
+        what = "in doubt: internal error" if in_doubt else "internal error: the message could not be composed"
+        why = f"{what} ({type(error).__name__})"
+        now = self._clock.wall()
+        reply = Reply(Stage.COMPOSITION, 554, why, "5.6.0", Cause.LOCAL)
+        attempt = Attempt(now, now, {} if in_doubt else {"": reply})
+        ended = replace(untouched(claim), counted=True, slot_used=in_doubt)
+        await self._conclude(lane, claim, attempt, given_up(ended, why))
 
     def _tell(self, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
         """One line and the counters for what became of a message."""
@@ -8736,14 +8662,6 @@ class Dispatcher:
                 self._log, logging.INFO, "message deferred", **fields, until=disposition.deferred_ts,
                 error=disposition.error,
             )  # fmt: skip
-
-    def _end_old_sessions(self) -> None:
-        """Close kept sessions whose time is over, or whose server has closed them."""
-        now = self._clock.monotonic()
-        for lane in self.lanes.values():
-            for session in [s for s in lane.idle if not lane.keeps(s, lane.generation, now)]:
-                lane.idle.remove(session)
-                self._part_with(lane, session)
 
     # -- the end
 
@@ -8789,10 +8707,6 @@ def _for_its_recipients(claim: Claim, envelope: Envelope) -> Claim:
         if address in envelope.recipients or outcome.status is not Status.DEFERRED
     }
     return claim._replace(recipients=kept or None)
-
-
-def _given_up_while_connecting() -> Reply:
-    return Reply(Stage.CONNECT, 451, "given up while connecting", "4.3.2", Cause.LOCAL)
 
 
 def _not_allowed() -> Reply:
@@ -9603,7 +9517,7 @@ class ControlPlane:
         pending = {id_: tally.ready + tally.waiting for id_, tally in tallies.items()}
         accounts: dict[str, dict[str, object]] = {}
         for id_, lane in self._dispatcher.lanes.items():
-            state = {**lane.state()._asdict(), "connections": lane.connections, "pending": pending.get(id_, 0)}
+            state = {**lane.status()._asdict(), "connections": lane.connections, "pending": pending.get(id_, 0)}
             left = lane.windows.left(now)
             accounts[id_] = {**state, "limits_left": left} if left else state
         for id_ in pending.keys() - accounts.keys():
@@ -9635,7 +9549,7 @@ class ControlPlane:
         metrics.reports_unacknowledged.set(sum(tally.unreported for tally in tallies.values()))
         metrics.scheduler_active.set(self._dispatcher.active)
         for account_id, lane in self._dispatcher.lanes.items():
-            metrics.account_up.labels(account_id).set(lane.state().state != "cooling")
+            metrics.account_up.labels(account_id).set(lane.status().state not in ("cooling", "probing"))
             metrics.smtp_connections.labels(account_id, "busy").set(lane.busy)
             metrics.smtp_connections.labels(account_id, "idle").set(len(lane.idle))
         return Response(200, await self._in_thread(metrics.exposition), METRICS_CONTENT_TYPE)
@@ -9733,7 +9647,7 @@ class ControlPlane:
         """Wake dispatch and reporting at once."""
         await request.json_object()  # no field is known, but a bad body is told
         self._reporter.run_now()
-        await self._dispatcher.run_now()
+        self._dispatcher.run_now()
         return json_response({"ok": True})
 
     async def suspend(self, request: Request) -> Response:
@@ -10068,12 +9982,12 @@ class Daemon:
         """Put the rooms together, from the queue upwards."""
         await self._queue.load()
         self._composer = Composer(
-            self._queue, self._fetcher(), MemoryBudget(self.settings.attachments.memory_budget_bytes), self._work
+            self._queue, self._fetcher(), self.settings.attachments.memory_budget_bytes, self._work
         )
         agent = self._agent(await self._hostname())
         self._dispatcher = Dispatcher(
             self._queue,
-            self._delivery_rules(),
+            self.settings.delivery,
             clock=self._clock,
             jitter=lambda: random.uniform(-1, 1),
             open_session=agent.open_session,
@@ -10258,7 +10172,7 @@ class Daemon:
         self.settings = settings = renewal.settings
         self._tokens = tuple(token.encode() for token in renewal.tokens)
         configure_logging(settings.logging.level, settings.logging.format, journal=stderr_is_journal(self._environ))
-        self._dispatcher.rules = self._delivery_rules()
+        self._dispatcher.settings = self.settings.delivery
         self._dispatcher.log_deliveries = settings.logging.delivery_activity
         self._reporter.rules = self._report_rules()
         self._reporter.wake()
@@ -10287,16 +10201,6 @@ class Daemon:
         except TimeoutError:
             name = socket.gethostname()
         return name if re.fullmatch(r"[A-Za-z0-9.-]+", name) else "localhost"
-
-    def _delivery_rules(self) -> DeliveryRules:
-        delivery = self.settings.delivery
-        return DeliveryRules(
-            send_interval_s=delivery.send_interval_seconds,
-            test_mode=delivery.test_mode,
-            max_concurrency=delivery.max_concurrency,
-            redirect_to=delivery.redirect_to,
-            allow_recipients=delivery.allow_recipients,
-        )
 
     def _report_rules(self) -> ReportRules:
         client, delivery = self.settings.client, self.settings.delivery
