@@ -516,9 +516,17 @@ class Kind(NamedTuple):
         """A value of JSON, or the words of config.ini. Raises ValueError."""
         if self.many and isinstance(value, list):
             return self.parse(", ".join(map(str, value)))
-        if not isinstance(value, str) and type(value) not in self.types:
-            raise ValueError
-        return self.parse(str(value))
+        return self.parse(fit(str(value), isinstance(value, str) or type(value) in self.types))
+
+
+def fit(value: T, fits: object) -> T:
+    """The value; ValueError when it does not fit."""
+    if not fits:
+        raise ValueError
+    return value
+
+
+NOT_FOR_ONE_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]|([\ud800-\udfff])")
 
 
 def flaw_of_line(text: str) -> str | None:
@@ -530,50 +538,16 @@ def flaw_of_line(text: str) -> str | None:
     return f"must not have line breaks or control characters (U+{ord(found[0]):04X})"
 
 
-NOT_FOR_ONE_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]|([\ud800-\udfff])")
-
-
-def _line(value: str) -> str:
-    if flaw_of_line(value):
-        raise ValueError
-    return value
-
-
-def _label(value: str) -> str:
-    if not 1 <= len(value) <= LONGEST_ID:
-        raise ValueError
-    return _line(value)
-
-
-def _secret(value: str) -> Secret:
-    if value in ("env:", "file:"):
-        raise ValueError
-    return Secret(_line(value))
-
-
-def _boolean(value: str) -> bool:
-    word = value.strip().lower()
-    if word in ("true", "yes", "on", "1"):
-        return True
-    if word in ("false", "no", "off", "0"):
-        return False
-    raise ValueError
-
-
 def word(*words: str) -> Kind:
     def parse(value: str) -> str:
-        if value.strip().lower() not in words:
-            raise ValueError
-        return value.strip().lower()
+        return fit(value.strip().lower(), value.strip().lower() in words)
 
     return Kind(f"one of {', '.join(words)}", parse, " | ".join(map(repr, words)))
 
 
 def integer(low: int, high: int = LARGEST_INTEGER, unit: str = "") -> Kind:
     def parse(value: str) -> int:
-        if not re.fullmatch(r"\s*[+-]?[0-9]{1,19}\s*", value) or not low <= int(value) <= high:
-            raise ValueError
-        return int(value)
+        return fit(int(value), low <= int(value) <= high and re.fullmatch(r"\s*[+-]?[0-9]+\s*", value))
 
     number = "a whole number of bytes" if unit == "bytes" else "a whole number"
     most = "" if high == LARGEST_INTEGER else f" to {high}"
@@ -582,47 +556,33 @@ def integer(low: int, high: int = LARGEST_INTEGER, unit: str = "") -> Kind:
 
 def seconds(low: float, high: float = LONGEST_S) -> Kind:
     def parse(value: str) -> float:
-        if not re.fullmatch(r"\s*[0-9.]{1,18}\s*", value) or not low <= float(value) <= high:
-            raise ValueError
-        return float(value)
+        return fit(float(value), low <= float(value) <= high and re.fullmatch(r"\s*[0-9.]+\s*", value))
 
     most = "" if high == LONGEST_S else f" to {high:.0f}"
     return Kind(f"a number of seconds from {low:g}{most}", parse, "number", (int, float), "seconds")
-
-
-def _split(value: str) -> tuple[str, ...]:
-    return tuple(item for item in re.split(r"[,\s]+", value) if item)
 
 
 def many(words: str, parse: Callable[[str], object], json: str = "string", *, secret: bool = False) -> Kind:
     """A list of what `parse` reads, with commas or white space between, or a list of JSON."""
 
     def parse_all(value: str) -> tuple[object, ...]:
-        items = tuple(parse(item) for item in _split(value))
-        if not items:
-            raise ValueError
-        return items
+        items = tuple(parse(item) for item in split_list(value))
+        return fit(items, items)
 
     return Kind(f"a list of {words}", parse_all, f"string | {json}[]", secret=secret, many=True)
 
 
-def _listening_host(value: str) -> str:
-    if re.search(r"[\s/]", value):
-        raise ValueError
-    return value.removeprefix("[").removesuffix("]")
+def split_list(value: str) -> list[str]:
+    return [item for item in re.split(r"[,\s]+", value) if item]
 
 
-def _host(value: str) -> str:
-    host = a_labels(value.strip())
-    if not re.fullmatch(r"[A-Za-z0-9_.:%\-]{1,255}", host):
-        raise ValueError
-    return host
+def _line(value: str) -> str:
+    return fit(value, not flaw_of_line(value))
 
 
-def _socket_path(value: str) -> str:
-    if len(os.fsencode(value)) > 103:  # sun_path of macOS; Linux has 107
-        raise ValueError
-    return value
+def _boolean(value: str) -> bool:
+    true = value.strip().lower() in ("true", "yes", "on", "1")
+    return fit(true, true or value.strip().lower() in ("false", "no", "off", "0"))
 
 
 def _readable_file(value: str) -> str:
@@ -634,30 +594,30 @@ def _readable_file(value: str) -> str:
         raise ValueError from error
 
 
+def _host(value: str) -> str:
+    host = a_labels(value.strip())
+    return fit(host, re.fullmatch(r"[A-Za-z0-9_.:%\-]{1,255}", host))
+
+
 def _http_url(value: str) -> str:
     text = value.strip()
-    http_target(text)
-    if " " in text or flaw_of_line(text):
-        raise ValueError
-    return text
+    return fit(text, http_target(text) and " " not in text and not flaw_of_line(text))
 
 
-def _url_without_user(value: str) -> str:
-    if http_target(value).authorization or re.search(r"[^!-\[\]-~]", value):
-        raise ValueError
-    return value
+def _own_url(value: str) -> str:
+    return fit(value, not http_target(value).authorization and re.fullmatch(r"[!-\[\]-~]+", value))
 
 
-def _address(value: str) -> str:
+def _address(value: str, local_part: str = r"[^@\s]+") -> str:
     """An address, its domain in A-labels as those of messages are."""
-    local_part, at, domain = value.rpartition("@")
-    if not at or not re.fullmatch(r"[^@\s]+", local_part) or not re.fullmatch(r"[^@\s]+", domain):
+    parts = re.fullmatch(rf"({local_part})@([^@\s]+)", value)
+    if parts is None:
         raise ValueError
-    return f"{local_part}@{a_labels(domain)}"
+    return f"{parts[1]}@{a_labels(parts[2])}"
 
 
 def _allowed_recipient(value: str) -> str:
-    return (f"@{a_labels(value[1:])}" if re.fullmatch(r"@[^@\s]+", value) else _address(value)).lower()
+    return _address(value, r"[^@\s]*").lower()
 
 
 def _host_or_network(value: str) -> str:
@@ -672,18 +632,31 @@ def _priority(value: str) -> int:
     return PRIORITIES[name] if name in PRIORITIES else int(integer(0, 3).parse(name))
 
 
+COUNT, BYTES, PERIOD = integer(1), integer(1, unit="bytes"), seconds(0.01)
+AGE, LIFE = integer(0, unit="seconds"), integer(1, unit="seconds")
 TEXT = Kind("text on one line", _line)
-LABEL = Kind(f"1 to {LONGEST_ID} characters on one line", _label)
+LABEL = Kind(
+    f"1 to {LONGEST_ID} characters on one line", lambda value: fit(_line(value), 1 <= len(value) <= LONGEST_ID)
+)
 BOOLEAN = Kind("true or false (or yes, no, on, off, 1, 0)", _boolean, "boolean", (bool, int))
 PATH = Kind("a path", _line)
 READABLE_FILE = Kind("the path of a file that can be read", _readable_file)
-SOCKET_PATH = Kind("a path of at most 103 bytes", _socket_path)
-LISTENING_HOST = Kind("an address or a host name", _listening_host)
+SOCKET_PATH = Kind(  # sun_path of macOS; Linux has 107
+    "a path of at most 103 bytes", lambda value: fit(value, len(os.fsencode(value)) <= 103)
+)
+LISTENING_HOST = Kind(
+    "an address or a host name",
+    lambda value: fit(value.removeprefix("[").removesuffix("]"), not re.search(r"[\s/]", value)),
+)
 HOST = Kind("the name or the address of a server", _host)
 HTTP_URL = Kind("an http or https URL", _http_url)
-URL = Kind("an http:// or https:// URL without user and password in it", _url_without_user)
-SECRET = Kind("a secret: itself, env:NAME or file:/path", _secret, secret=True)
-SECRETS = many("secrets, each itself, env:NAME or file:/path", _secret, secret=True)
+URL = Kind("an http:// or https:// URL without user and password in it", _own_url)
+SECRET = Kind(
+    "a secret: itself, env:NAME or file:/path",
+    lambda value: Secret(fit(_line(value), value not in ("env:", "file:"))),
+    secret=True,
+)
+SECRETS = many("secrets, each itself, env:NAME or file:/path", SECRET.parse, secret=True)
 DELAYS = many("whole seconds", integer(0, LONGEST_S).parse, "integer")._replace(unit="seconds")
 MAIL_ADDRESS = Kind("a mail address", _address)
 RECIPIENTS = many("mail addresses or @domains", _allowed_recipient)
@@ -692,6 +665,7 @@ PRIORITY = Kind(
     "0 to 3, or immediate, high, medium, low", _priority, " | ".join(["integer", *map(repr, PRIORITIES)]), (int,)
 )
 
+RETRY_DELAYS = (60, 300, 900, 3600, 7200)
 NEEDED: Any = MISSING  # the default of what has none
 
 
@@ -703,186 +677,131 @@ class Setting(NamedTuple):
     default: Any
     kind: Kind
     meaning: str
-    at_start: bool  # SIGHUP cannot change it
-    else_of: str  # of an account: the setting of [delivery] that stands in for it
+    at_start: bool = False  # SIGHUP cannot change it
+    else_of: str = ""  # of an account: the setting of [delivery] that stands in for it
 
     @property
-    def shown_default(self) -> str:
-        return "" if self.else_of or self.default is NEEDED else as_written(self.default)
+    def shown(self) -> tuple[str, str]:
+        """Its default and its meaning, as config.ini and the README have them."""
+        if self.else_of:
+            return "", f"{self.meaning} Left out: {self.else_of} of [delivery]."
+        return "" if self.default is NEEDED else as_written(self.default), self.meaning
 
 
-def setting(default: T, kind: Kind, meaning: str, *, at_start: bool = False, else_of: str = "") -> T:
-    """A row of the table, where its section is declared."""
+def row(default: T, kind: Kind, meaning: str, *, at_start: bool = False, else_of: str = "") -> T:
+    """A setting, where its section is declared."""
     return field(default=default, metadata={"kind": kind, "meaning": meaning, "at_start": at_start, "else_of": else_of})
+
+
+def fixed(default: T, kind: Kind, meaning: str) -> T:
+    """A setting that only a restart can change."""
+    return row(default, kind, meaning, at_start=True)
 
 
 @dataclass(frozen=True, slots=True)
 class StorageSettings:
     """Where the queue lives."""
 
-    db_path: str = setting("./mailproxy.db", PATH, "File of the queue. Its directory must exist.", at_start=True)
+    db_path: str = fixed("./mailproxy.db", PATH, "File of the queue. Its directory must exist.")
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
     """The HTTP side: where it listens, who may come in, how much it takes."""
 
-    host: str = setting(
-        "127.0.0.1", LISTENING_HOST, "Address to listen on. Anything but loopback needs an api_token.", at_start=True
-    )
-    port: int = setting(8000, integer(0, 65_535), "TCP port; 0 takes a free one.", at_start=True)
-    unix_socket: str | None = setting(
-        None, SOCKET_PATH, "Listen on this Unix socket (mode 0660) instead of TCP.", at_start=True
-    )
-    api_token: tuple[Secret, ...] = setting(
-        (),
-        SECRETS,
-        "What clients must send as X-API-Token or Bearer token. Several, with commas or spaces between, "
-        "are all valid: for the days in which a token is changed.",
-    )
-    tls_cert: str | None = setting(
-        None, READABLE_FILE, "Certificate chain (PEM) to speak HTTPS; needs tls_key.", at_start=True
-    )
-    tls_key: str | None = setting(None, READABLE_FILE, "Private key (PEM) of tls_cert.", at_start=True)
-    max_body_bytes: int = setting(64 * 2**20, integer(1, unit="bytes"), "Largest body of a request.", at_start=True)
-    max_batch: int = setting(1000, integer(1), "Most messages of one submission.")
-    max_connections: int = setting(1000, integer(1), "Most connections at a time.", at_start=True)
-    head_timeout_seconds: float = setting(10.0, seconds(0.01), "Time for the head of a request.", at_start=True)
-    idle_timeout_seconds: float = setting(
-        75.0, seconds(0.01), "How long a connection may be idle between requests.", at_start=True
-    )
-    body_timeout_seconds: float = setting(
-        60.0, seconds(0.01), "How long the body of a request may make no progress.", at_start=True
-    )
+    host: str = fixed("127.0.0.1", LISTENING_HOST, "Address to listen on. Other than loopback it needs an api_token.")
+    port: int = fixed(8000, integer(0, 65_535), "TCP port; 0 takes a free one.")
+    unix_socket: str | None = fixed(None, SOCKET_PATH, "Listen on this Unix socket (mode 0660) instead of TCP.")
+    api_token: tuple[Secret, ...] = row((), SECRETS, "What clients must send; several are for when it is changed.")
+    tls_cert: str | None = fixed(None, READABLE_FILE, "Certificate chain (PEM) to speak HTTPS; needs tls_key.")
+    tls_key: str | None = fixed(None, READABLE_FILE, "Private key (PEM) of tls_cert.")
+    max_body_bytes: int = fixed(64 * 2**20, BYTES, "Largest body of a request.")
+    max_batch: int = row(1000, COUNT, "Most messages of one submission.")
+    max_connections: int = fixed(1000, COUNT, "Most connections at a time.")
+    head_timeout_seconds: float = fixed(10.0, PERIOD, "Time for the head of a request.")
+    idle_timeout_seconds: float = fixed(75.0, PERIOD, "How long a connection may be idle between requests.")
+    body_timeout_seconds: float = fixed(60.0, PERIOD, "How long the body of a request may make no progress.")
 
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
     """The upstream: who gets the delivery reports, and serves attachments by storage path."""
 
-    client_sync_url: str | None = setting(
-        None, URL, "Delivery reports go here (POST). Without it results stay in the queue file until purged."
-    )
-    client_attachment_url: str | None = setting(
-        None, URL, "Attachments with fetch_mode endpoint are fetched here (POST)."
-    )
-    client_sync_user: str | None = setting(None, TEXT, "User of HTTP basic authentication.")
-    client_sync_password: Secret | None = setting(None, SECRET, "Password of HTTP basic authentication.")
-    client_sync_token: Secret | None = setting(
-        None, SECRET, "Bearer token; wins over user and password when both are set."
-    )
-    client_sync_secret: Secret | None = setting(
-        None, SECRET, "Signs each report as Standard Webhooks has it: whsec_ and base64, or any other text as it is."
-    )
-    sync_interval_seconds: float = setting(
-        300.0, seconds(0.05), "The upstream is called at least this often, with or without anything to report."
-    )
-    report_batch_size: int = setting(1000, integer(1, 100_000), "Most entries of one report.")
-    timeout_seconds: float = setting(30.0, seconds(0.05, 3600), "Time for the whole call.")
-    ca_file: str | None = setting(
-        None, READABLE_FILE, "CA certificates (PEM) to trust for https upstreams instead of the system's."
-    )
+    client_sync_url: str | None = row(None, URL, "Delivery reports go here (POST). Left out: nobody is told.")
+    client_attachment_url: str | None = row(None, URL, "Attachments with fetch_mode endpoint are fetched here (POST).")
+    client_sync_user: str | None = row(None, TEXT, "User of HTTP basic authentication.")
+    client_sync_password: Secret | None = row(None, SECRET, "Password of HTTP basic authentication.")
+    client_sync_token: Secret | None = row(None, SECRET, "Bearer token; wins over user and password.")
+    client_sync_secret: Secret | None = row(None, SECRET, "Signs reports as Standard Webhooks; after whsec_ base64.")
+    sync_interval_seconds: float = row(300.0, seconds(0.05), "Called at least this often, also with nothing to report.")
+    report_batch_size: int = row(1000, integer(1, 100_000), "Most entries of one report.")
+    timeout_seconds: float = row(30.0, seconds(0.05, 3600), "Time for the whole call.")
+    ca_file: str | None = row(None, READABLE_FILE, "CA certificates (PEM) to trust instead of the system's.")
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
     """Whether mail goes out at all."""
 
-    active: bool = setting(
-        True, BOOLEAN, "Deliver from the start. What suspend and activate last said wins over it.", at_start=True
-    )
+    active: bool = fixed(True, BOOLEAN, "Deliver from the start. What suspend and activate last said wins over it.")
 
 
 @dataclass(frozen=True, slots=True)
 class DeliverySettings:
     """How mail goes out: pace, retries, retention, staging. Accounts may have their own."""
 
-    send_interval_seconds: float = setting(
-        0.5, seconds(0.01, 3600), "Longest sleep of the dispatcher; mail goes out at once all the same."
-    )
-    test_mode: bool = setting(False, BOOLEAN, "Deliver and report only at run-now.", at_start=True)
-    default_priority: int = setting(2, PRIORITY, "Priority of messages that have none.")
-    delivery_report_retention_seconds: int = setting(
-        604_800, integer(0, unit="seconds"), "Final, reported messages are purged after this time."
-    )
-    batch_size_per_account: int = setting(
-        50, integer(1, 100_000), "Most messages an account has in one turn of the dispatcher."
-    )
-    max_connections_per_account: int = setting(
-        5, integer(1, 1000), "Most SMTP connections of an account that names no max_connections."
-    )
-    max_concurrency: int = setting(100, integer(1, 10_000), "Most SMTP transactions at a time, all accounts together.")
-    retry_delays: tuple[int, ...] = setting(
-        (60, 300, 900, 3600, 7200), DELAYS, "Pauses before each retry after a passing failure; the last one repeats."
-    )
-    max_age_seconds: int = setting(
-        432_000, integer(1, unit="seconds"), "A message not delivered for so long becomes an error."
-    )
-    max_retries: int = setting(
-        0, integer(0, 1_000_000), "Further attempts after the first; 0 goes on until max_age_seconds."
-    )
-    id_retention_seconds: int = setting(
-        2_592_000, integer(0, unit="seconds"), "How long the id of a sent message is refused a second time."
-    )
-    shutdown_timeout_seconds: float = setting(
-        30.0, seconds(0, 86_400), "How long SMTP transactions in progress may finish when the daemon stops."
-    )
-    redirect_to: str | None = setting(
-        None, MAIL_ADDRESS, "Staging: every mail goes here instead, its real recipients in X-Original-To."
-    )
-    allow_recipients: tuple[str, ...] = setting(
-        (), RECIPIENTS, "Staging: addresses or @domains mail may go to; others become errors. Empty: all."
-    )
+    send_interval_seconds: float = row(0.5, seconds(0.01, 3600), "Longest sleep of the dispatcher, which mail wakes.")
+    test_mode: bool = fixed(False, BOOLEAN, "Deliver and report only at run-now.")
+    default_priority: int = row(2, PRIORITY, "Priority of messages that have none.")
+    delivery_report_retention_seconds: int = row(604_800, AGE, "Final, reported messages are purged after this time.")
+    batch_size_per_account: int = row(50, integer(1, 100_000), "Most messages an account has in one turn.")
+    max_connections_per_account: int = row(5, integer(1, 1000), "Most connections to the server of an account.")
+    max_concurrency: int = row(100, integer(1, 10_000), "Most SMTP transactions at a time, all accounts together.")
+    retry_delays: tuple[int, ...] = row(RETRY_DELAYS, DELAYS, "Pauses before the retries; the last one repeats.")
+    max_age_seconds: int = row(432_000, LIFE, "A message not delivered for so long becomes an error.")
+    max_retries: int = row(0, integer(0, 1_000_000), "Most attempts after the first; 0 goes on until max_age_seconds.")
+    id_retention_seconds: int = row(2_592_000, AGE, "How long the id of a sent message is refused a second time.")
+    shutdown_timeout_seconds: float = row(30.0, seconds(0, 86_400), "How long transactions may finish when it stops.")
+    redirect_to: str | None = row(None, MAIL_ADDRESS, "Staging: every mail goes here, its recipients in X-Original-To.")
+    allow_recipients: tuple[str, ...] = row((), RECIPIENTS, "Staging: mail to others becomes an error. Empty: to all.")
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
     """An SMTP server to send through. [smtp] is the account of messages that name none."""
 
-    id: str = setting(NEEDED, LABEL, "The name by which messages choose it.")
-    host: str = setting(NEEDED, HOST, "Name or address of the SMTP server. Without it there is no such account.")
-    port: int = setting(NEEDED, integer(1, 65_535), "587 or 25 (STARTTLS), or 465 (TLS from the first byte).")
-    user: str | None = setting(None, TEXT, "Login name; without it there is no login.")
-    password: Secret | None = setting(None, SECRET, "Better env:NAME or file:/path than the password itself.")
-    use_tls: bool | None = setting(
-        None, BOOLEAN, "true: encrypted for certain; left out: by start_tls, and true on port 465."
-    )
-    implicit_tls: bool = setting(False, BOOLEAN, "TLS from the first byte on any port.")
-    start_tls: str = setting("auto", word("auto", "required", "never"), "auto: when the server offers it.")
-    verify_tls: bool = setting(True, BOOLEAN, "Verify the server's certificate and name.")
-    ca_file: str | None = setting(None, PATH, "CA certificates (PEM) to trust instead of the system's.")
-    client_cert: str | None = setting(None, PATH, "Certificate (PEM) to show to the server.")
-    client_key: str | None = setting(None, PATH, "Private key (PEM) of client_cert.")
-    auth: str = setting("auto", word("auto", "plain", "login", "cram-md5", "xoauth2"), "How to log in.")
-    oauth2_token_url: str | None = setting(None, HTTP_URL, "Where access tokens for xoauth2 come from.")
-    oauth2_client_id: str | None = setting(None, TEXT, "Client id of xoauth2.")
-    oauth2_client_secret: Secret | None = setting(None, SECRET, "Client secret of xoauth2.")
-    oauth2_refresh_token: Secret | None = setting(
-        None, SECRET, "Refresh token; without it client credentials are used."
-    )
-    oauth2_scope: str | None = setting(None, TEXT, "Scope of the access token.")
-    ttl: float = setting(300.0, seconds(0.001), "How long a connection may live.")
-    max_connections: int = setting(
-        5, integer(1, 1000), "Most connections at a time.", else_of="max_connections_per_account"
-    )
-    max_messages_per_connection: int = setting(100, integer(1), "Most messages over one connection.")
-    max_recipients: int = setting(100, integer(1), "Most recipients of one transaction; more are split over several.")
-    timeout: float = setting(60.0, seconds(0.001), "For each reply; the last one of a message is given 600 seconds.")
-    in_doubt: str = setting("retry", word("retry", "error"), "What to do when the last reply never came.")
-    limit_per_minute: int = setting(0, integer(0), "Most messages in any 60 seconds; 0: no limit.")
-    limit_per_hour: int = setting(0, integer(0), "Most messages in any hour.")
-    limit_per_day: int = setting(0, integer(0), "Most messages in any day.")
-    limit_behavior: str = setting("defer", word("defer", "error"), "What becomes of messages above a limit.")
-    batch_size: int = setting(50, integer(1), "Most messages of one turn.", else_of="batch_size_per_account")
-    retry_delays: tuple[int, ...] = setting(
-        (60, 300, 900, 3600, 7200), DELAYS, "Pauses before each retry; the last one repeats.", else_of="retry_delays"
-    )
-    max_age_seconds: int = setting(
-        432_000, integer(1), "A message not delivered for so long becomes an error.", else_of="max_age_seconds"
-    )
-    max_retries: int = setting(
-        0, integer(0), "Further attempts after the first; 0 goes on until max_age_seconds.", else_of="max_retries"
-    )
+    id: str
+    host: str = row(NEEDED, HOST, "Name or address of the SMTP server. Without it there is no such account.")
+    port: int = row(NEEDED, integer(1, 65_535), "587 or 25 (STARTTLS), or 465 (TLS from the first byte).")
+    user: str | None = row(None, TEXT, "Login name; without it there is no login.")
+    password: Secret | None = row(None, SECRET, "Better env:NAME or file:/path than the password itself.")
+    use_tls: bool | None = row(None, BOOLEAN, "true: encrypted for certain. Left out: by start_tls; true on port 465.")
+    implicit_tls: bool = row(False, BOOLEAN, "TLS from the first byte on any port.")
+    start_tls: str = row("auto", word("auto", "required", "never"), "auto: when the server offers it.")
+    verify_tls: bool = row(True, BOOLEAN, "Verify the server's certificate and name.")
+    ca_file: str | None = row(None, PATH, "CA certificates (PEM) to trust instead of the system's.")
+    client_cert: str | None = row(None, PATH, "Certificate (PEM) to show to the server.")
+    client_key: str | None = row(None, PATH, "Private key (PEM) of client_cert.")
+    auth: str = row("auto", word("auto", "plain", "login", "cram-md5", "xoauth2"), "How to log in.")
+    oauth2_token_url: str | None = row(None, HTTP_URL, "Where access tokens for xoauth2 come from.")
+    oauth2_client_id: str | None = row(None, TEXT, "Client id of xoauth2.")
+    oauth2_client_secret: Secret | None = row(None, SECRET, "Client secret of xoauth2.")
+    oauth2_refresh_token: Secret | None = row(None, SECRET, "Without it client credentials are used.")
+    oauth2_scope: str | None = row(None, TEXT, "Scope of the access token.")
+    ttl: float = row(300.0, seconds(0.001), "How long a connection may live.")
+    max_connections: int = row(5, integer(1, 1000), "Most at a time.", else_of="max_connections_per_account")
+    max_messages_per_connection: int = row(100, COUNT, "Most messages over one connection.")
+    max_recipients: int = row(100, COUNT, "Most recipients of one transaction; more are split over several.")
+    timeout: float = row(60.0, seconds(0.001), "For each reply; the last one of a message is given 600 seconds.")
+    in_doubt: str = row("retry", word("retry", "error"), "What to do when the last reply never came.")
+    limit_per_minute: int = row(0, integer(0), "Most messages in any 60 seconds; 0: no limit.")
+    limit_per_hour: int = row(0, integer(0), "Most messages in any hour.")
+    limit_per_day: int = row(0, integer(0), "Most messages in any day.")
+    limit_behavior: str = row("defer", word("defer", "error"), "What becomes of messages above a limit.")
+    batch_size: int = row(50, COUNT, "Most messages of one turn.", else_of="batch_size_per_account")
+    retry_delays: tuple[int, ...] = row(RETRY_DELAYS, DELAYS, "Pauses before the retries.", else_of="retry_delays")
+    max_age_seconds: int = row(432_000, COUNT, "After which a message becomes an error.", else_of="max_age_seconds")
+    max_retries: int = row(0, integer(0), "Most attempts after the first.", else_of="max_retries")
     source: str = "http"  # or "config"; no setting
 
     @property
@@ -895,15 +814,10 @@ class Account:
 
     @property
     def oauth2(self) -> OAuth2 | None:
-        if self.oauth2_token_url is None or self.oauth2_client_id is None:
+        url, client_id = self.oauth2_token_url, self.oauth2_client_id
+        if url is None or client_id is None:
             return None
-        return OAuth2(
-            self.oauth2_token_url,
-            self.oauth2_client_id,
-            self.oauth2_client_secret,
-            self.oauth2_refresh_token,
-            self.oauth2_scope,
-        )
+        return OAuth2(url, client_id, self.oauth2_client_secret, self.oauth2_refresh_token, self.oauth2_scope)
 
     @property
     def limits(self) -> Limits:
@@ -914,53 +828,34 @@ class Account:
 class AttachmentSettings:
     """What fetching attachments may cost, and where they may come from."""
 
-    timeout_seconds: float = setting(60.0, seconds(0.05, 3600), "Time to fetch one attachment, redirects included.")
-    max_attachment_bytes: int = setting(25 * 2**20, integer(1, unit="bytes"), "Largest attachment.")
-    max_message_bytes: int = setting(
-        35 * 2**20, integer(1, unit="bytes"), "Most bytes of all attachments of a message."
-    )
-    memory_budget_bytes: int = setting(
-        100 * 2**20, integer(1, unit="bytes"), "Memory for all messages being put together at a time.", at_start=True
-    )
-    cache_bytes: int = setting(
-        25 * 2**20,
-        integer(0, unit="bytes"),
-        "Bytes of fetched attachments kept, on disk, for the next message of a burst; 0: none.",
-        at_start=True,
-    )
-    allow_hosts: tuple[str, ...] = setting(
-        (), HOSTS, "Host names, addresses and networks attachments may come from although they are not public."
-    )
-    base_dir: str | None = setting(
-        None, PATH, "Attachments with fetch_mode filesystem lie below this directory; without it they are refused."
-    )
+    timeout_seconds: float = row(60.0, seconds(0.05, 3600), "Time to fetch one attachment, redirects included.")
+    max_attachment_bytes: int = row(25 * 2**20, BYTES, "Largest attachment.")
+    max_message_bytes: int = row(35 * 2**20, BYTES, "Most bytes of all attachments of a message.")
+    memory_budget_bytes: int = fixed(100 * 2**20, BYTES, "Memory for all messages being put together at a time.")
+    cache_bytes: int = fixed(25 * 2**20, integer(0, unit="bytes"), "Fetched files kept on disk for a burst; 0: none.")
+    allow_hosts: tuple[str, ...] = row((), HOSTS, "Where attachments may come from although it is not public.")
+    base_dir: str | None = row(None, PATH, "Where attachments with fetch_mode filesystem lie. Left out: refused.")
 
 
 @dataclass(frozen=True, slots=True)
 class S3Settings:
     """Where attachments in S3 come from; the AWS_* variables stand in for what is left out."""
 
-    access_key_id: Secret | None = setting(None, SECRET, "Else AWS_ACCESS_KEY_ID.")
-    secret_access_key: Secret | None = setting(None, SECRET, "Else AWS_SECRET_ACCESS_KEY.")
-    session_token: Secret | None = setting(
-        None, SECRET, "Else AWS_SESSION_TOKEN, when the key id comes from there too."
-    )
-    region: str | None = setting(None, TEXT, "Else AWS_REGION or AWS_DEFAULT_REGION.")
-    endpoint: str | None = setting(None, URL, "Of a server that is not Amazon's. Else AWS_ENDPOINT_URL_S3.")
-    addressing: str = setting(
-        "auto",
-        word("auto", "path", "virtual"),
-        "Bucket in the path or the host name; auto: virtual on Amazon, path elsewhere.",
-    )
+    access_key_id: Secret | None = row(None, SECRET, "Else AWS_ACCESS_KEY_ID.")
+    secret_access_key: Secret | None = row(None, SECRET, "Else AWS_SECRET_ACCESS_KEY.")
+    session_token: Secret | None = row(None, SECRET, "Else AWS_SESSION_TOKEN, when the key id comes from there too.")
+    region: str | None = row(None, TEXT, "Else AWS_REGION or AWS_DEFAULT_REGION.")
+    endpoint: str | None = row(None, URL, "Of a server that is not Amazon's. Else AWS_ENDPOINT_URL_S3.")
+    addressing: str = row("auto", word("auto", "path", "virtual"), "Where the bucket stands; auto: virtual on Amazon.")
 
 
 @dataclass(frozen=True, slots=True)
 class LoggingSettings:
     """What is said on stderr, and how."""
 
-    level: str = setting("info", word("debug", "info", "warning", "error"), "What is logged: this, and worse.")
-    format: str = setting("text", word("text", "json"), "json: every line is an object.")
-    delivery_activity: bool = setting(False, BOOLEAN, "One line for each delivery.")
+    level: str = row("info", word("debug", "info", "warning", "error"), "What is logged: this, and worse.")
+    format: str = row("text", word("text", "json"), "json: every line is an object.")
+    delivery_activity: bool = row(False, BOOLEAN, "One line for each delivery.")
 
 
 @dataclass(frozen=True)
@@ -981,28 +876,19 @@ class Settings:
     origins: Mapping[tuple[str, str], str] = field(default_factory=dict, repr=False)  # of each that was given
 
 
-CLASSES: Mapping[str, type[Any]] = MappingProxyType(  # in the order in which they are printed
-    {
-        "storage": StorageSettings,
-        "server": ServerSettings,
-        "client": ClientSettings,
-        "scheduler": SchedulerSettings,
-        "smtp": Account,
-        "delivery": DeliverySettings,
-        "attachments": AttachmentSettings,
-        "s3": S3Settings,
-        "logging": LoggingSettings,
-    }
-)
-TABLE: Mapping[str, tuple[Setting, ...]] = MappingProxyType(
-    {
-        section: tuple(Setting(section, row.name, row.default, **row.metadata) for row in fields(kind) if row.metadata)
-        for section, kind in CLASSES.items()
-    }
-)
+CLASSES: Mapping[str, type[Any]] = MappingProxyType({  # in the order in which they are printed
+    "storage": StorageSettings, "server": ServerSettings, "client": ClientSettings, "scheduler": SchedulerSettings,
+    "smtp": Account, "delivery": DeliverySettings, "attachments": AttachmentSettings, "s3": S3Settings,
+    "logging": LoggingSettings,
+})  # fmt: skip
+TABLE: Mapping[str, tuple[Setting, ...]] = MappingProxyType({
+    section: tuple(Setting(section, one.name, one.default, **one.metadata) for one in fields(kind) if one.metadata)
+    for section, kind in CLASSES.items()
+})  # fmt: skip
 SECTIONS = tuple(section for section in CLASSES if section != "smtp")  # those that are there once
 SETTINGS_TABLE = tuple(row for section in SECTIONS for row in TABLE[section])
-ACCOUNT_TABLE = TABLE["smtp"][1:]  # the id of an account stands in the name of its section
+ACCOUNT_TABLE = TABLE["smtp"]  # of [smtp] and each [account:ID]
+ACCOUNT_ID = Setting("smtp", "id", NEEDED, LABEL, "The name by which messages choose it.")
 
 
 # --- config.ini and README: the table, printed ---------------------------
@@ -1037,23 +923,16 @@ def as_written(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def printed_rows(section: str) -> Sequence[tuple[Setting, str]]:
-    """The rows of a section that stand in config.ini, and their meaning in full."""
-    rows = ACCOUNT_TABLE if section == "smtp" else TABLE[section]
-    return [
-        (row, f"{row.meaning} Left out: {row.else_of} of [delivery]." if row.else_of else row.meaning) for row in rows
-    ]
-
-
 def config_ini() -> str:
     """A config.ini with every setting in it, commented out, with its meaning and default."""
     lines = [CONFIG_INI_HEAD]
     for section, kind in CLASSES.items():
         lines += [f"[{section}]", f"# {kind.__doc__}", ""]
-        for row, meaning in printed_rows(section):
+        for row in TABLE[section]:
+            default, meaning = row.shown
             words = f"{meaning} [{row.kind.words}{'; needs a restart' if row.at_start else ''}]"
             lines += textwrap.wrap(words, 98, initial_indent="# ", subsequent_indent="# ")
-            lines += [f"#{row.key} = {row.shown_default}".rstrip(), ""]
+            lines += [f"#{row.key} = {default}".rstrip(), ""]
         if section == "smtp":
             lines += [CONFIG_INI_ACCOUNT]
     return "\n".join(lines).rstrip() + "\n"
@@ -1065,9 +944,10 @@ def settings_table() -> str:
     for section, kind in CLASSES.items():
         name = "**[smtp]**, **[account:ID]**" if section == "smtp" else f"**[{section}]**"
         lines.append(f"| {name} | | {kind.__doc__} |")
-        for row, meaning in printed_rows(section):
-            default = f"`{row.shown_default} {row.kind.unit}".rstrip() + "`" if row.shown_default else ""
-            lines.append(f"| `{row.key}` | {default} | {meaning} |")
+        for row in TABLE[section]:
+            default, meaning = row.shown
+            with_unit = f"`{default} {row.kind.unit}".rstrip() + "`" if default else ""
+            lines.append(f"| `{row.key}` | {with_unit} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
@@ -1085,14 +965,11 @@ class Given(NamedTuple):
 GivenSettings = dict[tuple[str, str], Given]  # by section and key
 
 ENVIRONMENT_OF_THE_CLIENT = ("MAILPROXY_CONFIG", "MAILPROXY_URL", "MAILPROXY_TOKEN")
-AWS_VARIABLES = (  # that stand in for a key of [s3] which is not given
-    ("access_key_id", "AWS_ACCESS_KEY_ID"),
-    ("secret_access_key", "AWS_SECRET_ACCESS_KEY"),
-    ("session_token", "AWS_SESSION_TOKEN"),
-    ("region", "AWS_REGION"),
-    ("region", "AWS_DEFAULT_REGION"),
-    ("endpoint", "AWS_ENDPOINT_URL_S3"),
-)
+AWS_VARIABLES = (  # that stand in for what [s3] leaves out; later ones win
+    ("access_key_id", "AWS_ACCESS_KEY_ID"), ("secret_access_key", "AWS_SECRET_ACCESS_KEY"),
+    ("session_token", "AWS_SESSION_TOKEN"), ("endpoint", "AWS_ENDPOINT_URL_S3"),
+    ("region", "AWS_DEFAULT_REGION"), ("region", "AWS_REGION"),
+)  # fmt: skip
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -1106,12 +983,11 @@ def _keys_of(origin: str, section: str) -> Mapping[str, Setting]:
     if account_id == section and section not in CLASSES:
         known = nearest(section.lower(), [*CLASSES, "account:ID"])
         raise ConfigurationError(f"{origin}: [{section}]: unknown section{known}")
-    if account_id != section and account_id == "default":
+    if section == "account:default":
         raise ConfigurationError(f"{origin}: [account:default]: the default account is the section [smtp]")
     if not 1 <= len(account_id) <= LONGEST_ID:
         raise ConfigurationError(f"{origin}: [account:ID]: the ID of an account has 1 to {LONGEST_ID} characters")
-    rows = TABLE[section] if section in SECTIONS else ACCOUNT_TABLE
-    return {row.key: row for row in rows}
+    return {row.key: row for row in TABLE.get(section, ACCOUNT_TABLE)}
 
 
 def _given(origin: str, section: str, key: str, text: str) -> Given:
@@ -1135,14 +1011,6 @@ def _given(origin: str, section: str, key: str, text: str) -> Given:
     except ValueError:
         shown = "the value" if row.kind.secret else f'"{text[:100]}"'
         raise ConfigurationError(f"{where}: {shown} is not {row.kind.words}") from None
-
-
-def _config_path(config: str | None, environ: Mapping[str, str]) -> str | None:
-    """The file to read: a named one whether it is there or not, else the first that is there."""
-    named = config or environ.get("MAILPROXY_CONFIG")
-    if named:
-        return named
-    return next((path for path in ("./config.ini", "/etc/mailproxy/config.ini") if os.path.exists(path)), None)
 
 
 def _sections_of(path: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -1207,29 +1075,17 @@ def _from_command_line(overrides: Mapping[str, str]) -> GivenSettings:
     return given
 
 
-def _from_aws_variables(given: GivenSettings, environ: Mapping[str, str]) -> GivenSettings:
-    """What [s3] leaves out; secrets by reference. A session token belongs to the key id it was issued with."""
-    has_key_id = ("s3", "access_key_id") in given and bool(given["s3", "access_key_id"].text)
-    found: GivenSettings = {}
-    for key, name in AWS_VARIABLES:
-        taken = ("s3", key) in found or (("s3", key) in given and given["s3", key].text)
-        if environ.get(name) and not taken and not (key == "session_token" and has_key_id):
-            is_secret = _keys_of("", "s3")[key].kind.secret
-            text = f"env:{name}" if is_secret else environ[name]
-            found["s3", key] = _given(f"environment variable {name}", "s3", key, text)
-    return found
-
-
 def read_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
     """All settings, each one judged for itself: what a client of the daemon needs.
 
     `overrides` are the command line's, by "section.key". Blocking: reads a file.
     Raises ConfigurationError that names file, section and key.
     """
-    path = _config_path(config, environ)
+    usual = (path for path in ("./config.ini", "/etc/mailproxy/config.ini") if os.path.exists(path))
+    path = config or environ.get("MAILPROXY_CONFIG") or next(usual, None)
     of_environment, warnings = _from_environment(environ)
     given = (_from_file(path) if path else {}) | of_environment | _from_command_line(overrides)
-    given |= _from_aws_variables(given, environ)
+    given = _with_aws_variables(given, environ)
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     accounts: dict[str, dict[str, str]] = {}
     for (section, key), one in given.items():
@@ -1249,6 +1105,17 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
         warnings=tuple(warnings),
         origins=MappingProxyType({place: one.origin for place, one in given.items()}),
     )
+
+
+def _with_aws_variables(given: GivenSettings, environ: Mapping[str, str]) -> GivenSettings:
+    """[s3] completed; secrets by reference. A session token belongs to the key id it was issued with."""
+    given = {place: one for place, one in given.items() if one.text or place[0] != "s3"}
+    found: GivenSettings = {}
+    for key, name in AWS_VARIABLES:
+        if environ.get(name) and not (key == "session_token" and ("s3", "access_key_id") in given):
+            text = environ[name] if key in ("region", "endpoint") else f"env:{name}"
+            found["s3", key] = _given(f"environment variable {name}", "s3", key, text)
+    return found | given
 
 
 def load_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
@@ -1380,7 +1247,7 @@ def api_tokens(settings: Settings, environ: Mapping[str, str]) -> tuple[str, ...
     """
     tokens: list[str] = []
     for secret in settings.server.api_token:
-        found = _split(_revealed(settings, "server", "api_token", secret, environ))
+        found = split_list(_revealed(settings, "server", "api_token", secret, environ))
         if not found or not all(re.fullmatch(r"[\x21-\x7e]+", token) for token in found):
             raise _complaint(settings, "server", "api_token", "a token must be ASCII without spaces")
         tokens += found
@@ -1399,7 +1266,9 @@ class Field(NamedTuple):
 
 
 SECRET_FIELDS = frozenset(row.key for row in ACCOUNT_TABLE if row.kind.secret)  # not shown to anybody
-_FIELDS_OF_ACCOUNTS = {row.key: Field(row.kind.json, row.meaning, row.default is NEEDED) for row in TABLE["smtp"]}
+_FIELDS_OF_ACCOUNTS = {
+    row.key: Field(row.kind.json, row.meaning, row.default is NEEDED) for row in (ACCOUNT_ID, *ACCOUNT_TABLE)
+}
 OAUTH2_FIELDS: Mapping[str, Field] = {
     key.removeprefix("oauth2_"): known for key, known in _FIELDS_OF_ACCOUNTS.items() if key.startswith("oauth2_")
 }
@@ -1424,7 +1293,7 @@ def parse_account(fields: object, *, source: str = "http", defaults: DeliverySet
         raise Rejected("invalid oauth2: must be an object")
     given = {**fields, **{f"oauth2_{key}": value for key, value in (nested or {}).items()}}
     values: dict[str, Any] = {"source": source}
-    for row in TABLE["smtp"]:
+    for row in (ACCOUNT_ID, *ACCOUNT_TABLE):
         value = given.get(row.key)
         if value is not None and value != "":
             try:
@@ -1471,7 +1340,7 @@ def section_of(account_id: str) -> str:
 
 def account_fields(account: Account) -> dict[str, object]:
     """An account as it is shown: no secret is in it."""
-    values = {row.key: getattr(account, row.key) for row in TABLE["smtp"] if not row.kind.secret}
+    values = {row.key: getattr(account, row.key) for row in (ACCOUNT_ID, *ACCOUNT_TABLE) if not row.kind.secret}
     shown = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in values.items()
