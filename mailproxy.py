@@ -52,16 +52,13 @@ message taken out for delivery, a *disposition* what is recorded of an attempt.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import binascii
-import bisect
 import collections
 import concurrent.futures
 import configparser
 import contextlib
-import csv
 import difflib
 import email
 import email.header
@@ -84,7 +81,6 @@ import mimetypes
 import os
 import pathlib
 import platform
-import pwd
 import queue
 import random
 import re
@@ -130,10 +126,13 @@ from email.errors import MessageError
 from email.header import decode_header, make_header
 from email.utils import parsedate_to_datetime
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
 import aiosmtplib
 import prometheus_client
+
+if TYPE_CHECKING:
+    import argparse
 
 __version__ = "0.1.0"
 
@@ -10278,19 +10277,27 @@ class RefusedByDaemon(CommandFailed):
         self.http_status = http_status
 
 
-class DaemonAddress(NamedTuple):
-    """Where a daemon is, and how to be let in."""
+class DaemonAnswer(NamedTuple):
+    """What a daemon answered; a refusal is an answer too."""
 
-    url: str  # http://HOST:PORT, https://... or unix:/path
-    token: str | None = None
-    certificate: str | None = None  # the daemon's own, from its config.ini
+    http_status: int
+    text: str  # as it came
+    fields: dict[str, Any]
+
+    def granted(self) -> dict[str, Any]:
+        """The fields. Raises RefusedByDaemon where they are a refusal."""
+        if self.http_status == 401:
+            raise RefusedByDaemon("the daemon asks for another token: set MAILPROXY_TOKEN", 401)
+        if not self.fields["ok"]:
+            raise RefusedByDaemon(f"{self.fields.get('error', f'HTTP {self.http_status}')}", self.http_status)
+        return self.fields
 
 
 class UnixConnection(http.client.HTTPConnection):
     """HTTP over a Unix socket."""
 
-    def __init__(self, path: str, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=CLIENT_PATIENCE_S)
         self._path = path
 
     def connect(self) -> None:
@@ -10299,156 +10306,113 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-class DaemonAnswer(NamedTuple):
-    """What a daemon answered; a refusal is an answer too."""
+class Client(NamedTuple):
+    """One daemon: where it is, and how to be let in. It is asked over one connection a request."""
 
-    status: int
-    body: bytes
-
-    def fields(self, url: str) -> dict[str, Any]:
-        """The answer as JSON. Raises CommandFailed where somebody else than mailproxy speaks."""
-        try:
-            content = json.loads(self.body)
-        except ValueError:
-            content = None
-        if not isinstance(content, dict) or "ok" not in content:
-            raise CommandFailed(f"{url} answers (HTTP {self.status}), but not as mailproxy does")
-        return content
-
-
-class Client:
-    """Asks one daemon, one connection a request. Blocking."""
-
-    def __init__(self, address: DaemonAddress) -> None:
-        self.url = address.url.rstrip("/")
-        self._address = address
-        self._parts = split_daemon_url(self.url)
+    url: str  # http://HOST:PORT, https://... or unix:/path
+    token: str | None = None
+    certificate: str | None = None  # the daemon's own, from its config.ini
 
     def ask(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> DaemonAnswer:
-        """One request. Raises CommandFailed when the daemon cannot be reached."""
+        """One request. Raises CommandFailed when no daemon answers, ConfigurationError for what is no URL."""
+        daemon = daemon_target(self.url)
         body = None if fields is None else json.dumps(fields).encode()
-        headers = {"Content-Type": "application/json"} if body is not None else {}
-        if self._address.token is not None:
-            headers["X-API-Token"] = self._address.token
-        prefix = "" if self._parts.scheme == "unix" else self._parts.path
-        connection = self._connection()
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        if self.token is not None:
+            headers["X-API-Token"] = self.token
+        prefix = "" if daemon.scheme == "unix" else daemon.path.rstrip("/")
         try:
-            with contextlib.suppress(BrokenPipeError):  # too large: the answer says so
-                connection.request(method, prefix + path, body, headers)
-            response = connection.getresponse()
-            return DaemonAnswer(response.status, response.read())
+            with contextlib.closing(self._connection(daemon)) as connection:
+                with contextlib.suppress(BrokenPipeError):  # too large: the answer says so
+                    connection.request(method, prefix + path, body, headers)
+                response = connection.getresponse()
+                text = response.read().decode("utf-8", "backslashreplace")
         except OSError as error:
             raise CommandFailed(f"cannot reach {self.url}: {_why_unreachable(error)}") from None
         except http.client.HTTPException:
             raise CommandFailed(f"{self.url} does not answer as an HTTP server does") from None
-        finally:
-            connection.close()
+        with contextlib.suppress(ValueError):
+            answered = json.loads(text)
+            if isinstance(answered, dict) and "ok" in answered:
+                return DaemonAnswer(response.status, text, answered)
+        raise CommandFailed(f"{self.url} answers (HTTP {response.status}), but not as mailproxy does")
 
-    def granted(self, answer: DaemonAnswer) -> dict[str, Any]:
-        """The fields of an answer. Raises RefusedByDaemon where it is a refusal."""
-        fields = answer.fields(self.url)
-        if answer.status == 401:
-            needed = f"{self.url} does not let us in without the right token: set MAILPROXY_TOKEN"
-            raise RefusedByDaemon(needed, 401)
-        if not fields["ok"]:
-            raise RefusedByDaemon(f"{fields.get('error', f'HTTP {answer.status}')}", answer.status)
-        return fields
-
-    def _connection(self) -> http.client.HTTPConnection:
-        host, port = self._parts.hostname or "", self._parts.port
-        if self._parts.scheme == "unix":
-            return UnixConnection(self._parts.path, CLIENT_PATIENCE_S)
-        if self._parts.scheme == "http":
-            return http.client.HTTPConnection(host, port, timeout=CLIENT_PATIENCE_S)
-        context = daemon_tls_context(self._address.certificate)
-        return http.client.HTTPSConnection(host, port, timeout=CLIENT_PATIENCE_S, context=context)
-
-
-def split_daemon_url(url: str) -> urllib.parse.SplitResult:
-    """The parts of a daemon's URL. Raises ConfigurationError where it is none."""
-    with contextlib.suppress(ValueError):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme == "unix" and parts.path.startswith("/"):
-            return parts
-        fit = re.fullmatch(r"[\x21-\x7e]+", url) and parts.hostname and parts.port != 0
-        if parts.scheme in ("http", "https") and fit:
-            return parts
-    shown = f'"{url}" is not the URL of a daemon'
-    raise ConfigurationError(f"{shown}: http://HOST:PORT, https://HOST:PORT or unix:/path")
+    def _connection(self, daemon: HttpTarget) -> http.client.HTTPConnection:
+        """Not connected yet. TLS is verified by name, or against the very certificate that config.ini names."""
+        if daemon.scheme == "unix":
+            return UnixConnection(daemon.path)
+        if daemon.scheme == "http":
+            return http.client.HTTPConnection(daemon.host, daemon.port, timeout=CLIENT_PATIENCE_S)
+        context = ssl.create_default_context()
+        if self.certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = False  # a loopback address is in no certificate; this one is known by itself
+            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+            try:
+                context.load_verify_locations(self.certificate)
+            except OSError as error:
+                sentence = f"the certificate {self.certificate} cannot be used: {error.strerror}"
+                raise ConfigurationError(sentence) from None
+        return http.client.HTTPSConnection(daemon.host, daemon.port, timeout=CLIENT_PATIENCE_S, context=context)
 
 
-def daemon_tls_context(certificate: str | None) -> ssl.SSLContext:
-    """TLS towards a daemon: verified by name, or against the very certificate its config.ini names.
-
-    Blocking: reads files. Raises ConfigurationError.
-    """
-    if certificate is None:
-        return ssl.create_default_context()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # a loopback address is in no certificate; this one is known by itself
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+def daemon_target(url: str) -> HttpTarget:
+    """A daemon's URL, taken apart; the path of a Unix socket is the path of scheme unix. Raises ConfigurationError."""
+    if url.startswith("unix:/"):
+        return HttpTarget("unix", "localhost", 0, url.removeprefix("unix:"), None)
     try:
-        context.load_verify_locations(certificate)
-    except OSError as error:
-        raise ConfigurationError(f"the certificate {certificate} cannot be used: {error.strerror}") from None
-    return context
+        return http_target(url)
+    except ValueError:
+        shown = f'"{url}" is not the URL of a daemon'
+        raise ConfigurationError(f"{shown}: http://HOST:PORT, https://HOST:PORT or unix:/path") from None
 
 
 def _why_unreachable(error: OSError) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no answer within {CLIENT_PATIENCE_S:g} s"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message}"
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed: {(error.reason or 'unknown').replace('_', ' ').lower()}"
+    match error:
+        case TimeoutError():
+            return f"no answer within {CLIENT_PATIENCE_S:g} s"
+        case ssl.SSLCertVerificationError():
+            return f"its certificate is not trusted: {error.verify_message}"
+        case ssl.SSLError():
+            return f"TLS failed: {(error.reason or 'unknown').replace('_', ' ').lower()}"
     reason = (error.strerror or str(error) or type(error).__name__).lower()
     absent = isinstance(error, ConnectionRefusedError | FileNotFoundError)
     return f"{reason}; start it with `mailproxy serve`, or say where it is with --url" if absent else reason
 
 
-def find_daemon(args: argparse.Namespace, environ: Mapping[str, str]) -> DaemonAddress:
+def find_daemon(
+    environ: Mapping[str, str], url: str | None = None, token: str | None = None, config: str | None = None
+) -> Client:
     """The daemon a command means: options, then environment, then the daemon's own config.ini.
 
     Blocking: reads files. Raises ConfigurationError.
     """
-    url = args.url or environ.get("MAILPROXY_URL")
-    token = _token_given(args.token or environ.get("MAILPROXY_TOKEN"), environ)
+    url = (url or environ.get("MAILPROXY_URL", "")).rstrip("/")
+    token = token or environ.get("MAILPROXY_TOKEN") or None
+    if token:
+        try:
+            token = reveal(Secret(token), environ)
+        except SecretUnavailable as error:
+            raise ConfigurationError(f"the token cannot be read: {error}") from None
+        if not re.fullmatch(r"[\x21-\x7e]+", token):
+            raise ConfigurationError("the token must be ASCII without spaces")
     if url and token:
-        return DaemonAddress(url, token)
+        return Client(url, token)
     try:
-        configured = _configured_daemon(args.config, environ, token)
+        settings = read_settings(config, environ, {})
+        its_token = token or next(iter(api_tokens(settings, environ)), None)
     except ConfigurationError:
-        if not url or args.config:
+        if not url or config:
             raise
-        return DaemonAddress(url, token)
+        return Client(url)
     if not url:
-        return configured
-    here = url.rstrip("/") == configured.url or is_loopback(split_daemon_url(url).hostname or "localhost")
-    its_token = configured.token if here else None  # which is for no other machine
-    return DaemonAddress(url, token or its_token)
+        return Client(_own_url(settings.server), its_token, settings.server.tls_cert)
+    here = is_loopback(daemon_target(url).host) or url == _own_url(settings.server)
+    return Client(url, its_token if here else None)  # the token of config.ini is for no other machine
 
 
-def _token_given(given: str | None, environ: Mapping[str, str]) -> str | None:
-    """A token from the command line or the environment, which may be env:NAME or file:/path."""
-    if not given:
-        return None
-    try:
-        token = reveal(Secret(given), environ)
-    except SecretUnavailable as error:
-        raise ConfigurationError(f"the token cannot be had: {error}") from None
-    if not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise ConfigurationError("the token must be ASCII without spaces")
-    return token
-
-
-def _configured_daemon(config: str | None, environ: Mapping[str, str], token: str | None) -> DaemonAddress:
-    """The daemon that config.ini describes, as it is reached from this machine."""
-    settings = read_settings(config, environ, {})
-    tokens = [token] if token else [*api_tokens(settings, environ), None]
-    return DaemonAddress(_daemon_url(settings.server), tokens[0], settings.server.tls_cert)
-
-
-def _daemon_url(server: ServerSettings) -> str:
+def _own_url(server: ServerSettings) -> str:
+    """Where the daemon that config.ini describes is reached from this machine."""
     if server.unix_socket is not None:
         return f"unix:{os.path.abspath(server.unix_socket)}"
     if server.port == 0:
@@ -10472,48 +10436,54 @@ def cut(text: str, width: int) -> str:
     """The text, cut where it is wider than this."""
     if text_width(text) <= width:
         return text
-    while text and text_width(text) > width - 1:
-        text = text[: min(len(text) - 1, width)]
+    text = text[:width]
+    while text and text_width(text) >= width:
+        text = text[:-1]
     return text + "…"
 
 
-def fitted(text: str, width: int) -> str:
-    """The text, cut or filled up to just this width."""
-    return cut(text, width) + " " * (width - text_width(cut(text, width)))
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], kinds: Sequence[str] = (), width: int | None = None
+) -> list[str]:
+    """Lines of aligned columns, those of the rows in the colours of their kinds.
+
+    Where they are too wide for the terminal the widest columns are cut, then the lines; the id never.
+    """
+    width = output_width() if width is None else width
+    cells = [[_escaped("" if cell is None else str(cell)) for cell in row] for row in (header, *rows)]
+    widths = [max(map(text_width, column)) for column in zip(*cells, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths[1:]) > 8:
+        widths[widths.index(max(widths[1:]), 1)] -= 1
+    lines = []
+    for row, kind in itertools.zip_longest(cells, ("", *kinds), fillvalue=""):
+        fitted = [cut(cell, columns) for cell, columns in zip(row, widths, strict=True)]
+        padded = [cell + " " * (columns - text_width(cell)) for cell, columns in zip(fitted, widths, strict=True)]
+        lines.append(paint(cut("  ".join(padded).rstrip(), max(width, widths[0] + 1)), kind))
+    return lines
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]], width: int = NEVER_TOO_WIDE) -> list[str]:
-    """Lines of aligned columns. Where they are too wide the widest are cut, then the lines; the id never."""
-    cells = [list(header), *([_escaped("" if cell is None else str(cell)) for cell in row] for row in rows)]
-    widths = [max(text_width(cell) for cell in column) for column in zip(*cells, strict=True)]
-    while len(widths) > 1 and sum(widths) + 2 * (len(widths) - 1) > width and max(widths[1:]) > 8:
-        widest = widths.index(max(widths[1:]), 1)
-        widths[widest] -= 1
-    lines = ("  ".join(map(fitted, row, widths)).rstrip() for row in cells)
-    return [cut(line, max(width, widths[0] + 1)) for line in lines]
+def facts(*pairs: tuple[str, object]) -> list[str]:
+    """A line for each name and value, but where there is nothing to say."""
+    shown = [(name, _escaped(str(value))) for name, value in pairs if value not in (None, "")]
+    left = max(len(name) for name, _ in shown)
+    return [f"{name:<{left}}  {value}" for name, value in shown]
 
 
 COLOURS: Mapping[str, str] = MappingProxyType({"2": "32", "s": "32", "4": "33", "d": "33", "5": "31", "e": "31"})
 
 
-def paint(text: str, kind: str, *, coloured: bool) -> str:
-    """Green, yellow or red, by the first letter of a reply or a status."""
-    colour = COLOURS.get(kind[:1]) if coloured else None
-    return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
+def paint(text: str, kind: str) -> str:
+    """Green, yellow or red, by the first letter of a reply or a status.
 
-
-def painted_table(lines: Sequence[str], kinds: Iterable[str], *, coloured: bool) -> list[str]:
-    """The lines of a table, each below the header in the colour of its kind."""
-    return [lines[0], *(paint(line, kind, coloured=coloured) for line, kind in zip(lines[1:], kinds, strict=True))]
+    In a terminal that can, unless NO_COLOR (no-color.org) asks for none.
+    """
+    colour = COLOURS.get(kind[:1])
+    plain = not is_terminal(sys.stdout) or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if colour is None or plain else f"\x1b[{colour}m{text}\x1b[0m"
 
 
 def is_terminal(stream: object) -> bool:
     return isinstance(stream, io.TextIOWrapper) and stream.isatty()
-
-
-def wants_colours(environ: Mapping[str, str]) -> bool:
-    """In a terminal that can, unless NO_COLOR (no-color.org) asks for none."""
-    return is_terminal(sys.stdout) and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
 
 
 def output_width() -> int:
@@ -10549,10 +10519,9 @@ def local_time(ts: float | None, now: float) -> str:
     if ts is None:
         return ""
     try:
-        clock = time.strftime(CLOCK, time.localtime(ts))
+        return f"{time.strftime(CLOCK, time.localtime(ts))} ({relative(ts, now)})"
     except (ValueError, OverflowError, OSError):  # a year no calendar has
         return str(ts)
-    return f"{clock} ({relative(ts, now)})"
 
 
 def joined(between: str, *words: object) -> str:
@@ -10565,21 +10534,14 @@ def reply_in_words(attempt: Mapping[str, Any]) -> str:
     return joined(" ", attempt["code"], attempt["enhanced_code"], attempt["text"])
 
 
+def counted(number: int, noun: str) -> str:
+    """1 message, 2 messages."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def complain(sentence: object) -> None:
     """One sentence on stderr."""
     print(f"mailproxy: {_escaped(str(sentence))}", file=sys.stderr)
-
-
-def _say(args: argparse.Namespace, lines: Iterable[str]) -> None:
-    """Words for people; with --json the answer has said it."""
-    if not args.json:
-        print("\n".join(lines))
-
-
-def _put_out(answer: DaemonAnswer) -> None:
-    """The answer as it came, for programs."""
-    text = answer.body.decode("utf-8", "backslashreplace")
-    print(text if text.endswith("\n") else f"{text}\n", end="")
 
 
 # ======================================================================
@@ -10595,8 +10557,8 @@ BATCH_MESSAGES = 200  # of one submission
 BATCH_BYTES = 8_388_608
 LONGEST_CELL = 67_108_864  # characters
 THROUGH_BEFORE = ("already sent", "in delivery")  # how the daemon refuses what it has from an earlier run
-NOT_THE_CONTENT = frozenset(("account_id", "priority", "deferred_ts", "expires_ts", "batch_code"))
-COLUMNS = frozenset(MESSAGE_FIELDS.keys() - {"raw"})
+NOT_THE_CONTENT = ("account_id", "priority", "deferred_ts", "expires_ts", "batch_code")
+COLUMNS = MESSAGE_FIELDS.keys() - {"raw"}
 
 
 def submit(client: Client, messages: Sequence[Mapping[str, object]], *, show: bool) -> dict[str | None, str]:
@@ -10605,42 +10567,22 @@ def submit(client: Client, messages: Sequence[Mapping[str, object]], *, show: bo
     Raises CommandFailed when none of them was even judged.
     """
     answer = client.ask("POST", "/commands/add-messages", {"messages": messages})
-    if answer.status == 413 and len(messages) > 1:  # the daemon wants smaller batches
+    if answer.http_status == 413 and len(messages) > 1:  # the daemon wants smaller batches
         half = len(messages) // 2
         return submit(client, messages[:half], show=show) | submit(client, messages[half:], show=show)
-    fields = answer.fields(client.url)
     if show:
-        _put_out(answer)
-    if "rejected" not in fields:
-        client.granted(answer)
+        print(answer.text.rstrip("\n"))
+    fields = answer.fields if "rejected" in answer.fields else answer.granted()
     return {entry["id"]: entry["reason"] for entry in fields["rejected"]}
 
 
 def send(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Submit what the options describe, an .eml file, or the rows of a CSV file."""
-    written = (args.subject, args.body, args.html, args.attach or None)
     if args.csv and (args.file or args.id):
         raise UsageMistake("--csv goes with neither an .eml file nor --id; ids may be a column of it")
-    if args.file and any(given is not None for given in written):
+    if args.file and (args.attach or (args.subject, args.body, args.html) != (None, None, None)):
         raise UsageMistake("an .eml file is sent as it is: no --subject, --body, --html, --attach beside it")
-    given = _fields_given(args)
-    if not (given or args.csv or args.file):
-        raise UsageMistake("nothing to send: give --from, --to, --subject and --body, an .eml file, or --csv")
-    client = Client(find_daemon(args, environ))
-    if args.csv:
-        return Mailing(client, args.csv, given, show_answers=args.json).send()
-    fields = {**(_eml_fields(args.file) if args.file else {}), **given}
-    id_ = fields["id"] = args.id or f"send-{secrets.token_hex(8)}"
-    refusal = "; ".join(submit(client, [fields], show=args.json).values())
-    if refusal and refusal not in THROUGH_BEFORE:
-        raise CommandFailed(f"the message was refused: {refusal}")
-    _say(args, [f"{id_}: {refusal or 'queued'}"])
-    return 0
-
-
-def _fields_given(args: argparse.Namespace) -> dict[str, object]:
-    """The fields of a message that stand on the command line. Blocking: reads files, maybe stdin."""
-    given: dict[str, object] = {
+    options: dict[str, object] = {
         "from": args.sender,
         "to": args.to,
         "cc": args.cc,
@@ -10652,7 +10594,20 @@ def _fields_given(args: argparse.Namespace) -> dict[str, object]:
         "account_id": args.account,
         "priority": args.priority,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
+    if not (given or args.csv or args.file):
+        raise UsageMistake("nothing to send: give --from, --to, --subject and --body, an .eml file, or --csv")
+    client = find_daemon(environ, args.url, args.token, args.config)
+    if args.csv:
+        return Mailing(client, args.csv, given, show_answers=args.json).send()
+    id_ = args.id or f"send-{secrets.token_hex(8)}"
+    fields = {**(_eml_fields(args.file) if args.file else {}), **given, "id": id_}
+    refusal = "; ".join(submit(client, [fields], show=args.json).values())
+    if refusal and refusal not in THROUGH_BEFORE:
+        raise CommandFailed(f"the message was refused: {refusal}")
+    if not args.json:
+        print(f"{id_}: {refusal or 'queued'}")
+    return 0
 
 
 def _attached_file(path: str) -> dict[str, str]:
@@ -10662,7 +10617,8 @@ def _attached_file(path: str) -> dict[str, str]:
 def _file_content(path: str) -> bytes:
     """Blocking. Raises CommandFailed."""
     try:
-        return pathlib.Path(path).read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except (OSError, ValueError) as error:
         raise CommandFailed(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
 
@@ -10670,8 +10626,8 @@ def _file_content(path: str) -> bytes:
 def _eml_fields(path: str) -> dict[str, object]:
     """A complete message, and the envelope that its headers name."""
     draft = Draft.of(_file_content(path))
+    fields: dict[str, object] = {"raw": draft.in_base64(), "to": draft.recipients()}
     senders = draft.addresses("from")
-    fields: dict[str, object] = {"raw": base64.b64encode(draft.content()).decode(), "to": draft.recipients()}
     return {**fields, "from": senders[0]} if senders else fields
 
 
@@ -10684,60 +10640,72 @@ class Mailing:
         self._path = path
         self._common = common  # what the rows do not say themselves
         self._show_answers = show_answers
+        self._bar = is_terminal(sys.stdout) and not show_answers
         self._lines: dict[str, int] = {}  # by id
-        self._refused = self._before = 0
+        self._through = self._before = self._refused = 0
         self._unfit = 0  # of the refused: those that never went to the daemon
 
     def send(self) -> int:
         """Submit all rows; 1 when some were refused. Raises UsageMistake, CommandFailed."""
         rows = csv_rows(self._path, known_anyway=self._common)
-        self._progress = Progress(0 if self._show_answers else len(rows))
-        done = 0
+        tenth = 0
         try:
-            for batch in batches(self._judged(rows)):
+            for batch in self._batches(rows):
                 self._submit(batch)
-                done += len(batch)
-                self._progress.show(done + self._unfit)
+                done = self._through + self._unfit
+                if self._bar:
+                    print(f"\r[{'#' * (done * 40 // len(rows)):<40}] {done} of {len(rows)}", end="", flush=True)
+                elif done * 10 // len(rows) > tenth and not self._show_answers:
+                    tenth = done * 10 // len(rows)
+                    print(f"{done} of {len(rows)}", flush=True)
         except (CommandFailed, KeyboardInterrupt) as stop:
-            hint = f"{done} of {len(rows)} are through; run it again, and nothing is sent twice"
+            hint = f"{self._through} of {len(rows)} are through; run it again, and nothing is sent twice"
             raise CommandFailed(f"{str(stop) or 'interrupted'}; {hint}") from None
         finally:
-            self._progress.clear()
+            self._clear_bar()
         if not self._show_answers:
             queued = len(rows) - self._before - self._refused
-            print(f"{len(rows)} messages: {queued} queued, {self._before} sent before, {self._refused} refused")
+            numbers = f"{queued} queued, {self._before} sent before, {self._refused} refused"
+            print(f"{counted(len(rows), 'message')}: {numbers}")
         return 1 if self._refused else 0
 
-    def _judged(self, rows: Iterable[tuple[int, Mapping[str, str | None]]]) -> Iterator[dict[str, Any]]:
-        """The messages of the rows that can be submitted. Blocking: reads attachments."""
+    def _batches(self, rows: Iterable[tuple[int, Mapping[str, str | None]]]) -> Iterator[list[dict[str, Any]]]:
+        """What can be submitted, in portions that a daemon takes at once. Blocking: reads attachments."""
+        batch: list[dict[str, Any]] = []
+        size_bytes = 0
         for line, row in rows:
             try:
-                yield self._message(line, row)
+                message = self._message(line, row)
             except (Rejected, CommandFailed) as error:
                 self._unfit += 1
                 self._refuse(f"line {line}", str(error))
+                continue
+            own_size = len(json.dumps(message))
+            if batch and (len(batch) == BATCH_MESSAGES or size_bytes + own_size > BATCH_BYTES):
+                yield batch
+                batch, size_bytes = [], 0
+            batch.append(message)
+            size_bytes += own_size
+        if batch:
+            yield batch
 
     def _message(self, line: int, row: Mapping[str, str | None]) -> dict[str, Any]:
+        """The message of a row. Without an id it has one that the same row has again in the next run;
+        a row that is there twice has two."""
         own = csv_fields(row)
         attachments = [*self._common.get("attachments", ()), *own.get("attachments", ())]
         message = {**self._common, **own, **({"attachments": attachments} if attachments else {})}
-        id_ = message["id"] = (
-            self._new_id(message) if "id" not in message else line_of(message["id"], "id", most=LONGEST_ID)
-        )
-        if id_ in self._lines:
-            raise Rejected(f"duplicate id in this file: {id_}")
+        if "id" in message:
+            id_ = line_of(message["id"], "id", most=LONGEST_ID)
+            if id_ in self._lines:
+                raise Rejected(f"duplicate id in this file: {id_}")
+        else:
+            content = {name: value for name, value in message.items() if name not in NOT_THE_CONTENT}
+            digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+            ids = itertools.chain([f"csv-{digest}"], (f"csv-{digest}-{n}" for n in itertools.count(2)))
+            id_ = next(id_ for id_ in ids if id_ not in self._lines)
         self._lines[id_] = line
-        return message
-
-    def _new_id(self, message: Mapping[str, object]) -> str:
-        """An id that the same row has again in the next run; a row that is there twice has two."""
-        content = {name: value for name, value in message.items() if name not in NOT_THE_CONTENT}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
-        numbers = itertools.count(2)
-        id_ = f"csv-{digest}"
-        while id_ in self._lines:
-            id_ = f"csv-{digest}-{next(numbers)}"
-        return id_
+        return {**message, "id": id_}
 
     def _submit(self, batch: Sequence[Mapping[str, object]]) -> None:
         for id_, reason in submit(self._client, batch, show=self._show_answers).items():
@@ -10745,15 +10713,25 @@ class Mailing:
                 self._before += 1
             else:
                 self._refuse(f"line {self._lines.get(id_ or '', '?')}, {id_}", reason)
+        self._through += len(batch)
 
     def _refuse(self, which: str, reason: str) -> None:
         self._refused += 1
-        self._progress.clear()
+        self._clear_bar()
         complain(f"{self._path} {which}: {reason}")
+
+    def _clear_bar(self) -> None:
+        if self._bar:
+            print("\r\x1b[K", end="", flush=True)
 
 
 def csv_rows(path: str, *, known_anyway: Container[str]) -> list[tuple[int, dict[str, str | None]]]:
-    """The rows of a CSV file by column, each with its line. Blocking. Raises UsageMistake, CommandFailed."""
+    """The rows of a CSV file by column, each with its line. Blocking. Raises UsageMistake, CommandFailed.
+
+    Every column means a field of a message, once; and what every message needs is there.
+    """
+    import csv
+
     try:
         text = _file_content(path).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -10763,23 +10741,17 @@ def csv_rows(path: str, *, known_anyway: Container[str]) -> list[tuple[int, dict
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     try:
         columns = [name.strip().lower() for name in next(reader, [])]
-        _must_be_columns(path, columns, known_anyway)
-        rows = [(reader.line_num, row) for row in reader if row]
+        for name in columns:
+            if name not in COLUMNS:
+                raise UsageMistake(f'{path}: unknown column "{name}"{nearest(name, sorted(COLUMNS))}')
+            if columns.count(name) > 1:
+                raise UsageMistake(f"{path}: the column {name} is there twice")
+        for name in ("from", "to", "subject"):
+            if name not in columns and name not in known_anyway:
+                raise UsageMistake(f"{path}: no column {name}, and no --{name} for all rows")
+        return [(reader.line_num, dict(itertools.zip_longest(columns, row))) for row in reader if row]
     except csv.Error as error:
         raise CommandFailed(f"{path} line {reader.line_num} is not CSV: {error}") from None
-    return [(line, dict(itertools.zip_longest(columns, row))) for line, row in rows]
-
-
-def _must_be_columns(path: str, columns: Sequence[str], known_anyway: Container[str]) -> None:
-    """Every column means a field of a message, once; and what every message needs is there."""
-    for name in columns:
-        if name not in COLUMNS:
-            raise UsageMistake(f'{path}: unknown column "{name}"{nearest(name, sorted(COLUMNS))}')
-        if columns.count(name) > 1:
-            raise UsageMistake(f"{path}: the column {name} is there twice")
-    for name in ("from", "to", "subject"):
-        if name not in columns and name not in known_anyway:
-            raise UsageMistake(f"{path}: no column {name}, and no --{name} for all rows")
 
 
 def csv_fields(row: Mapping[str, str | None]) -> dict[str, Any]:
@@ -10793,70 +10765,29 @@ def csv_fields(row: Mapping[str, str | None]) -> dict[str, Any]:
     for name in ("deferred_ts", "expires_ts"):
         if fields.get(name, "").isdecimal():
             fields[name] = int(fields[name])
-    if "headers" in fields:
-        fields["headers"] = _json_cell(fields["headers"], "headers")
-    given = fields.get("attachments", "").strip()
-    if given.startswith("["):
-        fields["attachments"] = _json_cell(given, "attachments")
-    elif given:
-        fields["attachments"] = [_attached_file(path.strip()) for path in given.split(",")]
+    files = fields.get("attachments", "").strip()
+    if files and not files.startswith("["):
+        fields["attachments"] = [_attached_file(path.strip()) for path in files.split(",")]
+    for name in ("attachments", "headers"):
+        if isinstance(fields.get(name), str):
+            try:
+                fields[name] = json.loads(fields[name])
+            except ValueError:
+                raise Rejected(f"invalid {name}: is not JSON") from None
     return fields
-
-
-def _json_cell(text: str, field: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise Rejected(f"invalid {field}: is not JSON") from None
-
-
-def batches(messages: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
-    """Messages in portions that a daemon takes at once."""
-    batch: list[Mapping[str, Any]] = []
-    size = 0
-    for message in messages:
-        own_size = len(json.dumps(message))
-        if batch and (len(batch) == BATCH_MESSAGES or size + own_size > BATCH_BYTES):
-            yield batch
-            batch, size = [], 0
-        batch.append(message)
-        size += own_size
-    if batch:
-        yield batch
-
-
-class Progress:
-    """How far a long sending is: a bar in a terminal, a line for each tenth elsewhere; of none: silent."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._bar = is_terminal(sys.stdout)
-        self._tenth = 0
-
-    def show(self, done: int) -> None:
-        tenth = done * 10 // self._total if self._total else 0
-        if self._bar and self._total:
-            filled = "#" * (done * 40 // self._total)
-            print(f"\r[{filled:<40}] {done} of {self._total}", end="", flush=True)
-        elif tenth > self._tenth:
-            print(f"{done} of {self._total}", flush=True)
-        self._tenth = tenth
-
-    def clear(self) -> None:
-        """Make room for other words."""
-        if self._bar and self._total:
-            print("\r\x1b[K", end="", flush=True)
 
 
 # --- sendmail ------------------------------------------------------------
 
-WITH_VALUE = "ABCDFLMNOPRVXbefhopr"  # the options of sendmail(8) that take one, attached or as the next word
-ATTACHED_ALONE = "dq"  # what follows them in the same word is theirs
+# The options of one word: letters alone, then perhaps one with a value, attached or as the next word.
+# What follows d and q in the same word is theirs, and means nothing here.
+_SENDMAIL_WORD = re.compile(r"-(?P<flags>[^ABCDFLMNOPRVXbefhoprdq]*)(?P<letter>.?)(?P<value>.*)", re.DOTALL)
 QUALIFIED_HEADERS = frozenset((b"from", b"sender", b"reply-to", b"to", b"cc", b"bcc"))
 _NOBODY = re.compile(r"([^<>@:;]*:\s*;)?")  # nothing, or an empty group (RFC 5322 3.4)
 _NO_ADDRESS = re.compile(r'\([^()]*\)|[^,;:<>"]*:')  # a comment, the name of a group, a route (RFC 5322 4.4)
-_ADDRESS_WORD = re.compile(r"\w+")
-_MBOX_LINE = re.compile(rb"\A>?From [^\n]*\n")
+_DRAFT = re.compile(  # a From line of mbox, what looks like a header, a blank line or none, the body
+    rb"(?:>?From [^\n]*\n)?((?:[!-9;-~]+[ \t]*:[^\n]*(?:\n|\Z)(?:[ \t][^\n]*(?:\n|\Z))*)*)(?:\r?\n)?(.*)", re.DOTALL
+)
 
 
 class Unsendable(CommandFailed):
@@ -10877,35 +10808,31 @@ class SendmailCall(NamedTuple):
     dot_ends: bool
 
 
-def sendmail(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
     """Queue a message from standard input through the daemon; the exit status is one of sysexits.h."""
     try:
-        call = sendmail_call(args.words)
-        daemon = find_daemon(argparse.Namespace(url=None, token=None, config=None), environ)
+        call = sendmail_call(words)
+        client = find_daemon(environ)
         fields = sendmail_fields(call, _piped_mail(call), login_name(), host_name())
-        refused = submit(Client(daemon), [fields], show=False)
-    except Unsendable as error:
-        return _cannot_send(error, error.status)
-    except ConfigurationError as error:
-        return _cannot_send(error, os.EX_CONFIG)
-    except RefusedByDaemon as error:
-        return _cannot_send(error, _status_of_refusal(error.http_status))
-    except CommandFailed as error:
-        return _cannot_send(error, os.EX_TEMPFAIL)
-    for reason in refused.values():
-        return _cannot_send(f"the message was refused: {reason}", _status_of_reason(reason))
+        for reason in submit(client, [fields], show=False).values():
+            raise Unsendable(f"the message was refused: {reason}", _status_of_reason(reason))
+    except MailproxyError as error:
+        complain(error)
+        return _status_of_failure(error)
     return os.EX_OK
 
 
-def _cannot_send(why: object, status: int) -> int:
-    complain(why)
-    return status
-
-
-def _status_of_refusal(http_status: int) -> int:
-    if http_status == 401:
-        return os.EX_NOPERM
-    return os.EX_TEMPFAIL if http_status in (408, 429) or http_status >= 500 else os.EX_UNAVAILABLE
+def _status_of_failure(error: MailproxyError) -> int:
+    match error:
+        case Unsendable():
+            return error.status
+        case ConfigurationError():
+            return os.EX_CONFIG
+        case RefusedByDaemon(http_status=401):
+            return os.EX_NOPERM
+        case RefusedByDaemon(http_status=status) if status < 500 and status not in (408, 429):
+            return os.EX_UNAVAILABLE
+    return os.EX_TEMPFAIL
 
 
 def _status_of_reason(reason: str) -> int:
@@ -10921,83 +10848,65 @@ def sendmail_call(words: Sequence[str]) -> SendmailCall:
     Raises Unsendable.
     """
     recipients: list[str] = []
-    options: dict[str, str] = {}
-    left = collections.deque(words)
+    options: dict[str, str] = {}  # by letter; -o options by both letters
+    left = deque(words)
     while left:
         word = left.popleft()
+        found = _SENDMAIL_WORD.fullmatch(word)
         if word == "--":
             recipients += left
             break
-        if word.startswith("-") and word != "-":
-            options |= _sendmail_options(word, left)
-        else:
+        if found is None or word == "-":
             recipients.append(word)
+        elif not word.startswith("--"):
+            flags, letter, value = found.groups()
+            options |= dict.fromkeys(flags, "")
+            if letter and letter not in "dq":
+                if not value and not left:
+                    raise Unsendable(f"-{letter} needs a value", os.EX_USAGE)
+                value = value or left.popleft()
+                options[f"o{value}" if letter == "o" else letter] = value
     if options.get("b", "m") != "m":
         raise Unsendable(f"-b{options['b']} is not for a client: `mailproxy --help` shows the commands", os.EX_USAGE)
     if not recipients and "t" not in options:
         raise Unsendable("no recipient: name one on the command line, or use -t", os.EX_USAGE)
     sender = options.get("f", options.get("r"))
-    return SendmailCall(
-        recipients=tuple(recipients),
-        sender=None if sender is None else _bare_address(sender),
-        full_name=options.get("F", ""),
-        recipients_in_header="t" in options,
-        dot_ends="i" not in options and "oi" not in options,
-    )
-
-
-def _sendmail_options(word: str, left: collections.deque[str]) -> dict[str, str]:
-    """The options of one word, by letter; -o options also by both letters."""
-    options: dict[str, str] = {}
-    letters = "" if word.startswith("--") else word[1:]
-    while letters:
-        letter, letters = letters[0], letters[1:]
-        value = ""
-        if letter in WITH_VALUE and not letters and not left:
-            raise Unsendable(f"-{letter} needs a value", os.EX_USAGE)
-        if letter in WITH_VALUE + ATTACHED_ALONE:
-            value, letters = letters, ""
-        if letter in WITH_VALUE:
-            value = value or left.popleft()
-        options[f"o{value}" if letter == "o" else letter] = value
-    return options
+    if sender is not None:  # it may stand in angle brackets or beside a name
+        sender = email.utils.parseaddr(sender)[1] or sender.strip().strip("<>")
+    dot_ends = "i" not in options and "oi" not in options
+    return SendmailCall(tuple(recipients), sender, options.get("F", ""), "t" in options, dot_ends)
 
 
 def _piped_mail(call: SendmailCall) -> bytes:
-    """Standard input up to its end, or up to a line that is a dot alone. Blocking."""
+    """Standard input up to its end, or up to a line with nothing but a dot. Blocking."""
     try:
         with open(0, "rb", closefd=False) as stdin:
             if not call.dot_ends:
                 return stdin.read()
-            lines: Iterator[bytes] = itertools.takewhile(_is_no_dot, stdin)
-            return b"".join(lines)
+            return b"".join(itertools.takewhile(lambda line: line not in (b".\n", b".\r\n", b"."), stdin))
     except OSError as error:
         raise Unsendable(f"the message cannot be read: {error.strerror}", os.EX_OSERR) from None
-
-
-def _is_no_dot(line: bytes) -> bool:
-    return line.rstrip(b"\r\n") != b"."
 
 
 def sendmail_fields(call: SendmailCall, content: bytes, login: str, host: str) -> dict[str, object]:
     """The submission that a call of sendmail means: raw, its header complete. Raises Unsendable."""
     draft = Draft.of(content)
-    in_header = draft.recipients() if call.recipients_in_header else []
-    for word in call.recipients:
-        _refuse_to_lose(word, os.EX_NOUSER)
-    recipients = [address for word in call.recipients for address in _addresses_in(word) or (word,)]
-    if not recipients and not in_header:
+    recipients = [address for word in call.recipients for address in _addresses_in(word, os.EX_NOUSER)]
+    if call.recipients_in_header:
+        recipients += draft.recipients()
+    if not recipients:
         raise Unsendable("no recipient in the header of the message", os.EX_USAGE)
     draft = draft.qualified(host)
-    author = Mailbox(call.full_name, qualified_address(call.sender or login, host))
+    author = Mailbox(call.full_name, _qualified(call.sender or login, host))
     authors = draft.addresses("from")
     if not authors:
-        draft = draft.with_author(author)
+        others = [field for field in draft.header if field_name(field) != b"from"]
+        draft = draft._replace(header=[_address_header("From", (author,)).encode(), *others])
     fields: dict[str, object] = {
         "id": f"sendmail-{secrets.token_hex(8)}",
         "from": author.address if call.sender or not authors else authors[0],
-        "to": [qualified_address(address, host) for address in (*recipients, *in_header)],
-        "raw": base64.b64encode(draft.content()).decode(),
+        "to": [_qualified(address, host) for address in recipients],
+        "raw": draft.in_base64(),
     }
     return {**fields, "return_path": "<>"} if call.sender == "" else fields
 
@@ -11005,74 +10914,41 @@ def sendmail_fields(call: SendmailCall, content: bytes, login: str, host: str) -
 class Draft(NamedTuple):
     """A message as somebody wrote it: its header may lack something, or be missing altogether."""
 
-    header: tuple[bytes, ...]  # fields, folded as they are
+    header: list[bytes]  # fields, folded as they are
     body: bytes
 
     @classmethod
     def of(cls, content: bytes) -> Draft:
         """The header is what looks like one; the body begins at a blank line, or where it ends."""
-        content = _MBOX_LINE.sub(b"", content)
-        end = 0
-        for line in io.BytesIO(content):
-            if not HEADER_FIELD.match(line) and not (end and line[:1] in (b" ", b"\t")):
-                break
-            end += len(line)
-        header = tuple(split_raw(content[:end])[0]) if end else ()
-        return cls(header, re.sub(rb"\A\r?\n", b"", content[end:]))
+        found = _DRAFT.fullmatch(content)
+        header, body = found.groups() if found else (b"", content)
+        return cls(split_raw(header)[0] if header else [], body)
 
-    def content(self) -> bytes:
-        return b"\r\n".join([*self.header, b"", self.body])
+    def in_base64(self) -> str:
+        return base64.b64encode(b"\r\n".join([*self.header, b"", self.body])).decode()
 
-    def addresses(self, *names: str) -> list[str]:
-        """The bare addresses in header fields of these names, each once. Raises Unsendable."""
+    def addresses(self, *names: str, strictly: bool = False) -> list[str]:
+        """The bare addresses in header fields of these names, each once. Raises Unsendable rather than drop a field."""
         found: dict[str, None] = {}
         for line in self.header:
             if field_name(line).decode() in names:
-                found |= dict.fromkeys(_addresses_of_field(line))
+                found |= dict.fromkeys(_addresses_in(_field_text(line), os.EX_DATAERR, strictly=strictly))
         return list(found)
 
     def recipients(self) -> list[str]:
-        """Whom the header names; of a message that was resent (RFC 5322 3.6.6) the new ones alone."""
-        names, resent = ("to", "cc", "bcc"), ("resent-to", "resent-cc", "resent-bcc")
-        if self.addresses(*resent):
-            names = resent
-        for line in self.header:
-            if field_name(line).decode() in names:
-                _refuse_to_lose(_field_text(line), os.EX_DATAERR)
-        return self.addresses(*names)
+        """Whom the header names; of a message that was resent (RFC 5322 3.6.6) only the new ones."""
+        resent = self.addresses("resent-to", "resent-cc", "resent-bcc", strictly=True)
+        return resent or self.addresses("to", "cc", "bcc", strictly=True)
 
     def qualified(self, host: str) -> Draft:
         """The same, bare local names in its address fields completed."""
-        return self._replace(header=tuple(_qualified_field(field, host) for field in self.header))
-
-    def with_author(self, author: Mailbox) -> Draft:
-        others = (field for field in self.header if field_name(field) != b"from")
-        return self._replace(header=(_address_header("From", (author,)).encode(), *others))
-
-
-def _addresses_of_field(field: bytes) -> list[str]:
-    """The addresses of a header field, maybe of an empty group. Raises Unsendable rather than drop one."""
-    text = _field_text(field)
-    addresses = _addresses_in(text)
-    if not addresses and not _NOBODY.fullmatch(text):
-        raise _no_addresses(text, os.EX_DATAERR)
-    return addresses
-
-
-def _addresses_in(text: str) -> list[str]:
-    return [address for _, address in email.utils.getaddresses([text]) if address]
-
-
-def _refuse_to_lose(text: str, status: int) -> None:
-    """Raises Unsendable where reading addresses would lose a word: a comma, or a quote, is missing."""
-    found = " ".join(f"{name} {address}" for name, address in email.utils.getaddresses([text]))
-    words = _ADDRESS_WORD.findall(_NO_ADDRESS.sub("", text))
-    if not set(words) <= set(_ADDRESS_WORD.findall(found)):
-        raise _no_addresses(text, status)
-
-
-def _no_addresses(text: str, status: int) -> Unsendable:
-    return Unsendable(f"these are no addresses as mail knows them: {text[:200]}", status)
+        header = []
+        for line in self.header:
+            mailboxes = email.utils.getaddresses([_field_text(line)]) if field_name(line) in QUALIFIED_HEADERS else []
+            complete = [Mailbox(_decoded(name, "header"), _qualified(a, host)) for name, a in mailboxes if a]
+            bare = complete and not all("@" in address for _, address in mailboxes)
+            header.append(_address_header(line.partition(b":")[0].decode(), complete).encode() if bare else line)
+        return self._replace(header=header)
 
 
 def _field_text(field: bytes) -> str:
@@ -11080,27 +10956,28 @@ def _field_text(field: bytes) -> str:
     return re.sub(r"\r\n(?=[ \t])", "", field.partition(b":")[2].decode("utf-8", "replace")).strip()
 
 
-def _qualified_field(field: bytes, host: str) -> bytes:
-    mailboxes = email.utils.getaddresses([_field_text(field)])
-    if field_name(field) not in QUALIFIED_HEADERS or all("@" in address for _, address in mailboxes):
-        return field
-    complete = [
-        Mailbox(_decoded(name, "header"), qualified_address(address, host)) for name, address in mailboxes if address
-    ]
-    return _address_header(field.partition(b":")[0].decode(), complete).encode() if complete else field
+def _addresses_in(text: str, status: int, *, strictly: bool = True) -> list[str]:
+    """The addresses of a list, maybe of an empty group. Raises Unsendable where there are none.
+
+    Strictly: also where reading them would lose a word, because a comma or a quote is missing.
+    """
+    mailboxes = email.utils.getaddresses([text])
+    addresses = [address for _, address in mailboxes if address]
+    read = re.findall(r"\w+", " ".join(f"{name} {address}" for name, address in mailboxes))
+    lost = set(re.findall(r"\w+", _NO_ADDRESS.sub("", text))) - set(read)
+    if (strictly and lost) or not (addresses or _NOBODY.fullmatch(text)):
+        raise Unsendable(f"these are no addresses as mail knows them: {text[:200]}", status)
+    return addresses
 
 
-def qualified_address(address: str, host: str) -> str:
+def _qualified(address: str, host: str) -> str:
     return address if "@" in address else f"{address}@{host}"
-
-
-def _bare_address(text: str) -> str:
-    """The address of -f, which may stand in angle brackets or beside a name; "" for <>."""
-    return email.utils.parseaddr(text)[1] or text.strip().strip("<>")
 
 
 def login_name() -> str:
     """Who runs this process."""
+    import pwd
+
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
@@ -11156,14 +11033,14 @@ class DemoSmtpServer:
     """
 
     def __init__(self, tell: Callable[[str, str, str, str], None]) -> None:
-        self.port = 0
         self.taken = 0
         self._tell = tell  # who, to whom, about which recipient, what
         self._greylist: set[str] = set()
 
-    async def start(self) -> None:
+    async def start(self) -> int:
+        """Listen on a free port, and say which."""
         self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=DEMO_SIZE_BYTES)
-        self.port = self._listener.sockets[0].getsockname()[1]
+        return int(self._listener.sockets[0].getsockname()[1])
 
     def stop(self) -> None:
         self._listener.close()
@@ -11171,48 +11048,44 @@ class DemoSmtpServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One client's connection. Replies go out in the order of the commands (PIPELINING, RFC 2920)."""
         recipients: list[str] = []
+        reply = "220 smtp.demo.example ESMTP"
         with contextlib.closing(writer), contextlib.suppress(OSError, EOFError):
-            writer.write(b"220 smtp.demo.example ESMTP\r\n")
-            line = ""
-            while not line.startswith("QUIT"):
-                line = (await reader.readuntil(b"\r\n")).decode("utf-8", "replace").strip()
-                if line == "DATA" and recipients:
-                    writer.write(b"354 End with a dot on a line of its own\r\n")
-                    reply = self._take(await reader.readuntil(b"\r\n.\r\n"), recipients)
-                else:
-                    reply = self._obey(line, recipients)
+            while True:
                 writer.write(f"{reply}\r\n".encode())
                 await writer.drain()
+                line = (await reader.readuntil(b"\r\n")).decode("utf-8", "replace").strip()
+                match line[:4].upper():
+                    case "EHLO":
+                        reply = "250-smtp.demo.example\r\n250-PIPELINING\r\n250-8BITMIME\r\n250 ENHANCEDSTATUSCODES"
+                    case "MAIL" | "RSET":
+                        recipients.clear()
+                        reply = "250 2.0.0 Ok"
+                    case "RCPT":
+                        reply = self._hear_of(line.partition("<")[2].partition(">")[0], recipients)
+                    case "DATA" if recipients:
+                        writer.write(b"354 End with a dot on a line of its own\r\n")
+                        reply = self._take(await reader.readuntil(b"\r\n.\r\n"), recipients)
+                    case "DATA":
+                        reply = "503 5.5.1 There is no recipient to send it to"
+                    case "QUIT":
+                        writer.write(b"221 2.0.0 Bye\r\n")
+                        break
+                    case _:
+                        reply = "500 5.5.2 I do not know this command"
 
-    def _obey(self, line: str, recipients: list[str]) -> str:
-        """The reply to a command; a recipient that is accepted joins the others."""
-        match line[:4].upper():
-            case "EHLO":
-                return "250-smtp.demo.example\r\n250-PIPELINING\r\n250-8BITMIME\r\n250 ENHANCEDSTATUSCODES"
-            case "MAIL" | "RSET":
-                recipients.clear()
-                return "250 2.0.0 Ok"
-            case "RCPT":
-                recipient = line.partition("<")[2].partition(">")[0]
-                reply = self._verdict_on(recipient)
-                if reply.startswith("2"):
-                    recipients.append(recipient)
-                else:
-                    self._tell_both(recipient, f"RCPT TO:<{recipient}>", reply)
-                return reply
-            case "DATA":
-                return "503 5.5.1 There is no recipient to send it to"
-            case "QUIT":
-                return "221 2.0.0 Bye"
-        return "500 5.5.2 I do not know this command"
-
-    def _verdict_on(self, recipient: str) -> str:
+    def _hear_of(self, recipient: str, recipients: list[str]) -> str:
+        """The reply to RCPT; a recipient that is accepted joins the others."""
         if recipient.startswith("refused@"):
-            return "550 5.1.1 No such mailbox here"
-        if recipient.startswith("greylisted@") and recipient not in self._greylist:
+            reply = "550 5.1.1 No such mailbox here"
+        elif recipient.startswith("greylisted@") and recipient not in self._greylist:
             self._greylist.add(recipient)
-            return "450 4.7.1 Greylisted, come back later"
-        return "250 2.1.5 Ok"
+            reply = "450 4.7.1 Greylisted, come back later"
+        else:
+            recipients.append(recipient)
+            return "250 2.1.5 Ok"
+        self._tell("mailproxy", "smtp", recipient, f"RCPT TO:<{recipient}>")
+        self._tell("smtp", "mailproxy", recipient, reply)
+        return reply
 
     def _take(self, content: bytes, recipients: Sequence[str]) -> str:
         """The reply to a whole mail; its last line is the dot, and stuffed dots come off (RFC 5321 4.5.2)."""
@@ -11220,64 +11093,75 @@ class DemoSmtpServer:
         reply = f"250 2.0.0 Ok: taken as number {self.taken}"
         mail = content.removesuffix(b".\r\n").replace(b"\r\n..", b"\r\n.")
         for recipient in recipients:
-            self._tell_both(recipient, mail_in_words(mail), reply)
+            self._tell("mailproxy", "smtp", recipient, mail_in_words(mail))
+            self._tell("smtp", "mailproxy", recipient, reply)
         return reply
-
-    def _tell_both(self, recipient: str, what: str, reply: str) -> None:
-        self._tell("mailproxy", "smtp", recipient, what)
-        self._tell("smtp", "mailproxy", recipient, reply)
 
 
 def mail_in_words(content: bytes) -> str:
     """What a mail looks like to who gets it: subject, size, parts."""
     mail = email.message_from_bytes(content)
-    subject = str(email.header.make_header(email.header.decode_header(mail.get("Subject", ""))))
-    parts = [part for part in mail.walk() if not part.is_multipart()]
-    named = [joined(" ", part.get_content_type(), part["Content-ID"]) for part in parts]
-    return f'"{subject}", {len(content) / 1000:.1f} kB: {" + ".join(named)}'
+    subject = make_header(decode_header(mail.get("Subject", "")))
+    parts = [joined(" ", p.get_content_type(), p["Content-ID"]) for p in mail.walk() if not p.is_multipart()]
+    return f'"{subject}", {len(content) / 1000:.1f} kB: {" + ".join(parts)}'
 
 
 def demo_messages(now: float) -> list[dict[str, object]]:
     """Five messages, named after what will happen to them."""
     picture = {"filename": "picture.png", "content": DEMO_PICTURE, "content_id": "picture", "inline": True}
+    look = {"html": '<p>Look: <img src="cid:picture" alt="a green square"></p>', "attachments": [picture]}
+    scheduled = {"body": "Not a second too early.\n", "deferred_ts": math.ceil(now) + DEMO_AHEAD_S - 1}
     own: dict[str, dict[str, object]] = {
         "plain": {"subject": "Your receipt", "body": "Thank you!\n.\nThe line above is a dot.\n"},
-        "picture": {
-            "subject": "Grüße mit Bild",
-            "html": '<p>Look: <img src="cid:picture" alt="a green square"></p>',
-            "attachments": [picture],
-        },
+        "picture": {"subject": "Grüße mit Bild", **look},
         "refused": {"subject": "Anybody there?", "body": "No."},
         "greylisted": {"subject": "Patience", "body": "It took two tries to bring this.\n"},
-        "scheduled": {
-            "subject": "On time",
-            "body": "Not a second too early.\n",
-            "deferred_ts": math.ceil(now) + DEMO_AHEAD_S - 1,
-        },
+        "scheduled": {"subject": "On time", **scheduled},
     }
-    return [
-        {"id": id_, "from": "mailproxy <demo@app.example>", "to": f"{id_}@demo.example", **fields}
-        for id_, fields in own.items()
-    ]
+    common = {"from": "mailproxy <demo@app.example>"}
+    return [{"id": id_, "to": f"{id_}@demo.example", **common, **fields} for id_, fields in own.items()]
 
 
 class Demo:
     """The whole thing in one process: application, daemon and mail server, over real sockets."""
 
-    def __init__(self, folder: str, *, coloured: bool, patience_s: float = DEMO_PATIENCE_S) -> None:
+    def __init__(self, folder: str, *, patience_s: float = DEMO_PATIENCE_S) -> None:
         self._folder = folder
         self._patience_s = patience_s
-        self._coloured = coloured
-        self._token = secrets.token_urlsafe()
         self._lines: asyncio.Queue[str] = asyncio.Queue()  # what passed, and is not shown yet
         self._outcomes: dict[str, str] = {}  # as reported
         self._started_at = time.monotonic()
-        self._daemon: Daemon | None = None
 
     async def run(self) -> int:
         """Show it. Raises CommandFailed when something did not come as it should, or in time."""
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(self._patience_s):
+                    await self._start(stack)
+                    await self._submit()
+                    while self._lines.qsize() or self._outcomes.keys() != DEMO_OUTCOMES.keys():
+                        print(await self._lines.get(), flush=True)
+                    await self._sum_up()
+            except TimeoutError:
+                missing = ", ".join(id_ for id_ in DEMO_OUTCOMES if id_ not in self._outcomes)
+                sentence = f"the demo failed: no final report of {missing} within {self._patience_s:g} s"
+                raise CommandFailed(sentence) from None
+        return 0
+
+    def _tell(self, who: str, whom: str, about: str, what: str) -> None:
+        """Something passed, about a message or its recipient; it is shown in its turn."""
+        at_s = time.monotonic() - self._started_at
+        id_ = f"{about.partition('@')[0]:<12}" if about else ""
+        self._lines.put_nowait(
+            f"{at_s:6.2f}s  {who:<9} -> {whom:<9}  {id_}{paint(what, what.removeprefix('report: '))}"
+        )
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+        """Mail server, application and daemon, stopped again in the other order."""
         self._smtp = DemoSmtpServer(self._tell)
-        self._app = HttpServer(
+        smtp_port = await self._smtp.start()
+        stack.callback(self._smtp.stop)
+        app = HttpServer(
             [Route("POST", "/reports", self._take_report, public=True)],
             limits=HttpLimits(),
             authorised=lambda request: False,
@@ -11285,82 +11169,42 @@ class Demo:
             in_thread=asyncio.to_thread,
             log_failure=lambda request, failure: complain(f"the receiver of reports failed: {failure!r}"),
         )
-        try:
-            async with asyncio.timeout(self._patience_s):
-                await self._start()
-                await self._submit()
-                await self._watch()
-                await self._sum_up()
-        except TimeoutError:
-            missing = ", ".join(id_ for id_ in DEMO_OUTCOMES if id_ not in self._outcomes)
-            raise CommandFailed(
-                f"the demo failed: no final report of {missing} within {self._patience_s:g} s"
-            ) from None
-        finally:
-            await self._stop()
-        return 0
-
-    def _tell(self, who: str, whom: str, about: str, what: str) -> None:
-        """Something passed, about a message or its recipient; it is shown in its turn."""
-        at_s = time.monotonic() - self._started_at
-        id_ = f"{about.partition('@')[0]:<12}" if about else ""
-        what = paint(what, what.removeprefix("report: "), coloured=self._coloured)
-        self._lines.put_nowait(f"{at_s:6.2f}s  {who:<9} -> {whom:<9}  {id_}{what}")
-
-    # -- what there is to start and stop
-
-    async def _start(self) -> None:
-        await self._smtp.start()
-        (host, port), *_ = await self._app.start_tcp("127.0.0.1", 0, None)
-        reports = f"http://{host}:{port}/reports"
-        settings = load_settings(self._config_ini(reports), {}, {})
+        (host, port), *_ = await app.start_tcp("127.0.0.1", 0, None)
+        stack.push_async_callback(app.stop, 1)
+        reports, token = f"http://{host}:{port}/reports", secrets.token_urlsafe()
+        configured = {
+            "storage.db_path": f"{self._folder}/mailproxy.db",
+            "server.port": "0",
+            "server.api_token": token,
+            "smtp.host": "127.0.0.1",
+            "smtp.port": str(smtp_port),
+            "client.client_sync_url": reports,
+            "delivery.retry_delays": "1",
+        }
         listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._daemon = Daemon(settings, {})
-        self._serving = asyncio.create_task(self._daemon.run(started=listening.set_result, signals=False))
-        either: set[asyncio.Future[Any]] = {self._serving, listening}
+        daemon = Daemon(load_settings(os.devnull, {}, configured), {})
+        serving = asyncio.create_task(daemon.run(started=listening.set_result, signals=False))
+        stack.push_async_callback(asyncio.wait, [serving])
+        stack.callback(daemon.stop)
+        either: set[asyncio.Future[Any]] = {serving, listening}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if self._serving.done():
-            raise CommandFailed(f"the daemon did not start (status {await self._serving})")
-        self._client = Client(DaemonAddress(listening.result(), self._token))
-        smtp = f"127.0.0.1:{self._smtp.port}"
-        print(
-            DEMO_TITLE.format(
-                version=__version__, ahead=DEMO_AHEAD_S, reports=reports, daemon=self._client.url, smtp=smtp
-            )
-        )
+        if serving.done():
+            raise CommandFailed(f"the daemon did not start (status {await serving})")
+        self._client = Client(listening.result(), token)
+        smtp, ahead = f"127.0.0.1:{smtp_port}", DEMO_AHEAD_S
+        print(DEMO_TITLE.format(version=__version__, ahead=ahead, reports=reports, daemon=self._client.url, smtp=smtp))
         self._started_at = time.monotonic()
-
-    def _config_ini(self, reports: str) -> str:
-        """Write the daemon's configuration, as anybody would; return its path."""
-        path = os.path.join(self._folder, "config.ini")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(
-                f"[storage]\ndb_path = {self._folder}/mailproxy.db\n"
-                f"[server]\nport = 0\napi_token = {self._token}\n"
-                f"[smtp]\nhost = 127.0.0.1\nport = {self._smtp.port}\n"
-                f"[client]\nclient_sync_url = {reports}\n"
-                "[delivery]\nretry_delays = 1\n"
-            )
-        return path
-
-    async def _stop(self) -> None:
-        if self._daemon is not None:
-            self._daemon.stop()
-            await asyncio.gather(self._serving, return_exceptions=True)
-        await self._app.stop(1)
-        self._smtp.stop()
 
     # -- the part of the application
 
     async def _ask(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> dict[str, Any]:
-        answer = await asyncio.to_thread(self._client.ask, method, path, fields)
-        return answer.fields(self._client.url)
+        return (await asyncio.to_thread(self._client.ask, method, path, fields)).granted()
 
     async def _submit(self) -> None:
         messages = demo_messages(time.time())
         self._tell("app", "mailproxy", "", f"POST /commands/add-messages: {len(messages)} messages")
         answer = await self._ask("POST", "/commands/add-messages", {"messages": messages})
-        if answer.get("queued") != len(messages):
+        if answer["queued"] != len(messages):
             raise CommandFailed(f"the demo failed: the submission was answered with {json.dumps(answer)}")
         self._tell("mailproxy", "app", "", '200 "queued": 5, that is: safe on disk')
 
@@ -11368,17 +11212,13 @@ class Demo:
         """The application's end of proxy_sync."""
         report: dict[str, Any] = await request.json_object()
         for entry in report["delivery_report"]:
-            self._tell("mailproxy", "app", entry["id"], _report_in_words(entry, time.time()))
-            if entry["status"] != Status.DEFERRED:
+            words = joined(": ", "report", entry["status"], entry["error"])
+            if entry["status"] == Status.DEFERRED:
+                words = f"report: deferred, due {relative(entry['deferred_ts'], time.time())}"
+            else:
                 self._outcomes[entry["id"]] = entry["status"]
+            self._tell("mailproxy", "app", entry["id"], words)
         return json_response({"ok": True})
-
-    # -- what is seen of it
-
-    async def _watch(self) -> None:
-        """Show what passes until every message has its final report."""
-        while self._lines.qsize() or self._outcomes.keys() != DEMO_OUTCOMES.keys():
-            print(await self._lines.get(), flush=True)
 
     async def _sum_up(self) -> None:
         """The table at the end. Raises CommandFailed when it is not the expected one."""
@@ -11387,19 +11227,13 @@ class Demo:
             story = await self._ask("GET", f"/message/{id_}")
             reply = reply_in_words(story["attempts"][-1])
             rows.append((id_, story["message"]["status"], story["message"]["attempts"], reply))
-        lines = table(("MESSAGE", "STATUS", "ATTEMPTS", "WHAT THE SERVER SAID"), rows)
-        print("\n".join(["", *painted_table(lines, [row[1] for row in rows], coloured=self._coloured)]))
+        columns = ("MESSAGE", "STATUS", "ATTEMPTS", "WHAT THE SERVER SAID")
+        print("\n".join(["", *table(columns, rows, [status for _, status, _, _ in rows])]))
         if self._outcomes != DEMO_OUTCOMES or self._smtp.taken != 4:
             raise CommandFailed(f"the demo failed: {self._outcomes}, and {self._smtp.taken} mails arrived, not 4")
         taken_s = time.monotonic() - self._started_at
         print(f"\nall delivered and reported: 4 sent, 1 refused by its server, in {taken_s:.1f} s")
         print("With a server of your own: serve --help, and README.md")
-
-
-def _report_in_words(entry: Mapping[str, Any], now: float) -> str:
-    if entry["status"] == Status.DEFERRED:
-        return f"report: deferred, due {relative(entry['deferred_ts'], now)}"
-    return joined(": ", "report", entry["status"], entry["error"])
 
 
 def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -11408,11 +11242,11 @@ def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     configure_logging("error", "text")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # tidies up just as well
     with tempfile.TemporaryDirectory(prefix="mailproxy-demo-") as folder:
-        return asyncio.run(Demo(folder, coloured=wants_colours(environ)).run())
+        return asyncio.run(Demo(folder).run())
 
 
 # ======================================================================
-# COMMAND LINE - the commands, and the table that argparse, help and tests are made of
+# COMMAND LINE - the commands, and the table that argparse, help, README and tests are made of
 # ======================================================================
 #
 # One row of COMMANDS for each command. Exit status: 0 done, 1 failed, 2 usage or
@@ -11423,77 +11257,120 @@ def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 LISTED_MESSAGES = 50  # by `messages` without --limit
 FOLLOWED_MESSAGES = 500  # the newest ones, at least, are watched by `messages --follow`
 FOLLOW_PAUSE_S = 1.0
+WHAT_MAY_CHANGE = ("created_at", "status", "attempts", "deferred_ts", "error")  # of a followed message
 INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
 NOBODY_READS = 141  # 128 and SIGPIPE
 
-# --- what the daemon answers, for people ---------------------------------
+# --- the commands that talk to a daemon ----------------------------------
 
 
-def _status_lines(status: Mapping[str, Any], now: float, width: int) -> list[str]:
+def _asked(
+    args: argparse.Namespace,
+    environ: Mapping[str, str],
+    in_words: Callable[[dict[str, Any]], list[str]],
+    path: str,
+    body: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
+    """Ask the daemon once and show its answer: as it came with --json, else in words for people.
+
+    Raises CommandFailed when it is not there, or refuses.
+    """
+    client = find_daemon(environ, args.url, args.token, args.config)
+    answer = client.ask("GET" if body is None else "POST", path, body)
+    if args.json:
+        print(answer.text.rstrip("\n"))
+    fields = answer.granted()
+    if not args.json:
+        print("\n".join(in_words(fields)))
+    return fields
+
+
+def show(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """status, accounts, message ID."""
+    path, in_words = {
+        "status": ("/status", _status_in_words),
+        "accounts": ("/accounts", _accounts_in_words),
+        "message": (f"/message/{_quoted(args, 'id')}", _message_in_words),
+    }[args.command]
+    _asked(args, environ, in_words, path)
+    return 0
+
+
+def steer(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """run-now, suspend, activate, retry, delete: names the messages that were left as they are, by why."""
+    path, words = {
+        "run-now": ("run-now", "dispatch and reporting are awake"),
+        "suspend": ("suspend", "delivery{} is suspended; submission and reports go on"),
+        "activate": ("activate", "delivery{} is active"),
+        "retry": ("retry-messages", "{queued} queued anew"),
+        "delete": ("delete-messages", "{removed} removed"),
+    }[args.command]
+    account = getattr(args, "account", None)
+    place = f"/account/{_quoted(args, 'account')}/" if account else "/commands/"
+    whose = f" of account {account}" if account else ""
+    body = {"ids": args.ids} if "ids" in args else {}
+    answer = _asked(args, environ, lambda fields: [words.format(whose, **fields)], place + path, body)
+    reasons = {"not_found": "not found", "not_failed": "not failed", "in_delivery": "in delivery just now"}
+    left_out = [f"{why}: {', '.join(answer[key])}" for key, why in reasons.items() if answer.get(key)]
+    if left_out:
+        complain("; ".join(left_out))
+    return 1 if left_out else 0
+
+
+def _quoted(args: argparse.Namespace, name: str) -> str:
+    """An option, as a segment of a path."""
+    return urllib.parse.quote(getattr(args, name, ""), safe="")
+
+
+def _status_in_words(status: dict[str, Any]) -> list[str]:
+    now = time.time()
     oldest = relative(status["oldest_pending_ts"], now)
-    facts = (
+    lines = facts(
         ("delivery", "active" if status["active"] else "suspended; `mailproxy activate` goes on"),
-        ("pending", f"{status['pending']}{f', the oldest accepted {oldest}' if oldest else ''}"),
+        ("pending", joined(", the oldest accepted ", str(status["pending"]), oldest)),
         ("deferred", status["deferred"]),
         ("in delivery", status["in_delivery"]),
         ("unreported", status["unreported"]),
         ("version", status["version"]),
     )
-    lines = [f"{name:<12} {value}" for name, value in facts]
-    accounts = [
-        (id_, a["state"], a.get("pending"), a["connections"], _why_standing(a, now))
-        for id_, a in status["accounts"].items()
-    ]
+    accounts = []
+    for id_, account in status["accounts"].items():
+        again = account["until"] and f"again {relative(account['until'], now)}"
+        why = joined(", ", account["reason"], again)
+        accounts.append((id_, account["state"], account.get("pending"), account["connections"], why))
     if not accounts:
         return [*lines, "", "There is no account yet: [smtp] in config.ini, or POST /account."]
-    return [*lines, "", *table(("ACCOUNT", "STATE", "PENDING", "CONNECTIONS", "WHY"), accounts, width)]
+    return [*lines, "", *table(("ACCOUNT", "STATE", "PENDING", "CONNECTIONS", "WHY"), accounts)]
 
 
-def _why_standing(account: Mapping[str, Any], now: float) -> str:
-    until = f"again {relative(account['until'], now)}" if account["until"] else ""
-    return joined(", ", account["reason"], until)
+def _accounts_in_words(answer: dict[str, Any]) -> list[str]:
+    rows = []
+    for account in answer["accounts"]:
+        tls = "implicit" if account["implicit_tls"] else f"starttls {account['start_tls']}"
+        numbers = ((account[f"limit_per_{unit}"], unit) for unit in ("minute", "hour", "day"))
+        limits = " ".join(f"{number}/{unit}" for number, unit in numbers if number)
+        source = "config.ini" if account["source"] == "config" else account["source"]
+        server = f"{account['host']}:{account['port']}"
+        rows.append((account["id"], server, account["user"], tls, account["max_connections"], limits, source))
+    return table(("ID", "SERVER", "USER", "TLS", "CONNECTIONS", "LIMITS", "FROM"), rows) if rows else ["no accounts"]
 
 
-def _listed(given: object) -> list[str]:
+def _as_list(given: object) -> list[str]:
     """Recipients as they were submitted: a list, or one string with commas."""
     listed = given if isinstance(given, list) else str(given).split(",") if given else []
     return [str(address).strip() for address in listed]
 
 
-def _message_row(record: Mapping[str, Any], now: float) -> tuple[object, ...]:
-    payload = record["message"]
-    recipients = [address for key in ("to", "cc", "bcc") for address in _listed(payload.get(key))]
-    more = f" +{len(recipients) - 1}" if len(recipients) > 1 else ""
-    return (
-        record["id"],
-        record["status"],
-        record["account_id"],
-        "".join(recipients[:1]) + more,
-        payload.get("subject", "(raw)"),
-        record["attempts"],
-        relative(record["created_at"], now),
-        _why_waiting(record, now),
-    )
-
-
-def _why_waiting(record: Mapping[str, Any], now: float) -> str:
-    """What a person asks next of a message in a list: when it goes on, and why it did not."""
-    due = f"due {relative(record['deferred_ts'], now)}" if record["status"] == Status.DEFERRED else ""
-    return joined(": ", due, record["error"])
-
-
-MESSAGE_COLUMNS = ("ID", "STATUS", "ACCOUNT", "TO", "SUBJECT", "ATTEMPTS", "ACCEPTED", "REMARK")
-
-
-def _message_lines(answer: Mapping[str, Any], now: float, width: int) -> list[str]:
+def _message_in_words(answer: dict[str, Any]) -> list[str]:
     """One message: its facts, and the timeline of its attempts."""
-    record, payload = answer["message"], answer["message"]["message"]
-    facts = [
+    record, payload, now = answer["message"], answer["message"]["message"], time.time()
+    outcomes: Mapping[str, Any] = record.get("recipients") or {}
+    lines = facts(
         ("id", record["id"]),
         ("status", record["status"]),
         ("account", record["account_id"]),
         ("from", payload.get("from")),
-        *((key, ", ".join(_listed(payload.get(key)))) for key in ("to", "cc", "bcc")),
+        *((key, ", ".join(_as_list(payload.get(key)))) for key in ("to", "cc", "bcc")),
         ("subject", payload.get("subject")),
         ("message-id", record["message_id"]),
         ("batch", record["batch_code"]),
@@ -11504,205 +11381,95 @@ def _message_lines(answer: Mapping[str, Any], now: float, width: int) -> list[st
         ("given up", local_time(record["error_ts"], now)),
         ("reported", local_time(record["reported_ts"], now)),
         ("error", record["error"]),
-        *((f"  {to}", f"{o['status']}: {o['code']} {o['text']}") for to, o in (record.get("recipients") or {}).items()),
-    ]
-    shown = [(name, _escaped(str(value))) for name, value in facts if value not in (None, "")]
-    left = max(len(name) for name, _ in shown)
-    lines = [f"{name:<{left}}  {value}" for name, value in shown]
-    if not answer["attempts"]:
-        return [*lines, "", "No attempt yet."]
+        *((f"  {to}", f"{one['status']}: {one['code']} {one['text']}") for to, one in outcomes.items()),
+    )
+    rows = []
+    for number, attempt in enumerate(answer["attempts"], 1):
+        began = time.strftime(CLOCK, time.localtime(attempt["started_at"]))
+        took = f"{attempt['ended_at'] - attempt['started_at']:.2f} s"
+        rows.append((number, began, took, attempt["outcome"], attempt["stage"], reply_in_words(attempt)))
     columns = ("ATTEMPT", "WHEN", "TOOK", "OUTCOME", "STAGE", "REPLY")
-    return [*lines, "", *table(columns, map(_attempt_row, *zip(*enumerate(answer["attempts"], 1), strict=True)), width)]
-
-
-def _attempt_row(number: int, attempt: Mapping[str, Any]) -> tuple[object, ...]:
-    return (
-        number,
-        time.strftime(CLOCK, time.localtime(attempt["started_at"])),
-        f"{attempt['ended_at'] - attempt['started_at']:.2f} s",
-        attempt["outcome"],
-        attempt["stage"],
-        reply_in_words(attempt),
-    )
-
-
-ACCOUNT_COLUMNS = ("ID", "SERVER", "USER", "TLS", "CONNECTIONS", "LIMITS", "FROM")
-
-
-def _account_row(account: Mapping[str, Any]) -> tuple[object, ...]:
-    tls = "implicit" if account["implicit_tls"] else f"starttls {account['start_tls']}"
-    limits = [
-        f"{account[f'limit_per_{unit}']}/{unit}"
-        for unit in ("minute", "hour", "day")
-        if account[f"limit_per_{unit}"] is not None
-    ]
-    return (
-        account["id"],
-        f"{account['host']}:{account['port']}",
-        account["user"],
-        tls,
-        account["max_connections"],
-        " ".join(limits),
-        "config.ini" if account["source"] == "config" else account["source"],
-    )
-
-
-# --- the commands that talk to a daemon ----------------------------------
-
-
-def _asked(
-    args: argparse.Namespace,
-    environ: Mapping[str, str],
-    method: str,
-    path: str,
-    body: Mapping[str, object] | None = None,
-) -> dict[str, Any]:
-    """Ask the daemon once; --json shows its answer. Raises CommandFailed when it is not there, or refuses."""
-    client = Client(find_daemon(args, environ))
-    answer = client.ask(method, path, body)
-    answer.fields(client.url)
-    if args.json:
-        _put_out(answer)
-    return client.granted(answer)
-
-
-def show_status(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    status = _asked(args, environ, "GET", "/status")
-    _say(args, _status_lines(status, time.time(), output_width()))
-    return 0
+    return [*lines, "", *(table(columns, rows) if rows else ["No attempt yet."])]
 
 
 def list_messages(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    filters = {
-        "active_only": "true" if args.active_only else None,
-        "status": args.status,
-        "account_id": args.account,
-        "batch_code": args.batch,
-        "limit": args.limit,
-        "after": args.after,
-    }
-    given = {name: value for name, value in filters.items() if value is not None}
+    names = ("active_only", "status", "account_id", "batch_code", "limit", "after")
+    filters = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+    def in_words(answer: dict[str, Any]) -> list[str]:
+        rows = [_message_row(record, time.time()) for record in answer["messages"]]
+        columns = ("ID", "STATUS", "ACCOUNT", "TO", "SUBJECT", "ATTEMPTS", "ACCEPTED", "REMARK")
+        return table(columns, rows, [record["status"] for record in answer["messages"]]) if rows else ["no messages"]
+
     if args.follow:
-        return follow_messages(Client(find_daemon(args, environ)), args, given, wants_colours(environ))
-    answer = _asked(args, environ, "GET", f"/messages?{urllib.parse.urlencode(given)}")
-    rows = [_message_row(record, time.time()) for record in answer["messages"]]
-    lines = table(MESSAGE_COLUMNS, rows, output_width())
-    kinds = [record["status"] for record in answer["messages"]]
-    _say(args, painted_table(lines, kinds, coloured=wants_colours(environ)) if rows else ["no messages"])
+        _follow(find_daemon(environ, args.url, args.token, args.config), args, filters)
+    answer = _asked(args, environ, in_words, f"/messages?{urllib.parse.urlencode(filters)}")
     if answer["next"] and not args.json:
         print(f"There are more: --after {answer['next']} shows the next ones.", file=sys.stderr)
     return 0
 
 
-def follow_messages(
-    client: Client, args: argparse.Namespace, filters: Mapping[str, object], coloured: bool
-) -> NoReturn:
-    """The last messages of a list, then each one that is new or has changed, until Ctrl-C."""
-    cursor = args.after or str(max(0, _end_of_queue(client) - FOLLOWED_MESSAGES))
-    known: dict[str, object] = {}
-    records, cursor = _listed_after(client, filters, cursor)
-    news = records[-args.limit :]
+def _message_row(record: Mapping[str, Any], now: float) -> tuple[Any, ...]:
+    """A message in a list. The remark is what a person asks next: when it goes on, and why it did not."""
+    id_, status, payload = record["id"], record["status"], record["message"]
+    recipients = [address for key in ("to", "cc", "bcc") for address in _as_list(payload.get(key))]
+    to = f"{recipients[0]} +{len(recipients) - 1}" if len(recipients) > 1 else "".join(recipients)
+    subject, accepted = payload.get("subject", "(raw)"), relative(record["created_at"], now)
+    due = f"due {relative(record['deferred_ts'], now)}" if status == Status.DEFERRED else ""
+    remark = joined(": ", due, record["error"])
+    return (id_, status, record["account_id"], to, subject, record["attempts"], accepted, remark)
+
+
+def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, object]) -> NoReturn:
+    """The newest messages of a list, then each one that is new or has changed, until Ctrl-C.
+
+    A daemon that goes away is waited for.
+    """
+    cursor = args.after or _page(client, {**filters, "order": "desc", "limit": FOLLOWED_MESSAGES})["next"]
+    known: dict[str, object] | None = None  # how the messages were at the last look
+    away = False
     while True:
-        for record in news:
-            line = json.dumps(record, ensure_ascii=False) if args.json else _news_line(record, output_width())
-            print(line if args.json else paint(line, record["status"], coloured=coloured))
-        sys.stdout.flush()
-        known = {record["id"]: _what_may_change(record) for record in records}
+        try:
+            records, cursor = _listed_after(client, filters, cursor)
+        except CommandFailed as error:
+            if known is None or (isinstance(error, RefusedByDaemon) and error.http_status < 500):
+                raise
+            if not away:
+                complain(error)
+            away = True
+        else:
+            states: dict[str, object] = {r["id"]: [r[key] for key in WHAT_MAY_CHANGE] for r in records}
+            news = [r for r in records if known is not None and known.get(r["id"]) != states[r["id"]]]
+            for record in records[-args.limit :] if known is None else news:
+                id_, status, account, to, subject, _, _, remark = _message_row(record, time.time())
+                words = joined("  ", f"{id_:<24}", account, to, f'"{subject}"', remark)
+                line = cut(f"{time.strftime('%H:%M:%S')}  {status:<8}  {_escaped(words)}", output_width())
+                print(json.dumps(record, ensure_ascii=False) if args.json else paint(line, status), flush=True)
+            known, away = states, False
         time.sleep(FOLLOW_PAUSE_S)
-        records, cursor = _listed_after(client, filters, cursor)
-        news = [record for record in records if known.get(record["id"]) != _what_may_change(record)]
 
 
-def _end_of_queue(client: Client) -> int:
-    """The cursor behind which nothing lies: a cursor counts what was ever accepted."""
-
-    def is_end(cursor: int) -> bool:
-        return not client.granted(client.ask("GET", f"/messages?limit=1&after={cursor}"))["messages"]
-
-    return bisect.bisect_left(range(2**53), True, hi=2**53 - 1, key=is_end)
-
-
-def _listed_after(client: Client, filters: Mapping[str, object], cursor: str) -> tuple[list[dict[str, Any]], str]:
+def _listed_after(client: Client, filters: Mapping[str, object], cursor: str | None) -> tuple[list[Any], str | None]:
     """All messages after a cursor, and the cursor to look from the next time: a page is always in view."""
-    records: list[dict[str, Any]] = []
+    records: list[Any] = []
     cursors = [cursor]
     while True:
-        query = urllib.parse.urlencode({**filters, "limit": FOLLOWED_MESSAGES, "after": cursors[-1]})
-        page = client.granted(client.ask("GET", f"/messages?{query}"))
+        page = _page(client, {**filters, "limit": FOLLOWED_MESSAGES, "after": cursors[-1]})
         records += page["messages"]
         if not page["next"]:
             return records, cursors[-2:][0]
         cursors.append(page["next"])
 
 
-def _what_may_change(record: Mapping[str, Any]) -> tuple[object, ...]:
-    return tuple(record[key] for key in ("created_at", "status", "attempts", "deferred_ts", "error"))
-
-
-def _news_line(record: Mapping[str, Any], width: int) -> str:
-    """One state of a message, as it is told while one watches."""
-    id_, status, account, to, subject, _, _, remark = _message_row(record, time.time())
-    cells = (f"{id_!s:<24}", account, to, f'"{subject}"', remark)
-    line = _escaped(joined("  ", *cells))
-    line = f"{time.strftime('%H:%M:%S')}  {status:<8}  {line}"
-    return cut(line, width)
-
-
-def show_message(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    answer = _asked(args, environ, "GET", f"/message/{urllib.parse.quote(args.id, safe='')}")
-    _say(args, _message_lines(answer, time.time(), output_width()))
-    return 0
-
-
-def list_accounts(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    rows = [_account_row(account) for account in _asked(args, environ, "GET", "/accounts")["accounts"]]
-    _say(args, table(ACCOUNT_COLUMNS, rows, output_width()) if rows else ["no accounts"])
-    return 0
-
-
-def run_now(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    _asked(args, environ, "POST", "/commands/run-now", {})
-    _say(args, ["dispatch and reporting are awake"])
-    return 0
-
-
-def suspend(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    return _switch(args, environ, "suspend", "is suspended; submission and reports go on")
-
-
-def activate(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    return _switch(args, environ, "activate", "is active")
-
-
-def _switch(args: argparse.Namespace, environ: Mapping[str, str], switch: str, outcome: str) -> int:
-    """Turn all delivery off or on, or that of one account."""
-    place = "/commands" if args.account is None else f"/account/{urllib.parse.quote(args.account, safe='')}"
-    _asked(args, environ, "POST", f"{place}/{switch}", {})
-    _say(args, [f"delivery{f' of account {args.account}' if args.account else ''} {outcome}"])
-    return 0
-
-
-def retry_messages(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    answer = _asked(args, environ, "POST", "/commands/retry-messages", {"ids": args.ids})
-    _say(args, [f"{answer['queued']} queued anew"])
-    return _complain_of({"not found": answer["not_found"], "not failed": answer["not_failed"]})
-
-
-def delete_messages(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    answer = _asked(args, environ, "POST", "/commands/delete-messages", {"ids": args.ids})
-    _say(args, [f"{answer['removed']} removed"])
-    return _complain_of({"not found": answer["not_found"], "in delivery just now": answer["in_delivery"]})
-
-
-def _complain_of(left_out: Mapping[str, Sequence[str]]) -> int:
-    """Name the messages a command left alone, by why; the exit status that follows."""
-    reasons = [f"{why}: {', '.join(ids)}" for why, ids in left_out.items() if ids]
-    if reasons:
-        complain("; ".join(reasons))
-    return 1 if reasons else 0
+def _page(client: Client, query: Mapping[str, object]) -> dict[str, Any]:
+    given = {name: value for name, value in query.items() if value is not None}
+    return client.ask("GET", f"/messages?{urllib.parse.urlencode(given)}").granted()
 
 
 # --- serve and check -----------------------------------------------------
+
+M_ARENA_MAX = -8  # of mallopt(3)
+GIVE_WAY_S = 0.001  # after which a busy thread lets the event loop run: it waits several times for an answer
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, str]:
@@ -11717,33 +11484,19 @@ def _overrides(args: argparse.Namespace) -> dict[str, str]:
     return overrides | {name: text for name, text in named.items() if text is not None}
 
 
-M_ARENA_MAX = -8  # of mallopt(3)
-
-
 def share_one_heap() -> None:
-    """Let all threads take memory from the same heap, where the C library is glibc.
-
-    Otherwise each thread that ever held an attachment keeps a heap of its own, much of it for nothing.
-    """
-    with contextlib.suppress(ImportError, OSError, AttributeError):  # without libffi; no such function
+    """Let all threads take memory from one heap: else each that ever held an attachment keeps one, mostly empty."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):  # without libffi, or without glibc
         import ctypes
 
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
-GIVE_WAY_S = 0.001  # after which a busy thread lets the event loop run: it waits several times for an answer
-
-
 def serve(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """The daemon, until a signal."""
-    overrides = _overrides(args)
-
-    def reload() -> Settings:
-        return load_settings(args.config, environ, overrides)
-
+    reload = functools.partial(load_settings, args.config, environ, _overrides(args))
     settings = reload()
-    journal = stderr_is_journal(environ)
-    configure_logging(settings.logging.level, settings.logging.format, journal=journal)
+    configure_logging(settings.logging.level, settings.logging.format, journal=stderr_is_journal(environ))
     share_one_heap()
     sys.setswitchinterval(GIVE_WAY_S)
     try:
@@ -11761,25 +11514,22 @@ def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(args.config, environ, _overrides(args))
     accounts = configured_accounts(settings)
     rows = [(f"{section}.{key}", value, origin) for section, key, value, origin in describe(settings)]
-    print(f"configuration: {settings.source or 'no config.ini; defaults, environment and command line alone'}\n")
-    print("\n".join(table(("SETTING", "VALUE", "FROM"), rows, output_width())))
+    print(f"configuration: {settings.source or 'no config.ini; only defaults, environment and command line'}\n")
+    print("\n".join(table(("SETTING", "VALUE", "FROM"), rows)))
     for warning in settings.warnings:
         complain(f"warning: {warning}")
-    problems = [*_start_problems(settings), *_account_problems(accounts, environ)]
+    problems = list(_start_problems(settings, accounts, environ))
     for problem in problems:
         complain(problem)
-    print("\nThis is not right yet." if problems else f"\nThe settings are right: {_accounts_in_words(accounts)}.")
+    named = ", ".join(f"{account.id} ({account.host}:{account.port})" for account in accounts)
+    way = f"mail goes out through {named}" if named else "no account is configured, they come over HTTP"
+    print("\nThis is not right yet." if problems else f"\nThe settings are right: {way}.")
     failed = args.connect and not show_servers(settings, accounts, environ)
     return 2 if problems else int(failed)
 
 
-def _accounts_in_words(accounts: Sequence[Account]) -> str:
-    named = ", ".join(f"{a.id} ({a.host}:{a.port})" for a in accounts)
-    return f"mail goes out through {named}" if named else "no account is configured, they come over HTTP"
-
-
-def _start_problems(settings: Settings) -> Iterator[str]:
-    """What would stop the start although every setting is well written."""
+def _start_problems(settings: Settings, accounts: Iterable[Account], environ: Mapping[str, str]) -> Iterator[str]:
+    """What would stop the start, or make accounts cool down, although every setting is well written."""
     folder = os.path.dirname(os.path.abspath(settings.storage.db_path))
     if not os.path.isdir(folder):
         yield f"[storage] db_path: the folder {folder} does not exist"
@@ -11789,10 +11539,6 @@ def _start_problems(settings: Settings) -> Iterator[str]:
         server_tls_context(settings.server)
     except ConfigurationError as error:
         yield str(error)
-
-
-def _account_problems(accounts: Iterable[Account], environ: Mapping[str, str]) -> Iterator[str]:
-    """What would make accounts cool down. Looks at no server."""
     for account in accounts:
         of_oauth2 = (account.oauth2.client_secret, account.oauth2.refresh_token) if account.oauth2 else ()
         for secret in filter(None, (account.password, *of_oauth2)):
@@ -11811,114 +11557,86 @@ SERVER_COLUMNS = ("ACCOUNT", "SERVER", "TLS", "AUTH", "SIZE", "SMTPUTF8", "PIPEL
 
 def show_servers(settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]) -> bool:
     """Log into each account, those in the queue file too, and show what its server offers; True: all work."""
-    tried = asyncio.run(_try_servers(settings, configured, environ, os.path.exists(settings.storage.db_path)))
-    rows = [_server_row(account, outcome) for account, outcome in tried]
-    failed = [account.id for account, outcome in tried if isinstance(outcome, Reply)]
-    kinds = ["error" if account.id in failed else "sent" for account, _ in tried]
-    lines = table(SERVER_COLUMNS, rows, output_width())
-    if not rows:
-        print("There is no account to log into.")
-    else:
-        print("\n".join(["", *painted_table(lines, kinds, coloured=wants_colours(environ))]))
+    stored = asyncio.run(_accounts_in_queue(settings)) if os.path.exists(settings.storage.db_path) else []
+    accounts = {account.id: account for account in (*stored, *configured)}
+    outcomes = asyncio.run(_try_servers(accounts.values(), environ))
+    rows = list(map(_server_row, accounts.values(), outcomes))
+    failed = [row[0] for row, outcome in zip(rows, outcomes, strict=True) if isinstance(outcome, Reply)]
+    kinds = ["error" if isinstance(outcome, Reply) else "sent" for outcome in outcomes]
+    lines = ["", *table(SERVER_COLUMNS, rows, kinds)] if rows else ["There is no account to log into."]
+    print("\n".join(lines))
     if failed:
         complain(f"no mail can leave through {', '.join(failed)}")
     return not failed
 
 
-async def _try_servers(
-    settings: Settings, configured: Sequence[Account], environ: Mapping[str, str], there_is_a_queue: bool
-) -> list[tuple[Account, Offers | Reply]]:
+def _server_row(account: Account, outcome: Offers | Reply) -> tuple[str, ...]:
+    server = f"{account.host}:{account.port}"
+    if isinstance(outcome, Reply):
+        return (account.id, server, *[""] * 5, f"{outcome.stage}: {outcome.words}")
+    auth = " ".join(outcome.auth).upper() or "none"
+    size = size_in_words(outcome.size_bytes) if outcome.size_bytes else "any"
+    utf8, pipelining = ("yes" if offered else "no" for offered in (outcome.smtputf8, outcome.pipelining))
+    result = f"logged in as {account.user}" if account.user else "connected"
+    return (account.id, server, outcome.tls or "none", auth, size, utf8, pipelining, result)
+
+
+async def _try_servers(accounts: Iterable[Account], environ: Mapping[str, str]) -> list[Offers | Reply]:
     """What each account's server offers, or the reply that kept us out; all at once."""
     pool = concurrent.futures.ThreadPoolExecutor(CONNECTING_THREADS, "check")
     in_thread = in_threads_of(pool)
+
+    def revealed(secret: Secret) -> str:
+        return reveal(secret, environ)
+
     agent = DeliveryAgent(
         hostname=await in_thread(host_name),
-        reveal=lambda secret: reveal(secret, environ),
+        reveal=revealed,
         in_thread=in_thread,
-        tokens=TokenKeeper(
-            post_form=post_form,
-            reveal=lambda secret: reveal(secret, environ),
-            in_thread=in_thread,
-            monotonic=time.monotonic,
-        ),
+        tokens=TokenKeeper(post_form=post_form, reveal=revealed, in_thread=in_thread, monotonic=time.monotonic),
     )
-    stored = await _accounts_in_queue(settings) if there_is_a_queue else []
-    accounts = {account.id: account for account in (*stored, *configured)}
-    outcomes = await asyncio.gather(*(_try_server(agent, account) for account in accounts.values()))
-    pool.shutdown(wait=False, cancel_futures=True)
-    return list(zip(accounts.values(), outcomes, strict=True))
+
+    async def tried(account: Account) -> Offers | Reply:
+        try:
+            async with asyncio.timeout(CONNECT_PATIENCE_S):
+                session = await agent.open_session(account, name="check")
+        except TimeoutError:
+            return local_reply(Stage.CONNECT, f"not logged in within {CONNECT_PATIENCE_S:g} s", Cause.TIMEOUT)
+        if isinstance(session, Reply):
+            return session
+        await session.quit()
+        return session.offers
+
+    try:
+        return await asyncio.gather(*map(tried, accounts))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 async def _accounts_in_queue(settings: Settings) -> list[Account]:
     """The accounts that were added over HTTP."""
     file = QueueFile(settings.storage.db_path, MIGRATIONS, observe_commit=lambda seconds: None)
     try:
-        definitions = await Queue(file, now=time.time).accounts()
+        return stored_accounts(await Queue(file, now=time.time).accounts(), settings.delivery)
     finally:
         await file.close()
-    return stored_accounts(definitions, settings.delivery)
-
-
-async def _try_server(agent: DeliveryAgent, account: Account) -> Offers | Reply:
-    try:
-        async with asyncio.timeout(CONNECT_PATIENCE_S):
-            session = await agent.open_session(account, name="check")
-    except TimeoutError:
-        return local_reply(Stage.CONNECT, f"not logged in within {CONNECT_PATIENCE_S:g} s", Cause.TIMEOUT)
-    if isinstance(session, Reply):
-        return session
-    await session.quit()
-    return session.offers
-
-
-def _server_row(account: Account, outcome: Offers | Reply) -> tuple[object, ...]:
-    server = f"{account.host}:{account.port}"
-    if isinstance(outcome, Reply):
-        return (account.id, server, *[""] * 5, f"{outcome.stage}: {outcome.words}")
-    return (
-        account.id,
-        server,
-        outcome.tls or "none",
-        " ".join(outcome.auth).upper() or "none",
-        size_in_words(outcome.size_bytes) if outcome.size_bytes else "any",
-        "yes" if outcome.smtputf8 else "no",
-        "yes" if outcome.pipelining else "no",
-        f"logged in as {account.user}" if account.user else "connected",
-    )
 
 
 # --- backup --------------------------------------------------------------
 
 
 def backup(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    """A copy of the queue as it is at one instant."""
-    overrides = {"storage.db_path": args.db} if args.db else {}
-    queue = read_settings(args.config, environ, overrides).storage.db_path
+    """A copy of the queue as it is at one instant, readable by the owner only."""
+    queue = read_settings(args.config, environ, {"storage.db_path": args.db} if args.db else {}).storage.db_path
+    target = args.file
     if not os.path.isfile(queue):
         raise CommandFailed(f"there is no queue at {queue}: name it with --db, or its config.ini with --config")
-    _must_be_writable(args.file, queue, force=args.force)
-    messages = copy_queue(queue, args.file)
-    print(f"{args.file}: {messages} messages, {size_in_words(os.path.getsize(args.file))}, checked")
-    return 0
-
-
-def _must_be_writable(target: str, queue: str, *, force: bool) -> None:
-    """Keeps a backup from overwriting what it must not."""
     if os.path.isdir(target):
         raise CommandFailed(f"{target} is a folder: name a file in it")
-    if not os.path.lexists(target):
-        return
     if os.path.exists(f"{target}-wal") or (os.path.exists(target) and os.path.samefile(target, queue)):
         raise CommandFailed(f"{target} is a queue in use, not a backup: choose another name")
-    if not force:
+    if os.path.lexists(target) and not args.force:
         raise CommandFailed(f"{target} is there already: --force replaces it")
-
-
-def copy_queue(queue: str, target: str) -> int:
-    """Copy the queue under another name first, and check the copy; return the number of its messages.
-
-    Readable by the owner alone. Blocking. Raises CommandFailed.
-    """
     folder, name = os.path.split(os.path.abspath(target))
     try:
         descriptor, draft = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # mode 0600
@@ -11938,12 +11656,16 @@ def copy_queue(queue: str, target: str) -> int:
     directory = os.open(folder, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
-    return messages
+    print(f"{target}: {counted(messages, 'message')}, {size_in_words(os.path.getsize(target))}, checked")
+    return 0
 
 
 def _copied(queue: str, draft: str) -> int:
-    """Copy in one step, so that a busy writer cannot make it start again and again."""
-    uri = f"{pathlib.Path(queue).absolute().as_uri()}?mode=ro"
+    """Copy and check a queue; return the number of its messages.
+
+    In one step, so that a busy writer cannot make it start again and again. Blocking.
+    """
+    uri = f"file:{urllib.parse.quote(os.path.abspath(queue))}?mode=ro"
     with (
         contextlib.closing(sqlite3.connect(uri, uri=True)) as source,
         contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as copy,
@@ -11968,6 +11690,8 @@ def option(*names: str, **how: Any) -> Option:
 
 def _listing_limit(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= LISTING_LIMIT:
+        import argparse
+
         raise argparse.ArgumentTypeError(f"must be a number from 1 to {LISTING_LIMIT}")
     return int(text)
 
@@ -11981,6 +11705,7 @@ SERVING = (
     DB,
     option("--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="any setting; repeatable"),
 )
+CONNECTING = option("--connect", action="store_true", help="log into every account; show what is offered")
 ASKING = (
     option("--url", help="http(s)://HOST:PORT or unix:/path; else MAILPROXY_URL, else by config.ini"),
     option("--token", help="better in MAILPROXY_TOKEN, or env:NAME, or file:/path: other users see options"),
@@ -11988,15 +11713,14 @@ ASKING = (
     option("--json", action="store_true", help="print the daemon's answer as it is"),
 )
 FILTERS = (
-    option("--active-only", "--active", action="store_true", help="those that are not final yet"),
+    option("--active-only", "--active", action="store_const", const="true", help="those that are not final yet"),
     option("--status", choices=[str(status) for status in Status], help="those in this state"),
-    option("--account", "--account-id", metavar="ID", help="those of this account"),
-    option("--batch", "--batch-code", metavar="CODE", help="those with this batch_code"),
+    option("--account-id", "--account", metavar="ID", help="those of this account"),
+    option("--batch-code", "--batch", metavar="CODE", help="those with this batch_code"),
     option("--limit", type=_listing_limit, default=LISTED_MESSAGES, metavar="N", help="at most N (%(default)s)"),
     option("--after", metavar="CURSOR", help="go on where an earlier list ended"),
     option("--follow", action="store_true", help="go on with what comes and changes, until Ctrl-C"),
 )
-CONNECTING = option("--connect", action="store_true", help="log into every account; show what is offered")
 SENDING = (
     option("file", metavar="FILE.eml", nargs="?", help="a complete message; its headers say who gets it"),
     option("--csv", metavar="FILE", help="many messages: a row each, columns named as a message's fields"),
@@ -12006,7 +11730,7 @@ SENDING = (
     option("--bcc", metavar="ADDRESS", action="append"),
     option("--subject"),
     option("--body", metavar="TEXT", help="the text; - reads it from standard input"),
-    option("--html", metavar="HTML", nargs="?", const=True, help="beside the text; alone: --body is html"),
+    option("--html", metavar="HTML", nargs="?", const=True, help="beside the text; without a value: --body is html"),
     option("--attach", metavar="FILE", action="append", default=[], help="may be repeated"),
     option("--account", metavar="ID", help="the account to send through; else the one of [smtp]"),
     option("--priority", help="0 to 3, or immediate, high, medium, low"),
@@ -12015,167 +11739,152 @@ SENDING = (
 AS_SENDMAIL = (
     option("recipients", metavar="ADDRESS", nargs="*", help="who gets it; a bare name is a user of this host"),
     option("-t", action="store_true", help="also those named in the headers To, Cc and Bcc"),
-    option("-i", action="store_true", help="a dot alone on a line does not end the message; so does -oi"),
+    option("-i", action="store_true", help="a line with only a dot does not end the message; so does -oi"),
     option("-f", metavar="ADDRESS", help="envelope sender; else that of the header From, else login@host"),
     option("-F", metavar="NAME", help="full name for the header From where there is none"),
 )
-ONE_ACCOUNT = option("--account", metavar="ID", help="this account alone; else all delivery")
+BACKING_UP = (
+    option("file", metavar="FILE", help="what to write"),
+    option("--force", action="store_true", help="replace FILE when it is there already"),
+    CONFIG,
+    DB,
+)
+ONE_ACCOUNT = option("--account", metavar="ID", help="only this account; else all delivery")
+ID = option("id", metavar="ID", help="id of the message")
 IDS = option("ids", metavar="ID", nargs="+", help="id of a message")
 
 
 class Command(NamedTuple):
-    """One command: its name, what it is for, its options, what runs it, and how it is used."""
+    """One command: its name, what runs it, its options, and what it is for."""
 
     name: str
-    meaning: str
-    run: Callable[[argparse.Namespace, Mapping[str, str]], int]
+    run: Callable[[Any, Mapping[str, str]], int]
     options: tuple[Option, ...]
-    examples: tuple[str, ...] = ()
+    meaning: str
+
+    @property
+    def examples(self) -> list[str]:
+        return [line for line in EXAMPLES.splitlines() if line.split()[1:2] == [self.name]]
 
 
 COMMANDS = (
-    Command("serve", "run the daemon", serve, SERVING, (
-        "mailproxy serve",
-        "mailproxy serve --config /etc/mailproxy/config.ini",
-        "mailproxy serve --port 8025 --set smtp.host=mail.example.com --set smtp.port=587",
-    )),
-    Command("demo", "show it all on this machine, with nothing configured", demo, (), ("mailproxy demo",)),
-    Command("check", "say what is wrong with the configuration, or what is in force", check, (
-        CONNECTING, *SERVING,
-    ), (
-        "mailproxy check",
-        "mailproxy check --connect",
-        "mailproxy check --config new.ini && mv new.ini config.ini",
-    )),
-    Command("send", "submit a message, an .eml file, or many out of a CSV file", send, (*SENDING, *ASKING), (
-        'mailproxy send --from shop@example.com --to jane@example.com --subject Hi --body "Thank you!"',
-        "mailproxy send --from a@x.example --to b@x.example --subject May --attach may.pdf --body - < text",
-        "mailproxy send newsletter.eml --to jane@example.com --id newsletter-7-jane",
-        "mailproxy send --csv people.csv --from shop@example.com --subject News --body - < news.txt",
-    )),
-    Command("sendmail", "take a message from standard input, as sendmail(8) does", sendmail, AS_SENDMAIL, (
-        "mailproxy sendmail -t -i < message",
-        "mailproxy sendmail -f shop@example.com jane@example.com < message",
-        "ln -s /usr/local/bin/mailproxy /usr/sbin/sendmail",
-    )),
-    Command("backup", "copy the queue into a file, while the daemon runs", backup, (
-        option("file", metavar="FILE", help="what to write"),
-        option("--force", action="store_true", help="replace FILE when it is there already"),
-        CONFIG,
-        DB,
-    ), (
-        "mailproxy backup /var/backups/mailproxy.db",
-        "mailproxy backup --config /etc/mailproxy/config.ini --force nightly.db",
-    )),
-    Command("status", "how the daemon is", show_status, ASKING, (
-        "mailproxy status",
-        "mailproxy status --json | jq .pending",
-    )),
-    Command("messages", "list messages, in order of acceptance", list_messages, (*FILTERS, *ASKING), (
-        "mailproxy messages --status error",
-        "mailproxy messages --active --account billing --limit 1000",
-        "mailproxy messages --follow",
-        "mailproxy messages --status error --json | jq -r '.messages[].id' | xargs mailproxy retry",
-    )),
-    Command("message", "one message, and every attempt to deliver it", show_message, (
-        option("id", metavar="ID", help="id of the message"), *ASKING,
-    ), ("mailproxy message invoice-4711",)),
-    Command("accounts", "list the accounts mail goes out by", list_accounts, ASKING, ("mailproxy accounts",)),
-    Command("run-now", "deliver and report at once", run_now, ASKING, ("mailproxy run-now",)),
-    Command("suspend", "stop delivery; submission and reports go on", suspend, (ONE_ACCOUNT, *ASKING), (
-        "mailproxy suspend",
-        "mailproxy suspend --account billing",
-    )),
-    Command("activate", "take delivery up again", activate, (ONE_ACCOUNT, *ASKING), (
-        "mailproxy activate",
-        "mailproxy activate --account billing",
-    )),
-    Command("retry", "queue failed messages anew", retry_messages, (IDS, *ASKING), (
-        "mailproxy retry invoice-4711 invoice-4712",
-    )),
-    Command("delete", "remove messages, whatever their state", delete_messages, (IDS, *ASKING), (
-        "mailproxy delete invoice-4711",
-    )),
-)  # fmt: skip
+    Command("serve", serve, SERVING, "run the daemon"),
+    Command("demo", demo, (), "show it all on this machine, with nothing configured"),
+    Command("check", check, (CONNECTING, *SERVING), "say what is wrong with the configuration, or what is in force"),
+    Command("send", send, (*SENDING, *ASKING), "submit a message, an .eml file, or many out of a CSV file"),
+    Command("sendmail", sendmail, AS_SENDMAIL, "take a message from standard input, as sendmail(8) does"),
+    Command("backup", backup, BACKING_UP, "copy the queue into a file, while the daemon runs"),
+    Command("status", show, ASKING, "how the daemon is"),
+    Command("messages", list_messages, (*FILTERS, *ASKING), "list messages, in order of acceptance"),
+    Command("message", show, (ID, *ASKING), "one message, and every attempt to deliver it"),
+    Command("accounts", show, ASKING, "list the accounts mail goes out by"),
+    Command("run-now", steer, ASKING, "deliver and report at once"),
+    Command("suspend", steer, (ONE_ACCOUNT, *ASKING), "stop delivery; submission and reports go on"),
+    Command("activate", steer, (ONE_ACCOUNT, *ASKING), "take delivery up again"),
+    Command("retry", steer, (IDS, *ASKING), "queue failed messages anew"),
+    Command("delete", steer, (IDS, *ASKING), "remove messages, whatever their state"),
+)
 
-USAGE_HINTS = """\
+EXAMPLES = """\
+mailproxy serve
+mailproxy serve --config /etc/mailproxy/config.ini
+mailproxy serve --port 8025 --set smtp.host=mail.example.com --set smtp.port=587
+mailproxy demo
+mailproxy check
+mailproxy check --connect
+mailproxy check --config new.ini && mv new.ini config.ini
+mailproxy send --from shop@example.com --to jane@example.com --subject Hi --body "Thank you!"
+mailproxy send --from a@x.example --to b@x.example --subject May --attach may.pdf --body - < text
+mailproxy send newsletter.eml --to jane@example.com --id newsletter-7-jane
+mailproxy send --csv people.csv --from shop@example.com --subject News --body - < news.txt
+mailproxy sendmail -t -i < message
+mailproxy sendmail -f shop@example.com jane@example.com < message
+mailproxy backup /var/backups/mailproxy.db
+mailproxy backup --config /etc/mailproxy/config.ini --force nightly.db
+mailproxy status
+mailproxy status --json | jq .pending
+mailproxy messages --status error
+mailproxy messages --active --account billing --limit 1000
+mailproxy messages --follow
+mailproxy messages --status error --json | jq -r '.messages[].id' | xargs mailproxy retry
+mailproxy message invoice-4711
+mailproxy accounts
+mailproxy run-now
+mailproxy suspend
+mailproxy suspend --account billing
+mailproxy activate
+mailproxy activate --account billing
+mailproxy retry invoice-4711 invoice-4712
+mailproxy delete invoice-4711"""
+
+OVERVIEW = """usage: mailproxy COMMAND [OPTION ...]
+
+A small daemon between an application and its SMTP servers.
+
+commands:
+{commands}
+
 for a start:
   mailproxy demo                        five messages, from REST to report, on this machine
   mailproxy serve --set smtp.host=mail.example.com --set smtp.port=587
   mailproxy COMMAND --help              what a command takes, with examples
+  ln -s /usr/local/bin/mailproxy /usr/sbin/sendmail
 
 exit status: 0 done, 1 failed, 2 usage or configuration"""
 
 
-class CommandParser(argparse.ArgumentParser):
-    """argparse, but one sentence for a mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        complain(f"{message}; see {self.prog} --help")
-        sys.exit(2)
+def overview() -> str:
+    """The help of the whole program."""
+    return OVERVIEW.format(commands="\n".join(f"    {command.name:<10} {command.meaning}" for command in COMMANDS))
 
 
-def command_parser() -> CommandParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = CommandParser(
-        prog="mailproxy",
-        description="A small daemon between an application and its SMTP servers.",
-        epilog=USAGE_HINTS,
-        formatter_class=raw,
+def parsed(words: Sequence[str]) -> tuple[Command, argparse.Namespace]:
+    """The command that the words mean, and its options. Exits with 0 after its help, with 2 for a mistake."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            complain(f"{message}; see {self.prog} --help")
+            sys.exit(2)
+
+    command = next((command for command in COMMANDS if command.name == words[0]), None)
+    if command is None:
+        near = nearest(words[0], [command.name for command in COMMANDS])
+        raise UsageMistake(f'no command "{words[0]}"{near}; see mailproxy --help')
+    parser = Parser(
+        prog=f"mailproxy {command.name}",
+        description=f"{command.meaning[0].upper()}{command.meaning[1:]}.",
+        epilog="\n  ".join(("examples:", *command.examples)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"mailproxy {__version__}")
-    parser.set_defaults(run=None)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in COMMANDS:
-        examples = "\n  ".join(("examples:", *command.examples))
-        about = f"{command.meaning[0].upper()}{command.meaning[1:]}."
-        added = commands.add_parser(
-            command.name, help=command.meaning, description=about, epilog=examples, formatter_class=raw
-        )
-        for names, how in command.options:
-            added.add_argument(*names, **how)
-        added.set_defaults(run=command.run)
-    return parser
+    parser.set_defaults(command=command.name)
+    for names, how in command.options:
+        parser.add_argument(*names, **how)
+    return command, parser.parse_args(words[1:])
 
 
-def _give_up_stdout() -> None:
-    """Nobody reads it any more: what is still in its buffer goes nowhere, without a complaint at exit."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-
-
-def _politely(run: Callable[[], int]) -> int:
-    """The exit status of a command; its failure becomes a sentence."""
-    try:
-        status = run()
-        print(end="", flush=True)
-        return status
-    except (ConfigurationError, UsageMistake) as error:
-        complain(error)
-        return 2
-    except MailproxyError as error:
-        complain(error)
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        _give_up_stdout()
-        return NOBODY_READS
-    except OSError as error:
-        _give_up_stdout()
-        complain(error.strerror or error)
-        return 1
-    except Exception as error:
-        complain(f"this should not happen: {type(error).__name__}: {error}")
-        return 1
+def run_command(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run one command; the exit status. Raises what the command raises."""
+    match words:
+        case []:
+            print(overview(), file=sys.stderr)
+            return 2
+        case ["-h" | "--help"]:
+            print(overview())
+            return 0
+        case ["--version"]:
+            print(f"mailproxy {__version__}")
+            return 0
+        case ["sendmail", *options] if options not in (["-h"], ["--help"]):  # they are not argparse's
+            return sendmail(options, environ)
+    command, args = parsed(words)
+    return command.run(args, environ)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0 when it is done, 1 when it failed, 2 for usage or configuration.
 
-    Called by the name of sendmail, it is sendmail, with exit statuses of sysexits.h.
+    Its failure becomes a sentence. Called by the name of sendmail, it is sendmail, with exit statuses of sysexits.h.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -12183,14 +11892,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None and os.path.basename(sys.argv[0]) == "sendmail":
         words.insert(0, "sendmail")
-    if words[:1] == ["sendmail"] and words[1:] not in (["-h"], ["--help"]):  # its options are not argparse's
-        return _politely(lambda: sendmail(argparse.Namespace(words=words[1:]), os.environ))
-    parser = command_parser()
-    args = parser.parse_args(words)
-    if args.run is None:
-        parser.print_help(sys.stderr)
+    try:
+        status = run_command(words, os.environ)
+        print(end="", flush=True)
+        return status
+    except (ConfigurationError, UsageMistake) as error:
+        complain(error)
         return 2
-    return _politely(lambda: args.run(args, os.environ))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:  # of stdout: what is still in its buffer goes nowhere, without a complaint at exit
+        with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return NOBODY_READS
+        complain(error.strerror or error)
+        return 1
+    except Exception as error:
+        complain(error if isinstance(error, MailproxyError) else f"internal error: {type(error).__name__}: {error}")
+        return 1
 
 
 if __name__ == "__main__":
