@@ -10406,12 +10406,12 @@ def find_daemon(
             raise
         return Client(url)
     if not url:
-        return Client(_own_url(settings.server), its_token, settings.server.tls_cert)
-    here = is_loopback(daemon_target(url).host) or url == _own_url(settings.server)
+        return Client(_reached_at(settings.server), its_token, settings.server.tls_cert)
+    here = is_loopback(daemon_target(url).host) or url == _reached_at(settings.server)
     return Client(url, its_token if here else None)  # the token of config.ini is for no other machine
 
 
-def _own_url(server: ServerSettings) -> str:
+def _reached_at(server: ServerSettings) -> str:
     """Where the daemon that config.ini describes is reached from this machine."""
     if server.unix_socket is not None:
         return f"unix:{os.path.abspath(server.unix_socket)}"
