@@ -62,6 +62,7 @@ import contextlib
 import difflib
 import email
 import email.header
+import email.message
 import email.utils
 import enum
 import errno
@@ -4888,6 +4889,16 @@ def _http_failure(error: Exception, target: HttpTarget, timeout_s: float, *, is_
     return HttpFailure(reason, transient=True)
 
 
+def client_credentials(client: ClientSettings, reveal: Callable[[Secret], str]) -> dict[str, str]:
+    """The header that tells the upstream who we are. Blocking: may read secrets from files."""
+    if client.client_sync_token is not None:
+        return {"Authorization": f"Bearer {reveal(client.client_sync_token)}"}
+    if client.client_sync_user:
+        password = reveal(client.client_sync_password) if client.client_sync_password else ""
+        return {"Authorization": basic_authorization(client.client_sync_user, password)}
+    return {}
+
+
 # ----------------------------------------------------------------------
 # Reading within a limit
 # ----------------------------------------------------------------------
@@ -4966,21 +4977,23 @@ def write_within(max_bytes: int, pieces: Iterable[bytes], file: BinaryIO, what: 
 # An attachment is never left out silently: whatever hinders it becomes a Reply of
 # the stage `attachment`, 4xx when it may pass, 5xx when it will not. What is fetched
 # goes into files without names, once for all messages of a burst; memory is taken
-# when all of a message is there, so a slow server keeps none from others. All
-# messages being put together share one budget. S3: signature version 4 ("Authenticating
-# Requests: Using the Authorization Header" in Amazon's S3 API reference).
+# when all of a message is there, so a slow server keeps none from others. S3: signature
+# version 4 ("Authenticating Requests: Using the Authorization Header" in Amazon's S3 API reference).
 
-FILE_PIECE_BYTES = 262_144  # read at a time from what was fetched
+FILE_PIECE_BYTES = 262_144  # read at a time from a file
 FETCHES_PER_HOST = 4  # at a time: a slow server holds up its own messages, not the pool of threads
-CACHE_AGE_S = 300  # how long a burst may fall back on what was fetched
+KEPT_FILES = 100  # at most: each is a file descriptor
+KEEP_S = 30.0  # at most, how long what was fetched serves other messages
 MAX_NAME_CHARACTERS = 200
+LASTING_FILE_ERRORS = (
+    errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
+)  # fmt: skip
 
 GOOD_ANSWERS = (200, 203)
 PASSING_ANSWERS = (408, 429)  # beside every 5xx
 GENERIC_TYPES = ("", "application/octet-stream", "binary/octet-stream", "application/x-download")
+GZIP_TYPES = ("application/gzip", "application/x-gzip", "application/x-tgz")
 MEDIA_TYPE = re.compile(r"\s*([A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+)\s*(?:;.*)?", re.DOTALL)
-DISPOSITION_PARAMETER = re.compile(r';\s*([A-Za-z0-9!#$&+.^_`|~*-]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;]*)')
-EXTENDED_VALUE = re.compile(r"([A-Za-z0-9!#$&+.^_`{}~-]+)'[^']*'(.*)")  # RFC 8187 3.2
 TURNS_TEXT_AROUND = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 S3_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
@@ -4992,41 +5005,31 @@ EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
 
 def failed_fetch(reason: str, code: int, retry_after_s: float | None = None) -> Reply:
-    """The local reply for an attachment that is not to be had: 4xx now, 5xx ever."""
-    return Reply(
-        Stage.ATTACHMENT,
-        code,
-        f"Attachment fetch failed: {' '.join(reason.split())}",
-        cause=Cause.LOCAL,
-        retry_after_s=retry_after_s,
-    )
+    """The local reply for an attachment that cannot be fetched: 4xx now, 5xx ever."""
+    text = f"Attachment fetch failed: {' '.join(reason.split())}"
+    return Reply(Stage.ATTACHMENT, code, text, cause=Cause.LOCAL, retry_after_s=retry_after_s)
 
 
 class Named(NamedTuple):
-    """What a source calls what it gave; "" when it does not say."""
+    """What a source says about what it gave; "" when it does not say."""
 
     filename: str = ""
     content_type: str = ""
+    keep_s: float = 0.0  # how long it may serve other messages
+    encoded_md5: str = ""  # as HttpAnswer has it
 
 
+@dataclass(frozen=True, eq=False)
 class Fetched:
     """What a source gave: bytes in a file without a name, which goes when nobody needs it any more."""
 
-    def __init__(self, file: BinaryIO, named: Named) -> None:
-        file.flush()
-        self.named = named
-        self.size_bytes = os.fstat(file.fileno()).st_size
-        self._descriptor = file.fileno()
-        weakref.finalize(self, file.close)
-
-    def pieces(self) -> Iterator[bytes]:
-        """Blocks; may be read by several threads at a time."""
-        for start in range(0, self.size_bytes, FILE_PIECE_BYTES):
-            yield os.pread(self._descriptor, FILE_PIECE_BYTES, start)
+    file: BinaryIO
+    named: Named
+    size_bytes: int
 
     def content(self) -> bytes:
-        """All of it at once. Blocks; the caller has reserved the memory."""
-        return os.pread(self._descriptor, self.size_bytes, 0)
+        """Blocks; the caller has reserved the memory. May be read by several threads at a time."""
+        return os.pread(self.file.fileno(), self.size_bytes, 0)
 
 
 # ----------------------------------------------------------------------
@@ -5036,36 +5039,33 @@ class Fetched:
 
 def safe_filename(name: str) -> str:
     """A name no mail program can take for a path, a header line or something else than it is."""
-    name = re.sub(r"[/\\]", "_", name)
-    name = "".join(character for character in name if not _is_treacherous(character)).strip().rstrip(". ")
+    name = "".join(
+        character
+        for character in re.sub(r"[/\\]", "_", name)
+        if unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") and character not in TURNS_TEXT_AROUND
+    )
+    name = name.strip().rstrip(". ")
     stem, dot, extension = name.rpartition(".")
     if len(name) > MAX_NAME_CHARACTERS and dot and len(extension) <= 20:
         return f"{stem[: MAX_NAME_CHARACTERS - len(extension) - 1]}.{extension}"
     return name[:MAX_NAME_CHARACTERS] or "attachment"
 
 
-def _is_treacherous(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in TURNS_TEXT_AROUND
-
-
 def disposition_filename(header: str) -> str:
-    """The file name in a Content-Disposition header (RFC 6266, RFC 8187), "" when there is none."""
-    parameters = {name.lower(): value for name, value in DISPOSITION_PARAMETER.findall(f";{header}")}
-    extended = EXTENDED_VALUE.fullmatch(parameters.get("filename*", "").strip().strip('"'))
-    if extended is not None:
+    """The file name in a Content-Disposition header (RFC 6266), "" when there is none."""
+    message = email.message.Message()
+    message["Content-Disposition"] = header
+    given: list[tuple[str, Any]] = list(message.get_params([], "Content-Disposition"))
+    for name, value in reversed(given):  # one with an encoding of its own (RFC 8187) stands last
+        if name.lower() != "filename":
+            continue
         with contextlib.suppress(LookupError, UnicodeError):
-            return _last_segment(urllib.parse.unquote(extended[2], encoding=extended[1], errors="strict"))
-    return _last_segment(_plain_value(parameters.get("filename", "")))
-
-
-def _plain_value(value: str) -> str:
-    """A parameter, unquoted; raw UTF-8, which http.client read as Latin-1, is put right."""
-    value = value.strip()
-    if len(value) >= 2 and value[0] == value[-1] == '"':
-        value = re.sub(r"\\(.)", r"\1", value[1:-1])
-    with contextlib.suppress(UnicodeError):
-        return value.encode("latin-1").decode("utf-8")
-    return value
+            if isinstance(value, tuple):  # encoding, language, octets
+                return _last_segment(value[2].encode("latin-1").decode(value[0] or "us-ascii"))
+            with contextlib.suppress(UnicodeError):  # raw UTF-8, which http.client read as Latin-1
+                value = value.encode("latin-1").decode("utf-8")
+            return _last_segment(value)
+    return ""
 
 
 def _last_segment(path: str) -> str:
@@ -5086,23 +5086,45 @@ def guessed_type(filename: str) -> str:
     return "application/gzip" if encoding == "gzip" else "application/octet-stream"
 
 
+def is_gzip_file(attachment: Attachment, headers: Mapping[str, str]) -> bool:
+    """True when its name or type says that an attachment is gzip by itself, not only on its way."""
+    location = attachment.s3.key if attachment.s3 else attachment.location.partition("?")[0]
+    name = attachment.filename or disposition_filename(headers.get("content-disposition", "")) or location
+    types = media_type(attachment.content_type), media_type(headers.get("content-type")), guessed_type(name)
+    return any(type_ in GZIP_TYPES for type_ in types)
+
+
 def as_part(attachment: Attachment, content: bytes, named: Named) -> Part:
     """Name and type the bytes: the message's word first, then the source's, then a guess."""
     filename = safe_filename(attachment.filename or named.filename)
-    return Part(attachment, filename, _type_of(attachment, named.content_type, filename), content)
+    told = named.content_type
+    if attachment.source is Source.ENDPOINT and told == "text/html":
+        told = ""  # web frameworks call any bytes so when nobody says what they are
+    content_type = media_type(attachment.content_type) if attachment.content_type else ""
+    if not content_type and told not in GENERIC_TYPES:
+        content_type = told
+    content_type = content_type or guessed_type(filename) or named.content_type or "application/octet-stream"
+    return Part(attachment, filename, content_type, content)
 
 
-def _type_of(attachment: Attachment, told: str, filename: str) -> str:
-    if given := media_type(attachment.content_type):
-        return given
-    if told and told not in GENERIC_TYPES and not _is_framework_default(attachment, told):
-        return told
-    return guessed_type(filename) or told or "application/octet-stream"
+def keep_s_of(source: Source, headers: Mapping[str, str]) -> float:
+    """How long an answer may serve other messages: 30 s, less or not at all where it says so (RFC 9111 5.2.2)."""
+    control = headers.get("cache-control", "").lower()
+    if source is Source.FILESYSTEM or re.search(r"\bno-(store|cache)\b", control):
+        return 0.0
+    age = re.search(r"\bmax-age\s*=\s*\"?([0-9]{1,9})", control)
+    return min(KEEP_S, float(age[1])) if age else KEEP_S
 
 
-def _is_framework_default(attachment: Attachment, told: str) -> bool:
-    """Web frameworks call any bytes text/html when nobody says what they are."""
-    return attachment.source is Source.ENDPOINT and told == "text/html"
+def retry_after_s(header: str, now: float) -> float | None:
+    """The pause a Retry-After header asks for: seconds or a date (RFC 9110 10.2.3)."""
+    header = header.strip()
+    if header.isascii() and header.isdigit():
+        return float(header[:9])
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - now)
+    except (ValueError, OverflowError):
+        return None
 
 
 # ----------------------------------------------------------------------
@@ -5111,15 +5133,12 @@ def _is_framework_default(attachment: Attachment, told: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class S3Defaults:
-    """[s3] as it is in force; the secrets already read."""
+class S3Keys:
+    """The credentials of [s3], read."""
 
-    access_key_id: str | None = None
-    secret_access_key: str | None = field(default=None, repr=False)
-    session_token: str | None = field(default=None, repr=False)
-    region: str | None = None
-    endpoint: str | None = None
-    addressing: str = "auto"
+    key_id: str
+    secret: str = field(repr=False)
+    token: str | None = field(default=None, repr=False)
 
 
 def sign_s3(
@@ -5127,7 +5146,7 @@ def sign_s3(
     target: HttpTarget,
     headers: Mapping[str, str],
     payload_sha256: str,
-    credentials: S3Defaults,
+    keys: S3Keys,
     region: str,
     now: float,
 ) -> dict[str, str]:
@@ -5138,44 +5157,30 @@ def sign_s3(
     stamp = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
     sent = {name.lower(): value for name, value in headers.items()}
     sent |= {"host": target.netloc, "x-amz-content-sha256": payload_sha256, "x-amz-date": stamp}
-    if credentials.session_token:
-        sent["x-amz-security-token"] = credentials.session_token
+    if keys.token:
+        sent["x-amz-security-token"] = keys.token
+    path, _, query = target.path.partition("?")
+    parameters = sorted(one if "=" in one else f"{one}=" for one in query.split("&") if one)
+    lines = [f"{name}:{' '.join(sent[name].split())}" for name in sorted(sent)]
     signed = ";".join(sorted(sent))
+    canonical = "\n".join((method, path, "&".join(parameters), *lines, "", signed, payload_sha256))
     scope = f"{stamp[:8]}/{region}/s3/aws4_request"
-    canonical = _canonical_request(method, target.path, sent, signed, payload_sha256)
     to_sign = "\n".join(("AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()))
-    signature = hmac.new(_signing_key(credentials, scope), to_sign.encode(), hashlib.sha256).hexdigest()
-    sent["authorization"] = (
-        f"AWS4-HMAC-SHA256 Credential={credentials.access_key_id}/{scope}, "
-        f"SignedHeaders={signed}, Signature={signature}"
-    )
+    key = f"AWS4{keys.secret}".encode()
+    for element in scope.split("/"):
+        key = hmac.digest(key, element.encode(), "sha256")
+    signature = hmac.digest(key, to_sign.encode(), "sha256").hex()
+    credential = f"Credential={keys.key_id}/{scope}"
+    sent["authorization"] = f"AWS4-HMAC-SHA256 {credential}, SignedHeaders={signed}, Signature={signature}"
     return sent
 
 
-def _canonical_request(method: str, path: str, headers: Mapping[str, str], signed: str, payload_sha256: str) -> str:
-    path, _, query = path.partition("?")
-    parameters = sorted(f"{name}={value}" for name, value in _query_pairs(query))
-    header_lines = [f"{name}:{' '.join(headers[name].split())}" for name in sorted(headers)]
-    return "\n".join((method, path, "&".join(parameters), *header_lines, "", signed, payload_sha256))
-
-
-def _query_pairs(query: str) -> list[tuple[str, str]]:
-    pairs = (parameter.partition("=") for parameter in query.split("&") if parameter)
-    return [(name, value) for name, _, value in pairs]
-
-
-def _signing_key(credentials: S3Defaults, scope: str) -> bytes:
-    key = f"AWS4{credentials.secret_access_key}".encode()
-    for element in scope.split("/"):
-        key = hmac.new(key, element.encode(), hashlib.sha256).digest()
-    return key
-
-
-def s3_target(wanted: S3Object, defaults: S3Defaults, region: str) -> HttpTarget:
+def s3_target(wanted: S3Object, settings: S3Settings, region: str) -> HttpTarget:
     """Where an object is asked for: path style or virtual-host style, on Amazon or elsewhere."""
     if not S3_BUCKET.fullmatch(wanted.bucket) or not S3_REGION.fullmatch(region):
         raise HttpFailure("the S3 bucket or region has a name that cannot be", transient=False)
-    endpoint = asked_at(wanted.endpoint or defaults.endpoint or _amazon(region))
+    amazon = f"https://s3.{region}.amazonaws.com" + (".cn" if region.startswith("cn-") else "")
+    endpoint = asked_at(wanted.endpoint or settings.endpoint or amazon)
     prefix = endpoint.path.partition("?")[0].rstrip("/")
     try:
         key = urllib.parse.quote(wanted.key, safe="/")
@@ -5184,45 +5189,19 @@ def s3_target(wanted: S3Object, defaults: S3Defaults, region: str) -> HttpTarget
         raise HttpFailure("the S3 key is not valid Unicode", transient=False) from None
     if version:
         key = f"{key}?versionId={version}"
-    if _bucket_is_in_host(wanted, defaults, endpoint):
-        return endpoint._replace(host=f"{wanted.bucket}.{endpoint.host}".lower(), path=f"{prefix}/{key}")
-    return endpoint._replace(path=f"{prefix}/{wanted.bucket}/{key}")
-
-
-def _amazon(region: str) -> str:
-    return f"https://s3.{region}.amazonaws.com" + (".cn" if region.startswith("cn-") else "")
-
-
-def _bucket_is_in_host(wanted: S3Object, defaults: S3Defaults, endpoint: HttpTarget) -> bool:
-    addressing = wanted.addressing or defaults.addressing
+    addressing = wanted.addressing or settings.addressing
     if addressing == "auto":
         on_amazon = endpoint.host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
-        return on_amazon and S3_BUCKET_IN_HOST.fullmatch(wanted.bucket) is not None
-    return addressing == "virtual"
+        addressing = "virtual" if on_amazon and S3_BUCKET_IN_HOST.fullmatch(wanted.bucket) else "path"
+    if addressing == "virtual":
+        return endpoint._replace(host=f"{wanted.bucket}.{endpoint.host}".lower(), path=f"{prefix}/{key}")
+    return endpoint._replace(path=f"{prefix}/{wanted.bucket}/{key}")
 
 
 def s3_error(answer: HttpAnswer) -> dict[str, str]:
     """Code, Message and Region of S3's error document, as far as they are there."""
     found = S3_ERROR.findall(answer.body[:ERROR_BODY_BYTES])
     return {name.decode(): html.unescape(text.decode("utf-8", "replace")).strip() for name, text in found}
-
-
-def _s3_words(answer: HttpAnswer, credentials: S3Defaults) -> str:
-    """The error in S3's words; a server that repeats our credentials does not get them shown."""
-    error = s3_error(answer)
-    words = ": ".join(error[name] for name in ("Code", "Message") if error.get(name))
-    secrets = (credentials.access_key_id, credentials.secret_access_key, credentials.session_token)
-    for secret in sorted(filter(None, secrets), key=len, reverse=True):  # one may be part of another
-        words = words.replace(secret, "...")
-    return words[:300] + ("; check the clock of this machine" if error.get("Code") in CLOCK_ERRORS else "")
-
-
-def _region_named(answer: HttpAnswer) -> str | None:
-    """The region that S3 says the bucket is in, when it was asked in another one."""
-    if answer.status not in (301, 307, 400):
-        return None
-    region = answer.headers.get("x-amz-bucket-region") or s3_error(answer).get("Region", "")
-    return region if S3_REGION.fullmatch(region) else None
 
 
 # ----------------------------------------------------------------------
@@ -5245,15 +5224,13 @@ def copy_file_below(base_dir: str, path: str, max_bytes: int, into: BinaryIO) ->
     if inside in (".", ".."):
         raise HttpFailure(f"{path[:200]!r} is not below [attachments] base_dir", transient=False)
     try:
-        _copy_regular_file(base, inside.split("/"), max_bytes, into)
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        raise HttpFailure(f"{path[:200]!r}: {error.strerror}", transient=error.filename == base) from None
+        copy_regular_file(base, inside.split("/"), max_bytes, into)
     except OSError as error:
-        transient = error.errno not in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
-        raise HttpFailure(f"{path[:200]!r}: {error.strerror}", transient=transient) from None
+        transient = error.errno not in LASTING_FILE_ERRORS or error.filename == base
+        raise HttpFailure(f"{path[:200]!r}: {error.strerror}", transient=transient) from error
 
 
-def _copy_regular_file(base: str, steps: Sequence[str], max_bytes: int, into: BinaryIO) -> None:
+def copy_regular_file(base: str, steps: Sequence[str], max_bytes: int, into: BinaryIO) -> None:
     with contextlib.ExitStack() as opened:
         folder = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
         opened.callback(os.close, folder)
@@ -5263,8 +5240,7 @@ def _copy_regular_file(base: str, steps: Sequence[str], max_bytes: int, into: Bi
         # O_NONBLOCK: a FIFO nobody writes to must not hold the thread
         descriptor = os.open(steps[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
         opened.callback(os.close, descriptor)
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise HttpFailure(f"{steps[-1]!r} is not a regular file", transient=False)
         write_within(max_bytes, iter(lambda: os.read(descriptor, FILE_PIECE_BYTES), b""), into, repr(steps[-1]))
 
@@ -5277,53 +5253,46 @@ def _copy_regular_file(base: str, steps: Sequence[str], max_bytes: int, into: Bi
 class AttachmentFetcher:
     """Gets the bytes of attachments, each once in a burst, into files: a slow server holds no memory.
 
-    The files lie in `folder` and have no names. `s3` and `endpoint_headers` are called in the thread of a
-    fetch, so they may read files; a SecretUnavailable of theirs defers the message. `endpoint_url`,
-    `base_dir`: None refuses.
+    The files lie in `folder` and have no names. Secrets are read in the thread of a fetch; one that cannot be
+    read defers the message.
     """
 
     def __init__(
         self,
+        settings: AttachmentSettings,
+        client: ClientSettings,
+        s3: S3Settings,
         *,
-        timeout_s: float,
-        max_attachment_bytes: int,
-        max_message_bytes: int,
-        cache_bytes: int,
-        policy: AddressPolicy,
-        s3: Callable[[], S3Defaults],
-        endpoint_url: str | None,
-        endpoint_headers: Callable[[], Mapping[str, str]],
-        endpoint_ca_file: str | None = None,
-        base_dir: str | None,
+        reveal: Callable[[Secret], str],
         folder: str,
         in_thread: InThread,
-        monotonic: Callable[[], float],
-        now: Callable[[], float],
         observe: Callable[[Source, str], None],
+        monotonic: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
         resolve: Resolver = resolve_name,
     ) -> None:
-        self._timeout_s = timeout_s
-        self._max_attachment_bytes = max_attachment_bytes
-        self._max_message_bytes = max_message_bytes
-        self._policy = policy
+        self._settings = settings
+        self._client = client
         self._s3 = s3
-        self._endpoint_url = endpoint_url
-        self._endpoint_headers = endpoint_headers
-        self._trust = functools.cache(functools.partial(tls_context, None))
-        self._endpoint_trust = functools.cache(functools.partial(tls_context, endpoint_ca_file))
-        self._base_dir = base_dir
+        self._reveal = reveal
         self._folder = folder
         self._in_thread = in_thread
-        self._now = now
         self._observe = observe
-        self._resolve = resolve
-        self._cache = _Cache(cache_bytes, CACHE_AGE_S, monotonic)
-        self._flights: dict[tuple[object, ...], asyncio.Future[Fetched | Reply]] = {}
+        self._monotonic = monotonic
+        self._now = now
+        self._policy = AddressPolicy(settings.allow_hosts)
+        self._trust = functools.cache(functools.partial(tls_context, None))
+        self._client_trust = functools.cache(functools.partial(tls_context, client.ca_file))
+        self._ask = functools.partial(
+            http_request, timeout_s=settings.timeout_seconds, max_bytes=settings.max_attachment_bytes, resolve=resolve
+        )
+        # Under way, or done and of use until then (monotonic); what was used last stands last.
+        self._fetches: dict[object, tuple[asyncio.Task[Fetched | Reply], float]] = {}
         self._turns: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
 
     async def fetch_all(self, attachments: Sequence[Attachment]) -> tuple[Fetched | None, ...] | Reply:
         """What the attachments of a message refer to, None for one that came with its content; or the
-        reply that says why it is not to be had."""
+        reply that says why it cannot be fetched."""
         fetched: list[Fetched | None] = []
         together = 0
         for attachment in attachments:
@@ -5331,7 +5300,7 @@ class AttachmentFetcher:
             if isinstance(one, Reply):
                 return one
             together += one.size_bytes if one is not None else 0
-            if together > self._max_message_bytes:
+            if together > self._settings.max_message_bytes:
                 return self._too_large_together()
             fetched.append(one)
         return tuple(fetched)
@@ -5339,88 +5308,87 @@ class AttachmentFetcher:
     def parts(self, attachments: Sequence[Attachment], fetched: Sequence[Fetched | None]) -> tuple[Part, ...] | Reply:
         """All parts of one message, or the reply that says why there are none. Blocks; the caller has
         reserved the memory."""
-        sizes = [
-            one.size_bytes if one is not None else len(attachment.content or b"")
-            for attachment, one in zip(attachments, fetched, strict=True)
-        ]
-        if max(sizes, default=0) > self._max_attachment_bytes:
-            return failed_fetch(f"it is larger than the {self._max_attachment_bytes} bytes allowed", 552)
-        if sum(sizes) > self._max_message_bytes:
-            return self._too_large_together()
         parts: list[Part] = []
+        together = 0
         for attachment, one in zip(attachments, fetched, strict=True):
-            part = as_part(attachment, one.content(), one.named) if one is not None else _own_part(attachment)
-            if isinstance(part, Reply):
-                return part
-            parts.append(part)
+            size_bytes = one.size_bytes if one is not None else len(attachment.content or b"")
+            together += size_bytes
+            if size_bytes > self._settings.max_attachment_bytes:
+                return failed_fetch(f"it is larger than the {self._settings.max_attachment_bytes} bytes allowed", 552)
+            if together > self._settings.max_message_bytes:
+                return self._too_large_together()
+        for attachment, one in zip(attachments, fetched, strict=True):
+            if one is not None:
+                parts.append(as_part(attachment, one.content(), one.named))
+                continue
+            assert attachment.content is not None
+            if attachment.content_md5 and (refusal := md5_refusal(attachment, io.BytesIO(attachment.content))):
+                return refusal
+            parts.append(as_part(attachment, attachment.content, Named()))
         return tuple(parts)
 
     def _too_large_together(self) -> Reply:
-        reason = f"the attachments together are larger than the {self._max_message_bytes} bytes allowed"
-        return failed_fetch(reason, 552)
+        most = self._settings.max_message_bytes
+        return failed_fetch(f"the attachments together are larger than the {most} bytes allowed", 552)
 
     async def fetch(self, attachment: Attachment) -> Fetched | Reply:
-        """One attachment that is elsewhere, or why it is not to be had."""
-        key = (attachment.source, attachment.location, attachment.s3)
-        cached = self._cache.get(key)
-        if cached is not None:
-            verified = await self._verified(attachment, cached)
-            if isinstance(verified, Fetched):  # otherwise the sender means a newer content than ours
-                self._observe(attachment.source, "cached")
-                return verified
-        fetched = await self._verified(attachment, await self._fetch_once(key, attachment))
-        self._observe(attachment.source, _fetch_outcome(fetched))
+        """One attachment that is elsewhere, or why it cannot be fetched. Who asks while a fetch is under way joins it."""
+        key = (attachment.source, attachment.location, attachment.s3, attachment.content_md5)
+        task, until = self._fetches.pop(key, (None, 0.0))
+        outcome = "fetched"
+        if task is not None and until > self._monotonic():
+            self._fetches[key] = task, until
+            fetched = await asyncio.shield(task)
+            if isinstance(fetched, Reply) or fetched.named.keep_s:
+                outcome = "cached"
+        if outcome == "fetched":
+            task = asyncio.create_task(self._fetch_in_turn(attachment), name="attachment")
+            self._fetches[key] = task, math.inf
+            task.add_done_callback(functools.partial(self._keep, key))
+            fetched = await asyncio.shield(task)
+        if isinstance(fetched, Reply):
+            outcome = "deferred" if fetched.transient else "failed"
+        self._observe(attachment.source, outcome)
         return fetched
 
-    async def _verified(self, attachment: Attachment, fetched: Fetched | Reply) -> Fetched | Reply:
-        if isinstance(fetched, Reply) or attachment.content_md5 is None:
-            return fetched
-        refusal = await self._in_thread(lambda: _wrong_md5(attachment, fetched.pieces()))
-        return refusal or fetched
-
-    async def _fetch_once(self, key: tuple[object, ...], attachment: Attachment) -> Fetched | Reply:
-        """Join a fetch that is under way, or be the one the others join."""
-        while (flight := self._flights.get(key)) is not None:
-            await asyncio.wait([flight])
-            if not flight.cancelled():
-                return flight.result()
-        flight = self._flights[key] = asyncio.get_running_loop().create_future()
-        try:
-            outcome = await self._fetch_in_turn(attachment)
-            flight.set_result(outcome)
-        finally:
-            del self._flights[key]
-            flight.cancel()  # when nothing came of it those who joined try themselves
-        if isinstance(outcome, Fetched) and attachment.source is not Source.FILESYSTEM:
-            self._cache.put(key, outcome)
-        return outcome
+    def _keep(self, key: object, task: asyncio.Task[Fetched | Reply]) -> None:
+        """A fetch has ended: keep for others what may be, and no more than there is room for."""
+        now = self._monotonic()
+        fetched = None if task.cancelled() or task.exception() else task.result()
+        if self._fetches.get(key, (None,))[0] is task:
+            keep_s = fetched.named.keep_s if isinstance(fetched, Fetched) else 0.0
+            self._fetches[key] = task, now + keep_s
+        kept, size_bytes = 0, 0
+        for other, (done, until) in reversed(list(self._fetches.items())):
+            if until == math.inf:
+                continue
+            fetched = done.result() if until > now else None
+            if isinstance(fetched, Fetched):
+                kept, size_bytes = kept + 1, size_bytes + fetched.size_bytes
+            if fetched is None or kept > KEPT_FILES or size_bytes > self._settings.cache_bytes:
+                del self._fetches[other]
 
     async def _fetch_in_turn(self, attachment: Attachment) -> Fetched | Reply:
-        host = self._host_of(attachment)
-        turns = self._turns.get(host)
-        if turns is None:
-            turns = self._turns[host] = asyncio.Semaphore(FETCHES_PER_HOST)
+        url = attachment.s3.endpoint if attachment.s3 else attachment.location
         try:
-            async with asyncio.timeout(self._timeout_s):
+            host = http_target(url or "").netloc
+        except ValueError:  # the configuration knows where, or the fetch itself will say it
+            host = attachment.source.value
+        turns = self._turns.setdefault(host, asyncio.Semaphore(FETCHES_PER_HOST))
+        timeout_s = self._settings.timeout_seconds
+        try:
+            async with asyncio.timeout(timeout_s):
                 await turns.acquire()
         except TimeoutError:
             return failed_fetch(f"{host} is still busy with other attachments", 451)
-        try:
-            return await self._in_thread(functools.partial(self._fetch_blocking, attachment))
-        finally:
-            turns.release()
+        call = asyncio.ensure_future(self._in_thread(functools.partial(self._fetch_blocking, attachment)))
+        call.add_done_callback(lambda _: turns.release())  # a call that hangs keeps its turn
+        await asyncio.wait(
+            [call], timeout=timeout_s + 1
+        )  # which cuts a look-up, or a file server; all else cuts itself
+        return call.result() if call.done() else failed_fetch(f"no answer of {host} within {timeout_s:g} s", 451)
 
-    def _host_of(self, attachment: Attachment) -> str:
-        """Whose turns a fetch takes."""
-        match attachment:
-            case Attachment(source=Source.URL, location=url) | Attachment(s3=S3Object(endpoint=str(url))):
-                with contextlib.suppress(HttpFailure):  # the fetch itself will say it
-                    return asked_at(url).netloc
-        return attachment.source.value
-
-    # ------------------------------------------------------------------
-    # What blocks: one method a source
-    # ------------------------------------------------------------------
+    # -- what blocks: one method a source
 
     def _fetch_blocking(self, attachment: Attachment) -> Fetched | Reply:
         sources = {
@@ -5435,8 +5403,12 @@ class AttachmentFetcher:
                 named = sources[attachment.source](attachment, file)
                 if isinstance(named, Reply):
                     return named
-                fetched = Fetched(file, named)
+                if attachment.content_md5 and (refusal := md5_refusal(attachment, file, named.encoded_md5)):
+                    return refusal
+                file.flush()
+                fetched = Fetched(file, named, os.fstat(file.fileno()).st_size)
                 unless_fetched.pop_all()
+                weakref.finalize(fetched, file.close)
                 return fetched
         except TooLarge as failure:
             return failed_fetch(failure.reason, 552)
@@ -5448,156 +5420,97 @@ class AttachmentFetcher:
             return failed_fetch(f"it cannot be kept: {error.strerror}", 451)
 
     def _from_url(self, attachment: Attachment, file: BinaryIO) -> Named | Reply:
-        answer = http_request(
+        answer = self._ask(
             "GET",
             attachment.location,
-            timeout_s=self._timeout_s,
-            max_bytes=self._max_attachment_bytes,
             redirects=MAX_REDIRECTS,
             policy=self._policy,
             trust=self._trust,
-            resolve=self._resolve,
             into=file,
+            is_gzip_file=functools.partial(is_gzip_file, attachment),
         )
-        name = urllib.parse.unquote(_last_segment(urllib.parse.urlsplit(answer.url).path))
-        return self._judged(answer, str(asked_at(answer.url)), name)
+        target = asked_at(answer.url)
+        name = urllib.parse.unquote(_last_segment(target.path.partition("?")[0]))
+        return self._judged(attachment, answer, target, name)
 
     def _from_endpoint(self, attachment: Attachment, file: BinaryIO) -> Named | Reply:
-        if self._endpoint_url is None:
+        if self._client.client_attachment_url is None:
             return failed_fetch("[client] client_attachment_url is not configured", 554)
-        answer = http_request(
+        answer = self._ask(
             "POST",
-            self._endpoint_url,
+            self._client.client_attachment_url,
             body=json.dumps({"storage_path": attachment.location}).encode(),
-            headers={**self._endpoint_headers(), "Content-Type": "application/json"},
-            timeout_s=self._timeout_s,
-            max_bytes=self._max_attachment_bytes,
-            trust=self._endpoint_trust,
-            resolve=self._resolve,
+            headers={**client_credentials(self._client, self._reveal), "Content-Type": "application/json"},
+            trust=self._client_trust,
             into=file,
+            is_gzip_file=functools.partial(is_gzip_file, attachment),
         )
         what = f"the attachment endpoint for {attachment.location[:200]!r}"
-        return self._judged(answer, what, _last_segment(attachment.location))
+        return self._judged(attachment, answer, what, _last_segment(attachment.location))
 
     def _from_file(self, attachment: Attachment, file: BinaryIO) -> Named:
-        if self._base_dir is None:
+        if self._settings.base_dir is None:
             raise HttpFailure("[attachments] base_dir is not configured", transient=False)
-        copy_file_below(self._base_dir, attachment.location, self._max_attachment_bytes, file)
+        copy_file_below(self._settings.base_dir, attachment.location, self._settings.max_attachment_bytes, file)
         return Named(_last_segment(attachment.location))
 
     def _from_s3(self, attachment: Attachment, file: BinaryIO) -> Named | Reply:
-        wanted = attachment.s3
-        if wanted is None:
-            raise ValueError("an S3 attachment without its object")
-        defaults = self._s3()
-        if not defaults.access_key_id or not defaults.secret_access_key:
+        wanted, s3 = attachment.s3, self._s3
+        assert wanted is not None
+        if not s3.access_key_id or not s3.secret_access_key:
             return failed_fetch("no S3 credentials: set access_key_id and secret_access_key in [s3]", 554)
-        region = wanted.region or defaults.region or "us-east-1"
-        answer = self._ask_s3(wanted, defaults, region, file)
-        right_region = _region_named(answer)
-        if right_region is not None and right_region != region:
-            answer = self._ask_s3(wanted, defaults, right_region, file)
+        token = self._reveal(s3.session_token) if s3.session_token else None
+        keys = S3Keys(self._reveal(s3.access_key_id), self._reveal(s3.secret_access_key), token)
+
+        def ask(region: str) -> HttpAnswer:
+            target = s3_target(wanted, s3, region)
+            return self._ask(
+                "GET",
+                target.url,
+                headers=sign_s3("GET", target, {}, EMPTY_SHA256, keys, region, self._now()),
+                policy=self._policy if wanted.endpoint else None,
+                trust=self._trust,
+                into=file,
+                is_gzip_file=functools.partial(is_gzip_file, attachment),
+            )
+
+        region = wanted.region or s3.region or "us-east-1"
+        answer = ask(region)
+        right = answer.headers.get("x-amz-bucket-region") or s3_error(answer).get("Region", "")
+        if answer.status in (301, 307, 400) and S3_REGION.fullmatch(right) and right != region:
+            answer = ask(right)
+        error = s3_error(answer)
+        words = ": ".join(error[name] for name in ("Code", "Message") if error.get(name))
+        for secret in sorted(filter(None, (keys.key_id, keys.secret, keys.token)), key=len, reverse=True):
+            words = words.replace(secret, "...")  # the longest first: one may be part of another
+        words = words[:300] + ("; check the clock of this machine" if error.get("Code") in CLOCK_ERRORS else "")
         what = f"s3://{wanted.bucket}/{wanted.key[:200]}"
-        return self._judged(answer, what, _last_segment(wanted.key), _s3_words(answer, defaults))
+        return self._judged(attachment, answer, what, _last_segment(wanted.key), words)
 
-    def _ask_s3(self, wanted: S3Object, defaults: S3Defaults, region: str, file: BinaryIO) -> HttpAnswer:
-        target = s3_target(wanted, defaults, region)
-        headers = sign_s3("GET", target, {}, EMPTY_SHA256, defaults, region, self._now())
-        return http_request(
-            "GET",
-            target.url,
-            headers=headers,
-            timeout_s=self._timeout_s,
-            max_bytes=self._max_attachment_bytes,
-            policy=self._policy if wanted.endpoint else None,
-            trust=self._trust,
-            resolve=self._resolve,
-            into=file,
-        )
-
-    def _judged(self, answer: HttpAnswer, what: str, name: str, words: str = "") -> Named | Reply:
-        """What a good answer calls its content; 408, 429 and 5xx may pass, everything else lasts."""
+    def _judged(
+        self, attachment: Attachment, answer: HttpAnswer, what: object, name: str, words: str = ""
+    ) -> Named | Reply:
+        """What a good answer says of its content; 408, 429 and 5xx may pass, everything else lasts."""
+        headers = answer.headers
         if answer.status in GOOD_ANSWERS:
-            named = disposition_filename(answer.headers.get("content-disposition", ""))
-            return Named(named or name, media_type(answer.headers.get("content-type")))
+            if "content-disposition" in headers:
+                name = disposition_filename(headers["content-disposition"]) or name
+            keep_s = keep_s_of(attachment.source, headers)
+            return Named(name, media_type(headers.get("content-type")), keep_s, answer.encoded_md5)
         reason = f"{what} answered {answer.status} {words}"
         if answer.status in PASSING_ANSWERS or answer.status >= 500:
-            pause_s = retry_after_s(answer.headers.get("retry-after", ""), self._now())
-            return failed_fetch(reason, 451, pause_s)
+            return failed_fetch(reason, 451, retry_after_s(headers.get("retry-after", ""), self._now()))
         return failed_fetch(reason, 550 if answer.status in (404, 410) else 554)
 
 
-def retry_after_s(header: str, now: float) -> float | None:
-    """The pause a Retry-After header asks for: seconds or a date (RFC 9110 10.2.3)."""
-    header = header.strip()
-    if header.isascii() and header.isdigit():
-        return float(header[:9])
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - now)
-    except (ValueError, OverflowError):
+def md5_refusal(attachment: Attachment, file: BinaryIO, encoded_md5: str = "") -> Reply | None:
+    """Why the content is not the one that was announced, before or after its content encoding was undone. Blocks."""
+    file.seek(0)
+    digest = hashlib.file_digest(cast(io.BytesIO, file), lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    announced = attachment.content_md5 or ""
+    if announced.lower() in (digest, encoded_md5):
         return None
-
-
-def _own_part(attachment: Attachment) -> Part | Reply:
-    """An attachment that came with its content. Blocks."""
-    if attachment.content is None:
-        raise ValueError("an attachment without its content")
-    return _wrong_md5(attachment, [attachment.content]) or as_part(attachment, attachment.content, Named())
-
-
-def _wrong_md5(attachment: Attachment, pieces: Iterable[bytes]) -> Reply | None:
-    """Why the content is not the one that was announced; None when it is, or nothing was. Blocks."""
-    if attachment.content_md5 is None:
-        return None
-    digest = hashlib.md5(usedforsecurity=False)
-    for piece in pieces:
-        digest.update(piece)
-    if digest.hexdigest() == attachment.content_md5.lower():
-        return None
-    return failed_fetch(f"its MD5 is {digest.hexdigest()}, not {attachment.content_md5} as announced", 554)
-
-
-def _fetch_outcome(fetched: Fetched | Reply) -> str:
-    """The label under which a fetch is counted."""
-    if isinstance(fetched, Fetched):
-        return "fetched"
-    return "deferred" if fetched.transient else "failed"
-
-
-class _Cache:
-    """What was fetched last, as long as it is young and all of it fits."""
-
-    def __init__(self, max_bytes: int, max_age_s: float, monotonic: Callable[[], float]) -> None:
-        self._max_bytes = max_bytes
-        self._max_age_s = max_age_s
-        self._monotonic = monotonic
-        self._size_bytes = 0
-        self._kept: dict[tuple[object, ...], tuple[float, Fetched]] = {}  # used longest ago first
-
-    def get(self, key: tuple[object, ...]) -> Fetched | None:
-        kept = self._kept.get(key)
-        if kept is None:
-            return None
-        fetched_at, fetched = kept
-        if self._monotonic() - fetched_at > self._max_age_s:
-            self._drop(key)
-            return None
-        self._kept[key] = self._kept.pop(key)
-        return fetched
-
-    def put(self, key: tuple[object, ...], fetched: Fetched) -> None:
-        self._drop(key)
-        if fetched.size_bytes > self._max_bytes:
-            return
-        self._kept[key] = (self._monotonic(), fetched)
-        self._size_bytes += fetched.size_bytes
-        while self._size_bytes > self._max_bytes:
-            self._drop(next(iter(self._kept)))
-
-    def _drop(self, key: tuple[object, ...]) -> None:
-        kept = self._kept.pop(key, None)
-        if kept is not None:
-            self._size_bytes -= kept[1].size_bytes
+    return failed_fetch(f"its MD5 is {digest}, not {announced} as announced", 554)
 
 
 # ======================================================================
@@ -10083,46 +9996,23 @@ class Daemon:
         )
 
     def _fetcher(self) -> AttachmentFetcher:
-        attachments, client = self.settings.attachments, self.settings.client
         return AttachmentFetcher(
-            timeout_s=attachments.timeout_seconds,
-            max_attachment_bytes=attachments.max_attachment_bytes,
-            max_message_bytes=attachments.max_message_bytes,
-            cache_bytes=attachments.cache_bytes,
-            policy=AddressPolicy(attachments.allow_hosts),
-            s3=self._s3_defaults,
-            endpoint_url=client.client_attachment_url,
-            endpoint_headers=self._client_credentials,
-            endpoint_ca_file=client.ca_file,
-            base_dir=attachments.base_dir,
+            self.settings.attachments,
+            self.settings.client,
+            self.settings.s3,
+            reveal=self._reveal,
             folder=os.path.dirname(self._queue.file.path),
             in_thread=self._network,
-            monotonic=time.monotonic,
-            now=time.time,
             observe=lambda source, outcome: self._metrics.attachment_fetches.labels(source, outcome).inc(),
         )
 
-    def _s3_defaults(self) -> S3Defaults:
-        """Blocking: may read secrets from files."""
-        s3 = self.settings.s3
-        key_id, secret, token = (
-            self._reveal(given) if given is not None else None
-            for given in (s3.access_key_id, s3.secret_access_key, s3.session_token)
-        )
-        return S3Defaults(key_id, secret, token, s3.region, s3.endpoint, s3.addressing)
-
-    def _client_credentials(self) -> Mapping[str, str]:
-        """What the upstream knows us by. Blocking: may read secrets from files."""
-        client = self.settings.client
-        if client.client_sync_token is not None:
-            return {"Authorization": f"Bearer {self._reveal(client.client_sync_token)}"}
-        if client.client_sync_user:
-            password = self._reveal(client.client_sync_password) if client.client_sync_password else ""
-            return {"Authorization": basic_authorization(client.client_sync_user, password)}
-        return {}
-
     async def _call_upstream(self, report: WrittenReport) -> HttpAnswer:
-        return await self._network(lambda: self._post_report(report))
+        timeout_s = self.settings.client.timeout_seconds
+        try:
+            async with asyncio.timeout(timeout_s + 1):  # which cuts the look-up of a name; all else cuts itself
+                return await self._network(lambda: self._post_report(report))
+        except TimeoutError:
+            raise HttpFailure(f"no answer of the upstream within {timeout_s:g} s", transient=True) from None
 
     def _post_report(self, report: WrittenReport) -> HttpAnswer:
         """One proxy_sync call. Blocking."""
@@ -10143,7 +10033,7 @@ class Daemon:
 
     def _report_headers(self, report: WrittenReport) -> dict[str, str]:
         """Blocking: may read secrets from files."""
-        headers = {"Content-Type": "application/json", **self._client_credentials()}
+        headers = {"Content-Type": "application/json", **client_credentials(self.settings.client, self._reveal)}
         secret = self.settings.client.client_sync_secret
         if secret is not None:
             timestamp = int(self._clock.wall())

@@ -5246,24 +5246,22 @@ class Clock:
         return self.now
 
 
-def a_fetcher(**changes):
-    options = {
-        "timeout_s": 5,
-        "max_attachment_bytes": 1_000_000,
-        "max_message_bytes": 2_000_000,
-        "cache_bytes": 10_000_000,
-        "policy": LOOPBACK_ALLOWED,
-        "s3": mailproxy.S3Defaults,
-        "endpoint_url": None,
-        "endpoint_headers": dict,
-        "base_dir": None,
+def a_fetcher(s3=None, **changes):
+    """Changes are settings of [attachments] and [client], or of the door."""
+    changes = {"timeout_seconds": 5, "allow_hosts": ("127.0.0.1",)} | changes
+    sections = [
+        kind(**{key: changes.pop(key) for key in kind.__dataclass_fields__.keys() & changes.keys()})
+        for kind in (mailproxy.AttachmentSettings, mailproxy.ClientSettings)
+    ]
+    door = {
+        "reveal": lambda secret: secret.given,
         "folder": tempfile.gettempdir(),
         "in_thread": asyncio.to_thread,
         "monotonic": Clock(),
         "now": lambda: FETCH_TIME,
         "observe": lambda source, outcome: None,
     }
-    return mailproxy.AttachmentFetcher(**(options | changes))
+    return mailproxy.AttachmentFetcher(*sections, s3 or mailproxy.S3Settings(), **(door | changes))
 
 
 async def part_of(fetcher, attachment):
@@ -5399,7 +5397,7 @@ def test_a_slow_server_a_refused_connection_and_an_unknown_name_defer():
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
     with scripted(lambda server, connection: server.stopping.wait(10)) as server:
-        slow = fetched(from_url(server.url("/x?token=secret")), timeout_s=0.3)
+        slow = fetched(from_url(server.url("/x?token=secret")), timeout_seconds=0.3)
     refused = fetched(from_url(server.url("/x?token=secret")))
     unknown = fetched(from_url("http://nowhere.example/x?token=secret"), resolve=resolve)
 
@@ -5409,9 +5407,22 @@ def test_a_slow_server_a_refused_connection_and_an_unknown_name_defer():
     assert "secret" not in slow.text + refused.text + unknown.text
 
 
+def test_a_name_look_up_that_does_not_end_defers():
+    ended = threading.Event()
+
+    async def story():
+        outcome = await part_of(
+            a_fetcher(timeout_seconds=0.2, resolve=lambda *_: ended.wait(30) and []), from_url("http://slow.example/")
+        )
+        ended.set()
+        return outcome
+
+    assert_failed(asyncio.run(story()), transient=True, saying="no answer of slow.example within 0.2 s")
+
+
 def test_a_forbidden_address_a_wrong_scheme_and_too_large_a_body_fail():
     with scripted(answered(bytes(1001))) as server:
-        forbidden = fetched(from_url(server.url()), policy=NOBODY_ALLOWED)
+        forbidden = fetched(from_url(server.url()), allow_hosts=())
         assert server.connections == 0
         too_large = fetched(from_url(server.url()), max_attachment_bytes=1000)
 
@@ -5428,6 +5439,30 @@ def test_md5_is_verified():
 
     assert right.content == b"hello"
     assert_failed(wrong, transient=False, saying=f"its MD5 is {digest}")
+
+
+@pytest.mark.parametrize(
+    ("path", "filename", "headers", "is_undone"),
+    [
+        ("/report.csv", "", ["Content-Type: text/csv"], True),
+        ("/report.csv", "report.csv", [], True),
+        ("/report.csv.gz", "", ["Content-Type: text/csv"], False),
+        ("/report.csv.gz?x=1", "report.csv", [], True),
+        ("/download?id=7", "backup.tar.gz", [], False),
+        ("/download?id=7", "backup.TGZ", ["Content-Type: application/x-tar"], False),
+        ("/download", "", ["Content-Type: application/x-gzip"], False),
+        ("/download", "", ['Content-Disposition: attachment; filename="a.txt.gz"'], False),
+    ],
+)
+def test_gzip_is_undone_but_not_of_a_file_that_is_itself_one(path, filename, headers, is_undone):
+    content = gzip.compress(b"hello", mtime=0)
+    forms = [hashlib.md5(form).hexdigest() for form in (b"hello", content)]
+    with scripted(answered(content, ["Content-Encoding: gzip", *headers])) as server:
+        parts = [fetched(from_url(server.url(path), filename, content_md5=md5)) for md5 in (None, *forms)]
+
+    plain, with_md5_of_decoded, with_md5_of_encoded = parts
+    assert plain.content == with_md5_of_encoded.content == (b"hello" if is_undone else content)
+    assert isinstance(with_md5_of_decoded, Reply) is not is_undone
 
 
 def test_content_that_came_with_the_message_is_judged_too():
@@ -5461,7 +5496,7 @@ def test_the_same_url_in_a_burst_is_fetched_once():
     assert [part.filename for part in parts] == [f"{n}.txt" for n in range(51)]
     assert {part.content for part in parts} == {b"hello"}
     assert server.connections == 1
-    assert observed == [("url", "fetched")] * 50 + [("url", "cached")]
+    assert collections.Counter(observed) == {("url", "fetched"): 1, ("url", "cached"): 50}
 
 
 def test_by_default_an_attachment_of_any_size_is_fetched_once_in_a_burst():
@@ -5490,7 +5525,7 @@ def test_what_was_fetched_is_forgotten_by_age_by_size_and_when_the_md5_says_so()
                 ("/b", None),
             ]:
                 content.append((await part_of(fetcher, from_url(server.url(path), content_md5=md5))).content[0])
-            clock.now += mailproxy.CACHE_AGE_S + 1
+            clock.now += 31
             content.append((await part_of(fetcher, from_url(server.url("/b")))).content[0])
             newer = from_url(server.url("/b"), content_md5=hashlib.md5(contents[5]).hexdigest())
             content.append((await part_of(fetcher, newer)).content[0])
@@ -5499,6 +5534,71 @@ def test_what_was_fetched_is_forgotten_by_age_by_size_and_when_the_md5_says_so()
         content = asyncio.run(fetch_all())
 
     assert content == [0, 0, 1, 0, 2, 0, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("control", "for_s"),
+    [
+        ("", 30), ("public, max-age=3600", 30), ("max-age=10", 10), ("private, Max-Age = \"5\"", 5), ("s-maxage=5", 30),
+        ("max-age=0", 0), ("no-store", 0), ("private, No-Cache, max-age=60", 0), ("max-age=" + "9" * 5000, 30),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("source", ["url", "endpoint", "s3"])
+def test_what_was_fetched_serves_others_as_long_as_its_cache_control_says_and_30_s_at_most(control, for_s, source):
+    clock = Clock()
+
+    def script(server, connection):
+        connection.sendall(answered(str(len(server.requests)).encode(), [f"Cache-Control: {control}"]))
+
+    with scripted(script) as server:
+        fetcher = a_fetcher(
+            monotonic=clock, client_attachment_url=server.url(), s3=s3_defaults(endpoint=server.url(""))
+        )
+        asked = {"url": from_url(server.url()), "endpoint": from_endpoint("x"), "s3": from_s3("x")}[source]
+
+        async def story():
+            contents = []
+            for at_s in (0, max(for_s - 1, 0), for_s + 1):
+                clock.now = at_s
+                contents.append((await part_of(fetcher, asked)).content)
+            return contents
+
+        assert asyncio.run(story()) == ([b"1", b"1", b"2"] if for_s else [b"1", b"2", b"3"])
+
+
+def test_who_joins_a_fetch_of_what_may_not_be_stored_fetches_it_again():
+    def script(server, connection):
+        wait_until(lambda: len(joined) == 5, "others that wait")
+        connection.sendall(answered(b"hello", ["Cache-Control: no-store"]))
+
+    with scripted(script) as server:
+        joined = []
+        fetcher = a_fetcher()
+
+        async def one():
+            joined.append(server)
+            return await part_of(fetcher, from_url(server.url()))
+
+        async def burst():
+            return await asyncio.gather(*(one() for _ in range(5)))
+
+        parts = asyncio.run(burst())
+
+    assert [part.content for part in parts] == [b"hello"] * 5
+    assert server.connections == 5
+
+
+def test_no_more_files_are_kept_than_descriptors_are_for_them():
+    with scripted(answered(b"x")) as server:
+        fetcher = a_fetcher()
+
+        async def story():
+            before = len(os.listdir("/proc/self/fd"))
+            for number in range(mailproxy.KEPT_FILES + 20):
+                await part_of(fetcher, from_url(server.url(f"/{number}")))
+            return len(os.listdir("/proc/self/fd")) - before
+
+        assert asyncio.run(story()) <= mailproxy.KEPT_FILES + 10
 
 
 def test_failures_are_not_kept():
@@ -5534,7 +5634,7 @@ def test_those_who_joined_a_fetch_go_on_when_the_first_is_cancelled():
 
 def test_a_slow_server_leaves_threads_to_the_others():
     with scripted(lambda server, connection: server.stopping.wait(10)) as slow, scripted(answered(b"fast")) as fast:
-        fetcher = a_fetcher(timeout_s=0.8)
+        fetcher = a_fetcher(timeout_seconds=0.8)
 
         async def race():
             pool = mailproxy.FETCHES_PER_HOST + 1
@@ -5640,9 +5740,9 @@ def test_the_endpoint_is_asked_by_storage_path_with_the_credentials_of_the_repor
     with scripted(answered(b"%PDF", ["Content-Type: text/html; charset=utf-8"])) as server:
         part = fetched(
             from_endpoint("invoices:2024/è 7.pdf"),
-            endpoint_url=server.url("/attachments"),
-            endpoint_headers=lambda: {"Authorization": "Bearer t"},
-            policy=NOBODY_ALLOWED,
+            client_attachment_url=server.url("/attachments"),
+            client_sync_token=mailproxy.Secret("t"),
+            allow_hosts=(),
         )
 
     head, body = server.requests[0]
@@ -5656,7 +5756,7 @@ def test_the_endpoint_is_asked_by_storage_path_with_the_credentials_of_the_repor
 @pytest.mark.parametrize(("status", "transient"), [(404, False), (503, True), (302, False), (429, True)])
 def test_the_endpoints_404_lasts_and_its_503_passes(status, transient):
     with scripted(answered(b"", ["Location: /login", "Retry-After: 9"], f"{status} x")) as server:
-        outcome = fetched(from_endpoint("x"), endpoint_url=server.url())
+        outcome = fetched(from_endpoint("x"), client_attachment_url=server.url())
 
     assert_failed(outcome, transient=transient, saying=f"the attachment endpoint for 'x' answered {status}")
     assert outcome.retry_after_s == (9 if transient else None)
@@ -5666,19 +5766,20 @@ def test_the_endpoints_404_lasts_and_its_503_passes(status, transient):
 def test_the_endpoint_may_have_an_authority_of_its_own(http_tls, ca):
     with scripted(answered(b"hello"), context=http_tls) as server:
         url = f"https://localhost:{server.port}/"
-        trusted = fetched(from_endpoint("x"), endpoint_url=url, endpoint_ca_file=str(ca.ca_file))
-        untrusted = fetched(from_endpoint("x"), endpoint_url=url)
+        trusted = fetched(from_endpoint("x"), client_attachment_url=url, ca_file=str(ca.ca_file))
+        untrusted = fetched(from_endpoint("x"), client_attachment_url=url)
 
     assert trusted.content == b"hello"
     assert_failed(untrusted, transient=True, saying="is not trusted")
 
 
 def test_without_an_endpoint_or_its_secret_the_reason_is_told():
-    def headers():
-        raise mailproxy.SecretUnavailable("file:/run/token cannot be read")
+    def reveal(secret):
+        raise mailproxy.SecretUnavailable(f"{secret.given} cannot be read")
 
+    there = {"client_attachment_url": "http://127.0.0.1:9/", "client_sync_token": mailproxy.Secret("file:/run/token")}
     assert_failed(fetched(from_endpoint("x")), transient=False, saying="client_attachment_url")
-    unreadable = fetched(from_endpoint("x"), endpoint_url="http://127.0.0.1:9/", endpoint_headers=headers)
+    unreadable = fetched(from_endpoint("x"), **there, reveal=reveal)
     assert_failed(unreadable, transient=True, saying="file:/run/token cannot be read")
 
 
@@ -5764,9 +5865,9 @@ def test_what_is_no_file_fails_at_once(stored_files, path, saying):
 def test_a_link_that_appears_after_the_path_was_judged_is_not_followed(stored_files):
     copy = io.BytesIO()
     with pytest.raises(OSError, match=r"Too many levels|symbolic link"):
-        mailproxy._copy_regular_file(str(stored_files), ["link-out"], 100, copy)
+        mailproxy.copy_regular_file(str(stored_files), ["link-out"], 100, copy)
     with pytest.raises(OSError, match=r"Not a directory|symbolic link"):
-        mailproxy._copy_regular_file(str(stored_files), ["link-up", "secret.txt"], 100, copy)
+        mailproxy.copy_regular_file(str(stored_files), ["link-up", "secret.txt"], 100, copy)
     assert not copy.getvalue()
 
 
@@ -5780,7 +5881,7 @@ def test_a_file_too_large_fails_a_missing_base_dir_defers_and_none_refuses(store
 
 # --- from S3: signatures
 
-AMAZONS_EXAMPLE = mailproxy.S3Defaults("AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY")
+AMAZONS_EXAMPLE = mailproxy.S3Keys("AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY")
 MAY_24_2013 = 1_369_353_600
 
 
@@ -5827,11 +5928,12 @@ def test_signatures_of_any_key_are_those_botocore_makes(key, version, token):
     from botocore.awsrequest import AWSRequest
     from botocore.credentials import Credentials
 
-    defaults = mailproxy.S3Defaults("id", "secret", token, endpoint="https://files.example:9000/prefix")
+    keys = mailproxy.S3Keys("id", "secret", token)
+    defaults = mailproxy.S3Settings(endpoint="https://files.example:9000/prefix")
     target = mailproxy.s3_target(S3Object("papers", key, version_id=version or None), defaults, "eu-south-1")
     assert mailproxy.http_target(target.url) == target
 
-    signed = mailproxy.sign_s3("GET", target, {}, mailproxy.EMPTY_SHA256, defaults, "eu-south-1", FETCH_TIME)
+    signed = mailproxy.sign_s3("GET", target, {}, mailproxy.EMPTY_SHA256, keys, "eu-south-1", FETCH_TIME)
 
     request = AWSRequest("GET", target.url, headers={"x-amz-content-sha256": mailproxy.EMPTY_SHA256})
     request.context["timestamp"] = "20231114T221320Z"
@@ -5868,11 +5970,11 @@ def test_signatures_of_any_key_are_those_botocore_makes(key, version, token):
     ],
 )  # fmt: skip
 def test_where_an_object_is_asked_for(wanted, defaults, url):
-    assert mailproxy.s3_target(wanted, mailproxy.S3Defaults(**defaults), "eu-west-1").url == url
+    assert mailproxy.s3_target(wanted, mailproxy.S3Settings(**defaults), "eu-west-1").url == url
 
 
 def test_amazon_in_china_is_elsewhere():
-    target = mailproxy.s3_target(S3Object("papers", "a"), mailproxy.S3Defaults(), "cn-north-1")
+    target = mailproxy.s3_target(S3Object("papers", "a"), mailproxy.S3Settings(), "cn-north-1")
 
     assert target.host == "papers.s3.cn-north-1.amazonaws.com.cn"
 
@@ -5889,7 +5991,7 @@ def test_amazon_in_china_is_elsewhere():
 )
 def test_names_that_cannot_be_are_refused_for_good(bucket, key, region):
     with pytest.raises(mailproxy.HttpFailure) as caught:
-        mailproxy.s3_target(S3Object(bucket, key), mailproxy.S3Defaults(), region)
+        mailproxy.s3_target(S3Object(bucket, key), mailproxy.S3Settings(), region)
 
     assert not caught.value.transient
 
@@ -5902,24 +6004,26 @@ def from_s3(key="a.txt", bucket="papers", **fields):
 
 
 def s3_defaults(**changes):
-    return lambda: mailproxy.S3Defaults(**({"access_key_id": "AKID", "secret_access_key": "geheim"} | changes))
+    given = {"access_key_id": "AKID", "secret_access_key": "geheim"} | changes
+    secret = ("access_key_id", "secret_access_key", "session_token")
+    return mailproxy.S3Settings(**{k: mailproxy.Secret(v) if k in secret else v for k, v in given.items()})
 
 
 def test_secrets_of_s3_are_not_printed():
-    assert "geheim" not in repr(s3_defaults(session_token="geheim-token")())
+    assert "geheim" not in repr(mailproxy.S3Keys("AKID", "geheim", "geheim-token"))
 
 
 def test_without_credentials_nothing_is_asked_and_the_reason_told():
-    outcome = fetched(from_s3(), s3=lambda: mailproxy.S3Defaults(endpoint="http://127.0.0.1:9"))
+    outcome = fetched(from_s3(), s3=mailproxy.S3Settings(endpoint="http://127.0.0.1:9"))
 
     assert_failed(outcome, transient=False, saying="no S3 credentials")
 
 
 def test_the_endpoint_of_the_configuration_is_not_judged_that_of_a_message_is():
     with scripted(answered(b"hello")) as server:
-        operators = fetched(from_s3(), s3=s3_defaults(endpoint=server.url("")), policy=NOBODY_ALLOWED)
+        operators = fetched(from_s3(), s3=s3_defaults(endpoint=server.url("")), allow_hosts=())
         before = server.connections
-        senders = fetched(from_s3(endpoint=server.url("")), s3=s3_defaults(), policy=NOBODY_ALLOWED)
+        senders = fetched(from_s3(endpoint=server.url("")), s3=s3_defaults(), allow_hosts=())
 
     assert operators[1:] == ("a.txt", "text/plain", b"hello")
     assert_failed(senders, transient=False, saying="is not public")
