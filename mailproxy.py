@@ -8562,28 +8562,26 @@ def stored_accounts(definitions: Mapping[str, str], defaults: DeliverySettings) 
     return accounts
 
 
+@dataclass(slots=True)
 class AccountBook:
     """All accounts: those of config.ini and those added over HTTP, and which are suspended.
 
     One change at a time, on disk before it is in force: what the storage refuses has changed nothing.
     """
 
-    def __init__(
-        self, queue: Queue, dispatcher: Dispatcher, metrics: Metrics, clock: Clock, defaults: DeliverySettings
-    ) -> None:
-        self.defaults = defaults
-        self._metrics = metrics
-        self._queue = queue
-        self._dispatcher = dispatcher
-        self._clock = clock
-        self._one_at_a_time = asyncio.Lock()
+    queue: Queue
+    dispatcher: Dispatcher
+    metrics: Metrics
+    clock: Clock
+    defaults: DeliverySettings
+    _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def get(self, account_id: str) -> Account | None:
-        lane = self._dispatcher.lanes.get(account_id)
+        lane = self.dispatcher.lanes.get(account_id)
         return lane.account if lane else None
 
     def accounts(self) -> list[Account]:
-        return [lane.account for lane in self._dispatcher.lanes.values()]
+        return [lane.account for lane in self.dispatcher.lanes.values()]
 
     async def renew(self, configured: Sequence[Account]) -> None:
         """Take over the accounts of config.ini; they win over those added over HTTP.
@@ -8591,17 +8589,17 @@ class AccountBook:
         The mail of an account that is gone stays where it is: it may come back.
         """
         async with self._one_at_a_time:
-            stored = stored_accounts(await self._queue.accounts(), self.defaults)
+            stored = stored_accounts(await self.queue.accounts(), self.defaults)
             wanted = {account.id: account for account in (*stored, *configured)}
             for account in self.accounts():
                 if account.id not in wanted:
                     self._end(account.id)
             for account in wanted.values():
-                if account.id not in self._dispatcher.lanes:
-                    self._begin(account, await self._queue.standing(account.id))
+                if account.id not in self.dispatcher.lanes:
+                    self._begin(account, await self.queue.standing(account.id))
                 elif account != self.get(account.id):
-                    await self._queue.let_go(account.id, HELD_BACK)
-                    self._dispatcher.replace_account(account)
+                    await self.queue.let_go(account.id, HELD_BACK)
+                    self.dispatcher.replace_account(account)
 
     async def put(self, fields: Mapping[str, object]) -> Account:
         """Add or replace an account. Raises Rejected, HttpError 409."""
@@ -8609,24 +8607,24 @@ class AccountBook:
         definition = {key: fields[key] for key in sorted(ACCOUNT_KEYS) if fields.get(key) is not None}
         async with self._one_at_a_time:
             self._refuse_configured(account.id)
-            standing = await self._queue.standing(account.id)
-            await self._queue.put_account(account.id, AS_JSON(definition))
-            if account.id in self._dispatcher.lanes:
-                self._dispatcher.replace_account(account)
+            standing = await self.queue.standing(account.id)
+            await self.queue.put_account(account.id, AS_JSON(definition))
+            if account.id in self.dispatcher.lanes:
+                self.dispatcher.replace_account(account)
             else:
                 self._begin(account, standing)
         return account
 
     def _begin(self, account: Account, standing: Standing) -> None:
         """Deliver for a new account, which may have had another life before."""
-        now, wall = self._clock.monotonic(), self._clock.wall()
+        now, wall = self.clock.monotonic(), self.clock.wall()
         sends = [(min(now + until - wall, now), n) for until, n in standing.sends]
-        self._dispatcher.add_lane(account, sends, suspended=standing.suspended, held_back=standing.held_back)
-        self._metrics.know(account.id)
+        self.dispatcher.add_lane(account, sends, suspended=standing.suspended, held_back=standing.held_back)
+        self.metrics.know(account.id)
 
     def _end(self, account_id: str) -> None:
-        self._dispatcher.remove_lane(account_id)
-        self._metrics.forget(account_id)
+        self.dispatcher.remove_lane(account_id)
+        self.metrics.forget(account_id)
 
     async def delete(self, account_id: str) -> int:
         """Remove an account; its undelivered messages become errors. Returns their number.
@@ -8635,43 +8633,35 @@ class AccountBook:
         """
         async with self._one_at_a_time:
             self._refuse_configured(account_id)
-            if self.get(account_id) is None and not await self._queue.has_orphans(account_id):
+            if self.get(account_id) is None and not await self.queue.has_orphans(account_id):
                 raise HttpError(404, NO_ACCOUNT)
-            await self._queue.delete_account(account_id)
-            if account_id in self._dispatcher.lanes:
+            await self.queue.delete_account(account_id)
+            if account_id in self.dispatcher.lanes:
                 self._end(account_id)
             failed = 0
             after: int | None = 0
             while after is not None:
-                some, after = await self._queue.fail_orphans(account_id, after, "account deleted")
+                some, after = await self.queue.fail_orphans(account_id, after, "account deleted")
                 failed += some
         return failed
 
-    async def suspend(self, account_id: str) -> None:
-        """Deliver nothing more for an account, also after a restart."""
+    async def switch(self, account_id: str, *, active: bool) -> None:
+        """Deliver for an account again, at once, or nothing more, also after a restart."""
         async with self._one_at_a_time:
-            self._known(account_id)
-            await self._queue.suspend(account_id)
-            self._dispatcher.suspend_lane(account_id)
-
-    async def activate(self, account_id: str) -> None:
-        """Deliver for an account again, at once."""
-        async with self._one_at_a_time:
-            self._known(account_id)
-            await self._queue.activate(account_id)
-            self._dispatcher.activate_lane(account_id)
-
-    def _known(self, account_id: str) -> Account:
-        account = self.get(account_id)
-        if account is None:
-            raise HttpError(404, NO_ACCOUNT)
-        return account
+            if self.get(account_id) is None:
+                raise HttpError(404, NO_ACCOUNT)
+            if active:
+                await self.queue.activate(account_id)
+                self.dispatcher.activate_lane(account_id)
+            else:
+                await self.queue.suspend(account_id)
+                self.dispatcher.suspend_lane(account_id)
 
     def _refuse_configured(self, account_id: str) -> None:
         account = self.get(account_id)
         if account is not None and account.source == "config":
-            section = "[smtp]" if account_id == "default" else f"[account:{account_id}]"
-            raise HttpError(409, f"this account comes from config.ini, section {section}; change it there")
+            section = section_of(account_id)
+            raise HttpError(409, f"this account comes from config.ini, section [{section}]; change it there")
 
 
 class QueryField(NamedTuple):
@@ -8762,22 +8752,11 @@ GIVEN: Mapping[str, Mapping[str, Field]] = {
     "Account": ACCOUNT_FIELDS,
     "OAuth2": OAUTH2_FIELDS,
 }
-REFUSALS: Mapping[str, str] = {
-    "400": "bad JSON, or a bad field, which the sentence names",
-    "401": "no token, or a wrong one",
-    "404": "there is nothing with this id",
-    "408": "the request did not come in time",
-    "409": "it comes from config.ini and is to be changed there",
-    "413": "the body, or the batch, is too large",
-    "415": "the body is declared as something else than JSON",
-    "431": "the headers are too large, or too many",
-    "503": "storage refuses writes; nothing was taken over",
-}
 
 
 def json_schema(type_: str) -> dict[str, object]:
     """The JSON Schema (2020-12) of a type."""
-    names = ["integer" if name == "time" else name for name in type_.split(" | ")]
+    names = type_.split(" | ")
     words = [name.strip("'") for name in names if name.startswith("'")]
     schemas: list[dict[str, object]] = [{"type": "string", "enum": words}] if words else []
     for name in names:
@@ -8787,6 +8766,8 @@ def json_schema(type_: str) -> dict[str, object]:
             schemas.append({"type": "object", "additionalProperties": json_schema(name[:-2])})
         elif name[0].isupper():
             schemas.append({"$ref": f"#/components/schemas/{name}"})
+        elif name == "time":
+            schemas.append({"type": "integer", "description": "Unix seconds, UTC"})
         elif not name.startswith("'"):
             schemas.append({"type": name})
     if len(schemas) == 1:
@@ -8797,49 +8778,41 @@ def json_schema(type_: str) -> dict[str, object]:
 
 
 def object_schema(fields: Mapping[str, Field]) -> dict[str, object]:
-    properties = {
-        name: {**json_schema(type_), "description": words} if words else json_schema(type_)
-        for name, (type_, words, _) in fields.items()
-    }
+    properties = {name: {**json_schema(field.type), "description": field.words} for name, field in fields.items()}
     required = [name for name, field in fields.items() if field.required]
     return {"type": "object", "properties": properties, "required": required}
 
 
+def nullable(field: Field) -> Field:
+    return field if field.required else field._replace(type=f"{field.type} | null")
+
+
 def named_schemas() -> dict[str, object]:
     """What the operations refer to: bodies, answers, and what is in them."""
+    shown = {
+        name: field._replace(required=False) for name, field in ACCOUNT_FIELDS.items() if name not in SECRET_FIELDS
+    }
+    shown["source"] = Field("'http' | 'config'", "Where it was defined.")
     schemas: dict[str, object] = {}
-    for name, given in GIVEN.items():  # null means left out, everywhere
-        schemas[name] = object_schema({key: one if one.required else nullable(one) for key, one in given.items()})
-    for name, members in ANSWERS.items():
-        pairs = [member.split(": ") for member in members.split(", ")]
-        words = {key: "Unix seconds, UTC" if type_.startswith("time") else "" for key, type_ in pairs}
-        schemas[name] = object_schema(
-            {key.rstrip("?"): Field(type_, words[key], required=not key.endswith("?")) for key, type_ in pairs}
-        )
-    shown = {key: nullable(field) for key, field in ACCOUNT_FIELDS.items() if key not in SECRET_FIELDS}
-    source = Field("'http' | 'config'", "Where it was defined.", required=True)
-    return {**schemas, "ShownAccount": object_schema({"source": source, **shown})}
-
-
-def nullable(field: Field) -> Field:
-    return field._replace(type=f"{field.type} | null")
-
-
-class Handler(Protocol):
-    __name__: str
-
-    def __call__(self, request: Request, /) -> Awaitable[Response]: ...
+    for name, given in {**GIVEN, "ShownAccount": shown}.items():  # null means left out, everywhere
+        schemas[name] = object_schema({key: nullable(field) for key, field in given.items()})
+    for name, answer in ANSWERS.items():
+        members = dict(member.split(": ") for member in answer.split(", "))
+        properties = {key.rstrip("?"): json_schema(type_) for key, type_ in members.items()}
+        required = [key for key in members if not key.endswith("?")]
+        schemas[name] = {"type": "object", "properties": properties, "required": required}
+    return schemas
 
 
 def route(
     method: str,
     pattern: str,
-    handler: Handler,
+    handler: Any,
     answer: str,
     *,
     body: str = "",
     query: Mapping[str, QueryField] = MappingProxyType({}),
-    refusals: Sequence[str] = (),
+    refusals: Sequence[int] = (),
     public: bool = False,
 ) -> Route:
     """A row of the route table, with its Operation Object of OpenAPI 3.1. A body named with ? may be left out."""
@@ -8847,19 +8820,21 @@ def route(
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall("{(.+?)}", pattern)
     ]
-    statuses = {"400", "408", "413", "431", "503", *refusals}
-    statuses |= {status for status, found in (("401", not public), ("404", parameters), ("415", body)) if found}
+    statuses = {400, 408, 413, 431, 503, *refusals}
+    statuses |= {status for status, may_be in ((401, not public), (404, parameters), (415, body)) if may_be}
     for name, (kind, words) in query.items():
         schema = json_schema(kind.json)
         parameters.append({"name": name, "in": "query", "description": words, "schema": schema})
     content_type = "text/plain" if answer == "string" else "application/json"
-    done = {"description": "done", "content": {content_type: {"schema": json_schema(answer)}}}
-    refused = {status: {"$ref": f"#/components/responses/{status}"} for status in sorted(statuses)}
+    responses = {"200": {"description": "done", "content": {content_type: {"schema": json_schema(answer)}}}}
+    for status in sorted(statuses):
+        content = {"application/json": {"schema": json_schema("Problem")}}
+        responses[str(status)] = {"description": http.client.responses[status], "content": content}
     operation: dict[str, object] = {
         "operationId": handler.__name__,
         "summary": (handler.__doc__ or "").partition("\n")[0].rstrip("."),
         "parameters": parameters,
-        "responses": {"200": done, **refused},
+        "responses": responses,
     }
     if body:
         content = {"application/json": {"schema": json_schema(body.rstrip("?"))}}
@@ -8874,7 +8849,6 @@ def openapi_document(routes: Iterable[Route]) -> dict[str, object]:
     paths: dict[str, dict[str, object]] = {}
     for row in routes:
         paths.setdefault(row.pattern, {})[row.method.lower()] = row.schema
-    problem = {"application/json": {"schema": json_schema("Problem")}}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -8889,7 +8863,6 @@ def openapi_document(routes: Iterable[Route]) -> dict[str, object]:
         "security": [{"ApiToken": []}, {"Bearer": []}],
         "components": {
             "schemas": named_schemas(),
-            "responses": {status: {"description": words, "content": problem} for status, words in REFUSALS.items()},
             "securitySchemes": {
                 "ApiToken": {"type": "apiKey", "in": "header", "name": "X-API-Token"},
                 "Bearer": {"type": "http", "scheme": "bearer"},
@@ -8907,33 +8880,21 @@ class Judged(NamedTuple):
     unknown: Sequence[str] = ()
 
 
+@dataclass(slots=True)
 class ControlPlane:
     """The handlers of the route table: their names and first lines are those of openapi.json."""
 
-    def __init__(
-        self,
-        queue: Queue,
-        book: AccountBook,
-        dispatcher: Dispatcher,
-        reporter: Reporter,
-        *,
-        clock: Clock,
-        metrics: Metrics,
-        in_thread: InThread,
-        log: logging.Logger,
-        settings: Callable[[], Settings],
-    ) -> None:
-        self.submissions = 0  # accepted so far
-        self._wrote_at = -math.inf  # for a look whether the storage answers
-        self._queue = queue
-        self._book = book
-        self._dispatcher = dispatcher
-        self._reporter = reporter
-        self._clock = clock
-        self._metrics = metrics
-        self._in_thread = in_thread
-        self._log = log
-        self._settings = settings
+    queue: Queue
+    book: AccountBook
+    dispatcher: Dispatcher
+    reporter: Reporter
+    clock: Clock
+    metrics: Metrics
+    in_thread: InThread
+    log: logging.Logger
+    settings: Callable[[], Settings]
+    submissions: int = 0  # accepted so far
+    _wrote_at: float = -math.inf  # for a look whether the storage answers
 
     def routes(self) -> tuple[Route, ...]:
         return (
@@ -8952,8 +8913,8 @@ class ControlPlane:
             route("GET", "/messages", self.list_messages, "Messages", query=LISTING),
             route("GET", "/message/{id}", self.get_message, "MessageHistory", query=CONTENT),
             route("GET", "/accounts", self.list_accounts, "Accounts"),
-            route("POST", "/account", self.put_account, "Done", body="Account", refusals=["409"]),
-            route("DELETE", "/account/{id}", self.delete_account, "AccountRemoved", refusals=["409"]),
+            route("POST", "/account", self.put_account, "Done", body="Account", refusals=[409]),
+            route("DELETE", "/account/{id}", self.delete_account, "AccountRemoved", refusals=[409]),
             route("POST", "/account/{id}/suspend", self.suspend_account, "Switched"),
             route("POST", "/account/{id}/activate", self.activate_account, "Switched"),
         )
@@ -8966,42 +8927,35 @@ class ControlPlane:
 
     async def check_ready(self, request: Request) -> Response:
         """Readiness: the storage answers, both loops turn."""
-        problem = self.stalled_loop() or await self._storage_problem()
+        problem = self.stalled_loop()
+        # Anybody may ask, so it is tried once a second at most.
+        if problem is None and (self.queue.file.refuses or self.clock.monotonic() >= self._wrote_at + WRITABLE_S):
+            try:
+                async with asyncio.timeout(LOOP_PATIENCE_S):
+                    await self.queue.answers()
+                self._wrote_at = self.clock.monotonic()
+            except (StorageUnavailable, TimeoutError) as error:
+                problem = str(error) or "the queue file does not answer"
         if problem is None:
             return json_response({"ok": True})
         return json_response({"ok": False, "error": problem}, 503)
 
     def stalled_loop(self) -> str | None:
         """Which loop does not turn, in a sentence, or None."""
-        now = self._clock.monotonic()
-        delivery, client = self._settings().delivery, self._settings().client
-        if now - self._dispatcher.turned_at > delivery.send_interval_seconds + LOOP_PATIENCE_S:
+        now, settings = self.clock.monotonic(), self.settings()
+        if now - self.dispatcher.turned_at > settings.delivery.send_interval_seconds + LOOP_PATIENCE_S:
             return "the dispatch loop does not turn"
-        if now - self._reporter.turned_at > client.timeout_seconds + REPORTER_SLEEP_S + LOOP_PATIENCE_S:
+        if now - self.reporter.turned_at > settings.client.timeout_seconds + REPORTER_SLEEP_S + LOOP_PATIENCE_S:
             return "the report loop does not turn"
-        return None
-
-    async def _storage_problem(self) -> str | None:
-        """Why the storage takes no mail, or None. Anybody may ask, so it is written once a second at most."""
-        if not self._queue.file.refuses and self._clock.monotonic() < self._wrote_at + WRITABLE_S:
-            return None
-        try:
-            async with asyncio.timeout(LOOP_PATIENCE_S):
-                await self._queue.answers()
-        except StorageUnavailable as error:
-            return str(error)
-        except TimeoutError:
-            return "the queue file does not answer"
-        self._wrote_at = self._clock.monotonic()
         return None
 
     async def get_status(self, request: Request) -> Response:
         """What waits, and the state of each account."""
-        tallies = await self._queue.tallies()
-        now = self._clock.monotonic()
+        tallies = await self.queue.tallies()
+        now = self.clock.monotonic()
         pending = {id_: tally.ready + tally.waiting for id_, tally in tallies.items()}
         accounts: dict[str, dict[str, object]] = {}
-        for id_, lane in self._dispatcher.lanes.items():
+        for id_, lane in self.dispatcher.lanes.items():
             state = {**lane.status()._asdict(), "connections": lane.connections, "pending": pending.get(id_, 0)}
             left = lane.windows.left(now)
             accounts[id_] = {**state, "limits_left": left} if left else state
@@ -9012,32 +8966,32 @@ class ControlPlane:
         return json_response(
             {
                 "ok": True,
-                "active": self._dispatcher.active,
+                "active": self.dispatcher.active,
                 "version": __version__,
                 "pending": sum(pending.values()),
                 "deferred": sum(tally.waiting for tally in tallies.values()),
-                "in_delivery": self._queue.in_delivery,
+                "in_delivery": self.queue.in_delivery,
                 "unreported": sum(tally.unreported for tally in tallies.values()),
-                "oldest_pending_ts": await self._queue.oldest_pending_ts(),
+                "oldest_pending_ts": await self.queue.oldest_pending_ts(),
                 "accounts": accounts,
             }
         )
 
     async def get_metrics(self, request: Request) -> Response:
         """Metrics for Prometheus."""
-        tallies = await self._queue.tallies()
-        oldest = await self._queue.oldest_pending_ts()
-        metrics = self._metrics
+        tallies = await self.queue.tallies()
+        oldest = await self.queue.oldest_pending_ts()
+        metrics = self.metrics
         metrics.messages_pending.set(sum(tally.ready + tally.waiting for tally in tallies.values()))
-        metrics.messages_in_delivery.set(self._queue.in_delivery)
-        metrics.oldest_pending_seconds.set(0 if oldest is None else max(0.0, self._clock.wall() - oldest))
+        metrics.messages_in_delivery.set(self.queue.in_delivery)
+        metrics.oldest_pending_seconds.set(0 if oldest is None else max(0.0, self.clock.wall() - oldest))
         metrics.reports_unacknowledged.set(sum(tally.unreported for tally in tallies.values()))
-        metrics.scheduler_active.set(self._dispatcher.active)
-        for account_id, lane in self._dispatcher.lanes.items():
+        metrics.scheduler_active.set(self.dispatcher.active)
+        for account_id, lane in self.dispatcher.lanes.items():
             metrics.account_up.labels(account_id).set(lane.status().state not in ("cooling", "probing"))
             metrics.smtp_connections.labels(account_id, "busy").set(lane.busy)
             metrics.smtp_connections.labels(account_id, "idle").set(len(lane.idle))
-        return Response(200, await self._in_thread(metrics.exposition), METRICS_CONTENT_TYPE)
+        return Response(200, await self.in_thread(metrics.exposition), METRICS_CONTENT_TYPE)
 
     async def get_openapi(self, request: Request) -> Response:
         """This document."""
@@ -9047,49 +9001,10 @@ class ControlPlane:
 
     async def submit_messages(self, request: Request) -> Response:
         """Submit messages; each is judged by itself, and what is accepted is on disk."""
-        fields = await request.json_object(judged="messages")
-        messages = fields.get("messages")
-        if not isinstance(messages, list):
-            raise HttpError(400, "messages: must be a list of messages")
-        most = self._settings().server.max_batch
-        if len(messages) > most:
-            raise HttpError(413, f"messages: at most {most} in one batch, these are {len(messages)}")
-        configured = self._settings().delivery.default_priority
-        default = parse_priority(fields.get("default_priority"), configured, field="default_priority")
-        if len(request.body) <= JSON_AT_ONCE_BYTES:
-            return await self._accept(self._judged(messages, default))
-        request.body = b""  # large; let go while the messages are judged
-        return await self._accept(await self._in_thread(lambda: self._judged(messages, default)))
-
-    def _judged(self, messages: Sequence[object], default_priority: int) -> list[Judged]:
-        """Each message as it is to be stored, or the reason why not; of an id only the first can be taken."""
-        now = self._clock.wall()
-        judged: list[Judged] = []
-        seen: set[str] = set()
-        for given in messages:
-            id_ = usable_id(given)
-            if id_ in seen:
-                judged.append(Judged(id_, None, "duplicate id in this batch"))
-                continue
-            if id_ is not None:
-                seen.add(id_)
-            try:
-                message = parse_message(given, now=now, default_priority=default_priority)
-                submission = submission_of(given, message, self._book.get(message.account_id), now)
-                judged.append(Judged(id_, submission, unknown=message.unknown))
-            except Rejected as error:
-                judged.append(Judged(id_, None, str(error)))
-            except Exception as error:  # a bug of ours must not spoil the batch
-                event(self._log, logging.ERROR, "a submission made mailproxy fail", message=id_, exc_info=error)
-                judged.append(Judged(id_, None, "invalid message: it could not be understood"))
-        return judged
-
-    async def _accept(self, judged: Sequence[Judged]) -> Response:
-        """Store what was judged good, unless its account is gone meanwhile; answer for each message."""
-        good = [
-            one.submission for one in judged if one.submission and one.submission.account_id in self._dispatcher.lanes
-        ]
-        verdicts = await self._queue.accept(good) if good else []
+        judged = await self._judged(request)
+        lanes = self.dispatcher.lanes  # an account may be gone meanwhile
+        good = [one.submission for one in judged if one.submission and one.submission.account_id in lanes]
+        verdicts = await self.queue.accept(good) if good else []
         reasons = {submission.id: reason for submission, reason in zip(good, verdicts, strict=True)}
         accepted: list[Submission] = []
         rejected: list[dict[str, object]] = []
@@ -9110,59 +9025,98 @@ class ControlPlane:
         answer = {"ok": True, "queued": len(accepted), "rejected": rejected}
         return json_response({**answer, "warnings": warnings} if warnings else answer)
 
+    async def _judged(self, request: Request) -> list[Judged]:
+        """The messages of a batch, judged. What they were read from is let go when this returns."""
+        fields = await request.json_object(judged="messages")
+        messages = fields.get("messages")
+        if not isinstance(messages, list):
+            raise HttpError(400, "messages: must be a list of messages")
+        most = self.settings().server.max_batch
+        if len(messages) > most:
+            raise HttpError(413, f"messages: at most {most} in one batch, these are {len(messages)}")
+        configured = self.settings().delivery.default_priority
+        default = parse_priority(fields.get("default_priority"), configured, field="default_priority")
+        if len(request.body) <= JSON_AT_ONCE_BYTES:
+            return self._judge(messages, default)
+        request.body = b""
+        return await self.in_thread(lambda: self._judge(messages, default))
+
+    def _judge(self, messages: Sequence[object], default_priority: int) -> list[Judged]:
+        """Each message as it is to be stored, or the reason why not; of an id only the first can be taken."""
+        now = self.clock.wall()
+        judged: list[Judged] = []
+        seen: set[str] = set()
+        for given in messages:
+            id_ = usable_id(given)
+            if id_ in seen:
+                judged.append(Judged(id_, None, "duplicate id in this batch"))
+                continue
+            if id_ is not None:
+                seen.add(id_)
+            try:
+                message = parse_message(given, now=now, default_priority=default_priority)
+                submission = submission_of(given, message, self.book.get(message.account_id), now)
+                judged.append(Judged(id_, submission, unknown=message.unknown))
+            except Rejected as error:
+                judged.append(Judged(id_, None, str(error)))
+            except Exception as error:  # a bug of ours must not spoil the batch
+                event(self.log, logging.ERROR, "a submission made mailproxy fail", message=id_, exc_info=error)
+                judged.append(Judged(id_, None, "invalid message: it could not be understood"))
+        return judged
+
     def _tell_of_submissions(self, accepted: Sequence[Submission], rejected: Sequence[Mapping[str, object]]) -> None:
         self.submissions += len(accepted)
         by_account = collections.Counter(submission.account_id for submission in accepted)
         for account_id, number in by_account.items():
-            self._metrics.messages_accepted.labels(self._metrics.label(account_id)).inc(number)
+            self.metrics.messages_accepted.labels(self.metrics.label(account_id)).inc(number)
         if by_account:
-            self._dispatcher.wake(by_account)
-        level = logging.INFO if self._dispatcher.log_deliveries else logging.DEBUG
-        if self._log.isEnabledFor(level):
+            self.dispatcher.wake(by_account)
+        level = logging.INFO if self.dispatcher.log_deliveries else logging.DEBUG
+        if self.log.isEnabledFor(level):
             for submission in accepted:
-                event(self._log, level, "message accepted", message=submission.id, account=submission.account_id)
+                event(self.log, level, "message accepted", message=submission.id, account=submission.account_id)
         if rejected:
-            self._metrics.messages_rejected.inc(len(rejected))
+            self.metrics.messages_rejected.inc(len(rejected))
             for entry in rejected:
-                event(self._log, logging.WARNING, "message rejected", message=entry["id"], reason=entry["reason"])
+                event(self.log, logging.WARNING, "message rejected", message=entry["id"], reason=entry["reason"])
 
     # -- commands
 
     async def run_now(self, request: Request) -> Response:
         """Wake dispatch and reporting at once."""
         await request.json_object()  # no field is known, but a bad body is told
-        self._reporter.run_now()
-        self._dispatcher.run_now()
+        self.reporter.run_now()
+        self.dispatcher.run_now()
         return json_response({"ok": True})
 
     async def suspend(self, request: Request) -> Response:
         """Deliver nothing, also after a restart; submission and reporting go on."""
         await request.json_object()
-        await self._queue.set_switch("active", False)
-        self._dispatcher.suspend()
-        event(self._log, logging.INFO, "delivery suspended")
+        await self.queue.set_switch("active", False)
+        self.dispatcher.suspend()
+        event(self.log, logging.INFO, "delivery suspended")
         return json_response({"ok": True, "active": False})
 
     async def activate(self, request: Request) -> Response:
         """Deliver again."""
         await request.json_object()
-        await self._queue.set_switch("active", True)
-        self._dispatcher.activate()
-        event(self._log, logging.INFO, "delivery activated")
+        await self.queue.set_switch("active", True)
+        self.dispatcher.activate()
+        event(self.log, logging.INFO, "delivery activated")
         return json_response({"ok": True, "active": True})
 
     async def delete_messages(self, request: Request) -> Response:
         """Remove messages, but for those on the wire."""
-        removed, not_found, on_wire = await self._queue.delete(ids_of(await request.json_object()))
-        event(self._log, logging.INFO, "messages deleted", messages=removed)
+        removed, not_found, on_wire = await self.queue.delete(ids_of(await request.json_object()))
+        event(self.log, logging.INFO, "messages deleted", messages=removed)
         return json_response({"ok": True, "removed": removed, "not_found": not_found, "in_delivery": on_wire})
 
     async def retry_messages(self, request: Request) -> Response:
         """Give failed messages a new life."""
-        retried = await self._queue.retry(ids_of(await request.json_object()), self._deadline_of)
-        self._dispatcher.wake(self._dispatcher.lanes)
-        self._reporter.wake()
-        event(self._log, logging.INFO, "failed messages queued anew", messages=retried.queued)
+        retried = await self.queue.retry(ids_of(await request.json_object()), self._deadline_of)
+        self.dispatcher.wake(self.dispatcher.lanes)
+        self.reporter.wake()
+        event(self.log, logging.INFO, "failed messages queued anew", messages=retried.queued)
         answer = {"ok": True, **retried._asdict()}
         if not retried.account_not_found:
             del answer["account_not_found"]
@@ -9170,20 +9124,20 @@ class ControlPlane:
 
     def _deadline_of(self, account_id: str) -> int | None:
         """Until when a message that is submitted now may be tried; None when its account is gone."""
-        account = self._book.get(account_id)
-        return deadline(account, self._clock.wall()) if account else None
+        account = self.book.get(account_id)
+        return min(int(self.clock.wall()) + account.max_age_seconds, LARGEST_INTEGER) if account else None
 
     async def cleanup_messages(self, request: Request) -> Response:
         """Remove final messages that were reported longer ago than that."""
         age_s = (await request.json_object()).get("older_than_seconds")
         if age_s is None:
-            age_s = self._settings().delivery.delivery_report_retention_seconds
+            age_s = self.settings().delivery.delivery_report_retention_seconds
         if type(age_s) is not int or not 0 <= age_s < 2**53:
             raise HttpError(400, "older_than_seconds: must be a whole number of seconds, 0 or more")
         removed = 0
-        while some := await self._queue.purge(age_s, unreported_too=False):
+        while some := await self.queue.purge(age_s, unreported_too=False):
             removed += some
-        event(self._log, logging.INFO, "messages cleaned up", messages=removed)
+        event(self.log, logging.INFO, "messages cleaned up", messages=removed)
         return json_response({"ok": True, "removed": removed})
 
     # -- looking
@@ -9205,7 +9159,7 @@ class ControlPlane:
         shown = 0
         while cursor is not None:
             most = 1 if with_contents else int(min(PAGE_ROWS, limit - shown + 1))  # one more shows whether it goes on
-            records, cursor = await self._queue.page(filters, cursor, most)
+            records, cursor = await self.queue.page(filters, cursor, most)
             for record in records:
                 if shown == limit:
                     yield b'], "next": "%d"}\n' % last
@@ -9216,18 +9170,18 @@ class ControlPlane:
 
     async def _shown(self, record: Record, with_contents: bool) -> bytes:
         """A message as JSON, with its contents as it was submitted; a large one is put together in a thread."""
-        contents = await self._queue.contents(record.seq) if with_contents else {}
+        contents = await self.queue.contents(record.seq) if with_contents else {}
 
         def as_json() -> bytes:
             message = restored_fields(record.payload, contents)
             return AS_JSON({**record.fields, "message": message}).encode()
 
-        return as_json() if record.size_bytes <= JSON_AT_ONCE_BYTES else await self._in_thread(as_json)
+        return as_json() if record.size_bytes <= JSON_AT_ONCE_BYTES else await self.in_thread(as_json)
 
     async def get_message(self, request: Request) -> Response:
         """A message and the timeline of its attempts."""
         with_contents = asked(request.query, CONTENT).get("content", False)
-        found = await self._queue.look_up(request.parameters["id"])
+        found = await self.queue.look_up(request.parameters["id"])
         if found is None:
             raise HttpError(404, "there is no message with this id")
         record, attempts = found
@@ -9238,38 +9192,38 @@ class ControlPlane:
 
     async def list_accounts(self, request: Request) -> Response:
         """Accounts, without their secrets."""
-        accounts = [account_fields(account) for account in self._book.accounts()]
+        accounts = [account_fields(account) for account in self.book.accounts()]
         return json_response({"ok": True, "accounts": accounts})
 
     async def put_account(self, request: Request) -> Response:
         """Add or replace an account."""
-        account = await self._book.put(await request.json_object())
-        event(self._log, logging.INFO, "account set", account=account.id)
+        account = await self.book.put(await request.json_object())
+        event(self.log, logging.INFO, "account set", account=account.id)
         return json_response({"ok": True})
 
     async def delete_account(self, request: Request) -> Response:
         """Remove an account; its undelivered messages become errors."""
         account_id = request.parameters["id"]
-        failed = await self._book.delete(account_id)
-        self._metrics.messages_failed.labels(self._metrics.label(account_id)).inc(failed)
-        self._reporter.wake()
-        event(self._log, logging.INFO, "account deleted", account=account_id, failed=failed)
+        failed = await self.book.delete(account_id)
+        self.metrics.messages_failed.labels(self.metrics.label(account_id)).inc(failed)
+        self.reporter.wake()
+        event(self.log, logging.INFO, "account deleted", account=account_id, failed=failed)
         return json_response({"ok": True, "failed": failed})
 
     async def suspend_account(self, request: Request) -> Response:
         """Deliver nothing through an account, also after a restart."""
         await request.json_object()
         account_id = request.parameters["id"]
-        await self._book.suspend(account_id)
-        event(self._log, logging.INFO, "account suspended", account=account_id)
+        await self.book.switch(account_id, active=False)
+        event(self.log, logging.INFO, "account suspended", account=account_id)
         return json_response({"ok": True, "active": False})
 
     async def activate_account(self, request: Request) -> Response:
         """Deliver through an account again, at once."""
         await request.json_object()
         account_id = request.parameters["id"]
-        await self._book.activate(account_id)
-        event(self._log, logging.INFO, "account activated", account=account_id)
+        await self.book.switch(account_id, active=True)
+        event(self.log, logging.INFO, "account activated", account=account_id)
         return json_response({"ok": True, "active": True})
 
 
@@ -9281,17 +9235,12 @@ def usable_id(fields: object) -> str | None:
         return None
 
 
-def deadline(account: Account, since: float) -> int:
-    """When a message of this account that may go since then is too old."""
-    return min(int(since) + account.max_age_seconds, LARGEST_INTEGER)
-
-
 def submission_of(fields: Any, message: Message, account: Account | None, now: float) -> Submission:
     """A judged message as the queue stores it. Raises Rejected when its account is not there."""
     if account is None:
         raise Rejected("missing account configuration" if message.account_id == "default" else NOT_FOUND)
     payload, contents = stored_form(fields, message)
-    too_old_ts = deadline(account, max(now, message.deferred_ts or 0))
+    too_old_ts = min(int(max(now, message.deferred_ts or 0)) + account.max_age_seconds, LARGEST_INTEGER)
     bare, settled = fields.get("message_id"), message.message_id  # shown as the client wrote it, else in brackets
     as_given = not settled or (isinstance(bare, str) and bare.strip() == settled)
     return Submission(

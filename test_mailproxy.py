@@ -11299,6 +11299,11 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         ("batch_code=even+fifth&limit=1", [0]),
         ("limit=3", [0, 1, 2]),
         ("limit=10000", range(10)),
+        ("order=asc&limit=2&after=3", [3, 4]),
+        ("order=desc", range(9, -1, -1)),
+        ("order=desc&limit=2", [9, 8]),
+        ("order=desc&limit=2&after=3", [1, 0]),
+        ("order=desc&account_id=other&status=queued", [7, 5, 3, 1]),
         ("tenant_id=7&colour", range(10)),
     ],
 )
@@ -11322,6 +11327,7 @@ def test_a_listing_holds_what_the_filters_ask_for_in_the_order_of_acceptance(
         ("status=pending", "status"),
         ("active_only=perhaps", "active_only"),
         ("content=2", "content"),
+        ("order=newest", "order"),
     ],
 )
 def test_a_bad_value_in_a_query_is_named(judge: Daemon, query: str, field: str) -> None:
@@ -11364,10 +11370,11 @@ def test_pages_are_complete_while_mail_is_delivered_meanwhile(quiet: Daemon, smt
     assert found == ["m-0", "m-1", "m-2", "m-3", "m-5", "m-6", "m-7", "m-8", "m-9"]
 
 
+@pytest.mark.parametrize("order", ["asc", "desc"])
 @pytest.mark.parametrize(("limit", "pages"), [(5, 2), (10, 1), (11, 1), (9, 2), (1, 10)])
-def test_next_is_null_exactly_at_the_end(shelf: Daemon, limit: int, pages: int) -> None:
+def test_next_is_null_exactly_at_the_end(shelf: Daemon, limit: int, pages: int, order: str) -> None:
     seen, after = 1, ""
-    while cursor := shelf.get(f"/messages?limit={limit}{after}").json["next"]:
+    while cursor := shelf.get(f"/messages?order={order}&limit={limit}{after}").json["next"]:
         assert isinstance(cursor, str)
         seen, after = seen + 1, f"&after={cursor}"
 
