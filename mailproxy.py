@@ -82,7 +82,6 @@ import mimetypes
 import os
 import pathlib
 import platform
-import queue
 import random
 import re
 import resource
@@ -2317,47 +2316,27 @@ def _out_of_retries(claim: Claim, account: Account, now: float) -> bool:
 # or day ever sees more than its limit, and a message waits at most one grain longer
 # than it had to. Pure; `now` is any clock that does not run backwards for long.
 
-WINDOWS_S = {"minute": (60, 1), "hour": (3_600, 60), "day": (86_400, 900)}  # length, grain
 UNLIMITED = sys.maxsize
-
-
-def grain_end(moment: float, grain_s: int) -> int:
-    """The end of the grain that a moment lies in."""
-    return math.ceil(moment / grain_s) * grain_s
-
-
-def compacted(until: float, now: float) -> int:
-    """The bucket end under which a count is to be kept, coarser the older it is.
-
-    It grows coarser only when no window sees the difference, so that counts can be merged
-    at any time. A count whose end lies a day back may be dropped.
-    """
-    for length_s, grain_s in ((3_600, 900), (60, 60)):
-        if grain_end(until, grain_s) + length_s <= now:
-            return grain_end(until, grain_s)
-    return grain_end(until, 1)
 
 
 class _Window:
     """The messages counted in the last `length_s` seconds."""
 
     def __init__(self, length_s: int, grain_s: int) -> None:
-        self.length_s = length_s
-        self._grain_s = grain_s
+        self._length_s, self._grain_s = length_s, grain_s
         self._buckets: deque[tuple[int, int]] = deque()  # (end, messages), in order of their ends
         self._counted = 0
 
     def add(self, moment: float, n: int) -> None:
-        end = grain_end(moment, self._grain_s)
+        self._counted = self.counted(moment) + n
+        end = self._end_of_grain(moment)
         if self._buckets and self._buckets[-1][0] >= end:  # the same bucket, or a clock that went back
             end, before = self._buckets.pop()
-            self._buckets.append((end, before + n))
-        else:
-            self._buckets.append((end, n))
-        self._counted += n
+            n += before
+        self._buckets.append((end, n))
 
     def counted(self, now: float) -> int:
-        while self._buckets and self._buckets[0][0] + self.length_s <= now:
+        while self._buckets and self._buckets[0][0] + self._length_s <= now:
             self._counted -= self._buckets.popleft()[1]
         return self._counted
 
@@ -2369,8 +2348,11 @@ class _Window:
         for end, n in self._buckets:
             too_many -= n
             if too_many <= 0:
-                return end + self.length_s
-        return grain_end(now, self._grain_s) + self.length_s
+                return end + self._length_s
+        return self._end_of_grain(now) + self._length_s
+
+    def _end_of_grain(self, moment: float) -> int:
+        return math.ceil(moment / self._grain_s) * self._grain_s
 
 
 class SendWindows:
@@ -2383,57 +2365,47 @@ class SendWindows:
     """
 
     def __init__(self, limits: Limits, counted: Iterable[tuple[float, int]] = ()) -> None:
-        self._windows = {name: _Window(length_s, grain_s) for name, (length_s, grain_s) in WINDOWS_S.items()}
-        self._held = 0
+        self._windows = {"minute": _Window(60, 1), "hour": _Window(3_600, 60), "day": _Window(86_400, 60)}
+        self.held = 0  # messages whose transactions are in progress
         self.replace_limits(limits)
         for until, n in sorted(counted):
-            self._add(until, n)
+            self.hold(n)
+            self.count(until, n)
 
     def replace_limits(self, limits: Limits) -> None:
         """Judge by these limits from now on; what was sent stays counted."""
         known = {"minute": limits.per_minute, "hour": limits.per_hour, "day": limits.per_day}
         self._limits = {name: limit for name, limit in known.items() if limit is not None}
 
+    def left(self, now: float) -> dict[str, int]:
+        """What is left of each limit there is, by the name of its window."""
+        used = {name: self._windows[name].counted(now) + self.held for name in self._limits}
+        return {name: max(0, limit - used[name]) for name, limit in self._limits.items()}
+
     def room(self, now: float) -> int:
         """The number of messages that may start now."""
         return min(self.left(now).values(), default=UNLIMITED)
 
-    def left(self, now: float) -> dict[str, int]:
-        """What is left of each limit there is, by the name of its window."""
-        return {
-            name: max(0, limit - self._windows[name].counted(now) - self._held) for name, limit in self._limits.items()
-        }
-
     def opens_at(self, now: float) -> float:
         """The earliest moment with room, as far as is known: held messages as if sent now."""
-        moments = (self._windows[name].opens_at(now, self._held, limit) for name, limit in self._limits.items())
+        moments = (self._windows[name].opens_at(now, self.held, limit) for name, limit in self._limits.items())
         return max(moments, default=now)
-
-    @property
-    def held(self) -> int:
-        """Messages whose transactions are in progress."""
-        return self._held
 
     def hold(self, n: int) -> None:
         """Reserve room for messages whose transactions begin."""
-        self._held += n
+        self.held += n
 
     def give_back(self, n: int = 1) -> None:
         """These reserved messages were not sent."""
-        if n > self._held:
-            raise ValueError(f"{n} messages given back, but {self._held} held")
-        self._held -= n
+        if n > self.held:
+            raise ValueError(f"{n} messages given back, but {self.held} held")
+        self.held -= n
 
     def count(self, now: float, n: int = 1) -> None:
         """These reserved messages were sent, not later than now."""
         self.give_back(n)
         for window in self._windows.values():
-            window.counted(now)
-        self._add(now, n)
-
-    def _add(self, moment: float, n: int) -> None:
-        for window in self._windows.values():
-            window.add(moment, n)
+            window.add(now, n)
 
 
 # ======================================================================
@@ -3109,7 +3081,7 @@ class Metrics:
 # QUEUE FILE - one SQLite file, one writer, group commit; knows no mail
 # ======================================================================
 #
-# One thread owns the only writing connection. Whatever waits when it looks is
+# One thread owns the only writing connection. Whatever waits when it is free is
 # written in one transaction, each piece of work inside a savepoint of its own,
 # and answered after the COMMIT: one fsync (journal_mode WAL, synchronous FULL)
 # pays for many callers. Callers who want the same kind of work share one piece.
@@ -3119,55 +3091,42 @@ class Metrics:
 OLDEST_SQLITE = (3, 35, 0)  # the first that knows RETURNING
 BUSY_TIMEOUT_MS = 3000  # another process holds the write lock: refuse after this
 CHECKPOINT_PAGES = 4000  # of the WAL (16 MB): then it is copied into the file, which takes some milliseconds
-STORAGE_ERRORS = (sqlite3.OperationalError, sqlite3.DatabaseError)
 MISTAKES = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
 
 
 def check_sqlite() -> None:
     """Raise ConfigurationError when Python comes with an SQLite that lacks what the queue needs."""
-    if sqlite3.sqlite_version_info < OLDEST_SQLITE or not _knows_json():
+    fits = sqlite3.sqlite_version_info >= OLDEST_SQLITE
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        try:
+            db.execute("SELECT value FROM json_each('[1]')")  # left out by default before 3.38
+        except sqlite3.OperationalError:
+            fits = False
+    if not fits:
         raise ConfigurationError(
             f"SQLite {sqlite3.sqlite_version} will not do: the queue needs {'.'.join(map(str, OLDEST_SQLITE))} or "
             "newer, with the JSON functions; run mailproxy with a Python that has it."
         )
 
 
-def _knows_json() -> bool:
-    """True unless SQLite was built without the JSON functions, as was the default before 3.38."""
-    with contextlib.closing(sqlite3.connect(":memory:")) as db:
-        try:
-            db.execute("SELECT value FROM json_each('[1]')")
-        except sqlite3.OperationalError:
-            return False
-    return True
+def lock_queue(path: str) -> int:
+    """Keep other daemons off the queue until the returned descriptor is closed.
 
-
-class FileLock:
-    """Keeps a second daemon off the queue; the lock file beside it holds the first one's pid."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._fd = -1
-
-    def acquire(self) -> None:
-        """Raise ConfigurationError that names the holder when another process has the queue."""
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            self.release()
-            raise ConfigurationError(
-                f"The queue {self._path.removesuffix('.lock')} is in use by the mailproxy with pid {holder}; "
-                "stop that one first or choose another db_path."
-            ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
-
-    def release(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+    The lock file beside it holds the pid. Raises ConfigurationError that names the holder.
+    """
+    lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        os.close(lock)
+        raise ConfigurationError(
+            f"The queue {path} is in use by the mailproxy with pid {holder}; "
+            "stop that one first or choose another db_path."
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock
 
 
 class _Wish(NamedTuple):
@@ -3179,28 +3138,32 @@ class _Wish(NamedTuple):
 
 
 class QueueFile:
-    """The file, its lock, its two threads."""
+    """The file, its lock, its two threads.
+
+    `schema` makes a new file; `migrations` are the steps that bring older ones to the same version.
+    """
 
     def __init__(
         self,
         path: str,
-        migrations: Sequence[str],
+        schema: str,
+        migrations: Sequence[str] = (),
         *,
         observe_commit: Callable[[float], None],
         observe_refusal: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = os.path.realpath(path)
         self.refuses = False  # a commit failed; cleared by the next that has something to write and succeeds
-        self._migrations = migrations
-        self._observe_commit = observe_commit
-        self._observe_refusal = observe_refusal
-        self._lock = FileLock(self.path + ".lock")
-        self._writer = threading.Thread(target=self._write_on, name="queue-writer", daemon=True)
+        self._schema, self._migrations = schema, migrations
+        self._observe_commit, self._observe_refusal = observe_commit, observe_refusal
+        self._open = False
+        self._undo = contextlib.ExitStack()  # what open() did
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="queue-writer")
         self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="queue-reader")
         self._writing: sqlite3.Connection | None = None
         self._reading: sqlite3.Connection | None = None
-        self._asked: list[_Wish] = []  # in this turn of the event loop
-        self._wishes: queue.SimpleQueue[list[_Wish] | None] = queue.SimpleQueue()  # None: these were the last
+        self._waiting: list[_Wish] = []
+        self._at_work: Sequence[_Wish] = ()  # what the writer has and has not answered
 
     # -- opening and closing
 
@@ -3211,50 +3174,51 @@ class QueueFile:
         if not os.path.isdir(folder):
             raise ConfigurationError(f"The folder {folder} of db_path does not exist; create it first.")
         try:
-            self._lock.acquire()
-            self._create_private()
-            self._migrate(self._connection())
-            self._writer.start()
-        except (OSError, ConfigurationError, *STORAGE_ERRORS) as error:
-            self._close_writing()
-            self._lock.release()
-            if isinstance(error, ConfigurationError):
-                raise
-            if isinstance(error, OSError):
-                raise ConfigurationError(f"The queue {self.path} cannot be opened: {error.strerror}.") from error
-            raise ConfigurationError(f"The queue {self.path} cannot be used: {error}.") from error
+            with contextlib.ExitStack() as undo:
+                undo.callback(os.close, lock_queue(self.path))
+                self._create_private()
+                undo.callback(self._close_writing)
+                self._migrate(self._connect())
+                self._undo, self._open = undo.pop_all(), True
+        except (OSError, sqlite3.Error) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ConfigurationError(f"The queue {self.path} cannot be opened: {why}.") from error
 
     def _create_private(self) -> None:
-        """Readable by the owner alone; SQLite gives its siblings the same mode."""
+        """Readable by the owner only; SQLite gives its siblings the same mode."""
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         for name in (self.path, self.path + "-wal", self.path + "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 os.chmod(name, 0o600)
+        names = os.stat(self.path).st_nlink
+        if names > 1:  # under each it would have another lock, and another WAL
+            raise ConfigurationError(f"The queue {self.path} has {names} names (hard links); remove all but one.")
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
         """Bring the schema up to date; each step and its version number are one commit."""
+        newest = len(self._migrations) + 1
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(self._migrations):
+        if version > newest:
             raise ConfigurationError(
                 f"The queue {self.path} was written by a newer mailproxy (schema {version}, this one knows "
-                f"{len(self._migrations)}); start that one, or restore a backup."
+                f"{newest}); start that one, or restore a backup."
             )
-        for number, script in enumerate(self._migrations[version:], version + 1):
+        steps = [(newest, self._schema)]
+        if version:
+            steps = list(enumerate(self._migrations[version - 1 :], version + 1))
+        for number, script in steps:
             connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
 
     async def close(self) -> None:
         """Finish what was asked, then close both connections and let go of the lock."""
-        self._hand_over()
-        self._wishes.put(None)
-        await asyncio.get_running_loop().run_in_executor(self._reader, self._close_connections)
+        self._open = False
+        while unanswered := [wish.answer for wish in (*self._at_work, *self._waiting)]:
+            await asyncio.wait(unanswered)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._writer, self._undo.close)
+        await loop.run_in_executor(self._reader, self._close_reading)
+        self._writer.shutdown()
         self._reader.shutdown()
-        self._lock.release()
-
-    def _close_connections(self) -> None:
-        if self._writer.is_alive():  # not when the file was only read
-            self._writer.join()
-        self._close_writing()
-        self._close_reading()
 
     # -- writing
 
@@ -3262,71 +3226,57 @@ class QueueFile:
         """Run the work in the writer's thread; return its result once it is on disk.
 
         Raises StorageUnavailable when the file cannot be written (nothing of the work
-        was kept), or whatever the work itself raised (it alone was undone).
+        was kept), or whatever the work itself raised (only that was undone).
         """
         return await self.write_together(lambda db, _: [work(db)], None)
 
-    async def write_together(self, work: Callable[[sqlite3.Connection, list[Any]], Sequence[T]], item: object) -> T:
+    def write_together(
+        self, work: Callable[[sqlite3.Connection, list[Any]], Sequence[T]], item: object
+    ) -> asyncio.Future[T]:
         """Like write, for work that is done for many callers in one go: an item and a result for each.
 
-        Should it raise, each item is tried alone.
+        Should it raise, it is done again for each item by itself.
         """
-        if not self._writer.is_alive():
+        if not self._open:
             raise StorageUnavailable("The queue is closed.")
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
-        if not self._asked:
-            loop.call_soon(self._hand_over)
-        self._asked.append(_Wish(work, item, answer))
-        return await answer
+        if not self._waiting:
+            loop.call_soon(self._hand_over)  # with all that is asked in this turn of the loop
+        self._waiting.append(_Wish(work, item, answer))
+        return answer
 
     def _hand_over(self) -> None:
-        """Wake the writer once for all that was asked in this turn of the event loop."""
-        asked, self._asked = self._asked, []
-        if asked:
-            self._wishes.put(asked)
+        """Give the writer all that waits; while it is at work more gathers, for its next commit."""
+        if self._waiting and not self._at_work:
+            self._at_work, self._waiting = self._waiting, []
+            self._writer.submit(self._commit, self._at_work)
 
-    def _write_on(self) -> None:
-        """Write group after group: all that waits by the time the last one is on disk. The writer's thread."""
-        while (group := self._wishes.get()) is not None:
-            for wishes in self._that_wait():
-                group += wishes
-            answers = self._commit(group)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                group[0].answer.get_loop().call_soon_threadsafe(_answer_all, answers)
-
-    def _that_wait(self) -> Iterator[list[_Wish]]:
-        for _ in range(self._wishes.qsize()):
-            wishes = self._wishes.get()
-            if wishes is None:
-                self._wishes.put(None)  # it ends the thread after this group
-                return
-            yield wishes
-
-    def _commit(self, group: Sequence[_Wish]) -> list[tuple[_Wish, Any]]:
-        """What to answer to each of the group, exceptions among it, after the COMMIT."""
+    def _commit(self, group: Sequence[_Wish]) -> None:
+        """Write a group, and answer each of it after the COMMIT. The writer's thread."""
         started = time.monotonic()
         pieces: dict[object, list[_Wish]] = {}
         for wish in group:
             pieces.setdefault(wish.work, []).append(wish)
         try:
-            connection = self._connection()
+            connection = self._writing or self._connect()
             changes = connection.total_changes
             connection.execute("BEGIN IMMEDIATE")
             answers = [answer for piece in pieces.values() for answer in self._write_piece(connection, piece)]
             connection.execute("COMMIT")
-        except STORAGE_ERRORS as error:
+        except Exception as error:
             self.refuses = True
-            self._observe_refusal()
             self._close_writing()
-            refusal = f"The queue cannot be written: {error}."
-            return [(wish, StorageUnavailable(refusal)) for wish in group]
-        self.refuses = self.refuses and connection.total_changes == changes
-        self._observe_commit(time.monotonic() - started)
-        return answers
+            self._observe_refusal()
+            answers = [(wish, StorageUnavailable(f"The queue cannot be written: {error}.")) for wish in group]
+        else:
+            self.refuses = self.refuses and connection.total_changes == changes
+            self._observe_commit(time.monotonic() - started)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            group[0].answer.get_loop().call_soon_threadsafe(self._answer, answers)
 
     def _write_piece(self, connection: sqlite3.Connection, piece: Sequence[_Wish]) -> list[tuple[_Wish, Any]]:
-        """Do one kind of work. What it raises undoes it alone; then each of several callers is tried alone."""
+        """Do one kind of work. What it raises undoes it alone; then it is done for each of several callers alone."""
         connection.execute("SAVEPOINT piece")
         try:
             results = piece[0].work(connection, [wish.item for wish in piece])
@@ -3341,18 +3291,32 @@ class QueueFile:
         connection.execute("RELEASE piece")
         return answers
 
-    def _connection(self) -> sqlite3.Connection:
-        """The writing connection; opened anew after a failure (what is on disk was uncertain)."""
-        if self._writing is None:
-            self._writing = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-            self._writing.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-            self._writing.execute("PRAGMA journal_mode = WAL")
-            self._writing.execute("PRAGMA synchronous = FULL")
-            self._writing.execute("PRAGMA fullfsync = ON")  # macOS, where fsync alone leaves it in the drive
-            self._writing.execute("PRAGMA journal_size_limit = 16777216")
-            self._writing.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
-            self._writing.execute("PRAGMA temp_store = MEMORY")
-        return self._writing
+    def _answer(self, answers: Iterable[tuple[_Wish, Any]]) -> None:
+        """Hand each caller its result, unless it gave up waiting, and the writer what waits meanwhile."""
+        for wish, result in answers:
+            if wish.answer.cancelled():
+                continue
+            if isinstance(result, Exception):
+                wish.answer.set_exception(result)
+            else:
+                wish.answer.set_result(result)
+        self._at_work = ()
+        self._hand_over()
+
+    def _connect(self) -> sqlite3.Connection:
+        """The writing connection, also after a failure: what is on disk was uncertain then."""
+        self._writing = connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        for setting in (
+            f"busy_timeout = {BUSY_TIMEOUT_MS}",
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "fullfsync = ON",  # macOS, where fsync leaves it in the drive
+            "journal_size_limit = 16777216",
+            f"wal_autocheckpoint = {CHECKPOINT_PAGES}",
+            "temp_store = MEMORY",
+        ):
+            connection.execute(f"PRAGMA {setting}")
+        return connection
 
     def _close_writing(self) -> None:
         if self._writing is not None:
@@ -3376,7 +3340,7 @@ class QueueFile:
                 self._reading = sqlite3.connect(uri, uri=True, isolation_level=None)
                 self._reading.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
             return work(self._reading)
-        except STORAGE_ERRORS as error:
+        except sqlite3.DatabaseError as error:
             self._close_reading()
             raise StorageUnavailable(f"The queue cannot be read: {error}.") from error
 
@@ -3385,17 +3349,6 @@ class QueueFile:
             with contextlib.suppress(sqlite3.Error):
                 self._reading.close()
             self._reading = None
-
-
-def _answer_all(answers: Iterable[tuple[_Wish, Any]]) -> None:
-    """Hand each waiting caller its result; one that gave up waiting gets none."""
-    for wish, result in answers:
-        if wish.answer.cancelled():
-            continue
-        if isinstance(result, Exception):
-            wish.answer.set_exception(result)
-        else:
-            wish.answer.set_result(result)
 
 
 # ======================================================================
@@ -3410,9 +3363,9 @@ def _answer_all(answers: Iterable[tuple[_Wish, Any]]) -> None:
 # statements say OR IGNORE or OR FAIL, which spares SQLite a journal for each row: should
 # one fail, the savepoint around it undoes it.
 
-SCHEMA_1 = """
+SCHEMA = """
 CREATE TABLE messages (
-    seq          INTEGER PRIMARY KEY,                -- the order of acceptance, never given twice
+    seq          INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of acceptance, never given twice
     id           TEXT NOT NULL UNIQUE,               -- the client's key
     account_id   TEXT NOT NULL,
     priority     INTEGER NOT NULL,                   -- 0 immediate .. 3 low
@@ -3437,34 +3390,6 @@ CREATE TABLE messages (
     size_bytes   INTEGER NOT NULL,                   -- payload and contents together
     payload      TEXT NOT NULL                       -- as submitted, JSON, without the contents
 );
-CREATE TABLE contents (                              -- inline attachments; -1 is a raw message
-    seq INTEGER NOT NULL, position INTEGER NOT NULL, content BLOB NOT NULL,
-    PRIMARY KEY (seq, position)
-);
-CREATE TABLE attempts (                              -- the timeline of a message
-    seq INTEGER NOT NULL, number INTEGER NOT NULL,
-    started_at REAL NOT NULL, ended_at REAL NOT NULL, outcome TEXT NOT NULL,
-    stage TEXT, code INTEGER, enhanced_code TEXT, text TEXT, recipients TEXT, connection TEXT,
-    PRIMARY KEY (seq, number)
-) WITHOUT ROWID;
-CREATE TABLE sent_ids (                              -- of purged messages: never sent again
-    id TEXT PRIMARY KEY, sent_ts INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE accounts (id TEXT PRIMARY KEY, definition TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE suspensions (account_id TEXT PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE sends (                                 -- n messages sent, the last not after until_ts
-    account_id TEXT NOT NULL, until_ts INTEGER NOT NULL, n INTEGER NOT NULL,
-    PRIMARY KEY (account_id, until_ts)
-) WITHOUT ROWID;
-CREATE TABLE holds (account_id TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;  -- no longer used
-CREATE TABLE switches (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE last_gone (seq INTEGER NOT NULL);       -- the highest seq that was ever deleted
-INSERT INTO last_gone VALUES (0);
-CREATE TABLE tallies (                               -- counts of rows; new ones are added as they are inserted
-    account_id TEXT PRIMARY KEY,
-    ready INTEGER NOT NULL, waiting INTEGER NOT NULL, unreported INTEGER NOT NULL
-) WITHOUT ROWID;
-
 CREATE INDEX messages_ready ON messages (account_id, turn, priority, seq)
     WHERE sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL;
 CREATE INDEX messages_waiting ON messages (deferred_ts)
@@ -3479,8 +3404,6 @@ CREATE INDEX messages_reported ON messages (reported_ts)
     WHERE report_order IS NULL AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL);
 CREATE INDEX messages_unreported_final ON messages (coalesce(sent_ts, error_ts))
     WHERE report_order IS NOT NULL AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL);
-CREATE INDEX sent_ids_by_age ON sent_ids (sent_ts);
-
 CREATE TRIGGER tally_update AFTER UPDATE OF deferred_ts, sent_ts, error_ts, report_order ON messages BEGIN
     UPDATE tallies SET
         ready = ready
@@ -3501,20 +3424,70 @@ CREATE TRIGGER tally_delete AFTER DELETE ON messages BEGIN
     DELETE FROM contents WHERE seq = old.seq;
     DELETE FROM attempts WHERE seq = old.seq;
 END;
-CREATE TRIGGER remember_seq AFTER DELETE ON messages WHEN old.seq > (SELECT seq FROM last_gone) BEGIN
-    UPDATE last_gone SET seq = old.seq;
-END;
-CREATE TRIGGER forget_old_attempts AFTER INSERT ON attempts WHEN new.number > 100 BEGIN
-    DELETE FROM attempts WHERE seq = new.seq AND number <= new.number - 100;
-END;
 CREATE TRIGGER remember_sent AFTER DELETE ON messages WHEN old.sent_ts IS NOT NULL BEGIN
     INSERT INTO sent_ids VALUES (old.id, old.sent_ts) ON CONFLICT DO UPDATE SET sent_ts = excluded.sent_ts;
 END;
+-- Above: messages, as the step to version 2 made them anew.
+CREATE TABLE tallies (                               -- counts of rows; new ones are added as they are inserted
+    account_id TEXT PRIMARY KEY,
+    ready INTEGER NOT NULL, waiting INTEGER NOT NULL, unreported INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE contents (                              -- inline attachments; -1 is a raw message
+    seq INTEGER NOT NULL, position INTEGER NOT NULL, content BLOB NOT NULL,
+    PRIMARY KEY (seq, position)
+);
+CREATE TABLE attempts (                              -- the timeline of a message
+    seq INTEGER NOT NULL, number INTEGER NOT NULL,
+    started_at REAL NOT NULL, ended_at REAL NOT NULL, outcome TEXT NOT NULL,
+    stage TEXT, code INTEGER, enhanced_code TEXT, text TEXT, recipients TEXT, connection TEXT,
+    PRIMARY KEY (seq, number)
+) WITHOUT ROWID;
+CREATE TRIGGER forget_old_attempts AFTER INSERT ON attempts WHEN new.number > 100 BEGIN
+    DELETE FROM attempts WHERE seq = new.seq AND number <= new.number - 100;
+END;
+CREATE TABLE sent_ids (                              -- of purged messages: never sent again
+    id TEXT PRIMARY KEY, sent_ts INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX sent_ids_by_age ON sent_ids (sent_ts);
+CREATE TABLE sends (                                 -- n messages sent in a minute, the last not after until_ts
+    account_id TEXT NOT NULL, minute INTEGER NOT NULL, until_ts INTEGER NOT NULL, n INTEGER NOT NULL,
+    PRIMARY KEY (account_id, minute)
+) WITHOUT ROWID;
+CREATE INDEX sends_by_minute ON sends (minute);
+CREATE TABLE accounts (id TEXT PRIMARY KEY, definition TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE suspensions (account_id TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE switches (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 """
 
-MIGRATIONS = (SCHEMA_1,)  # the step to each schema version, in order; PRAGMA user_version counts them
+# The steps from each older schema to the next; PRAGMA user_version is 1 for the first. A step that uses a part of
+# SCHEMA gets a copy of its own when that part changes.
+MIGRATIONS = (
+    f"""  -- to version 2: a place is never given twice by AUTOINCREMENT, slots are held in memory only, sends by the minute
+DROP INDEX messages_ready; DROP INDEX messages_waiting; DROP INDEX messages_held_back; DROP INDEX messages_pending;
+DROP INDEX messages_deadline; DROP INDEX messages_unreported; DROP INDEX messages_reported;
+DROP INDEX messages_unreported_final; DROP TRIGGER tally_update; DROP TRIGGER tally_delete;
+DROP TRIGGER remember_seq; DROP TRIGGER remember_sent;
+ALTER TABLE messages RENAME TO messages_1;
+{SCHEMA.partition("-- Above")[0]}
+INSERT INTO messages SELECT * FROM messages_1;
+DROP TABLE messages_1;
+DELETE FROM sqlite_sequence WHERE name = 'messages';
+INSERT INTO sqlite_sequence SELECT 'messages', coalesce(max(seq), 0) FROM
+    (SELECT seq FROM last_gone UNION ALL SELECT max(seq) FROM messages);
+DROP TABLE last_gone;
+DROP TABLE holds;
+ALTER TABLE sends RENAME TO sends_1;
+CREATE TABLE sends (
+    account_id TEXT NOT NULL, minute INTEGER NOT NULL, until_ts INTEGER NOT NULL, n INTEGER NOT NULL,
+    PRIMARY KEY (account_id, minute)
+) WITHOUT ROWID;
+CREATE INDEX sends_by_minute ON sends (minute);
+INSERT INTO sends SELECT account_id, until_ts / 60, max(until_ts), sum(n) FROM sends_1 GROUP BY 1, 2;
+DROP TABLE sends_1;
+""",  # noqa: S608 - constants only
+)
 
-OLDEST_SEND_S = 86_400 + 900  # older counts matter to no window
+DAY_MINUTES = 24 * 60
 KEPT_ATTEMPTS = 100  # of one message: older ones give way, by the trigger above
 SMALL_PAYLOAD_BYTES = 65_536  # larger ones are read under the memory budget
 HELD_BACK = ("limit", "connection", "login")  # deferrals that end when the account can be used again
@@ -3534,24 +3507,23 @@ RECORD_COLUMNS = (
     f"seq, id, account_id, priority, {STATUS_OF_ROW} AS status, created_at, updated_at, deferred_ts, sent_ts, "
     "error_ts, error, reported_ts, batch_code, attempts, message_id, recipients, size_bytes, payload"
 )
-RECORD_OF_ID = f"SELECT {RECORD_COLUMNS} FROM messages WHERE id = :id"  # noqa: S608 - constants alone
+RECORD_OF_ID = f"SELECT {RECORD_COLUMNS} FROM messages WHERE id = :id"  # noqa: S608 - constants only
 PAGE_OF_RECORDS = (
-    f"SELECT {RECORD_COLUMNS} FROM messages WHERE seq BETWEEN :first AND :last "  # noqa: S608 - constants alone
+    f"SELECT {RECORD_COLUMNS} FROM messages WHERE seq BETWEEN :first AND :last "  # noqa: S608 - constants only
     "AND (NOT :active_only OR (sent_ts IS NULL AND error_ts IS NULL)) "
-    "AND (:account IS NULL OR account_id = :account) AND (:batch IS NULL OR batch_code = :batch) "
-    f"AND (:status IS NULL OR {STATUS_OF_ROW} = :status) ORDER BY seq "
+    "AND (:account_id IS NULL OR account_id = :account_id) AND (:batch_code IS NULL OR batch_code = :batch_code) "
+    f"AND (:status IS NULL OR {STATUS_OF_ROW} = :status) ORDER BY seq"
 )
 FIRST_OF_PAGE = {
-    "asc": "SELECT min(seq) FROM messages WHERE seq > :after ",
-    "desc": "SELECT max(seq) FROM messages WHERE seq < :after ",
+    "asc": "SELECT min(seq) FROM messages WHERE seq > :after",
+    "desc": "SELECT max(seq) FROM messages WHERE seq < :after",
 }
-
 # The value changes each time, for SQLite writes nothing where nothing changes.
-SAY_IT_ANSWERS = "INSERT INTO switches VALUES ('answers', 1) ON CONFLICT DO UPDATE SET value = 1 - value"
+SAY_IT_ANSWERS = "INSERT INTO switches VALUES ('answers', 1) ON CONFLICT DO UPDATE SET value = 1 - switches.value"
 
 
 class Submission(NamedTuple):
-    """A judged message as the queue stores it."""
+    """A judged message as the queue stores it; _insert goes by the order of its fields."""
 
     id: str
     account_id: str
@@ -3564,10 +3536,6 @@ class Submission(NamedTuple):
     parts: int
     payload: str
     contents: Mapping[int, bytes]
-
-    @property
-    def size_bytes(self) -> int:
-        return len(self.payload) + sum(map(len, self.contents.values()))
 
 
 class Outcome(NamedTuple):
@@ -3648,9 +3616,9 @@ class Queue:
     def __init__(self, file: QueueFile, *, now: Callable[[], float]) -> None:
         self.file = file
         self._now = now
-        self._on_wire: dict[int, Claim] = {}
-        self._next_seq = 1
-        self._next_report = 1
+        self._on_wire: dict[int, Claim] = {}  # changed in the writer's thread; in the loop's only to take claims out
+        self._last_seq = 0
+        self._last_report = 0
         self.next_due_ts: float = 0  # no waiting row is due before that; 0: look
         self.next_deadline_ts: float = 0  # no pending row is to be given up before that; 0: look
 
@@ -3659,18 +3627,23 @@ class Queue:
         return len(self._on_wire)
 
     async def load(self) -> None:
-        """Take up the counters where the last run left them."""
+        """Take up the counters where the last run left them. Raises StorageUnavailable unless the file can be written."""
 
-        def work(db: sqlite3.Connection) -> tuple[int, int]:
-            db.execute(SAY_IT_ANSWERS)  # no start on a file that cannot be written
-            seq = db.execute(
-                "SELECT max((SELECT coalesce(max(seq), 0) FROM messages), (SELECT max(seq) FROM last_gone))"
-            ).fetchone()[0]
-            report = db.execute("SELECT max(report_order) FROM messages WHERE report_order IS NOT NULL")
-            return seq, report.fetchone()[0] or 0
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(SAY_IT_ANSWERS)
+            seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").fetchone()
+            report = db.execute("SELECT max(report_order) FROM messages WHERE report_order IS NOT NULL").fetchone()
+            self._last_seq, self._last_report = seq[0] if seq else 0, report[0] or 0
 
-        seq, report = await self.file.write(work)
-        self._next_seq, self._next_report = seq + 1, report + 1
+        await self.file.write(work)
+
+    async def _do(self, *statements: str, **values: object) -> int:
+        """Run statements as one piece of work; return the number of rows that the last one changed."""
+        return await self.file.write(lambda db: [_run(db, sql, **values).rowcount for sql in statements][-1])
+
+    async def _ask(self, sql: str, **values: object) -> list[dict[str, Any]]:
+        """Read rows, each as {column: value}."""
+        return await self.file.read(lambda db: list(_each_row(db.execute(sql, values))))
 
     # -- submission
 
@@ -3678,23 +3651,18 @@ class Queue:
         """Store each submission or say why not ("already sent", "in delivery"): None is stored, on disk."""
         verdicts = await self.file.write_together(self._accept_all, submissions)
         for submission in submissions:
-            self._expect(submission.deferred_ts, submission.deadline)
+            self.next_due_ts = min(self.next_due_ts, submission.deferred_ts or math.inf)
+            self.next_deadline_ts = min(self.next_deadline_ts, submission.deadline or math.inf)
         return verdicts
 
     def _accept_all(self, db: sqlite3.Connection, batches: Sequence[Sequence[Submission]]) -> list[list[str | None]]:
-        """The verdicts on the submissions of several callers."""
-        now = self._now()
-        verdicts = iter(self._accept(db, [submission for batch in batches for submission in batch], now))
+        """The verdicts on the submissions of several callers. Most ids are new: it looks only at those that are not."""
+        submissions = list(itertools.chain.from_iterable(batches))
+        stored = zip(submissions, self._insert(db, submissions), strict=True)
+        verdicts = iter([None if new else self._replace(db, submission) for submission, new in stored])
         return [list(itertools.islice(verdicts, len(batch))) for batch in batches]
 
-    def _accept(self, db: sqlite3.Connection, submissions: Sequence[Submission], now: float) -> list[str | None]:
-        """Most ids are new: look only at those that could not be inserted."""
-        return [
-            None if stored else self._replace(db, submission, now)
-            for submission, stored in zip(submissions, self._insert(db, submissions, now), strict=True)
-        ]
-
-    def _replace(self, db: sqlite3.Connection, submission: Submission, now: float) -> str | None:
+    def _replace(self, db: sqlite3.Connection, submission: Submission) -> str | None:
         """Store a submission whose id is known already, or say why not."""
         row = db.execute(
             "SELECT seq FROM messages WHERE id = :id AND sent_ts IS NULL", {"id": submission.id}
@@ -3704,63 +3672,163 @@ class Queue:
         if row[0] in self._on_wire:
             return "in delivery"
         db.execute("DELETE FROM messages WHERE seq = :seq AND sent_ts IS NULL", {"seq": row[0]})
-        (stored,) = self._insert(db, [submission], now)
-        return None if stored else "already sent"
+        return None if self._insert(db, [submission])[0] else "already sent"
 
-    def _insert(self, db: sqlite3.Connection, submissions: Sequence[Submission], now: float) -> Sequence[bool]:
+    def _insert(self, db: sqlite3.Connection, submissions: Sequence[Submission]) -> Sequence[bool]:
         """Store the submissions whose ids were never seen before; tell which."""
-        seqs = range(self._next_seq, self._next_seq + len(submissions))
-        self._next_seq = seqs.stop
-        at = int(now)
+        now, first = self._now(), self._last_seq + 1
+        self._last_seq += len(submissions)
+        rows = []
+        for seq, s in enumerate(submissions, first):
+            waits = s.deferred_ts is not None and s.deferred_ts > now
+            schedule = (s.deferred_ts, "schedule", s.deferred_ts) if waits else (None, None, now)
+            size_bytes = len(s.payload) + sum(map(len, s.contents.values()))
+            rows.append((seq, *s[:3], int(now), int(now), *schedule, *s[4:10], size_bytes, s.id))
         inserted = db.executemany(
             "INSERT OR IGNORE INTO messages (seq, id, account_id, priority, created_at, updated_at, deferred_ts, "
-            "deferral, ready_at, deadline, expires_ts, batch_code, message_id, parts, size_bytes, payload) "
-            "VALUES (?, iif(EXISTS (SELECT 1 FROM sent_ids WHERE id = ?), NULL, ?), "  # no row may be without id
-            "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                (
-                    seq, s.id, s.id, s.account_id, s.priority, at, at, *_schedule(s.deferred_ts, now), s.deadline,
-                    s.expires_ts, s.batch_code, s.message_id, s.parts, s.size_bytes, s.payload,
-                )
-                for seq, s in zip(seqs, submissions, strict=True)
-            ],
-        ).rowcount  # fmt: skip
-        stored: Sequence[bool] = [True] * len(seqs)
-        if inserted < len(seqs):
-            there = {row[0] for row in db.execute("SELECT seq FROM messages WHERE seq >= ?", (seqs.start,))}
-            stored = [seq in there for seq in seqs]
-        new = list(itertools.compress(zip(seqs, submissions, strict=True), stored))
-        _tally(db, [submission for _, submission in new], now)
-        contents = [(seq, *content) for seq, submission in new for content in submission.contents.items()]
-        if contents:
-            db.executemany("INSERT INTO contents VALUES (?, ?, ?)", contents)
+            "deferral, ready_at, expires_ts, deadline, batch_code, message_id, parts, payload, size_bytes) "
+            "SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ? WHERE NOT EXISTS (SELECT 1 FROM sent_ids WHERE id = ?)",
+            rows,
+        ).rowcount
+        stored = [True] * len(rows)
+        if inserted < len(rows):
+            there = {row[0] for row in db.execute("SELECT seq FROM messages WHERE seq >= :first", {"first": first})}
+            stored = [row[0] in there for row in rows]
+        new = list(itertools.compress(zip(rows, submissions, strict=True), stored))
+        for (account_id, waits), n in collections.Counter((s.account_id, row[6] is not None) for row, s in new).items():
+            db.execute(
+                "INSERT INTO tallies VALUES (:account, :ready, :waiting, 0) ON CONFLICT (account_id) DO UPDATE SET "
+                "ready = tallies.ready + excluded.ready, waiting = tallies.waiting + excluded.waiting",
+                {"account": account_id, "ready": 0 if waits else n, "waiting": n if waits else 0},
+            )
+        contents = [(row[0], *content) for row, submission in new for content in submission.contents.items()]
+        db.executemany("INSERT INTO contents VALUES (?, ?, ?)", contents)
         return stored
 
-    def _expect(self, due_ts: int | None, deadline: int | None) -> None:
-        """Remember the earliest time at which a row will want attention."""
-        if due_ts is not None and due_ts < self.next_due_ts:
-            self.next_due_ts = due_ts
-        if deadline is not None and deadline < self.next_deadline_ts:
-            self.next_deadline_ts = deadline
-
     # -- delivery
+
+    async def claim(self, orders: Sequence[Order]) -> list[list[Claim]]:
+        """Take out ready messages for each order, best first; they are on the wire from now on."""
+        taken: list[list[Claim]] = []
+
+        def work(db: sqlite3.Connection, _: object) -> list[None]:
+            for order in orders:
+                taken.append(self._ready(db, order))
+                self._on_wire.update((claim.seq, claim) for claim in taken[-1])
+            return [None]
+
+        answer = self.file.write_together(work, None)
+        try:
+            await asyncio.shield(answer)
+        except BaseException:  # also when the caller was cancelled: then as soon as they are taken out
+            answer.add_done_callback(lambda _: self.release(itertools.chain.from_iterable(taken)))
+            raise
+        return taken
+
+    def _ready(self, db: sqlite3.Connection, order: Order) -> list[Claim]:
+        """The best ready messages that are not on the wire: by priority, and within one new and retried mail in turn."""
+        on_wire = list(self._on_wire.values())  # a copy: the loop's thread may take some out meanwhile
+        ranked: list[tuple[int, int, bool, Claim]] = []
+        for turn in (0, 1):
+            rows = db.execute(
+                "SELECT seq, id, account_id, priority, message_id, created_at, ready_at, attempts, deadline, "
+                "recipients, parts, size_bytes, CASE WHEN size_bytes <= :small THEN payload END FROM messages "
+                "WHERE account_id = :account AND turn = :turn "
+                "AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL "
+                "AND seq NOT IN (SELECT value FROM json_each(:on_wire)) ORDER BY priority, seq LIMIT :most",
+                {
+                    "account": order.account_id,
+                    "turn": turn,
+                    "small": SMALL_PAYLOAD_BYTES,
+                    "most": order.most,
+                    "on_wire": AS_JSON([claim.seq for claim in on_wire if claim.account_id == order.account_id]),
+                },
+            )
+            places = collections.Counter[int]()
+            for claim in map(_claim_of, rows.fetchall()):
+                ranked.append((claim.priority, places[claim.priority], bool(turn) != order.retried_first, claim))
+                places[claim.priority] += 1
+        ranked.sort(key=lambda entry: entry[:3])
+        return [claim for *_, claim in ranked[: order.most]]
+
+    def release(self, claims: Iterable[Claim]) -> None:
+        """Put claims back untouched: they were never on the wire."""
+        for claim in claims:
+            self._on_wire.pop(claim.seq, None)
+            self.next_deadline_ts = min(self.next_deadline_ts, claim.deadline or math.inf)
+
+    async def record(self, outcome: Outcome) -> None:
+        """Write what became of a claim; unless it goes on, it is off the wire then."""
+        await self.file.write_together(self._record_all, outcome)
+        claim, disposition = outcome.claim, outcome.disposition
+        if disposition.status is not Status.QUEUED:
+            self._on_wire.pop(claim.seq, None)
+        self.next_due_ts = min(self.next_due_ts, disposition.deferred_ts or math.inf)
+        self.next_deadline_ts = min(self.next_deadline_ts, claim.deadline or math.inf)
+
+    def _record_all(self, db: sqlite3.Connection, outcomes: Sequence[Outcome]) -> Sequence[None]:
+        at = int(self._now())
+        rows, timeline = [], []
+        for claim, attempt, disposition, _ in outcomes:
+            status, goes_on = disposition.status, disposition.status is Status.QUEUED
+            self._last_report += not goes_on
+            rows.append(
+                {
+                    "sent": at if status is Status.SENT else None,
+                    "failed": at if status is Status.ERROR else None,
+                    "error": disposition.error,
+                    "now": at,
+                    "deferred": disposition.deferred_ts,
+                    "deferral": disposition.reason or None,
+                    "counted": int(disposition.counted),
+                    "recipients": AS_JSON(disposition.recipients) if disposition.recipients else None,
+                    "place": None if goes_on else self._last_report,
+                    "seq": claim.seq,
+                }
+            )
+            if attempt.replies:  # else nothing was tried
+                timeline.append(_timeline_entry(claim, attempt, disposition))
+        db.executemany(
+            "UPDATE OR FAIL messages SET sent_ts = :sent, error_ts = :failed, error = :error, updated_at = :now, "
+            "deferred_ts = :deferred, deferral = :deferral, attempts = attempts + :counted, "
+            "turn = CASE WHEN :counted = 1 THEN 1 ELSE turn END, recipients = :recipients, "
+            "reported_ts = CASE WHEN :place IS NULL THEN reported_ts END, report_order = coalesce(:place, report_order) "
+            "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL",
+            rows,
+        )
+        db.executemany(
+            "INSERT OR FAIL INTO attempts VALUES (:seq, "
+            "(SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = :seq), :started_at, :ended_at, :outcome, "
+            ":stage, :code, :enhanced_code, :text, :recipients, :connection)",
+            timeline,
+        )
+        for account_id, n in collections.Counter(one.claim.account_id for one in outcomes if one.sent).items():
+            db.execute(
+                "INSERT INTO sends VALUES (:account, :until / 60, :until, :n) ON CONFLICT (account_id, minute) "
+                "DO UPDATE SET until_ts = excluded.until_ts, n = sends.n + excluded.n",
+                {"account": account_id, "until": at + 1, "n": n},
+            )
+        return [None] * len(outcomes)
 
     async def release_due(self) -> set[str]:
         """Make the rows ready whose time has come; return the accounts that got mail."""
         now = self._now()
 
         def work(db: sqlite3.Connection) -> tuple[set[str], int | None]:
-            rows = db.execute(
+            rows = _run(
+                db,
                 "UPDATE messages SET ready_at = deferred_ts, deferred_ts = NULL, deferral = NULL, "
                 "report_order = NULL WHERE seq IN (SELECT seq FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
                 "AND deferred_ts IS NOT NULL AND deferred_ts <= :now ORDER BY deferred_ts LIMIT :most) "
                 "RETURNING account_id",
-                {"now": now, "most": CHUNK},
+                now=now,
+                most=CHUNK,
             ).fetchall()
-            due = db.execute(
+            due = _run(
+                db,
                 "SELECT min(deferred_ts) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
                 "AND deferred_ts IS NOT NULL AND deferred_ts <= :largest",  # text, in a damaged row, is larger
-                {"largest": LARGEST_INTEGER},
+                largest=LARGEST_INTEGER,
             ).fetchone()[0]
             return {row[0] for row in rows}, due
 
@@ -3770,7 +3838,7 @@ class Queue:
         except BaseException:
             self.next_due_ts = 0
             raise
-        self._expect(due, None)
+        self.next_due_ts = min(self.next_due_ts, due or math.inf)
         return accounts
 
     async def give_up_overdue(self) -> list[tuple[str, str, str]]:
@@ -3778,23 +3846,28 @@ class Queue:
         now = self._now()
 
         def work(db: sqlite3.Connection) -> tuple[list[tuple[str, str, str]], int | None]:
-            rows = db.execute(
-                "SELECT seq, id, account_id, expires_ts, error, recipients FROM messages "
+            rows = _run(
+                db,
+                "SELECT seq, id, account_id, expires_ts <= :now, error, recipients FROM messages "
                 "WHERE sent_ts IS NULL AND error_ts IS NULL AND deadline IS NOT NULL AND deadline <= :now "
                 "ORDER BY deadline LIMIT :most",
-                {"now": now, "most": CHUNK + len(self._on_wire)},
+                now=now,
+                most=CHUNK + len(self._on_wire),
             ).fetchall()
             ended = []
-            for seq, id_, account_id, expires_ts, error, recipients in rows:
-                if seq in self._on_wire:
-                    continue
-                why = expired(expires_ts, now, error)
-                self._give_up(db, seq, why, recipients, int(now))
-                ended.append((id_, account_id, why))
-            deadline = db.execute(
+            for seq, id_, account_id, expired, error, recipients in rows:
+                if seq not in self._on_wire:
+                    why = "expired: expires_ts has passed" if expired else "expired: max_age_seconds reached"
+                    why += f"; last: {error}" if error else ""
+                    self._give_up(db, seq, why, _recipients_of(recipients), int(now))
+                    ended.append((id_, account_id, why))
+            deadline = _run(
+                db,
                 "SELECT min(deadline) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
                 "AND deadline IS NOT NULL AND (deadline > :now OR :more) AND deadline <= :largest",
-                {"now": now, "more": len(ended) >= CHUNK, "largest": LARGEST_INTEGER},
+                now=now,
+                more=len(ended) >= CHUNK,
+                largest=LARGEST_INTEGER,
             ).fetchone()[0]
             return ended, deadline
 
@@ -3804,149 +3877,61 @@ class Queue:
         except BaseException:
             self.next_deadline_ts = 0
             raise
-        self._expect(None, deadline)
+        self.next_deadline_ts = min(self.next_deadline_ts, deadline or math.inf)
         return ended
 
-    def _give_up(self, db: sqlite3.Connection, seq: int, why: str, recipients: str | None, now: int) -> None:
+    def _give_up(
+        self, db: sqlite3.Connection, seq: int, why: str, outcomes: Mapping[str, RecipientOutcome] | None, now: int
+    ) -> None:
         """End a pending message: as sent when a server has it for some of its recipients."""
-        outcomes = _recipients_if_readable(recipients)
-        partly = outcomes is not None and any(o.status is Status.SENT for o in outcomes.values())
+        partly = any(outcome.status is Status.SENT for outcome in (outcomes or {}).values())
         ended = closed(outcomes or {}, why)
-        db.execute(
-            "UPDATE messages SET sent_ts = :sent, error_ts = :failed, error = :error, updated_at = :now, "
-            "deferred_ts = NULL, deferral = NULL, recipients = :recipients, reported_ts = NULL, "
-            "report_order = :place WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL",
-            {
-                "sent": now if partly else None, "failed": None if partly else now,
-                "error": None if partly else why, "now": now, "recipients": _recipients_to_row(ended or None),
-                "place": self._place(), "seq": seq,
-            },
-        )  # fmt: skip
-
-    def _place(self) -> int:
-        """The next place in the order of reports."""
-        self._next_report += 1
-        return self._next_report - 1
-
-    async def claim(self, orders: Sequence[Order]) -> list[list[Claim]]:
-        """Take out ready messages for each order, best first; they are on the wire from now on."""
-        taken: list[list[Claim]] = []
-
-        def work(db: sqlite3.Connection) -> None:
-            taken.extend(self._claim(db, order) for order in orders)
-
-        try:
-            await self.file.write(work)
-        except BaseException:
-            self.release([claim for claims in taken for claim in claims])
-            raise
-        return taken
-
-    def _claim(self, db: sqlite3.Connection, order: Order) -> list[Claim]:
-        claims = take_turns(self._ready(db, order, 0), self._ready(db, order, 1), order.most, order.retried_first)
-        self._on_wire.update((claim.seq, claim) for claim in claims)
-        return claims
-
-    def _ready(self, db: sqlite3.Connection, order: Order, turn: int) -> list[Claim]:
-        """The first ready messages of one kind, those on the wire left out."""
-        on_wire = list(self._on_wire.values())  # a copy: release changes it in the loop's thread
-        rows = db.execute(
-            "SELECT seq, id, account_id, priority, message_id, created_at, ready_at, attempts, deadline, "
-            "recipients, parts, size_bytes, CASE WHEN size_bytes <= :small THEN payload END FROM messages "
-            "WHERE account_id = :account AND turn = :turn "
-            "AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL "
-            "AND seq NOT IN (SELECT value FROM json_each(:on_wire)) ORDER BY priority, seq LIMIT :most",
-            {
-                "account": order.account_id, "turn": turn, "small": SMALL_PAYLOAD_BYTES,
-                "on_wire": AS_JSON([claim.seq for claim in on_wire if claim.account_id == order.account_id]),
-                "most": order.most,
-            },
-        )  # fmt: skip
-        return [_claim_of(row) for row in rows.fetchall()]
-
-    def release(self, claims: Iterable[Claim]) -> None:
-        """Put claims back untouched: they were never on the wire."""
-        for claim in claims:
-            self._on_wire.pop(claim.seq, None)
-            self._expect(None, claim.deadline)
-
-    async def record(self, outcome: Outcome) -> None:
-        """Write what became of a claim; unless it goes on, it is off the wire then."""
-        await self.file.write_together(self._record_all, outcome)
-        if outcome.disposition.status is not Status.QUEUED:
-            self.release([outcome.claim])
-        self._expect(outcome.disposition.deferred_ts, outcome.claim.deadline)
-
-    def _record_all(self, db: sqlite3.Connection, outcomes: Sequence[Outcome]) -> Sequence[None]:
-        now = self._now()
-        db.executemany(
-            "UPDATE OR FAIL messages SET sent_ts = :sent, error_ts = :failed, error = :error, updated_at = :now, "
-            "deferred_ts = :deferred, deferral = :deferral, attempts = attempts + :counted, "
-            "turn = turn OR :counted, recipients = :recipients, "
-            "reported_ts = iif(:place IS NULL, reported_ts, NULL), report_order = coalesce(:place, report_order) "
+        self._last_report += 1
+        _run(
+            db,
+            "UPDATE messages SET sent_ts = CASE WHEN :partly THEN :now END, error_ts = CASE WHEN NOT :partly THEN :now END, "
+            "error = CASE WHEN NOT :partly THEN :why END, updated_at = :now, deferred_ts = NULL, deferral = NULL, "
+            "recipients = :recipients, reported_ts = NULL, report_order = :place "
             "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL",
-            [self._row_of(outcome, int(now)) for outcome in outcomes],
+            partly=partly,
+            why=why,
+            now=now,
+            place=self._last_report,
+            seq=seq,
+            recipients=AS_JSON(ended) if ended else None,
         )
-        db.executemany(
-            "INSERT OR FAIL INTO attempts VALUES (?, (SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = ?), "
-            "?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [_timeline_entry(outcome) for outcome in outcomes if outcome.attempt.replies],  # else nothing was tried
-        )
-        sent = collections.Counter(
-            (outcome.claim.account_id, math.floor(outcome.attempt.ended_at) + 1) for outcome in outcomes if outcome.sent
-        )
-        for (account_id, until), n in sent.items():
-            db.execute(
-                "INSERT INTO sends VALUES (:account, :until, :n) ON CONFLICT DO UPDATE SET n = n + excluded.n",
-                {"account": account_id, "until": until, "n": n},
-            )
-        return [None] * len(outcomes)
-
-    def _row_of(self, outcome: Outcome, at: int) -> dict[str, object]:
-        """What an outcome changes in the row of its message."""
-        disposition, status = outcome.disposition, outcome.disposition.status
-        return {
-            "sent": at if status is Status.SENT else None,
-            "failed": at if status is Status.ERROR else None,
-            "error": disposition.error,
-            "now": at,
-            "deferred": disposition.deferred_ts,
-            "deferral": disposition.reason or None,
-            "counted": disposition.counted,
-            "recipients": _recipients_to_row(disposition.recipients),
-            "place": None if status is Status.QUEUED else self._place(),
-            "seq": outcome.claim.seq,
-        }
 
     async def defer_limited(self, order: Order, until_ts: int, why: str) -> list[Claim]:
         """Defer the messages of one turn because the account's rate limit is reached."""
-        now = self._now()
 
         def work(db: sqlite3.Connection) -> list[Claim]:
-            claims = take_turns(self._ready(db, order, 0), self._ready(db, order, 1), order.most, False)
-            db.executemany(
-                "UPDATE messages SET deferred_ts = :until, deferral = 'limit', error = :error, updated_at = :now, "
-                "reported_ts = NULL, report_order = :place "
-                "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL",
-                [
-                    {"until": until_ts, "error": why, "now": int(now), "place": self._place(), "seq": claim.seq}
-                    for claim in claims
-                ],
-            )
+            claims = self._ready(db, order)
+            for claim in claims:
+                self._last_report += 1
+                _run(
+                    db,
+                    "UPDATE messages SET deferred_ts = :until, deferral = 'limit', error = :error, updated_at = :now, "
+                    "reported_ts = NULL, report_order = :place "
+                    "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL",
+                    until=until_ts,
+                    error=why,
+                    now=int(self._now()),
+                    place=self._last_report,
+                    seq=claim.seq,
+                )
             return claims
 
         claims = await self.file.write(work)
-        self._expect(until_ts, None)
+        self.next_due_ts = min(self.next_due_ts, until_ts)
         return claims
 
     async def fail_limited(self, order: Order, why: str) -> list[Claim]:
         """End the messages of one turn because the account's rate limit is reached and says so."""
-        now = self._now()
 
         def work(db: sqlite3.Connection) -> list[Claim]:
-            claims = take_turns(self._ready(db, order, 0), self._ready(db, order, 1), order.most, False)
+            claims = self._ready(db, order)
             for claim in claims:
-                self._give_up(db, claim.seq, why, _recipients_to_row(claim.recipients), int(now))
+                self._give_up(db, claim.seq, why, claim.recipients, int(self._now()))
             return claims
 
         return await self.file.write(work)
@@ -3957,18 +3942,16 @@ class Queue:
 
     async def let_cooled_go(self) -> set[str]:
         """Make all messages ready that wait for a server to be tried again; return their accounts."""
-
-        def work(db: sqlite3.Connection) -> set[str]:
-            rows = db.execute(
+        rows = await self.file.write(
+            lambda db: db.execute(
                 "UPDATE messages INDEXED BY messages_held_back "
                 "SET deferred_ts = NULL, deferral = NULL, report_order = NULL "
                 "WHERE deferral IN ('connection', 'login') "
                 "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
                 "AND sent_ts IS NULL AND error_ts IS NULL RETURNING account_id"
-            )
-            return {row[0] for row in rows}
-
-        return await self.file.write(work)
+            ).fetchall()
+        )
+        return {row[0] for row in rows}
 
     async def move_times(self, step_s: int, since: int) -> None:
         """The wall clock was set by so much: move what the daemon itself put off, and the counts of
@@ -3977,61 +3960,54 @@ class Queue:
         What an earlier run put off, before `since`, may be right by the new clock (a machine that
         boots without knowing the time): it is moved only to where it comes earlier.
         """
-
-        def work(db: sqlite3.Connection) -> None:
-            db.execute(
-                "UPDATE messages SET deferred_ts = deferred_ts + :step WHERE sent_ts IS NULL AND error_ts IS NULL "
-                "AND deferred_ts IS NOT NULL AND deferral <> 'schedule' AND deferred_ts + :step < :latest "
-                "AND (updated_at >= :since OR :step < 0)",
-                {"step": step_s, "latest": LARGEST_INTEGER, "since": since},
-            )
-            db.execute("UPDATE sends SET until_ts = -(until_ts + :step)", {"step": step_s})  # no two are ever
-            db.execute("UPDATE sends SET until_ts = -until_ts")  # the same on the way
-
-        await self.file.write(work)
+        await self._do(
+            "UPDATE messages SET deferred_ts = deferred_ts + :step WHERE sent_ts IS NULL AND error_ts IS NULL "
+            "AND deferred_ts IS NOT NULL AND deferral <> 'schedule' AND deferred_ts + :step < :latest "
+            "AND (updated_at >= :since OR :step < 0)",
+            "UPDATE sends SET until_ts = until_ts + :step, minute = -(minute + :minutes)",  # no two are ever
+            "UPDATE sends SET minute = -minute",  # the same on the way
+            step=step_s,
+            minutes=round(step_s / 60),
+            latest=LARGEST_INTEGER,
+            since=since,
+        )
         self.next_due_ts = 0
 
     async def payload(self, seq: int) -> str:
         """The payload of a claimed message that was too large to come with its claim."""
-
-        def work(db: sqlite3.Connection) -> str:
-            row = db.execute("SELECT payload FROM messages WHERE seq = :seq", {"seq": seq}).fetchone()
-            return str(row[0])
-
-        return await self.file.read(work)
+        (row,) = await self._ask("SELECT payload FROM messages WHERE seq = :seq", seq=seq)
+        return str(row["payload"])
 
     async def contents(self, seq: int) -> dict[int, bytes]:
         """The inline contents of a message by position (RAW_POSITION: the raw message)."""
-        return await self.file.read(lambda db: _contents(db, seq))
+        rows = await self._ask("SELECT position, content FROM contents WHERE seq = :seq", seq=seq)
+        return {row["position"]: row["content"] for row in rows}
 
     # -- reports
 
     async def unreported(self, most: int) -> list[State]:
         """The oldest states the upstream has not acknowledged, in the order they came about."""
-
-        def work(db: sqlite3.Connection) -> list[State]:
-            rows = db.execute(
-                "SELECT seq, report_order, id, account_id, priority, sent_ts, error_ts, error, deferred_ts, "
-                "attempts, message_id, batch_code, recipients FROM messages WHERE report_order IS NOT NULL "
-                "ORDER BY report_order LIMIT :most",
-                {"most": most},
-            )
-            return [State(row[0], row[1], _report_entry(row[2:])) for row in rows]
-
-        return await self.file.read(work)
+        rows = await self._ask(
+            "SELECT seq, report_order, id, account_id, priority, CASE WHEN sent_ts IS NOT NULL THEN 'sent' "
+            "WHEN error_ts IS NOT NULL THEN 'error' ELSE 'deferred' END AS status, sent_ts, error_ts, error, "
+            "deferred_ts, attempts, message_id, batch_code, recipients FROM messages WHERE report_order IS NOT NULL "
+            "ORDER BY report_order LIMIT :most",
+            most=most,
+        )
+        return [State(row.pop("seq"), row.pop("report_order"), _with_recipients(row)) for row in rows]
 
     async def acknowledge(self, states: Sequence[State]) -> int:
         """Stamp the states the upstream has taken, unless they changed meanwhile; return their number."""
         now = int(self._now())
-
-        def work(db: sqlite3.Connection) -> int:
-            return db.execute(
-                "UPDATE messages SET reported_ts = :now, report_order = NULL FROM json_each(:states) "
-                "WHERE seq = json_extract(value, '$[0]') AND report_order = json_extract(value, '$[1]')",
-                {"now": now, "states": AS_JSON([(state.seq, state.report_order) for state in states])},
-            ).rowcount
-
-        return await self.file.write(work)
+        taken = [{"now": now, "seq": state.seq, "place": state.report_order} for state in states]
+        return await self.file.write(
+            lambda db: (
+                db.executemany(
+                    "UPDATE messages SET reported_ts = :now, report_order = NULL WHERE seq = :seq AND report_order = :place",
+                    taken,
+                ).rowcount
+            )
+        )
 
     # -- what operators and clients ask for
 
@@ -4041,7 +4017,7 @@ class Queue:
         def work(db: sqlite3.Connection) -> tuple[int, list[str], list[str]]:
             seqs = _seqs(db, ids)
             on_wire = [id_ for id_ in ids if seqs.get(id_, (0,))[0] in self._on_wire]
-            gone = [(seq,) for id_, (seq, _) in seqs.items() if seq not in self._on_wire]
+            gone = [(seq,) for seq, _ in seqs.values() if seq not in self._on_wire]
             db.executemany("DELETE FROM messages WHERE seq = ?", gone)
             return len(gone), [id_ for id_ in ids if id_ not in seqs], on_wire
 
@@ -4053,101 +4029,82 @@ class Queue:
         `deadline_of` tells until when an account's message may be tried, counted from now; None: there is
         no such account, and the message fails again.
         """
-        now = int(self._now())
 
         def work(db: sqlite3.Connection) -> Retried:
             seqs = _seqs(db, ids)
             failed = [id_ for id_, (_, is_failed) in seqs.items() if is_failed]
-            of_no_account = [id_ for id_ in failed if not self._revive(db, seqs[id_][0], now, deadline_of)]
-            return Retried(
-                len(failed) - len(of_no_account), [id_ for id_ in ids if id_ not in seqs],
-                [id_ for id_ in seqs if id_ not in failed], of_no_account,
-            )  # fmt: skip
+            of_no_account = [id_ for id_ in failed if not self._revive(db, seqs[id_][0], deadline_of)]
+            not_found = [id_ for id_ in ids if id_ not in seqs]
+            not_failed = [id_ for id_, (_, is_failed) in seqs.items() if not is_failed]
+            return Retried(len(failed) - len(of_no_account), not_found, not_failed, of_no_account)
 
         self.next_deadline_ts = 0
         return await self.file.write(work)
 
-    def _revive(self, db: sqlite3.Connection, seq: int, now: int, deadline_of: Callable[[str], int | None]) -> bool:
+    def _revive(self, db: sqlite3.Connection, seq: int, deadline_of: Callable[[str], int | None]) -> bool:
         """Give a failed message a new life, or a new end; True when it lives."""
-        account_id, recipients = db.execute(
-            "SELECT account_id, recipients FROM messages WHERE seq = :seq", {"seq": seq}
-        ).fetchone()
-        outcomes = _recipients_if_readable(recipients) or {}
+        row = db.execute("SELECT account_id, recipients FROM messages WHERE seq = :seq", {"seq": seq}).fetchone()
+        outcomes, now, deadline = _recipients_of(row[1]) or {}, int(self._now()), deadline_of(row[0])
         served = {address: outcome for address, outcome in outcomes.items() if outcome.status is Status.SENT}
-        deadline = deadline_of(account_id)
-        db.execute(
+        _run(
+            db,
             "UPDATE messages SET error_ts = NULL, error = NULL, attempts = 0, turn = 0, reported_ts = NULL, "
             "report_order = NULL, ready_at = :now, updated_at = :now, deferred_ts = NULL, deferral = NULL, "
             "expires_ts = NULL, deadline = :deadline, recipients = :recipients "
             "WHERE seq = :seq AND error_ts IS NOT NULL",
-            {"now": now, "deadline": deadline, "seq": seq, "recipients": _recipients_to_row(served or None)},
+            now=now,
+            deadline=deadline,
+            seq=seq,
+            recipients=AS_JSON(served) if served else None,
         )
         if deadline is None:
-            self._give_up(db, seq, "account not found", _recipients_to_row(served or None), now)
+            self._give_up(db, seq, "account not found", served, now)
         return deadline is not None
 
     async def purge(self, older_than_s: float, *, unreported_too: bool) -> int:
         """Remove some final messages reported (or, with no upstream, final) longer ago; 0: none is left."""
         before = self._now() - older_than_s
+        removed = await self._do(
+            "DELETE FROM messages WHERE seq IN (SELECT seq FROM messages WHERE report_order IS NULL "
+            "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND reported_ts <= :before "
+            "ORDER BY reported_ts LIMIT :most)",
+            before=before,
+            most=CHUNK,
+        )
+        if removed or not unreported_too:
+            return removed
+        return await self._do(
+            "DELETE FROM messages WHERE seq IN (SELECT seq FROM messages WHERE report_order IS NOT NULL "
+            "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND coalesce(sent_ts, error_ts) <= :before "
+            "ORDER BY coalesce(sent_ts, error_ts) LIMIT :most)",
+            before=before,
+            most=CHUNK,
+        )
 
-        def work(db: sqlite3.Connection) -> int:
-            removed = db.execute(
-                "DELETE FROM messages WHERE seq IN (SELECT seq FROM messages WHERE report_order IS NULL "
-                "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND reported_ts <= :before "
-                "ORDER BY reported_ts LIMIT :most)",
-                {"before": before, "most": CHUNK},
-            ).rowcount
-            if removed or not unreported_too:
-                return removed
-            return db.execute(
-                "DELETE FROM messages WHERE seq IN (SELECT seq FROM messages WHERE report_order IS NOT NULL "
-                "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND coalesce(sent_ts, error_ts) <= :before "
-                "ORDER BY coalesce(sent_ts, error_ts) LIMIT :most)",
-                {"before": before, "most": CHUNK},
-            ).rowcount
-
-        return await self.file.write(work)
-
-    async def forget_ids(self, id_retention_s: float) -> int:
-        """Forget some ids of purged messages whose time is over; 0: none is left."""
-        before = self._now() - id_retention_s
-
-        def work(db: sqlite3.Connection) -> int:
-            return db.execute(
-                "DELETE FROM sent_ids WHERE id IN (SELECT id FROM sent_ids WHERE sent_ts <= :before LIMIT :most)",
-                {"before": before, "most": CHUNK},
-            ).rowcount
-
-        return await self.file.write(work)
-
-    async def fold_sends(self) -> None:
-        """Fold the counts of older sends together, and drop those that no window sees any more."""
+    async def forget(self, id_retention_s: float) -> int:
+        """Forget the counts of sends that no window sees any more, and some ids of purged messages whose time
+        is over; 0: none is left."""
         now = self._now()
-
-        def work(db: sqlite3.Connection) -> None:
-            sends = db.execute("SELECT account_id, until_ts, n FROM sends WHERE until_ts < :now", {"now": now - 60})
-            for account_id, until_ts, n in sends.fetchall():
-                later = math.ceil(compacted(until_ts, now))
-                if later == until_ts and until_ts > now - OLDEST_SEND_S:
-                    continue
-                key = {"account": account_id, "until": until_ts, "later": later, "n": n}
-                db.execute("DELETE FROM sends WHERE account_id = :account AND until_ts = :until", key)
-                if until_ts > now - OLDEST_SEND_S:
-                    db.execute(
-                        "INSERT INTO sends VALUES (:account, :later, :n) ON CONFLICT DO UPDATE SET n = n + :n", key
-                    )
-
-        await self.file.write(work)
+        return await self._do(
+            "DELETE FROM sends WHERE minute < :oldest",
+            "DELETE FROM sent_ids WHERE id IN (SELECT id FROM sent_ids WHERE sent_ts <= :before LIMIT :most)",
+            oldest=int(now) // 60 - DAY_MINUTES - 1,
+            before=now - id_retention_s,
+            most=CHUNK,
+        )
 
     async def look_up(self, id_: str) -> tuple[Record, list[dict[str, object]]] | None:
         """A message and the timeline of its attempts, or None."""
-        now = self._now()
-
-        def work(db: sqlite3.Connection) -> tuple[Record, list[dict[str, object]]] | None:
-            row = db.execute(RECORD_OF_ID, {"id": id_, "now": now}).fetchone()
-            return (_record(row), _attempts(db, row[0])) if row else None
-
-        return await self.file.read(work)
+        found = await self._ask(RECORD_OF_ID, id=id_, now=self._now())
+        if not found:
+            return None
+        record = _record(found[0])
+        attempts = await self._ask(
+            "SELECT CAST(started_at AS INTEGER) AS started_at, CAST(ended_at AS INTEGER) AS ended_at, outcome, stage, "
+            "code, enhanced_code, text, recipients, connection FROM attempts WHERE seq = :seq ORDER BY number",
+            seq=record.seq,
+        )
+        return record, [_with_recipients(row) for row in attempts]
 
     async def page(self, filters: Filters, after: int, most: int) -> tuple[list[Record], int | None]:
         """Up to `most` records in the order of acceptance after a seq, or newest first before it, and the seq
@@ -4156,71 +4113,58 @@ class Queue:
         A page looks at a bounded stretch of the table, so it may be short, or empty, before the end.
         """
         now = self._now()
+        pending = " AND sent_ts IS NULL AND error_ts IS NULL" if filters.active_only else ""
 
         def work(db: sqlite3.Connection) -> tuple[list[Record], int | None]:
-            pending = "AND sent_ts IS NULL AND error_ts IS NULL" if filters.active_only else ""
-            (begin,) = db.execute(FIRST_OF_PAGE[filters.order] + pending, {"after": after}).fetchone()
-            if begin is None:
+            first = db.execute(FIRST_OF_PAGE[filters.order] + pending, {"after": after}).fetchone()[0]
+            if first is None:
                 return [], None
-            newest_first = filters.order == "desc"
-            end = begin - STRETCH + 1 if newest_first else begin + STRETCH - 1
-            rows = db.execute(
-                PAGE_OF_RECORDS + ("DESC LIMIT :most" if newest_first else "LIMIT :most"),
-                {
-                    "first": min(begin, end), "last": max(begin, end), "now": now, "most": most,
-                    "active_only": filters.active_only, "account": filters.account_id,
-                    "batch": filters.batch_code, "status": filters.status,
-                },
-            )  # fmt: skip
-            records: list[Record] = []
-            size_bytes = 0
-            for row in rows:
+            last = first + (STRETCH - 1) * (-1 if filters.order == "desc" else 1)
+            stretch = {"first": min(first, last), "last": max(first, last), "now": now, "most": most}
+            order = " DESC LIMIT :most" if filters.order == "desc" else " LIMIT :most"
+            cursor = db.execute(PAGE_OF_RECORDS + order, {**stretch, **filters._asdict()})
+            records, size_bytes = [], 0
+            for row in _each_row(cursor):
+                size_bytes += len(row["payload"])
                 records.append(_record(row))
-                size_bytes += len(row[-1])
                 if len(records) == most or size_bytes > PAGE_BYTES:
                     return records, records[-1].seq
-            return records, end
+            return records, last
 
         return await self.file.read(work)
 
     async def tallies(self) -> dict[str, Tally]:
         """The counts of each account that ever had a message."""
-
-        def work(db: sqlite3.Connection) -> dict[str, Tally]:
-            rows = db.execute("SELECT account_id, ready, waiting, unreported FROM tallies")
-            return {row[0]: Tally._make(row[1:]) for row in rows}
-
-        return await self.file.read(work)
+        rows = await self._ask("SELECT account_id, ready, waiting, unreported FROM tallies")
+        return {row.pop("account_id"): Tally(**row) for row in rows}
 
     async def oldest_pending_ts(self) -> int | None:
         """When the oldest undelivered message was accepted."""
-
-        def work(db: sqlite3.Connection) -> int | None:
-            row = db.execute(
-                "SELECT created_at FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT 1"
-            ).fetchone()
-            return row[0] if row else None
-
-        return await self.file.read(work)
+        rows = await self._ask(
+            "SELECT created_at FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT 1"
+        )
+        return rows[0]["created_at"] if rows else None
 
     async def answers(self) -> None:
         """Raise StorageUnavailable unless the file can be written now: it is tried."""
-        await self.file.write(lambda db: db.execute(SAY_IT_ANSWERS))
+        await self._do(SAY_IT_ANSWERS)
 
     # -- accounts and switches
 
     async def accounts(self) -> dict[str, str]:
         """The definitions of the accounts that were added over HTTP."""
-        return await self.file.read(lambda db: dict(db.execute("SELECT id, definition FROM accounts").fetchall()))
+        return {row["id"]: row["definition"] for row in await self._ask("SELECT id, definition FROM accounts")}
 
     async def put_account(self, account_id: str, definition: str) -> None:
         """Store an account; its mail that was held back under an older definition is ready."""
 
         def work(db: sqlite3.Connection) -> None:
-            db.execute(
+            _run(
+                db,
                 "INSERT INTO accounts VALUES (:id, :definition) "
-                "ON CONFLICT DO UPDATE SET definition = excluded.definition",
-                {"id": account_id, "definition": definition},
+                "ON CONFLICT (id) DO UPDATE SET definition = excluded.definition",
+                id=account_id,
+                definition=definition,
             )
             _let_go(db, account_id, HELD_BACK)
 
@@ -4228,12 +4172,9 @@ class Queue:
 
     async def delete_account(self, account_id: str) -> None:
         """Remove the account's definition and suspension; its messages are failed by fail_orphans."""
-
-        def work(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM accounts WHERE id = :id", {"id": account_id})
-            db.execute("DELETE FROM suspensions WHERE account_id = :id", {"id": account_id})
-
-        await self.file.write(work)
+        await self._do(
+            "DELETE FROM accounts WHERE id = :id", "DELETE FROM suspensions WHERE account_id = :id", id=account_id
+        )
 
     async def fail_orphans(self, account_id: str, after: int, why: str) -> tuple[int, int | None]:
         """End a deleted account's undelivered messages among the next ones after a seq; return how many,
@@ -4241,7 +4182,6 @@ class Queue:
 
         One that is deferred is not on the wire, even if the loop has not been told yet that this is on disk.
         """
-        now = int(self._now())
 
         def work(db: sqlite3.Connection) -> tuple[int, int | None]:
             rows = db.execute(
@@ -4249,19 +4189,17 @@ class Queue:
                 "sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT :most",
                 {"after": after, "most": STRETCH},
             ).fetchall()
-            orphans = [
-                row for row in rows if row[1] == account_id and (row[0] not in self._on_wire or row[3] is not None)
-            ]
-            for seq, _, recipients, _ in orphans:
-                self._give_up(db, seq, why, recipients, now)
-            return len(orphans), rows[-1][0] if len(rows) == STRETCH else None
+            failed = 0
+            for seq, owner, recipients, deferred_ts in rows:
+                if owner == account_id and (seq not in self._on_wire or deferred_ts is not None):
+                    self._give_up(db, seq, why, _recipients_of(recipients), int(self._now()))
+                    failed += 1
+            return failed, rows[-1][0] if len(rows) == STRETCH else None
 
         return await self.file.write(work)
 
     async def suspend(self, account_id: str) -> None:
-        await self.file.write(
-            lambda db: db.execute("INSERT OR IGNORE INTO suspensions VALUES (:id)", {"id": account_id})
-        )
+        await self._do("INSERT INTO suspensions VALUES (:id) ON CONFLICT DO NOTHING", id=account_id)
 
     async def activate(self, account_id: str) -> None:
         """End the suspension of an account; its mail that was held back is ready."""
@@ -4274,221 +4212,129 @@ class Queue:
 
     async def switch(self, name: str) -> bool | None:
         """A switch as it was last set, None when it never was."""
-        row = await self.file.read(
-            lambda db: db.execute("SELECT value FROM switches WHERE name = :name", {"name": name}).fetchone()
-        )
-        return bool(row[0]) if row else None
+        rows = await self._ask("SELECT value FROM switches WHERE name = :name", name=name)
+        return bool(rows[0]["value"]) if rows else None
 
     async def set_switch(self, name: str, value: bool) -> None:
-        await self.file.write(
-            lambda db: db.execute(
-                "INSERT INTO switches VALUES (:name, :value) ON CONFLICT DO UPDATE SET value = excluded.value",
-                {"name": name, "value": value},
-            )
+        await self._do(
+            "INSERT INTO switches VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            name=name,
+            value=value,
         )
 
     async def standing(self, account_id: str) -> Standing:
         """What the last run, or an earlier account of this id, left behind for a lane."""
-
-        def work(db: sqlite3.Connection) -> Standing:
-            of = {"id": account_id}
-            sends = db.execute("SELECT until_ts, n FROM sends WHERE account_id = :id ORDER BY until_ts", of)
-            suspended, held_back = db.execute(
-                "SELECT EXISTS (SELECT 1 FROM suspensions WHERE account_id = :id), "
-                "EXISTS (SELECT 1 FROM messages WHERE account_id = :id AND deferral = 'limit' "
-                "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL)",
-                of,
-            ).fetchone()
-            return Standing(tuple(sends.fetchall()), bool(suspended), bool(held_back))
-
-        return await self.file.read(work)
+        sends = await self._ask("SELECT until_ts, n FROM sends WHERE account_id = :id ORDER BY minute", id=account_id)
+        (found,) = await self._ask(
+            "SELECT EXISTS (SELECT 1 FROM suspensions WHERE account_id = :id) AS suspended, "
+            "EXISTS (SELECT 1 FROM messages WHERE account_id = :id AND deferral = 'limit' "
+            "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL) AS held_back",
+            id=account_id,
+        )
+        counted = [(row["until_ts"], row["n"]) for row in sends]
+        return Standing(counted, bool(found["suspended"]), bool(found["held_back"]))
 
     async def has_orphans(self, account_id: str) -> bool:
         """True while an account has undelivered messages that are not on the wire."""
         on_wire = sum(claim.account_id == account_id for claim in self._on_wire.values())
-
-        def work(db: sqlite3.Connection) -> bool:
-            tally = db.execute("SELECT ready + waiting FROM tallies WHERE account_id = :id", {"id": account_id})
-            return any(row[0] > on_wire for row in tally)
-
-        return await self.file.read(work)
+        rows = await self._ask("SELECT ready + waiting AS n FROM tallies WHERE account_id = :id", id=account_id)
+        return any(row["n"] > on_wire for row in rows)
 
 
-def _claim_of(row: Sequence[Any]) -> Claim:
-    """A claim of a row; one that is damaged has no payload, and so fails alone when it is composed."""
-    try:
-        sum((row[3], row[5], row[6], row[7], row[8] or 0, row[10], row[11]))  # TypeError: one is no number
-        return Claim._make((*row[:9], _recipients_from_row(row[9]), *row[10:], False))
-    except (_Damaged, TypeError):
-        return Claim(row[0], row[1], row[2], 0, "", 0, 0.0, 0, None, None, 0, 0, "")
-
-
-def take_turns(fresh: Sequence[Claim], retried: Sequence[Claim], most: int, retried_first: bool) -> list[Claim]:
-    """The best claims of both kinds: by priority, and within one new and retried mail in turn."""
-    if not retried:
-        return list(fresh[:most])
-    ranked = []
-    for claims, late in ((fresh, retried_first), (retried, not retried_first)):
-        places: dict[int, int] = {}
-        for claim in claims:
-            place = places[claim.priority] = places.get(claim.priority, -1) + 1
-            ranked.append((claim.priority, place, late, claim))
-    ranked.sort(key=lambda entry: entry[:3])
-    return [claim for *_, claim in ranked[:most]]
-
-
-def expired(expires_ts: int | None, now: float, last_error: str | None) -> str:
-    """Why a message is given up for its age, with what was said at its last try."""
-    why = "expired: expires_ts has passed" if expires_ts and expires_ts <= now else "expired: max_age_seconds reached"
-    return f"{why}; last: {last_error}" if last_error else why
-
-
-def _schedule(deferred_ts: int | None, now: float) -> tuple[int | None, str | None, float]:
-    """The deferred_ts, deferral and ready_at of a new row: a time that has come already is none."""
-    if deferred_ts is None or deferred_ts <= now:
-        return None, None, now
-    return deferred_ts, "schedule", deferred_ts
-
-
-def _tally(db: sqlite3.Connection, submissions: Iterable[Submission], now: float) -> None:
-    """Count new rows; what becomes of them later is counted by the triggers."""
-    waits = collections.Counter((s.account_id, _schedule(s.deferred_ts, now)[0] is not None) for s in submissions)
-    for (account_id, waiting), n in waits.items():
-        db.execute(
-            "INSERT INTO tallies VALUES (:account, :ready, :waiting, 0) ON CONFLICT DO UPDATE SET "
-            "ready = ready + excluded.ready, waiting = waiting + excluded.waiting",
-            {"account": account_id, "ready": 0 if waiting else n, "waiting": n if waiting else 0},
-        )
-
-
-def _recipients_to_row(recipients: Mapping[str, RecipientOutcome] | None) -> str | None:
-    return AS_JSON(recipients) if recipients else None
-
-
-class _Damaged(ValueError):
-    """A column does not hold what was written there: somebody, or a disk, changed it."""
-
-
-def _recipients_from_row(column: str | None) -> dict[str, RecipientOutcome] | None:
-    """Raises _Damaged: who has the message already must not be guessed."""
-    if column is None:
-        return None
-    try:
-        return {
-            address: RecipientOutcome(Status(status), code, text)
-            for address, (status, code, text) in json.loads(column).items()
-        }
-    except (ValueError, TypeError, AttributeError) as error:
-        raise _Damaged("recipients") from error
-
-
-def _recipients_if_readable(column: str | None) -> dict[str, RecipientOutcome] | None:
-    with contextlib.suppress(_Damaged):
-        return _recipients_from_row(column)
-    return None
-
-
-def _recipients_for_people(column: str | None) -> dict[str, dict[str, object]] | None:
-    outcomes = _recipients_if_readable(column)
-    if outcomes is None:
-        return None
-    return {address: outcome._asdict() for address, outcome in outcomes.items()}
-
-
-def _payload_for_people(column: str) -> dict[str, object]:
-    """What was submitted; nothing when it cannot be read any more."""
-    try:
-        payload = json.loads(column)
-    except ValueError:
-        return {}
-    return payload if isinstance(payload, dict) else {}
+def _run(db: sqlite3.Connection, sql: str, **values: object) -> sqlite3.Cursor:
+    return db.execute(sql, values)
 
 
 def _let_go(db: sqlite3.Connection, account_id: str, deferrals: Sequence[str]) -> int:
-    return db.execute(
+    return db.executemany(
         "UPDATE messages SET deferred_ts = NULL, deferral = NULL, report_order = NULL "
-        "WHERE account_id = :account AND deferral IN (SELECT value FROM json_each(:deferrals)) "
+        "WHERE account_id = :account AND deferral = :deferral "
         "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
         "AND sent_ts IS NULL AND error_ts IS NULL",
-        {"account": account_id, "deferrals": AS_JSON(list(deferrals))},
+        [{"account": account_id, "deferral": deferral} for deferral in deferrals],
     ).rowcount
 
 
-def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
-    """An attempt as it stands in the timeline of its message: a row of attempts, its number left to be found."""
-    attempt = outcome.attempt
-    telling = _telling_reply(attempt, outcome.disposition)
-    said = (telling.stage, telling.code, telling.enhanced_code, telling.text) if telling else (None,) * 4
-    recipients = {
-        address: (
-            "sent" if reply.accepted else "deferred" if reply.transient else "error", reply.code, reply.text
-        )
-        for address, reply in attempt.replies.items()
-        if address
-    }  # fmt: skip
-    return (
-        outcome.claim.seq, outcome.claim.seq, attempt.started_at, attempt.ended_at, outcome.disposition.status, *said,
-        AS_JSON(recipients) if recipients else None, attempt.connection or None,
-    )  # fmt: skip
+def _seqs(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, tuple[int, bool]]:
+    """The row of each id that is there, and whether it has failed."""
+    found = (
+        db.execute("SELECT id, seq, error_ts IS NOT NULL FROM messages WHERE id = :id", {"id": id_}).fetchone()
+        for id_ in ids
+    )
+    return {row[0]: (row[1], bool(row[2])) for row in found if row}
 
 
-def _telling_reply(attempt: Attempt, disposition: Disposition) -> Reply | None:
-    """The reply that made the attempt end so: where some recipients were refused, not always the first refusal."""
+def _each_row(cursor: sqlite3.Cursor) -> Iterator[dict[str, Any]]:
+    names = [column[0] for column in cursor.description]
+    return (dict(zip(names, row, strict=True)) for row in cursor)
+
+
+def _claim_of(row: Sequence[Any]) -> Claim:
+    """A claim of a row; a damaged one has no payload, and so fails by itself when it is composed: what was sent,
+    and to whom, must not be guessed."""
+    recipients = _recipients_of(row[9]) if row[9] is not None else None
+    numbers = (row[3], row[5], row[6], row[7], row[8] or 0, row[10], row[11])
+    if not all(isinstance(number, int | float) for number in numbers) or (row[9] is not None and recipients is None):
+        return Claim(row[0], row[1], row[2], 0, "", 0, 0.0, 0, None, None, 0, 0, "")
+    return Claim._make((*row[:9], recipients, *row[10:], False))
+
+
+def _recipients_of(column: str | None) -> dict[str, RecipientOutcome] | None:
+    """What became of each recipient; None when nothing is known, or the column is damaged."""
+    try:
+        return {
+            address: RecipientOutcome(Status(status), code, text)
+            for address, (status, code, text) in json.loads(column or "null").items()
+        }
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def _with_recipients(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its column of recipients as people see it."""
+    outcomes = _recipients_of(row["recipients"])
+    row["recipients"] = outcomes and {address: outcome._asdict() for address, outcome in outcomes.items()}
+    return row
+
+
+def _record(row: dict[str, Any]) -> Record:
+    """A record; without the payload that was submitted when it cannot be read any more."""
+    seq, size_bytes, column = row.pop("seq"), row.pop("size_bytes"), row.pop("payload")
+    try:
+        payload = json.loads(column)
+    except ValueError:
+        payload = None
+    return Record(seq, _with_recipients(row), payload if isinstance(payload, dict) else {}, size_bytes)
+
+
+def _timeline_entry(claim: Claim, attempt: Attempt, disposition: Disposition) -> dict[str, object]:
+    """An attempt as a row of attempts, its number left to be found.
+
+    It shows the reply that made the attempt end so: where some recipients were refused, not always the first refusal.
+    """
     replies = attempt.replies.values()
     if disposition.status is Status.SENT:
         telling = next((reply for reply in replies if reply.accepted), None)
     else:
         telling = next((reply for reply in replies if spoken(reply) == disposition.error), None)
-    return telling or attempt.first_failure or next(iter(replies), None)
-
-
-def _attempts(db: sqlite3.Connection, seq: int) -> list[dict[str, object]]:
-    rows = db.execute(
-        "SELECT started_at, ended_at, outcome, stage, code, enhanced_code, text, recipients, connection "
-        "FROM attempts WHERE seq = :seq ORDER BY number",
-        {"seq": seq},
-    )
-    return [
-        {
-            "started_at": int(row[0]), "ended_at": int(row[1]), "outcome": row[2], "stage": row[3], "code": row[4],
-            "enhanced_code": row[5], "text": row[6], "recipients": _recipients_for_people(row[7]),
-            "connection": row[8],
-        }
-        for row in rows
-    ]  # fmt: skip
-
-
-def _contents(db: sqlite3.Connection, seq: int) -> dict[int, bytes]:
-    return dict(db.execute("SELECT position, content FROM contents WHERE seq = :seq", {"seq": seq}).fetchall())
-
-
-def _record(row: Sequence[Any]) -> Record:
-    names = (
-        "id", "account_id", "priority", "status", "created_at", "updated_at", "deferred_ts", "sent_ts",
-        "error_ts", "error", "reported_ts", "batch_code", "attempts", "message_id",
-    )  # fmt: skip
-    fields: dict[str, object] = dict(zip(names, row[1:15], strict=True))
-    fields["recipients"] = _recipients_for_people(row[15])
-    return Record(row[0], fields, _payload_for_people(row[17]), row[16])
-
-
-def _report_entry(row: Sequence[Any]) -> dict[str, object]:
-    (id_, account_id, priority, sent_ts, error_ts, error, deferred_ts, attempts, message_id, batch, recipients) = row
-    status = Status.SENT if sent_ts else Status.ERROR if error_ts else Status.DEFERRED
+    telling = telling or attempt.first_failure or next(iter(replies))
+    recipients = {
+        address: ("sent" if reply.accepted else "deferred" if reply.transient else "error", reply.code, reply.text)
+        for address, reply in attempt.replies.items()
+        if address
+    }
     return {
-        "id": id_, "account_id": account_id, "priority": priority, "status": status, "sent_ts": sent_ts,
-        "error_ts": error_ts, "error": error, "deferred_ts": deferred_ts, "attempts": attempts,
-        "message_id": message_id, "batch_code": batch, "recipients": _recipients_for_people(recipients),
-    }  # fmt: skip
-
-
-def _seqs(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, tuple[int, bool]]:
-    """The row of each id that is there, and whether it has failed."""
-    rows = db.execute(
-        "SELECT id, seq, error_ts IS NOT NULL FROM messages WHERE id IN (SELECT value FROM json_each(:ids))",
-        {"ids": AS_JSON(list(ids))},
-    )
-    return {row[0]: (row[1], bool(row[2])) for row in rows}
+        "seq": claim.seq,
+        "started_at": attempt.started_at,
+        "ended_at": attempt.ended_at,
+        "outcome": disposition.status,
+        "stage": telling.stage,
+        "code": telling.code,
+        "enhanced_code": telling.enhanced_code,
+        "text": telling.text,
+        "recipients": AS_JSON(recipients) if recipients else None,
+        "connection": attempt.connection or None,
+    }
 
 
 # ======================================================================
@@ -8523,9 +8369,8 @@ class Reporter:
             return True
         purged = await self._queue.purge(self.rules.retention_s, unreported_too=self.rules.url is None)
         self._purged += purged
-        if purged or await self._queue.forget_ids(self.rules.id_retention_s):
+        if purged or await self._queue.forget(self.rules.id_retention_s):
             return False
-        await self._queue.fold_sends()
         self._next_housekeeping = now + HOUSEKEEPING_S
         if self._purged:
             event(self._log, logging.INFO, "final messages purged", messages=self._purged)
@@ -9372,6 +9217,7 @@ class Daemon:
         self._queue = Queue(
             QueueFile(
                 settings.storage.db_path,
+                SCHEMA,
                 MIGRATIONS,
                 observe_commit=self._metrics.storage_commit_seconds.observe,
                 observe_refusal=self._metrics.storage_commit_failures.inc,
@@ -11159,7 +11005,7 @@ async def _try_servers(accounts: Iterable[Account], environ: Mapping[str, str]) 
 
 async def _accounts_in_queue(settings: Settings) -> list[Account]:
     """The accounts that were added over HTTP."""
-    file = QueueFile(settings.storage.db_path, MIGRATIONS, observe_commit=lambda seconds: None)
+    file = QueueFile(settings.storage.db_path, SCHEMA, MIGRATIONS, observe_commit=lambda seconds: None)
     try:
         return stored_accounts(await Queue(file, now=time.time).accounts(), settings.delivery)
     finally:
