@@ -1,28 +1,20 @@
 #!/usr/bin/env python3
 """mailproxy: a small daemon between an application and its SMTP servers.
 
-The promise: a message that was answered with 200 is on disk, and leaves the queue only
-by a recorded outcome; an outcome is reported until the application has acknowledged it.
-A crash at any instant costs, at worst, a second delivery of the few messages that were
-on the wire.
-
-The life of a message:
+The promise: a message that was answered with 200 is on disk, and leaves the queue only by a recorded outcome; an
+outcome is reported until the application has acknowledged it. A crash at any instant costs, at worst, a second
+delivery of the few messages that were on the wire. The life of a message:
 
     POST /commands/add-messages
-          |
-          v            its time comes
-       queued  <----------------------------  deferred
-          |                                       ^
-          |  a transaction with the server        |  4xx, no connection,
-          +---------------------------------------+  rate limit, schedule
-          |                          |
-          v  250                     v  5xx, too old
-        sent                       error
-          |                          |
-          +-----> reported <---------+      POST client_sync_url
-                     |
-                     v
-                  purged
+          |              its time comes
+          v    .------------------------------- deferred
+        queued <                                    ^
+          |  a transaction with the server          |  4xx, no connection, rate limit, schedule
+          +--------------------+--------------------+
+          v  250               v  5xx, too old
+         sent                error
+          +-----> reported <---+      POST client_sync_url
+                     +--> purged
 
 The rooms, from the top of this file to its end; each uses only those above it:
 
@@ -45,9 +37,9 @@ The rooms, from the top of this file to its end; each uses only those above it:
     DEMO                        the whole thing on loopback, live
     COMMAND LINE                the commands
 
-The words are those of the mail RFCs and of Postfix: envelope, transaction, reply,
-deferred, enhanced status code; a *lane* is the way out of one account's mail, a *claim* a
-message taken out for delivery, a *disposition* what is recorded of an attempt.
+The words are those of the mail RFCs and of Postfix: envelope, transaction, reply, deferred, enhanced status code; a
+*lane* is the way out of one account's mail, a *claim* a message taken out for delivery, a *disposition* what is
+recorded of an attempt.
 """
 
 from __future__ import annotations
@@ -150,7 +142,7 @@ T = TypeVar("T")
 class Status(enum.StrEnum):
     """Where a message stands in its life: queued -> (deferred <->) -> sent | error."""
 
-    QUEUED = "queued"  # ready: waits for a connection alone
+    QUEUED = "queued"  # ready: only waits for a connection
     DEFERRED = "deferred"  # its deferred_ts lies ahead
     SENT = "sent"  # a server took the responsibility: final
     ERROR = "error"  # given up: final
@@ -191,7 +183,7 @@ class Attachment:
     filename: str  # "" when the answer of the source is to name it
     source: Source
     location: str = ""  # the URL, storage path or file path; "" for CONTENT and S3
-    content: bytes | None = None  # decoded, CONTENT alone
+    content: bytes | None = None  # decoded, only of CONTENT
     s3: S3Object | None = None
     content_type: str | None = None
     content_id: str | None = None  # without angle brackets
@@ -477,7 +469,7 @@ class Rejected(MailproxyError):
 
 
 class SecretUnavailable(MailproxyError):
-    """A secret given by reference cannot be read now; the text names the reference alone."""
+    """A secret given by reference cannot be read now; the text names only the reference."""
 
 
 class StorageUnavailable(MailproxyError):
@@ -1387,10 +1379,9 @@ def describe(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
 # SUBMISSION - JSON -> Message, or the reason to reject it
 # ======================================================================
 #
-# Each message and each account is judged here, once and alone: what passes can
-# be composed and sent, what does not is refused with a reason whose first words
-# are fixed. Pure, and linear in the length of what it is given. Addresses are
-# those of RFC 5322 3.4 within the lengths of RFC 5321 4.5.3.1.
+# Each message is judged here by itself, once: what passes can be composed and sent, what does not is
+# refused with a reason whose first words are fixed. Pure, and linear in the length of what it is given.
+# Addresses are those of RFC 5322 3.4 within the lengths of RFC 5321 4.5.3.1.
 
 ADDRESSES = "string | string[]"
 MESSAGE_FIELDS: Mapping[str, Field] = {
@@ -1404,9 +1395,7 @@ MESSAGE_FIELDS: Mapping[str, Field] = {
     "reply_to": Field(ADDRESSES, "As to."),
     "return_path": Field("string", "The envelope sender; left out: the address of from; <>: none."),
     "subject": Field("string", "May be empty, must be there (but beside raw)."),
-    "body": Field(
-        "string", "The text, of the kind that content_type says. One of body, text, html, raw must be there."
-    ),
+    "body": Field("string", "The text, as content_type says. One of body, text, html, raw must be there."),
     "content_type": Field("'plain' | 'html'", "Of body; left out: plain."),
     "text": Field("string", "The plain text, beside html or without it."),
     "html": Field("string | boolean", "The HTML text; true beside body: that is HTML."),
@@ -1416,9 +1405,7 @@ MESSAGE_FIELDS: Mapping[str, Field] = {
     "priority": Field(PRIORITY.json, "0 is immediate, 3 low; left out: default_priority."),
     "deferred_ts": Field("integer", "Not before this time, Unix seconds."),
     "expires_ts": Field("integer", "Not after this time, Unix seconds."),
-    "raw": Field(
-        "string", "A complete RFC 5322 message in base64, instead of subject, texts, headers and attachments."
-    ),
+    "raw": Field("string", "A complete RFC 5322 message in base64, instead of subject, texts, headers, attachments."),
     "batch_code": Field("string", "A free label."),
 }
 ATTACHMENT_FIELDS: Mapping[str, Field] = {
@@ -1522,11 +1509,10 @@ _LONGEST_TO_DECODE = 500  # characters: longer texts are not looked through for 
 
 def parse_mailboxes(value: object, field: str, *, exactly_one: bool = False) -> tuple[Mailbox, ...]:
     """The mailboxes of a list, or of a comma-separated string (RFC 5322 3.4, without groups)."""
-    if exactly_one and not isinstance(value, str):
-        raise Rejected(f"invalid {field}: must be one address in a string")
-    texts = value if isinstance(value, list) else () if value is None else (value,)
+    if value is None:
+        return ()
     found: list[Mailbox] = []
-    for text in texts:
+    for text in value if isinstance(value, list) and not exactly_one else (value,):
         if not isinstance(text, str):
             raise Rejected(f"invalid {field}: must be addresses, in a list or in one string")
         if (usual := _USUAL_MAILBOX.fullmatch(text)) and len(usual[2]) <= LONGEST_ADDRESS:
@@ -1607,13 +1593,12 @@ def _domain_in_ascii(domain: str, field: str) -> str:
 def _spelled_alike(*groups: tuple[Mailbox, ...]) -> tuple[tuple[Mailbox, ...], ...]:
     """Gives a recipient that is mentioned again, its domain in other capitals, its first spelling."""
     spellings: dict[tuple[str, str], str] = {}
-    alike = []
-    for group in groups:
-        places = [mailbox.address.rpartition("@") for mailbox in group]
-        keys = [(local_part, domain.lower()) for local_part, _, domain in places]
-        first = [spellings.setdefault(key, mailbox.address) for key, mailbox in zip(keys, group, strict=True)]
-        alike.append(tuple(Mailbox(mailbox.name, address) for mailbox, address in zip(group, first, strict=True)))
-    return tuple(alike)
+
+    def alike(mailbox: Mailbox) -> Mailbox:
+        local_part, _, domain = mailbox.address.rpartition("@")
+        return Mailbox(mailbox.name, spellings.setdefault((local_part, domain.lower()), mailbox.address))
+
+    return tuple(tuple(map(alike, group)) for group in groups)
 
 
 # --- header fields --------------------------------------------------------
@@ -1654,9 +1639,7 @@ def _extra_headers(value: object) -> tuple[tuple[tuple[str, str], ...], dict[str
 
 def _header_texts(name: str, values: object) -> Iterator[str]:
     for value in values if isinstance(values, list) else [values]:
-        is_number = (type(value) is int and abs(value) <= LARGEST_INTEGER) or (
-            isinstance(value, float) and math.isfinite(value)
-        )
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER
         if is_number or isinstance(value, str):
             yield line_of(str(value).replace("\t", " "), "headers").strip(" ")
         elif value is not None:

@@ -1536,7 +1536,7 @@ def test_certificate_and_key_belong_together(tmp_path, key, other):
         ("s3cret", "s3cret"), ("s\n", "s"), ("s\r\n", "s"), ("s\n\n", "s\n"), (" s3 crét ", " s3 crét "),
     ],
 )  # fmt: skip
-def test_a_secret_in_a_file_loses_its_last_line_end_alone(tmp_path, content, secret):
+def test_a_secret_in_a_file_loses_only_its_last_line_end(tmp_path, content, secret):
     path = tmp_path / "secret"
     path.write_bytes(content.encode())
 
@@ -1624,7 +1624,7 @@ def test_no_secret_is_in_what_is_described_or_printed(tmp_path):
         assert row in rows
 
 
-def test_what_a_restart_alone_can_change_is_named(tmp_path):
+def test_what_only_a_restart_can_change_is_named(tmp_path):
     old = loaded(tmp_path, "[server]\nport = 81\n[logging]\nlevel = debug\n")
     new = loaded(tmp_path, "[server]\nport = 82\nunix_socket = /x\n[storage]\ndb_path = other.db\n")
 
@@ -1897,7 +1897,7 @@ def test_the_message_id_that_is_shown_and_kept_is_the_one_that_is_sent(fields: d
     fields = {**submission_fields(), **fields}
     message = mailproxy.parse_message(fields, now=NOON)
 
-    submission = mailproxy._submission(fields, message, parsed_account(), NOON)
+    submission = mailproxy.submission_of(fields, message, parsed_account(), NOON)
 
     assert submission.message_id == shown
     assert shown.strip("<>") == message.message_id == "x.1@y.z"
