@@ -8045,19 +8045,6 @@ HOUSEKEEPING_S = 30.0  # between two looks for what can be purged
 REPORTER_SLEEP_S = 5.0  # at most, so that it can be seen to turn
 
 
-@dataclass(frozen=True, slots=True)
-class ReportRules:
-    """The part of the settings that reporting lives by."""
-
-    url: str | None = None
-    sync_interval_s: float = 300
-    batch_size: int = 1000
-    timeout_s: float = 30
-    retention_s: float = 604_800
-    id_retention_s: float = 2_592_000
-    test_mode: bool = False
-
-
 class WrittenReport(NamedTuple):
     """A report as it goes over the wire."""
 
@@ -8081,16 +8068,23 @@ def webhook_signature(key: bytes, message_id: str, timestamp: int, body: bytes) 
     return "v1," + base64.b64encode(hmac.digest(key, signed, "sha256")).decode()
 
 
-def write_report(states: Sequence[State]) -> WrittenReport:
+def write_report(states: Sequence[State], empty_id: str) -> WrittenReport:
     """The call that tells of these states. Some 10 microseconds each, so meant for a thread."""
     body = json.dumps({"delivery_report": [state.entry for state in states]}, ensure_ascii=False).encode()
+    if not states:
+        return WrittenReport(empty_id, body)
     places = repr([(state.seq, state.report_order) for state in states])
     return WrittenReport("rep_" + hashlib.sha256(places.encode() + body).hexdigest()[:32], body)
 
 
 def parse_acknowledgement(status: int, body: bytes) -> Acknowledgement:
     """What an answer to a report means; of its JSON only the few known fields are looked at."""
-    answer = _json_fields(body)
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        answer = {}
+    if not isinstance(answer, dict):
+        answer = {}
     remarks = tuple((name, _remark(answer[name])) for name in ("error", "not_found") if answer.get(name))
     if not 200 <= status < 300:
         return Acknowledgement("refused", f"the upstream answered {status}", remarks=remarks)
@@ -8098,14 +8092,6 @@ def parse_acknowledgement(status: int, body: bytes) -> Acknowledgement:
         return Acknowledgement("refused", "the upstream answered ok: false", remarks=remarks)
     queued, after = _number(answer.get("queued")), _number(answer.get("next_sync_after"))
     return Acknowledgement("acknowledged", None, int(max(queued or 0, 0)), after, remarks)
-
-
-def _json_fields(body: bytes) -> dict[str, object]:
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return answer if isinstance(answer, dict) else {}
 
 
 def _remark(value: object) -> str:
@@ -8122,52 +8108,46 @@ def _number(value: object) -> float | None:
     return value if -(2**53) < value < 2**53 else None
 
 
+class Why(enum.Enum):
+    """What the next call is made for, when there may be nothing to report."""
+
+    INTERVAL = "the upstream gets its chance to submit"  # counted from the time of the next call
+    ASKED = "run-now, or the start"
+    QUEUED = "the upstream says that it has more to submit"
+    RETRY = "the last one failed"  # until then there is no other call either
+    CALLING = "one is being made"
+
+
+@dataclass(eq=False)
 class Reporter:
     """Reports every state once it is on disk, until the upstream has acknowledged it."""
 
-    def __init__(
-        self,
-        queue: Queue,
-        rules: ReportRules,
-        *,
-        clock: Clock,
-        call: Callable[[WrittenReport], Awaitable[HttpAnswer]],
-        submissions: Callable[[], int],
-        dispatching: Callable[[], bool],
-        in_thread: InThread,
-        metrics: Metrics,
-        log: logging.Logger,
-    ) -> None:
-        self.rules = rules
-        self.turned_at = clock.monotonic()
-        self._queue = queue
-        self._clock = clock
-        self._call = call
-        self._submissions = submissions
-        self._dispatching = dispatching
-        self._in_thread = in_thread
-        self._metrics = metrics
-        self._log = log
+    queue: Queue
+    client: ClientSettings  # this and the next are replaced when the configuration is read again
+    delivery: DeliverySettings
+    clock: Clock
+    call: Callable[[WrittenReport], Awaitable[HttpAnswer]]
+    submissions: Callable[[], int]  # accepted so far
+    dispatching: Callable[[], bool]
+    in_thread: InThread
+    metrics: Metrics
+    log: logging.Logger
+
+    def __post_init__(self) -> None:
+        self.turned_at = self.clock.monotonic()
         self._alarm = Alarm()
         self._news = 0  # how often there were new states
         self._pass_is_open = False  # test_mode: from run-now until all that came of it is reported
         self._stopping = False
-        # When to call; monotonic
-        self._asked_at = math.inf if rules.test_mode else -math.inf  # at once at start, then at run-now
-        self._acknowledged_at = -math.inf
+        self._next_at, self._why = -math.inf, Why.ASKED  # the next call; monotonic
         self._not_before = -math.inf  # next_sync_after: no empty calls before
-        self._paused_until = -math.inf
-        self._calling = False
-        self._asked_meanwhile = False  # run-now came while a call was in progress
         self._failures = 0
         self._eager_calls = 0  # calls the upstream asked for, in a row, that brought nothing
         self._submissions_seen = 0
-        # What was tried
-        self._tried_up_to: int | None = None  # report_order of the last state of a batch that failed
-        self._empty_id = ""
+        self._tried_up_to = 0  # report_order of the last state of a batch that failed
+        self._empty_id = ""  # of an empty report that failed
         self._acknowledged: Sequence[State] = ()  # and not on disk yet
-        # Housekeeping
-        self._next_housekeeping = clock.monotonic()
+        self._house_kept_at = -math.inf
         self._purged = 0
         self._waits_for_storage = False
 
@@ -8184,11 +8164,8 @@ class Reporter:
         From inside a call it means one more call, but not one after another without end.
         """
         self._pass_is_open = True
-        self._paused_until = self._not_before = -math.inf
-        if self._calling:
-            self._asked_meanwhile = True
-        else:
-            self._asked_at = -math.inf
+        self._not_before = self._next_at = -math.inf
+        self._why = Why.ASKED
         self._alarm.ring()
 
     def stop(self) -> None:
@@ -8200,100 +8177,71 @@ class Reporter:
     async def run(self) -> None:
         """Turn until told to stop; anything unexpected ends the daemon."""
         while not self._stopping:
-            self.turned_at = self._clock.monotonic()
+            self.turned_at = self.clock.monotonic()
             await self._alarm.sleep(await self._turn())
 
     async def _turn(self) -> float:
         """Do what is to be done now; return for how long nothing will be, in seconds."""
-        if self.rules.test_mode and not self._pass_is_open:
+        if self.delivery.test_mode and not self._pass_is_open:
             return REPORTER_SLEEP_S
         try:
             house_is_kept = await self._keep_house()
-            pause_s = await self._report() if self.rules.url is not None else REPORTER_SLEEP_S
+            pause_s = await self._report() if self.client.client_sync_url is not None else REPORTER_SLEEP_S
         except StorageUnavailable as error:
-            return self._wait_for_storage(error)
+            if not self._waits_for_storage:
+                event(self.log, logging.ERROR, "reports wait for the storage", error=str(error))
+            self._waits_for_storage = True
+            return STORAGE_PAUSE_S
         self._waits_for_storage = False
-        if pause_s > 0 and not self._dispatching():
+        if pause_s > 0 and not self.dispatching():
             self._pass_is_open = False
-        return pause_s if house_is_kept else 0.0
-
-    def _wait_for_storage(self, error: StorageUnavailable) -> float:
-        if not self._waits_for_storage:
-            event(self._log, logging.ERROR, "reports wait for the storage", error=str(error))
-        self._waits_for_storage = True
-        return STORAGE_PAUSE_S
+        return min(pause_s, REPORTER_SLEEP_S) if house_is_kept else 0.0
 
     # -- one report
 
     async def _report(self) -> float:
         """Make the call that is due, or return for how long none will be."""
         await self._stamp()
-        now = self._clock.monotonic()
-        if now < self._paused_until:
-            return min(self._paused_until - now, REPORTER_SLEEP_S)
+        next_at = self._next_at
+        if self._why is Why.INTERVAL:
+            next_at = max(next_at + self.client.sync_interval_seconds, self._not_before)
+        wait_s = next_at - self.clock.monotonic()
+        if wait_s > 0 and self._why is Why.RETRY:
+            return wait_s
         states = await self._due_states()
-        if not states and now < self._next_empty_call_at():
-            return min(self._next_empty_call_at() - now, REPORTER_SLEEP_S)
-        self._asked_at = math.inf
-        await self._deliver(states)
+        if wait_s > 0 and not states:
+            return wait_s
+        self._why = Why.CALLING
+        answer = await self._answer_to(states)
+        self.metrics.report_requests.labels(answer.outcome).inc()
+        for name, remark in answer.remarks:
+            event(self.log, logging.WARNING, "the upstream remarks on a report", field=name, remark=remark)
+        self._plan_next_call(answer, states)
+        await self._stamp()
         return 0.0
-
-    def _next_empty_call_at(self) -> float:
-        """When the upstream gets its chance to submit, although there is nothing to report."""
-        regular = max(self._acknowledged_at + self.rules.sync_interval_s, self._not_before)
-        return min(regular, self._asked_at)
 
     async def _due_states(self) -> Sequence[State]:
         """The next states to report: those of a failed call again, else a burst as a whole."""
-        states = await self._queue.unreported(self.rules.batch_size)
-        again = [state for state in states if state.report_order <= (self._tried_up_to or 0)]
-        if again or not states:
-            return again
-        if len(states) < self.rules.batch_size:
-            await self._gather()
-            states = await self._queue.unreported(self.rules.batch_size)
-        return states
-
-    async def _gather(self) -> None:
-        """Wait while new states keep coming, but not for long."""
-        until = self._clock.monotonic() + GATHER_AT_MOST_S
-        seen = -1
-        while seen != self._news and self._clock.monotonic() < until:
+        most = self.client.report_batch_size
+        states = await self.queue.unreported(most)
+        again = [state for state in states if state.report_order <= self._tried_up_to]
+        if again or not 0 < len(states) < most:
+            return again or states
+        seen, until = -1, self.clock.monotonic() + GATHER_AT_MOST_S
+        while seen != self._news and self.clock.monotonic() < until:
             seen = self._news
             await asyncio.sleep(GATHER_S)
+        return await self.queue.unreported(most)
 
-    async def _deliver(self, states: Sequence[State]) -> None:
-        """One call; what it brings decides about the next."""
-        self._calling = True
-        try:
-            answer = await self._answer_to(await self._written(states))
-        finally:
-            self._calling = False
-        self._metrics.report_requests.labels(answer.outcome).inc()
-        for name, remark in answer.remarks:
-            event(self._log, logging.WARNING, "the upstream remarks on a report", field=name, remark=remark)
-        if answer.problem is not None:
-            self._pause_after_failure(answer.problem, states)
-        else:
-            self._plan_next_call(answer)
-            self._acknowledged = states
-            event(self._log, logging.DEBUG, "report acknowledged", entries=len(states))
-            await self._stamp()
-
-    async def _written(self, states: Sequence[State]) -> WrittenReport:
-        """The report with its id; an empty one keeps its id until it is acknowledged."""
-        report = await self._in_thread(lambda: write_report(states))
-        if states:
-            return report
+    async def _answer_to(self, states: Sequence[State]) -> Acknowledgement:
+        """One call; an empty report keeps its id until it is acknowledged."""
         self._empty_id = self._empty_id or "rep_" + secrets.token_hex(16)
-        return report._replace(id=self._empty_id)
-
-    async def _answer_to(self, report: WrittenReport) -> Acknowledgement:
-        began = self._clock.monotonic()
+        report = await self.in_thread(lambda: write_report(states, self._empty_id))
+        began = self.clock.monotonic()
         try:
-            answer = await self._call(report)
+            answer = await self.call(report)
         except HttpFailure as failure:
-            late = self._clock.monotonic() - began >= self.rules.timeout_s
+            late = self.clock.monotonic() - began >= self.client.timeout_seconds
             return Acknowledgement("timeout" if late else "unreachable", str(failure))
         except SecretUnavailable as failure:
             return Acknowledgement("other", str(failure))
@@ -8302,43 +8250,41 @@ class Reporter:
     async def _stamp(self) -> None:
         """Note what the upstream has taken; tried again before any further call if it cannot be written."""
         if self._acknowledged:
-            await self._queue.acknowledge(self._acknowledged)
+            await self.queue.acknowledge(self._acknowledged)
             self._acknowledged = ()
 
-    # -- the next one
-
-    def _pause_after_failure(self, problem: str, states: Sequence[State]) -> None:
-        pause_s: float = REPORT_PAUSES_S[min(self._failures, len(REPORT_PAUSES_S) - 1)]
-        if self._asked_meanwhile:
-            pause_s = min(pause_s, self._eager_pause_s())
-        self._asked_meanwhile = False
-        self._failures += 1
-        self._tried_up_to = states[-1].report_order if states else None
-        self._asked_at = self._paused_until = self._clock.monotonic() + pause_s
-        event(
-            self._log, logging.WARNING, "report not acknowledged", entries=len(states), error=problem,
-            next_try_in_seconds=pause_s,
-        )  # fmt: skip
-
-    def _plan_next_call(self, answer: Acknowledgement) -> None:
-        """When to ask again with nothing to report: soon, when the upstream has more to submit."""
+    def _plan_next_call(self, answer: Acknowledgement, states: Sequence[State]) -> None:
+        """When to call again: after a pause when this call failed, soon when the upstream has more to submit."""
+        now, asked = self.clock.monotonic(), self._why is Why.ASKED  # run-now came meanwhile
+        if answer.problem is not None:
+            pause_s: float = REPORT_PAUSES_S[min(self._failures, len(REPORT_PAUSES_S) - 1)]
+            pause_s = min(pause_s, self._eager_pause_s()) if asked else pause_s
+            self._failures += 1
+            self._tried_up_to = states[-1].report_order if states else 0
+            self._next_at, self._why = now + pause_s, Why.RETRY
+            event(
+                self.log, logging.WARNING, "report not acknowledged", entries=len(states), error=answer.problem,
+                next_try_in_seconds=pause_s,
+            )  # fmt: skip
+            return
+        event(self.log, logging.DEBUG, "report acknowledged", entries=len(states))
         if self._failures:
-            event(self._log, logging.INFO, "the upstream takes reports again")
-        self._failures, self._tried_up_to, self._empty_id = 0, None, ""
-        now = self._acknowledged_at = self._clock.monotonic()
+            event(self.log, logging.INFO, "the upstream takes reports again")
+        self._acknowledged = states
+        self._failures, self._tried_up_to, self._empty_id = 0, 0, ""
         if answer.next_sync_after is not None:
-            self._not_before = now + answer.next_sync_after - self._clock.wall()
-        if self._asked_meanwhile:
-            self._asked_at = now + self._eager_pause_s()
+            self._not_before = now + answer.next_sync_after - self.clock.wall()
+        if asked:
+            self._next_at = now + self._eager_pause_s()
         elif answer.queued:
-            self._asked_at = max(now + self._eager_pause_s(), self._not_before)
+            self._next_at, self._why = max(now + self._eager_pause_s(), self._not_before), Why.QUEUED
         else:
+            self._next_at, self._why = now, Why.INTERVAL
             self._eager_calls = 0
-        self._asked_meanwhile = False
 
     def _eager_pause_s(self) -> float:
         """How soon to call when the upstream asks for it: later and later while that brings nothing."""
-        submissions = self._submissions()
+        submissions = self.submissions()
         self._eager_calls = 0 if submissions > self._submissions_seen else self._eager_calls + 1
         self._submissions_seen = submissions
         return EAGER_PAUSES_S[min(self._eager_calls, len(EAGER_PAUSES_S) - 1)]
@@ -8347,16 +8293,17 @@ class Reporter:
 
     async def _keep_house(self) -> bool:
         """Purge some of what is final and was reported long ago; False when there is more."""
-        now = self._clock.monotonic()
-        if now < self._next_housekeeping:
+        now = self.clock.monotonic()
+        if now < self._house_kept_at + HOUSEKEEPING_S:
             return True
-        purged = await self._queue.purge(self.rules.retention_s, unreported_too=self.rules.url is None)
+        retention_s = self.delivery.delivery_report_retention_seconds
+        purged = await self.queue.purge(retention_s, unreported_too=self.client.client_sync_url is None)
         self._purged += purged
-        if purged or await self._queue.forget(self.rules.id_retention_s):
+        if purged or await self.queue.forget(self.delivery.id_retention_seconds):
             return False
-        self._next_housekeeping = now + HOUSEKEEPING_S
+        self._house_kept_at = now
         if self._purged:
-            event(self._log, logging.INFO, "final messages purged", messages=self._purged)
+            event(self.log, logging.INFO, "final messages purged", messages=self._purged)
         self._purged = 0
         return True
 
@@ -9264,7 +9211,8 @@ class Daemon:
         self._dispatcher.active = self.settings.scheduler.active if active is None else active
         self._reporter = Reporter(
             self._queue,
-            self._report_rules(),
+            self.settings.client,
+            self.settings.delivery,
             clock=self._clock,
             call=self._call_upstream,
             submissions=lambda: self._control.submissions,
@@ -9437,7 +9385,7 @@ class Daemon:
         configure_logging(settings.logging.level, settings.logging.format, journal=stderr_is_journal(self._environ))
         self._dispatcher.settings = self.settings.delivery
         self._dispatcher.log_deliveries = settings.logging.delivery_activity
-        self._reporter.rules = self._report_rules()
+        self._reporter.client, self._reporter.delivery = settings.client, settings.delivery
         self._reporter.wake()
         self._composer.fetcher = self._fetcher()
         self._book.defaults = settings.delivery
@@ -9465,18 +9413,6 @@ class Daemon:
         except TimeoutError:
             name = socket.gethostname()
         return name if re.fullmatch(r"[A-Za-z0-9.-]+", name) else "localhost"
-
-    def _report_rules(self) -> ReportRules:
-        client, delivery = self.settings.client, self.settings.delivery
-        return ReportRules(
-            url=client.client_sync_url,
-            sync_interval_s=client.sync_interval_seconds,
-            batch_size=client.report_batch_size,
-            timeout_s=client.timeout_seconds,
-            retention_s=delivery.delivery_report_retention_seconds,
-            id_retention_s=delivery.id_retention_seconds,
-            test_mode=delivery.test_mode,
-        )
 
     def _fetcher(self) -> AttachmentFetcher:
         return AttachmentFetcher(
