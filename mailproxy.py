@@ -6155,7 +6155,7 @@ HOPELESS_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\0-\x08\x0b\x0c\x0e-\x1f\x7
 HOST_FIELD = re.compile(r"[A-Za-z0-9._~!$&'()*+;=%:\[\]-]*")
 REQUEST_ID_LINE = re.compile(rb"(?im)^x-request-id:[ \t]*([!-~]{1,128})[ \t]*\r?$")
 ABSOLUTE_FORM = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
-BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+BAD_ESCAPE = re.compile(r"%(?:00|(?![0-9A-Fa-f]{2}))")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
@@ -6166,17 +6166,12 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 HTTP_READ_BYTES = 32_768
 QUERY_FIELDS = 100
-LINE_BYTES = 1024  # of a chunk's size with its extensions
 CHUNK_OVERHEAD_BYTES = 65_536  # by which the framing of a chunked body may outweigh it
 JSON_AT_ONCE_BYTES = 262_144  # a larger body is parsed outside the event loop
 LONG_STRING_BYTES = 8_192  # a longer string of a large body is read separately
 STRING_PIECE_BYTES = 262_144  # of a long string, read in one step
-BACKSLASH = 0x5C
 JSON_DEPTH = 64
-JSON_VALUES = (
-    2_000_000  # strings, lists and objects of one body: an empty list takes thirty times the memory of its bytes
-)
-EXACT_IN_A_FLOAT = 2**53
+JSON_VALUES = 2_000_000  # strings, lists, objects of a body: an empty list takes thirty times the memory of its bytes
 HTTP_CLOSE_S = 5.0
 LINGER_S = 10.0
 LINGER_PAUSE_S = 2.0
@@ -6198,9 +6193,7 @@ class HttpError(MailproxyError):
 
     def response(self) -> Response:
         """The one place where a failure becomes JSON."""
-        response = json_response({"ok": False, "error": self.error, **self.extra}, self.status)
-        response.headers = self.headers
-        return response
+        return json_response({"ok": False, "error": self.error, **self.extra}, self.status, self.headers)
 
 
 class ClientGone(Exception):
@@ -6297,13 +6290,6 @@ class Response:
     headers: Mapping[str, str] = field(default_factory=dict)
     opening: bytes = b""  # the first piece of a body that is sent piece by piece
 
-    async def open(self) -> None:
-        """Have the first piece ready: what fails up to here can still be told by a status."""
-        if self.headers and not all(FIELD_VALUE.fullmatch(value) for value in self.headers.values()):
-            raise ValueError("a header of the answer has a character that cannot be there")
-        if not isinstance(self.body, bytes):
-            self.opening = await self.next_piece()
-
     async def next_piece(self) -> bytes:
         """The next piece that is not empty, b"" after the last."""
         async for piece in cast(AsyncIterator[bytes], self.body):
@@ -6315,9 +6301,12 @@ class Response:
 PLAIN_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
-def json_response(content: Mapping[str, object], status: int = 200) -> Response:
+def json_response(
+    content: Mapping[str, object], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
     """An answer in JSON, a line. Half a surrogate pair, which UTF-8 has no bytes for, becomes its JSON escape."""
-    return Response(status, f"{PLAIN_JSON.encode(content)}\n".encode("utf-8", "backslashreplace"))
+    body = f"{PLAIN_JSON.encode(content)}\n".encode("utf-8", "backslashreplace")
+    return Response(status, body, headers=headers or {})
 
 
 # ---------------------------------------------------------------------- JSON bodies
@@ -6326,17 +6315,11 @@ def json_response(content: Mapping[str, object], status: int = 200) -> Response:
 def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, object]:
     """Strict JSON (RFC 8259) of one object, or HttpError 400 that says where and why not. Blocking."""
     try:
-        text = body.decode()
-        content = STRICT_JSON.decode(text)
-    except UnicodeDecodeError as error:
-        raise HttpError(400, f"the body is not UTF-8 (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise HttpError(400, f"the body is not JSON: {error.msg} ({where})") from None
+        content = STRICT_JSON.decode(body.decode())
     except RecursionError:
         raise HttpError(400, f"the JSON is nested deeper than {JSON_DEPTH} levels") from None
-    except ValueError:  # CPython's limit on the digits of an integer
-        raise HttpError(400, "the JSON has a number with too many digits") from None
+    except ValueError as error:  # says where; after a semicolon, what a programmer of Python could do
+        raise HttpError(400, f"the body is not JSON: {str(error).partition(';')[0]}") from None
     if not isinstance(content, dict):
         raise HttpError(400, "the body is not a JSON object")
     if body.count(b"{") + body.count(b"[") > JSON_DEPTH:
@@ -6349,23 +6332,22 @@ def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, objec
 
 
 def parse_large_json_object(body: bytes, judged: str | None = None) -> dict[str, object]:
-    """The same of a large body, whose long strings are read separately. Blocking.
+    """The same of a large body; 413 for one of so many values that they would take the memory. Blocking.
 
-    Each step is short, and between two of them the event loop gets the interpreter. What is not as
-    expected is parsed again in one step, which finds the words for what is wrong.
+    Long strings are read separately: each step is short, and between two the event loop gets the interpreter.
     """
+    opened, quotes = body.count(b"[") + body.count(b"{"), body.count(b'"')
+    if quotes > 2 * JSON_VALUES:
+        quotes -= body.count(b'\\"')  # those within texts
+    if opened + quotes // 2 > JSON_VALUES:
+        raise HttpError(413, f"the JSON has more than {JSON_VALUES} values")
     cut: dict[str, str] = {}
-    try:
-        kept = without_long_strings(body, cut)
-        refuse_too_many_values(kept)
-        content = parse_json_object(kept, judged)
+    with contextlib.suppress(HttpError, ValueError):
+        content = parse_json_object(without_long_strings(body, cut), judged)
         put_back(content, cut)
         if not cut:  # none of them was the name of a field
             return content
-    except (HttpError, ValueError):
-        pass
-    refuse_too_many_values(body)
-    return parse_json_object(body, judged)
+    return parse_json_object(body, judged)  # finds the words for what is wrong
 
 
 def without_long_strings(body: bytes, cut: dict[str, str]) -> bytes:
@@ -6379,7 +6361,7 @@ def without_long_strings(body: bytes, cut: dict[str, str]) -> bytes:
     while quote >= 0:
         near = body.rfind(b'"', quote + 1, quote + LONG_STRING_BYTES)
         end = near if near >= 0 else body.find(b'"', quote + 1)
-        if end - quote > LONG_STRING_BYTES and body[quote - 1] != BACKSLASH and body.find(b"\\", quote, end) < 0:
+        if end - quote > LONG_STRING_BYTES and body[quote - 1 : quote] != b"\\" and body.find(b"\\", quote, end) < 0:
             text = body[quote + 1 : end].decode()
             for start in range(0, len(text), STRING_PIECE_BYTES):  # refuses control characters
                 STRICT_JSON.decode(f'"{text[start : start + STRING_PIECE_BYTES]}"')
@@ -6401,16 +6383,6 @@ def put_back(container: Any, cut: dict[str, str]) -> None:
             put_back(value, cut)
 
 
-def refuse_too_many_values(body: bytes) -> None:
-    """Raises 413 for JSON of so many values that reading it would take the memory, and the loop's time."""
-    opened = body.count(b"[") + body.count(b"{")
-    quotes = body.count(b'"')
-    if quotes > 2 * JSON_VALUES:
-        quotes -= body.count(b'\\"')  # those within texts
-    if opened + quotes // 2 > JSON_VALUES:
-        raise HttpError(413, f"the JSON has more than {JSON_VALUES} values")
-
-
 def unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object of which no field was given twice: which one should count?"""
     fields = dict(pairs)
@@ -6423,7 +6395,7 @@ def unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def finite_number(text: str) -> float | int:
     """A number with a fraction or an exponent; 5.0 is the whole number it is in JSON Schema, too."""
     number = float(text)
-    if number.is_integer() and abs(number) <= EXACT_IN_A_FLOAT:
+    if number.is_integer() and abs(number) <= 2**53:  # a float has it exactly
         return int(number)
     if math.isfinite(number):
         return number
@@ -6432,9 +6404,7 @@ def finite_number(text: str) -> float | int:
 
 STRICT_JSON = json.JSONDecoder(
     object_pairs_hook=unique_fields,
-    parse_int=lambda text: int(
-        text
-    ),  # a call for each: with many of them the event loop gets the interpreter in between
+    parse_int=lambda text: int(text),  # calls, between which the event loop gets the interpreter
     parse_float=finite_number,
     parse_constant=finite_number,  # NaN, Infinity
 )
@@ -6478,10 +6448,8 @@ def framing_of(headers: Mapping[str, str], version: str) -> tuple[int | None, bo
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     size: int | None = 0
     if coding is not None:
-        if length is not None:
-            raise HttpError(400, "Content-Length and Transfer-Encoding exclude each other")
-        if version == "1.0":
-            raise HttpError(400, "HTTP/1.0 has no Transfer-Encoding")
+        if length is not None or version == "1.0":
+            raise HttpError(400, "Transfer-Encoding does not go with Content-Length, or with HTTP/1.0")
         if coding.lower() != "chunked":
             raise HttpError(501, "no Transfer-Encoding but chunked is understood here")
         size = None
@@ -6512,18 +6480,15 @@ def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
 
 
 def percent_decoded(text: str, where: str) -> str:
-    """Text with its %xx decoded (RFC 3986 2.1); 400 when that gives no text, or a NUL in it."""
+    """Text with its %xx decoded (RFC 3986 2.1); HttpError 400 when that gives no text, or a NUL in it."""
     if "%" not in text:
         return text
-    if BAD_ESCAPE.search(text):
-        raise HttpError(400, f"a % in the {where} is not followed by two hexadecimal digits")
     try:
-        decoded = urllib.parse.unquote_to_bytes(text).decode()
+        if not BAD_ESCAPE.search(text):
+            return urllib.parse.unquote(text, errors="strict")
     except UnicodeDecodeError:
-        raise HttpError(400, f"the {where} is not UTF-8") from None
-    if "\0" in decoded:
-        raise HttpError(400, f"there is a NUL in the {where}")
-    return decoded
+        pass
+    raise HttpError(400, f"a % in the {where} is not followed by the hexadecimal digits of UTF-8 without NUL")
 
 
 def answer_head(request: Request, response: Response, *, last: bool) -> bytes:
@@ -6618,7 +6583,10 @@ class ServedConnection:
             if self.turned_away:
                 raise HttpError(503, "too many connections", headers={"Retry-After": "1"})
             response = await self._response_to(request, began_at + self.server.limits.head_timeout_s)
-            await response.open()
+            if not all(FIELD_VALUE.fullmatch(value) for value in response.headers.values()):
+                raise ValueError("a header of the answer has a character that cannot be there")
+            if not isinstance(response.body, bytes):  # what fails up to here can still be told by a status
+                response.opening = await response.next_piece()
         except HttpError as error:
             response = error.response()
         except Rejected as error:
@@ -6711,7 +6679,7 @@ class ServedConnection:
         """A chunked body (RFC 9112 7.1); extensions and trailers are passed over."""
         size = overhead = trailers = 0
         while True:
-            line = await self._line(LINE_BYTES)
+            line = await self._line()
             size_field = CHUNK_SIZE.fullmatch(line)
             if not size_field:
                 raise HttpError(400, "the size of a chunk is malformed")
@@ -6725,19 +6693,19 @@ class ServedConnection:
             if size > self.server.limits.body_bytes:
                 raise HttpError(413, f"the body is larger than {self.server.limits.body_bytes} bytes")
             await self._copy(chunk, body)
-            if await self._line(LINE_BYTES):
+            if await self._line():
                 raise HttpError(400, "a chunk is longer than its size")
-        while line := await self._line(self.server.limits.head_bytes):
-            trailers += len(line)
-            if trailers > self.server.limits.head_bytes:
-                raise HttpError(431, "the trailers are too large")
+        while line := await self._line():
+            trailers += 1
+            if trailers > self.server.limits.headers:
+                raise HttpError(431, "there are too many trailers")
             if not FIELD_LINES.fullmatch(line.decode("latin-1")):
                 raise HttpError(400, "a trailer is malformed")
 
-    async def _line(self, most: int) -> bytes:
+    async def _line(self) -> bytes:
         """A line without its CRLF; 400 for a line end that is not CRLF, or a line that does not end."""
-        while (end := self._buffer.find(b"\n", 0, most)) < 0:
-            if len(self._buffer) >= most:
+        while (end := self._buffer.find(b"\n")) < 0:
+            if len(self._buffer) > self.server.limits.head_bytes:
                 raise HttpError(400, "a line of the chunked body is too long")
             await self._receive(self.server.limits.body_progress_timeout_s)
         line, self._buffer = self._buffer[: end + 1], self._buffer[end + 1 :]
