@@ -49,11 +49,8 @@ import base64
 import binascii
 import collections
 import concurrent.futures
-import configparser
 import contextlib
-import difflib
 import email
-import email.header
 import email.message
 import email.utils
 import enum
@@ -62,7 +59,6 @@ import fcntl
 import functools
 import hashlib
 import hmac
-import html
 import http.client
 import io
 import ipaddress
@@ -86,7 +82,6 @@ import ssl
 import stat
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import traceback
@@ -916,6 +911,8 @@ def as_written(value: object) -> str:
 
 def config_ini() -> str:
     """A config.ini with every setting in it, commented out, with its meaning and default."""
+    import textwrap
+
     lines = [CONFIG_INI_HEAD]
     for section, kind in CLASSES.items():
         lines += [f"[{section}]", f"# {kind.__doc__}", ""]
@@ -964,6 +961,8 @@ AWS_VARIABLES = (  # that stand in for what [s3] leaves out; later ones win
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
+    import difflib
+
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -1006,6 +1005,8 @@ def _given(origin: str, section: str, key: str, text: str) -> Given:
 
 def _sections_of(path: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """The sections of a file, and what is in them. Blocking. Errors name lines, never their text: it may hold a secret."""
+    import configparser
+
     parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -5029,6 +5030,8 @@ def s3_target(wanted: S3Object, settings: S3Settings, region: str) -> HttpTarget
 
 def s3_error(answer: HttpAnswer) -> dict[str, str]:
     """Code, Message and Region of S3's error document, as far as they are there."""
+    import html
+
     found = S3_ERROR.findall(answer.body[:ERROR_BODY_BYTES])
     return {name.decode(): html.unescape(text.decode("utf-8", "replace")).strip() for name, text in found}
 
@@ -9769,12 +9772,12 @@ def paint(text: str, kind: str) -> str:
     In a terminal that can, unless NO_COLOR (no-color.org) asks for none.
     """
     colour = COLOURS.get(kind[:1])
-    plain = not is_terminal(sys.stdout) or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    plain = not on_terminal() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return text if colour is None or plain else f"\x1b[{colour}m{text}\x1b[0m"
 
 
-def is_terminal(stream: object) -> bool:
-    return isinstance(stream, io.TextIOWrapper) and stream.isatty()
+def on_terminal() -> bool:
+    return isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty()
 
 
 def output_width() -> int:
@@ -9873,27 +9876,23 @@ def send(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         raise UsageMistake("--csv goes with neither an .eml file nor --id; ids may be a column of it")
     if args.file and (args.attach or (args.subject, args.body, args.html) != (None, None, None)):
         raise UsageMistake("an .eml file is sent as it is: no --subject, --body, --html, --attach beside it")
-    options: dict[str, object] = {
-        "from": args.sender,
-        "to": args.to,
-        "cc": args.cc,
-        "bcc": args.bcc,
-        "subject": args.subject,
-        "body": sys.stdin.read() if args.body == "-" else args.body,
-        "html": args.html,
-        "attachments": [_attached_file(path) for path in args.attach] or None,
-        "account_id": args.account,
-        "priority": args.priority,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
+    names = ("from", "to", "cc", "bcc", "subject", "body", "html", "account_id", "priority")
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.body == "-":
+        given["body"] = sys.stdin.read()
+    if args.attach:
+        given["attachments"] = [_attached_file(path) for path in args.attach]
     if not (given or args.csv or args.file):
         raise UsageMistake("nothing to send: give --from, --to, --subject and --body, an .eml file, or --csv")
     client = find_daemon(environ, args.url, args.token, args.config)
     if args.csv:
         return Mailing(client, args.csv, given, show_answers=args.json).send()
     id_ = args.id or f"send-{secrets.token_hex(8)}"
-    fields = {**(_eml_fields(args.file) if args.file else {}), **given, "id": id_}
-    refusal = "; ".join(submit(client, [fields], show=args.json).values())
+    fields: dict[str, Any] = {}
+    if args.file:  # a complete message, and the envelope that its headers name
+        draft = Draft.of(_file_content(args.file))
+        fields = {"raw": draft.in_base64(), "to": draft.recipients(), "from": next(iter(draft.addresses("from")), None)}
+    refusal = "; ".join(submit(client, [{**fields, **given, "id": id_}], show=args.json).values())
     if refusal and refusal not in THROUGH_BEFORE:
         raise CommandFailed(f"the message was refused: {refusal}")
     if not args.json:
@@ -9914,14 +9913,6 @@ def _file_content(path: str) -> bytes:
         raise CommandFailed(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
 
 
-def _eml_fields(path: str) -> dict[str, object]:
-    """A complete message, and the envelope that its headers name."""
-    draft = Draft.of(_file_content(path))
-    fields: dict[str, object] = {"raw": draft.in_base64(), "to": draft.recipients()}
-    senders = draft.addresses("from")
-    return {**fields, "from": senders[0]} if senders else fields
-
-
 class Mailing:
     """Many messages out of one CSV file. What went out in an earlier run does not go out again:
     a row without an id has one that follows from what it says."""
@@ -9931,7 +9922,7 @@ class Mailing:
         self._path = path
         self._common = common  # what the rows do not say themselves
         self._show_answers = show_answers
-        self._bar = is_terminal(sys.stdout) and not show_answers
+        self._bar = on_terminal() and not show_answers
         self._lines: dict[str, int] = {}  # by id
         self._through = self._before = self._refused = 0
         self._unfit = 0  # of the refused: those that never went to the daemon
@@ -9942,7 +9933,12 @@ class Mailing:
         tenth = 0
         try:
             for batch in self._batches(rows):
-                self._submit(batch)
+                for id_, reason in submit(self._client, batch, show=self._show_answers).items():
+                    if reason in THROUGH_BEFORE:
+                        self._before += 1
+                    else:
+                        self._refuse(f"line {self._lines.get(id_ or '', '?')}, {id_}", reason)
+                self._through += len(batch)
                 done = self._through + self._unfit
                 if self._bar:
                     print(f"\r[{'#' * (done * 40 // len(rows)):<40}] {done} of {len(rows)}", end="", flush=True)
@@ -9997,14 +9993,6 @@ class Mailing:
             id_ = next(id_ for id_ in ids if id_ not in self._lines)
         self._lines[id_] = line
         return {**message, "id": id_}
-
-    def _submit(self, batch: Sequence[Mapping[str, object]]) -> None:
-        for id_, reason in submit(self._client, batch, show=self._show_answers).items():
-            if reason in THROUGH_BEFORE:
-                self._before += 1
-            else:
-                self._refuse(f"line {self._lines.get(id_ or '', '?')}, {id_}", reason)
-        self._through += len(batch)
 
     def _refuse(self, which: str, reason: str) -> None:
         self._refused += 1
@@ -10081,6 +10069,12 @@ _DRAFT = re.compile(  # a From line of mbox, what looks like a header, a blank l
 )
 
 
+REFUSED_FOR = (  # how reasons begin, and what is wrong then
+    ("invalid to", os.EX_NOUSER), ("missing to", os.EX_NOUSER),
+    ("account not found", os.EX_CONFIG), ("missing account configuration", os.EX_CONFIG),
+)  # fmt: skip
+
+
 class Unsendable(CommandFailed):
     """sendmail cannot take this message; `status` is an exit status of sysexits.h."""
 
@@ -10106,31 +10100,21 @@ def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
         client = find_daemon(environ)
         fields = sendmail_fields(call, _piped_mail(call), login_name(), host_name())
         for reason in submit(client, [fields], show=False).values():
-            raise Unsendable(f"the message was refused: {reason}", _status_of_reason(reason))
+            status = next((status for start, status in REFUSED_FOR if reason.startswith(start)), os.EX_DATAERR)
+            raise Unsendable(f"the message was refused: {reason}", status)
+        return os.EX_OK
     except MailproxyError as error:
         complain(error)
-        return _status_of_failure(error)
-    return os.EX_OK
-
-
-def _status_of_failure(error: MailproxyError) -> int:
-    match error:
-        case Unsendable():
-            return error.status
-        case ConfigurationError():
-            return os.EX_CONFIG
-        case RefusedByDaemon(http_status=401):
-            return os.EX_NOPERM
-        case RefusedByDaemon(http_status=status) if status < 500 and status not in (408, 429):
-            return os.EX_UNAVAILABLE
-    return os.EX_TEMPFAIL
-
-
-def _status_of_reason(reason: str) -> int:
-    if reason.startswith(("invalid to", "missing to")):
-        return os.EX_NOUSER
-    ours = reason.startswith(("account not found", "missing account configuration"))
-    return os.EX_CONFIG if ours else os.EX_DATAERR
+        match error:
+            case Unsendable():
+                return error.status
+            case ConfigurationError():
+                return os.EX_CONFIG
+            case RefusedByDaemon(http_status=401):
+                return os.EX_NOPERM
+            case RefusedByDaemon(http_status=status) if status < 500 and status not in (408, 429):
+                return os.EX_UNAVAILABLE
+        return os.EX_TEMPFAIL
 
 
 def sendmail_call(words: Sequence[str]) -> SendmailCall:
@@ -10716,7 +10700,8 @@ def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, obje
 
     A daemon that goes away is waited for.
     """
-    cursor = args.after or _page(client, {**filters, "order": "desc", "limit": FOLLOWED_MESSAGES})["next"]
+    newest = _page(client, {**filters, "order": "desc", "limit": FOLLOWED_MESSAGES})
+    cursor = args.after or newest["next"] or "0"
     known: dict[str, object] | None = None  # how the messages were at the last look
     away = False
     while True:
@@ -10740,21 +10725,19 @@ def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, obje
         time.sleep(FOLLOW_PAUSE_S)
 
 
-def _listed_after(client: Client, filters: Mapping[str, object], cursor: str | None) -> tuple[list[Any], str | None]:
+def _listed_after(client: Client, filters: Mapping[str, object], cursor: str) -> tuple[list[Any], str]:
     """All messages after a cursor, and the cursor to look from the next time: a page is always in view."""
     records: list[Any] = []
     cursors = [cursor]
-    while True:
+    while cursors[-1]:
         page = _page(client, {**filters, "limit": FOLLOWED_MESSAGES, "after": cursors[-1]})
         records += page["messages"]
-        if not page["next"]:
-            return records, cursors[-2:][0]
         cursors.append(page["next"])
+    return records, cursors[-3:][0]
 
 
 def _page(client: Client, query: Mapping[str, object]) -> dict[str, Any]:
-    given = {name: value for name, value in query.items() if value is not None}
-    return client.ask("GET", f"/messages?{urllib.parse.urlencode(given)}").granted()
+    return client.ask("GET", f"/messages?{urllib.parse.urlencode(query)}").granted()
 
 
 # --- serve and check -----------------------------------------------------
@@ -10934,7 +10917,16 @@ def backup(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     except OSError as error:
         raise CommandFailed(f"{target} cannot be written: {error.strerror}") from None
     try:
-        messages = _copied(queue, draft)
+        with (
+            contextlib.closing(sqlite3.connect(f"file:{urllib.parse.quote(queue)}?mode=ro", uri=True)) as source,
+            contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as copy,
+        ):
+            source.backup(copy)  # in one step, so that a busy writer cannot make it start again and again
+            copy.execute("PRAGMA journal_mode = DELETE")  # one file, no siblings
+            (verdict,) = copy.execute("PRAGMA quick_check").fetchone()
+            if verdict != "ok":
+                raise CommandFailed(f"the copy of {queue} is damaged: {verdict}")
+            (messages,) = copy.execute("SELECT count(*) FROM messages").fetchone()
         os.fsync(descriptor)
         os.replace(draft, target)
     except sqlite3.Error as error:
@@ -10949,24 +10941,6 @@ def backup(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     os.close(directory)
     print(f"{target}: {counted(messages, 'message')}, {size_in_words(os.path.getsize(target))}, checked")
     return 0
-
-
-def _copied(queue: str, draft: str) -> int:
-    """Copy and check a queue; return the number of its messages.
-
-    In one step, so that a busy writer cannot make it start again and again. Blocking.
-    """
-    uri = f"file:{urllib.parse.quote(os.path.abspath(queue))}?mode=ro"
-    with (
-        contextlib.closing(sqlite3.connect(uri, uri=True)) as source,
-        contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as copy,
-    ):
-        source.backup(copy)
-        copy.execute("PRAGMA journal_mode = DELETE")  # one file, no siblings
-        verdict = copy.execute("PRAGMA quick_check").fetchone()[0]
-        if verdict != "ok":
-            raise CommandFailed(f"the copy of {queue} is damaged: {verdict}")
-        return int(copy.execute("SELECT count(*) FROM messages").fetchone()[0])
 
 
 # --- the table of commands, and main -------------------------------------
@@ -11015,7 +10989,7 @@ FILTERS = (
 SENDING = (
     option("file", metavar="FILE.eml", nargs="?", help="a complete message; its headers say who gets it"),
     option("--csv", metavar="FILE", help="many messages: a row each, columns named as a message's fields"),
-    option("--from", dest="sender", metavar="ADDRESS", help='a@b, or "Name <a@b>"'),
+    option("--from", metavar="ADDRESS", help='a@b, or "Name <a@b>"'),
     option("--to", metavar="ADDRESS", action="append", help="may be repeated, or a list with commas"),
     option("--cc", metavar="ADDRESS", action="append"),
     option("--bcc", metavar="ADDRESS", action="append"),
@@ -11023,7 +10997,7 @@ SENDING = (
     option("--body", metavar="TEXT", help="the text; - reads it from standard input"),
     option("--html", metavar="HTML", nargs="?", const=True, help="beside the text; without a value: --body is html"),
     option("--attach", metavar="FILE", action="append", default=[], help="may be repeated"),
-    option("--account", metavar="ID", help="the account to send through; else the one of [smtp]"),
+    option("--account", dest="account_id", metavar="ID", help="the account to send through; else the one of [smtp]"),
     option("--priority", help="0 to 3, or immediate, high, medium, low"),
     option("--id", help="the message's own key: what was sent once is never sent again"),
 )
@@ -11053,10 +11027,6 @@ class Command(NamedTuple):
     options: tuple[Option, ...]
     meaning: str
 
-    @property
-    def examples(self) -> list[str]:
-        return [line for line in EXAMPLES.splitlines() if line.split()[1:2] == [self.name]]
-
 
 COMMANDS = (
     Command("serve", serve, SERVING, "run the daemon"),
@@ -11077,11 +11047,9 @@ COMMANDS = (
 )
 
 EXAMPLES = """\
-mailproxy serve
 mailproxy serve --config /etc/mailproxy/config.ini
 mailproxy serve --port 8025 --set smtp.host=mail.example.com --set smtp.port=587
 mailproxy demo
-mailproxy check
 mailproxy check --connect
 mailproxy check --config new.ini && mv new.ini config.ini
 mailproxy send --from shop@example.com --to jane@example.com --subject Hi --body "Thank you!"
@@ -11092,7 +11060,6 @@ mailproxy sendmail -t -i < message
 mailproxy sendmail -f shop@example.com jane@example.com < message
 mailproxy backup /var/backups/mailproxy.db
 mailproxy backup --config /etc/mailproxy/config.ini --force nightly.db
-mailproxy status
 mailproxy status --json | jq .pending
 mailproxy messages --status error
 mailproxy messages --active --account billing --limit 1000
@@ -11101,9 +11068,7 @@ mailproxy messages --status error --json | jq -r '.messages[].id' | xargs mailpr
 mailproxy message invoice-4711
 mailproxy accounts
 mailproxy run-now
-mailproxy suspend
 mailproxy suspend --account billing
-mailproxy activate
 mailproxy activate --account billing
 mailproxy retry invoice-4711 invoice-4712
 mailproxy delete invoice-4711"""
@@ -11142,10 +11107,11 @@ def parsed(words: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if command is None:
         near = nearest(words[0], [command.name for command in COMMANDS])
         raise UsageMistake(f'no command "{words[0]}"{near}; see mailproxy --help')
+    examples = [line for line in EXAMPLES.splitlines() if line.split()[1:2] == [command.name]]
     parser = Parser(
         prog=f"mailproxy {command.name}",
         description=f"{command.meaning[0].upper()}{command.meaning[1:]}.",
-        epilog="\n  ".join(("examples:", *command.examples)),
+        epilog="\n  ".join(("examples:", *examples)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=command.name)

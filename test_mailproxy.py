@@ -12427,13 +12427,9 @@ def run_command(
 ) -> Ended:
     """Run the program as a user does, with nothing of ours in its environment."""
     ended = subprocess.run(
-        [sys.executable, STARTER, *map(str, words)],
-        cwd=folder,
+        [sys.executable, STARTER, *map(str, words)], cwd=folder, input=stdin, capture_output=True, timeout=60,
         env={**_plain_environment(), "PYTHONUTF8": "1", **(environment or {})},
-        input=stdin,
-        capture_output=True,
-        timeout=60,
-    )
+    )  # fmt: skip
     return Ended(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
 
 
@@ -13081,7 +13077,9 @@ def test_following_shows_what_comes_and_changes_also_after_a_restart_of_the_daem
     assert following.returncode == 130
 
 
-def test_following_looks_at_many_pages_and_comes_back_for_the_last_one(daemon: Daemon, asking: Run) -> None:
+def test_following_begins_with_the_newest_looks_at_many_pages_and_comes_back_for_the_last_one(
+    daemon: Daemon, asking: Run
+) -> None:
     asking("suspend")
     daemon.submit(*(note(f"m{n}") for n in range(700)))
     client = mailproxy.Client(url_of(daemon))
@@ -13089,11 +13087,15 @@ def test_following_looks_at_many_pages_and_comes_back_for_the_last_one(daemon: D
 
     records, cursor = mailproxy._listed_after(client, {}, end)
     again, same = mailproxy._listed_after(client, {}, cursor)
+    with running("messages", "--follow", "--limit", "2", "--url", client.url) as following:
+        assert following.stdout
+        shown = [following.stdout.readline() for _ in range(2)]
 
     assert [record["id"] for record in records] == [f"m{n}" for n in range(100, 700)]
     assert again == records[-len(again) :]
     assert len(again) >= mailproxy.FOLLOWED_MESSAGES
     assert same == cursor
+    assert ["m698" in shown[0], "m699" in shown[1]] == [True, True]
 
 
 # --- demo
