@@ -137,7 +137,8 @@ def post(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         with straight.open(request, timeout=TIMEOUT_S) as answer:
             return dict(json.load(answer))
     except urllib.error.HTTPError as error:
-        words = error.read()
+        with error:
+            words = error.read()
         if error.code == 400 and b'"rejected"' in words:  # each message was judged, and none was good
             return dict(json.loads(words))
         raise OSError(f"mailproxy answers {error.code}: {words.decode(errors='replace')[:500]}") from None

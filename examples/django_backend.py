@@ -140,6 +140,7 @@ def post(body: bytes) -> dict[str, Any]:
         with straight.open(request, timeout=TIMEOUT_S) as answer:
             return dict(json.load(answer))
     except urllib.error.HTTPError as error:
-        if error.code >= 500:
-            raise
-        return dict(json.load(error))
+        with error:
+            if error.code >= 500:
+                raise
+            return dict(json.load(error))
