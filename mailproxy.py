@@ -426,6 +426,10 @@ def http_target(url: str) -> HttpTarget:
     return HttpTarget(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), path + query, authorization)
 
 
+# JSON as it is stored, answered and reported; built once, for json.dumps builds an encoder for each call.
+as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False).encode
+
+
 def basic_authorization(user: str, password: str) -> str:
     """The value of an Authorization header (RFC 7617), in UTF-8."""
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")
@@ -1456,7 +1460,7 @@ def line_of(value: object, field: str, *, most: int | None = None) -> str:
 def _must_be_storable(value: object, field: str) -> None:
     """Refuses what could not be written as JSON again, in fields that are kept without being understood."""
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        as_json(value).encode()
     except UnicodeEncodeError:
         raise Rejected(f"invalid {field}: is not valid Unicode (a lone surrogate)") from None
     except (ValueError, RecursionError):
@@ -2036,8 +2040,6 @@ def _unknown_fields(fields: Mapping[str, object], is_raw: bool) -> tuple[str, ..
 
 # --- payloads -------------------------------------------------------------
 
-_PAYLOAD_AS_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
-
 
 def stored_form(fields: Mapping[str, Any], message: Message) -> tuple[str, dict[int, bytes]]:
     """The payload as the queue keeps it: JSON without what is null; and the contents taken out of it, by position.
@@ -2059,7 +2061,7 @@ def stored_form(fields: Mapping[str, Any], message: Message) -> tuple[str, dict[
         fields = {**fields, "attachments": kept}
     if None in fields.values():
         fields = {key: value for key, value in fields.items() if value is not None}
-    return _PAYLOAD_AS_JSON(fields), contents
+    return as_json(fields), contents
 
 
 def restored_fields(payload: Mapping[str, Any], contents: Mapping[int, bytes]) -> dict[str, object]:
@@ -3480,7 +3482,6 @@ CHUNK = 500  # rows of one commit in work that may touch many
 STRETCH = 5_000  # rows looked at in one go by what must pass over others
 PAGE_BYTES = 1_048_576  # of payloads in one page of a listing
 
-AS_JSON = json.JSONEncoder(ensure_ascii=False).encode  # built once: json.dumps builds one for each call
 
 # The one place that says what the status of a row is.
 STATUS_OF_ROW = (
@@ -3725,7 +3726,7 @@ class Queue:
                     "turn": turn,
                     "small": SMALL_PAYLOAD_BYTES,
                     "most": order.most,
-                    "on_wire": AS_JSON([claim.seq for claim in on_wire if claim.account_id == order.account_id]),
+                    "on_wire": as_json([claim.seq for claim in on_wire if claim.account_id == order.account_id]),
                 },
             )
             places = collections.Counter[int]()
@@ -3765,7 +3766,7 @@ class Queue:
                     "deferred": disposition.deferred_ts,
                     "deferral": disposition.reason or None,
                     "counted": int(disposition.counted),
-                    "recipients": AS_JSON(disposition.recipients) if disposition.recipients else None,
+                    "recipients": as_json(disposition.recipients) if disposition.recipients else None,
                     "place": None if goes_on else self._last_report,
                     "seq": claim.seq,
                 }
@@ -3882,7 +3883,7 @@ class Queue:
             now=now,
             place=self._last_report,
             seq=seq,
-            recipients=AS_JSON(ended) if ended else None,
+            recipients=as_json(ended) if ended else None,
         )
 
     async def defer_limited(self, order: Order, until_ts: int, why: str) -> list[Claim]:
@@ -4039,7 +4040,7 @@ class Queue:
             now=now,
             deadline=deadline,
             seq=seq,
-            recipients=AS_JSON(served) if served else None,
+            recipients=as_json(served) if served else None,
         )
         if deadline is None:
             self._give_up(db, seq, "account not found", served, now)
@@ -4316,7 +4317,7 @@ def _timeline_entry(claim: Claim, attempt: Attempt, disposition: Disposition) ->
         "code": telling.code,
         "enhanced_code": telling.enhanced_code,
         "text": telling.text,
-        "recipients": AS_JSON(recipients) if recipients else None,
+        "recipients": as_json(recipients) if recipients else None,
         "connection": attempt.connection or None,
     }
 
@@ -6301,14 +6302,11 @@ class Response:
         return b""
 
 
-PLAIN_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-
-
 def json_response(
     content: Mapping[str, object], status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """An answer in JSON, a line. Half a surrogate pair, which UTF-8 has no bytes for, becomes its JSON escape."""
-    body = f"{PLAIN_JSON.encode(content)}\n".encode("utf-8", "backslashreplace")
+    body = f"{as_json(content)}\n".encode("utf-8", "backslashreplace")
     return Response(status, body, headers=headers or {})
 
 
@@ -6329,7 +6327,7 @@ def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, objec
         refuse_depth(content)
     if b"\\ud" in body or b"\\uD" in body:
         for name, value in content.items():
-            if name != judged and (half := HALF_A_PAIR.search(PLAIN_JSON.encode({name: value}))):
+            if name != judged and (half := HALF_A_PAIR.search(as_json({name: value}))):
                 raise HttpError(400, f"{name} holds half a surrogate pair (\\u{ord(half[0]):04x})")
     return content
 
@@ -8055,7 +8053,7 @@ def webhook_signature(key: bytes, message_id: str, timestamp: int, body: bytes) 
 
 def write_report(states: Sequence[State], empty_id: str) -> WrittenReport:
     """The call that tells of these states. Some 10 microseconds each, so meant for a thread."""
-    body = json.dumps({"delivery_report": [state.entry for state in states]}, ensure_ascii=False).encode()
+    body = as_json({"delivery_report": [state.entry for state in states]}).encode()
     if not states:
         return WrittenReport(empty_id, body)
     places = repr([(state.seq, state.report_order) for state in states])
@@ -8081,9 +8079,9 @@ def parse_acknowledgement(status: int, body: bytes) -> Acknowledgement:
 
 def _remark(value: object) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False)[:REMARK_CHARACTERS]
-    except RecursionError:
-        return "nested too deeply to be shown"
+        return as_json(value)[:REMARK_CHARACTERS]
+    except (RecursionError, ValueError):  # ValueError: NaN
+        return "nothing that can be shown"
 
 
 def _number(value: object) -> float | None:
@@ -8368,7 +8366,7 @@ class AccountBook:
         async with self._one_at_a_time:
             self._refuse_configured(account.id)
             standing = await self.queue.standing(account.id)
-            await self.queue.put_account(account.id, AS_JSON(definition))
+            await self.queue.put_account(account.id, as_json(definition))
             if account.id in self.dispatcher.lanes:
                 self.dispatcher.replace_account(account)
             else:
@@ -8932,11 +8930,11 @@ class ControlPlane:
         """A message as JSON, with its contents as it was submitted; a large one is put together in a thread."""
         contents = await self.queue.contents(record.seq) if with_contents else {}
 
-        def as_json() -> bytes:
+        def shown() -> bytes:
             message = restored_fields(record.payload, contents)
-            return AS_JSON({**record.fields, "message": message}).encode()
+            return as_json({**record.fields, "message": message}).encode()
 
-        return as_json() if record.size_bytes <= JSON_AT_ONCE_BYTES else await self.in_thread(as_json)
+        return shown() if record.size_bytes <= JSON_AT_ONCE_BYTES else await self.in_thread(shown)
 
     async def get_message(self, request: Request) -> Response:
         """A message and the timeline of its attempts."""
@@ -8946,7 +8944,7 @@ class ControlPlane:
             raise HttpError(404, "there is no message with this id")
         record, attempts = found
         shown = await self._shown(record, with_contents)
-        return Response(200, b'{"ok": true, "message": %b, "attempts": %b}\n' % (shown, AS_JSON(attempts).encode()))
+        return Response(200, b'{"ok": true, "message": %b, "attempts": %b}\n' % (shown, as_json(attempts).encode()))
 
     # -- accounts
 
