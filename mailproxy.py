@@ -1483,8 +1483,8 @@ def parse_priority(value: object, default: int, *, field: str = "priority") -> i
         raise Rejected(f"invalid {field}: must be {PRIORITY.words}") from None
 
 
-def _timestamp(value: object, field: str) -> int | None:
-    if value is None or (type(value) is int and 0 <= value <= LARGEST_INTEGER):
+def _timestamp(value: object, field: str) -> int:
+    if type(value) is int and 0 <= value <= LARGEST_INTEGER:
         return value
     raise Rejected(f"invalid {field}: must be a time in whole Unix seconds")
 
@@ -1899,6 +1899,7 @@ def parse_message(
         raise Rejected("invalid message: must be an object")
     get = fields.get
     client_id, account_id, batch_code, own_id = get("id"), get("account_id"), get("batch_code"), get("message_id")
+    priority, deferred_ts, expires_ts = get("priority"), get("deferred_ts"), get("expires_ts")
     if client_id is None or client_id == "":
         raise Rejected("missing id")
     client_id = line_of(client_id, "id", most=LONGEST_ID)
@@ -1907,8 +1908,7 @@ def parse_message(
     own_id = None if own_id is None else _message_id(own_id, "message_id")
     for known_id in (content.message_id, message_id):  # whoever has the last word comes last
         own_id = own_id if known_id is None else known_id
-    expires_ts = _timestamp(get("expires_ts"), "expires_ts")
-    if now is not None and expires_ts is not None and expires_ts <= now:
+    if expires_ts is not None and _timestamp(expires_ts, "expires_ts") <= (-1 if now is None else now):
         raise Rejected("invalid expires_ts: lies in the past")
     usual_fields = content.raw is None and fields.keys() <= MESSAGE_FIELDS.keys()
     return Message(
@@ -1927,8 +1927,8 @@ def parse_message(
         message_id=f"{new_id()}@{sender.address.rpartition('@')[2]}" if own_id is None else own_id,
         attachments=content.attachments,
         raw=content.raw,
-        priority=default_priority if get("priority") is None else parse_priority(get("priority"), default_priority),
-        deferred_ts=_timestamp(get("deferred_ts"), "deferred_ts"),
+        priority=default_priority if priority is None else parse_priority(priority, default_priority),
+        deferred_ts=None if deferred_ts is None else _timestamp(deferred_ts, "deferred_ts"),
         expires_ts=expires_ts,
         batch_code=None if batch_code is None else line_of(batch_code, "batch_code"),
         unknown=() if usual_fields else _unknown_fields(fields, content.raw is not None),
@@ -1953,9 +1953,11 @@ def _envelope_of(fields: Mapping[str, Any]) -> tuple[Mailbox, str, Mailboxes, Ma
         return_path = ""
     else:
         return_path = parse_mailboxes(return_path, "return_path", exactly_one=True)[0].address
-    to, cc, bcc = (parse_mailboxes(fields.get(field), field) for field in ("to", "cc", "bcc"))
+    to, cc, bcc = parse_mailboxes(fields.get("to"), "to"), fields.get("cc"), fields.get("bcc")
     if not to:
         raise Rejected("missing to")
+    cc = () if cc is None else parse_mailboxes(cc, "cc")
+    bcc = () if bcc is None else parse_mailboxes(bcc, "bcc")
     if cc or bcc or len(to) > 1:
         to, cc, bcc = _spelled_alike(to, cc, bcc)
     return sender, return_path, to, cc, bcc
@@ -2016,13 +2018,15 @@ def _bodies_of(fields: Mapping[str, Any]) -> tuple[str | None, str | None]:
     elif body is not None:
         text = body
     for value, name in ((text, "text"), (html, "html")):
+        if value is None:
+            continue
         field = "body" if value is body else name
-        if value is not None and not isinstance(value, str):
+        if not isinstance(value, str):
             raise Rejected(f"invalid {field}: must be a string")
-        if value and "\0" in value:
+        if "\0" in value:
             raise Rejected(f"invalid {field}: must not have NUL characters")
         try:
-            _ = value is None or value.isascii() or value.encode()
+            _ = value.isascii() or value.encode()
         except UnicodeEncodeError:
             raise Rejected(f"invalid {field}: is not valid Unicode (a lone surrogate)") from None
     return text, html
@@ -8792,8 +8796,9 @@ class ControlPlane:
         most = self.settings().server.max_batch
         if len(messages) > most:
             raise HttpError(413, f"messages: at most {most} in one batch, these are {len(messages)}")
-        configured = self.settings().delivery.default_priority
-        default = parse_priority(fields.get("default_priority"), configured, field="default_priority")
+        default, given = self.settings().delivery.default_priority, fields.get("default_priority")
+        if given is not None:
+            default = parse_priority(given, default, field="default_priority")
         if len(request.body) <= JSON_AT_ONCE_BYTES:
             return self._judge(messages, default)
         request.body = b""
