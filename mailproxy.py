@@ -9044,10 +9044,10 @@ WORK_THREADS = 4
 HOSTNAME_PATIENCE_S = 2.0
 REPORT_PATIENCE_S = 5.0  # for a report that is under way when the daemon stops
 REQUEST_PATIENCE_S = 5.0  # at least, for requests in progress then
-UNOWNED_DOMAINS = (
-    ".localhost", ".local", ".internal", ".home.arpa", ".test", ".example", ".invalid", ".example.com", ".example.net", ".example.org",
-)  # fmt: skip
-IPV4_HOST = re.compile(r"(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?::[0-9]*)?")
+# One word, or a domain that nobody can register (RFC 6761, RFC 8375, and .internal)
+NOBODYS_NAME = re.compile(
+    r"[^.]*|(.*\.)?(localhost|local|internal|home\.arpa|test|invalid|example(\.(com|net|org))?)", re.IGNORECASE
+)
 OPEN_FILES = 65_536  # wanted; what the machine allows counts
 OWN_FILES = 300  # kept from the HTTP side, beside two for each SMTP connection: clients must not stop delivery
 NOTIFY_PATIENCE_S = 1.0
@@ -9077,34 +9077,25 @@ def may_be_a_page(request: Request) -> bool:
     name that anybody can own and let point here (DNS rebinding), in which case a GET has no Origin."""
     if "origin" in request.headers:
         return True
-    host = request.headers.get("host", "")
-    return request.peer != "unix" and not is_nobodys_name(host)
-
-
-def is_nobodys_name(host: str) -> bool:
-    """True for a Host that is an address, one word, or under a domain that cannot be registered (RFC 6761)."""
-    if IPV4_HOST.fullmatch(host):  # spares most the general way
-        return True
-    name = re.sub(":[0-9]*$", "", host).rstrip(".").lower()
-    if "." not in name or f".{name}".endswith(UNOWNED_DOMAINS):
-        return True
+    name = re.sub(":[0-9]*$", "", request.headers.get("host", "")).rstrip(".")
+    if request.peer == "unix" or NOBODYS_NAME.fullmatch(name):
+        return False
     try:
         ipaddress.ip_address(name.strip("[]"))
     except ValueError:
-        return False
-    return True
+        return True
+    return False
 
 
 def open_files_allowed() -> int:
     """How many files this process may have open, once it has asked for all that it can get."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return wanted
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError):  # a sandbox forbids it
-        return soft
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError):  # a sandbox forbids it
+            return soft
     return wanted
 
 
@@ -9121,9 +9112,7 @@ class Daemon:
         self._clock = Clock(time.time, time.monotonic)
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._serving = asyncio.Event()
-        self._renewals: set[asyncio.Task[None]] = set()
-        self._one_renewal = asyncio.Lock()
+        self._asked_to_renew = asyncio.Event()
         self._systemd = SystemdNotifier(environ)
         self._metrics = Metrics(__version__)
         self._pools = [
@@ -9154,8 +9143,9 @@ class Daemon:
         configured = configured_accounts(self.settings)
         loop = asyncio.get_running_loop()
         loop.set_default_executor(self._pools[0])  # asyncio looks up names there
-        if signals:
-            self._mind_signals()
+        for number, told in ((signal.SIGTERM, self.stop), (signal.SIGINT, self.stop), (signal.SIGHUP, self._hang_up)):
+            if signals:
+                loop.add_signal_handler(number, told)
         self._queue.file.open()
         try:
             await self._build(configured)
@@ -9182,13 +9172,18 @@ class Daemon:
         self._composer = Composer(
             self._queue, self._fetcher(), self.settings.attachments.memory_budget_bytes, self._work
         )
-        agent = self._delivery_agent = self._agent(await self._hostname())
+        tokens = TokenKeeper(
+            post_form=post_form, reveal=self._reveal, in_thread=self._network, monotonic=time.monotonic
+        )
+        self._agent = DeliveryAgent(
+            hostname=await self._hostname(), reveal=self._reveal, in_thread=self._network, tokens=tokens
+        )
         self._dispatcher = Dispatcher(
             self._queue,
             self.settings.delivery,
             clock=self._clock,
             jitter=lambda: random.uniform(-1, 1),
-            open_session=agent.open_session,
+            open_session=self._agent.open_session,
             composer=self._composer,
             metrics=self._metrics,
             log=self._log,
@@ -9271,35 +9266,32 @@ class Daemon:
             asyncio.create_task(self._reporter.run(), name="reporter"),
         }
         watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
+        renewing = asyncio.create_task(self._renew(), name="renewal")
         asked = asyncio.create_task(self._stopping.wait(), name="stop")
         event(self._log, logging.INFO, "mailproxy listens", at=where, version=__version__, pid=os.getpid())
         for warning in self.settings.warnings:
             event(self._log, logging.WARNING, warning)
         self._systemd.tell("READY=1")
-        self._serving.set()
         started(where)
-        await asyncio.wait({*loops, asked}, return_when=asyncio.FIRST_COMPLETED)
-        status = 0 if self._stopping.is_set() else self._tell_of_death(loops)
+        ended, _ = await asyncio.wait({*loops, asked}, return_when=asyncio.FIRST_COMPLETED)
         self._systemd.tell("STOPPING=1")
+        for task in loops:
+            if task not in ended:
+                continue
+            failure = None if task.cancelled() else task.exception()
+            event(self._log, logging.CRITICAL, "a loop ended", loop=task.get_name(), exc_info=failure)
+        status = 0 if self._stopping.is_set() else 1
         asked.cancel()
+        renewing.cancel()
         await self._drain(loops)
         watchdog.cancel()
         return status
-
-    def _tell_of_death(self, loops: set[asyncio.Task[None]]) -> int:
-        for task in loops:
-            if task.done():
-                failure = None if task.cancelled() else task.exception()
-                event(self._log, logging.CRITICAL, "a loop ended", loop=task.get_name(), exc_info=failure)
-        return 1
 
     async def _drain(self, loops: set[asyncio.Task[None]]) -> None:
         """Answer the requests in progress, finish the transactions on the wire, then the loops."""
         timeout_s = self.settings.delivery.shutdown_timeout_seconds
         on_the_wire = self._queue.in_delivery
         event(self._log, logging.INFO, "stopping", on_the_wire=on_the_wire, timeout_seconds=timeout_s)
-        for renewal in self._renewals:
-            renewal.cancel()
         self._dispatcher.drain()
         closing = asyncio.create_task(self._http.stop(max(timeout_s, REQUEST_PATIENCE_S)))
         drained = asyncio.create_task(self._dispatcher.drained())
@@ -9330,24 +9322,17 @@ class Daemon:
                 self._systemd.tell("WATCHDOG=1")
             await asyncio.sleep(self._systemd.watchdog_interval_s)
 
-    # -- signals
+    # -- reading the configuration again
 
-    def _mind_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
-        if self._reload is not None:
-            loop.add_signal_handler(signal.SIGHUP, self._start_renewal)
-
-    def _start_renewal(self) -> None:
-        task = asyncio.create_task(self._renew(), name="renewal")
-        self._renewals.add(task)
-        task.add_done_callback(self._renewals.discard)
+    def _hang_up(self) -> None:
+        """SIGHUP: the configuration is to be read again."""
+        self._asked_to_renew.set()
 
     async def _renew(self) -> None:
-        """Read the configuration again (SIGHUP); a mistake in it changes nothing."""
-        await self._serving.wait()
-        async with self._one_renewal:
+        """Read the configuration again whenever that is asked for; a mistake in it changes nothing."""
+        while self._reload is not None:
+            await self._asked_to_renew.wait()
+            self._asked_to_renew.clear()
             self._systemd.tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 await self._apply(await self._work(self._read_again))
@@ -9361,23 +9346,22 @@ class Daemon:
         """The configuration as it is now, but for what stays until a restart. Blocking: reads files."""
         assert self._reload is not None
         new = self._reload()
-        fixed = unchangeable(self.settings, new)
         settings = with_unchangeable_of(self.settings, new)
         tokens = api_tokens(settings, self._environ)
         check_listening(settings, tokens)
-        return Renewal(settings, fixed, tokens, configured_accounts(settings))
+        return Renewal(settings, unchangeable(self.settings, new), tokens, configured_accounts(settings))
 
     async def _apply(self, renewal: Renewal) -> None:
         self.settings = settings = renewal.settings
         self._tokens = tuple(token.encode() for token in renewal.tokens)
         configure_logging(settings.logging.level, settings.logging.format, journal=stderr_is_journal(self._environ))
-        self._dispatcher.settings = self.settings.delivery
+        self._dispatcher.settings = settings.delivery
         self._dispatcher.log_deliveries = settings.logging.delivery_activity
         self._reporter.client, self._reporter.delivery = settings.client, settings.delivery
         self._reporter.wake()
         self._composer.fetcher = self._fetcher()
+        self._agent.forget_contexts()
         self._book.defaults = settings.delivery
-        self._delivery_agent.forget_contexts()
         await self._book.renew(renewal.accounts)
         needs_restart = ", ".join(renewal.fixed) or None
         event(self._log, logging.INFO, "configuration read again", needs_restart=needs_restart)
@@ -9386,12 +9370,6 @@ class Daemon:
 
     def _reveal(self, secret: Secret) -> str:
         return reveal(secret, self._environ)
-
-    def _agent(self, hostname: str) -> DeliveryAgent:
-        keeper = TokenKeeper(
-            post_form=post_form, reveal=self._reveal, in_thread=self._network, monotonic=time.monotonic
-        )
-        return DeliveryAgent(hostname=hostname, reveal=self._reveal, in_thread=self._network, tokens=keeper)
 
     async def _hostname(self) -> str:
         """What we call ourselves to SMTP servers (RFC 5321 4.1.1.1)."""
@@ -9422,15 +9400,24 @@ class Daemon:
             raise HttpFailure(f"no answer of the upstream within {timeout_s:g} s", transient=True) from None
 
     def _post_report(self, report: WrittenReport) -> HttpAnswer:
-        """One proxy_sync call. Blocking."""
+        """One proxy_sync call. Blocking: may read secrets from files, too."""
         client = self.settings.client
         url = client.client_sync_url or ""
+        headers = {"Content-Type": "application/json", **client_credentials(client, self._reveal)}
+        if client.client_sync_secret is not None:
+            try:
+                key = webhook_key(self._reveal(client.client_sync_secret))
+            except ValueError:
+                raise SecretUnavailable("client_sync_secret is not base64 after whsec_ any more") from None
+            timestamp = int(self._clock.wall())
+            headers |= {"webhook-id": report.id, "webhook-timestamp": str(timestamp)}
+            headers["webhook-signature"] = webhook_signature(key, report.id, timestamp, report.body)
         try:
             return http_request(
                 "POST",
                 url,
                 body=report.body,
-                headers=self._report_headers(report),
+                headers=headers,
                 timeout_s=client.timeout_seconds,
                 max_bytes=ANSWER_BYTES,
                 trust=functools.partial(tls_context, client.ca_file),
@@ -9438,42 +9425,23 @@ class Daemon:
         except TooLarge:  # only a success is read to its end: it counts, whatever it says
             return HttpAnswer(200, {}, b"", url)
 
-    def _report_headers(self, report: WrittenReport) -> dict[str, str]:
-        """Blocking: may read secrets from files."""
-        headers = {"Content-Type": "application/json", **client_credentials(self.settings.client, self._reveal)}
-        secret = self.settings.client.client_sync_secret
-        if secret is not None:
-            timestamp = int(self._clock.wall())
-            signature = webhook_signature(self._webhook_key(secret), report.id, timestamp, report.body)
-            headers["webhook-id"] = report.id
-            headers["webhook-timestamp"] = str(timestamp)
-            headers["webhook-signature"] = signature
-        return headers
-
-    def _webhook_key(self, secret: Secret) -> bytes:
-        try:
-            return webhook_key(self._reveal(secret))
-        except ValueError:
-            raise SecretUnavailable("client_sync_secret is not base64 after whsec_ any more") from None
-
     def _authorised(self, request: Request) -> bool:
         """True with one of the tokens, compared in constant time.
 
         When none is configured, true for all but pages in a browser, which could otherwise send what looks
         like curl to the loopback address of whoever reads them.
         """
-        if not self._tokens:
-            return not may_be_a_page(request) or self._tell_of_stranger(request)
-        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        bearer = bearer.strip() if scheme.lower() == "bearer" else ""
-        given = [word.encode("latin-1") for word in (request.headers.get("x-api-token", ""), bearer)]
-        matches = [hmac.compare_digest(word, token) for word in given for token in self._tokens]
-        return any(matches) or self._tell_of_stranger(request)
-
-    def _tell_of_stranger(self, request: Request) -> bool:
-        self._metrics.auth_failures.inc()
-        event(self._log, logging.WARNING, "a request without a valid token", peer=request.peer, request=request.id)
-        return False
+        allowed = not self._tokens and not may_be_a_page(request)
+        if self._tokens:
+            scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+            bearer = bearer.strip() if scheme.lower() == "bearer" else ""
+            given = [word.encode("latin-1") for word in (request.headers.get("x-api-token", ""), bearer)]
+            matches = [hmac.compare_digest(word, token) for word in given for token in self._tokens]
+            allowed = any(matches)  # all of them were compared
+        if not allowed:
+            self._metrics.auth_failures.inc()
+            event(self._log, logging.WARNING, "a request without a valid token", peer=request.peer, request=request.id)
+        return allowed
 
     def _observe_request(self, request: Request, status: int, seconds: float) -> None:
         route = request.route or "unmatched"
@@ -9481,15 +9449,27 @@ class Daemon:
         self._metrics.http_requests.labels(route, method, status).inc()
         self._metrics.http_request_seconds.labels(route).observe(seconds)
         event(
-            self._log, logging.DEBUG, "request answered", method=request.method, path=request.path[:200],
-            status=status, request=request.id, peer=request.peer, seconds=seconds,
-        )  # fmt: skip
+            self._log,
+            logging.DEBUG,
+            "request answered",
+            method=request.method,
+            path=request.path[:200],
+            status=status,
+            request=request.id,
+            peer=request.peer,
+            seconds=seconds,
+        )
 
     def _log_failure(self, request: Request, failure: Exception) -> None:
         event(
-            self._log, logging.ERROR, "a request made mailproxy fail", method=request.method,
-            route=request.route, request=request.id, exc_info=failure,
-        )  # fmt: skip
+            self._log,
+            logging.ERROR,
+            "a request made mailproxy fail",
+            method=request.method,
+            route=request.route,
+            request=request.id,
+            exc_info=failure,
+        )
 
 
 class Renewal(NamedTuple):
@@ -9503,18 +9483,11 @@ class Renewal(NamedTuple):
 
 def with_unchangeable_of(old: Settings, new: Settings) -> Settings:
     """The new settings, but those that need a restart as they are in force."""
-    sections = {
-        name: replace(
-            getattr(new, name),
-            **{
-                row.key: getattr(getattr(old, name), row.key)
-                for row in SETTINGS_TABLE
-                if row.section == name and row.at_start
-            },
-        )
-        for name in SECTIONS
-    }
-    return replace(new, **sections)
+    kept: dict[str, dict[str, object]] = {}
+    for row in SETTINGS_TABLE:
+        if row.at_start:
+            kept.setdefault(row.section, {})[row.key] = getattr(getattr(old, row.section), row.key)
+    return replace(new, **{section: replace(getattr(new, section), **values) for section, values in kept.items()})
 
 
 def server_tls_context(server: ServerSettings) -> ssl.SSLContext | None:
@@ -9531,17 +9504,14 @@ def server_tls_context(server: ServerSettings) -> ssl.SSLContext | None:
 
 def post_form(url: str, fields: Mapping[str, str], timeout_s: float) -> tuple[int, bytes]:
     """POST a form to a token endpoint (RFC 6749 3.2); redirects are not followed. Blocking."""
-    try:
-        answer = http_request(
-            "POST",
-            url,
-            body=urllib.parse.urlencode(fields).encode(),
-            headers={"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"},
-            timeout_s=timeout_s,
-            max_bytes=ANSWER_BYTES,
-        )
-    except HttpFailure as failure:
-        raise OSError(str(failure)) from None
+    answer = http_request(
+        "POST",
+        url,
+        body=urllib.parse.urlencode(fields).encode(),
+        headers={"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"},
+        timeout_s=timeout_s,
+        max_bytes=ANSWER_BYTES,
+    )
     return answer.status, answer.body
 
 

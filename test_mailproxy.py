@@ -13981,7 +13981,7 @@ def test_without_a_token_a_page_in_a_browser_is_a_stranger(quiet: Daemon) -> Non
 def test_an_account_whose_certificate_is_a_pipe_stops_itself_alone(tmp_path: Path, smtp: SmtpServer) -> None:
     os.mkfifo(tmp_path / "pipe")
     with Daemon(tmp_path, smtp=smtp) as daemon:
-        pipes = [f"pipe-{number}" for number in range(mailproxy.WORKING_THREADS)]
+        pipes = [f"pipe-{number}" for number in range(mailproxy.WORK_THREADS)]
         for id_ in pipes:
             account = {"id": id_, "host": smtp.host, "port": smtp.port, "start_tls": "required"}
             assert daemon.post("/account", {**account, "client_cert": str(tmp_path / "pipe")}).status == 200
