@@ -6014,16 +6014,23 @@ class DeliveryAgent:
     accounts: dict[str, Account] = field(default_factory=dict)  # the latest definition of each
     contexts: dict[tuple[object, ...], asyncio.Future[ssl.SSLContext]] = field(default_factory=dict)  # by their files
 
-    async def open_session(self, account: Account, *, name: str, may_log_in: MayLogIn | None = None) -> Session | Reply:
+    async def open_session(
+        self,
+        account: Account,
+        *,
+        name: str,
+        connected: Callable[[], object] = lambda: None,
+        may_log_in: MayLogIn | None = None,
+    ) -> Session | Reply:
         """Connect and log in, or the reply that says why not; a refused access token is renewed once.
 
-        `may_log_in` is awaited before each login.
+        `connected` is called once there is a connection, `may_log_in` is awaited before each login.
         """
-        opened, login = await self._open(account, name, may_log_in)
+        opened, login = await self._open(account, name, connected, may_log_in)
         refused = isinstance(opened, Reply) and opened.stage is Stage.AUTH and opened.permanent
         if account.oauth2 and login and refused:
             self.tokens.invalidate(account, login.secret)
-            opened, _ = await self._open(account, name, may_log_in)
+            opened, _ = await self._open(account, name, connected, may_log_in)
         return opened
 
     def forget_contexts(self) -> None:
@@ -6031,7 +6038,7 @@ class DeliveryAgent:
         self.contexts.clear()
 
     async def _open(
-        self, account: Account, name: str, may_log_in: MayLogIn | None
+        self, account: Account, name: str, connected: Callable[[], object], may_log_in: MayLogIn | None
     ) -> tuple[Session | Reply, Login | None]:
         """A session or the reply in its place, and the login that the server was shown."""
         login, context = await self._login(account), await self._tls_context(account)
@@ -6039,12 +6046,13 @@ class DeliveryAgent:
             return login, None
         if isinstance(context, Reply):
             return context, None
-        connected = await _connect(account, self.in_thread)
-        if isinstance(connected, Reply):
-            return connected, None
+        connection = await _connect(account, self.in_thread)
+        if isinstance(connection, Reply):
+            return connection, None
+        connected()
         smtp = aiosmtplib.SMTP(
             hostname=account.host.removesuffix("."),
-            sock=connected,
+            sock=connection,
             local_hostname=self.hostname,
             timeout=account.timeout,
             use_tls=account.encryption is Encryption.IMPLICIT,
@@ -6929,80 +6937,59 @@ SMALL_PART = 200  # the first message of a lane does not wait for so small a par
 STORAGE_PAUSE_S = 1.0  # between two tries while the queue file refuses
 
 
+@dataclass(eq=False)
 class Shares:
     """So many slots, or bytes, for all lanes together, given out in the order of asking.
 
-    A lane that has some leaves a part of all to the lanes that have none, which may overtake it: so
-    no account holds up another. It belongs to one event loop.
+    A lane that has some leaves a part of all to lanes that have none, which may overtake it: so no
+    account holds up another. It belongs to one event loop.
     """
 
-    def __init__(self, total: int, small: int = 0) -> None:
-        self.total = total
-        self.used = 0
-        self._small = small  # a lane that has none gets so much at once, come what may
-        self.alone = False  # there is only one lane: nothing is kept for others
-        self._of: collections.Counter[object] = collections.Counter()
-        self._waiting: dict[asyncio.Future[bool], tuple[object, int]] = {}
+    total: int
+    small: int = 0  # a lane that has none gets so much at once, come what may
+    alone: bool = False  # there is only one lane: nothing is kept for others
+    used: int = 0
+    of: dict[object, int] = field(default_factory=dict)  # what each lane has
+    waiting: dict[asyncio.Future[None], tuple[object, int]] = field(default_factory=dict)
 
     @property
     def most(self) -> int:
         """The most that one asking can get; a message that needs more is content with this."""
         return self.total - self.total // KEPT_SHARE
 
-    async def take(self, lane: object, amount: int) -> bool:
-        """Wait until the lane may have so much more; False: it was called back meanwhile, and has no more."""
-        small = amount <= self._small and not self._of[lane]
-        if small or (not self._waiting and self._fits(lane, amount)):
-            self._hand_out(lane, amount)
-            return True
-        granted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._waiting[granted] = lane, amount
+    async def take(self, lane: object, amount: int) -> None:
+        """Wait until the lane may have so much more."""
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiting[granted] = lane, amount
         self._grant()
         try:
-            return await granted
+            await granted
         except asyncio.CancelledError:
-            self._waiting.pop(granted, None)
-            if not granted.cancelled() and granted.result():
+            if self.waiting.pop(granted, None) is None:
                 self.give_back(lane, amount)
             raise
 
     def give_back(self, lane: object, amount: int) -> None:
         self.used -= amount
-        self._of[lane] -= amount
-        if not self._of[lane]:
-            del self._of[lane]
-        if self._waiting:
-            self._grant()
-
-    def call_back(self, lane: object) -> None:
-        """Those of the lane that wait get nothing any more."""
-        for granted in [granted for granted, asked in self._waiting.items() if asked[0] == lane]:
-            del self._waiting[granted]
-            if not granted.done():
-                granted.set_result(False)
-
-    def _fits(self, lane: object, amount: int) -> bool:
-        kept = self.total // KEPT_SHARE if self._of[lane] and not self.alone else 0
-        return self.used + amount + kept <= self.total
-
-    def _hand_out(self, lane: object, amount: int) -> None:
-        self.used += amount
-        self._of[lane] += amount
+        if left := self.of.pop(lane, 0) - amount:
+            self.of[lane] = left
+        self._grant()
 
     def _grant(self) -> None:
         """Serve those who wait; within a lane nobody is overtaken."""
         passed_over = set()
-        for granted, (lane, amount) in list(self._waiting.items()):
-            if self.used >= self.total:
+        for granted, (lane, amount) in list(self.waiting.items()):
+            if self.used >= self.total and not self.small:
                 return
-            if lane in passed_over or granted.done():
-                continue
-            if self._fits(lane, amount):
-                del self._waiting[granted]
-                self._hand_out(lane, amount)
-                granted.set_result(True)
-            else:
+            has = self.of.get(lane, 0)
+            kept = self.total // KEPT_SHARE if has and not self.alone else 0
+            fits = self.used + amount + kept <= self.total or amount <= (0 if has else self.small)
+            if not fits or lane in passed_over:
                 passed_over.add(lane)
+            elif not granted.done():  # else its task was cancelled, and takes it out
+                del self.waiting[granted]
+                self.used, self.of[lane] = self.used + amount, has + amount
+                granted.set_result(None)
 
 
 # ----- lanes
@@ -7018,6 +7005,9 @@ class LaneState(enum.StrEnum):
     SUSPENDED = "suspended"  # nothing: by hand, or because the account is gone
 
 
+RESTING = (LaneState.COOLING, LaneState.SUSPENDED)
+
+
 class LaneStatus(NamedTuple):
     """A lane as GET /status shows it; times are wall-clock seconds."""
 
@@ -7027,62 +7017,72 @@ class LaneStatus(NamedTuple):
     until: int | None
 
 
+class Consignment(NamedTuple):
+    """A claimed message in its lane: composed already, or small enough to be composed on the way."""
+
+    claim: Claim
+    composed: Composed | None = None
+    memory_bytes: int = 0  # its share of the memory
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """One connection of a lane at work, and its session as long as there is one."""
+
+    lane: Lane
+    session: Session | None = None
+
+
+@dataclass(eq=False)
 class Lane:
     """The mail of one account on its way out."""
 
-    def __init__(self, account: Account, windows: SendWindows, clock: Clock) -> None:
-        self.account = account
-        self.windows = windows
-        self.state = LaneState.UP
-        self.until = math.inf  # monotonic, as all times in here: when it has cooled, or the limit ends
-        self.failures = 0  # cooling periods in a row
-        self.generation = 0  # what began in an earlier one tells nothing about the server
-        self.deleted = False  # the account is gone, and its mail ends with it
-        self.has_mail = True  # until a claim finds less than it asked for
-        self.retried_first = False
-        self.ready: deque[Consignment] = deque()
-        self.preparing = 0  # messages whose parts are being fetched or put together
-        self.busy = 0  # connections at work, those being opened included
-        self.sessions: dict[Session, int] = {}  # open connections, and the generation that opened them
-        self.idle: list[Session] = []  # those of them that nobody uses
-        self.openings: set[asyncio.Future[Session | Reply]] = set()
-        self.first: Line | None = None  # the connection that logs in while no session is open
-        self.greeted = False  # ... and its server has greeted it
-        self.first_is_in = asyncio.Event()
-        self.names = itertools.count(1)  # of connections
-        self.timer: asyncio.TimerHandle | None = None
-        self._clock = clock
-        self._reason: str | None = None
-        self._since = int(clock.wall())
-        self._believes = 0  # success of an earlier generation does not end the cooling
-        self._limit = account.max_connections  # connections allowed now
-        self._grows_at = -math.inf
-        self._seconds_each = 0.1  # a transaction, smoothed
+    account: Account
+    windows: SendWindows
+    clock: Clock
+    state: LaneState = LaneState.UP
+    until: float = math.inf  # monotonic, as all times in here: when it has cooled, or its limit ends
+    reason: str | None = None  # of the latest cooling
+    failures: int = 0  # cooling periods in a row
+    generation: int = 0  # failures of what began in an earlier one tell nothing
+    believes: int = 0  # nor does success of what began in an earlier one than this
+    deleted: bool = False  # the account is gone, and its mail ends with it
+    has_mail: bool = True  # until a claim finds less than it asked for
+    retried_first: bool = False
+    ready: deque[Consignment] = field(default_factory=deque)
+    preparing: int = 0  # messages whose parts are being fetched or put together
+    busy: int = 0  # connections at work, those being opened included
+    opened: int = 0  # connections ever opened, for their names
+    sessions: dict[Session, int] = field(default_factory=dict)  # those open, and the generation that opened them
+    idle: list[Session] = field(default_factory=list)  # those of them that nobody uses
+    first: Line | None = None  # the connection that logs in before all others, while no session is open
+    first_connected: bool = False  # ... and the others may connect
+    first_is_in: asyncio.Event = field(default_factory=asyncio.Event)
+    recallable: set[asyncio.Task[Any]] = field(default_factory=set)  # work that ends when the lane is called back
+    timer: asyncio.TimerHandle | None = None
+    seconds_each: float = 0.1  # a transaction, smoothed
+    grows_at: float = -math.inf
 
-    # -- what it can take
-
-    def rests(self, now: float) -> bool:
-        """True when nothing may go out."""
-        if self.state is LaneState.COOLING and self.until <= now:
-            self._become(LaneState.PROBING)
-        return self.state in (LaneState.COOLING, LaneState.SUSPENDED)
+    def __post_init__(self) -> None:
+        self.since = int(self.clock.wall())
+        self.limit = self.account.max_connections  # connections allowed now
 
     def connections_free(self, now: float, most: int) -> int:
         """Connections that may go to work now, of `most` in all; fewer than 0 when there are too many."""
-        if self.state is LaneState.PROBING or not (self.sessions or self.greeted):
+        if self.state is LaneState.PROBING or not (self.sessions or self.first_connected):
             return 1 - self.busy
-        if self._limit < self.account.max_connections and now >= self._grows_at:
-            self._limit, self._grows_at = self._limit + 1, now + GROWTH_PAUSE_S
-        return min(self._limit, most) - self.busy
+        if self.limit < self.account.max_connections and now >= self.grows_at:
+            self.limit, self.grows_at = self.limit + 1, now + GROWTH_PAUSE_S
+        return min(self.limit, most) - self.busy
 
     def wants(self, now: float, most: int) -> int:
         """Messages to claim now: one for each free connection, and a little work ahead."""
-        if not self.has_mail or self.rests(now) or (self.state is LaneState.LIMITED and now < self.until):
+        if not self.has_mail or self.state in RESTING or (self.state is LaneState.LIMITED and now < self.until):
             return 0
         free = max(0, self.connections_free(now, most))
         if self.state is LaneState.PROBING:
             return max(0, free - len(self.ready) - self.preparing)
-        ahead = int(len(self.sessions) * AHEAD_S / self._seconds_each)
+        ahead = int(len(self.sessions) * AHEAD_S / self.seconds_each)
         if len(self.ready) * 2 > free + ahead or self.preparing >= PREPARED_AT_ONCE:
             return 0
         return max(0, min(free + ahead - len(self.ready), self.account.batch_size))
@@ -7109,16 +7109,19 @@ class Lane:
 
     # -- what it learns
 
-    def took(self, seconds: float) -> None:
-        self._seconds_each += (max(seconds, 0.0005) - self._seconds_each) / 4
+    def become(self, state: LaneState, until: float = math.inf) -> None:
+        in_trouble = (LaneState.COOLING, LaneState.PROBING)
+        if state is not self.state and not (state in in_trouble and self.state in in_trouble):
+            self.since = int(self.clock.wall())
+        self.state, self.until = state, until
 
     def works(self, generation: int) -> bool:
-        """The server did its part in something begun in that generation; True when it did not before."""
-        if not self.failures or generation < self._believes:
+        """The server did its part in something begun in that generation; True when that is news."""
+        if not self.failures or generation < self.believes:
             return False
         self.failures = 0
         if self.state in (LaneState.COOLING, LaneState.PROBING):
-            self._become(LaneState.UP)
+            self.become(LaneState.UP)
         return True
 
     def cool(self, signal: LaneSignal, reason: str, jitter: float) -> None:
@@ -7128,54 +7131,33 @@ class Lane:
         """
         schedule_s = LOGIN_COOLING_S if signal is LaneSignal.LOGIN_REFUSED else COOLING_S
         pause_s = schedule_s[min(self.failures, len(schedule_s) - 1)] * (1 + 0.2 * jitter)
-        self._become(LaneState.COOLING, self._clock.monotonic() + pause_s)
+        self.become(LaneState.COOLING, self.clock.monotonic() + pause_s)
         self.failures += 1
-        self._reason = reason
+        self.reason = reason
         self.generation += 1
         if signal is LaneSignal.LOGIN_REFUSED:
-            self._believes = self.generation
+            self.believes = self.generation
 
-    def refused_another(self) -> None:
-        """One connection more than the server wants: make do with fewer for a while."""
-        self._limit = max(1, self.busy - 1)
-        self._grows_at = self._clock.monotonic() + GROWTH_PAUSE_S
-
-    def try_now(self) -> None:
-        """End the cooling: one connection may find out."""
-        if self.state is LaneState.COOLING:
-            self._become(LaneState.PROBING)
+    def end_pause(self) -> None:
+        """It has cooled, or its limit has ended, or somebody says so."""
+        if self.state in (LaneState.COOLING, LaneState.LIMITED):
+            self.become(LaneState.PROBING if self.failures else LaneState.UP)
             self.has_mail = True
 
     def begin_anew(self) -> None:
-        """Somebody says that the server should be tried now; what was known of it is forgotten."""
+        """The server is to be tried now; what was known of it is forgotten."""
         self.failures = 0
-        self._believes = self.generation
-        self._limit = self.account.max_connections
+        self.believes = self.generation
+        self.limit = self.account.max_connections
         self.has_mail = True
-        self._become(LaneState.UP)
-
-    def suspend(self) -> None:
-        self._become(LaneState.SUSPENDED)
-
-    def limit_until(self, moment: float) -> None:
-        self._become(LaneState.LIMITED, moment)
-
-    def end_limit(self) -> None:
-        self._become(LaneState.PROBING if self.failures else LaneState.UP)
-        self.has_mail = True
-
-    def _become(self, state: LaneState, until: float = math.inf) -> None:
-        in_trouble = (LaneState.COOLING, LaneState.PROBING)
-        if state is not self.state and not (state in in_trouble and self.state in in_trouble):
-            self._since = int(self._clock.wall())
-        self.state, self.until = state, until
+        self.become(LaneState.UP)
 
     # -- what it says
 
     def next_try_ts(self) -> int:
         """The wall-clock second after the lane's next try: others go first."""
-        pause_s = self.until - self._clock.monotonic() if self.state is LaneState.COOLING else 0
-        return math.floor(self._clock.wall() + max(0.0, pause_s)) + 1
+        pause_s = self.until - self.clock.monotonic() if self.state is LaneState.COOLING else 0
+        return math.floor(self.clock.wall() + max(0.0, pause_s)) + 1
 
     def status(self) -> LaneStatus:
         reason, until = None, None
@@ -7183,19 +7165,11 @@ class Lane:
             reason = "suspended by hand"
         elif self.state is LaneState.LIMITED:
             reason = "rate limit reached"
-            until = math.ceil(self._clock.wall() + self.until - self._clock.monotonic())
+            until = math.ceil(self.clock.wall() + self.until - self.clock.monotonic())
         elif self.state is not LaneState.UP:
-            reason = self._reason
+            reason = self.reason
             until = self.next_try_ts() if self.state is LaneState.COOLING else None
-        return LaneStatus(self.state, reason, self._since, until)
-
-
-@dataclass(slots=True, eq=False)
-class Line:
-    """One connection of a lane at work, and its session as long as there is one."""
-
-    lane: Lane
-    session: Session | None = None
+        return LaneStatus(self.state, reason, self.since, until)
 
 
 # ----- messages
@@ -7209,37 +7183,17 @@ class Composed(NamedTuple):
     smtputf8: bool
 
 
-class Consignment(NamedTuple):
-    """A claimed message in its lane: composed already, or small enough to be composed on the way."""
-
-    claim: Claim
-    composed: Composed | None = None
-    memory_bytes: int = 0  # its share of the memory
-
-
-@dataclass(slots=True)
-class Turn:
-    """A message on a connection; it may take several transactions."""
-
-    claim: Claim
-    composed: Composed
-    tried: set[str] = field(default_factory=set)  # had their word in this turn, for now or for good
-
-    @property
-    def recipients_left(self) -> list[str]:
-        settled = self.claim.recipients or {}
-        final = {address for address, outcome in settled.items() if outcome.status is not Status.DEFERRED}
-        return [a for a in self.composed.envelope.recipients if a not in self.tried and a not in final]
-
-
+@dataclass(eq=False)
 class Composer:
     """Puts claimed messages together: the payload, its parts, and the rules of the house."""
 
-    def __init__(self, queue: Queue, fetcher: AttachmentFetcher, memory_bytes: int, in_thread: InThread) -> None:
-        self.fetcher = fetcher  # replaced when the configuration is read again
-        self.memory = Shares(memory_bytes, memory_bytes // SMALL_PART)
-        self._queue = queue
-        self._in_thread = in_thread
+    queue: Queue
+    fetcher: AttachmentFetcher  # replaced when the configuration is read again
+    memory_bytes: int
+    in_thread: InThread
+
+    def __post_init__(self) -> None:
+        self.memory = Shares(self.memory_bytes, small=self.memory_bytes // SMALL_PART)
 
     def compose(
         self,
@@ -7269,13 +7223,12 @@ class Composer:
         if isinstance(fetched, Reply):
             return fetched
         size_bytes = claim.size_bytes + sum(one.size_bytes for one in fetched if one is not None)
-        taken_bytes = min(size_bytes * BUILD_FACTOR, self.memory.most)
+        taken_bytes, kept_bytes = min(size_bytes * BUILD_FACTOR, self.memory.most), 0
         await self.memory.take(lane, taken_bytes)
-        kept_bytes = 0
         try:
-            payload = claim.payload or await self._queue.payload(claim.seq)
-            contents = await self._queue.contents(claim.seq) if claim.parts else {}
-            composed = await self._in_thread(lambda: self.compose(claim, payload, redirect_to, contents, fetched))
+            payload = claim.payload or await self.queue.payload(claim.seq)
+            contents = await self.queue.contents(claim.seq) if claim.parts else {}
+            composed = await self.in_thread(lambda: self.compose(claim, payload, redirect_to, contents, fetched))
             if isinstance(composed, Reply):
                 return composed
             kept_bytes = min(taken_bytes, len(composed.content))
@@ -7288,47 +7241,36 @@ class Composer:
         taken_bytes = 0 if claim.payload else min(claim.size_bytes, self.memory.most)
         await self.memory.take(lane, taken_bytes)
         try:
-            payload = claim.payload or await self._queue.payload(claim.seq)
-            attachments = await self._in_thread(lambda: stored_attachments(payload))
+            payload = claim.payload or await self.queue.payload(claim.seq)
+            attachments = await self.in_thread(lambda: stored_attachments(payload))
         finally:
             self.memory.give_back(lane, taken_bytes)
         return await self.fetcher.fetch_all(attachments)
 
 
+@dataclass(eq=False)
 class Dispatcher:
     """Delivers due mail through the lanes; the only one who claims."""
 
-    def __init__(
-        self,
-        queue: Queue,
-        settings: DeliverySettings,
-        *,
-        clock: Clock,
-        jitter: Callable[[], float],
-        open_session: Callable[..., Awaitable[Session | Reply]],
-        composer: Composer,
-        metrics: Metrics,
-        log: logging.Logger,
-        reports_due: Callable[[], None],
-    ) -> None:
-        self.settings = settings  # replaced when the configuration is read again
-        self.lanes: dict[str, Lane] = {}
-        self.active = True
-        self.log_deliveries = False
-        self.turned_at = clock.monotonic()
-        self._queue = queue
-        self._clock = clock
-        self._jitter = jitter
-        self._open_session = open_session
-        self._composer = composer
-        self._metrics = metrics
-        self._log = log
-        self._reports_due = reports_due
+    queue: Queue
+    settings: DeliverySettings  # replaced when the configuration is read again
+    clock: Clock
+    jitter: Callable[[], float]
+    open_session: Callable[..., Awaitable[Session | Reply]]
+    composer: Composer
+    metrics: Metrics
+    log: logging.Logger
+    reports_due: Callable[[], None]
+    active: bool = True
+    log_deliveries: bool = False
+    lanes: dict[str, Lane] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.turned_at = self.clock.monotonic()
         self._alarm = Alarm()
         self._marked: dict[Lane, None] = {}  # lanes for the next turn to look at, in this order
-        self._slots = Shares(settings.max_concurrency)  # a transaction each
+        self._slots = Shares(self.settings.max_concurrency)  # a transaction each
         self._tasks: set[asyncio.Task[None]] = set()
-        self._preparations: set[asyncio.Task[None]] = set()  # those of the tasks that are not on the wire yet
         self._asked = False  # run-now in test_mode: turn until nothing is left to do
         self._cooled_may_go = False  # run-now: what waits for a server's next try is ready
         self._draining = False
@@ -7350,17 +7292,13 @@ class Dispatcher:
                 self._mark(lane)
         self._alarm.ring()
 
-    def _mark(self, lane: Lane) -> None:
-        """Have the next turn look at the lane, or at the one that has taken its place."""
-        self._marked[self.lanes.get(lane.account.id, lane)] = None
-        self._alarm.ring()
-
     def run_now(self) -> None:
         """End all cooling and look at once; in test_mode the one way to get mail out."""
         self._asked = self.settings.test_mode
         self._cooled_may_go = True
         for lane in self.lanes.values():
-            lane.try_now()
+            if lane.state is LaneState.COOLING:
+                lane.end_pause()
             self._mark(lane)
 
     def add_lane(
@@ -7370,12 +7308,12 @@ class Dispatcher:
         `held_back` says that some of its mail waits for its limits."""
         windows = self._held_windows.pop(account.id, None) or SendWindows(account.limits, counted)
         windows.replace_limits(account.limits)
-        lane = self.lanes[account.id] = Lane(account, windows, self._clock)
-        now = self._clock.monotonic()
+        lane = self.lanes[account.id] = Lane(account, windows, self.clock)
+        now = self.clock.monotonic()
         if suspended:
-            lane.suspend()
+            lane.become(LaneState.SUSPENDED)
         elif held_back and not windows.room(now):
-            self._limit(lane, now)
+            lane.become(LaneState.LIMITED, windows.opens_at(now))
         self._lanes_changed()
         self._mark(lane)
 
@@ -7384,21 +7322,19 @@ class Dispatcher:
         lane = self.lanes[account.id]
         lane.account = account
         lane.windows.replace_limits(account.limits)
-        self._recall(lane)
         if lane.state is not LaneState.SUSPENDED:
-            lane.begin_anew()
-        self._mark(lane)
-
-    def suspend_lane(self, account_id: str) -> None:
-        """Deliver nothing more for the account; what is on the wire finishes."""
-        self.lanes[account_id].suspend()
-        self._recall(self.lanes[account_id])
+            self.activate_lane(account.id)
 
     def activate_lane(self, account_id: str) -> None:
         lane = self.lanes[account_id]
         self._recall(lane)
         lane.begin_anew()
         self._mark(lane)
+
+    def suspend_lane(self, account_id: str) -> None:
+        """Deliver nothing more for the account; what is on the wire finishes."""
+        self.lanes[account_id].become(LaneState.SUSPENDED)
+        self._recall(self.lanes[account_id])
 
     def remove_lane(self, account_id: str) -> None:
         """Stop delivering for an account that is gone; messages on the wire finish, for good or ill.
@@ -7407,14 +7343,14 @@ class Dispatcher:
         """
         lane = self.lanes.pop(account_id)
         lane.deleted = lane.account.source != "config"
-        lane.suspend()
+        lane.become(LaneState.SUSPENDED)
         self._recall(lane)
         self._lanes_changed()
         if lane.windows.held:
             self._held_windows[account_id] = lane.windows
 
     def _lanes_changed(self) -> None:
-        self._slots.alone = self._composer.memory.alone = len(self.lanes) == 1
+        self._slots.alone = self.composer.memory.alone = len(self.lanes) == 1
 
     def suspend(self) -> None:
         self.active = False
@@ -7425,14 +7361,18 @@ class Dispatcher:
         self.active = True
         self.wake(self.lanes)
 
+    def _mark(self, lane: Lane) -> None:
+        """Have the next turn look at the lane, or at the one that has taken its place."""
+        self._marked[self.lanes.get(lane.account.id, lane)] = None
+        self._alarm.ring()
+
     def _recall(self, lane: Lane) -> None:
         """Call back what is not on the wire yet, and close the connections nobody uses."""
         lane.generation += 1
-        for opening in lane.openings:
-            opening.cancel()
-        self._slots.call_back(lane)
+        for work in lane.recallable:
+            work.cancel()
         while lane.ready:
-            self._spawn(self._return(lane, lane.ready.popleft()))
+            self._put_back(lane, lane.ready.popleft())
         while lane.idle:
             self._part_with(lane, lane.idle.pop())
 
@@ -7441,7 +7381,7 @@ class Dispatcher:
     async def run(self) -> None:
         """Turn until cancelled or told to drain; anything unexpected ends the daemon."""
         while not self._draining:
-            self.turned_at = self._clock.monotonic()
+            self.turned_at = self.clock.monotonic()
             await self._alarm.sleep(await self._turn())
 
     async def _turn(self) -> float:
@@ -7451,23 +7391,23 @@ class Dispatcher:
             await self._follow_clock()
             if self.settings.test_mode and not self._asked:
                 return self.settings.send_interval_seconds
-            if self._queue.file.refuses:
-                await self._queue.answers()
+            if self.queue.file.refuses:
+                await self.queue.answers()
             await self._step_clockwork()
             if self.active:
                 await self._look_after_lanes()
         except StorageUnavailable as error:
             if not self._waits_for_storage:
-                event(self._log, logging.ERROR, "delivery waits for the storage", error=str(error))
+                event(self.log, logging.ERROR, "delivery waits for the storage", error=str(error))
             self._waits_for_storage = True
             return STORAGE_PAUSE_S
         if self._waits_for_storage:
-            event(self._log, logging.INFO, "delivery goes on: the storage works again")
+            event(self.log, logging.INFO, "delivery goes on: the storage works again")
         self._waits_for_storage = False
-        until_due_s = min(self._queue.next_due_ts, self._queue.next_deadline_ts) - self._clock.wall()
+        until_due_s = min(self.queue.next_due_ts, self.queue.next_deadline_ts) - self.clock.wall()
         if self.settings.test_mode and until_due_s > 0 and not (self._tasks or (self.active and self._marked)):
             self._asked = False
-            self._reports_due()
+            self.reports_due()
         return max(0.0, min(self.settings.send_interval_seconds, until_due_s))
 
     async def _follow_clock(self) -> None:
@@ -7476,96 +7416,86 @@ class Dispatcher:
         Times that clients gave are meant by the new clock. Nothing may come between following the
         clock and handing the change to the writer: what is written after it goes by the new one.
         """
-        since = self._clock.started_ts
-        step_s = self._clock.follow()
+        since = self.clock.started_ts
+        step_s = self.clock.follow()
         if not step_s:
             return
         try:
-            await self._queue.move_times(step_s, since)
+            await self.queue.move_times(step_s, since)
         except StorageUnavailable:
-            self._clock.unfollow(step_s)
+            self.clock.unfollow(step_s)
             raise
-        event(self._log, logging.WARNING, "the wall clock was set", seconds=step_s)
+        event(self.log, logging.WARNING, "the wall clock was set", seconds=step_s)
 
     async def _step_clockwork(self) -> None:
         """Let what waits for a time become ready, and some overdue mail end, when there is any."""
-        now = self._clock.wall()
+        now = self.clock.wall()
         if self._cooled_may_go:
-            self.wake(await self._queue.let_cooled_go())
+            self.wake(await self.queue.let_cooled_go())
             self._cooled_may_go = False
-        if self._queue.next_due_ts <= now:
-            self.wake(await self._queue.release_due())
-        if self._queue.next_deadline_ts <= now:
-            for id_, account_id, why in await self._queue.give_up_overdue():
-                self._metrics.messages_failed.labels(self._metrics.label(account_id)).inc()
-                event(self._log, logging.WARNING, "message given up", message=id_, account=account_id, error=why)
-            self._reports_due()
+        if self.queue.next_due_ts <= now:
+            self.wake(await self.queue.release_due())
+        if self.queue.next_deadline_ts <= now:
+            for id_, account_id, why in await self.queue.give_up_overdue():
+                self.metrics.messages_failed.labels(self.metrics.label(account_id)).inc()
+                event(self.log, logging.WARNING, "message given up", message=id_, account=account_id, error=why)
+            self.reports_due()
 
     async def _look_after_lanes(self) -> None:
         """Put waiting mail of the marked lanes on free connections, and claim more where it can be taken."""
         marked, self._marked = self._marked, {}
-        wanted: dict[Lane, int] = {}
+        orders: dict[Lane, Order] = {}
         try:
             for lane in marked:
-                self._start_work(lane, len(lane.ready))
-                if most := await self._wanted(lane):
-                    wanted[lane] = most
-            if wanted:
-                await self._claim(wanted)
+                now = self.clock.monotonic()
+                if lane.state is LaneState.LIMITED and lane.until <= now:  # those that waited keep their place
+                    await self.queue.let_go(lane.account.id, ("limit",))
+                    lane.end_pause()
+                self._start_work(lane)
+                wants = lane.wants(now, self.settings.max_concurrency)
+                most = min(wants, lane.windows.room(now)) if wants else 0
+                if most:
+                    orders[lane] = Order(lane.account.id, most, lane.retried_first)
+                elif wants and not lane.windows.held:  # else what is on the wire may yet give its slot back
+                    await self._hold_back(lane, now)
+                self._set_timer(lane)
+            if orders:
+                await self._claim(orders)
         except StorageUnavailable:
             self._marked = {**marked, **self._marked}
             raise
 
-    async def _wanted(self, lane: Lane) -> int:
-        """Messages to claim for the lane now; where its limits let none go, this turn's wait or fail."""
-        now = self._clock.monotonic()
-        if lane.state is LaneState.LIMITED and lane.until <= now:  # those that waited keep their place
-            await self._queue.let_go(lane.account.id, ("limit",))
-            lane.end_limit()
-        wants = lane.wants(now, self.settings.max_concurrency)
-        if not wants:
-            return 0
-        room = lane.windows.room(now)
-        if not room and not lane.windows.held:  # else what is on the wire may yet give its slot back
-            await self._hold_back(lane, now)
-        return min(wants, room)
-
     async def _hold_back(self, lane: Lane, now: float) -> None:
         """The rate limit is reached: this turn's messages wait until the window opens, or fail."""
+        account_id, limits = lane.account.id, lane.account.limits._asdict()
         reached = [name for name, left in lane.windows.left(now).items() if not left]
-        limits = lane.account.limits._asdict()
         why = "rate limit reached: " + ", ".join(f"{limits[f'per_{name}']} per {name}" for name in reached)
-        order = Order(lane.account.id, lane.account.batch_size, lane.retried_first)
+        order = Order(account_id, lane.account.batch_size, lane.retried_first)
+        until_ts = None
         if lane.account.limit_behavior == "error":
-            held_back, until_ts = await self._queue.fail_limited(order, why), None
-            self._metrics.messages_failed.labels(lane.account.id).inc(len(held_back))
+            held_back = await self.queue.fail_limited(order, why)
+            self.metrics.messages_failed.labels(account_id).inc(len(held_back))
         else:
-            opens_at = self._limit(lane, now)
-            until_ts = math.ceil(self._clock.wall() + opens_at - now)
-            held_back = await self._queue.defer_limited(order, until_ts, why)
-            self._metrics.messages_deferred.labels(lane.account.id, "limit").inc(len(held_back))
+            opens_at = lane.windows.opens_at(now)
+            until_ts = math.ceil(self.clock.wall() + opens_at - now)
+            held_back = await self.queue.defer_limited(order, until_ts, why)
+            self.metrics.messages_deferred.labels(account_id, "limit").inc(len(held_back))
+            if held_back and lane.state not in RESTING:
+                lane.become(LaneState.LIMITED, opens_at)
+        lane.has_mail = bool(held_back)
         if not held_back:
-            lane.end_limit()
-            lane.has_mail = False
             return
         self._mark(lane)  # the next ones come up, and fail too
-        self._metrics.rate_limited.labels(lane.account.id).inc(len(held_back))
+        self.metrics.rate_limited.labels(account_id).inc(len(held_back))
         for claim in held_back:
             event(
-                self._log, logging.INFO, "message held back by the rate limit", message=claim.id,
-                account=claim.account_id, until=until_ts, error=why,
+                self.log, logging.INFO, "message held back by the rate limit", message=claim.id,
+                account=account_id, until=until_ts, error=why,
             )  # fmt: skip
-        self._reports_due()
-
-    def _limit(self, lane: Lane, now: float) -> float:
-        """Claim nothing for the lane until its window opens; return when that is."""
-        opens_at = lane.windows.opens_at(now)
-        lane.limit_until(opens_at)
-        self._set_timer(lane)
-        return opens_at
+        self.reports_due()
 
     def _set_timer(self, lane: Lane) -> None:
-        """Look at the lane when time changes something in it."""
+        """Have the lane looked at when time changes something in it."""
         wakes_at = lane.wakes_at()
         if wakes_at == math.inf or (lane.timer is not None and lane.timer.when() <= wakes_at):
             return
@@ -7574,113 +7504,111 @@ class Dispatcher:
         lane.timer = asyncio.get_running_loop().call_at(wakes_at, self._time_has_come, lane)
 
     def _time_has_come(self, lane: Lane) -> None:
-        now = self._clock.monotonic()
-        lane.timer = None
-        lane.rests(now)
+        now, lane.timer = self.clock.monotonic(), None
+        if lane.state is LaneState.COOLING and lane.until <= now:
+            lane.end_pause()
         for session in [session for session in lane.idle if not lane.keeps(session, now)]:
             lane.idle.remove(session)
             self._part_with(lane, session)
         self._set_timer(lane)
         self._mark(lane)
 
-    async def _claim(self, wanted: Mapping[Lane, int]) -> None:
-        orders = [Order(lane.account.id, most, lane.retried_first) for lane, most in wanted.items()]
-        for lane, most in wanted.items():
-            lane.windows.hold(most)
+    async def _claim(self, orders: Mapping[Lane, Order]) -> None:
+        """Take the lanes' next messages out of the queue: small ones are ready, others are put together first."""
+        for lane, order in orders.items():
+            lane.windows.hold(order.most)
             lane.has_mail = False  # a wake during the claim sets it again
         try:
-            found = await self._queue.claim(orders)
+            found = await self.queue.claim(list(orders.values()))
         except StorageUnavailable:
-            for lane, most in wanted.items():
-                lane.windows.give_back(most)
+            for lane, order in orders.items():
+                lane.windows.give_back(order.most)
                 lane.has_mail = True
             raise
-        for (lane, most), claims in zip(wanted.items(), found, strict=True):
-            if len(claims) < most:
-                lane.windows.give_back(most - len(claims))
-            lane.has_mail = lane.has_mail or len(claims) == most
+        for (lane, order), claims in zip(orders.items(), found, strict=True):
+            lane.windows.give_back(order.most - len(claims))
+            lane.has_mail = lane.has_mail or len(claims) == order.most
             lane.retried_first ^= bool(len(claims) % 2)
             for claim in claims:
-                self._take_up(lane, claim)
+                if claim.payload is not None and not claim.parts and claim.size_bytes <= COMPOSED_INLINE_BYTES:
+                    lane.ready.append(Consignment(claim))
+                else:
+                    lane.preparing += 1
+                    self._spawn(self._prepare(lane, claim))
+                    self._mark(lane)  # it takes no connection yet: another may come
+            self._start_work(lane)
 
-    # -- from claim to consignment
+    # -- from claim to connection
 
     def _may_go(self, lane: Lane) -> bool:
-        """True unless mail was called back while it was on its way to the lane."""
-        return self.active and not self._stands_still() and not lane.rests(self._clock.monotonic())
+        """False at the end, while no outcome could be recorded, and for a lane that rests."""
+        return self.active and not (self._draining or self.queue.file.refuses) and lane.state not in RESTING
 
-    def _stands_still(self) -> bool:
-        """True when nothing more may start: at the end, and while no outcome could be recorded."""
-        return self._draining or self._queue.file.refuses
-
-    def _take_up(self, lane: Lane, claim: Claim) -> None:
+    def _start_work(self, lane: Lane) -> None:
+        """Put free connections to work; what may not go any more goes back."""
         if not self._may_go(lane):
-            self._spawn(self._release(lane, claim))
-        elif claim.payload is not None and not claim.parts and claim.size_bytes <= COMPOSED_INLINE_BYTES:
-            lane.ready.append(Consignment(claim))
-            self._start_work(lane, 1)
-        else:
-            lane.preparing += 1
-            self._mark(lane)  # it takes no connection yet: another may come
-            preparation = self._spawn(self._prepare(lane, claim))
-            self._preparations.add(preparation)
-            preparation.add_done_callback(self._preparations.discard)
-
-    async def _prepare(self, lane: Lane, claim: Claim) -> None:
-        """Fetch and compose a message beside the lane; no connection waits for it."""
-        started_at, generation = self._clock.wall(), lane.generation
-        try:
-            prepared = await self._composer.prepare(lane, claim, self.settings.redirect_to)
-        except asyncio.CancelledError:
-            await self._release(lane, claim)
-            raise
-        except StorageUnavailable:
-            await asyncio.sleep(STORAGE_PAUSE_S)
-            await self._release(lane, claim)
-            return
-        except Exception as error:
-            await self._fail_internally(lane, claim, error)
-            return
-        finally:
-            lane.preparing -= 1
-            self._mark(lane)
-        if isinstance(prepared, Reply):
-            attempt = Attempt(started_at, self._clock.wall(), {"": prepared})
-            await self._settle(lane, claim, attempt, generation)
-        elif self._may_go(lane):
-            lane.ready.append(prepared)
-            self._start_work(lane, 1)
-        else:
-            await self._return(lane, prepared)
-
-    def _start_work(self, lane: Lane, most: int) -> None:
-        """Put free connections to work, so many at most."""
-        for _ in range(min(most, lane.connections_free(self._clock.monotonic(), self.settings.max_concurrency))):
+            while lane.ready:
+                self._put_back(lane, lane.ready.popleft())
+        free = lane.connections_free(self.clock.monotonic(), self.settings.max_concurrency)
+        for _ in range(min(len(lane.ready), free)):
             lane.busy += 1
             self._spawn(self._work(Line(lane)))
 
-    async def _return(self, lane: Lane, consignment: Consignment) -> None:
-        self._composer.memory.give_back(lane, consignment.memory_bytes)
-        await self._release(lane, consignment.claim)
+    async def _prepare(self, lane: Lane, claim: Claim) -> None:
+        """Fetch and compose a message beside the lane; no connection waits for it."""
+        started_at, generation = self.clock.wall(), lane.generation
+        try:
+            prepared = await self._unless_recalled(lane, self.composer.prepare(lane, claim, self.settings.redirect_to))
+            if isinstance(prepared, Reply):
+                attempt = Attempt(started_at, self.clock.wall(), {"": prepared})
+                await self._settle(lane, claim, attempt, generation)
+            elif prepared is not None:
+                lane.ready.append(prepared)
+                self._start_work(lane)
+            else:
+                await self._release(lane, claim)
+        except StorageUnavailable:
+            await asyncio.sleep(STORAGE_PAUSE_S)
+            await self._release(lane, claim)
+        except Exception as error:
+            await self._fail_internally(lane, claim, error)
+        finally:
+            lane.preparing -= 1
+            self._mark(lane)
+
+    async def _unless_recalled(self, lane: Lane, work: Coroutine[Any, Any, T]) -> T | None:
+        """What the work gives, or None when the lane was called back meanwhile."""
+        task = asyncio.get_running_loop().create_task(work)
+        lane.recallable.add(task)
+        try:
+            await asyncio.wait([task])
+        finally:
+            lane.recallable.discard(task)
+            task.cancel()
+        return None if task.cancelled() else task.result()
+
+    def _put_back(self, lane: Lane, consignment: Consignment) -> None:
+        self.composer.memory.give_back(lane, consignment.memory_bytes)
+        self._spawn(self._release(lane, consignment.claim))
 
     async def _release(self, lane: Lane, claim: Claim) -> None:
         """Put a claim back untouched, and its slot of the limits; with a deleted account it ends."""
         if lane.deleted or claim.served:
-            now = self._clock.wall()
+            now = self.clock.wall()
             await self._conclude(lane, claim, Attempt(now, now, {}), untouched(claim))
             return
         lane.windows.give_back()
-        self._queue.release([claim])  # at once: the account may be deleted during any wait
+        self.queue.release([claim])  # at once: the account may be deleted during any wait
         lane.has_mail = True
         self._mark(lane)
 
     # -- one connection at work
 
     async def _work(self, line: Line) -> None:
-        """Deliver the lane's consignments over one connection until none is left."""
-        lane = line.lane
+        """Deliver the lane's consignments over one connection until none is left, or it is one too many."""
+        lane, most = line.lane, self.settings.max_concurrency
         try:
-            while lane.ready and not self._stands_still() and self._is_welcome(lane):
+            while lane.ready and self._may_go(lane) and lane.connections_free(self.clock.monotonic(), most) >= 0:
                 consignment = lane.ready.popleft()
                 if len(lane.ready) <= lane.busy:
                     self._mark(lane)
@@ -7688,26 +7616,14 @@ class Dispatcher:
                     await self._deliver(line, consignment)
                 finally:
                     if consignment.memory_bytes:
-                        self._composer.memory.give_back(lane, consignment.memory_bytes)
+                        self.composer.memory.give_back(lane, consignment.memory_bytes)
         finally:
             lane.busy -= 1
-            self._park(line)
             self._mark(lane)
-
-    def _is_welcome(self, lane: Lane) -> bool:
-        """False when the lane has more connections at work than it may have now."""
-        return lane.connections_free(self._clock.monotonic(), self.settings.max_concurrency) >= 0
-
-    def _park(self, line: Line) -> None:
-        """Keep the session for the next message, or say goodbye."""
-        lane, session = line.lane, line.session
-        if session is None:
-            return
-        if self._may_go(lane) and lane.keeps(session, self._clock.monotonic()):
-            lane.idle.append(session)
-            self._set_timer(lane)
-        else:
-            self._part_with(lane, session)
+            if line.session is not None and self._may_go(lane) and lane.keeps(line.session, self.clock.monotonic()):
+                lane.idle.append(line.session)
+            elif line.session is not None:
+                self._part_with(lane, line.session)
 
     def _part_with(self, lane: Lane, session: Session) -> None:
         del lane.sessions[session]
@@ -7717,58 +7633,68 @@ class Dispatcher:
             session.abort()
 
     async def _deliver(self, line: Line, consignment: Consignment) -> None:
-        """Bring one message to its disposition, or put it back untouched."""
-        lane, claim, turn = line.lane, consignment.claim, None
-        if claim.deadline is not None and claim.deadline <= self._clock.wall():
+        """Bring one message to its disposition, or put it back untouched; it may take several transactions."""
+        lane, claim, composed = line.lane, consignment.claim, consignment.composed
+        if claim.deadline is not None and claim.deadline <= self.clock.wall():
             await self._release(lane, claim)
             return
-        redirect_to = self.settings.redirect_to
+        tried: set[str] = set()
+        transacting = False
         try:
-            composed = consignment.composed or self._composer.compose(claim, claim.payload or "", redirect_to)
-            assert isinstance(composed, Composed)  # without parts there is nothing that cannot be fetched
-            turn = Turn(_for_its_recipients(claim, composed.envelope), composed)
-            while await self._transact(line, turn):
-                pass
+            if composed is None:
+                made = self.composer.compose(claim, claim.payload or "", self.settings.redirect_to)
+                assert isinstance(made, Composed)  # without parts there is nothing that cannot be fetched
+                composed = made
+            if claim.recipients:
+                claim = _for_its_recipients(claim, composed.envelope)
+            transacting = True
+            while (goes_on := await self._transact(line, claim, composed, tried)) is not None:
+                claim = goes_on
         except Exception as error:
-            await self._fail_internally(lane, turn.claim if turn else claim, error, in_doubt=turn is not None)
+            await self._fail_internally(lane, claim, error, in_doubt=transacting)
 
-    async def _transact(self, line: Line, turn: Turn) -> bool:
-        """One transaction; True when the message goes on at once with the recipients that are left."""
-        lane, claim, generation = line.lane, turn.claim, line.lane.generation
-        started_at = self._clock.wall()
-        left = turn.recipients_left
-        replies = {address: _not_allowed() for address in left if not self._allows(address)}
-        served = () if replies else tuple(left)[: lane.account.max_recipients]
-        asked = {*replies, *served}
-        untried = [address for address in left if address not in asked]
+    async def _transact(self, line: Line, claim: Claim, composed: Composed, tried: set[str]) -> Claim | None:
+        """One transaction; the claim as it goes on at once with the recipients that are left, None: it is over.
+
+        `tried` are the recipients that had their word in this turn, for now or for good.
+        """
+        lane, generation, started_at = line.lane, line.lane.generation, self.clock.wall()
+        before = claim.recipients or {}
+        final = {address for address, outcome in before.items() if outcome.status is not Status.DEFERRED}
+        left = [address for address in composed.envelope.recipients if address not in tried and address not in final]
+        replies = self._refused_here(left) if self.settings.allow_recipients else {}
+        served = () if replies else tuple(left[: lane.account.max_recipients])
         name, reused = "", False
         if served:
             session = await self._session(line)
             if isinstance(session, Reply):
                 await self._without_session(line, claim, session, started_at, generation)
-                return False
-            if session is None or not await self._slots.take(lane, 1):
+                return None
+            if session is not None:
+                name, reused = session.name, session.transactions > 0
+                replies = await self._converse(line, session, Envelope(composed.envelope.sender, served), composed)
+            if not replies:  # called back meanwhile
                 await self._release(lane, claim)
-                return False
-            name, reused = session.name, session.transactions > 0
-            replies = await self._converse(line, session, turn.composed, served)
-        attempt = Attempt(started_at, self._clock.wall(), replies, name, reused)
-        turn.claim, goes_on = await self._settle(lane, claim, attempt, generation, untried)
-        before, after = claim.recipients or {}, turn.claim.recipients or {}
-        turn.tried.update(a for a, outcome in after.items() if outcome is not before.get(a) and outcome != UNTRIED)
+                return None
+        attempt = Attempt(started_at, self.clock.wall(), replies, name, reused)
+        goes_on = await self._settle(lane, claim, attempt, generation, [a for a in left if a not in replies])
+        if goes_on is not None:
+            after = goes_on.recipients or {}
+            tried.update(a for a, outcome in after.items() if outcome is not before.get(a) and outcome != UNTRIED)
         return goes_on
 
-    def _allows(self, address: str) -> bool:
-        """True when mail may go to this address; no list allows all, and redirected mail goes where it is told."""
+    def _refused_here(self, recipients: Iterable[str]) -> dict[str, Reply]:
+        """Those that get no mail from here: the list of allowed ones does not name them, nor their domain."""
+        if self.settings.redirect_to:
+            return {}
         allowed = self.settings.allow_recipients
-        if not allowed or self.settings.redirect_to:
-            return True
-        address = address.lower()
-        return address in allowed or f"@{address.rpartition('@')[2]}" in allowed
+        refusal = Reply(Stage.RCPT, 550, "recipient not allowed here", "5.7.1", Cause.LOCAL)
+        names = {address: address.lower() for address in recipients}
+        return {a: refusal for a, n in names.items() if n not in allowed and f"@{n.rpartition('@')[2]}" not in allowed}
 
     async def _session(self, line: Line) -> Session | Reply | None:
         """The line's session, one that was kept, or a new one; a reply says why there is none. None: called back."""
-        lane, now = line.lane, self._clock.monotonic()
+        lane, now = line.lane, self.clock.monotonic()
         while line.session is not None or lane.idle:
             session = line.session or lane.idle.pop()
             if lane.keeps(session, now):
@@ -7779,64 +7705,68 @@ class Dispatcher:
         return await self._open(line)
 
     async def _open(self, line: Line) -> Session | Reply | None:
-        """Open a connection, unless it is called back. While no session is open, one connection logs in
-        first; the others may connect once it is greeted, and log in once it is in."""
+        """Open a connection, unless it is called back. While no session is open, one connection goes first:
+        the others may connect once its server answers, and log in once it is in."""
         lane, generation = line.lane, line.lane.generation
         if not lane.sessions and lane.first is None:
             lane.first = line
             lane.first_is_in.clear()
 
-        async def may_log_in() -> None:
+        def connected() -> None:
             if lane.first is line:
-                lane.greeted = True
+                lane.first_connected = True
                 self._mark(lane)
-            else:
+
+        async def may_log_in() -> None:
+            if lane.first is not line:
                 await lane.first_is_in.wait()
 
-        name = f"{lane.account.id}-{next(lane.names)}"
-        opening = asyncio.ensure_future(self._open_session(lane.account, name=name, may_log_in=may_log_in))
-        lane.openings.add(opening)
-        try:
-            await asyncio.wait([opening])
-        finally:
-            lane.openings.discard(opening)
-            opening.cancel()
-            if lane.first is line:
-                lane.first, lane.greeted = None, False
-        if opening.cancelled():
-            return None
-        if (error := opening.exception()) is not None:
-            event(
-                self._log, logging.ERROR, "connecting made mailproxy fail", account=lane.account.id, exc_info=error
-            )  # fmt: skip
-            return Reply(Stage.CONNECT, 451, f"internal error ({type(error).__name__})", "4.3.0", Cause.LOCAL)
-        opened = opening.result()
-        outcome = "ok" if isinstance(opened, Session) else "login_refused" if login_refused(opened) else "failed"
-        self._metrics.smtp_connects.labels(self._metrics.label(lane.account.id), outcome).inc()
-        if isinstance(opened, Reply):
-            return opened
-        if lane.generation != generation or not self._may_go(lane):
-            self._spawn(opened.quit())
-            return None
-        lane.sessions[opened] = generation
-        lane.first_is_in.set()
-        line.session = opened
-        self._mark(lane)  # it may have more connections now
-        return opened
+        async def opened() -> Session | Reply:
+            try:
+                name = f"{lane.account.id}-{lane.opened}"
+                return await self.open_session(lane.account, name=name, connected=connected, may_log_in=may_log_in)
+            except Exception as error:
+                what = "connecting made mailproxy fail"
+                event(self.log, logging.ERROR, what, account=lane.account.id, exc_info=error)
+                return Reply(Stage.CONNECT, 451, f"internal error ({type(error).__name__})", "4.3.0", Cause.LOCAL)
 
-    async def _converse(
-        self, line: Line, session: Session, composed: Composed, recipients: tuple[str, ...]
-    ) -> dict[str, Reply]:
-        """One SMTP transaction in its slot: a reply for each recipient, and a session only if it can carry more."""
-        lane, begun = line.lane, self._clock.monotonic()
-        envelope = Envelope(composed.envelope.sender, recipients)
+        lane.opened += 1
         try:
+            session = await self._unless_recalled(lane, opened())
+        finally:
+            if lane.first is line:
+                lane.first, lane.first_connected = None, False
+        if session is None:
+            return None
+        outcome = "ok"
+        if isinstance(session, Reply):
+            outcome = "login_refused" if login_refused(session) else "failed"
+        elif lane.generation != generation or not self._may_go(lane):
+            self._spawn(session.quit())
+            return None
+        else:
+            line.session = session
+            lane.sessions[session] = generation
+            lane.first_is_in.set()
+            self._mark(lane)  # it may have more connections now
+        self.metrics.smtp_connects.labels(self.metrics.label(lane.account.id), outcome).inc()
+        return session
+
+    async def _converse(self, line: Line, session: Session, envelope: Envelope, composed: Composed) -> dict[str, Reply]:
+        """One SMTP transaction in its slot: a reply for each recipient, or none when the lane was called back
+        before; and a session only if it can carry more."""
+        lane, generation = line.lane, line.lane.generation
+        await self._slots.take(lane, 1)
+        begun = self.clock.monotonic()
+        try:
+            if generation != lane.generation:
+                return {}
             return await session.transact(envelope, composed.content, smtputf8=composed.smtputf8)
         finally:
             self._slots.give_back(lane, 1)
-            seconds = self._clock.monotonic() - begun
-            lane.took(seconds)
-            self._metrics.smtp_transaction_seconds.labels(self._metrics.label(lane.account.id)).observe(seconds)
+            seconds = self.clock.monotonic() - begun
+            lane.seconds_each += (max(seconds, 0.0005) - lane.seconds_each) / 4
+            self.metrics.smtp_transaction_seconds.labels(self.metrics.label(lane.account.id)).observe(seconds)
             if not session.usable:
                 self._part_with(lane, session)
                 line.session = None
@@ -7848,13 +7778,12 @@ class Dispatcher:
 
         When the lane was called back or changed meanwhile, the message has not had its turn.
         """
-        lane = line.lane
-        current = generation == lane.generation
+        lane, current = line.lane, generation == line.lane.generation
         if current and not login_refused(failure) and (lane.connections or lane.first is not None):
-            lane.refused_another()
+            lane.limit, lane.grows_at = max(1, lane.busy - 1), self.clock.monotonic() + GROWTH_PAUSE_S
             await self._release(lane, claim)
         elif current or lane.state is LaneState.COOLING:
-            await self._settle(lane, claim, Attempt(started_at, self._clock.wall(), {"": failure}), generation)
+            await self._settle(lane, claim, Attempt(started_at, self.clock.wall(), {"": failure}), generation)
         else:
             await self._release(lane, claim)
 
@@ -7862,37 +7791,35 @@ class Dispatcher:
 
     async def _settle(
         self, lane: Lane, claim: Claim, attempt: Attempt, generation: int, untried: Collection[str] = ()
-    ) -> tuple[Claim, bool]:
-        """Judge the attempt, tell the lane, record it; True when the message goes on at once."""
-        disposition = settle(claim, attempt, lane.account, self._clock.wall(), self._jitter(), untried)
+    ) -> Claim | None:
+        """Judge the attempt, tell the lane, record it; the claim where the message goes on at once."""
+        disposition = settle(claim, attempt, lane.account, self.clock.wall(), self.jitter(), untried)
         if disposition.lane is LaneSignal.UP:
-            if lane.works(generation):
+            if lane.failures and lane.works(generation):
                 self._spawn(self._let_go(lane))
         elif disposition.lane is not LaneSignal.NONE and generation == lane.generation:
             self._cool(lane, disposition)
-        if disposition.status is Status.QUEUED and not (self._draining or lane.deleted):
-            await self._record(Outcome(claim, attempt, disposition, sent=False))
-            served = claim.served or disposition.slot_used
-            return claim._replace(recipients=disposition.recipients, served=served), True
-        await self._conclude(lane, claim, attempt, disposition)
-        return claim, False
+        if disposition.status is not Status.QUEUED or self._draining or lane.deleted:
+            await self._conclude(lane, claim, attempt, disposition)
+            return None
+        await self._record(Outcome(claim, attempt, disposition, sent=False))
+        served = claim.served or disposition.slot_used
+        return claim._replace(recipients=disposition.recipients, served=served)
 
     def _cool(self, lane: Lane, disposition: Disposition) -> None:
-        lane.cool(disposition.lane, disposition.error or "", self._jitter())
-        refused = disposition.lane is LaneSignal.LOGIN_REFUSED
-        level, what = (
-            (logging.ERROR, "an account cannot log in") if refused else (logging.WARNING, "account cooling down")
-        )
-        event(self._log, level, what, account=lane.account.id, until=lane.next_try_ts(), error=disposition.error)
+        lane.cool(disposition.lane, disposition.error or "", self.jitter())
+        level, what = logging.WARNING, "account cooling down"
+        if disposition.lane is LaneSignal.LOGIN_REFUSED:
+            level, what = logging.ERROR, "an account cannot log in"
+        event(self.log, level, what, account=lane.account.id, until=lane.next_try_ts(), error=disposition.error)
         self._recall(lane)
         self._set_timer(lane)
 
     async def _let_go(self, lane: Lane) -> None:
         """The server works again: what waited for it is ready at once."""
         with contextlib.suppress(StorageUnavailable):  # then it goes when its time comes
-            await self._queue.let_go(lane.account.id, ("connection", "login"))
-        lane.has_mail = True
-        self._mark(lane)
+            await self.queue.let_go(lane.account.id, ("connection", "login"))
+        self.wake([lane.account.id])
 
     async def _conclude(self, lane: Lane, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
         """Record how the turn of a message ended; its slot, and its place on the wire, are free."""
@@ -7904,11 +7831,11 @@ class Dispatcher:
         await self._record(Outcome(claim, attempt, disposition, sent=used))
         self._tell(claim, attempt, disposition)
         if used:
-            lane.windows.count(self._clock.monotonic())
+            lane.windows.count(self.clock.monotonic())
         else:
             lane.windows.give_back()
         if disposition.status is Status.QUEUED:
-            self._queue.release([claim])
+            self.queue.release([claim])
             lane.has_mail = True
 
     async def _record(self, outcome: Outcome) -> None:
@@ -7916,28 +7843,28 @@ class Dispatcher:
         told = False
         while True:
             try:
-                await self._queue.record(outcome)
+                await self.queue.record(outcome)
                 break
             except StorageUnavailable as error:
                 if not told:
                     event(
-                        self._log, logging.ERROR, "an outcome waits for the storage",
+                        self.log, logging.ERROR, "an outcome waits for the storage",
                         message=outcome.claim.id, account=outcome.claim.account_id, error=str(error),
                     )  # fmt: skip
                 told = True
                 await asyncio.sleep(STORAGE_PAUSE_S)
         if outcome.disposition.status is not Status.QUEUED:
-            self._reports_due()
+            self.reports_due()
 
     async def _fail_internally(self, lane: Lane, claim: Claim, error: Exception, *, in_doubt: bool = False) -> None:
         """Our own code failed with this message: it ends, and no other; in doubt when it may have been sent."""
         event(
-            self._log, logging.ERROR, "a message made mailproxy fail", message=claim.id,
+            self.log, logging.ERROR, "a message made mailproxy fail", message=claim.id,
             account=claim.account_id, exc_info=error,
         )  # fmt: skip
         what = "in doubt: internal error" if in_doubt else "internal error: the message could not be composed"
         why = f"{what} ({type(error).__name__})"
-        now = self._clock.wall()
+        now = self.clock.wall()
         reply = Reply(Stage.COMPOSITION, 554, why, "5.6.0", Cause.LOCAL)
         attempt = Attempt(now, now, {} if in_doubt else {"": reply})
         ended = replace(untouched(claim), counted=True, slot_used=in_doubt)
@@ -7945,44 +7872,41 @@ class Dispatcher:
 
     def _tell(self, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
         """One line and the counters for what became of a message."""
-        label = self._metrics.label(claim.account_id)
+        label = self.metrics.label(claim.account_id)
         fields: dict[str, Any] = {
             "message": claim.id, "account": claim.account_id, "connection": attempt.connection or None
         }  # fmt: skip
         if disposition.status is Status.SENT:
-            self._metrics.messages_sent.labels(label).inc()
-            self._metrics.queue_wait_seconds.labels(label).observe(max(0.0, self._clock.wall() - claim.ready_at))
+            self.metrics.messages_sent.labels(label).inc()
+            self.metrics.queue_wait_seconds.labels(label).observe(max(0.0, self.clock.wall() - claim.ready_at))
             if self.log_deliveries:
-                event(self._log, logging.INFO, "message sent", **fields, recipients=len(attempt.replies))
+                event(self.log, logging.INFO, "message sent", **fields, recipients=len(attempt.replies))
         elif disposition.status is Status.ERROR:
-            self._metrics.messages_failed.labels(label).inc()
-            event(self._log, logging.WARNING, "message failed", **fields, error=disposition.error)
+            self.metrics.messages_failed.labels(label).inc()
+            event(self.log, logging.WARNING, "message failed", **fields, error=disposition.error)
         elif disposition.status is Status.DEFERRED:
-            self._metrics.messages_deferred.labels(label, disposition.reason).inc()
+            self.metrics.messages_deferred.labels(label, disposition.reason).inc()
             event(
-                self._log, logging.INFO, "message deferred", **fields, until=disposition.deferred_ts,
+                self.log, logging.INFO, "message deferred", **fields, until=disposition.deferred_ts,
                 error=disposition.error,
             )  # fmt: skip
 
     # -- the end
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
-        return task
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._alarm.ring()
         if not task.cancelled() and (error := task.exception()) is not None:
-            event(self._log, logging.ERROR, "a delivery task failed", exc_info=error)
+            event(self.log, logging.ERROR, "a delivery task failed", exc_info=error)
 
     def drain(self) -> None:
         """Claim nothing more; run() returns, and drained() when the transactions in progress have ended."""
         self._draining = True
-        for preparation in self._preparations:
-            preparation.cancel()
         for lane in self.lanes.values():
             self._recall(lane)
         self._alarm.ring()
@@ -8000,18 +7924,12 @@ class Dispatcher:
 
 def _for_its_recipients(claim: Claim, envelope: Envelope) -> Claim:
     """The claim without what waits for recipients it has no more: redirect_to came or went meanwhile."""
-    if not claim.recipients:
-        return claim
     kept = {
         address: outcome
-        for address, outcome in claim.recipients.items()
+        for address, outcome in (claim.recipients or {}).items()
         if address in envelope.recipients or outcome.status is not Status.DEFERRED
     }
     return claim._replace(recipients=kept or None)
-
-
-def _not_allowed() -> Reply:
-    return Reply(Stage.RCPT, 550, "recipient not allowed here", "5.7.1", Cause.LOCAL)
 
 
 # ======================================================================
