@@ -4223,12 +4223,6 @@ class Queue:
         counted = [(row["until_ts"], row["n"]) for row in sends]
         return Standing(counted, bool(found["suspended"]), bool(found["held_back"]))
 
-    async def has_orphans(self, account_id: str) -> bool:
-        """True while an account has undelivered messages that are not on the wire."""
-        on_wire = sum(claim.account_id == account_id for claim in self._on_wire.values())
-        rows = await self._ask("SELECT ready + waiting AS n FROM tallies WHERE account_id = :id", id=account_id)
-        return any(row["n"] > on_wire for row in rows)
-
 
 def _run(db: sqlite3.Connection, sql: str, **values: object) -> sqlite3.Cursor:
     return db.execute(sql, values)
@@ -8311,18 +8305,19 @@ class AccountBook:
 
         Should the storage refuse in between, the account is gone and the same call again ends the rest of them.
         """
+        failed = 0
+        after: int | None = 0
         async with self._one_at_a_time:
             self._refuse_configured(account_id)
-            if self.get(account_id) is None and not await self.queue.has_orphans(account_id):
-                raise HttpError(404, NO_ACCOUNT)
-            await self.queue.delete_account(account_id)
-            if account_id in self.dispatcher.lanes:
+            known = account_id in self.dispatcher.lanes
+            if known:
+                await self.queue.delete_account(account_id)
                 self._end(account_id)
-            failed = 0
-            after: int | None = 0
             while after is not None:
                 some, after = await self.queue.fail_orphans(account_id, after, "account deleted")
                 failed += some
+        if not (known or failed):
+            raise HttpError(404, NO_ACCOUNT)
         return failed
 
     async def switch(self, account_id: str, *, active: bool) -> None:

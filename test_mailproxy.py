@@ -651,6 +651,14 @@ class HttpAnswer(NamedTuple):
         return json.loads(self.content)
 
 
+def called(port: int, method: str, path: str, headers: Mapping[str, str] | None = None, body: Any = None) -> HttpAnswer:
+    """One request over a connection of its own."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+        connection.request(method, path, body, dict(headers or {}))
+        answer = connection.getresponse()
+        return HttpAnswer(answer.status, answer.headers, answer.read())
+
+
 class Daemon:
     """The real program: `mailproxy.py serve` in a folder of its own, on a port of its own.
 
@@ -10887,31 +10895,31 @@ def test_what_a_suspension_keeps_is_deferred_no_more_once_its_time_has_come(quie
 # -- submission
 
 
+REJECTED = {
+    "id": [(None, "missing id"), ("", "missing id"), (7, "invalid id:"), ("x" * 256, "invalid id:"),
+           ("two\nlines", "invalid id:"), ("\ud83d", "invalid id:")],
+    "from": [(None, "missing from")],
+    "to": [([], "missing to"), (None, "missing to"), (["no address"], "invalid to:")],
+    "subject": [(None, "missing subject"), ("two\r\nBcc: x@example.com", "invalid subject:"),
+                ("an emoji cut in two \ud83d", "invalid subject:")],
+    "body": [(None, "missing body")],
+    "account_id": [("nobody", "account not found")],
+    "priority": [(value, "invalid priority") for value in (1.5, 1e308, -1)],
+    "deferred_ts": [(2**63, "invalid deferred_ts")],
+    "expires_ts": [(1, "invalid expires_ts")],
+    "headers": [({"Bcc": "x@example.com"}, "invalid headers")],
+    "attachments": [([{"filename": "x"}], "invalid attachments: ")],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("message", "id_", "reason"),
     [
-        ({**mail(), "id": None}, None, "missing id"),
-        ({**mail(), "id": ""}, None, "missing id"),
-        ({**mail(), "id": 7}, None, "invalid id:"),
-        ({**mail(), "id": "x" * 256}, None, "invalid id:"),
-        ({**mail(), "id": "two\nlines"}, None, "invalid id:"),
-        ({**mail(), "from": None}, "m-1", "missing from"),
-        ({**mail(), "to": []}, "m-1", "missing to"),
-        ({**mail(), "to": None}, "m-1", "missing to"),
-        ({**mail(), "subject": None}, "m-1", "missing subject"),
-        ({**mail(), "body": None}, "m-1", "missing body"),
-        ({**mail(), "account_id": "nobody"}, "m-1", "account not found"),
-        ({**mail(), "to": ["no address"]}, "m-1", "invalid to:"),
-        ({**mail(), "subject": "two\r\nBcc: x@example.com"}, "m-1", "invalid subject:"),
-        ({**mail(), "subject": "an emoji cut in two \ud83d"}, "m-1", "invalid subject:"),
-        ({**mail(), "id": "\ud83d"}, None, "invalid id:"),
-        ({**mail(), "priority": 1.5}, "m-1", "invalid priority"),
-        ({**mail(), "priority": 1e308}, "m-1", "invalid priority"),
-        ({**mail(), "priority": -1}, "m-1", "invalid priority"),
-        ({**mail(), "deferred_ts": 2**63}, "m-1", "invalid deferred_ts"),
-        ({**mail(), "expires_ts": 1}, "m-1", "invalid expires_ts"),
-        ({**mail(), "headers": {"Bcc": "x@example.com"}}, "m-1", "invalid headers"),
-        ({**mail(), "attachments": [{"filename": "x"}]}, "m-1", "invalid attachments: "),
+        *(
+            ({**mail(), field: value}, None if field == "id" else "m-1", reason)
+            for field, rows in REJECTED.items()
+            for value, reason in rows
+        ),
         ("no object", None, "invalid message:"),
         (None, None, "invalid message:"),
     ],
@@ -10925,10 +10933,8 @@ def test_each_message_is_judged_alone_and_rejected_with_its_reason(
     rejected = alone.json["rejected"]
     assert rejected[0]["id"] == id_
     assert rejected[0]["reason"].startswith(reason)
-    assert (alone.status, alone.json) == (400, {
-        "ok": False, "error": "all messages rejected", "rejected": rejected,
-        "detail": {"error": "all messages rejected", "rejected": rejected},
-    })  # fmt: skip
+    refused = {"error": "all messages rejected", "rejected": rejected}
+    assert (alone.status, alone.json) == (400, {"ok": False, **refused, "detail": refused})
     assert (among.status, among.json) == (200, {"ok": True, "queued": 2, "rejected": rejected})
 
 
@@ -10939,31 +10945,21 @@ def test_a_message_for_the_default_account_needs_one(tmp_path: Path) -> None:
         assert reason.startswith("missing account configuration")
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "words"),
-    [
-        (b"", 400, "messages"),
-        (b"{}", 400, "messages"),
-        (b'{"messages": null}', 400, "messages"),
-        (b'{"messages": {}}', 400, "messages"),
-        (b'{"messages": [', 400, "JSON"),
-        (b"[]", 400, "object"),
-        (b'{"messages": [], "default_priority": 4}', 400, "default_priority"),
-        (b'{"messages": [], "default_priority": 1.5}', 400, "default_priority"),
-        (b'{"messages": [' + b",".join([b"{}"] * 1001) + b"]}", 413, "1000"),
-    ],
-)
-def test_a_batch_that_is_none_is_refused_as_a_whole(judge: Daemon, body: bytes, status: int, words: str) -> None:
+BAD_BATCHES: dict[str, list[bytes]] = {
+    "messages": [b"", b"{}", b'{"messages": null}', b'{"messages": {}}'],
+    "default_priority": [b'{"messages": [], "default_priority": %b}' % value for value in (b"4", b"1.5")],
+    "JSON": [b'{"messages": ['],
+    "object": [b"[]"],
+    "1000": [b'{"messages": [%b]}' % b",".join([b"{}"] * 1001)],
+}
+
+
+@pytest.mark.parametrize(("words", "body"), [(words, body) for words in BAD_BATCHES for body in BAD_BATCHES[words]])
+def test_a_batch_that_is_none_is_refused_as_a_whole(judge: Daemon, words: str, body: bytes) -> None:
     answer = judge.post("/commands/add-messages", body)
 
-    assert (answer.status, answer.json["ok"]) == (status, False)
+    assert (answer.status, answer.json["ok"]) == (413 if words == "1000" else 400, False)
     assert words in answer.json["error"]
-
-
-def test_an_empty_batch_is_fine(judge: Daemon) -> None:
-    answer = submitted(judge, default_priority=None)
-
-    assert (answer.status, answer.json) == (200, {"ok": True, "queued": 0, "rejected": []})
 
 
 def test_fields_that_mean_nothing_are_warned_of_and_null_means_left_out(judge: Daemon) -> None:
@@ -10979,6 +10975,7 @@ def test_fields_that_mean_nothing_are_warned_of_and_null_means_left_out(judge: D
 
 
 def test_the_default_priority_is_the_batchs_before_the_configurations(judge: Daemon) -> None:
+    assert submitted(judge, default_priority=None).json == {"ok": True, "queued": 0, "rejected": []}
     submitted(judge, mail("p-1"), mail("p-2", priority=0), default_priority="low")
 
     assert [judge.message(id_)["priority"] for id_ in ("p-1", "p-2")] == [3, 0]
@@ -11123,25 +11120,19 @@ def test_a_failed_message_whose_account_is_gone_fails_again_at_once(
     reports.wait_for(lambda r: "account not found" in [entry["error"] for entry in r.entries])
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "words"),
-    [
-        ("delete-messages", {}, "ids"),
-        ("delete-messages", {"ids": None}, "ids"),
-        ("delete-messages", {"ids": "m-1"}, "ids"),
-        ("retry-messages", {"ids": [1]}, "ids"),
-        ("cleanup-messages", {"older_than_seconds": -1}, "older_than_seconds"),
-        ("cleanup-messages", {"older_than_seconds": "1"}, "older_than_seconds"),
-        ("cleanup-messages", {"older_than_seconds": True}, "older_than_seconds"),
-        ("cleanup-messages", {"older_than_seconds": 1.5}, "older_than_seconds"),
-        ("cleanup-messages", {"older_than_seconds": 2**64}, "older_than_seconds"),
-    ],
-)
-def test_a_bad_field_of_a_command_is_named(judge: Daemon, path: str, body: Any, words: str) -> None:
+BAD_FIELDS = [
+    *(("delete-messages", "ids", body) for body in ({}, {"ids": None}, {"ids": "m-1"})),
+    ("retry-messages", "ids", {"ids": [1]}),
+    *(("cleanup-messages", "older_than_seconds", {"older_than_seconds": age}) for age in (-1, "1", True, 1.5, 2**64)),
+]
+
+
+@pytest.mark.parametrize(("path", "field", "body"), BAD_FIELDS)
+def test_a_bad_field_of_a_command_is_named(judge: Daemon, path: str, field: str, body: Any) -> None:
     answer = judge.post(f"/commands/{path}", body)
 
     assert (answer.status, answer.json["ok"]) == (400, False)
-    assert words in answer.json["error"]
+    assert field in answer.json["error"]
 
 
 def test_cleanup_without_a_number_goes_by_the_configured_retention(judge: Daemon) -> None:
@@ -11216,25 +11207,19 @@ def test_a_listing_holds_what_the_filters_ask_for_in_the_order_of_acceptance(
     assert listed(shelf, query) == [f"m-{n}" for n in numbers]
 
 
-@pytest.mark.parametrize(
-    ("query", "field"),
-    [
-        ("limit=0", "limit"),
-        ("limit=10001", "limit"),
-        ("limit=", "limit"),
-        ("limit=1.0", "limit"),
-        ("limit=%EF%BC%91", "limit"),
-        ("after=x", "after"),
-        ("after=-1", "after"),
-        ("after=99999999999999999999", "after"),
-        ("status=pending", "status"),
-        ("active_only=perhaps", "active_only"),
-        ("content=2", "content"),
-        ("order=newest", "order"),
-    ],
-)
-def test_a_bad_value_in_a_query_is_named(judge: Daemon, query: str, field: str) -> None:
-    answer = judge.get(f"/messages?{query}")
+BAD_QUERIES = {
+    "limit": ["0", "10001", "", "1.0", "%EF%BC%91"],
+    "after": ["x", "-1", "99999999999999999999"],
+    "status": ["pending"],
+    "active_only": ["perhaps"],
+    "content": ["2"],
+    "order": ["newest"],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in BAD_QUERIES for value in BAD_QUERIES[field]])
+def test_a_bad_value_in_a_query_is_named(judge: Daemon, field: str, value: str) -> None:
+    answer = judge.get(f"/messages?{field}={value}")
 
     assert (answer.status, answer.json["ok"]) == (400, False)
     assert field in answer.json["error"]
@@ -11339,8 +11324,11 @@ def test_an_attempt_has_the_reply_that_made_it_end_so(
     assert (attempt["outcome"], attempt["stage"], attempt["code"]) == (outcome, *reply)
 
 
-def test_a_message_that_is_not_there_is_a_404(judge: Daemon) -> None:
-    answer = judge.get("/message/nobody")
+@pytest.mark.parametrize(
+    "request_line", ["GET /message/x", "DELETE /account/x", "POST /account/x/suspend", "POST /account/x/activate"]
+)
+def test_what_is_not_there_is_a_404(judge: Daemon, request_line: str) -> None:
+    answer = judge.request(*request_line.split())
 
     assert (answer.status, answer.json["ok"]) == (404, False)
     assert judge.get("/message/nobody?content=x").status == 400
@@ -11400,40 +11388,33 @@ def test_accounts_of_the_configuration_cannot_be_changed_over_http(tmp_path: Pat
         assert daemon.post("/account/shop/suspend").json == {"ok": True, "active": False}
 
 
+BAD_ACCOUNTS = {
+    "id": [None, "", "x" * 256, "two\nlines"],
+    "host": [None, "a b"],
+    "port": [None, 0, 65_536, 25.5, True],
+    "limit_per_minute": [-1],
+    "limit_behavior": ["drop"],
+    "start_tls": ["perhaps"],
+    "use_tls": ["perhaps"],
+    "auth": ["ntlm"],
+    "in_doubt": ["forget"],
+    "retry_delays": [[], [1, -1]],
+    "ttl": [0],
+    "max_connections": [0],
+    "max_age_seconds": [0],
+    "batch_size": [2**63],
+    "oauth2": [{"client_id": "x"}],
+}
+
+
 @pytest.mark.parametrize(
-    ("fields", "name"),
-    [
-        ({"id": None}, "id"),
-        ({"id": ""}, "id"),
-        ({"id": "x" * 256}, "id"),
-        ({"id": "two\nlines"}, "id"),
-        ({"host": None}, "host"),
-        ({"host": "a b"}, "host"),
-        ({"port": None}, "port"),
-        ({"port": 0}, "port"),
-        ({"port": 65_536}, "port"),
-        ({"port": 25.5}, "port"),
-        ({"port": True}, "port"),
-        ({"limit_per_minute": -1}, "limit_per_minute"),
-        ({"limit_behavior": "drop"}, "limit_behavior"),
-        ({"start_tls": "perhaps"}, "start_tls"),
-        ({"use_tls": "perhaps"}, "use_tls"),
-        ({"auth": "ntlm"}, "auth"),
-        ({"in_doubt": "forget"}, "in_doubt"),
-        ({"retry_delays": []}, "retry_delays"),
-        ({"retry_delays": [1, -1]}, "retry_delays"),
-        ({"ttl": 0}, "ttl"),
-        ({"max_connections": 0}, "max_connections"),
-        ({"max_age_seconds": 0}, "max_age_seconds"),
-        ({"batch_size": 2**63}, "batch_size"),
-        ({"oauth2": {"client_id": "x"}}, "oauth2"),
-    ],
+    ("field", "value"), [(field, value) for field in BAD_ACCOUNTS for value in BAD_ACCOUNTS[field]]
 )
-def test_a_value_out_of_range_names_the_field_of_an_account(judge: Daemon, fields: Any, name: str) -> None:
-    answer = judge.post("/account", {"id": "x", "host": "mx.example.com", "port": 25, **fields})
+def test_a_value_out_of_range_names_the_field_of_an_account(judge: Daemon, field: str, value: Any) -> None:
+    answer = judge.post("/account", {"id": "x", "host": "mx.example.com", "port": 25, field: value})
 
     assert (answer.status, answer.json["ok"]) == (400, False)
-    assert name in answer.json["error"]
+    assert field in answer.json["error"]
     assert "x" not in {one["id"] for one in judge.get("/accounts").json["accounts"]}
 
 
@@ -11444,16 +11425,6 @@ def test_the_largest_numbers_an_account_may_have_break_nothing(judge: Daemon) ->
 
     assert submitted(judge, mail("large", account_id="large", deferred_ts=most)).json["queued"] == 1
     assert judge.delete("/account/large").json == {"ok": True, "failed": 1}
-
-
-def test_an_account_that_is_not_there_is_a_404(judge: Daemon) -> None:
-    answers = [
-        judge.delete("/account/nobody"),
-        judge.post("/account/nobody/suspend"),
-        judge.post("/account/nobody/activate"),
-    ]
-
-    assert [(answer.status, answer.json["ok"]) for answer in answers] == [(404, False)] * 3
 
 
 def test_a_replaced_account_delivers_by_its_new_definition(daemon: Daemon, smtp: SmtpServer) -> None:
@@ -14814,16 +14785,12 @@ class PrometheusServer:
 
     def asked(self, path: str, **parameters: str) -> Any:
         """The data of an answer of its HTTP interface, or None while it does not answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        with contextlib.closing(connection):
-            try:
-                connection.request("GET", f"/api/v1/{path}?{urllib.parse.urlencode(parameters)}")
-                answer = connection.getresponse()
-                content = answer.read()
-            except OSError:
-                return None
-        assert answer.status in (200, 503), content
-        return json.loads(content)["data"] if answer.status == 200 else None
+        try:
+            answer = called(self.port, "GET", f"/api/v1/{path}?{urllib.parse.urlencode(parameters)}")
+        except OSError:
+            return None
+        assert answer.status in (200, 503), answer.content
+        return answer.json["data"] if answer.status == 200 else None
 
     def query(self, expression: str) -> list[Any]:
         answer = self.asked("query", query=expression)
@@ -14959,23 +14926,21 @@ class ExampleApplication:
 
     def status(self, mail_id: str) -> str:
         """What its own table says of a mail."""
-        with contextlib.closing(sqlite3.connect(self._folder / "application.db")) as db:
-            return str(db.execute("SELECT status FROM mail WHERE id = ?", (mail_id,)).fetchone()[0])
+        return str(self._sql("SELECT status FROM mail WHERE id = ?", mail_id)[0][0])
 
     def set_status(self, mail_id: str, status: str) -> None:
+        self._sql("UPDATE mail SET status = ? WHERE id = ?", status, mail_id)
+
+    def _sql(self, statement: str, *values: str) -> list[Any]:
         with contextlib.closing(sqlite3.connect(self._folder / "application.db")) as db, db:
-            db.execute("UPDATE mail SET status = ? WHERE id = ?", (status, mail_id))
+            return db.execute(statement, values).fetchall()
 
     def wait_for(self, mail_id: str, status: str) -> None:
         wait_until(lambda: self.status(mail_id) == status, f"its table to say {status}")
 
     def call(self, headers: Mapping[str, str], body: bytes) -> HttpAnswer:
         """A call of its /proxy_sync."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        with contextlib.closing(connection):
-            connection.request("POST", "/proxy_sync", body, dict(headers))
-            answer = connection.getresponse()
-            return HttpAnswer(answer.status, answer.headers, answer.read())
+        return called(self.port, "POST", "/proxy_sync", headers, body)
 
     def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, str(EXAMPLES / "application.py"), *arguments]
@@ -15263,11 +15228,7 @@ def test_the_flask_example_sends_one_mail_an_order_and_hears_of_it(tmp_path: Pat
             wait_until(lambda: "Running on" in log.read_text(), "Flask")
 
             def post(path: str, headers: Mapping[str, str], body: bytes) -> HttpAnswer:
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-                with contextlib.closing(connection):
-                    connection.request("POST", path, body, dict(headers))
-                    answer = connection.getresponse()
-                    return HttpAnswer(answer.status, answer.headers, answer.read())
+                return called(port, "POST", path, headers, body)
 
             form = {"Content-Type": "application/x-www-form-urlencoded"}
             asked = ("/orders/7/confirmation", form, b"email=ann%40example.net")
