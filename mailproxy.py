@@ -488,6 +488,7 @@ class StorageUnavailable(MailproxyError):
 LARGEST_INTEGER = 2**63 - 1
 LONGEST_S = 100 * 365 * 86_400
 LONGEST_ID = 255  # characters
+SUN_PATH = 103  # bytes of the path of a socket on macOS; Linux has 107
 PRIORITIES = {"immediate": 0, "high": 1, "medium": 2, "low": 3}
 
 
@@ -529,10 +530,9 @@ def flaw_of_line(text: str) -> str | None:
 
 
 def word(*words: str) -> Kind:
-    def parse(value: str) -> str:
-        return fit(value.strip().lower(), value.strip().lower() in words)
-
-    return Kind(f"one of {', '.join(words)}", parse, " | ".join(map(repr, words)))
+    """One of these words, in whatever case."""
+    shown, json = ", ".join(words), " | ".join(map(repr, words))
+    return Kind(f"one of {shown}", lambda value: fit(value.strip().lower(), value.strip().lower() in words), json)
 
 
 def integer(low: int, high: int = LARGEST_INTEGER, unit: str = "") -> Kind:
@@ -566,8 +566,8 @@ def split_list(value: str) -> list[str]:
     return [item for item in re.split(r"[,\s]+", value) if item]
 
 
-def _line(value: str) -> str:
-    return fit(value, not flaw_of_line(value))
+def _secret(value: str) -> Secret:
+    return Secret(fit(value, value not in ("env:", "file:") and not flaw_of_line(value)))
 
 
 def _boolean(value: str) -> bool:
@@ -624,35 +624,26 @@ def _priority(value: str) -> int:
 
 COUNT, BYTES, PERIOD = integer(1), integer(1, unit="bytes"), seconds(0.01)
 AGE, LIFE = integer(0, unit="seconds"), integer(1, unit="seconds")
-TEXT = Kind("text on one line", _line)
+TEXT = Kind("text on one line", lambda value: fit(value, not flaw_of_line(value)))
 LABEL = Kind(
-    f"1 to {LONGEST_ID} characters on one line", lambda value: fit(_line(value), 1 <= len(value) <= LONGEST_ID)
+    f"1 to {LONGEST_ID} characters on one line", lambda value: fit(TEXT.parse(value), 1 <= len(value) <= LONGEST_ID)
 )
 BOOLEAN = Kind("true or false (or yes, no, on, off, 1, 0)", _boolean, "boolean", (bool, int))
-PATH = Kind("a path", _line)
+PATH = Kind("a path", TEXT.parse)
 READABLE_FILE = Kind("the path of a file that can be read", _readable_file)
-SOCKET_PATH = Kind(  # sun_path of macOS; Linux has 107
-    "a path of at most 103 bytes", lambda value: fit(value, len(os.fsencode(value)) <= 103)
-)
-LISTENING_HOST = Kind(
-    "an address or a host name",
-    lambda value: fit(value.removeprefix("[").removesuffix("]"), not re.search(r"[\s/]", value)),
-)
+SOCKET_PATH = Kind("a path of at most 103 bytes", lambda value: fit(value, len(os.fsencode(value)) <= SUN_PATH))
+LISTENING_HOST = Kind("an address or a host name", lambda value: fit(value.strip("[]"), not re.search(r"[\s/]", value)))
 HOST = Kind("the name or the address of a server", _host)
 HTTP_URL = Kind("an http or https URL", _http_url)
 URL = Kind("an http:// or https:// URL without user and password in it", _own_url)
-SECRET = Kind(
-    "a secret: itself, env:NAME or file:/path",
-    lambda value: Secret(fit(_line(value), value not in ("env:", "file:"))),
-    secret=True,
-)
+SECRET = Kind("a secret: itself, env:NAME or file:/path", _secret, secret=True)
 SECRETS = many("secrets, each itself, env:NAME or file:/path", SECRET.parse, secret=True)
 DELAYS = many("whole seconds", integer(0, LONGEST_S).parse, "integer")._replace(unit="seconds")
 MAIL_ADDRESS = Kind("a mail address", _address)
 RECIPIENTS = many("mail addresses or @domains", _allowed_recipient)
 HOSTS = many("host names, addresses or networks, not URLs", _host_or_network)
 PRIORITY = Kind(
-    "0 to 3, or immediate, high, medium, low", _priority, " | ".join(["integer", *map(repr, PRIORITIES)]), (int,)
+    f"0 to 3, or {', '.join(PRIORITIES)}", _priority, " | ".join(["integer", *map(repr, PRIORITIES)]), (int,)
 )
 
 RETRY_DELAYS = (60, 300, 900, 3600, 7200)
@@ -1353,23 +1344,26 @@ def account_fields(account: Account) -> dict[str, object]:
 # --- what is in force, and what has changed ------------------------------
 
 
-def _in_force(settings: Settings, row: Setting) -> Any:
-    return getattr(getattr(settings, row.section), row.key)
-
-
-def unchangeable(old: Settings, new: Settings) -> list[str]:
-    """The settings, as "section.key", that differ and need a restart to take effect."""
-    return [
-        f"{row.section}.{row.key}"
-        for row in SETTINGS_TABLE
-        if row.at_start and _in_force(old, row) != _in_force(new, row)
+def renewed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
+    """The new settings, but those that need a restart as they are in force; and those of them that differ."""
+    kept = {
+        name: {row.key: getattr(getattr(old, name), row.key) for row in TABLE[name] if row.at_start}
+        for name in SECTIONS
+    }
+    fixed = replace(new, **{name: replace(getattr(new, name), **values) for name, values in kept.items()})
+    differ = [
+        f"{name}.{key}"
+        for name, values in kept.items()
+        for key in values
+        if getattr(getattr(new, name), key) != values[key]
     ]
+    return fixed, differ
 
 
 def describe(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
     """What is in force: section, key, value, where it came from. No secret among it."""
     for row in SETTINGS_TABLE:
-        value = _in_force(settings, row)
+        value = getattr(getattr(settings, row.section), row.key)
         if row.kind is URL and value and "?" in value:
             value = f"{value.partition('?')[0]}?..."  # a query may carry a token
         yield row.section, row.key, as_written(value), settings.origins.get((row.section, row.key), "default")
@@ -9258,11 +9252,10 @@ class Daemon:
     def _read_again(self) -> Renewal:
         """The configuration as it is now, but for what stays until a restart. Blocking: reads files."""
         assert self._reload is not None
-        new = self._reload()
-        settings = with_unchangeable_of(self.settings, new)
+        settings, fixed = renewed(self.settings, self._reload())
         tokens = api_tokens(settings, self._environ)
         check_listening(settings, tokens)
-        return Renewal(settings, unchangeable(self.settings, new), tokens, configured_accounts(settings))
+        return Renewal(settings, fixed, tokens, configured_accounts(settings))
 
     async def _apply(self, renewal: Renewal) -> None:
         self.settings = settings = renewal.settings
@@ -9392,15 +9385,6 @@ class Renewal(NamedTuple):
     fixed: Sequence[str]  # "section.key" of what differs and needs a restart
     tokens: Sequence[str]
     accounts: Sequence[Account]
-
-
-def with_unchangeable_of(old: Settings, new: Settings) -> Settings:
-    """The new settings, but those that need a restart as they are in force."""
-    kept: dict[str, dict[str, object]] = {}
-    for row in SETTINGS_TABLE:
-        if row.at_start:
-            kept.setdefault(row.section, {})[row.key] = getattr(getattr(old, row.section), row.key)
-    return replace(new, **{section: replace(getattr(new, section), **values) for section, values in kept.items()})
 
 
 def server_tls_context(server: ServerSettings) -> ssl.SSLContext | None:
