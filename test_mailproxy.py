@@ -204,11 +204,9 @@ class PrivateCA:
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, label)])
         names_and_addresses = x509.SubjectAlternativeName([_general_name(name) for name in names or (label,)])
         written = Certificate(self._folder / f"{label}.pem", self._folder / f"{label}.key")
-        written.cert.write_bytes(
-            self._signed(subject, key, valid_days, names_and_addresses, x509.ExtendedKeyUsage([usage]))
-        )
-        pem, as_openssl, open_ = Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption()
-        written.key.write_bytes(key.private_bytes(pem, as_openssl, open_))
+        extensions = (names_and_addresses, x509.ExtendedKeyUsage([usage]))
+        written.cert.write_bytes(self._signed(subject, key, valid_days, *extensions))
+        written.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption()))
         return written
 
     def _signed(
@@ -309,47 +307,44 @@ class _Line(SMTP):
 
     def connection_lost(self, error: Exception | None) -> None:
         if self.number:
-            self.event_handler._leave(self)
+            self.event_handler._lines.pop(self.number, None)
             super().connection_lost(error)
 
     def eof_received(self) -> bool | None:
         return super().eof_received() if self.number else None
 
 
+@dataclass(kw_only=True, eq=False)
 class SmtpServer:
     """A real SMTP server on a thread of its own; keeps what it received and counts who came."""
 
-    def __init__(
-        self,
-        *,
-        certificate: Certificate | None = None,  # offers STARTTLS
-        implicit_tls: bool = False,
-        accounts: Mapping[str, str] | None = None,  # user -> password; AUTH is required when given
-        size_limit: int = 50_000_000,
-        max_recipients: int = 1_000,  # of one transaction, then 452 4.5.3
-        max_connections: int = 1_000,  # at once, then 421 at the greeting
-        greeting: str | None = None,  # refuses every connection with these words
-        smtputf8: bool = True,
-        pipelining: bool = False,
-    ) -> None:
-        self.host, self.port = "127.0.0.1", 0
-        self.max_recipients, self.max_connections, self.greeting = max_recipients, max_connections, greeting
-        self.accounts = dict(accounts) if accounts else {}
+    certificate: Certificate | None = None  # offers STARTTLS
+    implicit_tls: bool = False
+    accounts: dict[str, str] = field(default_factory=dict)  # user -> password; AUTH is required when given
+    size_limit: int = 50_000_000
+    max_recipients: int = 1_000  # of one transaction, then 452 4.5.3
+    max_connections: int = 1_000  # at once, then 421 at the greeting
+    greeting: str | None = None  # refuses every connection with these words
+    smtputf8: bool = True
+    pipelining: bool = False
+
+    host, port = "127.0.0.1", 0
+    connections = 0  # ever greeted
+    refused = 0  # turned away at the greeting
+    most_connections = 0  # at once
+
+    def __post_init__(self) -> None:
         self.received: list[Received] = []
-        self.connections = 0  # ever greeted
-        self.refused = 0  # turned away at the greeting
-        self.most_connections = 0  # at once
         self.logins: list[tuple[str, bool]] = []  # user, accepted
         self.visits: Counter[str] = Counter()  # RCPT commands by address
-        self._pipelining = pipelining
-        context = certificate.server_context() if certificate else None
-        self._implicit_tls = context if implicit_tls else None
+        context = self.certificate.server_context() if self.certificate else None
+        self._tls, starttls = (context, None) if self.implicit_tls else (None, context)
         self._options: dict[str, Any] = {
-            "data_size_limit": size_limit,
-            "enable_SMTPUTF8": smtputf8,
+            "data_size_limit": self.size_limit,
+            "enable_SMTPUTF8": self.smtputf8,
             "hostname": "sink.test",
-            "tls_context": None if implicit_tls else context,
-            "auth_require_tls": bool(certificate and not implicit_tls),
+            "tls_context": starttls,
+            "auth_require_tls": starttls is not None,
             "authenticator": self._authenticate,
         }
         self._lines: dict[int, _Line] = {}
@@ -397,7 +392,7 @@ class SmtpServer:
     async def _serve(self, listening: threading.Event) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         server = await self._loop.create_server(
-            lambda: _Line(self, loop=self._loop, **self._options), self.host, self.port, ssl=self._implicit_tls
+            lambda: _Line(self, loop=self._loop, **self._options), self.host, self.port, ssl=self._tls
         )
         self.port = server.sockets[0].getsockname()[1]
         listening.set()
@@ -427,10 +422,6 @@ class SmtpServer:
             self.most_connections = max(self.most_connections, len(self._lines))
         return None
 
-    def _leave(self, line: _Line) -> None:
-        with self._news:
-            self._lines.pop(line.number, None)
-
     def _authenticate(self, _line: Any, _session: Any, _envelope: Any, _mechanism: str, login: Any) -> AuthResult:
         user, password = login.login.decode(), login.password.decode()
         accepted = user in self.accounts and self.accounts[user] == password
@@ -442,7 +433,7 @@ class SmtpServer:
         session.host_name = hostname
         if not self.accounts:
             words = [word for word in words if not word.startswith("250-AUTH")]
-        if self._pipelining:
+        if self.pipelining:
             words.insert(-1, "250-PIPELINING")
         return words
 
@@ -714,15 +705,10 @@ class Daemon:
         self.write_config()
         self._log_starts_at = len(self.log)
         self._hang_up()
+        command = [*self._limits, sys.executable, STARTER, "serve", "--config", self.folder / "config.ini"]
         with self._log_file.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*self._limits, sys.executable, STARTER, "serve", "--config", self.folder / "config.ini"],
-                cwd=self.folder,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+            outside = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            self.process = subprocess.Popen(command, cwd=self.folder, env=self._environment, **outside)
         self.port = wait_until(self._port_in_log, "the daemon's address in its log", timeout)
         wait_until(lambda: self.get("/ready").status == 200, "the daemon's readiness", timeout)
 
@@ -773,11 +759,8 @@ class Daemon:
 
     def wait_for_log(self, words: str, timeout: float = 30) -> str:
         """The first line of the log with these words in it."""
-        return wait_until(
-            lambda: next((line for line in self.log.splitlines() if words in line), None),
-            f"{words!r} in the log",
-            timeout,
-        )
+        said = f"{words!r} in the log"
+        return wait_until(lambda: next((line for line in self.log.splitlines() if words in line), None), said, timeout)
 
     def request(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> HttpAnswer:
         """One request; a body that is not bytes is sent as JSON. This thread's connection is kept."""
@@ -798,14 +781,9 @@ class Daemon:
             connection.close()
             raise
 
-    def get(self, path: str, **options: Any) -> HttpAnswer:
-        return self.request("GET", path, **options)
-
-    def post(self, path: str, body: Any = None, **options: Any) -> HttpAnswer:
-        return self.request("POST", path, body, **options)
-
-    def delete(self, path: str, **options: Any) -> HttpAnswer:
-        return self.request("DELETE", path, **options)
+    get = functools.partialmethod(request, "GET")
+    post = functools.partialmethod(request, "POST")
+    delete = functools.partialmethod(request, "DELETE")
 
     def submit(self, *messages: Mapping[str, Any]) -> None:
         """Submit messages that must all be accepted."""
@@ -930,34 +908,22 @@ class Postfix:
     def wait_for(self, count: int, timeout: float = 30) -> list[Delivered]:
         """Every copy in the mailbox, once there are at least so many."""
         inbox = self.folder / "mail" / "inbox" / "new"
-        wait_until(
-            lambda: inbox.exists() and len(list(inbox.iterdir())) >= count,
-            lambda: f"{count} copies in {inbox}; the end of Postfix's log:\n{self.log[-3000:]}",
-            timeout,
-        )
+
+        def missed() -> str:
+            return f"{count} copies in {inbox}; the end of Postfix's log:\n{self.log[-3000:]}"
+
+        wait_until(lambda: inbox.exists() and len(list(inbox.iterdir())) >= count, missed, timeout)
         return [Delivered.read(path) for path in inbox.iterdir()]
 
     def _lay_out(self) -> None:
         """The folders and files `postfix set-permissions` would make, and no more."""
-        private = (
-            "active",
-            "bounce",
-            "corrupt",
-            "defer",
-            "deferred",
-            "flush",
-            "hold",
-            "incoming",
-            "private",
-            "saved",
-            "trace",
-        )
+        private = ("active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming", "private", "saved")
         for name, owner, group, mode in [
             ("etc", "root", None, 0o755),
             ("queue", "root", None, 0o755),
             ("data", "postfix", None, 0o700),
             ("mail", "nobody", None, 0o700),
-            *((f"queue/{name}", "postfix", None, 0o700) for name in private),
+            *((f"queue/{name}", "postfix", None, 0o700) for name in (*private, "trace")),
             ("queue/pid", "root", None, 0o755),
             ("queue/maildrop", "postfix", "postdrop", 0o730),
             ("queue/public", "postfix", "postdrop", 0o710),
@@ -994,15 +960,10 @@ class Postfix:
     def _start(self, stack: contextlib.ExitStack) -> None:
         asked = [found("postconf"), "-c", self.folder / "etc", "-hx", "daemon_directory"]
         where = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-        with (self.folder / "master.out").open("wb") as out:
-            master = subprocess.Popen(
-                [f"{where}/master", "-c", self.folder / "etc", "-s"],
-                cwd=self.folder / "queue",
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,  # it signals its whole process group when it ends
-            )
+        command = [f"{where}/master", "-c", self.folder / "etc", "-s"]
+        with (self.folder / "master.out").open("wb") as out:  # it signals its whole process group when it ends
+            outside = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "start_new_session": True}
+            master = subprocess.Popen(command, cwd=self.folder / "queue", **outside)
         stack.callback(self._stop, master)
         wait_until(lambda: self._greets(master), lambda: f"Postfix's greeting; its log:\n{self.log[-3000:]}")
 
@@ -1067,7 +1028,6 @@ smtpd_client_restrictions = permit_sasl_authenticated, reject
 
 _MASTER_CF = """\
 127.0.0.1:{port} inet n - n - - smtpd
-pickup    unix      n - n 60 1 pickup
 cleanup   unix      n - n - 0 cleanup
 qmgr      unix      n - n 300 1 qmgr
 tlsmgr    unix      - - n 1000? 1 tlsmgr
@@ -1075,7 +1035,6 @@ rewrite   unix      - - n - - trivial-rewrite
 bounce    unix      - - n - 0 bounce
 defer     unix      - - n - 0 bounce
 trace     unix      - - n - 0 bounce
-verify    unix      - - n - 1 verify
 proxymap  unix      - - n - - proxymap
 error     unix      - - n - - error
 retry     unix      - - n - - error
