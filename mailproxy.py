@@ -3237,16 +3237,33 @@ class QueueFile:
             self._writer.submit(self._commit, self._at_work)
 
     def _commit(self, group: Sequence[_Wish]) -> None:
-        """Write a group, and answer each of it after the COMMIT. The writer's thread."""
+        """Write a group, and answer each of it after the COMMIT. The writer's thread.
+
+        What a piece of work raises undoes only that piece; then it is done for each of several callers by itself.
+        """
         started = time.monotonic()
-        pieces: dict[object, list[_Wish]] = {}
+        together: dict[object, list[_Wish]] = {}
         for wish in group:
-            pieces.setdefault(wish.work, []).append(wish)
+            together.setdefault(wish.work, []).append(wish)
+        pieces, answers = list(together.values()), list[tuple[_Wish, Any]]()
         try:
             connection = self._writing or self._connect()
             changes = connection.total_changes
             connection.execute("BEGIN IMMEDIATE")
-            answers = [answer for piece in pieces.values() for answer in self._write_piece(connection, piece)]
+            for piece in pieces:
+                connection.execute("SAVEPOINT piece")
+                try:
+                    results = piece[0].work(connection, [wish.item for wish in piece])
+                    answers += list(zip(piece, results, strict=True))
+                except Exception as error:
+                    if isinstance(error, sqlite3.Error) and not isinstance(error, MISTAKES):
+                        raise
+                    connection.execute("ROLLBACK TO piece")
+                    if len(piece) > 1:
+                        pieces += [[wish] for wish in piece]  # which come last in this very loop
+                    else:
+                        answers.append((piece[0], error))
+                connection.execute("RELEASE piece")
             connection.execute("COMMIT")
         except Exception as error:
             self.refuses = True
@@ -3258,22 +3275,6 @@ class QueueFile:
             self._observe_commit(time.monotonic() - started)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             group[0].answer.get_loop().call_soon_threadsafe(self._answer, answers)
-
-    def _write_piece(self, connection: sqlite3.Connection, piece: Sequence[_Wish]) -> list[tuple[_Wish, Any]]:
-        """Do one kind of work. What it raises undoes it alone; then it is done for each of several callers alone."""
-        connection.execute("SAVEPOINT piece")
-        try:
-            results = piece[0].work(connection, [wish.item for wish in piece])
-            answers = list(zip(piece, results, strict=True))
-        except Exception as error:
-            if isinstance(error, sqlite3.Error) and not isinstance(error, MISTAKES):
-                raise
-            connection.execute("ROLLBACK TO piece")
-            answers = [(piece[0], error)]
-            if len(piece) > 1:
-                answers = [answer for wish in piece for answer in self._write_piece(connection, [wish])]
-        connection.execute("RELEASE piece")
-        return answers
 
     def _answer(self, answers: Iterable[tuple[_Wish, Any]]) -> None:
         """Hand each caller its result, unless it gave up waiting, and the writer what waits meanwhile."""
@@ -3475,6 +3476,7 @@ DAY_MINUTES = 24 * 60
 KEPT_ATTEMPTS = 100  # of one message: older ones give way, by the trigger above
 SMALL_PAYLOAD_BYTES = 65_536  # larger ones are read under the memory budget
 HELD_BACK = ("limit", "connection", "login")  # deferrals that end when the account can be used again
+ALL_HELD_BACK = {"limit": "limit", "connection": "connection", "login": "login"}  # for LET_GO
 RAW_POSITION = -1  # in contents: the raw message; attachments count from 0
 CHUNK = 500  # rows of one commit in work that may touch many
 STRETCH = 5_000  # rows looked at in one go by what must pass over others
@@ -3501,6 +3503,20 @@ FIRST_OF_PAGE = {
     "asc": "SELECT min(seq) FROM messages WHERE seq > :after",
     "desc": "SELECT max(seq) FROM messages WHERE seq < :after",
 }
+# What the end of a turn makes of a pending message.
+SETTLE = (
+    "UPDATE OR FAIL messages SET sent_ts = :sent, error_ts = :failed, error = :error, updated_at = :now, "
+    "deferred_ts = :deferred, deferral = :deferral, attempts = attempts + :counted, "
+    "turn = CASE WHEN :counted = 1 THEN 1 ELSE turn END, recipients = coalesce(:recipients, recipients), "
+    "reported_ts = CASE WHEN :place IS NULL THEN reported_ts END, report_order = coalesce(:place, report_order) "
+    "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL"
+)
+LET_GO = (  # deferrals that are not to be let go are given as NULL
+    "UPDATE messages SET deferred_ts = NULL, deferral = NULL, report_order = NULL "
+    "WHERE account_id = :id AND deferral IN (:limit, :connection, :login) "
+    "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
+    "AND sent_ts IS NULL AND error_ts IS NULL"
+)
 # The value changes each time, for SQLite writes nothing where nothing changes.
 SAY_IT_ANSWERS = "INSERT INTO switches VALUES ('answers', 1) ON CONFLICT DO UPDATE SET value = 1 - switches.value"
 
@@ -3622,7 +3638,7 @@ class Queue:
 
     async def _do(self, *statements: str, **values: object) -> int:
         """Run statements as one piece of work; return the number of rows that the last one changed."""
-        return await self.file.write(lambda db: [_run(db, sql, **values).rowcount for sql in statements][-1])
+        return await self.file.write(lambda db: [db.execute(sql, values).rowcount for sql in statements][-1])
 
     async def _ask(self, sql: str, **values: object) -> list[dict[str, Any]]:
         """Read rows, each as {column: value}."""
@@ -3711,6 +3727,8 @@ class Queue:
     def _ready(self, db: sqlite3.Connection, order: Order) -> list[Claim]:
         """The best ready messages that are not on the wire: by priority, and within one new and retried mail in turn."""
         on_wire = list(self._on_wire.values())  # a copy: the loop's thread may take some out meanwhile
+        taken = as_json([claim.seq for claim in on_wire if claim.account_id == order.account_id])
+        values = {"account": order.account_id, "most": order.most, "on_wire": taken, "small": SMALL_PAYLOAD_BYTES}
         ranked: list[tuple[int, int, bool, Claim]] = []
         for turn in (0, 1):
             rows = db.execute(
@@ -3719,13 +3737,7 @@ class Queue:
                 "WHERE account_id = :account AND turn = :turn "
                 "AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL "
                 "AND seq NOT IN (SELECT value FROM json_each(:on_wire)) ORDER BY priority, seq LIMIT :most",
-                {
-                    "account": order.account_id,
-                    "turn": turn,
-                    "small": SMALL_PAYLOAD_BYTES,
-                    "most": order.most,
-                    "on_wire": as_json([claim.seq for claim in on_wire if claim.account_id == order.account_id]),
-                },
+                {**values, "turn": turn},
             )
             places = collections.Counter[int]()
             for claim in map(_claim_of, rows.fetchall()):
@@ -3750,191 +3762,142 @@ class Queue:
         self.next_deadline_ts = min(self.next_deadline_ts, claim.deadline or math.inf)
 
     def _record_all(self, db: sqlite3.Connection, outcomes: Sequence[Outcome]) -> Sequence[None]:
-        at = int(self._now())
-        rows, timeline = [], []
-        for claim, attempt, disposition, _ in outcomes:
-            status, goes_on = disposition.status, disposition.status is Status.QUEUED
-            self._last_report += not goes_on
-            rows.append(
-                {
-                    "sent": at if status is Status.SENT else None,
-                    "failed": at if status is Status.ERROR else None,
-                    "error": disposition.error,
-                    "now": at,
-                    "deferred": disposition.deferred_ts,
-                    "deferral": disposition.reason or None,
-                    "counted": int(disposition.counted),
-                    "recipients": as_json(disposition.recipients) if disposition.recipients else None,
-                    "place": None if goes_on else self._last_report,
-                    "seq": claim.seq,
-                }
-            )
-            if attempt.replies:  # else nothing was tried
-                timeline.append(_timeline_entry(claim, attempt, disposition))
+        db.executemany(SETTLE, [self._settled(outcome.claim.seq, outcome.disposition) for outcome in outcomes])
         db.executemany(
-            "UPDATE OR FAIL messages SET sent_ts = :sent, error_ts = :failed, error = :error, updated_at = :now, "
-            "deferred_ts = :deferred, deferral = :deferral, attempts = attempts + :counted, "
-            "turn = CASE WHEN :counted = 1 THEN 1 ELSE turn END, recipients = :recipients, "
-            "reported_ts = CASE WHEN :place IS NULL THEN reported_ts END, report_order = coalesce(:place, report_order) "
-            "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL",
-            rows,
+            "INSERT OR FAIL INTO attempts VALUES (?, (SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = ?), "
+            "?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [_timeline_entry(outcome) for outcome in outcomes if outcome.attempt.replies],  # else nothing was tried
         )
-        db.executemany(
-            "INSERT OR FAIL INTO attempts VALUES (:seq, "
-            "(SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = :seq), :started_at, :ended_at, :outcome, "
-            ":stage, :code, :enhanced_code, :text, :recipients, :connection)",
-            timeline,
-        )
+        until_ts = int(self._now()) + 1
         for account_id, n in collections.Counter(one.claim.account_id for one in outcomes if one.sent).items():
             db.execute(
                 "INSERT INTO sends VALUES (:account, :until / 60, :until, :n) ON CONFLICT (account_id, minute) "
                 "DO UPDATE SET until_ts = excluded.until_ts, n = sends.n + excluded.n",
-                {"account": account_id, "until": at + 1, "n": n},
+                {"account": account_id, "until": until_ts, "n": n},
             )
         return [None] * len(outcomes)
 
+    def _settled(self, seq: int, disposition: Disposition) -> dict[str, object]:
+        """The values for SETTLE; all but a turn that goes on have the next place in the order of reports."""
+        status, now, place = disposition.status, int(self._now()), None
+        if status is not Status.QUEUED:
+            self._last_report = place = self._last_report + 1
+        return {
+            "seq": seq,
+            "now": now,
+            "place": place,
+            "sent": now if status is Status.SENT else None,
+            "failed": now if status is Status.ERROR else None,
+            "error": disposition.error,
+            "deferred": disposition.deferred_ts,
+            "deferral": disposition.reason or None,
+            "counted": int(disposition.counted),
+            "recipients": as_json(disposition.recipients) if disposition.recipients else None,
+        }
+
     async def release_due(self) -> set[str]:
         """Make the rows ready whose time has come; return the accounts that got mail."""
-        now = self._now()
+        values = {"now": self._now(), "most": CHUNK, "largest": LARGEST_INTEGER}
 
-        def work(db: sqlite3.Connection) -> tuple[set[str], int | None]:
-            rows = _run(
-                db,
+        def work(db: sqlite3.Connection) -> tuple[set[str], float]:
+            released = db.execute(
                 "UPDATE messages SET ready_at = deferred_ts, deferred_ts = NULL, deferral = NULL, "
                 "report_order = NULL WHERE seq IN (SELECT seq FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
                 "AND deferred_ts IS NOT NULL AND deferred_ts <= :now ORDER BY deferred_ts LIMIT :most) "
                 "RETURNING account_id",
-                now=now,
-                most=CHUNK,
+                values,
             ).fetchall()
-            due = _run(
-                db,
+            (due_ts,) = db.execute(
                 "SELECT min(deferred_ts) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
                 "AND deferred_ts IS NOT NULL AND deferred_ts <= :largest",  # text, in a damaged row, is larger
-                largest=LARGEST_INTEGER,
-            ).fetchone()[0]
-            return {row[0] for row in rows}, due
+                values,
+            ).fetchone()
+            return {row[0] for row in released}, due_ts or math.inf
 
-        self.next_due_ts = math.inf  # what is deferred meanwhile lowers it again
+        self.next_due_ts, due_ts = math.inf, 0.0  # what is deferred meanwhile lowers it again
         try:
-            accounts, due = await self.file.write(work)
-        except BaseException:
-            self.next_due_ts = 0
-            raise
-        self.next_due_ts = min(self.next_due_ts, due or math.inf)
+            accounts, due_ts = await self.file.write(work)
+        finally:
+            self.next_due_ts = min(self.next_due_ts, due_ts)
         return accounts
 
     async def give_up_overdue(self) -> list[tuple[str, str, str]]:
         """End the pending messages whose deadline has passed; return (id, account, error) of each."""
-        now = self._now()
+        values = {"now": self._now(), "most": CHUNK + len(self._on_wire), "largest": LARGEST_INTEGER}
 
-        def work(db: sqlite3.Connection) -> tuple[list[tuple[str, str, str]], int | None]:
-            rows = _run(
-                db,
+        def work(db: sqlite3.Connection) -> tuple[list[tuple[str, str, str]], float]:
+            rows = db.execute(
                 "SELECT seq, id, account_id, expires_ts <= :now, error, recipients FROM messages "
                 "WHERE sent_ts IS NULL AND error_ts IS NULL AND deadline IS NOT NULL AND deadline <= :now "
                 "ORDER BY deadline LIMIT :most",
-                now=now,
-                most=CHUNK + len(self._on_wire),
+                values,
             ).fetchall()
             ended = []
             for seq, id_, account_id, expired, error, recipients in rows:
                 if seq not in self._on_wire:
                     why = "expired: expires_ts has passed" if expired else "expired: max_age_seconds reached"
                     why += f"; last: {error}" if error else ""
-                    self._give_up(db, seq, why, _recipients_of(recipients), int(now))
+                    self._give_up(db, seq, why, _recipients_of(recipients))
                     ended.append((id_, account_id, why))
-            deadline = _run(
-                db,
+            (deadline,) = db.execute(
                 "SELECT min(deadline) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
                 "AND deadline IS NOT NULL AND (deadline > :now OR :more) AND deadline <= :largest",
-                now=now,
-                more=len(ended) >= CHUNK,
-                largest=LARGEST_INTEGER,
-            ).fetchone()[0]
-            return ended, deadline
+                {**values, "more": len(ended) >= CHUNK},
+            ).fetchone()
+            return ended, deadline or math.inf
 
-        self.next_deadline_ts = math.inf
+        self.next_deadline_ts, deadline = math.inf, 0.0
         try:
             ended, deadline = await self.file.write(work)
-        except BaseException:
-            self.next_deadline_ts = 0
-            raise
-        self.next_deadline_ts = min(self.next_deadline_ts, deadline or math.inf)
+        finally:
+            self.next_deadline_ts = min(self.next_deadline_ts, deadline)
         return ended
 
     def _give_up(
-        self, db: sqlite3.Connection, seq: int, why: str, outcomes: Mapping[str, RecipientOutcome] | None, now: int
+        self, db: sqlite3.Connection, seq: int, why: str, recipients: dict[str, RecipientOutcome] | None
     ) -> None:
         """End a pending message: as sent when a server has it for some of its recipients."""
-        partly = any(outcome.status is Status.SENT for outcome in (outcomes or {}).values())
-        ended = closed(outcomes or {}, why)
-        self._last_report += 1
-        _run(
-            db,
-            "UPDATE messages SET sent_ts = CASE WHEN :partly THEN :now END, error_ts = CASE WHEN NOT :partly THEN :now END, "
-            "error = CASE WHEN NOT :partly THEN :why END, updated_at = :now, deferred_ts = NULL, deferral = NULL, "
-            "recipients = :recipients, reported_ts = NULL, report_order = :place "
-            "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL",
-            partly=partly,
-            why=why,
-            now=now,
-            place=self._last_report,
-            seq=seq,
-            recipients=as_json(ended) if ended else None,
-        )
+        waits = Disposition(Status.DEFERRED, LaneSignal.NONE, counted=False, slot_used=False, recipients=recipients)
+        db.execute(SETTLE, self._settled(seq, given_up(waits, why)))
 
-    async def defer_limited(self, order: Order, until_ts: int, why: str) -> list[Claim]:
-        """Defer the messages of one turn because the account's rate limit is reached."""
+    async def hold_back(self, order: Order, why: str, until_ts: int | None) -> list[Claim]:
+        """The rate limit of an account is reached: defer the messages of one turn, or (None) give them up."""
 
         def work(db: sqlite3.Connection) -> list[Claim]:
             claims = self._ready(db, order)
             for claim in claims:
-                self._last_report += 1
-                _run(
-                    db,
-                    "UPDATE messages SET deferred_ts = :until, deferral = 'limit', error = :error, updated_at = :now, "
-                    "reported_ts = NULL, report_order = :place "
-                    "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL",
-                    until=until_ts,
+                waits = Disposition(
+                    Status.DEFERRED,
+                    LaneSignal.NONE,
+                    counted=False,
+                    slot_used=False,
                     error=why,
-                    now=int(self._now()),
-                    place=self._last_report,
-                    seq=claim.seq,
+                    deferred_ts=until_ts,
+                    recipients=claim.recipients,
+                    reason="limit",
                 )
+                db.execute(SETTLE, self._settled(claim.seq, waits if until_ts else given_up(waits, why)))
             return claims
 
         claims = await self.file.write(work)
-        self.next_due_ts = min(self.next_due_ts, until_ts)
+        self.next_due_ts = min(self.next_due_ts, until_ts or math.inf)
         return claims
-
-    async def fail_limited(self, order: Order, why: str) -> list[Claim]:
-        """End the messages of one turn because the account's rate limit is reached and says so."""
-
-        def work(db: sqlite3.Connection) -> list[Claim]:
-            claims = self._ready(db, order)
-            for claim in claims:
-                self._give_up(db, claim.seq, why, claim.recipients, int(self._now()))
-            return claims
-
-        return await self.file.write(work)
 
     async def let_go(self, account_id: str, deferrals: Sequence[str] = HELD_BACK) -> int:
         """Make an account's messages ready that wait for one of these reasons; return their number."""
-        return await self.file.write(lambda db: _let_go(db, account_id, deferrals))
+        return await self._do(
+            LET_GO, id=account_id, **{name: name if name in deferrals else None for name in HELD_BACK}
+        )
 
     async def let_cooled_go(self) -> set[str]:
         """Make all messages ready that wait for a server to be tried again; return their accounts."""
-        rows = await self.file.write(
-            lambda db: db.execute(
-                "UPDATE messages INDEXED BY messages_held_back "
-                "SET deferred_ts = NULL, deferral = NULL, report_order = NULL "
-                "WHERE deferral IN ('connection', 'login') "
-                "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
-                "AND sent_ts IS NULL AND error_ts IS NULL RETURNING account_id"
-            ).fetchall()
+        released = (
+            "UPDATE messages INDEXED BY messages_held_back SET deferred_ts = NULL, deferral = NULL, report_order = NULL "
+            "WHERE deferral IN ('connection', 'login') "
+            "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
+            "AND sent_ts IS NULL AND error_ts IS NULL RETURNING account_id"
         )
-        return {row[0] for row in rows}
+        return {row[0] for row in await self.file.write(lambda db: db.execute(released).fetchall())}
 
     async def move_times(self, step_s: int, since: int) -> None:
         """The wall clock was set by so much: move what the daemon itself put off, and the counts of
@@ -3943,16 +3906,14 @@ class Queue:
         What an earlier run put off, before `since`, may be right by the new clock (a machine that
         boots without knowing the time): it is moved only to where it comes earlier.
         """
+        values = {"step": step_s, "minutes": round(step_s / 60), "latest": LARGEST_INTEGER, "since": since}
         await self._do(
             "UPDATE messages SET deferred_ts = deferred_ts + :step WHERE sent_ts IS NULL AND error_ts IS NULL "
             "AND deferred_ts IS NOT NULL AND deferral <> 'schedule' AND deferred_ts + :step < :latest "
             "AND (updated_at >= :since OR :step < 0)",
             "UPDATE sends SET until_ts = until_ts + :step, minute = -(minute + :minutes)",  # no two are ever
             "UPDATE sends SET minute = -minute",  # the same on the way
-            step=step_s,
-            minutes=round(step_s / 60),
-            latest=LARGEST_INTEGER,
-            since=since,
+            **values,
         )
         self.next_due_ts = 0
 
@@ -3982,15 +3943,9 @@ class Queue:
     async def acknowledge(self, states: Sequence[State]) -> int:
         """Stamp the states the upstream has taken, unless they changed meanwhile; return their number."""
         now = int(self._now())
+        stamp = "UPDATE messages SET reported_ts = :now, report_order = NULL WHERE seq = :seq AND report_order = :place"
         taken = [{"now": now, "seq": state.seq, "place": state.report_order} for state in states]
-        return await self.file.write(
-            lambda db: (
-                db.executemany(
-                    "UPDATE messages SET reported_ts = :now, report_order = NULL WHERE seq = :seq AND report_order = :place",
-                    taken,
-                ).rowcount
-            )
-        )
+        return await self.file.write(lambda db: db.executemany(stamp, taken).rowcount)
 
     # -- what operators and clients ask for
 
@@ -4017,8 +3972,7 @@ class Queue:
             seqs = _seqs(db, ids)
             failed = [id_ for id_, (_, is_failed) in seqs.items() if is_failed]
             of_no_account = [id_ for id_ in failed if not self._revive(db, seqs[id_][0], deadline_of)]
-            not_found = [id_ for id_ in ids if id_ not in seqs]
-            not_failed = [id_ for id_, (_, is_failed) in seqs.items() if not is_failed]
+            not_found, not_failed = [i for i in ids if i not in seqs], [i for i in seqs if not seqs[i][1]]
             return Retried(len(failed) - len(of_no_account), not_found, not_failed, of_no_account)
 
         self.next_deadline_ts = 0
@@ -4027,32 +3981,28 @@ class Queue:
     def _revive(self, db: sqlite3.Connection, seq: int, deadline_of: Callable[[str], int | None]) -> bool:
         """Give a failed message a new life, or a new end; True when it lives."""
         row = db.execute("SELECT account_id, recipients FROM messages WHERE seq = :seq", {"seq": seq}).fetchone()
-        outcomes, now, deadline = _recipients_of(row[1]) or {}, int(self._now()), deadline_of(row[0])
+        deadline, outcomes = deadline_of(row[0]), _recipients_of(row[1]) or {}
         served = {address: outcome for address, outcome in outcomes.items() if outcome.status is Status.SENT}
-        _run(
-            db,
+        recipients = as_json(served) if served else None
+        db.execute(
             "UPDATE messages SET error_ts = NULL, error = NULL, attempts = 0, turn = 0, reported_ts = NULL, "
             "report_order = NULL, ready_at = :now, updated_at = :now, deferred_ts = NULL, deferral = NULL, "
             "expires_ts = NULL, deadline = :deadline, recipients = :recipients "
             "WHERE seq = :seq AND error_ts IS NOT NULL",
-            now=now,
-            deadline=deadline,
-            seq=seq,
-            recipients=as_json(served) if served else None,
+            {"now": int(self._now()), "deadline": deadline, "seq": seq, "recipients": recipients},
         )
         if deadline is None:
-            self._give_up(db, seq, "account not found", served, now)
+            self._give_up(db, seq, "account not found", served)
         return deadline is not None
 
     async def purge(self, older_than_s: float, *, unreported_too: bool) -> int:
         """Remove some final messages reported (or, with no upstream, final) longer ago; 0: none is left."""
-        before = self._now() - older_than_s
+        values = {"before": self._now() - older_than_s, "most": CHUNK}
         removed = await self._do(
             "DELETE FROM messages WHERE seq IN (SELECT seq FROM messages WHERE report_order IS NULL "
             "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND reported_ts <= :before "
             "ORDER BY reported_ts LIMIT :most)",
-            before=before,
-            most=CHUNK,
+            **values,
         )
         if removed or not unreported_too:
             return removed
@@ -4060,20 +4010,18 @@ class Queue:
             "DELETE FROM messages WHERE seq IN (SELECT seq FROM messages WHERE report_order IS NOT NULL "
             "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND coalesce(sent_ts, error_ts) <= :before "
             "ORDER BY coalesce(sent_ts, error_ts) LIMIT :most)",
-            before=before,
-            most=CHUNK,
+            **values,
         )
 
     async def forget(self, id_retention_s: float) -> int:
         """Forget the counts of sends that no window sees any more, and some ids of purged messages whose time
         is over; 0: none is left."""
         now = self._now()
+        values = {"oldest": int(now) // 60 - DAY_MINUTES - 1, "before": now - id_retention_s, "most": CHUNK}
         return await self._do(
             "DELETE FROM sends WHERE minute < :oldest",
             "DELETE FROM sent_ids WHERE id IN (SELECT id FROM sent_ids WHERE sent_ts <= :before LIMIT :most)",
-            oldest=int(now) // 60 - DAY_MINUTES - 1,
-            before=now - id_retention_s,
-            most=CHUNK,
+            **values,
         )
 
     async def look_up(self, id_: str) -> tuple[Record, list[dict[str, object]]] | None:
@@ -4141,17 +4089,13 @@ class Queue:
     async def put_account(self, account_id: str, definition: str) -> None:
         """Store an account; its mail that was held back under an older definition is ready."""
 
-        def work(db: sqlite3.Connection) -> None:
-            _run(
-                db,
-                "INSERT INTO accounts VALUES (:id, :definition) "
-                "ON CONFLICT (id) DO UPDATE SET definition = excluded.definition",
-                id=account_id,
-                definition=definition,
-            )
-            _let_go(db, account_id, HELD_BACK)
-
-        await self.file.write(work)
+        values = {"id": account_id, "definition": definition, **ALL_HELD_BACK}
+        await self._do(
+            "INSERT INTO accounts VALUES (:id, :definition) "
+            "ON CONFLICT (id) DO UPDATE SET definition = excluded.definition",
+            LET_GO,
+            **values,
+        )
 
     async def delete_account(self, account_id: str) -> None:
         """Remove the account's definition and suspension; its messages are failed by fail_orphans."""
@@ -4175,7 +4119,7 @@ class Queue:
             failed = 0
             for seq, owner, recipients, deferred_ts in rows:
                 if owner == account_id and (seq not in self._on_wire or deferred_ts is not None):
-                    self._give_up(db, seq, why, _recipients_of(recipients), int(self._now()))
+                    self._give_up(db, seq, why, _recipients_of(recipients))
                     failed += 1
             return failed, rows[-1][0] if len(rows) == STRETCH else None
 
@@ -4187,11 +4131,7 @@ class Queue:
     async def activate(self, account_id: str) -> None:
         """End the suspension of an account; its mail that was held back is ready."""
 
-        def work(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM suspensions WHERE account_id = :id", {"id": account_id})
-            _let_go(db, account_id, HELD_BACK)
-
-        await self.file.write(work)
+        await self._do("DELETE FROM suspensions WHERE account_id = :id", LET_GO, id=account_id, **ALL_HELD_BACK)
 
     async def switch(self, name: str) -> bool | None:
         """A switch as it was last set, None when it never was."""
@@ -4199,11 +4139,8 @@ class Queue:
         return bool(rows[0]["value"]) if rows else None
 
     async def set_switch(self, name: str, value: bool) -> None:
-        await self._do(
-            "INSERT INTO switches VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-            name=name,
-            value=value,
-        )
+        switched = "INSERT INTO switches VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+        await self._do(switched, name=name, value=value)
 
     async def standing(self, account_id: str) -> Standing:
         """What the last run, or an earlier account of this id, left behind for a lane."""
@@ -4216,20 +4153,6 @@ class Queue:
         )
         counted = [(row["until_ts"], row["n"]) for row in sends]
         return Standing(counted, bool(found["suspended"]), bool(found["held_back"]))
-
-
-def _run(db: sqlite3.Connection, sql: str, **values: object) -> sqlite3.Cursor:
-    return db.execute(sql, values)
-
-
-def _let_go(db: sqlite3.Connection, account_id: str, deferrals: Sequence[str]) -> int:
-    return db.executemany(
-        "UPDATE messages SET deferred_ts = NULL, deferral = NULL, report_order = NULL "
-        "WHERE account_id = :account AND deferral = :deferral "
-        "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
-        "AND sent_ts IS NULL AND error_ts IS NULL",
-        [{"account": account_id, "deferral": deferral} for deferral in deferrals],
-    ).rowcount
 
 
 def _seqs(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, tuple[int, bool]]:
@@ -4284,34 +4207,26 @@ def _record(row: dict[str, Any]) -> Record:
     return Record(seq, _with_recipients(row), payload if isinstance(payload, dict) else {}, size_bytes)
 
 
-def _timeline_entry(claim: Claim, attempt: Attempt, disposition: Disposition) -> dict[str, object]:
+def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
     """An attempt as a row of attempts, its number left to be found.
 
     It shows the reply that made the attempt end so: where some recipients were refused, not always the first refusal.
     """
-    replies = attempt.replies.values()
-    if disposition.status is Status.SENT:
-        telling = next((reply for reply in replies if reply.accepted), None)
-    else:
-        telling = next((reply for reply in replies if spoken(reply) == disposition.error), None)
-    telling = telling or attempt.first_failure or next(iter(replies))
+    claim, attempt, disposition, _ = outcome
+    telling = attempt.first_failure or next(iter(attempt.replies.values()))
+    for reply in attempt.replies.values():
+        if reply.accepted if disposition.status is Status.SENT else spoken(reply) == disposition.error:
+            telling = reply
+            break
     recipients = {
         address: ("sent" if reply.accepted else "deferred" if reply.transient else "error", reply.code, reply.text)
         for address, reply in attempt.replies.items()
         if address
     }
-    return {
-        "seq": claim.seq,
-        "started_at": attempt.started_at,
-        "ended_at": attempt.ended_at,
-        "outcome": disposition.status,
-        "stage": telling.stage,
-        "code": telling.code,
-        "enhanced_code": telling.enhanced_code,
-        "text": telling.text,
-        "recipients": as_json(recipients) if recipients else None,
-        "connection": attempt.connection or None,
-    }
+    when = (claim.seq, claim.seq, attempt.started_at, attempt.ended_at)
+    said = (telling.stage, telling.code, telling.enhanced_code, telling.text)
+    shown = as_json(recipients) if recipients else None
+    return (*when, disposition.status, *said, shown, attempt.connection or None)
 
 
 # ======================================================================
@@ -7461,12 +7376,12 @@ class Dispatcher:
         order = Order(account_id, lane.account.batch_size, lane.retried_first)
         until_ts = None
         if lane.account.limit_behavior == "error":
-            held_back = await self.queue.fail_limited(order, why)
+            held_back = await self.queue.hold_back(order, why, None)
             self.metrics.messages_failed.labels(account_id).inc(len(held_back))
         else:
             opens_at = lane.windows.opens_at(now)
             until_ts = math.ceil(self.clock.wall() + opens_at - now)
-            held_back = await self.queue.defer_limited(order, until_ts, why)
+            held_back = await self.queue.hold_back(order, why, until_ts)
             self.metrics.messages_deferred.labels(account_id, "limit").inc(len(held_back))
             if held_back and lane.state not in RESTING:
                 lane.become(LaneState.LIMITED, opens_at)

@@ -4134,7 +4134,7 @@ def test_a_rate_limited_turn_is_deferred_and_those_behind_it_wait_untouched(rig:
     rig.accepted(*(submission(f"m{i}") for i in range(5)))
 
     order = mailproxy.Order("main", 3, retried_first=False)
-    held_back = rig.defer_limited(order, NOW + 60, "rate limit reached")
+    held_back = rig.hold_back(order, "rate limit reached", NOW + 60)
 
     assert ids(held_back) == ["m0", "m1", "m2"]
     assert [s.entry["status"] for s in rig.unreported(10)] == ["deferred"] * 3
@@ -4143,7 +4143,7 @@ def test_a_rate_limited_turn_is_deferred_and_those_behind_it_wait_untouched(rig:
 
 def test_rate_limited_mail_keeps_its_place(rig: QueueRig) -> None:
     rig.accepted(submission("a"), submission("b"))
-    rig.defer_limited(mailproxy.Order("main", 1, retried_first=False), NOW + 60, "rate limit reached")
+    rig.hold_back(mailproxy.Order("main", 1, retried_first=False), "rate limit reached", NOW + 60)
 
     assert rig.let_go("main", ("limit",)) == 1
 
@@ -4448,8 +4448,8 @@ def test_no_hot_statement_scans_or_sorts_the_table(rig: QueueRig) -> None:
     rig.let_go("main", ("limit",))
     rig.accepted(submission("c", contents={0: b"content"}), submission("d"), submission("e"))
     order = mailproxy.Order("main", 1, retried_first=False)
-    rig.defer_limited(order, NOW + 60, "limit")
-    rig.fail_limited(order, "limit")
+    rig.hold_back(order, "limit", NOW + 60)
+    rig.hold_back(order, "limit", None)
     rig.retry(["d"], lambda account: NOW)
     seq = rig.look_up("c")[0].seq
     rig.payload(seq)
@@ -4518,11 +4518,11 @@ def test_no_hot_statement_costs_more_with_a_backlog(rig: QueueRig) -> None:
         counted("let go", rig.let_go("main", ("limit",)))
         counted("accept another", rig.accepted(submission(f"{id_}, another")))
         counted("replace", rig.accepted(submission(f"{id_}, another")))
-        counted("defer limited", rig.defer_limited(order, int(rig.now) + 60, "limit"))
+        counted("defer limited", rig.hold_back(order, "limit", int(rig.now) + 60))
         counted("standing", rig.standing("main"))
         counted("let the cooled go", rig.let_cooled_go())
         counted("let the limited go", rig.let_go("main", ("limit",)))
-        counted("fail limited", rig.fail_limited(order, "limit"))
+        counted("fail limited", rig.hold_back(order, "limit", None))
         counted("retry", rig.retry([f"{id_}, another"], lambda account: 2 * NOW))
         counted("look up", rig.look_up(id_))
         counted("delete", rig.delete([f"{id_}, another"]))
