@@ -3187,9 +3187,7 @@ class QueueFile:
                 f"The queue {self.path} was written by a newer mailproxy (schema {version}, this one knows "
                 f"{newest}); start that one, or restore a backup."
             )
-        steps = [(newest, self._schema)]
-        if version:
-            steps = list(enumerate(self._migrations[version - 1 :], version + 1))
+        steps = list(enumerate(self._migrations, 2))[version - 1 :] if version else [(newest, self._schema)]
         for number, script in steps:
             connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
 
@@ -3291,23 +3289,20 @@ class QueueFile:
     def _connect(self) -> sqlite3.Connection:
         """The writing connection, also after a failure: what is on disk was uncertain then."""
         self._writing = connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        for setting in (
-            f"busy_timeout = {BUSY_TIMEOUT_MS}",
-            "journal_mode = WAL",
-            "synchronous = FULL",
-            "fullfsync = ON",  # macOS, where fsync leaves it in the drive
-            "journal_size_limit = 16777216",
-            f"wal_autocheckpoint = {CHECKPOINT_PAGES}",
-            "temp_store = MEMORY",
-        ):
-            connection.execute(f"PRAGMA {setting}")
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA fullfsync = ON")  # macOS, where fsync leaves it in the drive
+        connection.execute("PRAGMA journal_size_limit = 16777216")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        connection.execute("PRAGMA temp_store = MEMORY")
         return connection
 
     def _close_writing(self) -> None:
-        if self._writing is not None:
+        connection, self._writing = self._writing, None
+        if connection is not None:
             with contextlib.suppress(sqlite3.Error):
-                self._writing.close()
-            self._writing = None
+                connection.close()
 
     # -- reading
 
@@ -3330,10 +3325,10 @@ class QueueFile:
             raise StorageUnavailable(f"The queue cannot be read: {error}.") from error
 
     def _close_reading(self) -> None:
-        if self._reading is not None:
+        connection, self._reading = self._reading, None
+        if connection is not None:
             with contextlib.suppress(sqlite3.Error):
-                self._reading.close()
-            self._reading = None
+                connection.close()
 
 
 # ======================================================================
@@ -3412,14 +3407,17 @@ END;
 CREATE TRIGGER remember_sent AFTER DELETE ON messages WHEN old.sent_ts IS NOT NULL BEGIN
     INSERT INTO sent_ids VALUES (old.id, old.sent_ts) ON CONFLICT DO UPDATE SET sent_ts = excluded.sent_ts;
 END;
--- Above: messages, as the step to version 2 made them anew.
+CREATE TABLE sends (                                 -- n messages sent in a minute, the last not after until_ts
+    account_id TEXT NOT NULL, minute INTEGER NOT NULL, until_ts INTEGER NOT NULL, n INTEGER NOT NULL,
+    PRIMARY KEY (account_id, minute)
+) WITHOUT ROWID;
+CREATE INDEX sends_by_minute ON sends (minute);
+-- Above: what is new in version 2.
 CREATE TABLE tallies (                               -- counts of rows; new ones are added as they are inserted
-    account_id TEXT PRIMARY KEY,
-    ready INTEGER NOT NULL, waiting INTEGER NOT NULL, unreported INTEGER NOT NULL
+    account_id TEXT PRIMARY KEY, ready INTEGER NOT NULL, waiting INTEGER NOT NULL, unreported INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE contents (                              -- inline attachments; -1 is a raw message
-    seq INTEGER NOT NULL, position INTEGER NOT NULL, content BLOB NOT NULL,
-    PRIMARY KEY (seq, position)
+    seq INTEGER NOT NULL, position INTEGER NOT NULL, content BLOB NOT NULL, PRIMARY KEY (seq, position)
 );
 CREATE TABLE attempts (                              -- the timeline of a message
     seq INTEGER NOT NULL, number INTEGER NOT NULL,
@@ -3430,15 +3428,9 @@ CREATE TABLE attempts (                              -- the timeline of a messag
 CREATE TRIGGER forget_old_attempts AFTER INSERT ON attempts WHEN new.number > 100 BEGIN
     DELETE FROM attempts WHERE seq = new.seq AND number <= new.number - 100;
 END;
-CREATE TABLE sent_ids (                              -- of purged messages: never sent again
-    id TEXT PRIMARY KEY, sent_ts INTEGER NOT NULL
-) WITHOUT ROWID;
+-- Of purged messages, which are never sent again.
+CREATE TABLE sent_ids (id TEXT PRIMARY KEY, sent_ts INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX sent_ids_by_age ON sent_ids (sent_ts);
-CREATE TABLE sends (                                 -- n messages sent in a minute, the last not after until_ts
-    account_id TEXT NOT NULL, minute INTEGER NOT NULL, until_ts INTEGER NOT NULL, n INTEGER NOT NULL,
-    PRIMARY KEY (account_id, minute)
-) WITHOUT ROWID;
-CREATE INDEX sends_by_minute ON sends (minute);
 CREATE TABLE accounts (id TEXT PRIMARY KEY, definition TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE suspensions (account_id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE switches (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
@@ -3453,22 +3445,14 @@ DROP INDEX messages_deadline; DROP INDEX messages_unreported; DROP INDEX message
 DROP INDEX messages_unreported_final; DROP TRIGGER tally_update; DROP TRIGGER tally_delete;
 DROP TRIGGER remember_seq; DROP TRIGGER remember_sent;
 ALTER TABLE messages RENAME TO messages_1;
+ALTER TABLE sends RENAME TO sends_1;
 {SCHEMA.partition("-- Above")[0]}
 INSERT INTO messages SELECT * FROM messages_1;
-DROP TABLE messages_1;
 DELETE FROM sqlite_sequence WHERE name = 'messages';
 INSERT INTO sqlite_sequence SELECT 'messages', coalesce(max(seq), 0) FROM
     (SELECT seq FROM last_gone UNION ALL SELECT max(seq) FROM messages);
-DROP TABLE last_gone;
-DROP TABLE holds;
-ALTER TABLE sends RENAME TO sends_1;
-CREATE TABLE sends (
-    account_id TEXT NOT NULL, minute INTEGER NOT NULL, until_ts INTEGER NOT NULL, n INTEGER NOT NULL,
-    PRIMARY KEY (account_id, minute)
-) WITHOUT ROWID;
-CREATE INDEX sends_by_minute ON sends (minute);
 INSERT INTO sends SELECT account_id, until_ts / 60, max(until_ts), sum(n) FROM sends_1 GROUP BY 1, 2;
-DROP TABLE sends_1;
+DROP TABLE messages_1; DROP TABLE sends_1; DROP TABLE last_gone; DROP TABLE holds;
 """,  # noqa: S608 - constants only
 )
 
@@ -3482,7 +3466,7 @@ CHUNK = 500  # rows of one commit in work that may touch many
 STRETCH = 5_000  # rows looked at in one go by what must pass over others
 PAGE_BYTES = 1_048_576  # of payloads in one page of a listing
 
-
+Outcomes: TypeAlias = dict[str, RecipientOutcome]  # by address
 # The one place that says what the status of a row is.
 STATUS_OF_ROW = (
     "CASE WHEN sent_ts IS NOT NULL THEN 'sent' WHEN error_ts IS NOT NULL THEN 'error' "
@@ -3853,9 +3837,7 @@ class Queue:
             self.next_deadline_ts = min(self.next_deadline_ts, deadline)
         return ended
 
-    def _give_up(
-        self, db: sqlite3.Connection, seq: int, why: str, recipients: dict[str, RecipientOutcome] | None
-    ) -> None:
+    def _give_up(self, db: sqlite3.Connection, seq: int, why: str, recipients: Outcomes | None) -> None:
         """End a pending message: as sent when a server has it for some of its recipients."""
         waits = Disposition(Status.DEFERRED, LaneSignal.NONE, counted=False, slot_used=False, recipients=recipients)
         db.execute(SETTLE, self._settled(seq, given_up(waits, why)))
@@ -3866,17 +3848,10 @@ class Queue:
         def work(db: sqlite3.Connection) -> list[Claim]:
             claims = self._ready(db, order)
             for claim in claims:
-                waits = Disposition(
-                    Status.DEFERRED,
-                    LaneSignal.NONE,
-                    counted=False,
-                    slot_used=False,
-                    error=why,
-                    deferred_ts=until_ts,
-                    recipients=claim.recipients,
-                    reason="limit",
+                deferred = replace(
+                    untouched(claim), status=Status.DEFERRED, error=why, deferred_ts=until_ts, reason="limit"
                 )
-                db.execute(SETTLE, self._settled(claim.seq, waits if until_ts else given_up(waits, why)))
+                db.execute(SETTLE, self._settled(claim.seq, deferred if until_ts else given_up(deferred, why)))
             return claims
 
         claims = await self.file.write(work)
@@ -4157,10 +4132,8 @@ class Queue:
 
 def _seqs(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, tuple[int, bool]]:
     """The row of each id that is there, and whether it has failed."""
-    found = (
-        db.execute("SELECT id, seq, error_ts IS NOT NULL FROM messages WHERE id = :id", {"id": id_}).fetchone()
-        for id_ in ids
-    )
+    look_up = "SELECT id, seq, error_ts IS NOT NULL FROM messages WHERE id = :id"
+    found = [db.execute(look_up, {"id": id_}).fetchone() for id_ in ids]
     return {row[0]: (row[1], bool(row[2])) for row in found if row}
 
 
@@ -4172,14 +4145,14 @@ def _each_row(cursor: sqlite3.Cursor) -> Iterator[dict[str, Any]]:
 def _claim_of(row: Sequence[Any]) -> Claim:
     """A claim of a row; a damaged one has no payload, and so fails by itself when it is composed: what was sent,
     and to whom, must not be guessed."""
-    recipients = _recipients_of(row[9]) if row[9] is not None else None
-    numbers = (row[3], row[5], row[6], row[7], row[8] or 0, row[10], row[11])
-    if not all(isinstance(number, int | float) for number in numbers) or (row[9] is not None and recipients is None):
+    recipients = None if row[9] is None else _recipients_of(row[9])
+    numbers = (*row[3:4], *row[5:8], row[8] or 0, *row[10:12])
+    if (recipients is None) != (row[9] is None) or not all(isinstance(number, int | float) for number in numbers):
         return Claim(row[0], row[1], row[2], 0, "", 0, 0.0, 0, None, None, 0, 0, "")
     return Claim._make((*row[:9], recipients, *row[10:], False))
 
 
-def _recipients_of(column: str | None) -> dict[str, RecipientOutcome] | None:
+def _recipients_of(column: str | None) -> Outcomes | None:
     """What became of each recipient; None when nothing is known, or the column is damaged."""
     try:
         return {
