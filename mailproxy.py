@@ -5378,23 +5378,23 @@ class Wire(asyncio.Protocol):
         """
         self._answers, self._expected = [], answers
         self._timeout_s, self._deadline = timeout_s, self._loop.time() + timeout_s
+        if self._watchdog is None or self._watchdog.when() > self._deadline:
+            self._watch()
         if self.broken is None:
             self._transport.write(commands)
-        self._watchdog = self._loop.call_at(self._deadline, self._watch)
-        try:
-            if more:
-                await asyncio.sleep(0)  # a server that takes it all at once must not keep the loop from others
-            while self._expected and self.broken is None and (self._paused or not more):
-                self._waiter = self._loop.create_future()
-                await self._waiter
-        finally:
-            self._watchdog.cancel()
+        if more:
+            await asyncio.sleep(0)  # a server that takes it all at once must not keep the loop from others
+        while self._expected and self.broken is None and (self._paused or not more):
+            self._waiter = self._loop.create_future()
+            await self._waiter
         return self._answers
 
     def break_off(self, cause: Cause, text: str) -> None:
         """End the connection at once; the first reason given stays."""
         if self.broken is None:
             self.broken = Broken(cause, text)
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         self._transport.abort()
         self._wake()
 
@@ -5454,11 +5454,15 @@ class Wire(asyncio.Protocol):
         self._wake()
 
     def _watch(self) -> None:
-        """The time of an answer is over, unless another one came meanwhile."""
-        if self._loop.time() < self._deadline:
-            self._watchdog = self._loop.call_at(self._deadline, self._watch)
-        else:
+        """Break off when the time of an answer is over. One timer for a whole session, which is set again when it
+        comes too early: one for each answer would cost a twentieth of a transaction."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
+        if self._expected and self._loop.time() >= self._deadline:
             self.break_off(Cause.TIMEOUT, f"no answer within {self._timeout_s:g} s")
+        elif self._expected and self.broken is None:
+            self._watchdog = self._loop.call_at(self._deadline, self._watch)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -5917,9 +5921,10 @@ class DeliveryAgent:
         self, account: Account, name: str, connected: Callable[[], object], may_log_in: MayLogIn | None
     ) -> tuple[Session | Reply, Login | None]:
         """A session or the reply in its place, and the login that the server was shown."""
-        login, context = await self._login(account), await self._tls_context(account)
-        if isinstance(login, Reply):  # before the server is bothered
+        login = await self._login(account, account.user) if account.user else None
+        if isinstance(login, Reply):
             return login, None
+        context = await self._tls_context(account)
         if isinstance(context, Reply):
             return context, None
         connection = await _connect(account, self.in_thread)
@@ -5976,11 +5981,10 @@ class DeliveryAgent:
                 stage = Stage.AUTH
                 if may_log_in is not None:
                     await may_log_in()
-                if account.oauth2 is not None:  # it may have been renewed meanwhile
-                    token = await self.tokens.token(account)
-                    if isinstance(token, Reply):
-                        return token, None
-                    login = Login(login.user, token)
+                latest = await self._login(account, login.user) if account.oauth2 else login  # maybe a newer token
+                if isinstance(latest, Reply):
+                    return latest, None
+                login = latest
                 await _log_in(smtp, account, login)
             return _offers_of(smtp), login
         except (aiosmtplib.SMTPException, OSError, ValueError) as failure:
@@ -5991,18 +5995,16 @@ class DeliveryAgent:
             reply = _reply_of_failure(stage, failure)
             return login.scrubbed(reply) if login and stage is Stage.AUTH else reply, login
 
-    async def _login(self, account: Account) -> Login | Reply | None:
-        """The account's credentials; None where it has no user."""
-        if not account.user:
-            return None
+    async def _login(self, account: Account, user: str) -> Login | Reply:
+        """The account's credentials, before the server is bothered."""
         if account.oauth2 is not None:
             token = await self.tokens.token(account)
-            return token if isinstance(token, Reply) else Login(account.user, token)
+            return token if isinstance(token, Reply) else Login(user, token)
         if account.password is None:
-            return Login(account.user, "")
+            return Login(user, "")
         try:
             async with asyncio.timeout(account.timeout):
-                return Login(account.user, await self.in_thread(functools.partial(self.reveal, account.password)))
+                return Login(user, await self.in_thread(functools.partial(self.reveal, account.password)))
         except TimeoutError:
             return local_reply(Stage.AUTH, "the password cannot be read in time")
         except SecretUnavailable as failure:
