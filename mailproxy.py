@@ -6044,7 +6044,6 @@ class DeliveryAgent:
 HTTP_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 5.6.2
 REQUEST_LINE = re.compile(rf"({HTTP_TOKEN}) ([!-~]+) HTTP/([0-9]\.[0-9])")
 FIELD_LINES = re.compile(rf"{HTTP_TOKEN}:[\t -~\x80-\xff]*(?:\r\n{HTTP_TOKEN}:[\t -~\x80-\xff]*)*")
-FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")
 HOPELESS_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")
 HOST_FIELD = re.compile(r"[A-Za-z0-9._~!$&'()*+;=%:\[\]-]*")
 REQUEST_ID_LINE = re.compile(rb"(?im)^x-request-id:[ \t]*([!-~]{1,128})[ \t]*\r?$")
@@ -6059,6 +6058,8 @@ JSON_TYPES = frozenset({"", "application/json", "application/x-www-form-urlencod
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 HTTP_READ_BYTES = 32_768
+HTTP_HEAD_BYTES = 32_768
+HTTP_HEADERS = 100
 QUERY_FIELDS = 100
 CHUNK_OVERHEAD_BYTES = 65_536  # by which the framing of a chunked body may outweigh it
 JSON_AT_ONCE_BYTES = 262_144  # a larger body is parsed outside the event loop
@@ -6092,19 +6093,6 @@ class HttpError(MailproxyError):
 
 class ClientGone(Exception):
     """The connection is over: nobody is there to be answered."""
-
-
-class HttpLimits(NamedTuple):
-    """What a client may use up; sizes in bytes, times in seconds."""
-
-    head_bytes: int = 32_768
-    headers: int = 100
-    head_timeout_s: float = 10  # from the first byte of a request to the end of its head; for a TLS handshake
-    idle_timeout_s: float = 75  # before the first byte
-    body_progress_timeout_s: float = 60
-    write_progress_timeout_s: float = 60
-    connections: int = 1000
-    body_bytes: int = 67_108_864
 
 
 @dataclass(slots=True)
@@ -6141,7 +6129,7 @@ class Request:
             return parse_json_object(body, judged)
         return await self.in_thread(lambda: parse_large_json_object(body, judged))
 
-    def read_head(self, head: bytes, most_headers: int) -> str:
+    def read_head(self, head: bytes) -> str:
         """Fill in what a head says, and return the target; HttpError for one that is not strictly right.
 
         No folding, no white space before the colon (RFC 9112 5), one Host that can be one (3.2).
@@ -6159,8 +6147,8 @@ class Request:
         if fields and not FIELD_LINES.fullmatch(fields):
             raise HttpError(400, "a header line is malformed")
         lines = fields.split("\r\n") if fields else []
-        if len(lines) > most_headers:
-            raise HttpError(431, f"more than {most_headers} headers")
+        if len(lines) > HTTP_HEADERS:
+            raise HttpError(431, f"more than {HTTP_HEADERS} headers")
         headers = self.headers
         for line in lines:
             name, _, value = line.partition(":")
@@ -6426,11 +6414,11 @@ class ServedConnection:
     async def run(self) -> None:
         """Answer one request after another until the connection ends."""
         limits = self.server.limits
-        patience_s = LINGER_PAUSE_S if self.turned_away else limits.idle_timeout_s
+        patience_s = LINGER_PAUSE_S if self.turned_away else limits.idle_timeout_seconds
         self._end_if_idle(patience_s)
         try:
             if self.tls:
-                await self.writer.start_tls(self.tls, ssl_handshake_timeout=limits.head_timeout_s)
+                await self.writer.start_tls(self.tls, ssl_handshake_timeout=limits.head_timeout_seconds)
             # A write counts as done when all of it has left for the kernel: nothing unread outlives its deadline.
             self.writer.transport.set_write_buffer_limits(high=1, low=0)
             while not self._last and await self._begins(patience_s):
@@ -6473,9 +6461,7 @@ class ServedConnection:
         try:
             if self.turned_away:
                 raise HttpError(503, "too many connections", headers={"Retry-After": "1"})
-            response = await self._response_to(request, began_at + self.server.limits.head_timeout_s)
-            if not all(FIELD_VALUE.fullmatch(value) for value in response.headers.values()):
-                raise ValueError("a header of the answer has a character that cannot be there")
+            response = await self._response_to(request, began_at + self.server.limits.head_timeout_seconds)
             if not isinstance(response.body, bytes):  # what fails up to here can still be told by a status
                 response.opening = await response.next_piece()
         except HttpError as error:
@@ -6497,7 +6483,7 @@ class ServedConnection:
 
     async def _response_to(self, request: Request, head_until: float) -> Response:
         """Read a request step by step, as far as it is welcome, and have it answered."""
-        target = request.read_head(await self._read_head(head_until), self.server.limits.headers)
+        target = request.read_head(await self._read_head(head_until))
         length, goes_on = framing_of(request.headers, request.version)
         request.path, segments, request.query = parse_target(target)
         body_is_here = length is not None and length <= len(self._buffer)
@@ -6507,8 +6493,8 @@ class ServedConnection:
         route = self.server.admit(request, segments)
         if request.headers.get("expect", "100-continue").lower() != "100-continue":
             raise HttpError(417, "nothing can be expected here but 100-continue")
-        if length is not None and length > self.server.limits.body_bytes:
-            raise HttpError(413, f"the body is larger than {self.server.limits.body_bytes} bytes")
+        if length is not None and length > self.server.limits.max_body_bytes:
+            raise HttpError(413, f"the body is larger than {self.server.limits.max_body_bytes} bytes")
         if not body_is_here:
             if "expect" in request.headers and request.version == "1.1" and not self._buffer:
                 await self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -6534,16 +6520,16 @@ class ServedConnection:
 
     async def _read_head(self, until: float) -> bytes:
         """Request line and headers, without the empty line that ends them; `until` is on the loop's clock."""
-        seen, most = 0, self.server.limits.head_bytes
+        seen = 0
         while (end := self._buffer.find(b"\r\n\r\n", max(0, seen - 3))) < 0:
             if HOPELESS_HEAD.search(self._buffer, max(0, seen - 1)):
                 raise HttpError(400, "the head has a character that cannot be there")
             seen = len(self._buffer)
-            if seen > most:
+            if seen > HTTP_HEAD_BYTES:
                 break
             await self._receive(until - time.monotonic())
-        if not 0 <= end <= most:
-            raise HttpError(431, f"the head of the request is larger than {most} bytes")
+        if not 0 <= end <= HTTP_HEAD_BYTES:
+            raise HttpError(431, f"the head of the request is larger than {HTTP_HEAD_BYTES} bytes")
         head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
         return head
 
@@ -6560,7 +6546,7 @@ class ServedConnection:
         """The next `size` bytes, as they come."""
         while size:
             if not self._buffer:
-                await self._receive(self.server.limits.body_progress_timeout_s)
+                await self._receive(self.server.limits.body_timeout_seconds)
             piece, self._buffer = self._buffer[:size], self._buffer[size:]
             size -= len(piece)
             if body:
@@ -6581,14 +6567,14 @@ class ServedConnection:
             overhead += len(line) + 4 - chunk
             if overhead > CHUNK_OVERHEAD_BYTES:
                 raise HttpError(400, "the chunks of the body are too small for their framing")
-            if size > self.server.limits.body_bytes:
-                raise HttpError(413, f"the body is larger than {self.server.limits.body_bytes} bytes")
+            if size > self.server.limits.max_body_bytes:
+                raise HttpError(413, f"the body is larger than {self.server.limits.max_body_bytes} bytes")
             await self._copy(chunk, body)
             if await self._line():
                 raise HttpError(400, "a chunk is longer than its size")
         while line := await self._line():
             trailers += 1
-            if trailers > self.server.limits.headers:
+            if trailers > HTTP_HEADERS:
                 raise HttpError(431, "there are too many trailers")
             if not FIELD_LINES.fullmatch(line.decode("latin-1")):
                 raise HttpError(400, "a trailer is malformed")
@@ -6596,9 +6582,9 @@ class ServedConnection:
     async def _line(self) -> bytes:
         """A line without its CRLF; 400 for a line end that is not CRLF, or a line that does not end."""
         while (end := self._buffer.find(b"\n")) < 0:
-            if len(self._buffer) > self.server.limits.head_bytes:
+            if len(self._buffer) > HTTP_HEAD_BYTES:
                 raise HttpError(400, "a line of the chunked body is too long")
-            await self._receive(self.server.limits.body_progress_timeout_s)
+            await self._receive(self.server.limits.body_timeout_seconds)
         line, self._buffer = self._buffer[: end + 1], self._buffer[end + 1 :]
         if not line.endswith(b"\r\n"):
             raise HttpError(400, "a line of the chunked body does not end with CRLF")
@@ -6638,7 +6624,7 @@ class ServedConnection:
         unsent = transport.get_write_buffer_size()
         while unsent:
             try:
-                async with asyncio.timeout(self.server.limits.write_progress_timeout_s):
+                async with asyncio.timeout(self.server.limits.body_timeout_seconds):
                     await self.writer.drain()
                 return
             except TimeoutError:
@@ -6649,24 +6635,22 @@ class ServedConnection:
                 raise ClientGone from None
 
     async def _close(self) -> None:
-        """End the connection so that the client sees the last answer."""
-        if self._unread or self._buffer:
-            await self._linger()
+        """End the connection so that the client sees the last answer.
+
+        Closing on one that still sends would destroy it: read on for a while (RFC 9112 9.6).
+        """
+        with contextlib.suppress(OSError, HttpError):  # TimeoutError is an OSError
+            if self._unread or self._buffer:
+                if self.writer.can_write_eof():
+                    self.writer.write_eof()
+                async with asyncio.timeout(LINGER_S):
+                    while True:
+                        self._buffer = b""
+                        await self._receive(LINGER_PAUSE_S)
         self.writer.close()
-        with contextlib.suppress(OSError):  # TimeoutError is one
+        with contextlib.suppress(OSError):
             async with asyncio.timeout(HTTP_CLOSE_S):
                 await self.writer.wait_closed()
-
-    async def _linger(self) -> None:
-        """Read on for a while: closing on a client that sends would destroy the answer (RFC 9112 9.6)."""
-        if self.writer.can_write_eof():
-            with contextlib.suppress(OSError):
-                self.writer.write_eof()
-        until = time.monotonic() + LINGER_S
-        with contextlib.suppress(HttpError):  # nothing more comes, or not in time
-            while True:
-                self._buffer = b""
-                await self._receive(min(LINGER_PAUSE_S, until - time.monotonic()))
 
 
 # ---------------------------------------------------------------------- the server
@@ -6679,7 +6663,7 @@ class HttpServer:
     """Listens, and has each request answered by the row of the route table it belongs to."""
 
     routes: InitVar[Sequence[Route]]
-    limits: HttpLimits
+    limits: ServerSettings
     authorised: Callable[[Request], bool]  # asked about all but public rows, before anything else is told
     observe: Callable[[Request, int, float], None]  # learns of every answer: request, status, seconds
     in_thread: InThread
@@ -6715,7 +6699,7 @@ class HttpServer:
                 raise OSError(errno.EADDRINUSE, "another process listens there", path)
         connected = functools.partial(self._connected, None)
         listener = await asyncio.start_unix_server(
-            connected, path, backlog=self.limits.connections, start_serving=False
+            connected, path, backlog=self.limits.max_connections, start_serving=False
         )
         os.chmod(path, mode)  # before anybody can connect
         await listener.start_serving()
@@ -6727,7 +6711,7 @@ class HttpServer:
         self._listeners.append(listener)
         for listening in listener.sockets:
             with listening.dup() as same:
-                same.listen(self.limits.connections)
+                same.listen(self.limits.max_connections)
 
     async def stop(self, grace_s: float) -> None:
         """Stops listening, answers the requests in progress within `grace_s`, then cuts what is left."""
@@ -6780,10 +6764,10 @@ class HttpServer:
     ) -> None:
         """Begin with a client. One over the limit is told so; when there are far too many, the connection is closed."""
         taken = len(self._connections)
-        if self.stopping or taken >= self.limits.connections + TURNED_AWAY:
+        if self.stopping or taken >= self.limits.max_connections + TURNED_AWAY:
             writer.transport.abort()
             return
-        turned_away = taken >= self.limits.connections
+        turned_away = taken >= self.limits.max_connections
         peername = writer.get_extra_info("peername")
         peer = str(peername[0]) if isinstance(peername, tuple) else "unix"
         connection = ServedConnection(self, reader, writer, peer, tls, turned_away)
@@ -9020,13 +9004,7 @@ class Daemon:
         server = self.settings.server
         self._http = HttpServer(
             self._control.routes(),
-            limits=HttpLimits(
-                head_timeout_s=server.head_timeout_seconds,
-                idle_timeout_s=server.idle_timeout_seconds,
-                body_progress_timeout_s=server.body_timeout_seconds,
-                connections=self._most_clients(),
-                body_bytes=server.max_body_bytes,
-            ),
+            limits=replace(server, max_connections=self._most_clients()),
             authorised=self._authorised,
             observe=self._observe_request,
             in_thread=self._work,
@@ -10198,7 +10176,7 @@ class Demo:
         stack.callback(self._smtp.stop)
         app = HttpServer(
             [Route("POST", "/reports", self._take_report, public=True)],
-            limits=HttpLimits(),
+            limits=ServerSettings(),
             authorised=lambda request: False,
             observe=lambda request, status, seconds: None,
             in_thread=asyncio.to_thread,

@@ -55,7 +55,7 @@ NOW = 1_700_000_000.0
 LONGEST_INPUT = 6000
 STUCK_S = 20  # one input may take so long
 TELL_EVERY = 1000  # executions
-LIMITS = {"head_bytes": 1000, "headers": 12, "body_bytes": 2000}  # small, so that they are met
+HEAD_BYTES, HEADERS, BODY_BYTES = 1000, 12, 2000  # limits, small, so that they are met
 
 
 class Wrong(Exception):
@@ -141,7 +141,7 @@ class Conversation:
         ]
         self.server = mailproxy.HttpServer(
             routes,
-            limits=mailproxy.HttpLimits(**LIMITS),
+            limits=mailproxy.ServerSettings(max_body_bytes=BODY_BYTES),
             authorised=self.authorised,
             observe=self.observe,
             in_thread=self.in_thread,
@@ -261,6 +261,7 @@ class HttpTarget:
 
     def __init__(self, mailproxy: Any) -> None:
         self._mailproxy = mailproxy
+        mailproxy.HTTP_HEAD_BYTES, mailproxy.HTTP_HEADERS = HEAD_BYTES, HEADERS
         self._loop = asyncio.new_event_loop()
 
     def talk(self, pieces: list[bytes]) -> Conversation:
@@ -283,11 +284,11 @@ class HttpTarget:
 
     def refuse_other_reading(self, request: tuple[str, str, dict[str, str], dict[str, str], bytes]) -> None:
         method, path, query, headers, body = request
-        if query or "\udcff" in path or len(headers) >= LIMITS["headers"]:
+        if query or "\udcff" in path or len(headers) >= HEADERS:
             return
         again = self.talk([plainly(method, path, {"host": "x", **headers}, body)])
         size = sum(len(name) + len(value) + 4 for name, value in headers.items()) + len(path)
-        if size > LIMITS["head_bytes"] - 100:
+        if size > HEAD_BYTES - 100:
             return
         must(len(again.served) == 1, f"written down plainly it is refused: {again.writer.content!r}")
         must(again.served[0][0:2] == (method, path), "written down plainly it is for something else")
