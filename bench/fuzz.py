@@ -502,11 +502,9 @@ class SubmissionTarget(JsonTarget):
 
     def refuse_other_when_kept(self, fields: Any, message: Any) -> None:
         mailproxy = self._mailproxy
-        payload, contents = mailproxy.stored_form(fields, message)
-        kept = json.dumps({k: v for k, v in payload.items() if v is not None}, ensure_ascii=False)
+        kept, contents = mailproxy.stored_form(fields, message)
         kept.encode()
-        shown_id = mailproxy._shown_message_id(fields.get("message_id"), message.message_id)
-        again = mailproxy.parse_message(json.loads(kept), now=None, contents=contents, message_id=shown_id.strip("<>"))
+        again = mailproxy.parse_message(json.loads(kept), now=None, contents=contents, message_id=message.message_id)
         given = mailproxy.restored_fields(json.loads(kept), contents)
         mailproxy.json_response({"message": given})
         resubmitted = mailproxy.parse_message(given, now=NOW, new_id=lambda: "new")
@@ -580,11 +578,11 @@ class AccountTarget(JsonTarget):
         except self._mailproxy.Rejected as reason:
             refuse_odd_reason(self._mailproxy, reason)
             return "refused"
-        public = self._mailproxy.account_fields(account, secrets=False)
-        whole = json.dumps(self._mailproxy.account_fields(account, secrets=True), ensure_ascii=False)
+        public = self._mailproxy.account_fields(account)
+        kept = {key: fields[key] for key in self._mailproxy.ACCOUNT_KEYS & fields.keys() if fields[key] is not None}
+        whole = json.dumps(kept)
         must(not {"password", "client_secret", "refresh_token"} & {*public, *(public["oauth2"] or ())}, "a secret")
         must(self._mailproxy.parse_account(json.loads(whole)) == account, "kept and read again it is another")
-        whole.encode()
         self._mailproxy.json_response(public)
         return "accepted"
 
