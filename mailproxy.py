@@ -8122,9 +8122,6 @@ class AccountBook:
         lane = self.dispatcher.lanes.get(account_id)
         return lane.account if lane else None
 
-    def accounts(self) -> list[Account]:
-        return [lane.account for lane in self.dispatcher.lanes.values()]
-
     async def renew(self, configured: Sequence[Account]) -> None:
         """Take over the accounts of config.ini; they win over those added over HTTP.
 
@@ -8133,9 +8130,8 @@ class AccountBook:
         async with self._one_at_a_time:
             stored = stored_accounts(await self.queue.accounts(), self.defaults)
             wanted = {account.id: account for account in (*stored, *configured)}
-            for account in self.accounts():
-                if account.id not in wanted:
-                    self._end(account.id)
+            for account_id in self.dispatcher.lanes.keys() - wanted.keys():
+                self._end(account_id)
             for account in wanted.values():
                 if account.id not in self.dispatcher.lanes:
                     self._begin(account, await self.queue.standing(account.id))
@@ -8207,26 +8203,23 @@ class AccountBook:
             raise HttpError(409, f"this account comes from config.ini, section [{section}]; change it there")
 
 
-class QueryField(NamedTuple):
-    kind: Kind
-    words: str
-
+QueryFields = Mapping[str, tuple[Kind, str]]  # what a value must be, and what it is for
 
 STATUS = word(*(status.value for status in Status))
-CONTENT = {"content": QueryField(BOOLEAN, "With the contents of inline attachments, and raw messages.")}
-LISTING: Mapping[str, QueryField] = {
-    "active_only": QueryField(BOOLEAN, "Only messages that are not final."),
-    "status": QueryField(STATUS, "Only messages of this status."),
-    "account_id": QueryField(TEXT, "Only messages of this account."),
-    "batch_code": QueryField(TEXT, "Only messages with this label."),
-    "order": QueryField(word("asc", "desc"), "desc: newest first."),
-    "limit": QueryField(integer(1, LISTING_LIMIT), f"At most so many, 1 to {LISTING_LIMIT}; left out: all."),
-    "after": QueryField(integer(0)._replace(json="string"), "Go on there: the `next` of an answer."),
+CONTENT: QueryFields = {"content": (BOOLEAN, "With the contents of inline attachments, and raw messages.")}
+LISTING: QueryFields = {
+    "active_only": (BOOLEAN, "Only messages that are not final."),
+    "status": (STATUS, "Only messages of this status."),
+    "account_id": (TEXT, "Only messages of this account."),
+    "batch_code": (TEXT, "Only messages with this label."),
+    "order": (word("asc", "desc"), "desc: newest first."),
+    "limit": (integer(1, LISTING_LIMIT), f"At most so many, 1 to {LISTING_LIMIT}; left out: all."),
+    "after": (integer(0)._replace(json="string"), "Go on there: the `next` of an answer."),
     **CONTENT,
 }
 
 
-def asked(query: Mapping[str, str], fields: Mapping[str, QueryField]) -> dict[str, Any]:
+def asked(query: Mapping[str, str], fields: QueryFields) -> dict[str, Any]:
     """The values of the fields that a query has; HttpError 400 names one that is bad. Others are ignored."""
     values = {}
     for name, (kind, _) in fields.items():
@@ -8326,10 +8319,6 @@ def object_schema(fields: Mapping[str, Field]) -> dict[str, object]:
     return {"type": "object", "properties": properties, "required": required}
 
 
-def nullable(field: Field) -> Field:
-    return field if field.required else field._replace(type=f"{field.type} | null")
-
-
 def named_schemas() -> dict[str, object]:
     """What the operations refer to: bodies, answers, and what is in them."""
     shown = {
@@ -8338,7 +8327,8 @@ def named_schemas() -> dict[str, object]:
     shown["source"] = Field("'http' | 'config'", "Where it was defined.")
     schemas: dict[str, object] = {}
     for name, given in {**GIVEN, "ShownAccount": shown}.items():  # null means left out, everywhere
-        schemas[name] = object_schema({key: nullable(field) for key, field in given.items()})
+        optional = {key: one._replace(type=f"{one.type} | null") for key, one in given.items() if not one.required}
+        schemas[name] = object_schema({**given, **optional})
     for name, answer in ANSWERS.items():
         members = dict(member.split(": ") for member in answer.split(", "))
         properties = {key.rstrip("?"): json_schema(type_) for key, type_ in members.items()}
@@ -8354,7 +8344,7 @@ def route(
     answer: str,
     *,
     body: str = "",
-    query: Mapping[str, QueryField] = MappingProxyType({}),
+    query: QueryFields = MappingProxyType({}),
     refusals: Sequence[int] = (),
     public: bool = False,
 ) -> Route:
@@ -8635,19 +8625,33 @@ class ControlPlane:
 
     async def suspend(self, request: Request) -> Response:
         """Deliver nothing, also after a restart; submission and reporting go on."""
-        await request.json_object()
-        await self.queue.set_switch("active", False)
-        self.dispatcher.suspend()
-        event(self.log, logging.INFO, "delivery suspended")
-        return json_response({"ok": True, "active": False})
+        return await self._switch(request, active=False)
 
     async def activate(self, request: Request) -> Response:
         """Deliver again."""
+        return await self._switch(request, active=True)
+
+    async def suspend_account(self, request: Request) -> Response:
+        """Deliver nothing through an account, also after a restart."""
+        return await self._switch(request, active=False)
+
+    async def activate_account(self, request: Request) -> Response:
+        """Deliver through an account again, at once."""
+        return await self._switch(request, active=True)
+
+    async def _switch(self, request: Request, *, active: bool) -> Response:
         await request.json_object()
-        await self.queue.set_switch("active", True)
-        self.dispatcher.activate()
-        event(self.log, logging.INFO, "delivery activated")
-        return json_response({"ok": True, "active": True})
+        account_id = request.parameters.get("id")
+        if account_id is not None:
+            await self.book.switch(account_id, active=active)
+        else:
+            await self.queue.set_switch("active", active)
+            if active:
+                self.dispatcher.activate()
+            else:
+                self.dispatcher.suspend()
+        event(self.log, logging.INFO, "delivery activated" if active else "delivery suspended", account=account_id)
+        return json_response({"ok": True, "active": active})
 
     async def delete_messages(self, request: Request) -> Response:
         """Remove messages, but for those on the wire."""
@@ -8736,7 +8740,7 @@ class ControlPlane:
 
     async def list_accounts(self, request: Request) -> Response:
         """Accounts, without their secrets."""
-        accounts = [account_fields(account) for account in self.book.accounts()]
+        accounts = [account_fields(lane.account) for lane in self.dispatcher.lanes.values()]
         return json_response({"ok": True, "accounts": accounts})
 
     async def put_account(self, request: Request) -> Response:
@@ -8753,22 +8757,6 @@ class ControlPlane:
         self.reporter.wake()
         event(self.log, logging.INFO, "account deleted", account=account_id, failed=failed)
         return json_response({"ok": True, "failed": failed})
-
-    async def suspend_account(self, request: Request) -> Response:
-        """Deliver nothing through an account, also after a restart."""
-        await request.json_object()
-        account_id = request.parameters["id"]
-        await self.book.switch(account_id, active=False)
-        event(self.log, logging.INFO, "account suspended", account=account_id)
-        return json_response({"ok": True, "active": False})
-
-    async def activate_account(self, request: Request) -> Response:
-        """Deliver through an account again, at once."""
-        await request.json_object()
-        account_id = request.parameters["id"]
-        await self.book.switch(account_id, active=True)
-        event(self.log, logging.INFO, "account activated", account=account_id)
-        return json_response({"ok": True, "active": True})
 
 
 def usable_id(fields: object) -> str | None:
