@@ -25,6 +25,8 @@ Rows:
     loop        the longest answer time of GET /health, asked every 5 ms, while 25 MB messages are composed and 60 MB
                 batches posted; beside a bare server probed at the same instants, which shows what is the machine's part
     start       from the start of the process to the first answer; `--version` of the zipapp; beside a bare Python
+    accounts    1,000 accounts beside one: processor time of an idle turn of the dispatcher, and the time from a post to the
+                arrival of its message, in turn through all of them
     latency     deliveries per second and connection at 50 ms of round trip, with PIPELINING offered and without
     beside      with --beside OTHER.pyz: posts, batches, deliveries, memory and start of this build and another one in turns;
                 the ratio is ours to theirs, of the processor time too
@@ -61,6 +63,7 @@ from sinks import (
     serve_smtp,
 )
 
+IDLE_TURN_S = 0.01  # so often the dispatcher looks, in the row about accounts
 PROVIDER = Manner(greeting_s=0.3, auth_s=0.2, message_s=0.1)
 CONNECTIONS = 16
 HEADER = ("what", "ours", "spread", "ceiling", "ratio", "goal", "CPU s per 1,000", "loop ms")
@@ -546,6 +549,49 @@ def start_rows(bench: Bench) -> Iterable[Line]:
         yield line._replace(ceiling=f"{line.ceiling} bare Python", ratio="")
 
 
+# -- many accounts
+
+
+def idle_turn_ms(daemon: Daemon) -> Taken:
+    """Processor time of a daemon that has nothing to do, for each turn that its dispatcher is due."""
+    before, seconds = daemon.cpu_s(), 5.0
+    time.sleep(seconds)
+    return Taken((daemon.cpu_s() - before) * 1e3 / (seconds / IDLE_TURN_S))
+
+
+def arrival_ms(daemon: Daemon, sink: Any, accounts: int, count: int) -> Taken:
+    """The median from the start of a post to the arrival of its message, one after the other."""
+    times = []
+    for number in range(count):
+        message = {"id": f"{time.monotonic_ns()}", "from": "a@example.com", "to": "b@example.com", "subject": "",
+                   "body": "x" * 1000, "account_id": f"a{number % accounts}"}  # fmt: skip
+        before, began = sink.count, time.monotonic()
+        daemon.submit([message])
+        times.append((sink.wait_for(before + 1) - began) * 1e3)
+    return Taken(statistics.median(times))
+
+
+def accounts_rows(bench: Bench) -> Iterable[Line]:
+    many, count = bench.of(1000), bench.of(200)
+    with Companion(serve_smtp, Manner()) as sink, Companion(serve_reports) as receiver, contextlib.ExitStack() as stack:
+        daemons = {}
+        for accounts in (many, 1):
+            sections = backlog.sections(sink.port, receiver.port)
+            sections["delivery"] = {**sections.get("delivery", {}), "send_interval_seconds": IDLE_TURN_S}
+            daemon = daemons[accounts] = stack.enter_context(Daemon(bench.folder / bench.label(), sections))
+            for number in range(accounts):
+                daemon.ask("POST", "/account", {"id": f"a{number}", "host": "127.0.0.1", "port": sink.port})
+            daemon.command("activate")
+        for what, unit, goal, measure in (
+            ("an idle turn", " ms", "ratio 2", lambda n: idle_turn_ms(daemons[n])),
+            ("post to arrival (p50)", " ms", "ratio 1.3", lambda n: arrival_ms(daemons[n], sink, n, count)),
+        ):
+            results, loop = rig.interleaved(bench.rounds, {"many": partial(measure, many), "one": partial(measure, 1)})
+            one = [taken.figure for taken in results["one"]]
+            line = compared(f"{what}, {many} accounts", unit, results["many"], one, loop, goal=goal)
+            yield line._replace(ceiling=f"{line.ceiling} one account")
+
+
 # -- a long line
 
 
@@ -666,6 +712,7 @@ ROWS: dict[str, Callable[[Bench], Iterable[Line]]] = {
     "memory": memory_rows,
     "loop": loop_rows,
     "start": start_rows,
+    "accounts": accounts_rows,
     "latency": latency_rows,
     "beside": beside_rows,
 }
