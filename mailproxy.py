@@ -2749,42 +2749,31 @@ def end_process(status: int) -> NoReturn:
 class Clock:
     """The wall clock for what people see, the monotonic one for durations; both in seconds.
 
-    A step of the wall clock (somebody set it, a virtual machine slept) is followed at a moment
-    of the daemon's choosing: until then wall() goes on as if it had not happened. So all times
-    that the daemon wrote into the queue by the old clock can be moved along.
+    wall() runs steadily from one follow() to the next: so a step of the clock (somebody set it, a virtual
+    machine slept) is seen at one moment, at which all times that the daemon wrote by it can be moved along.
     """
 
     def __init__(self, wall: Callable[[], float], monotonic: Callable[[], float]) -> None:
         self.monotonic = monotonic
-        self._wall = wall
-        self._offset = wall() - monotonic()
-        self._started_at = wall()
-
-    @property
-    def started_ts(self) -> int:
-        """When the clock began to be looked at; moved along when it is set."""
-        return int(self._started_at)
+        self.started_at = wall()  # moved along when the clock is set
+        self._true_wall = wall
+        self._offset = self.started_at - monotonic()
 
     def wall(self) -> float:
-        wall, steady = self._wall(), self._offset + self.monotonic()
-        return wall if abs(wall - steady) <= CLOCK_STEP_S else steady
+        return self._offset + self.monotonic()
 
     def follow(self) -> int:
         """Go by the wall clock as it is now; return by how many seconds it was set, mostly 0."""
-        before, wall, after = self.monotonic(), self._wall(), self.monotonic()
-        if after - before > CLOCK_STEP_S / 10:
-            return 0  # held up in between: what was read does not belong together
-        step = wall - before - self._offset
+        step = self._true_wall() - self.wall()
+        if abs(step) > CLOCK_STEP_S:
+            return self.move(round(step))
         self._offset += step
-        if abs(step) <= CLOCK_STEP_S:
-            return 0
-        self._started_at += step
-        return round(step)
+        return 0
 
-    def unfollow(self, step_s: int) -> None:
-        """Go by the wall clock as it was before this step."""
-        self._offset -= step_s
-        self._started_at -= step_s
+    def move(self, step_s: int) -> int:
+        self._offset += step_s
+        self.started_at += step_s
+        return step_s
 
 
 class Alarm:
@@ -6963,12 +6952,6 @@ class Lane:
         """The sessions that are open."""
         return sum(session.usable for session in self.sessions)
 
-    def wakes_at(self) -> float:
-        """When time alone changes something: it has cooled, its limit ends, an idle session is too old."""
-        waits = self.state in (LaneState.COOLING, LaneState.LIMITED)
-        oldest = min((session.opened_at for session in self.idle), default=math.inf)
-        return min(self.until if waits else math.inf, oldest + self.account.ttl)
-
     # -- what it learns
 
     def become(self, state: LaneState, until: float = math.inf) -> None:
@@ -7118,7 +7101,7 @@ class Dispatcher:
     settings: DeliverySettings  # replaced when the configuration is read again
     clock: Clock
     jitter: Callable[[], float]
-    open_session: Callable[..., Awaitable[Session | Reply]]
+    open_session: Callable[..., Coroutine[Any, Any, Session | Reply]]
     composer: Composer
     metrics: Metrics
     log: logging.Logger
@@ -7278,14 +7261,13 @@ class Dispatcher:
         Times that clients gave are meant by the new clock. Nothing may come between following the
         clock and handing the change to the writer: what is written after it goes by the new one.
         """
-        since = self.clock.started_ts
-        step_s = self.clock.follow()
+        since, step_s = int(self.clock.started_at), self.clock.follow()
         if not step_s:
             return
         try:
             await self.queue.move_times(step_s, since)
         except StorageUnavailable:
-            self.clock.unfollow(step_s)
+            self.clock.move(-step_s)  # the next turn sees it again
             raise
         event(self.log, logging.WARNING, "the wall clock was set", seconds=step_s)
 
@@ -7320,7 +7302,8 @@ class Dispatcher:
                     orders[lane] = Order(lane.account.id, most, lane.retried_first)
                 elif wants and not lane.windows.held:  # else what is on the wire may yet give its slot back
                     await self._hold_back(lane, now)
-                self._set_timer(lane)
+                if lane.idle or lane.state in (LaneState.COOLING, LaneState.LIMITED):
+                    self._set_timer(lane)
             if orders:
                 await self._claim(orders)
         except StorageUnavailable:
@@ -7350,20 +7333,18 @@ class Dispatcher:
         self._mark(lane)  # the next ones come up, and fail too
         self.metrics.rate_limited.labels(account_id).inc(len(held_back))
         for claim in held_back:
-            event(
-                self.log, logging.INFO, "message held back by the rate limit", message=claim.id,
-                account=account_id, until=until_ts, error=why,
-            )  # fmt: skip
+            self._say(claim, "message held back by the rate limit", until=until_ts, error=why)
         self.reports_due()
 
     def _set_timer(self, lane: Lane) -> None:
-        """Have the lane looked at when time changes something in it."""
-        wakes_at = lane.wakes_at()
-        if wakes_at == math.inf or (lane.timer is not None and lane.timer.when() <= wakes_at):
-            return
-        if lane.timer is not None:
-            lane.timer.cancel()
-        lane.timer = asyncio.get_running_loop().call_at(wakes_at, self._time_has_come, lane)
+        """Have the lane looked at when it has cooled, its limit ends, or an idle session is too old."""
+        ends = [session.opened_at + lane.account.ttl for session in lane.idle]
+        if lane.state in (LaneState.COOLING, LaneState.LIMITED):
+            ends.append(lane.until)
+        if lane.timer is None or lane.timer.when() > min(ends):
+            if lane.timer is not None:
+                lane.timer.cancel()
+            lane.timer = asyncio.get_running_loop().call_at(min(ends), self._time_has_come, lane)
 
     def _time_has_come(self, lane: Lane) -> None:
         now, lane.timer = self.clock.monotonic(), None
@@ -7372,7 +7353,6 @@ class Dispatcher:
         for session in [session for session in lane.idle if not lane.keeps(session, now)]:
             lane.idle.remove(session)
             self._part_with(lane, session)
-        self._set_timer(lane)
         self._mark(lane)
 
     async def _claim(self, orders: Mapping[Lane, Order]) -> None:
@@ -7388,7 +7368,8 @@ class Dispatcher:
                 lane.has_mail = True
             raise
         for (lane, order), claims in zip(orders.items(), found, strict=True):
-            lane.windows.give_back(order.most - len(claims))
+            if len(claims) < order.most:
+                lane.windows.give_back(order.most - len(claims))
             lane.has_mail = lane.has_mail or len(claims) == order.most
             lane.retried_first ^= bool(len(claims) % 2)
             for claim in claims:
@@ -7583,18 +7564,16 @@ class Dispatcher:
             if lane.first is not line:
                 await lane.first_is_in.wait()
 
-        async def opened() -> Session | Reply:
-            try:
-                name = f"{lane.account.id}-{lane.opened}"
-                return await self.open_session(lane.account, name=name, connected=connected, may_log_in=may_log_in)
-            except Exception as error:
-                what = "connecting made mailproxy fail"
-                event(self.log, logging.ERROR, what, account=lane.account.id, exc_info=error)
-                return Reply(Stage.CONNECT, 451, f"internal error ({type(error).__name__})", "4.3.0", Cause.LOCAL)
-
         lane.opened += 1
+        opening = self.open_session(
+            lane.account, name=f"{lane.account.id}-{lane.opened}", connected=connected, may_log_in=may_log_in
+        )
         try:
-            session = await self._unless_recalled(lane, opened())
+            session = await self._unless_recalled(lane, opening)
+        except Exception as error:
+            what = "connecting made mailproxy fail"
+            event(self.log, logging.ERROR, what, account=lane.account.id, exc_info=error)
+            session = Reply(Stage.CONNECT, 451, f"internal error ({type(error).__name__})", "4.3.0", Cause.LOCAL)
         finally:
             if lane.first is line:
                 lane.first, lane.first_connected = None, False
@@ -7675,7 +7654,7 @@ class Dispatcher:
             level, what = logging.ERROR, "an account cannot log in"
         event(self.log, level, what, account=lane.account.id, until=lane.next_try_ts(), error=disposition.error)
         self._recall(lane)
-        self._set_timer(lane)
+        self._mark(lane)
 
     async def _let_go(self, lane: Lane) -> None:
         """The server works again: what waited for it is ready at once."""
@@ -7709,10 +7688,7 @@ class Dispatcher:
                 break
             except StorageUnavailable as error:
                 if not told:
-                    event(
-                        self.log, logging.ERROR, "an outcome waits for the storage",
-                        message=outcome.claim.id, account=outcome.claim.account_id, error=str(error),
-                    )  # fmt: skip
+                    self._say(outcome.claim, "an outcome waits for the storage", logging.ERROR, error=str(error))
                 told = True
                 await asyncio.sleep(STORAGE_PAUSE_S)
         if outcome.disposition.status is not Status.QUEUED:
@@ -7720,10 +7696,7 @@ class Dispatcher:
 
     async def _fail_internally(self, lane: Lane, claim: Claim, error: Exception, *, in_doubt: bool = False) -> None:
         """Our own code failed with this message: it ends, and no other; in doubt when it may have been sent."""
-        event(
-            self.log, logging.ERROR, "a message made mailproxy fail", message=claim.id,
-            account=claim.account_id, exc_info=error,
-        )  # fmt: skip
+        self._say(claim, "a message made mailproxy fail", logging.ERROR, exc_info=error)
         what = "in doubt: internal error" if in_doubt else "internal error: the message could not be composed"
         why = f"{what} ({type(error).__name__})"
         now = self.clock.wall()
@@ -7734,24 +7707,22 @@ class Dispatcher:
 
     def _tell(self, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
         """One line and the counters for what became of a message."""
-        label = self.metrics.label(claim.account_id)
-        fields: dict[str, Any] = {
-            "message": claim.id, "account": claim.account_id, "connection": attempt.connection or None
-        }  # fmt: skip
+        label, connection = self.metrics.label(claim.account_id), attempt.connection or None
         if disposition.status is Status.SENT:
             self.metrics.messages_sent.labels(label).inc()
             self.metrics.queue_wait_seconds.labels(label).observe(max(0.0, self.clock.wall() - claim.ready_at))
             if self.log_deliveries:
-                event(self.log, logging.INFO, "message sent", **fields, recipients=len(attempt.replies))
+                self._say(claim, "message sent", connection=connection, recipients=len(attempt.replies))
         elif disposition.status is Status.ERROR:
             self.metrics.messages_failed.labels(label).inc()
-            event(self.log, logging.WARNING, "message failed", **fields, error=disposition.error)
+            self._say(claim, "message failed", logging.WARNING, connection=connection, error=disposition.error)
         elif disposition.status is Status.DEFERRED:
             self.metrics.messages_deferred.labels(label, disposition.reason).inc()
-            event(
-                self.log, logging.INFO, "message deferred", **fields, until=disposition.deferred_ts,
-                error=disposition.error,
-            )  # fmt: skip
+            until = disposition.deferred_ts
+            self._say(claim, "message deferred", connection=connection, until=until, error=disposition.error)
+
+    def _say(self, claim: Claim, what: str, level: int = logging.INFO, **fields: Any) -> None:
+        event(self.log, level, what, message=claim.id, account=claim.account_id, **fields)
 
     # -- the end
 
