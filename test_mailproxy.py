@@ -14,6 +14,7 @@ import datetime
 import email
 import email.message
 import email.policy
+import enum
 import errno
 import functools
 import gzip
@@ -1171,6 +1172,28 @@ def test_a_function_fits_on_a_screen() -> None:
     ]
 
     assert long == []
+
+
+def test_no_private_name_of_the_standard_library_is_used() -> None:
+    tree = syntax_tree()
+    own = {"_make", "_asdict", "_replace", "_exit"}  # which are documented
+    own |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    own |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    own |= {node.attr for node in attributes if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"}
+
+    used = {ast.unparse(node) for node in attributes if re.match("_[^_]", node.attr) and node.attr not in own}
+    overridden = [
+        f"{kind.__qualname__}.{name}"
+        for kind in vars(mailproxy).values()
+        if isinstance(kind, type) and kind.__module__ == mailproxy.__name__
+        for base in kind.__mro__[1:]
+        if base.__module__ != mailproxy.__name__
+        for name in vars(kind).keys() & vars(base).keys() - {"_abc_impl", "_is_protocol"}
+        if re.match("_[^_]", name) and not issubclass(kind, enum.Enum | tuple)
+    ]
+
+    assert (used, overridden) == (set(), [])
 
 
 def test_nothing_at_module_level_can_change() -> None:
