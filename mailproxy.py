@@ -2796,6 +2796,17 @@ class Alarm:
         self._rung.clear()
 
 
+class News(Alarm):
+    """Something changed: whoever made it so rings, and the reporter looks."""
+
+    rings = 0  # so far
+    submissions = 0  # accepted so far
+
+    def ring(self) -> None:
+        self.rings += 1
+        super().ring()
+
+
 # ======================================================================
 # LOG AND METRICS - one event, one line; the instruments on a registry of the daemon's own
 # ======================================================================
@@ -4210,43 +4221,23 @@ MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
 UNDONE_CODINGS = ("gzip", "x-gzip", "deflate")
 # The content codings that are registered (RFC 9110 16.6); what else servers put there is none, and the bytes are plain.
-CODINGS = (
-    *UNDONE_CODINGS, "aes128gcm", "br", "compress", "dcb", "dcz", "exi", "pack200-gzip", "x-compress", "zstd",
-)  # fmt: skip
+CODINGS = (*UNDONE_CODINGS, "br", "zstd", "compress", "x-compress", "dcb", "dcz", "aes128gcm", "exi", "pack200-gzip")
 
 # What is not on the public Internet (RFC 6890 and its registry), spelled out because
 # ipaddress.is_global differs between releases of Python and counts multicast as public.
-NOT_PUBLIC_4 = tuple(
+# 100.64: behind a carrier's NAT, metadata of some clouds; 168.63.129.16: public by its number, the host's own services in
+# Azure; 169.254: link-local, metadata of most clouds; 192.88.99: 6to4 relays; from 224 on: multicast, reserved, broadcast.
+NOT_PUBLIC_4 = [
     ipaddress.IPv4Network(network)
-    for network in (
-        "0.0.0.0/8",  # this host
-        "10.0.0.0/8",
-        "100.64.0.0/10",  # behind a carrier's NAT (RFC 6598); metadata of some clouds
-        "127.0.0.0/8",
-        "168.63.129.16/32",  # public by its number, the host's own services in Azure
-        "169.254.0.0/16",  # link-local; metadata of most clouds
-        "172.16.0.0/12",
-        "192.0.0.0/24",
-        "192.0.2.0/24",
-        "192.88.99.0/24",  # 6to4 relays (RFC 7526)
-        "192.168.0.0/16",
-        "198.18.0.0/15",
-        "198.51.100.0/24",
-        "203.0.113.0/24",
-        "224.0.0.0/4",  # multicast
-        "240.0.0.0/4",  # reserved, and broadcast
+    for network in re.findall(
+        r"\S+",
+        """0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 168.63.129.16/32 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24
+        192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4""",
     )
-)
-PUBLIC_6 = ipaddress.IPv6Network("2000::/3")  # all that was ever given out (RFC 4291 2.4)
-NOT_PUBLIC_6 = tuple(
-    ipaddress.IPv6Network(network)
-    for network in (
-        "2001::/23",  # protocol assignments, Teredo among them
-        "2001:db8::/32",
-        "2002::/16",  # 6to4: may hold any IPv4 address
-        "3fff::/20",
-    )
-)
+]
+PUBLIC_6 = ipaddress.IPv6Network("2000::/3")  # all that was ever given out (RFC 4291 2.4), but for
+# protocol assignments (Teredo among them), documentation, 6to4 (may hold any IPv4 address)
+NOT_PUBLIC_6 = [ipaddress.IPv6Network(network) for network in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")]
 IPV4_INSIDE = ipaddress.IPv6Network("::ffff:0:0/96")  # mapped: the kernel connects by IPv4 (RFC 4291 2.5.5.2)
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # a translator connects by IPv4 (RFC 6052)
 
@@ -4952,6 +4943,7 @@ def copy_regular_file(base: str, steps: Sequence[str], max_bytes: int, into: Bin
 # ----------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class AttachmentFetcher:
     """Gets the bytes of attachments, each once in a burst, into files: a slow server holds no memory.
 
@@ -4959,35 +4951,27 @@ class AttachmentFetcher:
     read defers the message.
     """
 
-    def __init__(
-        self,
-        settings: AttachmentSettings,
-        client: ClientSettings,
-        s3: S3Settings,
-        *,
-        reveal: Callable[[Secret], str],
-        folder: str,
-        in_thread: InThread,
-        observe: Callable[[Source, str], None],
-        monotonic: Callable[[], float] = time.monotonic,
-        now: Callable[[], float] = time.time,
-        resolve: Resolver = resolve_name,
-    ) -> None:
-        self._settings = settings
-        self._client = client
-        self._s3 = s3
-        self._reveal = reveal
-        self._folder = folder
-        self._in_thread = in_thread
-        self._observe = observe
-        self._monotonic = monotonic
-        self._now = now
-        self._policy = AddressPolicy(settings.allow_hosts)
-        self._trust = functools.cache(functools.partial(tls_context, None))
-        self._client_trust = functools.cache(functools.partial(tls_context, client.ca_file))
+    settings: AttachmentSettings
+    client: ClientSettings
+    s3: S3Settings
+    reveal: Callable[[Secret], str]
+    folder: str
+    in_thread: InThread
+    observe: Callable[[Source, str], None]
+    monotonic: Callable[[], float] = time.monotonic
+    now: Callable[[], float] = time.time
+    resolve: Resolver = resolve_name
+
+    def __post_init__(self) -> None:
         self._ask = functools.partial(
-            http_request, timeout_s=settings.timeout_seconds, max_bytes=settings.max_attachment_bytes, resolve=resolve
+            http_request,
+            timeout_s=self.settings.timeout_seconds,
+            max_bytes=self.settings.max_attachment_bytes,
+            resolve=self.resolve,
         )
+        self._policy = AddressPolicy(self.settings.allow_hosts)
+        self._trust = functools.cache(functools.partial(tls_context, None))
+        self._client_trust = functools.cache(functools.partial(tls_context, self.client.ca_file))
         # Under way, or done and of use until then (monotonic); what was used last stands last.
         self._fetches: dict[object, tuple[asyncio.Task[Fetched | Reply], float]] = {}
         self._turns: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
@@ -5002,7 +4986,7 @@ class AttachmentFetcher:
             if isinstance(one, Reply):
                 return one
             together += one.size_bytes if one is not None else 0
-            if together > self._settings.max_message_bytes:
+            if together > self.settings.max_message_bytes:
                 return self._too_large_together()
             fetched.append(one)
         return tuple(fetched)
@@ -5015,9 +4999,9 @@ class AttachmentFetcher:
         for attachment, one in zip(attachments, fetched, strict=True):
             size_bytes = one.size_bytes if one is not None else len(attachment.content or b"")
             together += size_bytes
-            if size_bytes > self._settings.max_attachment_bytes:
-                return failed_fetch(f"it is larger than the {self._settings.max_attachment_bytes} bytes allowed", 552)
-            if together > self._settings.max_message_bytes:
+            if size_bytes > self.settings.max_attachment_bytes:
+                return failed_fetch(f"it is larger than the {self.settings.max_attachment_bytes} bytes allowed", 552)
+            if together > self.settings.max_message_bytes:
                 return self._too_large_together()
         for attachment, one in zip(attachments, fetched, strict=True):
             if one is not None:
@@ -5030,7 +5014,7 @@ class AttachmentFetcher:
         return tuple(parts)
 
     def _too_large_together(self) -> Reply:
-        most = self._settings.max_message_bytes
+        most = self.settings.max_message_bytes
         return failed_fetch(f"the attachments together are larger than the {most} bytes allowed", 552)
 
     async def fetch(self, attachment: Attachment) -> Fetched | Reply:
@@ -5038,7 +5022,7 @@ class AttachmentFetcher:
         key = (attachment.source, attachment.location, attachment.s3, attachment.content_md5)
         task, until = self._fetches.pop(key, (None, 0.0))
         outcome = "fetched"
-        if task is not None and until > self._monotonic():
+        if task is not None and until > self.monotonic():
             self._fetches[key] = task, until
             fetched = await asyncio.shield(task)
             if isinstance(fetched, Reply) or fetched.named.keep_s:
@@ -5050,12 +5034,12 @@ class AttachmentFetcher:
             fetched = await asyncio.shield(task)
         if isinstance(fetched, Reply):
             outcome = "deferred" if fetched.transient else "failed"
-        self._observe(attachment.source, outcome)
+        self.observe(attachment.source, outcome)
         return fetched
 
     def _keep(self, key: object, task: asyncio.Task[Fetched | Reply]) -> None:
         """A fetch has ended: keep for others what may be, and no more than there is room for."""
-        now = self._monotonic()
+        now = self.monotonic()
         fetched = None if task.cancelled() or task.exception() else task.result()
         if self._fetches.get(key, (None,))[0] is task:
             keep_s = fetched.named.keep_s if isinstance(fetched, Fetched) else 0.0
@@ -5067,7 +5051,7 @@ class AttachmentFetcher:
             fetched = done.result() if until > now else None
             if isinstance(fetched, Fetched):
                 kept, size_bytes = kept + 1, size_bytes + fetched.size_bytes
-            if fetched is None or kept > KEPT_FILES or size_bytes > self._settings.cache_bytes:
+            if fetched is None or kept > KEPT_FILES or size_bytes > self.settings.cache_bytes:
                 del self._fetches[other]
 
     async def _fetch_in_turn(self, attachment: Attachment) -> Fetched | Reply:
@@ -5077,13 +5061,13 @@ class AttachmentFetcher:
         except ValueError:  # the configuration knows where, or the fetch itself will say it
             host = attachment.source.value
         turns = self._turns.setdefault(host, asyncio.Semaphore(FETCHES_PER_HOST))
-        timeout_s = self._settings.timeout_seconds
+        timeout_s = self.settings.timeout_seconds
         try:
             async with asyncio.timeout(timeout_s):
                 await turns.acquire()
         except TimeoutError:
             return failed_fetch(f"{host} is still busy with other attachments", 451)
-        call = asyncio.ensure_future(self._in_thread(functools.partial(self._fetch_blocking, attachment)))
+        call = asyncio.ensure_future(self.in_thread(functools.partial(self._fetch_blocking, attachment)))
         call.add_done_callback(lambda _: turns.release())  # a call that hangs keeps its turn
         await asyncio.wait(
             [call], timeout=timeout_s + 1
@@ -5093,16 +5077,12 @@ class AttachmentFetcher:
     # -- what blocks: one method a source
 
     def _fetch_blocking(self, attachment: Attachment) -> Fetched | Reply:
-        sources = {
-            Source.URL: self._from_url,
-            Source.S3: self._from_s3,
-            Source.ENDPOINT: self._from_endpoint,
-            Source.FILESYSTEM: self._from_file,
-        }
+        fetchers = (self._from_url, self._from_s3, self._from_endpoint, self._from_file)
+        sources = (Source.URL, Source.S3, Source.ENDPOINT, Source.FILESYSTEM)
         try:
             with contextlib.ExitStack() as unless_fetched:
-                file = cast(BinaryIO, unless_fetched.enter_context(tempfile.TemporaryFile(dir=self._folder)))
-                named = sources[attachment.source](attachment, file)
+                file = cast(BinaryIO, unless_fetched.enter_context(tempfile.TemporaryFile(dir=self.folder)))
+                named = fetchers[sources.index(attachment.source)](attachment, file)
                 if isinstance(named, Reply):
                     return named
                 if attachment.content_md5 and (refusal := md5_refusal(attachment, file, named.encoded_md5)):
@@ -5136,13 +5116,13 @@ class AttachmentFetcher:
         return self._judged(attachment, answer, target, name)
 
     def _from_endpoint(self, attachment: Attachment, file: BinaryIO) -> Named | Reply:
-        if self._client.client_attachment_url is None:
+        if self.client.client_attachment_url is None:
             return failed_fetch("[client] client_attachment_url is not configured", 554)
         answer = self._ask(
             "POST",
-            self._client.client_attachment_url,
+            self.client.client_attachment_url,
             body=json.dumps({"storage_path": attachment.location}).encode(),
-            headers={**client_credentials(self._client, self._reveal), "Content-Type": "application/json"},
+            headers={**client_credentials(self.client, self.reveal), "Content-Type": "application/json"},
             trust=self._client_trust,
             into=file,
             is_gzip_file=functools.partial(is_gzip_file, attachment),
@@ -5151,25 +5131,25 @@ class AttachmentFetcher:
         return self._judged(attachment, answer, what, _last_segment(attachment.location))
 
     def _from_file(self, attachment: Attachment, file: BinaryIO) -> Named:
-        if self._settings.base_dir is None:
+        if self.settings.base_dir is None:
             raise HttpFailure("[attachments] base_dir is not configured", transient=False)
-        copy_file_below(self._settings.base_dir, attachment.location, self._settings.max_attachment_bytes, file)
+        copy_file_below(self.settings.base_dir, attachment.location, self.settings.max_attachment_bytes, file)
         return Named(_last_segment(attachment.location))
 
     def _from_s3(self, attachment: Attachment, file: BinaryIO) -> Named | Reply:
-        wanted, s3 = attachment.s3, self._s3
+        wanted, s3 = attachment.s3, self.s3
         assert wanted is not None
         if not s3.access_key_id or not s3.secret_access_key:
             return failed_fetch("no S3 credentials: set access_key_id and secret_access_key in [s3]", 554)
-        token = self._reveal(s3.session_token) if s3.session_token else None
-        keys = S3Keys(self._reveal(s3.access_key_id), self._reveal(s3.secret_access_key), token)
+        token = self.reveal(s3.session_token) if s3.session_token else None
+        keys = S3Keys(self.reveal(s3.access_key_id), self.reveal(s3.secret_access_key), token)
 
         def ask(region: str) -> HttpAnswer:
             target = s3_target(wanted, s3, region)
             return self._ask(
                 "GET",
                 target.url,
-                headers=sign_s3("GET", target, {}, EMPTY_SHA256, keys, region, self._now()),
+                headers=sign_s3("GET", target, {}, EMPTY_SHA256, keys, region, self.now()),
                 policy=self._policy if wanted.endpoint else None,
                 trust=self._trust,
                 into=file,
@@ -5201,7 +5181,7 @@ class AttachmentFetcher:
             return Named(name, media_type(headers.get("content-type")), keep_s, answer.encoded_md5)
         reason = f"{what} answered {answer.status} {words}"
         if answer.status in PASSING_ANSWERS or answer.status >= 500:
-            return failed_fetch(reason, 451, retry_after_s(headers.get("retry-after", ""), self._now()))
+            return failed_fetch(reason, 451, retry_after_s(headers.get("retry-after", ""), self.now()))
         return failed_fetch(reason, 550 if answer.status in (404, 410) else 554)
 
 
@@ -7865,7 +7845,7 @@ class Reporter:
     delivery: DeliverySettings
     clock: Clock
     call: Callable[[WrittenReport], Awaitable[HttpAnswer]]
-    submissions: Callable[[], int]  # accepted so far
+    news: News  # rung when there are new states to report
     dispatching: Callable[[], bool]
     in_thread: InThread
     metrics: Metrics
@@ -7873,8 +7853,6 @@ class Reporter:
 
     def __post_init__(self) -> None:
         self.turned_at = self.clock.monotonic()
-        self._alarm = Alarm()
-        self._news = 0  # how often there were new states
         self._pass_is_open = False  # test_mode: from run-now until all that came of it is reported
         self._stopping = False
         self._next_at, self._why = -math.inf, Why.ASKED  # the next call; monotonic
@@ -7891,11 +7869,6 @@ class Reporter:
 
     # -- what others tell it
 
-    def wake(self) -> None:
-        """There are new states to report."""
-        self._news += 1
-        self._alarm.ring()
-
     def run_now(self) -> None:
         """Call the upstream at once, whatever it said and however often it failed.
 
@@ -7904,11 +7877,11 @@ class Reporter:
         self._pass_is_open = True
         self._not_before = self._next_at = -math.inf
         self._why = Why.ASKED
-        self._alarm.ring()
+        self.news.ring()
 
     def stop(self) -> None:
         self._stopping = True
-        self._alarm.ring()
+        self.news.ring()
 
     # -- the loop
 
@@ -7916,7 +7889,7 @@ class Reporter:
         """Turn until told to stop; anything unexpected ends the daemon."""
         while not self._stopping:
             self.turned_at = self.clock.monotonic()
-            await self._alarm.sleep(await self._turn())
+            await self.news.sleep(await self._turn())
 
     async def _turn(self) -> float:
         """Do what is to be done now; return for how long nothing will be, in seconds."""
@@ -7966,8 +7939,8 @@ class Reporter:
         if again or not 0 < len(states) < most:
             return again or states
         seen, until = -1, self.clock.monotonic() + GATHER_AT_MOST_S
-        while seen != self._news and self.clock.monotonic() < until:
-            seen = self._news
+        while seen != self.news.rings and self.clock.monotonic() < until:
+            seen = self.news.rings
             await asyncio.sleep(GATHER_S)
         return await self.queue.unreported(most)
 
@@ -8022,9 +7995,8 @@ class Reporter:
 
     def _eager_pause_s(self) -> float:
         """How soon to call when the upstream asks for it: later and later while that brings nothing."""
-        submissions = self.submissions()
-        self._eager_calls = 0 if submissions > self._submissions_seen else self._eager_calls + 1
-        self._submissions_seen = submissions
+        self._eager_calls = 0 if self.news.submissions > self._submissions_seen else self._eager_calls + 1
+        self._submissions_seen = self.news.submissions
         return EAGER_PAUSES_S[min(self._eager_calls, len(EAGER_PAUSES_S) - 1)]
 
     # -- housekeeping
@@ -8397,7 +8369,6 @@ class ControlPlane:
     in_thread: InThread
     log: logging.Logger
     settings: Callable[[], Settings]
-    submissions: int = 0  # accepted so far
     _wrote_at: float = -math.inf  # for a look whether the storage answers
 
     def routes(self) -> tuple[Route, ...]:
@@ -8570,7 +8541,7 @@ class ControlPlane:
         return judged
 
     def _tell_of_submissions(self, accepted: Sequence[Submission], rejected: Sequence[Mapping[str, object]]) -> None:
-        self.submissions += len(accepted)
+        self.reporter.news.submissions += len(accepted)
         by_account = collections.Counter(submission.account_id for submission in accepted)
         for account_id, number in by_account.items():
             self.metrics.messages_accepted.labels(self.metrics.label(account_id)).inc(number)
@@ -8634,7 +8605,7 @@ class ControlPlane:
         """Give failed messages a new life."""
         retried = await self.queue.retry(ids_of(await request.json_object()), self._deadline_of)
         self.dispatcher.wake(self.dispatcher.lanes)
-        self.reporter.wake()
+        self.reporter.news.ring()
         event(self.log, logging.INFO, "failed messages queued anew", messages=retried.queued)
         answer = {"ok": True, **retried._asdict()}
         if not retried.account_not_found:
@@ -8725,7 +8696,7 @@ class ControlPlane:
         account_id = request.parameters["id"]
         failed = await self.book.delete(account_id)
         self.metrics.messages_failed.labels(self.metrics.label(account_id)).inc(failed)
-        self.reporter.wake()
+        self.reporter.news.ring()
         event(self.log, logging.INFO, "account deleted", account=account_id, failed=failed)
         return json_response({"ok": True, "failed": failed})
 
@@ -8827,18 +8798,6 @@ def may_be_a_page(request: Request) -> bool:
     return False
 
 
-def open_files_allowed() -> int:
-    """How many files this process may have open, once it has asked for all that it can get."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (OSError, ValueError):  # a sandbox forbids it
-            return soft
-    return wanted
-
-
 class Daemon:
     """One mailproxy: a queue file, its loops, its HTTP side."""
 
@@ -8909,6 +8868,7 @@ class Daemon:
     async def _build(self, configured: Sequence[Account]) -> None:
         """Put the rooms together, from the queue upwards."""
         await self._queue.load()
+        news = News()
         self._composer = Composer(
             self._queue, self._fetcher(), self.settings.attachments.memory_budget_bytes, self._work
         )
@@ -8927,7 +8887,7 @@ class Daemon:
             composer=self._composer,
             metrics=self._metrics,
             log=self._log,
-            reports_due=lambda: self._reporter.wake(),
+            reports_due=news.ring,
         )
         self._dispatcher.log_deliveries = self.settings.logging.delivery_activity
         active = await self._queue.switch("active")
@@ -8938,7 +8898,7 @@ class Daemon:
             self.settings.delivery,
             clock=self._clock,
             call=self._call_upstream,
-            submissions=lambda: self._control.submissions,
+            news=news,
             dispatching=lambda: self._dispatcher.busy,
             in_thread=self._work,
             metrics=self._metrics,
@@ -8985,8 +8945,14 @@ class Daemon:
 
     def _most_clients(self) -> int:
         """How many HTTP connections there may be, so that file descriptors are left for everything else."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        allowed = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+        if soft != resource.RLIM_INFINITY and soft < allowed:
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+            except (OSError, ValueError):  # a sandbox forbids it
+                allowed = soft
         wanted = self.settings.server.max_connections
-        allowed = open_files_allowed()
         left = allowed - OWN_FILES - TURNED_AWAY - 2 * self.settings.delivery.max_concurrency
         if left >= wanted:
             return wanted
@@ -9069,35 +9035,36 @@ class Daemon:
             self._asked_to_renew.clear()
             self._systemd.tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
-                await self._apply(await self._work(self._read_again))
+                await self._take_over(*await self._work(self._read_again))
             except ConfigurationError as error:
                 event(self._log, logging.ERROR, "the configuration was not taken over", error=str(error))
             except StorageUnavailable as error:
                 event(self._log, logging.ERROR, "the accounts were not taken over", error=str(error))
             self._systemd.tell("READY=1")
 
-    def _read_again(self) -> Renewal:
-        """The configuration as it is now, but for what stays until a restart. Blocking: reads files."""
+    def _read_again(self) -> tuple[Settings, list[str], Sequence[str], list[Account]]:
+        """The configuration as it is now, but for what stays until a restart (named); its tokens and accounts. Blocking."""
         assert self._reload is not None
         settings, fixed = renewed(self.settings, self._reload())
         tokens = api_tokens(settings, self._environ)
         check_listening(settings, tokens)
-        return Renewal(settings, fixed, tokens, configured_accounts(settings))
+        return settings, fixed, tokens, configured_accounts(settings)
 
-    async def _apply(self, renewal: Renewal) -> None:
-        self.settings = settings = renewal.settings
-        self._tokens = tuple(token.encode() for token in renewal.tokens)
+    async def _take_over(
+        self, settings: Settings, fixed: Sequence[str], tokens: Sequence[str], accounts: Sequence[Account]
+    ) -> None:
+        self.settings = settings
+        self._tokens = tuple(token.encode() for token in tokens)
         configure_logging(settings.logging.level, settings.logging.format, journal=stderr_is_journal(self._environ))
         self._dispatcher.settings = settings.delivery
         self._dispatcher.log_deliveries = settings.logging.delivery_activity
         self._reporter.client, self._reporter.delivery = settings.client, settings.delivery
-        self._reporter.wake()
+        self._reporter.news.ring()
         self._composer.fetcher = self._fetcher()
         self._agent.forget_contexts()
         self._book.defaults = settings.delivery
-        await self._book.renew(renewal.accounts)
-        needs_restart = ", ".join(renewal.fixed) or None
-        event(self._log, logging.INFO, "configuration read again", needs_restart=needs_restart)
+        await self._book.renew(accounts)
+        event(self._log, logging.INFO, "configuration read again", needs_restart=", ".join(fixed) or None)
 
     # -- what the rooms are handed
 
@@ -9203,15 +9170,6 @@ class Daemon:
             request=request.id,
             exc_info=failure,
         )
-
-
-class Renewal(NamedTuple):
-    """A configuration that was read again and can be taken over."""
-
-    settings: Settings
-    fixed: Sequence[str]  # "section.key" of what differs and needs a restart
-    tokens: Sequence[str]
-    accounts: Sequence[Account]
 
 
 def server_tls_context(server: ServerSettings) -> ssl.SSLContext | None:

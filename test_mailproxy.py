@@ -10139,14 +10139,13 @@ class ReporterRig:
         self.answers: deque[Any] = deque()
         self.calls: list[tuple[float, str, list[str]]] = []  # when, id, ids of the messages
         self.inside: Callable[[], object] | None = None
-        self.submissions = 0
         self.reporter = mailproxy.Reporter(
             self.queue,
             mailproxy.ClientSettings(**{"client_sync_url": "http://upstream.test/", **client}),
             mailproxy.DeliverySettings(**(delivery or {})),
             clock=mailproxy.Clock(lambda: self.wall, lambda: self.monotonic),
             call=self._call,
-            submissions=lambda: self.submissions,
+            news=mailproxy.News(),
             dispatching=lambda: False,
             in_thread=asyncio.to_thread,
             metrics=mailproxy.Metrics("test"),
@@ -10183,7 +10182,7 @@ class ReporterRig:
         for id_ in ids:
             self.run(self.queue.accept([a_submission(id_)]))
         self.run(self.queue.fail_orphans("main", 0, "given up"))
-        self.reporter.wake()
+        self.reporter.news.ring()
 
 
 def a_submission(id_: str, **fields: Any) -> Any:
@@ -10312,7 +10311,7 @@ def test_queued_goes_on_at_once_while_it_brings_submissions(make_reporter: Any) 
     rig.answers.extend({"queued": 1} for _ in range(20))
 
     def submit() -> None:
-        rig.submissions += 1
+        rig.reporter.news.submissions += 1
 
     rig.inside = submit
     rig.pass_time(0)
