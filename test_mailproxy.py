@@ -12216,16 +12216,46 @@ def test_the_options_in_the_examples_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
-    ["sevre", "status --colour", "message", "retry", "messages --limit 0", "messages --limit 10001",
-     "messages --status lost"],
-)  # fmt: skip
-def test_a_usage_mistake_is_one_sentence_and_exit_2(words: str, here: Run) -> None:
-    ended = here(*words.split())
+    ("words", "status", "complaint"),
+    [
+        ("sevre", 2, "did you mean serve?; see mailproxy --help"),
+        ("status --colour", 2, "see mailproxy status --help"),
+        ("message", 2, "--help"),
+        ("retry", 2, "--help"),
+        ("messages --limit 0", 2, "must be a number from 1 to 10000; see mailproxy messages --help"),
+        ("messages --limit 10001", 2, "--help"),
+        ("messages --status lost", 2, "--help"),
+        ("serve --config missing.ini", 2, "missing.ini"),
+        ("serve --port http", 2, "[server] port"),
+        ("serve --set server.prot=1", 2, "did you mean port?"),
+        ("serve --set server.port", 2, "SECTION.KEY=VALUE"),
+        ("serve --port 0 --host 0.0.0.0", 2, "api_token"),
+        ("serve --port 0 --set smtp.host=mx.test --set smtp.port=0", 2, "[smtp]"),
+        ("check --set server.prot=1", 2, "did you mean port?"),
+        ("check --set smtp.host=mx.test --set smtp.port=99999", 2, "port"),
+        ("check --db no/folder/q.db", 2, "no/folder"),
+        ("check --set smtp.host=mx.test --set smtp.port=25 --set smtp.user=u --set smtp.password=env:NO_", 2, "NO_"),
+        ("status --url 127.0.0.1:8000", 2, "is not the URL of a daemon"),
+        ("status --url ftp://here", 2, "is not the URL of a daemon"),
+        ("status --url http://", 2, "is not the URL of a daemon"),
+        ("status --url unix:relative", 2, "is not the URL of a daemon"),
+        ("status --url http://h:x", 2, "is not the URL of a daemon"),
+        ("status --url 'http://a b'", 2, "is not the URL of a daemon"),
+        ("status --url http://127.0.0.1:9 --token file:/no/such", 2, "file:/no/such"),
+        ("send", 2, "nothing to send: give --from"),
+        ("send x.eml --subject s", 2, "an .eml file is sent as it is"),
+        ("send x.eml --csv y.csv", 2, "--csv goes with neither"),
+        ("send --attach no/such", 1, "no/such cannot be read: No such file"),
+        ("send --url http://127.0.0.1:9 no/such.eml", 1, "no/such.eml cannot be read: No such file"),
+    ],
+)
+def test_a_mistake_is_one_sentence(words: str, status: int, complaint: str, here: Run) -> None:
+    ended = here(*shlex.split(words))
 
-    assert ended.returncode == 2
+    assert ended.returncode == status
     assert ended.sentence.startswith("mailproxy: ")
-    assert "--help" in ended.stderr
+    assert complaint in ended.sentence
+    assert "are right" not in ended.stdout
 
 
 def test_a_reader_that_goes_away_is_no_event(daemon: Daemon) -> None:
@@ -12267,24 +12297,6 @@ def test_serve_takes_its_settings_from_options(tmp_path: Path) -> None:
     assert serving.returncode == 0, rest
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--config", "missing.ini"], "missing.ini"),
-        (["--port", "http"], "[server] port"),
-        (["--set", "server.prot=1"], "did you mean port?"),
-        (["--set", "server.port"], "SECTION.KEY=VALUE"),
-        (["--host", "0.0.0.0"], "api_token"),
-        (["--set", "smtp.host=mx.test", "--set", "smtp.port=0"], "[smtp]"),
-    ],
-)
-def test_serve_with_a_mistake_in_its_settings_says_so_and_exits_2(options: list[str], words: str, here: Run) -> None:
-    ended = here("serve", "--port", 0, *options)
-
-    assert ended.returncode == 2
-    assert words in ended.sentence
-
-
 def test_serve_that_cannot_start_says_why_and_exits_2(tmp_path: Path, daemon: Daemon) -> None:
     ended = run_command("serve", "--port", 0, "--db", "no/such/folder/q.db", folder=tmp_path)
     same_queue = run_command("serve", "--config", daemon.folder / "config.ini", folder=daemon.folder)
@@ -12321,25 +12333,6 @@ def test_check_shows_what_is_in_force_and_where_it_comes_from_but_no_secret(
     assert "default (mx.test:587)" in ended.stdout
     assert "open-sesame" not in ended.stdout
     assert "hunter2" not in ended.stdout
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ("[server]\nprot = 1\n", "did you mean port?"),
-        ("[smtp]\nhost = mx.test\nport = 99999\n", "port"),
-        ("[storage]\ndb_path = no/folder/q.db\n", "no/folder"),
-        ("[smtp]\nhost = mx.test\nport = 25\nuser = u\npassword = env:NOT_THERE\n", "NOT_THERE"),
-    ],
-)
-def test_check_says_what_is_wrong_and_exits_2(tmp_path: Path, config: str, words: str, here: Run) -> None:
-    (tmp_path / "config.ini").write_text(config)
-
-    ended = here("check", "--config", tmp_path / "config.ini")
-
-    assert ended.returncode == 2
-    assert words in ended.sentence
-    assert "are right" not in ended.stdout
 
 
 def test_check_connect_shows_what_each_server_offers(tmp_path: Path, ca: PrivateCA, here: Run) -> None:
@@ -12406,16 +12399,6 @@ def test_a_daemon_that_is_not_there_or_somebody_else_is_one_sentence_and_exit_1(
     assert "does not answer as an HTTP server does" in ended[3].sentence
 
 
-@pytest.mark.parametrize(
-    "url", ["127.0.0.1:8000", "ftp://here", "http://", "unix:relative", "http://h:x", "http://a b"]
-)
-def test_a_url_that_is_none_is_exit_2(url: str, here: Run) -> None:
-    ended = here("status", "--url", url)
-
-    assert ended.returncode == 2
-    assert "is not the URL of a daemon" in ended.sentence
-
-
 def test_without_the_right_token_the_answer_is_a_sentence(
     tmp_path: Path, here: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -12426,7 +12409,6 @@ def test_without_the_right_token_the_answer_is_a_sentence(
         wrong = here(*asked)
         monkeypatch.setenv("MINE", "sesame")
         right = here(*asked, "--token", "env:MINE")
-        unreadable = here(*asked, "--token", "file:/no/such")
         monkeypatch.setenv("MAILPROXY_TOKEN", "sesame")
         environment = here(*asked)
 
@@ -12434,8 +12416,6 @@ def test_without_the_right_token_the_answer_is_a_sentence(
     assert "MAILPROXY_TOKEN" in wrong.sentence
     assert "sesame" not in wrong.stderr
     assert (right.returncode, environment.returncode) == (0, 0)
-    assert unreadable.returncode == 2
-    assert "file:/no/such" in unreadable.sentence
 
 
 @pytest.mark.parametrize(
@@ -12723,19 +12703,18 @@ def test_following_begins_with_the_newest_looks_at_many_pages_and_comes_back_for
     asking("suspend")
     daemon.submit(*(note(f"m{n}") for n in range(700)))
     client = mailproxy.Client(url_of(daemon))
-    end = daemon.get("/messages?limit=100").json["next"]
 
-    records, cursor = mailproxy._listed_after(client, {}, end)
+    records, cursor = mailproxy._listed_after(client, {}, daemon.get("/messages?limit=100").json["next"])
     again, same = mailproxy._listed_after(client, {}, cursor)
     with running("messages", "--follow", "--limit", "2", "--url", client.url) as following:
         assert following.stdout
-        shown = [following.stdout.readline() for _ in range(2)]
+        shown = [following.stdout.readline().split()[2] for _ in range(2)]
 
+    assert shown == ["m698", "m699"]
     assert [record["id"] for record in records] == [f"m{n}" for n in range(100, 700)]
     assert again == records[-len(again) :]
     assert len(again) >= mailproxy.FOLLOWED_MESSAGES
     assert same == cursor
-    assert ["m698" in shown[0], "m699" in shown[1]] == [True, True]
 
 
 # --- demo
@@ -12880,23 +12859,6 @@ def test_a_refused_message_says_why_and_exits_1(asking: Run) -> None:
 
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.sentence.startswith("mailproxy: the message was refused: invalid to: ")
-
-
-@pytest.mark.parametrize(
-    ("words", "status", "complaint"),
-    [
-        ([], 2, "nothing to send: give --from"),
-        (["x.eml", "--subject", "s"], 2, "an .eml file is sent as it is"),
-        (["x.eml", "--csv", "y.csv"], 2, "--csv goes with neither"),
-        (["--attach", "no/such"], 1, "no/such cannot be read: No such file"),
-        (["no/such.eml"], 1, "no/such.eml cannot be read: No such file"),
-    ],
-)
-def test_what_cannot_be_sent_is_a_sentence(words: list[str], status: int, complaint: str, here: Run) -> None:
-    ended = here("send", "--url", "http://127.0.0.1:9", *words)
-
-    assert ended.returncode == status
-    assert complaint in ended.sentence
 
 
 def test_an_eml_file_goes_out_as_it_is_to_whom_its_headers_name(asking: Run, daemon: Daemon, smtp: SmtpServer) -> None:
