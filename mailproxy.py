@@ -5359,9 +5359,10 @@ class Wire(asyncio.Protocol):
         return self._answers
 
     def break_off(self, cause: Cause, text: str) -> None:
-        """End the connection at once; the first reason given stays."""
-        if self.broken is None:
-            self.broken = Broken(cause, text)
+        """End the connection at once, if it has not ended."""
+        if self.broken is not None:
+            return
+        self.broken = Broken(cause, text)
         if self._watchdog is not None:
             self._watchdog.cancel()
         self._transport.abort()
@@ -5369,8 +5370,9 @@ class Wire(asyncio.Protocol):
 
     async def close(self) -> None:
         """End the connection politely (close_notify under TLS), but soon."""
-        self._transport.close()
-        await self.ask(b"", 1, QUIT_TIMEOUT_S)
+        if self.broken is None:
+            self._transport.close()  # of a closed one no more can be asked, not even abort() (Python 3.11, TLS)
+            await self.ask(b"", 1, QUIT_TIMEOUT_S)
         self.break_off(Cause.LOST, "closed")
 
     # Called by the event loop:

@@ -6898,6 +6898,21 @@ def test_without_verification_any_certificate_will_do(ca, encryption):
     assert replies["a@x"].accepted
 
 
+def test_a_goodbye_to_a_server_that_has_closed_a_tls_connection_is_no_error(ca):
+    server = ScriptedServer({".": "250 ok\r\n421 bye"}, implicit_tls=ca.good().server_context())
+
+    async def story(open_session):
+        session = await open_session()
+        await session.transact(envelope_to("a@x"), b"one\r\n", smtputf8=False)
+        while session.usable:
+            await asyncio.sleep(0.001)
+        await asyncio.wait(server.tasks)
+        await session.quit()
+        session.abort()
+
+    with_smtp_server(server, story, ca_file=str(ca.ca_file), implicit_tls=True)
+
+
 @pytest.mark.parametrize(
     ("said", "words"),
     [
