@@ -546,7 +546,8 @@ def integer(low: int, high: int = LARGEST_INTEGER, unit: str = "") -> Kind:
 
 def seconds(low: float, high: float = LONGEST_S) -> Kind:
     def parse(value: str) -> float:
-        return fit(float(value), low <= float(value) <= high and re.fullmatch(r"\s*[0-9.]+\s*", value))
+        number = float(value) if "." in value else int(value)
+        return fit(number, low <= number <= high and re.fullmatch(r"\s*[0-9.]+\s*", value))
 
     most = "" if high == LONGEST_S else f" to {high:.0f}"
     return Kind(f"a number of seconds from {low:g}{most}", parse, "number", (int, float), "seconds")
@@ -769,11 +770,11 @@ class Account:
     oauth2_client_secret: Secret | None = row(None, SECRET, "Client secret of xoauth2.")
     oauth2_refresh_token: Secret | None = row(None, SECRET, "Without it client credentials are used.")
     oauth2_scope: str | None = row(None, TEXT, "Scope of the access token.")
-    ttl: float = row(300.0, seconds(0.001), "How long a connection may live.")
+    ttl: float = row(300, seconds(0.001), "How long a connection may live.")
     max_connections: int = row(5, integer(1, 1000), "Most at a time.", else_of="max_connections_per_account")
     max_messages_per_connection: int = row(100, COUNT, "Most messages over one connection.")
     max_recipients: int = row(100, COUNT, "Most recipients of one transaction; more are split over several.")
-    timeout: float = row(60.0, seconds(0.001), "For each reply; the last one of a message is given 600 seconds.")
+    timeout: float = row(60, seconds(0.001), "For each reply; the last one of a message is given 600 seconds.")
     in_doubt: str = row("retry", word("retry", "error"), "What to do when the last reply never came.")
     limit_per_minute: int = row(0, integer(0), "Most messages in any 60 seconds; 0: no limit.")
     limit_per_hour: int = row(0, integer(0), "Most messages in any hour.")
