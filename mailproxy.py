@@ -9295,16 +9295,10 @@ class Client(NamedTuple):
             return UnixConnection(daemon.path)
         if daemon.scheme == "http":
             return http.client.HTTPConnection(daemon.host, daemon.port, timeout=CLIENT_PATIENCE_S)
-        context = ssl.create_default_context()
+        context = ssl.create_default_context(cafile=self.certificate)
         if self.certificate is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname = False  # a loopback address is in no certificate; this one is known by itself
             context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-            try:
-                context.load_verify_locations(self.certificate)
-            except OSError as error:
-                sentence = f"the certificate {self.certificate} cannot be used: {error.strerror}"
-                raise ConfigurationError(sentence) from None
         return http.client.HTTPSConnection(daemon.host, daemon.port, timeout=CLIENT_PATIENCE_S, context=context)
 
 
@@ -9588,7 +9582,6 @@ class Mailing:
     def send(self) -> int:
         """Submit all rows; 1 when some were refused. Raises UsageMistake, CommandFailed."""
         rows = csv_rows(self._path, known_anyway=self._common)
-        tenth = 0
         try:
             for batch in self._batches(rows):
                 for id_, reason in submit(self._client, batch, show=self._show_answers).items():
@@ -9600,8 +9593,7 @@ class Mailing:
                 done = self._through + self._unfit
                 if self._bar:
                     print(f"\r[{'#' * (done * 40 // len(rows)):<40}] {done} of {len(rows)}", end="", flush=True)
-                elif done * 10 // len(rows) > tenth and not self._show_answers:
-                    tenth = done * 10 // len(rows)
+                elif not self._show_answers:
                     print(f"{done} of {len(rows)}", flush=True)
         except (CommandFailed, KeyboardInterrupt) as stop:
             hint = f"{self._through} of {len(rows)} are through; run it again, and nothing is sent twice"
@@ -9756,7 +9748,10 @@ def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         call = sendmail_call(words)
         client = find_daemon(environ)
-        fields = sendmail_fields(call, _piped_mail(call), login_name(), host_name())
+        with open(0, "rb", closefd=False) as stdin:  # up to its end, or to a line with only a dot
+            ends = (b".\n", b".\r\n", b".") if call.dot_ends else ()
+            content = b"".join(itertools.takewhile(lambda line: line not in ends, stdin))
+        fields = sendmail_fields(call, content, login_name(), host_name())
         for reason in submit(client, [fields], show=False).values():
             status = next((status for start, status in REFUSED_FOR if reason.startswith(start)), os.EX_DATAERR)
             raise Unsendable(f"the message was refused: {reason}", status)
@@ -9808,17 +9803,6 @@ def sendmail_call(words: Sequence[str]) -> SendmailCall:
         sender = email.utils.parseaddr(sender)[1] or sender.strip().strip("<>")
     dot_ends = "i" not in options and "oi" not in options
     return SendmailCall(tuple(recipients), sender, options.get("F", ""), "t" in options, dot_ends)
-
-
-def _piped_mail(call: SendmailCall) -> bytes:
-    """Standard input up to its end, or up to a line with nothing but a dot. Blocking."""
-    try:
-        with open(0, "rb", closefd=False) as stdin:
-            if not call.dot_ends:
-                return stdin.read()
-            return b"".join(itertools.takewhile(lambda line: line not in (b".\n", b".\r\n", b"."), stdin))
-    except OSError as error:
-        raise Unsendable(f"the message cannot be read: {error.strerror}", os.EX_OSERR) from None
 
 
 def sendmail_fields(call: SendmailCall, content: bytes, login: str, host: str) -> dict[str, object]:
