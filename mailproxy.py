@@ -3492,7 +3492,8 @@ FIRST_OF_PAGE = {
 SETTLE = (
     "UPDATE OR FAIL messages SET sent_ts = :sent, error_ts = :failed, error = :error, updated_at = :now, "
     "deferred_ts = :deferred, deferral = :deferral, attempts = attempts + :counted, "
-    "turn = CASE WHEN :counted = 1 THEN 1 ELSE turn END, recipients = coalesce(:recipients, recipients), "
+    "turn = CASE WHEN :counted = 1 THEN 1 ELSE turn END, "  # a damaged column of recipients is not lost by a deferral
+    "recipients = CASE WHEN :deferred IS NULL THEN :recipients ELSE coalesce(:recipients, recipients) END, "
     "reported_ts = CASE WHEN :place IS NULL THEN reported_ts END, report_order = coalesce(:place, report_order) "
     "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL"
 )
