@@ -5733,6 +5733,9 @@ async def _log_in_by_token(smtp: aiosmtplib.SMTP, login: Login) -> None:
 def client_tls_context(account: Account) -> ssl.SSLContext:
     """How the account's connections are encrypted: `ca_file` stands in place of the system's
     authorities; without verification any certificate will do. Blocking: reads files."""
+    for file in filter(None, (account.ca_file, account.client_cert, account.client_key)):
+        if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe could block for ever
+            raise OSError(errno.EINVAL, "not a regular file", file)
     context = ssl.create_default_context(cafile=account.ca_file)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if not account.verify_tls:
