@@ -5277,7 +5277,7 @@ def _reply_of_failure(stage: Stage, failure: Exception) -> Reply:
     return local_reply(stage, str(failure))
 
 
-# ----- the content on the wire
+# ----- the wire
 
 
 def data_pieces(content: bytes) -> Iterator[tuple[bytes, bool]]:
@@ -5303,9 +5303,6 @@ def data_pieces(content: bytes) -> Iterator[tuple[bytes, bool]]:
         start = end
 
 
-# ----- the wire
-
-
 class Answer(NamedTuple):
     """One reply as it came: its code and the lines of its text."""
 
@@ -5316,18 +5313,11 @@ class Answer(NamedTuple):
         return " ".join((str(self.code), *self.lines))
 
 
-class Broken(NamedTuple):
-    """Why nothing that a connection still says is believed."""
-
-    cause: Cause
-    text: str
-
-
 class Wire(asyncio.Protocol):
     """The bytes of an open session: each answer is expected, and has its deadline."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
-        self.broken: Broken | None = None
+        self.broken: tuple[Cause, str] | None = None  # why nothing that it still says is believed
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._unread = b""  # an unfinished line
@@ -5364,7 +5354,7 @@ class Wire(asyncio.Protocol):
         """End the connection at once, if it has not ended."""
         if self.broken is not None:
             return
-        self.broken = Broken(cause, text)
+        self.broken = (cause, text)
         if self._watchdog is not None:
             self._watchdog.cancel()
         self._transport.abort()
@@ -5500,7 +5490,7 @@ class Session:
         elif _UNSPEAKABLE.search(addresses):
             refusal = Reply(Stage.MAIL, 501, "an address with control characters", "5.1.3", Cause.LOCAL)
         elif self.wire.broken is not None:  # while it was idle
-            refusal = local_reply(Stage.MAIL, self.wire.broken.text, Cause.LOST)
+            refusal = local_reply(Stage.MAIL, self.wire.broken[1], Cause.LOST)
         if refusal is not None:
             return dict.fromkeys(envelope.recipients, refusal)
         self.transactions += 1
@@ -5600,7 +5590,7 @@ class Session:
     def _unanswered(self, stage: Stage) -> Reply:
         """The reply in place of one that did not come. After the final dot the mail is in doubt,
         also when something came that was no answer."""
-        cause, text = self.wire.broken or Broken(Cause.LOST, "connection lost")
+        cause, text = self.wire.broken or (Cause.LOST, "connection lost")
         if stage is Stage.END_OF_DATA and cause is Cause.LOCAL:
             cause = Cause.LOST
         return local_reply(stage, text, cause)
@@ -5807,16 +5797,21 @@ class TokenKeeper:
             return local_reply(Stage.AUTH, "no answer of the token endpoint in time", Cause.TIMEOUT)
         except (MailproxyError, OSError, ValueError) as failure:
             return local_reply(Stage.AUTH, f"token endpoint: {failure}", Cause.LOST)
-        try:
+        answer: Any = None
+        with contextlib.suppress(ValueError, RecursionError):
             answer = json.loads(body)
-        except (ValueError, RecursionError):
-            answer = None
         if not isinstance(answer, dict):
             answer = {}
         token = answer.get("access_token")
         if status != 200 or not isinstance(token, str) or not token.isprintable() or not token:
-            return _reply_of_token_endpoint(status, answer)
-        life_s = _life_s(answer.get("expires_in"))
+            error = answer.get("error")  # not its description, which may repeat what we sent
+            text = one_line(f"token endpoint: {status} {error if isinstance(error, str) else ''}")[:200]
+            if 400 <= status < 500 and status not in (408, 429):
+                return Reply(Stage.AUTH, 535, text, "5.7.8", Cause.LOCAL)
+            return Reply(Stage.AUTH, 454, text, "4.7.0")
+        life_s = TOKEN_LIFE_S
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # some send the number as a string
+            life_s = min(max(0.0, float(answer.get("expires_in"))), LONGEST_TOKEN_LIFE_S)
         grant.token = token
         grant.expires_at = self.monotonic() + life_s - min(60.0, life_s / 2)
         if isinstance(answer.get("refresh_token"), str):
@@ -5837,24 +5832,6 @@ class TokenKeeper:
         return self.post_form(oauth2.token_url, fields, timeout_s)
 
 
-def _life_s(expires_in: object) -> float:
-    """Seconds, also where an endpoint sends them as a string, at most a day; an hour where it says no number."""
-    try:
-        life_s = float(cast(str, expires_in))
-    except (TypeError, ValueError, OverflowError):
-        return TOKEN_LIFE_S
-    return min(max(0.0, life_s), LONGEST_TOKEN_LIFE_S)
-
-
-def _reply_of_token_endpoint(status: int, answer: Mapping[str, object]) -> Reply:
-    """Only the endpoint's error code: a description may repeat what we sent."""
-    error = answer.get("error")
-    text = one_line(f"token endpoint: {status} {error if isinstance(error, str) else ''}")[:200]
-    if 400 <= status < 500 and status not in (408, 429):
-        return Reply(Stage.AUTH, 535, text, "5.7.8", Cause.LOCAL)
-    return Reply(Stage.AUTH, 454, text, "4.7.0")
-
-
 # ----- the agent
 
 
@@ -5868,7 +5845,7 @@ class DeliveryAgent:
     tokens: TokenKeeper
     end_of_data_timeout_s: float = END_OF_DATA_TIMEOUT_S
     accounts: dict[str, Account] = field(default_factory=dict)  # the latest definition of each
-    contexts: dict[tuple[object, ...], asyncio.Future[ssl.SSLContext]] = field(default_factory=dict)  # by their files
+    contexts: dict[tuple[object, ...], asyncio.Future[ssl.SSLContext]] = field(default_factory=dict)  # may be cleared
 
     async def open_session(
         self,
@@ -5888,10 +5865,6 @@ class DeliveryAgent:
             self.tokens.invalidate(account, login.secret)
             opened, _ = await self._open(account, name, connected, may_log_in)
         return opened
-
-    def forget_contexts(self) -> None:
-        """Read certificates and authorities anew for the connections to come."""
-        self.contexts.clear()
 
     async def _open(
         self, account: Account, name: str, connected: Callable[[], object], may_log_in: MayLogIn | None
@@ -9068,7 +9041,7 @@ class Daemon:
         self._reporter.client, self._reporter.delivery = settings.client, settings.delivery
         self._reporter.news.ring()
         self._composer.fetcher = self._fetcher()
-        self._agent.forget_contexts()
+        self._agent.contexts.clear()  # certificates may have changed
         self._book.defaults = settings.delivery
         await self._book.renew(accounts)
         event(self._log, logging.INFO, "configuration read again", needs_restart=", ".join(fixed) or None)

@@ -6912,7 +6912,7 @@ def test_certificates_are_read_once_and_again_for_an_account_that_was_replaced_a
             if step == "replace":
                 account = replace(account)
             if step == "tell":
-                agent.forget_contexts()
+                agent.contexts.clear()
             session = await agent.open_session(account, name="main-1")
             await session.quit()
         listening.close()
