@@ -4426,10 +4426,10 @@ class JudgedConnection(http.client.HTTPConnection):
         lines = [f"CONNECT {target.host}:{target.port} HTTP/1.1", f"Host: {target.host}:{target.port}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-        answer = WholeAnswer(self.sock, method="CONNECT")
-        answer.begin()
-        if not 200 <= answer.status < 300:
-            raise OSError(f"the proxy answered {answer.status}")
+        with WholeAnswer(self.sock, method="CONNECT") as answer:
+            answer.begin()
+            if not 200 <= answer.status < 300:
+                raise OSError(f"the proxy answered {answer.status}")
         return target.host
 
 

@@ -4656,49 +4656,30 @@ def test_the_deadline_cuts_whatever_trickles(script):
     assert 0.3 < took < 2
 
 
-def test_the_deadline_holds_for_a_body_that_nobody_reads():
-    listener = socket.create_server(("127.0.0.1", 0))
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    with listener:
-        begun = time.monotonic()
-        with pytest.raises(mailproxy.HttpFailure, match="within"):
-            mailproxy.http_request(
-                "POST",
-                f"http://127.0.0.1:{listener.getsockname()[1]}/",
-                body=bytes(20_000_000),
-                timeout_s=0.4,
-                max_bytes=9,
-            )
-
-    assert time.monotonic() - begun < 2
-
-
-def test_the_deadline_holds_for_a_tls_handshake_that_does_not_come():
+@pytest.mark.parametrize(("scheme", "body"), [("http", bytes(20_000_000)), ("https", b"")], ids=["body", "handshake"])
+def test_the_deadline_holds_for_what_nobody_reads_or_answers(scheme, body):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        failure = http_failure_of(f"https://127.0.0.1:{listener.getsockname()[1]}/", timeout_s=0.4)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        begun = time.monotonic()
+        failure = http_failure_of(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/", timeout_s=0.4, body=body)
 
     assert failure.transient
     assert "within" in failure.reason
+    assert time.monotonic() - begun < 2
 
 
-def test_an_unknown_name_is_a_passing_failure():
+def test_an_unknown_name_and_a_refused_connection_are_passing_failures_and_tell_no_secrets():
     def resolve(host, port):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    failure = http_failure_of("http://gone.example/x?signature=secret", resolve=resolve)
-
-    assert failure.transient
-    assert failure.reason == "the name gone.example cannot be resolved: Name or service not known"
-
-
-def test_a_refused_connection_is_a_passing_failure_and_tells_no_secrets():
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+        place = f"127.0.0.1:{listener.getsockname()[1]}"
+    unknown = http_failure_of("http://gone.example/x?signature=secret", resolve=resolve)
+    refused = http_failure_of(f"http://user:pass@{place}/token?signature=secret")
 
-    failure = http_failure_of(f"http://user:pass@127.0.0.1:{port}/token?signature=secret")
-
-    assert failure.transient
-    assert failure.reason == f"no connection to http://127.0.0.1:{port}: Connection refused"
+    assert (unknown.transient, refused.transient) == (True, True)
+    assert unknown.reason == "the name gone.example cannot be resolved: Name or service not known"
+    assert refused.reason == f"no connection to http://{place}: Connection refused"
 
 
 def test_a_header_that_cannot_be_sent_is_not_quoted():
@@ -4743,7 +4724,7 @@ def test_a_body_larger_than_the_limit_is_refused_for_good(answer):
     assert "larger than the 1000 bytes allowed" in failure.reason
 
 
-def test_an_endless_body_is_left_at_the_limit():
+def test_an_endless_body_is_left_at_the_limit_and_a_bomb_costs_no_more():
     sent = []
 
     def endless(server, connection):
@@ -4752,20 +4733,17 @@ def test_an_endless_body_is_left_at_the_limit():
             connection.sendall(bytes(65536))
             sent.append(65536)
 
-    with scripted(endless) as server:
-        failure = http_failure_of(server.url(), max_bytes=1_000_000)
-
-    assert isinstance(failure, mailproxy.TooLarge)
-    assert sum(sent) < 20_000_000
-
-
-def test_a_decompression_bomb_costs_no_more_than_the_limit():
     kept = io.BytesIO()
+    with scripted(endless) as server:
+        assert isinstance(http_failure_of(server.url(), max_bytes=1_000_000), mailproxy.TooLarge)
     with scripted(answered(gzip.compress(bytes(50_000_000)), ["Content-Encoding: gzip"])) as server:
-        failure = http_failure_of(server.url(), max_bytes=1_000_000, into=kept)
+        assert isinstance(http_failure_of(server.url(), max_bytes=1_000_000, into=kept), mailproxy.TooLarge)
 
-    assert isinstance(failure, mailproxy.TooLarge)
+    assert sum(sent) < 20_000_000
     assert len(kept.getvalue()) <= 1_000_000
+
+
+LARGE = os.urandom(300_000) + bytes(3_000_000)
 
 
 @pytest.mark.parametrize(
@@ -4781,18 +4759,14 @@ def test_a_decompression_bomb_costs_no_more_than_the_limit():
         (answered(gzip.compress(b"a" * 1000, mtime=0), ["Content-Encoding: GZIP"]), b"a" * 1000),
         (answered(gzip.compress(b"ab", mtime=0) + gzip.compress(b"cd"), ["Content-Encoding: gzip"]), b"abcd"),
         (answered(zlib.compress(b"abc"), ["Content-Encoding: deflate"]), b"abc"),
+        (answered(gzip.compress(LARGE, mtime=0), ["Content-Encoding: gzip"]), LARGE),
         (answered(b"abc", ["Content-Encoding: identity"]), b"abc"),
     ],
+    ids=itertools.count(),
 )
 def test_a_body_within_the_limit_comes_whole(answer, body):
     with scripted(answer) as server:
-        assert http_get(server.url(), max_bytes=1000).body == body
-
-
-def test_a_large_gzip_body_comes_back_as_it_was():
-    content = os.urandom(300_000) + bytes(3_000_000)
-    with scripted(answered(gzip.compress(content, mtime=0), ["Content-Encoding: gzip"])) as server:
-        assert http_get(server.url(), max_bytes=4_000_000).body == content
+        assert http_get(server.url(), max_bytes=max(1000, len(body))).body == body
 
 
 @pytest.mark.parametrize(
@@ -4837,21 +4811,15 @@ def test_informational_answers_are_read_over(informational):
     assert only.transient
 
 
-def test_of_an_error_answer_only_the_beginning_is_read():
-    with scripted(answered(bytes(5_000_000), status="404 Not Found")) as server:
-        answer = http_get(server.url(), max_bytes=10)
-
-    assert (answer.status, len(answer.body)) == (404, 65536)
-
-
-def test_the_body_of_a_success_goes_into_a_file_and_that_of_an_error_does_not():
+def test_of_an_error_answer_only_the_beginning_is_read_and_nothing_goes_into_a_file():
     kept = io.BytesIO()
     with scripted(answered(b"hello")) as server:
         answer = http_get(server.url(), into=kept)
-    with scripted(answered(b"no", status="404 Not Found")) as server:
-        error = http_get(server.url(), into=kept)
+    with scripted(answered(bytes(5_000_000), status="404 Not Found")) as server:
+        error = http_get(server.url(), max_bytes=10, into=kept)
 
-    assert (answer.body, kept.getvalue(), error.body) == (b"", b"hello", b"no")
+    assert (answer.body, kept.getvalue()) == (b"", b"hello")
+    assert (error.status, len(error.body)) == (404, 65536)
 
 
 def test_a_body_that_cannot_be_kept_is_a_passing_failure():
@@ -4878,15 +4846,9 @@ FORBIDDEN_ADDRESSES = [
     "4000::1", "::ffff:0:7f00:1",
 ]  # fmt: skip
 PUBLIC_ADDRESSES = [
-    "1.1.1.1",
-    "8.8.8.8",
-    "100.63.255.255",
-    "172.32.0.1",
-    "192.0.1.1",
-    "223.255.255.255",
-    "2606:4700::1111",
-    "2a00:1450::1",
-]
+    "1.1.1.1", "8.8.8.8", "100.63.255.255", "172.32.0.1", "192.0.1.1", "223.255.255.255", "2606:4700::1111",
+    "2a00:1450::1", "::ffff:8.8.8.8", "64:ff9b::808:808",
+]  # fmt: skip
 
 
 def permitted(policy, host, address):
@@ -4899,7 +4861,7 @@ def test_an_address_that_is_not_public_is_refused(address):
         permitted(NOBODY_ALLOWED, "host.example", address)
 
 
-@pytest.mark.parametrize("address", [*PUBLIC_ADDRESSES, "::ffff:8.8.8.8", "64:ff9b::808:808"])
+@pytest.mark.parametrize("address", PUBLIC_ADDRESSES)
 def test_a_public_address_is_let_through(address):
     assert permitted(NOBODY_ALLOWED, "host.example", address)
 
@@ -4913,37 +4875,22 @@ def test_nothing_that_python_calls_private_is_public(address):
 
 
 @pytest.mark.parametrize(
-    ("allowed", "host", "address"),
+    ("allowed", "host", "address", "is_permitted"),
     [
-        ("127.0.0.1", "any.example", "127.0.0.1"),
-        ("127.0.0.1", "any.example", "::ffff:127.0.0.1"),
-        ("10.0.0.0/8", "any.example", "10.200.0.1"),
-        ("10.0.0.7/8", "any.example", "10.200.0.1"),
-        ("::1", "any.example", "::1"),
-        ("[::1]", "any.example", "::1"),
-        ("fd00::/8", "any.example", "fd12::1"),
-        ("Files.Example", "files.example.", "10.0.0.1"),
-        ("Bücher.example", "xn--bcher-kva.example", "10.0.0.1"),
-        (" localhost ", "LOCALHOST", "127.0.0.1"),
+        ("127.0.0.1", "any.example", "127.0.0.1", True), ("127.0.0.1", "any.example", "::ffff:127.0.0.1", True),
+        ("10.0.0.0/8", "any.example", "10.200.0.1", True), ("10.0.0.7/8", "any.example", "10.200.0.1", True),
+        ("::1", "any.example", "::1", True), ("[::1]", "any.example", "::1", True),
+        ("fd00::/8", "any.example", "fd12::1", True), ("Files.Example", "files.example.", "10.0.0.1", True),
+        ("Bücher.example", "xn--bcher-kva.example", "10.0.0.1", True), (" localhost ", "LOCALHOST", "127.0.0.1", True),
+        ("127.0.0.1", "any.example", "127.0.0.2", False), ("127.0.0.1", "any.example", "::1", False),
+        ("files.example", "evil.files.example", "10.0.0.1", False),
+        ("files.example", "files.example.evil.example", "10.0.0.1", False),
+        ("10.0.0.0/8", "10.0.0.1", "192.168.0.1", False),
     ],
-)
-def test_allow_hosts_lets_through_what_it_names(allowed, host, address):
-    assert permitted(mailproxy.AddressPolicy([allowed]), host, address)
-
-
-@pytest.mark.parametrize(
-    ("allowed", "host", "address"),
-    [
-        ("127.0.0.1", "any.example", "127.0.0.2"),
-        ("127.0.0.1", "any.example", "::1"),
-        ("files.example", "evil.files.example", "10.0.0.1"),
-        ("files.example", "files.example.evil.example", "10.0.0.1"),
-        ("10.0.0.0/8", "10.0.0.1", "192.168.0.1"),
-    ],
-)
-def test_allow_hosts_lets_through_nothing_else(allowed, host, address):
-    with pytest.raises(mailproxy.ForbiddenAddress):
-        permitted(mailproxy.AddressPolicy([allowed]), host, address)
+)  # fmt: skip
+def test_allow_hosts_lets_through_what_it_names_and_nothing_else(allowed, host, address, is_permitted):
+    with contextlib.nullcontext() if is_permitted else pytest.raises(mailproxy.ForbiddenAddress):
+        assert permitted(mailproxy.AddressPolicy([allowed]), host, address)
 
 
 @pytest.mark.parametrize("allowed", ["10.0.0.0/33", "ü" * 64])
@@ -5029,21 +4976,36 @@ def test_https_is_verified_against_the_authority_given(http_tls, ca):
     assert "certificate" in wrong_name.reason
 
 
-def test_the_deadline_cuts_what_trickles_under_tls(http_tls, ca):
+def test_the_deadline_cuts_what_trickles_under_tls_and_a_forbidden_address_gets_no_hello(http_tls, ca):
     with scripted(trickle(b"HTTP/1.1 200 OK\r\n\r\n"), context=http_tls) as server:
+        forbidden = http_failure_of(server.url(), policy=NOBODY_ALLOWED)
+        assert server.connections == 0
         begun = time.monotonic()
-        failure = http_failure_of(f"https://localhost:{server.port}/", ca_file=str(ca.ca_file), timeout_s=0.5)
+        slow = http_failure_of(f"https://localhost:{server.port}/", ca_file=str(ca.ca_file), timeout_s=0.5)
 
-    assert "within" in failure.reason
+    assert isinstance(forbidden, mailproxy.ForbiddenAddress)
+    assert "within" in slow.reason
     assert time.monotonic() - begun < 2
 
 
-def test_a_forbidden_address_gets_no_tls_hello(http_tls):
-    with scripted(answered(), context=http_tls) as server:
-        failure = http_failure_of(server.url(), policy=NOBODY_ALLOWED)
+def test_https_goes_through_the_proxy_of_the_environment(http_tls, ca, monkeypatch):
+    def connect(server, connection):
+        refused = b"HTTP/1.1 407 No\r\n\r\n"
+        connection.sendall(b"HTTP/1.1 200 Connected\r\n\r\n" if "Basic dTpw" in server.requests[-1][0] else refused)
+        with http_tls.wrap_socket(connection, server_side=True) as secured:
+            secured.recv(65536)
+            secured.sendall(answered(b"behind"))
 
-    assert isinstance(failure, mailproxy.ForbiddenAddress)
-    assert server.connections == 0
+    with scripted(connect) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://u:p@127.0.0.1:{proxy.port}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        answer = http_get("https://localhost:4433/x", ca_file=str(ca.ca_file))
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+        refused = http_failure_of("https://localhost:4433/x", ca_file=str(ca.ca_file))
+
+    assert answer.body == b"behind"
+    assert proxy.requests[0][0].startswith("CONNECT localhost:4433 HTTP/1.1\r\nHost: localhost:4433")
+    assert "the proxy answered 407" in refused.reason
 
 
 def test_a_certificate_file_that_is_not_there_is_named():
@@ -5257,16 +5219,19 @@ def test_a_file_name_is_made_safe(name, safe):
     assert mailproxy.safe_filename(name) == safe
 
 
-@pytest.mark.parametrize("status", [500, 502, 503, 504, 408, 429])
-def test_a_passing_answer_defers(status):
-    with scripted(answered(b"", status=f"{status} x")) as server:
-        assert_failed(fetched(from_url(server.url())), transient=True, saying=f"answered {status}")
+@pytest.mark.parametrize(
+    ("status", "transient"),
+    [
+        *((status, True) for status in (500, 502, 503, 504, 408, 429)),
+        *((status, False) for status in (400, 401, 403, 404, 410, 418, 204, 206, 304)),
+    ],
+)
+def test_some_answers_pass_and_all_others_last(status, transient):
+    with scripted(answered(b"", ["Retry-After: 77"], f"{status} x")) as server:
+        outcome = fetched(from_url(server.url()))
 
-
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 418, 204, 206, 304])
-def test_a_lasting_answer_fails(status):
-    with scripted(answered(b"", status=f"{status} x")) as server:
-        assert_failed(fetched(from_url(server.url())), transient=False, saying=f"answered {status}")
+    assert_failed(outcome, transient=transient, saying=f"answered {status}")
+    assert outcome.retry_after_s == (77 if transient else None)
 
 
 @pytest.mark.parametrize(
@@ -5279,11 +5244,6 @@ def test_a_lasting_answer_fails(status):
 )  # fmt: skip
 def test_retry_after_is_seconds_or_a_date(header, pause_s):
     assert mailproxy.retry_after_s(header, FETCH_TIME) == pause_s
-
-
-def test_the_pause_that_the_server_asks_for_is_in_the_reply():
-    with scripted(answered(b"", ["Retry-After: 77"], "429 Too Many Requests")) as server:
-        assert fetched(from_url(server.url())).retry_after_s == 77
 
 
 def test_a_slow_server_a_refused_connection_and_an_unknown_name_defer():
@@ -5399,35 +5359,23 @@ def test_by_default_an_attachment_of_any_size_is_fetched_once_in_a_burst():
     assert settings.cache_bytes >= settings.max_attachment_bytes
 
 
-def test_what_was_fetched_is_forgotten_by_age_by_size_and_when_the_md5_says_so():
-    clock = Clock()
+def test_what_was_fetched_is_forgotten_by_size_and_when_the_md5_says_so():
     contents = [bytes([n]) * 400 for n in range(8)]
-    with scripted(
-        lambda server, connection: connection.sendall(answered(contents[len(server.requests) - 1]))
-    ) as server:
-        fetcher = a_fetcher(monotonic=clock, cache_bytes=900)
+    newer = hashlib.md5(contents[4]).hexdigest()
 
-        async def fetch_all():
-            content = []
-            for path, md5 in [
-                ("/a", None),
-                ("/a", None),
-                ("/b", None),
-                ("/a", None),
-                ("/c", None),
-                ("/a", None),
-                ("/b", None),
-            ]:
-                content.append((await part_of(fetcher, from_url(server.url(path), content_md5=md5))).content[0])
-            clock.now += 31
-            content.append((await part_of(fetcher, from_url(server.url("/b")))).content[0])
-            newer = from_url(server.url("/b"), content_md5=hashlib.md5(contents[5]).hexdigest())
-            content.append((await part_of(fetcher, newer)).content[0])
-            return content
+    def script(server, connection):
+        connection.sendall(answered(contents[len(server.requests) - 1]))
 
-        content = asyncio.run(fetch_all())
+    with scripted(script) as server:
+        fetcher = a_fetcher(cache_bytes=900)
 
-    assert content == [0, 0, 1, 0, 2, 0, 3, 4, 5]
+        async def first_byte(path, md5=None):
+            return (await part_of(fetcher, from_url(server.url(f"/{path}"), content_md5=md5))).content[0]
+
+        async def story():
+            return [*[await first_byte(path) for path in "aabacab"], await first_byte("b", newer)]
+
+        assert asyncio.run(story()) == [0, 0, 1, 0, 2, 0, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -5511,30 +5459,35 @@ def test_failures_are_not_kept():
 
 def test_those_who_joined_a_fetch_go_on_when_the_first_is_cancelled():
     def script(server, connection):
-        server.stopping.wait(0.3)
+        cancelled.wait(10)
         connection.sendall(answered(b"hello"))
 
+    cancelled = threading.Event()
     with scripted(script) as server:
         fetcher = a_fetcher()
 
         async def cancel_the_first():
             first, second = (asyncio.create_task(part_of(fetcher, from_url(server.url()))) for _ in range(2))
-            await asyncio.sleep(0.1)
+            while not server.requests:
+                await asyncio.sleep(0.001)
             first.cancel()
+            cancelled.set()
             return await second
 
         assert asyncio.run(cancel_the_first()).content == b"hello"
+    assert server.connections == 1
 
 
 def test_a_slow_server_leaves_threads_to_the_others():
-    with scripted(lambda server, connection: server.stopping.wait(10)) as slow, scripted(answered(b"fast")) as fast:
-        fetcher = a_fetcher(timeout_seconds=0.8)
+    with scripted(lambda server, connection: server.stopping.wait(30)) as slow, scripted(answered(b"fast")) as fast:
+        fetcher = a_fetcher(timeout_seconds=3)
 
         async def race():
             pool = mailproxy.FETCHES_PER_HOST + 1
             asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(pool))
             waiting = [asyncio.create_task(part_of(fetcher, from_url(slow.url(f"/{n}")))) for n in range(20)]
-            await asyncio.sleep(0.1)
+            while slow.connections < mailproxy.FETCHES_PER_HOST:
+                await asyncio.sleep(0.001)
             part = await part_of(fetcher, from_url(fast.url()))
             assert not any(task.done() for task in waiting)
             return part, await asyncio.gather(*waiting)
@@ -5705,26 +5658,15 @@ def from_file(stored_files, path, **changes):
     )
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "sub/a.txt",
-        "./sub//a.txt",
-        "sub/../sub/a.txt",
-        "link-in",
-        "link-folder/a.txt",
-        "{stored_files}/sub/a.txt",
-        "{stored_files}/link-in",
-    ],
-)
+INSIDE = ["sub/a.txt", "./sub//a.txt", "sub/../sub/a.txt", "link-in", "link-folder/a.txt"]
+
+
+@pytest.mark.parametrize("path", [*INSIDE, "{stored_files}/sub/a.txt", "{stored_files}/link-in"])
 def test_a_file_below_base_dir_is_read(stored_files, path):
     part = from_file(stored_files, path.format(stored_files=stored_files))
 
-    assert (part.content, part.content_type) == (
-        b"inside",
-        "text/plain" if path.endswith("txt") else "application/octet-stream",
-    )
-    assert part.filename == path.rpartition("/")[2]
+    content_type = "text/plain" if path.endswith("txt") else "application/octet-stream"
+    assert part[1:] == (path.rpartition("/")[2], content_type, b"inside")
 
 
 @pytest.mark.parametrize(
@@ -5782,24 +5724,15 @@ MAY_24_2013 = 1_369_353_600
 @pytest.mark.parametrize(
     ("method", "path", "headers", "payload", "signature"),
     [
-        (
-            "GET",
-            "/test.txt",
-            {"Range": "bytes=0-9"},
-            b"",
-            "f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41",
-        ),
-        (
-            "PUT",
-            "/test%24file.text",
+        ("GET", "/test.txt", {"Range": "bytes=0-9"}, b"",
+            "f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41"),
+        ("PUT", "/test%24file.text",
             {"Date": "Fri, 24 May 2013 00:00:00 GMT", "x-amz-storage-class": "REDUCED_REDUNDANCY"},
-            b"Welcome to Amazon S3.",
-            "98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd",
-        ),
+            b"Welcome to Amazon S3.", "98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd"),
         ("GET", "/?lifecycle", {}, b"", "fea454ca298b7da1c68078a5d1bdbfbbe0d65c699e0f91ac7a200a0136783543"),
         ("GET", "/?prefix=J&max-keys=2", {}, b"", "34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7"),
     ],
-)
+)  # fmt: skip
 def test_signatures_are_those_amazon_published(method, path, headers, payload, signature):
     target = mailproxy.http_target(f"https://examplebucket.s3.amazonaws.com{path}")
 
@@ -5845,6 +5778,7 @@ def test_signatures_of_any_key_are_those_botocore_makes(key, version, token):
     ("wanted", "defaults", "url"),
     [
         (S3Object("papers", "a/b.pdf"), {}, "https://papers.s3.eu-west-1.amazonaws.com/a/b.pdf"),
+        (S3Object("papers", "a"), {}, "https://papers.s3.cn-north-1.amazonaws.com.cn/a"),
         (S3Object("pa.pers", "a"), {}, "https://s3.eu-west-1.amazonaws.com/pa.pers/a"),
         (S3Object("Papers", "a"), {}, "https://s3.eu-west-1.amazonaws.com/Papers/a"),
         (S3Object("papers", "a", addressing="path"), {}, "https://s3.eu-west-1.amazonaws.com/papers/a"),
@@ -5864,24 +5798,14 @@ def test_signatures_of_any_key_are_those_botocore_makes(key, version, token):
     ],
 )  # fmt: skip
 def test_where_an_object_is_asked_for(wanted, defaults, url):
-    assert mailproxy.s3_target(wanted, mailproxy.S3Settings(**defaults), "eu-west-1").url == url
+    region = "cn-north-1" if "cn-north-1" in url else "eu-west-1"
 
-
-def test_amazon_in_china_is_elsewhere():
-    target = mailproxy.s3_target(S3Object("papers", "a"), mailproxy.S3Settings(), "cn-north-1")
-
-    assert target.host == "papers.s3.cn-north-1.amazonaws.com.cn"
+    assert mailproxy.s3_target(wanted, mailproxy.S3Settings(**defaults), region).url == url
 
 
 @pytest.mark.parametrize(
     ("bucket", "key", "region"),
-    [
-        ("a/b", "k", "r"),
-        ("evil.example#", "k", "r"),
-        ("", "k", "r"),
-        ("papers", "k", "r.evil.example/"),
-        ("papers", "\ud800", "r"),
-    ],
+    [("a/b", "k", "r"), ("x.example#", "k", "r"), ("", "k", "r"), ("b", "k", "r.x/"), ("papers", "\ud800", "r")],
 )
 def test_names_that_cannot_be_are_refused_for_good(bucket, key, region):
     with pytest.raises(mailproxy.HttpFailure) as caught:
