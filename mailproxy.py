@@ -68,8 +68,6 @@ import logging
 import math
 import mimetypes
 import os
-import pathlib
-import platform
 import random
 import re
 import resource
@@ -116,7 +114,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
 import aiosmtplib
-import prometheus_client
 
 if TYPE_CHECKING:
     import argparse
@@ -2982,6 +2979,10 @@ class Metrics:
     for nothing; an account is counted under `label(account_id)`. Gauges are set when somebody looks."""
 
     def __init__(self, version: str) -> None:
+        import platform
+
+        import prometheus_client  # loaded by the daemon only: it takes a tenth of a start
+
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # they would double the answer
         self.accounts: set[str] = set()  # that have series
         self._registry = registry = prometheus_client.CollectorRegistry()
@@ -3059,6 +3060,8 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Everything as Prometheus' text format. Blocking: some 15 ms for each 1,000 series."""
+        import prometheus_client
+
         return prometheus_client.generate_latest(self._registry)
 
 
@@ -3317,7 +3320,7 @@ class QueueFile:
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
             if self._reading is None:
-                uri = pathlib.Path(self.path).as_uri() + "?mode=ro"
+                uri = f"file:{urllib.parse.quote(self.path)}?mode=ro"
                 self._reading = sqlite3.connect(uri, uri=True, isolation_level=None)
                 self._reading.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
             return work(self._reading)
