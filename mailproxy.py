@@ -6820,6 +6820,7 @@ class LaneState(enum.StrEnum):
 
 
 RESTING = (LaneState.COOLING, LaneState.SUSPENDED)
+IN_TROUBLE = (LaneState.COOLING, LaneState.PROBING)
 
 
 class LaneStatus(NamedTuple):
@@ -6918,8 +6919,7 @@ class Lane:
     # -- what it learns
 
     def become(self, state: LaneState, until: float = math.inf) -> None:
-        in_trouble = (LaneState.COOLING, LaneState.PROBING)
-        if state is not self.state and not (state in in_trouble and self.state in in_trouble):
+        if state is not self.state and not (state in IN_TROUBLE and self.state in IN_TROUBLE):
             self.since = int(self.clock.wall())
         self.state, self.until = state, until
 
@@ -6928,7 +6928,7 @@ class Lane:
         if not self.failures or generation < self.believes:
             return False
         self.failures = 0
-        if self.state in (LaneState.COOLING, LaneState.PROBING):
+        if self.state in IN_TROUBLE:
             self.become(LaneState.UP)
         return True
 
@@ -6968,15 +6968,13 @@ class Lane:
         return math.floor(self.clock.wall() + max(0.0, pause_s)) + 1
 
     def status(self) -> LaneStatus:
-        reason, until = None, None
+        reason, until = self.reason if self.state in IN_TROUBLE else None, None
         if self.state is LaneState.SUSPENDED:
             reason = "suspended by hand"
+        elif self.state is LaneState.COOLING:
+            until = self.next_try_ts()
         elif self.state is LaneState.LIMITED:
-            reason = "rate limit reached"
-            until = math.ceil(self.clock.wall() + self.until - self.clock.monotonic())
-        elif self.state is not LaneState.UP:
-            reason = self.reason
-            until = self.next_try_ts() if self.state is LaneState.COOLING else None
+            reason, until = "rate limit reached", math.ceil(self.clock.wall() + self.until - self.clock.monotonic())
         return LaneStatus(self.state, reason, self.since, until)
 
 
@@ -7122,7 +7120,6 @@ class Dispatcher:
             lane.become(LaneState.SUSPENDED)
         elif held_back and not windows.room(now):
             lane.become(LaneState.LIMITED, windows.opens_at(now))
-        self._lanes_changed()
         self._mark(lane)
 
     def replace_account(self, account: Account) -> None:
@@ -7153,12 +7150,8 @@ class Dispatcher:
         lane.deleted = lane.account.source != "config"
         lane.become(LaneState.SUSPENDED)
         self._recall(lane)
-        self._lanes_changed()
         if lane.windows.held:
             self._held_windows[account_id] = lane.windows
-
-    def _lanes_changed(self) -> None:
-        self._slots.alone = self.composer.memory.alone = len(self.lanes) == 1
 
     def suspend(self) -> None:
         self.active = False
@@ -7180,7 +7173,9 @@ class Dispatcher:
         for work in lane.recallable:
             work.cancel()
         while lane.ready:
-            self._put_back(lane, lane.ready.popleft())
+            consignment = lane.ready.popleft()
+            self.composer.memory.give_back(lane, consignment.memory_bytes)
+            self._spawn(self._release(lane, consignment.claim))
         while lane.idle:
             self._part_with(lane, lane.idle.pop())
 
@@ -7195,6 +7190,7 @@ class Dispatcher:
     async def _turn(self) -> float:
         """Do what is to be done now; return for how long nothing will be, in seconds."""
         self._slots.total = self.settings.max_concurrency
+        self._slots.alone = self.composer.memory.alone = len(self.lanes) == 1
         try:
             await self._follow_clock()
             if self.settings.test_mode and not self._asked:
@@ -7352,9 +7348,8 @@ class Dispatcher:
 
     def _start_work(self, lane: Lane) -> None:
         """Put free connections to work; what may not go any more goes back."""
-        if not self._may_go(lane):
-            while lane.ready:
-                self._put_back(lane, lane.ready.popleft())
+        if lane.ready and not self._may_go(lane):
+            self._recall(lane)
         free = lane.connections_free(self.clock.monotonic(), self.settings.max_concurrency)
         for _ in range(min(len(lane.ready), free)):
             lane.busy += 1
@@ -7392,10 +7387,6 @@ class Dispatcher:
             lane.recallable.discard(task)
             task.cancel()
         return None if task.cancelled() else task.result()
-
-    def _put_back(self, lane: Lane, consignment: Consignment) -> None:
-        self.composer.memory.give_back(lane, consignment.memory_bytes)
-        self._spawn(self._release(lane, consignment.claim))
 
     async def _release(self, lane: Lane, claim: Claim) -> None:
         """Put a claim back untouched, and its slot of the limits; with a deleted account it ends."""
