@@ -3665,13 +3665,14 @@ class Queue:
     def _insert(self, db: sqlite3.Connection, submissions: Sequence[Submission]) -> Sequence[bool]:
         """Store the submissions whose ids were never seen before; tell which."""
         now, first = self._now(), self._last_seq + 1
+        at = int(now)
         self._last_seq += len(submissions)
         rows = []
         for seq, s in enumerate(submissions, first):
             waits = s.deferred_ts is not None and s.deferred_ts > now
             schedule = (s.deferred_ts, "schedule", s.deferred_ts) if waits else (None, None, now)
-            size_bytes = len(s.payload) + sum(map(len, s.contents.values()))
-            rows.append((seq, *s[:3], int(now), int(now), *schedule, *s[4:10], size_bytes, s.id))
+            size_bytes = len(s.payload) + (sum(map(len, s.contents.values())) if s.contents else 0)
+            rows.append((seq, *s[:3], at, at, *schedule, *s[4:10], size_bytes, s.id))
         inserted = db.executemany(
             "INSERT OR IGNORE INTO messages (seq, id, account_id, priority, created_at, updated_at, deferred_ts, "
             "deferral, ready_at, expires_ts, deadline, batch_code, message_id, parts, payload, size_bytes) "
@@ -4068,7 +4069,6 @@ class Queue:
 
     async def put_account(self, account_id: str, definition: str) -> None:
         """Store an account; its mail that was held back under an older definition is ready."""
-
         values = {"id": account_id, "definition": definition, **ALL_HELD_BACK}
         await self._do(
             "INSERT INTO accounts VALUES (:id, :definition) "
