@@ -564,10 +564,6 @@ def split_list(value: str) -> list[str]:
     return [item for item in re.split(r"[,\s]+", value) if item]
 
 
-def _secret(value: str) -> Secret:
-    return Secret(fit(value, value not in ("env:", "file:") and not flaw_of_line(value)))
-
-
 def _boolean(value: str) -> bool:
     true = value.strip().lower() in ("true", "yes", "on", "1")
     return fit(true, true or value.strip().lower() in ("false", "no", "off", "0"))
@@ -582,30 +578,10 @@ def _readable_file(value: str) -> str:
         raise ValueError from error
 
 
-def _host(value: str) -> str:
-    host = a_labels(value.strip())
-    return fit(host, re.fullmatch(r"[A-Za-z0-9_.:%\-]{1,255}", host))
-
-
-def _http_url(value: str) -> str:
-    text = value.strip()
-    return fit(text, http_target(text) and " " not in text and not flaw_of_line(text))
-
-
-def _own_url(value: str) -> str:
-    return fit(value, not http_target(value).authorization and re.fullmatch(r"[!-\[\]-~]+", value))
-
-
 def _address(value: str, local_part: str = r"[^@\s]+") -> str:
     """An address, its domain in A-labels as those of messages are."""
     parts = re.fullmatch(rf"({local_part})@([^@\s]+)", value)
-    if parts is None:
-        raise ValueError
-    return f"{parts[1]}@{a_labels(parts[2])}"
-
-
-def _allowed_recipient(value: str) -> str:
-    return _address(value, r"[^@\s]*").lower()
+    return f"{parts[1]}@{a_labels(parts[2])}" if parts else fit(value, fits=False)
 
 
 def _host_or_network(value: str) -> str:
@@ -627,18 +603,31 @@ LABEL = Kind(
     f"1 to {LONGEST_ID} characters on one line", lambda value: fit(TEXT.parse(value), 1 <= len(value) <= LONGEST_ID)
 )
 BOOLEAN = Kind("true or false (or yes, no, on, off, 1, 0)", _boolean, "boolean", (bool, int))
-PATH = Kind("a path", TEXT.parse)
+PATH = TEXT._replace(words="a path")
 READABLE_FILE = Kind("the path of a file that can be read", _readable_file)
 SOCKET_PATH = Kind("a path of at most 103 bytes", lambda value: fit(value, len(os.fsencode(value)) <= SUN_PATH))
 LISTENING_HOST = Kind("an address or a host name", lambda value: fit(value.strip("[]"), not re.search(r"[\s/]", value)))
-HOST = Kind("the name or the address of a server", _host)
-HTTP_URL = Kind("an http or https URL", _http_url)
-URL = Kind("an http:// or https:// URL without user and password in it", _own_url)
-SECRET = Kind("a secret: itself, env:NAME or file:/path", _secret, secret=True)
+HOST = Kind(
+    "the name or the address of a server",
+    lambda value: fit(host := a_labels(value.strip()), re.fullmatch(r"[A-Za-z0-9_.:%\-]{1,255}", host)),
+)
+HTTP_URL = Kind(
+    "an http or https URL",
+    lambda value: fit(url := value.strip(), http_target(url) and " " not in url and not flaw_of_line(url)),
+)
+URL = Kind(
+    "an http:// or https:// URL without user and password in it",
+    lambda value: fit(value, not http_target(value).authorization and re.fullmatch(r"[!-\[\]-~]+", value)),
+)
+SECRET = Kind(
+    "a secret: itself, env:NAME or file:/path",
+    lambda value: Secret(fit(TEXT.parse(value), value not in ("env:", "file:"))),
+    secret=True,
+)
 SECRETS = many("secrets, each itself, env:NAME or file:/path", SECRET.parse, secret=True)
 DELAYS = many("whole seconds", integer(0, LONGEST_S).parse, "integer")._replace(unit="seconds")
 MAIL_ADDRESS = Kind("a mail address", _address)
-RECIPIENTS = many("mail addresses or @domains", _allowed_recipient)
+RECIPIENTS = many("mail addresses or @domains", lambda value: _address(value, r"[^@\s]*").lower())
 HOSTS = many("host names, addresses or networks, not URLs", _host_or_network)
 PRIORITY = Kind(
     f"0 to 3, or {', '.join(PRIORITIES)}", _priority, " | ".join(["integer", *map(repr, PRIORITIES)]), (int,)
@@ -996,8 +985,11 @@ def _given(origin: str, section: str, key: str, text: str) -> Given:
         raise ConfigurationError(f"{where}: {shown} is not {row.kind.words}") from None
 
 
-def _sections_of(path: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """The sections of a file, and what is in them. Blocking. Errors name lines, never their text: it may hold a secret."""
+Written: TypeAlias = tuple[str, str, str, str]  # origin, section, key, text
+
+
+def _in_file(path: str) -> Iterator[Written]:
+    """What stands in config.ini. Blocking. Errors name lines, never their text: it may hold a secret."""
     import configparser
 
     parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
@@ -1016,48 +1008,24 @@ def _sections_of(path: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     except configparser.ParsingError as error:
         lines = ", ".join(str(line) for line, _ in error.errors)
         raise ConfigurationError(f"{path}: line {lines} is not of the form key = value") from None
+    found: set[str] = set()
     for written in parser.sections():
-        yield re.sub(r"^account:\s+", "account:", written.strip()), parser.items(written)
-
-
-def _from_file(path: str) -> GivenSettings:
-    given: GivenSettings = {}
-    for section, items in _sections_of(path):
+        section = re.sub(r"^account:\s+", "account:", written.strip())
         _keys_of(path, section)
-        if section.startswith("account:") and not items:
+        if section in found:
+            raise ConfigurationError(f"{path}: [{section}]: a second time")
+        if section.startswith("account:") and not parser.items(written):
             raise ConfigurationError(f"{path}: [{section}]: is empty; an account has at least a host")
-        for key, text in items:
-            if (section, key) in given:
-                raise ConfigurationError(f"{path}: [{section}] {key}: a second time")
-            given[section, key] = _given(path, section, key, text)
-    return given
+        found.add(section)
+        yield from ((path, section, key, text) for key, text in parser.items(written))
 
 
-def _from_environment(environ: Mapping[str, str]) -> tuple[GivenSettings, list[str]]:
-    """What stands in MAILPROXY_<SECTION>_<KEY>, and warnings of what looks like it; an empty variable is none."""
-    places = {
-        f"MAILPROXY_{section}_{key}".upper(): (section, key) for section in CLASSES for key in _keys_of("", section)
-    }
-    given = {
-        place: _given(f"environment variable {name}", *place, environ[name])
-        for name, place in places.items()
-        if environ.get(name)
-    }
-    known = (*places, *ENVIRONMENT_OF_THE_CLIENT)
-    strangers = sorted(name for name in environ if name.startswith("MAILPROXY_") and name not in known)
-    return given, [
-        f"environment variable {name} matches no setting and is ignored{nearest(name, known)}" for name in strangers
-    ]
-
-
-def _from_command_line(overrides: Mapping[str, str]) -> GivenSettings:
-    given: GivenSettings = {}
+def _on_the_command_line(overrides: Mapping[str, str]) -> Iterator[Written]:
     for name, text in overrides.items():
         section, _, key = name.rpartition(".")
         if not section:
             raise ConfigurationError(f"command line: {name}: write SECTION.KEY=VALUE, such as server.port=8000")
-        given[section, key.lower()] = _given("command line", section, key.lower(), text)
-    return given
+        yield "command line", section, key.lower(), text
 
 
 def read_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
@@ -1068,9 +1036,22 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     """
     usual = (path for path in ("./config.ini", "/etc/mailproxy/config.ini") if os.path.exists(path))
     path = config or environ.get("MAILPROXY_CONFIG") or next(usual, None)
-    of_environment, warnings = _from_environment(environ)
-    given = (_from_file(path) if path else {}) | of_environment | _from_command_line(overrides)
+    variables = {f"MAILPROXY_{row.section}_{row.key}".upper(): row for rows in TABLE.values() for row in rows}
+    in_environment = (  # an empty one is none
+        (f"environment variable {name}", row.section, row.key, environ[name])
+        for name, row in variables.items()
+        if environ.get(name)
+    )
+    layers = (_in_file(path) if path else (), in_environment, _on_the_command_line(overrides))
+    written = itertools.chain.from_iterable(layers)  # later ones win
+    given = {(section, key): _given(origin, section, key, text) for origin, section, key, text in written}
     given = _with_aws_variables(given, environ)
+    known = (*variables, *ENVIRONMENT_OF_THE_CLIENT)
+    warnings = [
+        f"environment variable {name} matches no setting and is ignored{nearest(name, known)}"
+        for name in sorted(environ)
+        if name.startswith("MAILPROXY_") and name not in known
+    ]
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     accounts: dict[str, dict[str, str]] = {}
     for (section, key), one in given.items():

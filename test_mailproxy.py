@@ -1405,7 +1405,7 @@ UNKNOWN = [
     ("[server]\nport = 1\nport = 2\n", "[server] port: a second time in line 3"),
     ("[server]\nport = 1\nPORT = 2\n", "[server] port: a second time in line 3"),
     ("[server]\nport = 1\n[server]\n", "[server]: a second time in line 3"),
-    ("[account:a]\nhost = x\n[account: a]\nhost = y\n", "[account:a] host: a second time"),
+    ("[account:a]\nhost = x\n[account: a]\nhost = y\n", "[account:a]: a second time"),
     ("port = 1\n", "line 1 stands before the first [section]"),
     ("[client]\nhunter2-the-password\n", "line 2 is not of the form key = value"),
 ]
