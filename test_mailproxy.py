@@ -7748,7 +7748,7 @@ async def test_json_that_is_not_strictly_right_is_400_and_says_why(service, body
     assert not service.failures
 
 
-LONG = mailproxy.STRING_PIECE_BYTES
+LONG = mailproxy.STEP_BYTES
 LONG_STRINGS = {
     "base64": {"a": ["x" * LONG * 3], "b": "y" * 9000, "c": ""},
     "escapes": {"a": '\\"/\n' * LONG, "b": {"c": '"' * 9000}},

@@ -405,7 +405,7 @@ def json_or_none(mailproxy: Any, body: bytes) -> Any:
 
 def answer_in_pieces(mailproxy: Any, body: bytes) -> Any:
     """What reading a body as a large one gives, every string of some length in pieces: an object, or a sentence."""
-    mailproxy.LONG_STRING_BYTES, mailproxy.STRING_PIECE_BYTES = 5, 3
+    mailproxy.LONG_STRING_BYTES, mailproxy.STEP_BYTES = 5, 3
     try:
         return mailproxy.parse_large_json_object(body)
     except mailproxy.HttpError as error:
