@@ -4224,7 +4224,6 @@ NOT_PUBLIC_4 = [
 PUBLIC_6 = ipaddress.IPv6Network("2000::/3")  # all that was ever given out (RFC 4291 2.4), but for
 # protocol assignments (Teredo among them), documentation, 6to4 (may hold any IPv4 address)
 NOT_PUBLIC_6 = [ipaddress.IPv6Network(network) for network in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")]
-IPV4_INSIDE = ipaddress.IPv6Network("::ffff:0:0/96")  # mapped: the kernel connects by IPv4 (RFC 4291 2.5.5.2)
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # a translator connects by IPv4 (RFC 6052)
 
 
@@ -4275,13 +4274,9 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """True for an address on the public Internet; IPv4 inside IPv6 is judged as what it is."""
     if isinstance(address, ipaddress.IPv4Address):
         return not any(address in network for network in NOT_PUBLIC_4)
-    if address in IPV4_INSIDE or address in NAT64:
-        return is_public(_last_32_bits(address))
+    if address.ipv4_mapped or address in NAT64:
+        return is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
     return address in PUBLIC_6 and not any(address in network for network in NOT_PUBLIC_6)
-
-
-def _last_32_bits(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
-    return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
 
 
 class AddressPolicy:
@@ -4313,8 +4308,7 @@ class AddressPolicy:
 
     def _allows(self, host: str, address: str) -> bool:
         number = ipaddress.ip_address(address.partition("%")[0])
-        if isinstance(number, ipaddress.IPv6Address) and number in IPV4_INSIDE:
-            number = _last_32_bits(number)
+        number = getattr(number, "ipv4_mapped", None) or number  # the kernel connects by IPv4 (RFC 4291 2.5.5.2)
         named = host.lower().rstrip(".") in self._names or any(number in network for network in self._networks)
         return named or is_public(number)
 
@@ -4687,22 +4681,15 @@ def failed_fetch(reason: str, code: int, retry_after_s: float | None = None) -> 
     return Reply(Stage.ATTACHMENT, code, text, cause=Cause.LOCAL, retry_after_s=retry_after_s)
 
 
-class Named(NamedTuple):
-    """What a source says about what it gave; "" when it does not say."""
-
-    filename: str = ""
-    content_type: str = ""
-    keep_s: float = 0.0  # how long it may serve other messages
-    encoded_md5: str = ""  # as HttpAnswer has it
-
-
 @dataclass(frozen=True, eq=False)
 class Fetched:
     """What a source gave: bytes in a file without a name, which goes when nobody needs it any more."""
 
     file: BinaryIO
-    named: Named
     size_bytes: int
+    filename: str  # as the source has it, and likewise
+    content_type: str  # "" when it does not say
+    keep_s: float  # how long it may serve other messages
 
     def content(self) -> bytes:
         """Blocks; the caller has reserved the memory. May be read by several threads at a time."""
@@ -4771,17 +4758,13 @@ def is_gzip_file(attachment: Attachment, headers: Mapping[str, str]) -> bool:
     return any(type_ in GZIP_TYPES for type_ in types)
 
 
-def as_part(attachment: Attachment, content: bytes, named: Named) -> Part:
-    """Name and type the bytes: the message's word first, then the source's, then a guess."""
-    filename = safe_filename(attachment.filename or named.filename)
-    told = named.content_type
-    if attachment.source is Source.ENDPOINT and told == "text/html":
-        told = ""  # web frameworks call any bytes so when nobody says what they are
-    content_type = media_type(attachment.content_type) if attachment.content_type else ""
-    if not content_type and told not in GENERIC_TYPES:
-        content_type = told
-    content_type = content_type or guessed_type(filename) or named.content_type or "application/octet-stream"
-    return Part(attachment, filename, content_type, content)
+def as_part(attachment: Attachment, content: bytes, filename: str = "", told: str = "") -> Part:
+    """Name and type the bytes: the message's word first, then what the source told, then a guess."""
+    filename = safe_filename(attachment.filename or filename)
+    # Web frameworks call any bytes text/html when nobody says what they are.
+    is_generic = told in GENERIC_TYPES or (told == "text/html" and attachment.source is Source.ENDPOINT)
+    given = media_type(attachment.content_type) or ("" if is_generic else told)
+    return Part(attachment, filename, given or guessed_type(filename) or told or GENERIC_TYPES[1], content)
 
 
 def keep_s_of(source: Source, headers: Mapping[str, str]) -> float:
@@ -4809,33 +4792,26 @@ def retry_after_s(header: str, now: float) -> float | None:
 # ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class S3Keys:
-    """The credentials of [s3], read."""
-
-    key_id: str
-    secret: str = field(repr=False)
-    token: str | None = field(default=None, repr=False)
-
-
 def sign_s3(
     method: str,
     target: HttpTarget,
     headers: Mapping[str, str],
     payload_sha256: str,
-    keys: S3Keys,
+    keys: tuple[str, str, str | None],
     region: str,
     now: float,
 ) -> dict[str, str]:
-    """`headers` and those that make a request to S3 authentic at this time (signature version 4).
+    """`headers` and those that make a request to S3 authentic at this time (signature version 4); `keys` are the
+    key id, the secret, and the session token if there is one.
 
     The path of the target is signed as it is sent: every segment encoded once, nothing normalised.
     """
     stamp = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
     sent = {name.lower(): value for name, value in headers.items()}
     sent |= {"host": target.netloc, "x-amz-content-sha256": payload_sha256, "x-amz-date": stamp}
-    if keys.token:
-        sent["x-amz-security-token"] = keys.token
+    key_id, secret, token = keys
+    if token:
+        sent["x-amz-security-token"] = token
     path, _, query = target.path.partition("?")
     parameters = sorted(one if "=" in one else f"{one}=" for one in query.split("&") if one)
     lines = [f"{name}:{' '.join(sent[name].split())}" for name in sorted(sent)]
@@ -4843,11 +4819,11 @@ def sign_s3(
     canonical = "\n".join((method, path, "&".join(parameters), *lines, "", signed, payload_sha256))
     scope = f"{stamp[:8]}/{region}/s3/aws4_request"
     to_sign = "\n".join(("AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()))
-    key = f"AWS4{keys.secret}".encode()
+    key = f"AWS4{secret}".encode()
     for element in scope.split("/"):
         key = hmac.digest(key, element.encode(), "sha256")
     signature = hmac.digest(key, to_sign.encode(), "sha256").hex()
-    credential = f"Credential={keys.key_id}/{scope}"
+    credential = f"Credential={key_id}/{scope}"
     sent["authorization"] = f"AWS4-HMAC-SHA256 {credential}, SignedHeaders={signed}, Signature={signature}"
     return sent
 
@@ -4991,12 +4967,12 @@ class AttachmentFetcher:
                 return self._too_large_together()
         for attachment, one in zip(attachments, fetched, strict=True):
             if one is not None:
-                parts.append(as_part(attachment, one.content(), one.named))
+                parts.append(as_part(attachment, one.content(), one.filename, one.content_type))
                 continue
             assert attachment.content is not None
             if attachment.content_md5 and (refusal := md5_refusal(attachment, io.BytesIO(attachment.content))):
                 return refusal
-            parts.append(as_part(attachment, attachment.content, Named()))
+            parts.append(as_part(attachment, attachment.content))
         return tuple(parts)
 
     def _too_large_together(self) -> Reply:
@@ -5011,7 +4987,7 @@ class AttachmentFetcher:
         if task is not None and until > self.monotonic():
             self._fetches[key] = task, until
             fetched = await asyncio.shield(task)
-            if isinstance(fetched, Reply) or fetched.named.keep_s:
+            if isinstance(fetched, Reply) or fetched.keep_s:
                 outcome = "cached"
         if outcome == "fetched":
             task = asyncio.create_task(self._fetch_in_turn(attachment), name="attachment")
@@ -5028,7 +5004,7 @@ class AttachmentFetcher:
         now = self.monotonic()
         fetched = None if task.cancelled() or task.exception() else task.result()
         if self._fetches.get(key, (None,))[0] is task:
-            keep_s = fetched.named.keep_s if isinstance(fetched, Fetched) else 0.0
+            keep_s = fetched.keep_s if isinstance(fetched, Fetched) else 0.0
             self._fetches[key] = task, now + keep_s
         kept, size_bytes = 0, 0
         for other, (done, until) in reversed(list(self._fetches.items())):
@@ -5068,26 +5044,20 @@ class AttachmentFetcher:
         try:
             with contextlib.ExitStack() as unless_fetched:
                 file = cast(BinaryIO, unless_fetched.enter_context(tempfile.TemporaryFile(dir=self.folder)))
-                named = fetchers[sources.index(attachment.source)](attachment, file)
-                if isinstance(named, Reply):
-                    return named
-                if attachment.content_md5 and (refusal := md5_refusal(attachment, file, named.encoded_md5)):
-                    return refusal
-                file.flush()
-                fetched = Fetched(file, named, os.fstat(file.fileno()).st_size)
-                unless_fetched.pop_all()
-                weakref.finalize(fetched, file.close)
+                fetched = fetchers[sources.index(attachment.source)](attachment, file)
+                if isinstance(fetched, Fetched):
+                    unless_fetched.pop_all()
+                    weakref.finalize(fetched, file.close)
                 return fetched
-        except TooLarge as failure:
-            return failed_fetch(failure.reason, 552)
         except HttpFailure as failure:
-            return failed_fetch(failure.reason, 451 if failure.transient else 554)
+            lasting = 552 if isinstance(failure, TooLarge) else 554
+            return failed_fetch(failure.reason, 451 if failure.transient else lasting)
         except SecretUnavailable as failure:
             return failed_fetch(str(failure), 451)
         except OSError as error:
             return failed_fetch(f"it cannot be kept: {error.strerror}", 451)
 
-    def _from_url(self, attachment: Attachment, file: BinaryIO) -> Named | Reply:
+    def _from_url(self, attachment: Attachment, file: BinaryIO) -> Fetched | Reply:
         answer = self._ask(
             "GET",
             attachment.location,
@@ -5099,9 +5069,9 @@ class AttachmentFetcher:
         )
         target = asked_at(answer.url)
         name = urllib.parse.unquote(_last_segment(target.path.partition("?")[0]))
-        return self._judged(attachment, answer, target, name)
+        return self._judged(attachment, file, answer, target, name)
 
-    def _from_endpoint(self, attachment: Attachment, file: BinaryIO) -> Named | Reply:
+    def _from_endpoint(self, attachment: Attachment, file: BinaryIO) -> Fetched | Reply:
         if self.client.client_attachment_url is None:
             return failed_fetch("[client] client_attachment_url is not configured", 554)
         answer = self._ask(
@@ -5114,21 +5084,21 @@ class AttachmentFetcher:
             is_gzip_file=functools.partial(is_gzip_file, attachment),
         )
         what = f"the attachment endpoint for {attachment.location[:200]!r}"
-        return self._judged(attachment, answer, what, _last_segment(attachment.location))
+        return self._judged(attachment, file, answer, what, _last_segment(attachment.location))
 
-    def _from_file(self, attachment: Attachment, file: BinaryIO) -> Named:
+    def _from_file(self, attachment: Attachment, file: BinaryIO) -> Fetched | Reply:
         if self.settings.base_dir is None:
             raise HttpFailure("[attachments] base_dir is not configured", transient=False)
         copy_file_below(self.settings.base_dir, attachment.location, self.settings.max_attachment_bytes, file)
-        return Named(_last_segment(attachment.location))
+        return self._judged(attachment, file, HttpAnswer(200, {}, b"", ""), "", _last_segment(attachment.location))
 
-    def _from_s3(self, attachment: Attachment, file: BinaryIO) -> Named | Reply:
+    def _from_s3(self, attachment: Attachment, file: BinaryIO) -> Fetched | Reply:
         wanted, s3 = attachment.s3, self.s3
         assert wanted is not None
         if not s3.access_key_id or not s3.secret_access_key:
             return failed_fetch("no S3 credentials: set access_key_id and secret_access_key in [s3]", 554)
         token = self.reveal(s3.session_token) if s3.session_token else None
-        keys = S3Keys(self.reveal(s3.access_key_id), self.reveal(s3.secret_access_key), token)
+        keys = self.reveal(s3.access_key_id), self.reveal(s3.secret_access_key), token
 
         def ask(region: str) -> HttpAnswer:
             target = s3_target(wanted, s3, region)
@@ -5149,26 +5119,29 @@ class AttachmentFetcher:
             answer = ask(right)
         error = s3_error(answer)
         words = ": ".join(error[name] for name in ("Code", "Message") if error.get(name))
-        for secret in sorted(filter(None, (keys.key_id, keys.secret, keys.token)), key=len, reverse=True):
+        for secret in sorted(filter(None, keys), key=len, reverse=True):
             words = words.replace(secret, "...")  # the longest first: one may be part of another
         words = words[:300] + ("; check the clock of this machine" if error.get("Code") in CLOCK_ERRORS else "")
         what = f"s3://{wanted.bucket}/{wanted.key[:200]}"
-        return self._judged(attachment, answer, what, _last_segment(wanted.key), words)
+        return self._judged(attachment, file, answer, what, _last_segment(wanted.key), words)
 
     def _judged(
-        self, attachment: Attachment, answer: HttpAnswer, what: object, name: str, words: str = ""
-    ) -> Named | Reply:
-        """What a good answer says of its content; 408, 429 and 5xx may pass, everything else lasts."""
+        self, attachment: Attachment, file: BinaryIO, answer: HttpAnswer, what: object, name: str, words: str = ""
+    ) -> Fetched | Reply:
+        """What a good answer gave; of the others 408, 429 and 5xx may pass, everything else lasts."""
         headers = answer.headers
-        if answer.status in GOOD_ANSWERS:
-            if "content-disposition" in headers:
-                name = disposition_filename(headers["content-disposition"]) or name
-            keep_s = keep_s_of(attachment.source, headers)
-            return Named(name, media_type(headers.get("content-type")), keep_s, answer.encoded_md5)
-        reason = f"{what} answered {answer.status} {words}"
-        if answer.status in PASSING_ANSWERS or answer.status >= 500:
-            return failed_fetch(reason, 451, retry_after_s(headers.get("retry-after", ""), self.now()))
-        return failed_fetch(reason, 550 if answer.status in (404, 410) else 554)
+        if answer.status not in GOOD_ANSWERS:
+            reason = f"{what} answered {answer.status} {words}"
+            if answer.status in PASSING_ANSWERS or answer.status >= 500:
+                return failed_fetch(reason, 451, retry_after_s(headers.get("retry-after", ""), self.now()))
+            return failed_fetch(reason, 550 if answer.status in (404, 410) else 554)
+        if attachment.content_md5 and (refusal := md5_refusal(attachment, file, answer.encoded_md5)):
+            return refusal
+        if "content-disposition" in headers:
+            name = disposition_filename(headers["content-disposition"]) or name
+        file.flush()
+        size_bytes, content_type = os.fstat(file.fileno()).st_size, media_type(headers.get("content-type"))
+        return Fetched(file, size_bytes, name, content_type, keep_s_of(attachment.source, headers))
 
 
 def md5_refusal(attachment: Attachment, file: BinaryIO, encoded_md5: str = "") -> Reply | None:
@@ -8755,6 +8728,15 @@ def may_be_a_page(request: Request) -> bool:
     return False
 
 
+def host_name() -> str:
+    """The name of this host, with its domain where that is known. Blocking: may ask the name service."""
+    name = socket.gethostname()
+    full_name = name if "." in name else socket.getfqdn(name)
+    if not full_name.startswith(f"{name}."):
+        full_name = name
+    return full_name if _DOMAIN.fullmatch(full_name) else "localhost"
+
+
 class Daemon:
     """One mailproxy: a queue file, its loops, its HTTP side."""
 
@@ -8763,6 +8745,7 @@ class Daemon:
     ) -> None:
         self.settings = settings
         self._environ = environ
+        self._reveal = functools.partial(reveal, environ=environ)
         self._reload = reload
         self._log = logging.getLogger("mailproxy")
         self._clock = Clock(time.time, time.monotonic)
@@ -8799,9 +8782,10 @@ class Daemon:
         configured = configured_accounts(self.settings)
         loop = asyncio.get_running_loop()
         loop.set_default_executor(self._pools[0])  # asyncio looks up names there
-        for number, told in ((signal.SIGTERM, self.stop), (signal.SIGINT, self.stop), (signal.SIGHUP, self._hang_up)):
-            if signals:
-                loop.add_signal_handler(number, told)
+        if signals:
+            loop.add_signal_handler(signal.SIGTERM, self.stop)
+            loop.add_signal_handler(signal.SIGINT, self.stop)
+            loop.add_signal_handler(signal.SIGHUP, self._asked_to_renew.set)
         self._queue.file.open()
         try:
             await self._build(configured)
@@ -8832,9 +8816,12 @@ class Daemon:
         tokens = TokenKeeper(
             post_form=post_form, reveal=self._reveal, in_thread=self._network, monotonic=time.monotonic
         )
-        self._agent = DeliveryAgent(
-            hostname=await self._hostname(), reveal=self._reveal, in_thread=self._network, tokens=tokens
-        )
+        try:
+            async with asyncio.timeout(HOSTNAME_PATIENCE_S):
+                hostname = await self._work(host_name)
+        except TimeoutError:
+            hostname = "localhost"
+        self._agent = DeliveryAgent(hostname=hostname, reveal=self._reveal, in_thread=self._network, tokens=tokens)
         self._dispatcher = Dispatcher(
             self._queue,
             self.settings.delivery,
@@ -8981,10 +8968,6 @@ class Daemon:
 
     # -- reading the configuration again
 
-    def _hang_up(self) -> None:
-        """SIGHUP: the configuration is to be read again."""
-        self._asked_to_renew.set()
-
     async def _renew(self) -> None:
         """Read the configuration again whenever that is asked for; a mistake in it changes nothing."""
         while self._reload is not None:
@@ -9024,18 +9007,6 @@ class Daemon:
         event(self._log, logging.INFO, "configuration read again", needs_restart=", ".join(fixed) or None)
 
     # -- what the rooms are handed
-
-    def _reveal(self, secret: Secret) -> str:
-        return reveal(secret, self._environ)
-
-    async def _hostname(self) -> str:
-        """What we call ourselves to SMTP servers (RFC 5321 4.1.1.1)."""
-        try:
-            async with asyncio.timeout(HOSTNAME_PATIENCE_S):
-                name = await self._work(socket.getfqdn)
-        except TimeoutError:
-            name = socket.gethostname()
-        return name if re.fullmatch(r"[A-Za-z0-9.-]+", name) else "localhost"
 
     def _fetcher(self) -> AttachmentFetcher:
         return AttachmentFetcher(
@@ -9853,15 +9824,6 @@ def login_name() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         return "nobody"
-
-
-def host_name() -> str:
-    """The name of this host, with its domain where that is known. Blocking: may ask the name service."""
-    name = socket.gethostname()
-    full_name = name if "." in name else socket.getfqdn(name)
-    if not full_name.startswith(f"{name}."):
-        full_name = name
-    return full_name if _DOMAIN.fullmatch(full_name) else "localhost"
 
 
 # ======================================================================
