@@ -2542,24 +2542,20 @@ def _message_body(message: Message, parts: Sequence[Part]) -> Entity:
         texts.append(_text_entity(message.html, "html"))
     if len(texts) == 1 and not parts:
         return texts[0]
-    boundary = _boundary(message, parts)
-    related = [_attached(part) for part in parts if part.attachment.inline and message.html is not None]
-    attached = [_attached(part) for part in parts if not part.attachment.inline or message.html is None]
-    if related:
-        texts[-1] = _multipart("related", [texts[-1], *related], boundary)
-    body = _multipart("alternative", texts, boundary) if len(texts) > 1 else texts[0]
-    return _multipart("mixed", [body, *attached], boundary) if attached else body
-
-
-def _boundary(message: Message, parts: Sequence[Part]) -> str:
-    """A line that stands in no part: made from all that is not encoded, the same on every attempt."""
+    # The boundary stands in no part, as it is made from all that is not encoded: the same one on every attempt.
     digest = hashlib.blake2b(message.message_id.encode(), digest_size=12)
     for text in (message.text, message.html):
         digest.update(f"{text}\0".encode())
     for part in parts:
         if _content_type_of(part)[1] == "message/rfc822":
             digest.update(part.content)
-    return digest.hexdigest()
+    boundary = digest.hexdigest()
+    related = [_attached(part) for part in parts if part.attachment.inline and message.html is not None]
+    attached = [_attached(part) for part in parts if not part.attachment.inline or message.html is None]
+    if related:
+        texts[-1] = _multipart("related", [texts[-1], *related], boundary)
+    body = _multipart("alternative", texts, boundary) if len(texts) > 1 else texts[0]
+    return _multipart("mixed", [body, *attached], boundary) if attached else body
 
 
 def _multipart(subtype: str, entities: Sequence[Entity], boundary: str) -> Entity:
@@ -5171,8 +5167,7 @@ CONTENT_PIECE_BYTES = 65_536  # of a content, between two looks at the server an
 TOKEN_LIFE_S = 3_600.0  # when the token endpoint does not say
 LONGEST_TOKEN_LIFE_S = 86_400.0  # whatever it says
 
-PostForm = Callable[[str, Mapping[str, str], float], tuple[int, bytes]]  # url, fields, timeout in s
-MayLogIn = Callable[[], Awaitable[object]]  # awaited before each login
+MayLogIn = Callable[[], Awaitable[object]]
 
 _ENHANCED_CODE = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s+|$)")  # RFC 3463
 _REPLY_LINE = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
@@ -5589,7 +5584,9 @@ async def _connect(account: Account, in_thread: InThread) -> socket.socket | Rep
     except TimeoutError:
         return local_reply(Stage.CONNECT, f"no answer to the look-up of {account.host}", Cause.TIMEOUT)
     except (OSError, UnicodeError) as failure:
-        return local_reply(Stage.CONNECT, f"look-up of {account.host} failed: {_reason(failure)}")
+        return local_reply(
+            Stage.CONNECT, f"look-up of {account.host} failed: {getattr(failure, 'strerror', None) or failure}"
+        )
     failures, cause = [], Cause.LOCAL
     for tried, (family, kind, protocol, _, address) in enumerate(addresses):
         try:
@@ -5604,16 +5601,9 @@ async def _connect(account: Account, in_thread: InThread) -> socket.socket | Rep
                 raise
         except OSError as failure:  # TimeoutError is one
             cause = Cause.TIMEOUT if isinstance(failure, TimeoutError) else cause
-            failures.append(f"{account.host}[{address[0]}]:{account.port}: {_reason(failure)}")
+            reason = os.strerror(failure.errno) if failure.errno else "no answer in time"
+            failures.append(f"{account.host}[{address[0]}]:{account.port}: {reason}")
     return local_reply(Stage.CONNECT, "; ".join(failures), cause)
-
-
-def _reason(failure: Exception) -> str:
-    if isinstance(failure, OSError) and failure.errno and failure.errno > 0:
-        return os.strerror(failure.errno)
-    if isinstance(failure, TimeoutError):
-        return "no answer in time"
-    return getattr(failure, "strerror", None) or str(failure)
 
 
 async def _say_hello(smtp: aiosmtplib.SMTP) -> None:
@@ -5653,11 +5643,9 @@ async def _log_in(smtp: aiosmtplib.SMTP, account: Account, login: Login) -> None
         wanted = ["plain", "login", "cram-md5"]
     offered = smtp.server_auth_methods
     method = next((method for method in wanted if method in offered), None)
-    if not offered:
-        raise aiosmtplib.SMTPException("the account has a user, but the server offers no AUTH")
     if method is None:
-        names = ", ".join(offered).upper()
-        raise aiosmtplib.SMTPException(f"the server offers only AUTH {names}; the account wants {account.auth}")
+        names = f"only AUTH {', '.join(offered).upper()}" if offered else "no AUTH"
+        raise aiosmtplib.SMTPException(f"the server offers {names}; the account wants to log in ({account.auth})")
     if method == "xoauth2":
         await _log_in_by_token(smtp, login)
     else:
@@ -5715,7 +5703,7 @@ class TokenKeeper:
     returns status and body; it raises MailproxyError, OSError or ValueError when there is none.
     """
 
-    post_form: PostForm
+    post_form: Callable[[str, Mapping[str, str], float], tuple[int, bytes]]  # URL, fields, timeout in s
     reveal: Callable[[Secret], str]
     in_thread: InThread
     monotonic: Callable[[], float]
@@ -5724,7 +5712,9 @@ class TokenKeeper:
     async def token(self, account: Account) -> str | Reply:
         """A token that is still good for a while. Who asks during a fetch gets what comes of it: a fetch
         is a task, so it does not begin before all who ask at the same time have asked."""
-        grant = self._grant(account)
+        oauth2, grant = cast(OAuth2, account.oauth2), self.grants.get(account.id)
+        if grant is None or grant.oauth2 != oauth2:
+            grant = self.grants[account.id] = _Grant(oauth2)
         if grant.token is not None and self.monotonic() < grant.expires_at:
             return grant.token
         if grant.fetch is None or grant.fetch.done():
@@ -5733,16 +5723,9 @@ class TokenKeeper:
 
     def invalidate(self, account: Account, token: str) -> None:
         """The server refused this token: the next one asked for is fetched anew."""
-        grant = self._grant(account)
+        grant = self.grants[account.id]
         if grant.token == token:
             grant.token = None
-
-    def _grant(self, account: Account) -> _Grant:
-        oauth2 = cast(OAuth2, account.oauth2)
-        grant = self.grants.get(account.id)
-        if grant is None or grant.oauth2 != oauth2:
-            grant = self.grants[account.id] = _Grant(oauth2)
-        return grant
 
     async def _fetch(self, grant: _Grant, timeout_s: float) -> str | Reply:
         try:
@@ -5811,31 +5794,21 @@ class DeliveryAgent:
         name: str,
         connected: Callable[[], object] = lambda: None,
         may_log_in: MayLogIn | None = None,
+        renewed: bool = False,
     ) -> Session | Reply:
         """Connect and log in, or the reply that says why not; a refused access token is renewed once.
 
         `connected` is called once there is a connection, `may_log_in` is awaited before each login.
         """
-        opened, login = await self._open(account, name, connected, may_log_in)
-        refused = isinstance(opened, Reply) and opened.stage is Stage.AUTH and opened.permanent
-        if account.oauth2 and login and refused:
-            self.tokens.invalidate(account, login.secret)
-            opened, _ = await self._open(account, name, connected, may_log_in)
-        return opened
-
-    async def _open(
-        self, account: Account, name: str, connected: Callable[[], object], may_log_in: MayLogIn | None
-    ) -> tuple[Session | Reply, Login | None]:
-        """A session or the reply in its place, and the login that the server was shown."""
         login = await self._login(account, account.user) if account.user else None
         if isinstance(login, Reply):
-            return login, None
+            return login
         context = await self._tls_context(account)
         if isinstance(context, Reply):
-            return context, None
+            return context
         connection = await _connect(account, self.in_thread)
         if isinstance(connection, Reply):
-            return connection, None
+            return connection
         connected()
         smtp = aiosmtplib.SMTP(
             hostname=account.host.removesuffix("."),
@@ -5846,22 +5819,19 @@ class DeliveryAgent:
             start_tls=False,
             tls_context=context,
         )
-        session = None
+        offers: Offers | Reply | None = None
         try:
             offers, login = await self._introduce(smtp, account, login, may_log_in)
-            if isinstance(offers, Reply):
-                return offers, login
-            session = Session(
-                Wire(cast(asyncio.Transport, smtp.transport)),  # of which aiosmtplib hears no more
-                name=name,
-                offers=offers,
-                timeout_s=account.timeout,
-                end_of_data_timeout_s=self.end_of_data_timeout_s,
-            )
-            return session, login
         finally:
-            if session is None and smtp.transport is not None:
+            if not isinstance(offers, Offers) and smtp.transport is not None:
                 cast(asyncio.Transport, smtp.transport).abort()
+        if isinstance(offers, Offers):
+            wire = Wire(cast(asyncio.Transport, smtp.transport))  # of which aiosmtplib hears no more
+            return Session(wire, name, offers, account.timeout, self.end_of_data_timeout_s)
+        if account.oauth2 and login and offers.stage is Stage.AUTH and offers.permanent and not renewed:
+            self.tokens.invalidate(account, login.secret)
+            return await self.open_session(account, name=name, connected=connected, may_log_in=may_log_in, renewed=True)
+        return offers
 
     async def _introduce(
         self, smtp: aiosmtplib.SMTP, account: Account, login: Login | None, may_log_in: MayLogIn | None

@@ -6947,7 +6947,7 @@ def test_credentials_that_a_server_repeats_are_not_in_the_reply(method, secret):
     [
         ("", {}, "the server offers no AUTH"),
         ("AUTH GSSAPI", {}, "the server offers only AUTH GSSAPI"),
-        ("AUTH LOGIN", {"auth": "plain"}, "the server offers only AUTH LOGIN; the account wants plain"),
+        ("AUTH LOGIN", {"auth": "plain"}, "the server offers only AUTH LOGIN; the account wants to log in (plain)"),
     ],
 )
 def test_a_server_that_offers_no_fitting_login_is_a_reply(offers, fields, words):
