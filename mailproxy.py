@@ -9190,10 +9190,14 @@ class Client(NamedTuple):
             return UnixConnection(daemon.path)
         if daemon.scheme == "http":
             return http.client.HTTPConnection(daemon.host, daemon.port, timeout=CLIENT_PATIENCE_S)
-        context = ssl.create_default_context(cafile=self.certificate)
+        context = ssl.create_default_context()
         if self.certificate is not None:
+            context = ssl.SSLContext(
+                ssl.PROTOCOL_TLS_CLIENT
+            )  # not strict: Python 3.13 would refuse many self-signed ones
             context.check_hostname = False  # a loopback address is in no certificate; this one is known by itself
             context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+            context.load_verify_locations(self.certificate)
         return http.client.HTTPSConnection(daemon.host, daemon.port, timeout=CLIENT_PATIENCE_S, context=context)
 
 
