@@ -3367,11 +3367,9 @@ CREATE INDEX messages_unreported_final ON messages (coalesce(sent_ts, error_ts))
     WHERE report_order IS NOT NULL AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL);
 CREATE TRIGGER tally_update AFTER UPDATE OF deferred_ts, sent_ts, error_ts, report_order ON messages BEGIN
     UPDATE tallies SET
-        ready = ready
-            + (new.sent_ts IS NULL AND new.error_ts IS NULL AND new.deferred_ts IS NULL)
+        ready = ready + (new.sent_ts IS NULL AND new.error_ts IS NULL AND new.deferred_ts IS NULL)
             - (old.sent_ts IS NULL AND old.error_ts IS NULL AND old.deferred_ts IS NULL),
-        waiting = waiting
-            + (new.sent_ts IS NULL AND new.error_ts IS NULL AND new.deferred_ts IS NOT NULL)
+        waiting = waiting + (new.sent_ts IS NULL AND new.error_ts IS NULL AND new.deferred_ts IS NOT NULL)
             - (old.sent_ts IS NULL AND old.error_ts IS NULL AND old.deferred_ts IS NOT NULL),
         unreported = unreported + (new.report_order IS NOT NULL) - (old.report_order IS NOT NULL)
     WHERE account_id = new.account_id;
@@ -3441,7 +3439,7 @@ DAY_MINUTES = 24 * 60
 KEPT_ATTEMPTS = 100  # of one message: older ones give way, by the trigger above
 SMALL_PAYLOAD_BYTES = 65_536  # larger ones are read under the memory budget
 HELD_BACK = ("limit", "connection", "login")  # deferrals that end when the account can be used again
-ALL_HELD_BACK = {"limit": "limit", "connection": "connection", "login": "login"}  # for LET_GO
+ALL_HELD_BACK = dict(zip(HELD_BACK, HELD_BACK, strict=True))  # for LET_GO
 RAW_POSITION = -1  # in contents: the raw message; attachments count from 0
 CHUNK = 500  # rows of one commit in work that may touch many
 STRETCH = 5_000  # rows looked at in one go by what must pass over others
@@ -3831,10 +3829,10 @@ class Queue:
         def work(db: sqlite3.Connection) -> list[Claim]:
             claims = self._ready(db, order)
             for claim in claims:
-                deferred = replace(
+                waits = replace(
                     untouched(claim), status=Status.DEFERRED, error=why, deferred_ts=until_ts, reason="limit"
                 )
-                db.execute(SETTLE, self._settled(claim.seq, deferred if until_ts else given_up(deferred, why)))
+                db.execute(SETTLE, self._settled(claim.seq, waits if until_ts else given_up(waits, why)))
             return claims
 
         claims = await self.file.write(work)
@@ -3843,9 +3841,8 @@ class Queue:
 
     async def let_go(self, account_id: str, deferrals: Sequence[str] = HELD_BACK) -> int:
         """Make an account's messages ready that wait for one of these reasons; return their number."""
-        return await self._do(
-            LET_GO, id=account_id, **{name: name if name in deferrals else None for name in HELD_BACK}
-        )
+        named = dict.fromkeys(HELD_BACK) | dict(zip(deferrals, deferrals, strict=True))
+        return await self._do(LET_GO, id=account_id, **named)
 
     async def let_cooled_go(self) -> set[str]:
         """Make all messages ready that wait for a server to be tried again; return their accounts."""
