@@ -2347,7 +2347,7 @@ class SendWindows:
 
     def room(self, now: float) -> int:
         """The number of messages that may start now."""
-        return min(self.left(now).values(), default=UNLIMITED)
+        return min(self.left(now).values()) if self._limits else UNLIMITED
 
     def opens_at(self, now: float) -> float:
         """The earliest moment with room, as far as is known: held messages as if sent now."""
@@ -6696,6 +6696,9 @@ class Shares:
 
     async def take(self, lane: object, amount: int) -> None:
         """Wait until the lane may have so much more."""
+        if not self.waiting and self.used + amount + self.total // KEPT_SHARE <= self.total:  # as nearly always
+            self.used, self.of[lane] = self.used + amount, self.of.get(lane, 0) + amount
+            return
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting[granted] = lane, amount
         self._grant()
@@ -6710,7 +6713,8 @@ class Shares:
         self.used -= amount
         if left := self.of.pop(lane, 0) - amount:
             self.of[lane] = left
-        self._grant()
+        if self.waiting:
+            self._grant()
 
     def _grant(self) -> None:
         """Serve those who wait; within a lane nobody is overtaken."""
@@ -7240,18 +7244,17 @@ class Dispatcher:
     async def _claim(self, orders: Mapping[Lane, Order]) -> None:
         """Take the lanes' next messages out of the queue: small ones are ready, others are put together first."""
         for lane, order in orders.items():
-            lane.windows.hold(order.most)
+            lane.windows.held += order.most
             lane.has_mail = False  # a wake during the claim sets it again
         try:
             found = await self.queue.claim(list(orders.values()))
         except StorageUnavailable:
             for lane, order in orders.items():
-                lane.windows.give_back(order.most)
+                lane.windows.held -= order.most
                 lane.has_mail = True
             raise
         for (lane, order), claims in zip(orders.items(), found, strict=True):
-            if len(claims) < order.most:
-                lane.windows.give_back(order.most - len(claims))
+            lane.windows.held -= order.most - len(claims)
             lane.has_mail = lane.has_mail or len(claims) == order.most
             lane.retried_first ^= bool(len(claims) % 2)
             for claim in claims:
