@@ -4718,15 +4718,12 @@ def disposition_filename(header: str) -> str:
             continue
         with contextlib.suppress(LookupError, UnicodeError):
             if isinstance(value, tuple):  # encoding, language, octets
-                return _last_segment(value[2].encode("latin-1").decode(value[0] or "us-ascii"))
-            with contextlib.suppress(UnicodeError):  # raw UTF-8, which http.client read as Latin-1
-                value = value.encode("latin-1").decode("utf-8")
-            return _last_segment(value)
+                value = value[2].encode("latin-1").decode(value[0] or "us-ascii")
+            else:
+                with contextlib.suppress(UnicodeError):  # raw UTF-8, which http.client read as Latin-1
+                    value = value.encode("latin-1").decode("utf-8")
+            return re.split(r"[/\\]", value)[-1]
     return ""
-
-
-def _last_segment(path: str) -> str:
-    return path.replace("\\", "/").rpartition("/")[2]
 
 
 def media_type(header: str | None) -> str:
@@ -4844,14 +4841,6 @@ def s3_target(wanted: S3Object, settings: S3Settings, region: str) -> HttpTarget
     return endpoint._replace(path=f"{prefix}/{wanted.bucket}/{key}")
 
 
-def s3_error(answer: HttpAnswer) -> dict[str, str]:
-    """Code, Message and Region of S3's error document, as far as they are there."""
-    import html
-
-    found = S3_ERROR.findall(answer.body[:ERROR_BODY_BYTES])
-    return {name.decode(): html.unescape(text.decode("utf-8", "replace")).strip() for name, text in found}
-
-
 # ----------------------------------------------------------------------
 # Files
 # ----------------------------------------------------------------------
@@ -4918,12 +4907,6 @@ class AttachmentFetcher:
     resolve: Resolver = resolve_name
 
     def __post_init__(self) -> None:
-        self._ask = functools.partial(
-            http_request,
-            timeout_s=self.settings.timeout_seconds,
-            max_bytes=self.settings.max_attachment_bytes,
-            resolve=self.resolve,
-        )
         self._policy = AddressPolicy(self.settings.allow_hosts)
         self._trust = functools.cache(functools.partial(tls_context, None))
         self._client_trust = functools.cache(functools.partial(tls_context, self.client.ca_file))
@@ -5024,20 +5007,48 @@ class AttachmentFetcher:
             return failed_fetch(f"{host} is still busy with other attachments", 451)
         call = asyncio.ensure_future(self.in_thread(functools.partial(self._fetch_blocking, attachment)))
         call.add_done_callback(lambda _: turns.release())  # a call that hangs keeps its turn
-        await asyncio.wait(
-            [call], timeout=timeout_s + 1
-        )  # which cuts a look-up, or a file server; all else cuts itself
+        # It ends itself in time, but for the look-up of a name and a file server that hangs.
+        await asyncio.wait([call], timeout=timeout_s + 1)
         return call.result() if call.done() else failed_fetch(f"no answer of {host} within {timeout_s:g} s", 451)
 
-    # -- what blocks: one method a source
-
     def _fetch_blocking(self, attachment: Attachment) -> Fetched | Reply:
-        fetchers = (self._from_url, self._from_s3, self._from_endpoint, self._from_file)
-        sources = (Source.URL, Source.S3, Source.ENDPOINT, Source.FILESYSTEM)
+        location, words = attachment.location, ""
+        what: object = ""
         try:
             with contextlib.ExitStack() as unless_fetched:
                 file = cast(BinaryIO, unless_fetched.enter_context(tempfile.TemporaryFile(dir=self.folder)))
-                fetched = fetchers[sources.index(attachment.source)](attachment, file)
+                ask = functools.partial(
+                    http_request,
+                    timeout_s=self.settings.timeout_seconds,
+                    max_bytes=self.settings.max_attachment_bytes,
+                    resolve=self.resolve,
+                    into=file,
+                    is_gzip_file=functools.partial(is_gzip_file, attachment),
+                )
+                if attachment.source is Source.URL:
+                    answer = ask("GET", location, redirects=MAX_REDIRECTS, policy=self._policy, trust=self._trust)
+                    what = asked_at(answer.url)
+                    location = urllib.parse.urlsplit(answer.url).path
+                elif attachment.source is Source.ENDPOINT:
+                    if self.client.client_attachment_url is None:
+                        raise HttpFailure("[client] client_attachment_url is not configured", transient=False)
+                    headers = {**client_credentials(self.client, self.reveal), "Content-Type": "application/json"}
+                    body = as_json({"storage_path": location}).encode()
+                    url = self.client.client_attachment_url
+                    answer = ask("POST", url, body=body, headers=headers, trust=self._client_trust)
+                    what = f"the attachment endpoint for {location[:200]!r}"
+                elif attachment.s3 is not None:
+                    location = attachment.s3.key
+                    answer, words = self._from_s3(attachment.s3, ask)
+                    what = f"s3://{attachment.s3.bucket}/{location[:200]}"
+                else:
+                    if self.settings.base_dir is None:
+                        raise HttpFailure("[attachments] base_dir is not configured", transient=False)
+                    copy_file_below(self.settings.base_dir, location, self.settings.max_attachment_bytes, file)
+                    answer = HttpAnswer(200, {}, b"", "")
+                name = re.split(r"[/\\]", location)[-1]
+                name = urllib.parse.unquote(name) if attachment.source is Source.URL else name
+                fetched = self._judged(attachment, file, answer, f"{what} answered {answer.status} {words}", name)
                 if isinstance(fetched, Fetched):
                     unless_fetched.pop_all()
                     weakref.finalize(fetched, file.close)
@@ -5050,86 +5061,47 @@ class AttachmentFetcher:
         except OSError as error:
             return failed_fetch(f"it cannot be kept: {error.strerror}", 451)
 
-    def _from_url(self, attachment: Attachment, file: BinaryIO) -> Fetched | Reply:
-        answer = self._ask(
-            "GET",
-            attachment.location,
-            redirects=MAX_REDIRECTS,
-            policy=self._policy,
-            trust=self._trust,
-            into=file,
-            is_gzip_file=functools.partial(is_gzip_file, attachment),
-        )
-        target = asked_at(answer.url)
-        name = urllib.parse.unquote(_last_segment(target.path.partition("?")[0]))
-        return self._judged(attachment, file, answer, target, name)
-
-    def _from_endpoint(self, attachment: Attachment, file: BinaryIO) -> Fetched | Reply:
-        if self.client.client_attachment_url is None:
-            return failed_fetch("[client] client_attachment_url is not configured", 554)
-        answer = self._ask(
-            "POST",
-            self.client.client_attachment_url,
-            body=json.dumps({"storage_path": attachment.location}).encode(),
-            headers={**client_credentials(self.client, self.reveal), "Content-Type": "application/json"},
-            trust=self._client_trust,
-            into=file,
-            is_gzip_file=functools.partial(is_gzip_file, attachment),
-        )
-        what = f"the attachment endpoint for {attachment.location[:200]!r}"
-        return self._judged(attachment, file, answer, what, _last_segment(attachment.location))
-
-    def _from_file(self, attachment: Attachment, file: BinaryIO) -> Fetched | Reply:
-        if self.settings.base_dir is None:
-            raise HttpFailure("[attachments] base_dir is not configured", transient=False)
-        copy_file_below(self.settings.base_dir, attachment.location, self.settings.max_attachment_bytes, file)
-        return self._judged(attachment, file, HttpAnswer(200, {}, b"", ""), "", _last_segment(attachment.location))
-
-    def _from_s3(self, attachment: Attachment, file: BinaryIO) -> Fetched | Reply:
-        wanted, s3 = attachment.s3, self.s3
-        assert wanted is not None
+    def _from_s3(self, wanted: S3Object, http: Callable[..., HttpAnswer]) -> tuple[HttpAnswer, str]:
+        """S3's answer and, where that is an error, its words; they hold no credentials."""
+        s3 = self.s3
         if not s3.access_key_id or not s3.secret_access_key:
-            return failed_fetch("no S3 credentials: set access_key_id and secret_access_key in [s3]", 554)
+            raise HttpFailure("no S3 credentials: set access_key_id and secret_access_key in [s3]", transient=False)
         token = self.reveal(s3.session_token) if s3.session_token else None
         keys = self.reveal(s3.access_key_id), self.reveal(s3.secret_access_key), token
+        policy = self._policy if wanted.endpoint else None
 
-        def ask(region: str) -> HttpAnswer:
+        def ask(region: str) -> tuple[HttpAnswer, dict[str, str]]:
             target = s3_target(wanted, s3, region)
-            return self._ask(
-                "GET",
-                target.url,
-                headers=sign_s3("GET", target, {}, EMPTY_SHA256, keys, region, self.now()),
-                policy=self._policy if wanted.endpoint else None,
-                trust=self._trust,
-                into=file,
-                is_gzip_file=functools.partial(is_gzip_file, attachment),
-            )
+            headers = sign_s3("GET", target, {}, EMPTY_SHA256, keys, region, self.now())
+            answer = http("GET", target.url, headers=headers, policy=policy, trust=self._trust)
+            import html  # rarely needed, and takes its time
+
+            found = S3_ERROR.findall(answer.body)
+            return answer, {name.decode(): html.unescape(text.decode("utf-8", "replace")) for name, text in found}
 
         region = wanted.region or s3.region or "us-east-1"
-        answer = ask(region)
-        right = answer.headers.get("x-amz-bucket-region") or s3_error(answer).get("Region", "")
+        answer, error = ask(region)
+        right = answer.headers.get("x-amz-bucket-region") or error.get("Region", "")
         if answer.status in (301, 307, 400) and S3_REGION.fullmatch(right) and right != region:
-            answer = ask(right)
-        error = s3_error(answer)
+            answer, error = ask(right)
         words = ": ".join(error[name] for name in ("Code", "Message") if error.get(name))
-        for secret in sorted(filter(None, keys), key=len, reverse=True):
-            words = words.replace(secret, "...")  # the longest first: one may be part of another
-        words = words[:300] + ("; check the clock of this machine" if error.get("Code") in CLOCK_ERRORS else "")
-        what = f"s3://{wanted.bucket}/{wanted.key[:200]}"
-        return self._judged(attachment, file, answer, what, _last_segment(wanted.key), words)
+        for secret in sorted(
+            filter(None, keys), key=len, reverse=True
+        ):  # the longest first: one may be part of another
+            words = words.replace(secret, "...")
+        return answer, words[:300] + ("; check the clock of this machine" if error.get("Code") in CLOCK_ERRORS else "")
 
     def _judged(
-        self, attachment: Attachment, file: BinaryIO, answer: HttpAnswer, what: object, name: str, words: str = ""
+        self, attachment: Attachment, file: BinaryIO, answer: HttpAnswer, refusal: str, name: str
     ) -> Fetched | Reply:
         """What a good answer gave; of the others 408, 429 and 5xx may pass, everything else lasts."""
         headers = answer.headers
+        if answer.status in PASSING_ANSWERS or answer.status >= 500:
+            return failed_fetch(refusal, 451, retry_after_s(headers.get("retry-after", ""), self.now()))
         if answer.status not in GOOD_ANSWERS:
-            reason = f"{what} answered {answer.status} {words}"
-            if answer.status in PASSING_ANSWERS or answer.status >= 500:
-                return failed_fetch(reason, 451, retry_after_s(headers.get("retry-after", ""), self.now()))
-            return failed_fetch(reason, 550 if answer.status in (404, 410) else 554)
-        if attachment.content_md5 and (refusal := md5_refusal(attachment, file, answer.encoded_md5)):
-            return refusal
+            return failed_fetch(refusal, 550 if answer.status in (404, 410) else 554)
+        if attachment.content_md5 and (mismatch := md5_refusal(attachment, file, answer.encoded_md5)):
+            return mismatch
         if "content-disposition" in headers:
             name = disposition_filename(headers["content-disposition"]) or name
         file.flush()
