@@ -60,8 +60,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from email.header import decode_header, make_header
-from email.message import EmailMessage, MIMEPart
-from email.utils import getaddresses, parsedate_to_datetime
+from email.message import EmailMessage
+from email.utils import getaddresses
 from itertools import pairwise, starmap
 from pathlib import Path
 from types import SimpleNamespace
@@ -2765,42 +2765,6 @@ def test_a_plain_message_is_written_exactly_like_this() -> None:
 
 
 # --- the email package as the judge ---------------------------------------
-
-SHORT_WORDS = st.from_regex(r"[A-Za-z0-9,.!?-]{1,18}( [A-Za-z0-9,.!?-]{1,18}){0,2}", fullmatch=True)
-SHORT_LINES = st.lists(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=78), max_size=8)
-SHORT_TEXTS = SHORT_LINES.map("\n".join)
-
-
-def by_the_email_package(subject: str, text: str | None, html: str | None, boundary: str) -> bytes:
-    """The same message, made by the standard library; the boundary is free, so it is ours."""
-    reference = EmailMessage(policy=email.policy.SMTP)
-    header = {"From": "a@example.com", "To": "b@example.org", "Subject": subject,
-              "Date": parsedate_to_datetime("Tue, 14 Nov 2023 22:13:20 +0000"),
-              "Message-ID": "<new@example.com>", "MIME-Version": "1.0"}  # fmt: skip
-    for name, value in header.items():
-        reference[name] = value
-    if text is None or html is None:
-        reference.set_content(text if html is None else html, subtype="plain" if html is None else "html")
-        return reference.as_bytes()
-    reference.make_alternative()
-    for body, subtype in ((text, "plain"), (html, "html")):
-        part: Any = MIMEPart(policy=email.policy.SMTP)
-        part.set_content(body, subtype=subtype)
-        reference.attach(part)
-    reference.set_boundary(boundary)
-    return reference.as_bytes()
-
-
-@settings(max_examples=300, deadline=None)
-@given(SHORT_WORDS, st.none() | SHORT_TEXTS, st.none() | SHORT_TEXTS)
-def test_simple_messages_are_byte_for_byte_those_of_the_email_package(subject, text, html):
-    text = "" if html is None and text is None else text
-
-    octets = composed_submission(subject=subject, body=None, text=text, html=html)
-
-    boundary = read_by_a_client(octets).get_boundary("")
-    assert octets == by_the_email_package(subject, text, html, boundary)
-
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 HEADER_TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=200)
@@ -6284,13 +6248,13 @@ def test_a_content_cut_in_pieces_is_the_content_as_a_whole(parts):
 def test_a_message_is_accepted_for_all_its_recipients(offers, packets):
     server = ScriptedServer(offers=offers)
 
-    replies, usable = transact(server, "a@x", "b@x", content=b".dot\r\nline\r\n")
+    replies, usable = transact(server, "a@x", "b@x", content=b".dot\r\nline\r\n", times=2)
 
     accepted = mailproxy.Reply(mailproxy.Stage.END_OF_DATA, 250, "queued as 1", "2.0.0")
     assert replies == {"a@x": accepted, "b@x": accepted}
     assert usable
-    heard = ["EHLO us\r\n", *packets, "..dot\r\nline\r\n.\r\n", "QUIT\r\n"]  # the content waits for the go-ahead
-    assert [packet.decode() for packet in server.packets] == heard
+    transaction = [*packets, "..dot\r\nline\r\n.\r\n"]  # the content waits for the go-ahead; no RSET is spent
+    assert [packet.decode() for packet in server.packets] == ["EHLO us\r\n", *transaction * 2, "QUIT\r\n"]
 
 
 def test_mail_says_what_the_server_offered_to_hear():
@@ -6363,15 +6327,6 @@ def test_of_commands_in_one_packet_the_first_refusal_counts_and_no_empty_message
 
     assert (refused["a@x"].stage, refused["a@x"].words) == (stage, words)
     assert (server.contents, still_usable) == (contents, usable)
-
-
-def test_after_an_accepted_message_no_reset_is_spent():
-    server = ScriptedServer()
-
-    transact(server, "a@x", times=3)
-
-    assert "RSET" not in server.heard
-    assert len(server.contents) == 3
 
 
 def test_a_refused_reset_makes_the_connection_stale_not_the_message_bad():
@@ -6579,17 +6534,6 @@ def test_an_opening_that_is_cancelled_before_its_login_closes_its_connection():
     assert server.heard == ["EHLO us"]
 
 
-def test_a_session_knows_its_name_its_age_and_what_it_carried():
-    async def story(open_session):
-        before = time.monotonic()
-        session = await open_session()
-        await session.transact(envelope_to("a@x"), b"one\r\n", smtputf8=False)
-        await session.quit()
-        return (session.name, session.transactions, before <= session.opened_at <= time.monotonic(), session.usable)
-
-    assert with_smtp_server(ScriptedServer(), story) == ("main-1", 1, True, False)
-
-
 # ----- opening a session
 
 
@@ -6777,27 +6721,6 @@ def test_words_injected_before_the_handshake_are_not_taken_for_the_servers(ca):
     assert with_smtp_server(server, story, ca_file=str(ca.ca_file)) is False
 
 
-@pytest.mark.usefixtures("quiet_loop")
-@pytest.mark.parametrize("encryption", ["auto", "implicit"])
-def test_a_server_that_asks_for_a_certificate_gets_the_accounts(ca, tmp_path, encryption):
-    context = ca.good().server_context()
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(ca.ca_file)
-    ours = tmp_path / "client.pem"
-    ours.write_bytes(b"".join(file.read_bytes() for file in ca.client()))
-    fields = {"ca_file": str(ca.ca_file), **encrypted(encryption)}
-
-    def server():
-        implicit = context if encryption == "implicit" else None
-        return ScriptedServer(offers="STARTTLS", tls=context, implicit_tls=implicit)
-
-    replies, _ = transact(server(), "a@x", client_cert=str(ours), **fields)
-    without = refused_opening(server(), **fields)
-
-    assert replies["a@x"].accepted
-    assert without.code == 454 or without.cause is mailproxy.Cause.LOST
-
-
 @pytest.mark.parametrize("field", ["ca_file", "client_cert"])
 def test_a_certificate_file_that_cannot_be_used_is_a_reply(tmp_path, field):
     nonsense = tmp_path / "nonsense.pem"
@@ -6901,21 +6824,15 @@ def log_in_at(server, agent=None, **fields):
     )
 
 
-@pytest.mark.parametrize("method", ["PLAIN", "LOGIN", "CRAM-MD5"])
-def test_each_method_logs_in_with_a_password_in_utf_8(method):
-    server = LoginServer(method)
-
-    assert log_in_at(server) is None
-    assert server.logins == [method]
-
-
 @pytest.mark.parametrize("method", ["plain", "login", "cram-md5"])
-def test_a_refused_password_costs_one_login_and_keeps_the_servers_words(method):
+@pytest.mark.parametrize(("secret", "words"), [(LoginServer.secret, None), ("wrong", "535 5.7.8 refused")])
+def test_each_method_is_one_login_with_a_password_in_utf_8_and_a_refusal_has_the_servers_words(method, secret, words):
     server = LoginServer("PLAIN LOGIN CRAM-MD5")
 
-    reply = log_in_at(server, password=mailproxy.Secret("wrong"), auth=method)
+    reply = log_in_at(server, password=mailproxy.Secret(secret), auth=method)
 
-    assert (reply.stage, reply.words, reply.cause) == ("auth", "535 5.7.8 refused", "server")
+    assert reply is None or (reply.stage, reply.cause) == ("auth", "server")
+    assert (reply and reply.words) == words
     assert server.logins == [method.upper()]
 
 
@@ -6943,32 +6860,24 @@ def test_credentials_that_a_server_repeats_are_not_in_the_reply(method, secret):
 
 
 @pytest.mark.parametrize(
-    ("offers", "fields", "words"),
+    ("offers", "said", "words", "cause"),
     [
-        ("", {}, "the server offers no AUTH"),
-        ("AUTH GSSAPI", {}, "the server offers only AUTH GSSAPI"),
-        ("AUTH LOGIN", {"auth": "plain"}, "the server offers only AUTH LOGIN; the account wants to log in (plain)"),
+        ("", "235 ok", "451 4.7.0 the server offers no AUTH; the account wants to log in (plain)", "local"),
+        (
+            "AUTH GSSAPI",
+            "235 ok",
+            "451 4.7.0 the server offers only AUTH GSSAPI; the account wants to log in (plain)",
+            "local",
+        ),
+        ("AUTH PLAIN", "454 4.7.0 later", "454 4.7.0 later", "server"),
+        ("AUTH PLAIN", "421 bye", "421 bye", "server"),
+        ("AUTH PLAIN", "250 fine", "451 4.5.0 the answer does not fit: 250 fine", "local"),
+        ("AUTH PLAIN", "drop", "451 4.7.0 connection lost", "lost"),
+        ("AUTH PLAIN", "silence", "451 4.7.0 no answer in time", "timeout"),
     ],
 )
-def test_a_server_that_offers_no_fitting_login_is_a_reply(offers, fields, words):
-    reply = log_in_at(ScriptedServer(offers=offers), **fields)
-
-    assert (reply.stage, reply.code, reply.cause) == ("auth", 451, "local")
-    assert words in reply.text
-
-
-@pytest.mark.parametrize(
-    ("said", "words", "cause"),
-    [
-        ("454 4.7.0 later", "454 4.7.0 later", "server"),
-        ("421 bye", "421 bye", "server"),
-        ("250 fine", "451 4.5.0 the answer does not fit: 250 fine", "local"),
-        ("drop", "451 4.7.0 connection lost", "lost"),
-        ("silence", "451 4.7.0 no answer in time", "timeout"),
-    ],
-)
-def test_a_login_that_comes_to_nothing_is_a_reply(said, words, cause):
-    reply = log_in_at(ScriptedServer({"AUTH": said}, offers="AUTH PLAIN"), timeout=0.4)
+def test_a_login_that_comes_to_nothing_is_a_reply(offers, said, words, cause):
+    reply = log_in_at(ScriptedServer({"AUTH": said}, offers=offers), auth="plain", timeout=0.4)
 
     assert (reply.stage, reply.words, reply.cause) == ("auth", words, cause)
 
@@ -7027,38 +6936,19 @@ def keeper_of(endpoint, now=lambda: 0.0, in_thread=in_a_thread):
 @pytest.mark.parametrize(
     ("fields", "form"),
     [
-        ({}, {"grant_type": "refresh_token", "client_id": "client", "client_secret": "cs", "refresh_token": "rt"}),
+        ({}, {"grant_type": "refresh_token", "client_secret": "cs", "refresh_token": "rt"}),
+        ({"client_secret": None}, {"grant_type": "refresh_token", "refresh_token": "rt"}),
         (
             {"refresh_token": None, "scope": "https://x/.default"},
-            {
-                "grant_type": "client_credentials",
-                "client_id": "client",
-                "client_secret": "cs",
-                "scope": "https://x/.default",
-            },
+            {"grant_type": "client_credentials", "client_secret": "cs", "scope": "https://x/.default"},
         ),
-        ({"client_secret": None}, {"grant_type": "refresh_token", "client_id": "client", "refresh_token": "rt"}),
     ],
 )
 def test_a_token_is_asked_for_by_refresh_token_or_client_credentials(fields, form):
     endpoint = TokenEndpoint(token_granted("t1"))
 
-    token = asyncio.run(keeper_of(endpoint).token(by_token(**fields)))
-
-    assert token == "t1"
-    assert endpoint.forms == [("https://x/token", form)]
-
-
-def test_a_token_is_kept_until_a_minute_before_it_expires():
-    endpoint, clock = TokenEndpoint(token_granted("t1"), token_granted("t2")), [1000.0]
-    keeper = keeper_of(endpoint, lambda: clock[0])
-
-    tokens = [asyncio.run(keeper.token(by_token()))]
-    for moment in (1000.0 + 3539, 1000.0 + 3541):
-        clock[0] = moment
-        tokens.append(asyncio.run(keeper.token(by_token())))
-
-    assert tokens == ["t1", "t1", "t2"]
+    assert asyncio.run(keeper_of(endpoint).token(by_token(**fields))) == "t1"
+    assert endpoint.forms == [("https://x/token", {"client_id": "client", **form})]
 
 
 async def in_no_time(call):
@@ -7081,48 +6971,18 @@ def test_connections_that_ask_at_the_same_time_share_one_fetch_and_its_outcome(a
     assert len(set(tokens)) == 1
 
 
-def test_a_failed_fetch_is_tried_again_by_the_next_who_asks():
-    endpoint = TokenEndpoint((503, b"busy"), token_granted("t"))
+def test_the_latest_refresh_token_is_used_and_a_late_refusal_of_an_old_token_costs_no_new_one():
+    endpoint = TokenEndpoint(token_granted("t1", refresh_token="rt2"), token_granted("t2"), token_granted("t3"))
     keeper = keeper_of(endpoint)
 
-    first, second = asyncio.run(keeper.token(by_token())), asyncio.run(keeper.token(by_token()))
+    tokens = [asyncio.run(keeper.token(by_token()))]
+    for _ in range(2):  # connections that were shown the same one
+        keeper.invalidate(by_token(), "t1")
+        tokens.append(asyncio.run(keeper.token(by_token())))
+    tokens.append(asyncio.run(keeper.token(by_token(refresh_token=mailproxy.Secret("of an account replaced")))))
 
-    assert first.words == "454 4.7.0 token endpoint: 503"
-    assert second == "t"
-
-
-def test_a_rotated_refresh_token_takes_the_place_of_the_one_given():
-    endpoint = TokenEndpoint(token_granted("t1", refresh_token="rt2"), token_granted("t2"))
-    keeper = keeper_of(endpoint)
-
-    asyncio.run(keeper.token(by_token()))
-    keeper.invalidate(by_token(), "t1")
-    asyncio.run(keeper.token(by_token()))
-
-    assert [form["refresh_token"] for _, form in endpoint.forms] == ["rt", "rt2"]
-
-
-def test_an_old_token_that_is_refused_late_does_not_cost_the_new_one():
-    endpoint = TokenEndpoint(token_granted("t1"), token_granted("t2"), token_granted("t3"))
-    keeper = keeper_of(endpoint)
-    asyncio.run(keeper.token(by_token()))
-    keeper.invalidate(by_token(), "t1")
-    asyncio.run(keeper.token(by_token()))
-
-    keeper.invalidate(by_token(), "t1")
-
-    assert asyncio.run(keeper.token(by_token())) == "t2"
-
-
-def test_a_replaced_account_starts_with_a_new_token():
-    endpoint = TokenEndpoint(token_granted("t1", refresh_token="rotated"), token_granted("t2"))
-    keeper = keeper_of(endpoint)
-    asyncio.run(keeper.token(by_token()))
-
-    token = asyncio.run(keeper.token(by_token(refresh_token=mailproxy.Secret("other"))))
-
-    assert token == "t2"
-    assert endpoint.forms[1][1]["refresh_token"] == "other"
+    assert tokens == ["t1", "t2", "t2", "t3"]
+    assert [form["refresh_token"] for _, form in endpoint.forms] == ["rt", "rt2", "of an account replaced"]
 
 
 @pytest.mark.parametrize(
@@ -7144,10 +7004,13 @@ def test_a_replaced_account_starts_with_a_new_token():
         (TimeoutError(), "451 4.7.0 no answer of the token endpoint in time", "timeout"),
     ],
 )
-def test_a_token_that_cannot_be_had_is_a_reply_of_the_login(answer, words, cause):
-    reply = asyncio.run(keeper_of(TokenEndpoint(answer)).token(by_token()))
+def test_a_token_that_cannot_be_fetched_is_a_reply_of_the_login_and_the_next_who_asks_tries_again(answer, words, cause):
+    keeper = keeper_of(TokenEndpoint(answer, token_granted("t")))
+
+    reply = asyncio.run(keeper.token(by_token()))
 
     assert (reply.stage, reply.words, reply.cause) == ("auth", words, cause)
+    assert asyncio.run(keeper.token(by_token())) == "t"
 
 
 @pytest.mark.parametrize(
@@ -7204,12 +7067,6 @@ def test_connections_with_an_old_token_renew_it_once_and_who_waits_is_not_refuse
 
     assert len(endpoint.forms) == 2
     assert len(server.logins) == 1 + 8 or not waiting
-
-
-def test_nothing_that_is_printed_shows_a_secret():
-    shown = [repr(mailproxy.Login("me", "geheim")), repr(by_token())]
-
-    assert not any(secret in text for text in shown for secret in ("geheim", "'rt'", "'cs'"))
 
 
 # ======================================================================
