@@ -7413,6 +7413,8 @@ class Dispatcher:
                 self._mark(lane)
 
         async def may_log_in() -> None:
+            if generation != lane.generation:  # called back, which wait_for of Python 3.11 may have swallowed
+                raise asyncio.CancelledError
             if lane.first is not line:
                 await lane.first_is_in.wait()
 
