@@ -8629,9 +8629,10 @@ WORK_THREADS = 4
 HOSTNAME_PATIENCE_S = 2.0
 REPORT_PATIENCE_S = 5.0  # for a report that is under way when the daemon stops
 REQUEST_PATIENCE_S = 5.0  # at least, for requests in progress then
-# One word, or a domain that nobody can register (RFC 6761, RFC 8375, and .internal)
+# One word, an address, or a domain that nobody can register (RFC 6761, RFC 8375, and .internal)
 NOBODYS_NAME = re.compile(
-    r"[^.]*|(.*\.)?(localhost|local|internal|home\.arpa|test|invalid|example(\.(com|net|org))?)", re.IGNORECASE
+    r"([^.]*|[0-9.]+|\[.*\]|(.*\.)?(localhost|local|internal|home\.arpa|test|invalid|example(\.(com|net|org))?)\.?)(:[0-9]*)?",
+    re.IGNORECASE,
 )
 OPEN_FILES = 65_536  # wanted; what the machine allows counts
 OWN_FILES = 300  # kept from the HTTP side, beside two for each SMTP connection: clients must not stop delivery
@@ -8660,16 +8661,8 @@ class SystemdNotifier:
 def may_be_a_page(request: Request) -> bool:
     """True for what a page in a browser may have sent: it has an Origin (RFC 6454 7), or is asked for by a
     name that anybody can own and let point here (DNS rebinding), in which case a GET has no Origin."""
-    if "origin" in request.headers:
-        return True
-    name = re.sub(":[0-9]*$", "", request.headers.get("host", "")).rstrip(".")
-    if request.peer == "unix" or NOBODYS_NAME.fullmatch(name):
-        return False
-    try:
-        ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        return True
-    return False
+    is_nobodys = request.peer == "unix" or NOBODYS_NAME.fullmatch(request.headers.get("host", ""))
+    return "origin" in request.headers or not is_nobodys
 
 
 def host_name() -> str:
