@@ -8686,6 +8686,32 @@ def test_connections_grow_to_the_most_allowed_and_end_as_the_account_says(tmp_pa
         wait_until(lambda: daemon.status()["accounts"]["default"]["connections"] == 0, "the end of their life")
 
 
+def test_an_opening_that_was_called_back_ends_before_its_login_though_its_cancellation_was_swallowed() -> None:
+    """As asyncio.wait_for of Python 3.11 does with one that comes together with the reply."""
+
+    async def open_session(*_: Any, may_log_in: Callable[[], Any], **__: Any) -> Any:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await may_log_in()
+
+    async def called_back() -> Any:
+        dispatcher = mailproxy.Dispatcher(
+            queue=None, settings=mailproxy.DeliverySettings(), clock=mailproxy.Clock(time.time, time.monotonic),
+            jitter=lambda: 0, open_session=open_session, composer=None, metrics=None, log=LOG, reports_due=print,
+        )  # type: ignore[arg-type] # fmt: skip
+        account = mailproxy.Account(id="main", host="mx.test", port=25)
+        dispatcher.add_lane(account, (), suspended=False, held_back=False)
+        lane = dispatcher.lanes["main"]
+        lane.first = mailproxy.Line(lane)  # another one goes first
+        opening = asyncio.create_task(dispatcher._open(mailproxy.Line(lane)))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        dispatcher._recall(lane)
+        return await asyncio.wait_for(opening, 30)
+
+    assert asyncio.run(called_back()) is None
+
+
 def test_a_refused_login_costs_a_few_logins_and_no_message(tmp_path: Path, reports: ReportReceiver) -> None:
     with SmtpServer(accounts={"me": "right"}) as smtp, SleepyDaemon(tmp_path, reports=reports) as daemon:
         wrong = account_at("main", smtp, user="me", password="wrong")
