@@ -367,9 +367,7 @@ class Claim(NamedTuple):
     served: bool = False  # a transaction of this very turn has reached a server
 
 
-# ----------------------------------------------------------------------
-# URLs
-# ----------------------------------------------------------------------
+# --- URLs ---------------------------------------------------------------------
 
 DOTS = re.compile("[.\u3002\uff0e\uff61]")  # RFC 3490 3.1
 HOST_OF_URL = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*")
@@ -4258,9 +4256,7 @@ def asked_at(url: str) -> HttpTarget:
         raise HttpFailure(str(error), transient=False) from None
 
 
-# ----------------------------------------------------------------------
-# Which addresses may be reached
-# ----------------------------------------------------------------------
+# --- which addresses may be reached ------------------------------------------
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
@@ -4312,9 +4308,7 @@ def resolve_name(host: str, port: int) -> Sequence[Address]:
     return [(family, address) for family, _, _, _, address in found]
 
 
-# ----------------------------------------------------------------------
-# The connection
-# ----------------------------------------------------------------------
+# --- the connection ----------------------------------------------------------
 
 
 class HttpDeadline:
@@ -4439,10 +4433,10 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         self._trust = trust
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self._connection, request)
+        context = self._trust() if request.type == "https" else None
+        return self.do_open(self._connection, request, context=context)
 
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self._connection, request, context=self._trust())
+    https_open = http_open
 
 
 def tls_context(ca_file: str | None) -> ssl.SSLContext:
@@ -4454,9 +4448,7 @@ def tls_context(ca_file: str | None) -> ssl.SSLContext:
         raise HttpFailure(reason, transient=True) from error
 
 
-# ----------------------------------------------------------------------
-# The request
-# ----------------------------------------------------------------------
+# --- the request -------------------------------------------------------------
 
 
 def http_request(
@@ -4468,7 +4460,7 @@ def http_request(
     timeout_s: float,
     max_bytes: int,
     redirects: int = 0,
-    trust: Trust | None = None,
+    trust: Trust = lambda: tls_context(None),
     policy: AddressPolicy | None = None,
     resolve: Resolver = resolve_name,
     into: BinaryIO | None = None,
@@ -4486,7 +4478,7 @@ def http_request(
         connection = functools.partial(JudgedConnection, deadline=deadline, policy=policy, resolve=resolve)
         opener = urllib.request.OpenerDirector()  # nothing of urllib's but HTTP: no redirects, files, passwords
         opener.addheaders = [("User-Agent", "mailproxy")]
-        opener.add_handler(_Handler(connection, trust or functools.partial(tls_context, None)))
+        opener.add_handler(_Handler(connection, trust))
         if policy is None:
             opener.add_handler(urllib.request.ProxyHandler())
         for _ in range(redirects + 1):
@@ -4563,9 +4555,7 @@ def client_credentials(client: ClientSettings, reveal: Callable[[Secret], str]) 
     return {}
 
 
-# ----------------------------------------------------------------------
-# Reading within a limit
-# ----------------------------------------------------------------------
+# --- reading within a limit --------------------------------------------------
 
 
 def _read_answer(
@@ -4689,9 +4679,7 @@ class Fetched:
         return os.pread(self.file.fileno(), self.size_bytes, 0)
 
 
-# ----------------------------------------------------------------------
-# Names and types
-# ----------------------------------------------------------------------
+# --- names and types ---------------------------------------------------------
 
 
 def safe_filename(name: str) -> str:
@@ -4777,9 +4765,7 @@ def retry_after_s(header: str, now: float) -> float | None:
         return None
 
 
-# ----------------------------------------------------------------------
-# S3
-# ----------------------------------------------------------------------
+# --- S3 ----------------------------------------------------------------------
 
 
 def sign_s3(
@@ -4841,9 +4827,7 @@ def s3_target(wanted: S3Object, settings: S3Settings, region: str) -> HttpTarget
     return endpoint._replace(path=f"{prefix}/{wanted.bucket}/{key}")
 
 
-# ----------------------------------------------------------------------
-# Files
-# ----------------------------------------------------------------------
+# --- files -------------------------------------------------------------------
 
 
 def copy_file_below(base_dir: str, path: str, max_bytes: int, into: BinaryIO) -> None:
@@ -4882,9 +4866,7 @@ def copy_regular_file(base: str, steps: Sequence[str], max_bytes: int, into: Bin
         write_within(max_bytes, iter(lambda: os.read(descriptor, FILE_PIECE_BYTES), b""), into, repr(steps[-1]))
 
 
-# ----------------------------------------------------------------------
-# The fetcher
-# ----------------------------------------------------------------------
+# --- the fetcher -------------------------------------------------------------
 
 
 @dataclass(eq=False)
