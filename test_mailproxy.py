@@ -10240,6 +10240,7 @@ def told(daemon: Daemon) -> dict[str, Any]:
 
 
 FAR = 4_000_000_000
+NOWHERE = {"host": "127.0.0.1", "port": 9}
 
 
 @pytest.fixture
@@ -10252,17 +10253,22 @@ def quiet(tmp_path: Path, smtp: SmtpServer) -> Iterator[Daemon]:
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One daemon for all submissions of a table; nothing listens where it would deliver."""
-    config = {"smtp": {"host": "127.0.0.1", "port": 9}, "scheduler": {"active": "false"}}
-    with Daemon(tmp_path_factory.mktemp("judge"), config) as running:
+    with Daemon(tmp_path_factory.mktemp("judge"), {"smtp": NOWHERE, "scheduler": {"active": "false"}}) as running:
         yield running
 
 
 # -- how it goes
 
 
-def test_health_ready_and_status_of_a_daemon_with_nothing_to_do(quiet: Daemon, smtp: SmtpServer) -> None:
+def test_health_ready_and_status_are_true_and_to_be_asked_costs_one_commit_a_second_at_most(quiet: Daemon) -> None:
+    def commits() -> float:
+        (line,) = re.findall(rb"^mailproxy_storage_commit_seconds_count (.*)$", quiet.get("/metrics").content, re.M)
+        return float(line)
+
+    before, began = commits(), time.monotonic()
+    assert [quiet.get("/ready").json for _ in range(40)] == [{"ok": True}] * 40
+    assert commits() - before <= 2 + 2 * (time.monotonic() - began)
     assert quiet.get("/health").json == {"ok": True, "status": "ok"}
-    assert quiet.get("/ready").json == {"ok": True}
     status = quiet.status()
     default = status["accounts"].pop("default")
     assert status == {
@@ -10271,17 +10277,11 @@ def test_health_ready_and_status_of_a_daemon_with_nothing_to_do(quiet: Daemon, s
     }  # fmt: skip
     assert (default["state"], default["reason"], default["until"], default["connections"]) == ("up", None, None, 0)
 
-
-def test_to_ask_whether_the_daemon_is_ready_writes_once_a_second_at_most(quiet: Daemon) -> None:
-    def commits() -> float:
-        (line,) = re.findall(rb"^mailproxy_storage_commit_seconds_count (.*)$", quiet.get("/metrics").content, re.M)
-        return float(line)
-
-    before, began = commits(), time.monotonic()
-    answers = [quiet.get("/ready").status for _ in range(40)]
-
-    assert answers == [200] * 40
-    assert commits() - before <= 2 + 2 * (time.monotonic() - began)
+    due = int(time.time()) + 2
+    quiet.submit(mail(deferred_ts=due))
+    assert told(quiet)["deferred"] == 1 or time.time() >= due
+    wait_until(lambda: told(quiet)["deferred"] == 0, "its time")
+    assert (told(quiet)["pending"], quiet.message("m-1")["status"]) == (1, "queued")
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/status", "/messages", "/accounts", "/metrics"])
@@ -10295,8 +10295,7 @@ def test_head_works_where_get_does(judge: Daemon, path: str) -> None:
 def test_metrics_have_the_names_of_the_contract_and_true_numbers(daemon: Daemon, reports: ReportReceiver) -> None:
     daemon.submit(mail("a"), mail("b", to="perm@example.com"), mail("c", deferred_ts=FAR))
     submitted(daemon, {"id": "bad"})
-    reports.wait_for_entry("a", "sent")
-    reports.wait_for_entry("b", "error")
+    wait_until(lambda: {"a", "b"} <= {entry["id"] for entry in reports.acknowledged}, "the reports")
     wait_until(lambda: daemon.status()["unreported"] == 0, "the stamps")
 
     text = daemon.get("/metrics").content.decode()
@@ -10328,12 +10327,9 @@ def test_the_numbers_of_status_are_those_of_the_table_whatever_happens(
 ) -> None:
     reports.answers.extend([Answer(status=500)] * 50)
     with Daemon(tmp_path, smtp=smtp, reports=reports) as daemon:
-        daemon.submit(
-            *[mail(f"ok-{n}") for n in range(5)],
-            *[mail(f"bad-{n}", to="perm@example.com") for n in range(5)],
-            *[mail(f"back-{n}", to="temp@example.com") for n in range(5)],
-            *[mail(f"later-{n}", deferred_ts=FAR) for n in range(5)],
-        )
+        kinds = [("ok", {}), ("bad", {"to": "perm@example.com"}), ("back", {"to": "temp@example.com"})]
+        kinds.append(("later", {"deferred_ts": FAR}))
+        daemon.submit(*[mail(f"{name}-{n}", **fields) for name, fields in kinds for n in range(5)])
         wait_until(lambda: told(daemon)["unreported"] == 15, "all results")
         assert told(daemon) == counted(daemon)
         assert (told(daemon)["pending"], told(daemon)["deferred"]) == (10, 10)
@@ -10343,8 +10339,7 @@ def test_the_numbers_of_status_are_those_of_the_table_whatever_happens(
         assert told(daemon) == counted(daemon)
         daemon.post("/commands/retry-messages", {"ids": ["bad-1", "bad-2"]})
         daemon.submit(mail("later-1"), mail("back-1", deferred_ts=FAR), mail("bad-3"))
-        expected = {"pending": 11, "deferred": 7, "unreported": 8}
-        assert {name: told(daemon)[name] for name in expected} == expected
+        assert told(daemon).items() >= {"pending": 11, "deferred": 7, "unreported": 8}.items()
         assert told(daemon) == counted(daemon)
 
         daemon.restart()
@@ -10359,59 +10354,73 @@ def test_the_numbers_of_status_are_those_of_the_table_whatever_happens(
         wait_until(lambda: told(daemon) == counted(daemon), "numbers that are true")
 
 
-def test_what_a_suspension_keeps_is_deferred_no_more_once_its_time_has_come(quiet: Daemon) -> None:
-    quiet.submit(mail(deferred_ts=int(time.time()) + 1))
-    assert told(quiet)["deferred"] == 1
-
-    wait_until(lambda: told(quiet)["deferred"] == 0, "its time")
-
-    assert (told(quiet)["pending"], quiet.message("m-1")["status"]) == (1, "queued")
+# -- what is refused
 
 
-# -- submission
+REJECTED: list[tuple[str, Any, str]] = [
+    *(("id", id_, "missing id") for id_ in (None, "")),
+    *(("id", id_, "invalid id:") for id_ in (7, "x" * 256, "two\nlines", "\ud83d")),
+    *((name, None, f"missing {name}") for name in ("from", "to", "subject", "body")),
+    *(("subject", value, "invalid subject:") for value in ("two\r\nBcc: x@example.com", "half an emoji \ud83d")),
+    ("to", ["no address"], "invalid to:"), ("account_id", "nobody", "account not found"),
+    *(("priority", value, "invalid priority") for value in (1.5, 1e308, -1)),
+    ("deferred_ts", 2**63, "invalid deferred_ts"), ("expires_ts", 1, "invalid expires_ts"),
+    ("headers", {"Bcc": "x@example.com"}, "invalid headers"), ("attachments", [{"filename": "x"}], "invalid attachments: "),
+    ("no object", "no object", "invalid message:"), ("no object", None, "invalid message:"),
+]  # fmt: skip
 
 
-REJECTED = {
-    "id": [(None, "missing id"), ("", "missing id"), (7, "invalid id:"), ("x" * 256, "invalid id:"),
-           ("two\nlines", "invalid id:"), ("\ud83d", "invalid id:")],
-    "from": [(None, "missing from")],
-    "to": [([], "missing to"), (None, "missing to"), (["no address"], "invalid to:")],
-    "subject": [(None, "missing subject"), ("two\r\nBcc: x@example.com", "invalid subject:"),
-                ("an emoji cut in two \ud83d", "invalid subject:")],
-    "body": [(None, "missing body")],
-    "account_id": [("nobody", "account not found")],
-    "priority": [(value, "invalid priority") for value in (1.5, 1e308, -1)],
-    "deferred_ts": [(2**63, "invalid deferred_ts")],
-    "expires_ts": [(1, "invalid expires_ts")],
-    "headers": [({"Bcc": "x@example.com"}, "invalid headers")],
-    "attachments": [([{"filename": "x"}], "invalid attachments: ")],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("message", "id_", "reason"),
-    [
-        *(
-            ({**mail(), field: value}, None if field == "id" else "m-1", reason)
-            for field, rows in REJECTED.items()
-            for value, reason in rows
-        ),
-        ("no object", None, "invalid message:"),
-        (None, None, "invalid message:"),
-    ],
-)
+@pytest.mark.parametrize(("field", "value", "reason"), REJECTED)
 def test_each_message_is_judged_alone_and_rejected_with_its_reason(
-    judge: Daemon, message: Any, id_: str | None, reason: str
+    judge: Daemon, field: str, value: Any, reason: str
 ) -> None:
+    message = value if field == "no object" else {**mail(), field: value}
+
     alone = submitted(judge, message)
     among = submitted(judge, mail("good-1", deferred_ts=FAR), message, mail("good-2", deferred_ts=FAR))
 
     rejected = alone.json["rejected"]
-    assert rejected[0]["id"] == id_
+    assert rejected[0]["id"] == (None if field in ("id", "no object") else "m-1")
     assert rejected[0]["reason"].startswith(reason)
     refused = {"error": "all messages rejected", "rejected": rejected}
     assert (alone.status, alone.json) == (400, {"ok": False, **refused, "detail": refused})
     assert (among.status, among.json) == (200, {"ok": True, "queued": 2, "rejected": rejected})
+
+
+BATCH, QUERY, WEB = "POST /commands/add-messages", "GET /messages?", {"id": "x", "host": "mx.example.com", "port": 25}
+REFUSED: list[tuple[str, Any, int, str]] = [
+    *((BATCH, body, 400, "messages") for body in (b"", b"{}", b'{"messages": null}', b'{"messages": {}}')),
+    *((BATCH, {"messages": [], "default_priority": value}, 400, "default_priority") for value in (4, 1.5)),
+    *((BATCH, body, 400, words) for body, words in [(b'{"messages": [', "JSON"), (b"[]", "object")]),
+    (BATCH, {"messages": [{}] * 1001}, 413, "1000"),
+    *((f"POST /commands/{path}", b"[]", 400, "object") for path in ("activate", "run-now", "suspend")),
+    *((f"POST /commands/{path}", b"no json", 400, "JSON") for path in ("activate", "run-now", "suspend")),
+    *(("POST /commands/delete-messages", body, 400, "ids") for body in ({}, {"ids": None}, {"ids": "m-1"})),
+    ("POST /commands/retry-messages", {"ids": [1]}, 400, "ids"),
+    *(("POST /commands/cleanup-messages", {"older_than_seconds": age}, 400, "older_than_seconds")
+      for age in (-1, "1", True, 1.5, 2**64)),
+    *((f"{QUERY}limit={value}", None, 400, "limit") for value in ("0", "10001", "", "1.0", "%EF%BC%91")),
+    *((f"{QUERY}after={value}", None, 400, "after") for value in ("x", "-1", "99999999999999999999")),
+    *((f"{QUERY}{name}=perhaps", None, 400, name) for name in ("status", "active_only", "content", "order")),
+    ("GET /message/nobody?content=x", None, 400, "content"),
+    *(("POST /account", {**WEB, field: values[0]}, 400, field) for field, values in INVALID_ACCOUNT_FIELDS.items()),
+    *(("POST /account", {**WEB, "id": id_}, 400, "id") for id_ in (None, "", "x" * 256)),
+    *(("POST /account", {**WEB, field: None}, 400, field) for field in ("host", "port")),
+    ("POST /account", {**WEB, "port": 25.5}, 400, "port"), ("POST /account", {**WEB, "batch_size": 2**63}, 400, "batch_size"),
+    *((line, None, 404, "") for line in ("GET /message/x", "DELETE /account/x")),
+    *((f"POST /account/x/{verb}", None, 404, "") for verb in ("suspend", "activate")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "body", "status", "words"), REFUSED)
+def test_a_request_that_means_nothing_is_refused_and_what_is_wrong_is_named(
+    judge: Daemon, line: str, body: Any, status: int, words: str
+) -> None:
+    answer = judge.request(*line.split(), body)
+
+    assert (answer.status, answer.json["ok"]) == (status, False)
+    assert words in answer.json["error"]
+    assert "x" not in {one["id"] for one in judge.get("/accounts").json["accounts"]}
 
 
 def test_a_message_for_the_default_account_needs_one(tmp_path: Path) -> None:
@@ -10421,46 +10430,23 @@ def test_a_message_for_the_default_account_needs_one(tmp_path: Path) -> None:
         assert reason.startswith("missing account configuration")
 
 
-BAD_BATCHES: dict[str, list[bytes]] = {
-    "messages": [b"", b"{}", b'{"messages": null}', b'{"messages": {}}'],
-    "default_priority": [b'{"messages": [], "default_priority": %b}' % value for value in (b"4", b"1.5")],
-    "JSON": [b'{"messages": ['],
-    "object": [b"[]"],
-    "1000": [b'{"messages": [%b]}' % b",".join([b"{}"] * 1001)],
-}
+# -- submission
 
 
-@pytest.mark.parametrize(("words", "body"), [(words, body) for words in BAD_BATCHES for body in BAD_BATCHES[words]])
-def test_a_batch_that_is_none_is_refused_as_a_whole(judge: Daemon, words: str, body: bytes) -> None:
-    answer = judge.post("/commands/add-messages", body)
-
-    assert (answer.status, answer.json["ok"]) == (413 if words == "1000" else 400, False)
-    assert words in answer.json["error"]
-
-
-def test_fields_that_mean_nothing_are_warned_of_and_null_means_left_out(judge: Daemon) -> None:
-    answer = submitted(judge, mail("odd", colour="blue", tenant_id=None, cc=None, priority=None, batch_code=None))
-
-    assert answer.json == {
-        "ok": True, "queued": 1, "rejected": [], "warnings": [{"id": "odd", "unknown": ["colour"]}]
-    }  # fmt: skip
-    record = judge.message("odd")
-    assert record["message"]["colour"] == "blue"
-    assert not {"cc", "tenant_id", "priority", "batch_code"} & set(record["message"])
-    assert record["priority"] == 2
-
-
-def test_the_default_priority_is_the_batchs_before_the_configurations(judge: Daemon) -> None:
-    assert submitted(judge, default_priority=None).json == {"ok": True, "queued": 0, "rejected": []}
+def test_in_a_batch_null_means_left_out_its_priority_wins_and_the_second_of_an_id_is_rejected(judge: Daemon) -> None:
+    odd = submitted(judge, mail("odd", colour="blue", tenant_id=None, cc=None, priority=None, batch_code=None))
+    empty = submitted(judge, default_priority=None)
     submitted(judge, mail("p-1"), mail("p-2", priority=0), default_priority="low")
-
-    assert [judge.message(id_)["priority"] for id_ in ("p-1", "p-2")] == [3, 0]
-
-
-def test_the_same_id_twice_in_a_batch_the_second_is_rejected(judge: Daemon) -> None:
     twice = submitted(judge, mail("twin", subject="first"), mail("twin", subject="second"))
     bad_first = submitted(judge, mail("twin-2", to="nobody"), mail("twin-2"))
 
+    warnings = [{"id": "odd", "unknown": ["colour"]}]
+    assert odd.json == {"ok": True, "queued": 1, "rejected": [], "warnings": warnings}
+    record = judge.message("odd")
+    assert record["message"]["colour"] == "blue"
+    assert not {"cc", "tenant_id", "priority", "batch_code"} & set(record["message"])
+    assert empty.json == {"ok": True, "queued": 0, "rejected": []}
+    assert [judge.message(id_)["priority"] for id_ in ("odd", "p-1", "p-2")] == [2, 3, 0]
     assert (twice.status, twice.json["queued"]) == (200, 1)
     assert twice.json["rejected"] == [{"id": "twin", "reason": "duplicate id in this batch"}]
     assert judge.message("twin")["message"]["subject"] == "first"
@@ -10468,33 +10454,78 @@ def test_the_same_id_twice_in_a_batch_the_second_is_rejected(judge: Daemon) -> N
     assert bad_first.json["rejected"][1] == {"id": "twin-2", "reason": "duplicate id in this batch"}
 
 
-def test_times_as_late_as_64_bits_go_are_taken(judge: Daemon) -> None:
-    answer = submitted(judge, mail("latest", deferred_ts=2**63 - 1, expires_ts=2**63 - 1))
+def test_the_largest_numbers_break_nothing(judge: Daemon) -> None:
+    most = 2**63 - 1
+    fields = {"max_age_seconds": most, "limit_per_day": most, "batch_size": most, "max_retries": most}
+    assert judge.post("/account", {"id": "large", **NOWHERE, **fields}).status == 200
 
-    assert answer.status == 200
-    assert judge.message("latest")["deferred_ts"] == 2**63 - 1
+    assert submitted(judge, mail("l", account_id="large", deferred_ts=most, expires_ts=most)).json["queued"] == 1
+    assert judge.message("l")["deferred_ts"] == most
+    assert judge.delete("/account/large").json == {"ok": True, "failed": 1}
 
 
-def test_the_same_id_again_replaces_what_was_not_sent(daemon: Daemon, smtp: SmtpServer) -> None:
-    daemon.submit(mail("a", to="temp@example.com"), mail("b", to="perm@example.com"), mail("c"))
-    daemon.wait_status("a", "deferred")
-    daemon.wait_status("b", "error")
-    daemon.wait_status("c", "sent")
-    wait_until(lambda: daemon.message("b")["reported_ts"], "the report")
+@pytest.mark.parametrize("id_", ["a/b", "ä ö/ü?#%", "100%25", "..", "x" * 255, "💌"])
+def test_an_id_may_have_any_printable_characters(judge: Daemon, id_: str) -> None:
+    assert submitted(judge, mail(id_)).json["queued"] == 1
+
+    assert judge.message(id_)["id"] == id_
+    assert judge.post("/commands/delete-messages", {"ids": [id_]}).json["removed"] == 1
+    assert judge.get("/message/" + urllib.parse.quote(id_, safe="")).status == 404
+
+
+def test_a_batch_of_many_megabytes_holds_up_nobody(judge: Daemon) -> None:
+    ids = [f"big-{n}" for n in range(500)]
+    batch = json.dumps({"messages": [mail(id_, text="x" * 60_000, body=None) for id_ in ids]}).encode()
+
+    def longest_wait() -> float:
+        """Of those who ask meanwhile."""
+        answers: list[HttpAnswer] = []
+        thread = threading.Thread(target=lambda: answers.append(judge.post("/commands/add-messages", batch)))
+        waits = [0.0]
+        thread.start()
+        while thread.is_alive():
+            began = time.monotonic()
+            assert judge.get("/health").status == 200
+            waits.append(time.monotonic() - began)
+        thread.join()
+        assert answers[0].json == {"ok": True, "queued": 500, "rejected": []}
+        assert judge.post("/commands/delete-messages", {"ids": ids}).json["removed"] == 500
+        return max(waits)
+
+    # Other processes and the GIL have their part in it; a loop that is held up is so each time.
+    assert any(longest_wait() < 0.6 for _ in range(5)), "the event loop was held up"
+
+
+# -- commands
+
+
+def test_the_same_id_again_replaces_what_was_not_sent_and_a_retry_takes_only_what_failed(
+    daemon: Daemon, smtp: SmtpServer
+) -> None:
+    bad = {"to": "perm@example.com"}
+    daemon.submit(mail("back", to="temp@example.com"), mail("bad", **bad), mail("lost", **bad), mail("good"))
+    daemon.submit(mail("later", deferred_ts=FAR))
+    for id_, status in [("back", "deferred"), ("bad", "error"), ("lost", "error"), ("good", "sent")]:
+        daemon.wait_status(id_, status)
+        wait_until(lambda id_=id_: daemon.message(id_)["reported_ts"], "the report")
     daemon.post("/commands/suspend")
 
-    again = submitted(daemon, mail("a"), mail("b"), mail("c")).json
+    again = submitted(daemon, mail("back"), mail("bad"), mail("good")).json
+    retried = daemon.post("/commands/retry-messages", {"ids": ["lost", "good", "later", "nobody", "lost"]}).json
 
-    assert (again["queued"], again["rejected"]) == (2, [{"id": "c", "reason": "already sent"}])
-    for id_ in ("a", "b"):
+    assert (again["queued"], again["rejected"]) == (2, [{"id": "good", "reason": "already sent"}])
+    assert (retried["ok"], retried["queued"], retried["not_found"]) == (True, 1, ["nobody"])
+    assert sorted(retried["not_failed"]) == ["good", "later"]
+    for id_ in ("back", "bad", "lost"):
         anew = daemon.message(id_)
         assert (anew["status"], anew["attempts"]) == ("queued", 0)
         assert [anew[name] for name in ("error", "error_ts", "deferred_ts", "reported_ts")] == [None] * 4
-        assert daemon.attempts(id_) == []
+        assert daemon.attempts(id_) == [] or id_ == "lost"
     daemon.post("/commands/activate")
-    daemon.wait_status("a", "sent")
-    daemon.wait_status("b", "sent")
+    for id_, status in [("back", "sent"), ("bad", "sent"), ("lost", "error")]:
+        daemon.wait_status(id_, status)
     assert len(smtp.received) == 3
+    assert smtp.visits["perm@example.com"] == 3
 
 
 def test_what_is_on_the_wire_is_neither_replaced_nor_deleted(relay: Relay) -> None:
@@ -10510,127 +10541,12 @@ def test_what_is_on_the_wire_is_neither_replaced_nor_deleted(relay: Relay) -> No
     daemon.wait_status("slow", "sent")
 
 
-@pytest.mark.parametrize("id_", ["a/b", "ä ö/ü?#%", "100%25", "..", "x" * 255, "💌"])
-def test_an_id_may_have_any_printable_characters(judge: Daemon, id_: str) -> None:
-    assert submitted(judge, mail(id_)).json["queued"] == 1
-
-    assert judge.message(id_)["id"] == id_
-    assert judge.post("/commands/delete-messages", {"ids": [id_]}).json["removed"] == 1
-    assert judge.get("/message/" + urllib.parse.quote(id_, safe="")).status == 404
-
-
-def test_a_batch_of_many_megabytes_holds_up_nobody(judge: Daemon) -> None:
-    text = "x" * 60_000
-    batch = json.dumps({"messages": [mail(f"big-{n}", text=text, body=None) for n in range(500)]}).encode()
-
-    def longest_wait() -> float:
-        """Of those who ask meanwhile."""
-        answers: list[HttpAnswer] = []
-        thread = threading.Thread(target=lambda: answers.append(judge.post("/commands/add-messages", batch)))
-        waits = [0.0]
-        thread.start()
-        while thread.is_alive():
-            began = time.monotonic()
-            assert judge.get("/health").status == 200
-            waits.append(time.monotonic() - began)
-        thread.join()
-        assert answers[0].json == {"ok": True, "queued": 500, "rejected": []}
-        removed = judge.post("/commands/delete-messages", {"ids": [f"big-{n}" for n in range(500)]}).json
-        assert removed["removed"] == 500
-        return max(waits)
-
-    # Other processes and the GIL have their part in it; a loop that is held up is so each time.
-    assert any(longest_wait() < 0.6 for _ in range(5)), "the event loop was held up"
-
-
-# -- commands
-
-
-@pytest.mark.parametrize("path", ["activate", "run-now", "suspend"])
-def test_a_command_takes_no_body_or_an_empty_object(judge: Daemon, path: str) -> None:
-    assert judge.post(f"/commands/{path}").status == 200
-    assert judge.post(f"/commands/{path}", {}).status == 200
-    assert judge.post(f"/commands/{path}", b"[]").status == 400
-    assert judge.post(f"/commands/{path}", b"no json").status == 400
-
-
-def test_suspend_and_activate_survive_a_restart_and_win_over_the_configuration(
-    tmp_path: Path, smtp: SmtpServer
-) -> None:
-    with Daemon(tmp_path, smtp=smtp) as daemon:
-        assert daemon.post("/commands/suspend").json == {"ok": True, "active": False}
-        daemon.submit(mail())
-        daemon.restart()
-        assert daemon.status()["active"] is False
-        assert daemon.message("m-1")["status"] == "queued"
-
-        assert daemon.post("/commands/activate").json == {"ok": True, "active": True}
-        daemon.wait_status("m-1", "sent")
-
-
-def test_failed_messages_are_retried_by_hand_and_others_are_not(daemon: Daemon, smtp: SmtpServer) -> None:
-    daemon.submit(mail("bad", to="perm@example.com"), mail("good"), mail("later", deferred_ts=FAR))
-    daemon.wait_status("bad", "error")
-    daemon.wait_status("good", "sent")
-    daemon.post("/commands/suspend")
-
-    answer = daemon.post("/commands/retry-messages", {"ids": ["bad", "good", "later", "nobody", "bad"]}).json
-
-    assert (answer["ok"], answer["queued"], answer["not_found"]) == (True, 1, ["nobody"])
-    assert sorted(answer["not_failed"]) == ["good", "later"]
-    assert (daemon.message("bad")["status"], daemon.message("bad")["attempts"]) == ("queued", 0)
-    daemon.post("/commands/activate")
-    daemon.wait_status("bad", "error")
-    assert smtp.visits["perm@example.com"] == 2
-
-
-def test_a_failed_message_whose_account_is_gone_fails_again_at_once(
-    daemon: Daemon, smtp: SmtpServer, reports: ReportReceiver
-) -> None:
-    daemon.post("/account", account("web", smtp))
-    daemon.submit(mail("bad", account_id="web", to="perm@example.com"))
-    reports.wait_for_entry("bad", "error")
-    daemon.delete("/account/web")
-
-    answer = daemon.post("/commands/retry-messages", {"ids": ["bad"]}).json
-
-    assert answer == {"ok": True, "queued": 0, "not_found": [], "not_failed": [], "account_not_found": ["bad"]}
-    bad = daemon.message("bad")
-    assert (bad["status"], bad["error"], bad["attempts"]) == ("error", "account not found", 0)
-    reports.wait_for(lambda r: "account not found" in [entry["error"] for entry in r.entries])
-
-
-BAD_FIELDS = [
-    *(("delete-messages", "ids", body) for body in ({}, {"ids": None}, {"ids": "m-1"})),
-    ("retry-messages", "ids", {"ids": [1]}),
-    *(("cleanup-messages", "older_than_seconds", {"older_than_seconds": age}) for age in (-1, "1", True, 1.5, 2**64)),
-]
-
-
-@pytest.mark.parametrize(("path", "field", "body"), BAD_FIELDS)
-def test_a_bad_field_of_a_command_is_named(judge: Daemon, path: str, field: str, body: Any) -> None:
-    answer = judge.post(f"/commands/{path}", body)
-
-    assert (answer.status, answer.json["ok"]) == (400, False)
-    assert field in answer.json["error"]
-
-
-def test_cleanup_without_a_number_goes_by_the_configured_retention(judge: Daemon) -> None:
-    for body in (None, {}, {"older_than_seconds": None}):
+def test_a_command_takes_no_body_or_an_empty_object(judge: Daemon) -> None:
+    for body in (None, {}):
+        for path in ("activate", "run-now", "suspend"):
+            assert judge.post(f"/commands/{path}", body).status == 200
+    for body in (None, {}, {"older_than_seconds": None}):  # the configured retention
         assert judge.post("/commands/cleanup-messages", body).json == {"ok": True, "removed": 0}
-
-
-def test_in_test_mode_mail_goes_out_at_run_now_alone(tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver) -> None:
-    config = {"delivery": {"test_mode": "true", "send_interval_seconds": 0.05}}
-    with Daemon(tmp_path, config, smtp=smtp, reports=reports) as daemon:
-        daemon.submit(*[mail(f"m-{n}") for n in range(120)])
-        assert daemon.get("/ready").status == 200
-        assert (smtp.received, reports.calls) == ([], [])
-
-        daemon.post("/commands/run-now")
-        reports.wait_for(lambda r: len(r.acknowledged) == 120)
-
-        assert len(smtp.received) == 120
 
 
 # -- listing
@@ -10650,8 +10566,7 @@ TEN_MESSAGES = [
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon that holds ten messages of two accounts, two batches and two states."""
-    server = {"host": "127.0.0.1", "port": 9}
-    config = {"smtp": server, "account:other": server, "scheduler": {"active": "false"}}
+    config = {"smtp": NOWHERE, "account:other": NOWHERE, "scheduler": {"active": "false"}}
     with Daemon(tmp_path_factory.mktemp("shelf"), config) as running:
         running.submit(*TEN_MESSAGES)
         yield running
@@ -10660,82 +10575,19 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 @pytest.mark.parametrize(
     ("query", "numbers"),
     [
-        ("", range(10)),
-        ("active_only=true", range(10)),
-        ("active_only=1&active_only=0", range(10)),
-        ("status=queued", range(8)),
-        ("status=deferred", [8, 9]),
-        ("status=sent", []),
-        ("account_id=other", [1, 3, 5, 7, 9]),
-        ("account_id=default&status=deferred", [8]),
-        ("account_id=nobody", []),
-        ("batch_code=even%20fifth", [0, 5]),
-        ("batch_code=even+fifth&limit=1", [0]),
-        ("limit=3", [0, 1, 2]),
-        ("limit=10000", range(10)),
-        ("order=asc&limit=2&after=3", [3, 4]),
-        ("order=desc", range(9, -1, -1)),
-        ("order=desc&limit=2", [9, 8]),
-        ("order=desc&limit=2&after=3", [1, 0]),
-        ("order=desc&account_id=other&status=queued", [7, 5, 3, 1]),
-        ("tenant_id=7&colour", range(10)),
+        ("", range(10)), ("active_only=true", range(10)), ("active_only=1&active_only=0", range(10)),
+        ("status=queued", range(8)), ("status=deferred", [8, 9]), ("status=sent", []),
+        ("account_id=other", [1, 3, 5, 7, 9]), ("account_id=default&status=deferred", [8]), ("account_id=nobody", []),
+        ("batch_code=even%20fifth", [0, 5]), ("batch_code=even+fifth&limit=1", [0]),
+        ("limit=3", [0, 1, 2]), ("limit=10000", range(10)), ("order=asc&limit=2&after=3", [3, 4]),
+        ("order=desc", range(9, -1, -1)), ("order=desc&limit=2", [9, 8]), ("order=desc&limit=2&after=3", [1, 0]),
+        ("order=desc&account_id=other&status=queued", [7, 5, 3, 1]), ("tenant_id=7&colour", range(10)),
     ],
-)
+)  # fmt: skip
 def test_a_listing_holds_what_the_filters_ask_for_in_the_order_of_acceptance(
     shelf: Daemon, query: str, numbers: Any
 ) -> None:
     assert listed(shelf, query) == [f"m-{n}" for n in numbers]
-
-
-BAD_QUERIES = {
-    "limit": ["0", "10001", "", "1.0", "%EF%BC%91"],
-    "after": ["x", "-1", "99999999999999999999"],
-    "status": ["pending"],
-    "active_only": ["perhaps"],
-    "content": ["2"],
-    "order": ["newest"],
-}
-
-
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field in BAD_QUERIES for value in BAD_QUERIES[field]])
-def test_a_bad_value_in_a_query_is_named(judge: Daemon, field: str, value: str) -> None:
-    answer = judge.get(f"/messages?{field}={value}")
-
-    assert (answer.status, answer.json["ok"]) == (400, False)
-    assert field in answer.json["error"]
-
-
-def test_a_record_has_every_member_and_the_payload(shelf: Daemon) -> None:
-    record = shelf.get("/messages?batch_code=even+fifth").json["messages"][1]
-
-    assert set(record) >= {
-        "id", "account_id", "priority", "status", "created_at", "updated_at", "deferred_ts", "sent_ts",
-        "error_ts", "error", "reported_ts", "batch_code", "attempts", "message", "recipients",
-    }  # fmt: skip
-    assert (record["id"], record["account_id"], record["status"]) == ("m-5", "other", "queued")
-    assert time.time() - 1800 < record["created_at"] <= time.time()
-    assert record["message"] == {**mail("m-5", account_id="other", batch_code="even fifth")}
-    shown = shelf.get("/message/m-5").json
-    assert shown == {"ok": True, "message": record, "attempts": []}
-
-
-def test_pages_are_complete_while_mail_is_delivered_meanwhile(quiet: Daemon, smtp: SmtpServer) -> None:
-    quiet.post("/account", account("other", smtp))
-    quiet.submit(*TEN_MESSAGES)
-    found: list[str] = []
-    after = ""
-    while True:
-        page = quiet.get(f"/messages?limit=3{after}").json
-        found += [record["id"] for record in page["messages"]]
-        if page["next"] is None:
-            break
-        after = f"&after={urllib.parse.quote(page['next'])}"
-        if len(found) == 3:
-            quiet.post("/commands/activate")
-            quiet.wait_status("m-4", "sent")
-            quiet.post("/commands/delete-messages", {"ids": ["m-2", "m-4"]})
-
-    assert found == ["m-0", "m-1", "m-2", "m-3", "m-5", "m-6", "m-7", "m-8", "m-9"]
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
@@ -10749,26 +10601,49 @@ def test_next_is_null_exactly_at_the_end(shelf: Daemon, limit: int, pages: int, 
     assert seen == pages
 
 
-def test_contents_are_left_out_unless_they_are_asked_for(quiet: Daemon) -> None:
+def test_a_record_has_every_member_and_the_payload(shelf: Daemon) -> None:
+    record = shelf.get("/messages?batch_code=even+fifth").json["messages"][1]
+
+    assert set(record) >= {
+        "id", "account_id", "priority", "status", "created_at", "updated_at", "deferred_ts", "sent_ts",
+        "error_ts", "error", "reported_ts", "batch_code", "attempts", "message", "recipients",
+    }  # fmt: skip
+    assert (record["id"], record["account_id"], record["status"]) == ("m-5", "other", "queued")
+    assert time.time() - 1800 < record["created_at"] <= time.time()
+    assert record["message"] == {**mail("m-5", account_id="other", batch_code="even fifth")}
+    assert shelf.get("/message/m-5").json == {"ok": True, "message": record, "attempts": []}
+
+
+def test_pages_are_complete_while_mail_is_delivered_and_contents_are_left_out_unless_asked_for(
+    quiet: Daemon, smtp: SmtpServer
+) -> None:
     content, raw = os.urandom(300_000), b"From: me@example.com\r\nSubject: raw\r\n\r\nHello.\r\n"
     attachments = [
         {"filename": "a.bin", "content": base64.b64encode(content).decode()},
         {"filename": "b.txt", "url": "https://example.com/b.txt"},
     ]
-    quiet.submit(
-        mail("with", attachments=attachments),
-        {"id": "raw", "from": "me@example.com", "to": "you@example.com", "raw": base64.b64encode(raw).decode()},
-    )
-
+    written = {"id": "raw", "from": "me@example.com", "to": "you@example.com", "raw": base64.b64encode(raw).decode()}
+    quiet.submit(mail("with", attachments=attachments), written)
     bare = {record["id"]: record["message"] for record in quiet.get("/messages").json["messages"]}
     full = {record["id"]: record["message"] for record in quiet.get("/messages?content=1").json["messages"]}
-
     assert "content" not in bare["with"]["attachments"][0]
     assert "raw" not in bare["raw"]
     assert full["with"]["attachments"] == attachments
     assert base64.b64decode(full["raw"]["raw"]) == raw
     assert quiet.get("/message/with?content=true").json["message"]["message"] == full["with"]
     assert quiet.get("/message/with?content=0").json["message"]["message"] == bare["with"]
+    quiet.post("/commands/delete-messages", {"ids": ["with", "raw"]})
+
+    quiet.post("/account", account("other", smtp))
+    quiet.submit(*TEN_MESSAGES)
+    found, after = listed(quiet, "limit=3"), quiet.get("/messages?limit=3").json["next"]
+    quiet.post("/commands/activate")
+    quiet.wait_status("m-4", "sent")
+    quiet.post("/commands/delete-messages", {"ids": ["m-2", "m-4"]})
+    while after:
+        page = quiet.get(f"/messages?limit=3&after={urllib.parse.quote(after)}").json
+        found, after = found + [record["id"] for record in page["messages"]], page["next"]
+    assert found == [f"m-{n}" for n in range(10) if n != 4]
 
 
 @pytest.mark.parametrize(
@@ -10792,45 +10667,65 @@ def test_the_timeline_tells_of_every_attempt_with_the_reply_that_made_it_end_so(
     assert set(attempt) == {*told_of, "started_at", "ended_at", "text", "recipients", "connection"}
 
 
-@pytest.mark.parametrize(
-    "request_line", ["GET /message/x", "DELETE /account/x", "POST /account/x/suspend", "POST /account/x/activate"]
-)
-def test_what_is_not_there_is_a_404(judge: Daemon, request_line: str) -> None:
-    answer = judge.request(*request_line.split())
-
-    assert (answer.status, answer.json["ok"]) == (404, False)
-    assert judge.get("/message/nobody?content=x").status == 400
-
-
 # -- accounts
 
 
-def test_accounts_are_listed_without_their_secrets(tmp_path: Path, smtp: SmtpServer) -> None:
-    config = {"smtp": {"password": "s3cret-1", "user": "u"}, "account:shop": {"host": "mx.example.com", "port": 25}}
+def test_accounts_of_config_ini_are_changed_there_only_and_their_mail_waits_while_they_are_not_there(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    shop = {"host": smtp.host, "port": smtp.port}
+    config = {"smtp": {"password": "s3cret-1", "user": "u", "auth": "plain"}, "account:shop": shop}
     oauth2 = {"token_url": "https://example.com/t", "client_id": "c", "client_secret": "s3cret-2", "scope": "x"}
+    named = {"name": "ignored", "tenant_id": 1, "ttl": None, "max_retries": 7}
     with Daemon(tmp_path, config, smtp=smtp) as daemon:
-        added = account(
-            "web", smtp, user="ü", password="s3cret-3", oauth2=oauth2, name="ignored", tenant_id=1, ttl=None
-        )
-        assert daemon.post("/account", added).json == {"ok": True}
 
-        answer = daemon.get("/accounts")
+        def accounts() -> dict[str, Any]:
+            return {one["id"]: one for one in daemon.get("/accounts").json["accounts"]}
 
-        accounts = {one["id"]: one for one in answer.json["accounts"]}
-        assert {id_: one["source"] for id_, one in accounts.items()} == {
-            "default": "config", "shop": "config", "web": "http"
-        }  # fmt: skip
-        assert (accounts["web"]["user"], accounts["web"]["ttl"]) == ("ü", 300)
-        assert b"s3cret" not in answer.content + daemon.get("/status").content + daemon.get("/metrics").content
+        web = account("web", smtp, user="ü", password="s3cret-3", oauth2=oauth2, **named)
+        assert daemon.post("/account", web).json == {"ok": True}
+        sources = {"default": "config", "shop": "config", "web": "http"}
+        assert {id_: one["source"] for id_, one in accounts().items()} == sources
+        assert (accounts()["web"]["user"], accounts()["web"]["ttl"]) == ("ü", 300)
+        assert b"s3cret" not in b"".join(daemon.get(path).content for path in ("/accounts", "/status", "/metrics"))
+        for answer, section in [
+            (daemon.post("/account", account("default", smtp)), "[smtp]"),
+            (daemon.post("/account", account("shop", smtp)), "[account:shop]"),
+            (daemon.delete("/account/shop"), "[account:shop]"),
+            (daemon.delete("/account/default"), "[smtp]"),
+        ]:
+            assert (answer.status, answer.json["ok"]) == (409, False)
+            assert section in answer.json["error"]
+
+        assert daemon.post("/account/shop/suspend").json == {"ok": True, "active": False}
+        daemon.submit(mail("a", account_id="shop"), mail("b", account_id="shop", deferred_ts=FAR))
+        del daemon.config["account:shop"]
+        daemon.config["delivery"] = {"retry_delays": "7, 8", "max_retries": 3}
+        daemon.write_config()
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: "account not found" in json.dumps(daemon.status()["accounts"]), "its absence")
+        assert submitted(daemon, mail("c", account_id="shop")).json["rejected"][0]["reason"] == "account not found"
+        wait_until(lambda: accounts()["web"]["retry_delays"] == [7, 8], "the defaults of config.ini")
+        assert accounts()["web"]["max_retries"] == 7
+
+        daemon.restart()
+        absent = daemon.status()["accounts"]["shop"]
+        assert (absent["pending"], absent["reason"]) == (2, "account not found")
+        daemon.config["account:shop"] = shop
+        daemon.write_config()
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: daemon.status()["accounts"]["shop"]["state"] == "suspended", "its return")
+        daemon.post("/account/shop/activate")
+        daemon.wait_status("a", "sent")
+        assert daemon.message("b")["status"] == "deferred"
         assert "s3cret" not in daemon.log
 
 
-def test_secrets_by_reference_are_not_in_the_database(tmp_path: Path, smtp: SmtpServer) -> None:
+def test_secrets_by_reference_are_not_in_the_database(tmp_path: Path) -> None:
     secret = tmp_path / "password"
     secret.write_text("s3cret-in-file")
     with SmtpServer(accounts={"u": "s3cret-in-file", "v": "s3cret-in-env"}) as server:
-        environment = {"PASSWORD": "s3cret-in-env"}
-        with Daemon(tmp_path, environment=environment) as daemon:
+        with Daemon(tmp_path, environment={"PASSWORD": "s3cret-in-env"}) as daemon:
             daemon.post("/account", account("f", server, user="u", password=f"file:{secret}"))
             daemon.post("/account", account("e", server, user="v", password="env:PASSWORD"))
             daemon.submit(mail("a", account_id="f"), mail("b", account_id="e"))
@@ -10843,68 +10738,45 @@ def test_secrets_by_reference_are_not_in_the_database(tmp_path: Path, smtp: Smtp
         assert "s3cret" not in daemon.log
 
 
-def test_accounts_of_the_configuration_cannot_be_changed_over_http(tmp_path: Path, smtp: SmtpServer) -> None:
-    with Daemon(tmp_path, {"account:shop": {"host": smtp.host, "port": smtp.port}}, smtp=smtp) as daemon:
-        for answer, section in [
-            (daemon.post("/account", account("default", smtp)), "[smtp]"),
-            (daemon.post("/account", account("shop", smtp)), "[account:shop]"),
-            (daemon.delete("/account/shop"), "[account:shop]"),
-            (daemon.delete("/account/default"), "[smtp]"),
-        ]:
-            assert (answer.status, answer.json["ok"]) == (409, False)
-            assert section in answer.json["error"]
-        assert daemon.post("/account/shop/suspend").json == {"ok": True, "active": False}
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *((field, values[0]) for field, values in INVALID_ACCOUNT_FIELDS.items()),
-        *[("id", None), ("id", ""), ("id", "x" * 256), ("host", None), ("port", None), ("port", 25.5)],
-        *[("oauth2", {"client_id": "x"}), ("batch_size", 2**63)],
-    ],
-)
-def test_a_value_out_of_range_names_the_field_of_an_account(judge: Daemon, field: str, value: Any) -> None:
-    answer = judge.post("/account", {"id": "x", "host": "mx.example.com", "port": 25, field: value})
-
-    assert (answer.status, answer.json["ok"]) == (400, False)
-    assert field in answer.json["error"]
-    assert "x" not in {one["id"] for one in judge.get("/accounts").json["accounts"]}
-
-
-def test_the_largest_numbers_an_account_may_have_break_nothing(judge: Daemon) -> None:
-    most = 2**63 - 1
-    fields = {"max_age_seconds": most, "limit_per_day": most, "batch_size": most, "max_retries": most}
-    assert judge.post("/account", {"id": "large", "host": "127.0.0.1", "port": 9, **fields}).status == 200
-
-    assert submitted(judge, mail("large", account_id="large", deferred_ts=most)).json["queued"] == 1
-    assert judge.delete("/account/large").json == {"ok": True, "failed": 1}
-
-
-def test_a_replaced_account_delivers_by_its_new_definition(daemon: Daemon, smtp: SmtpServer) -> None:
+def test_a_replaced_account_delivers_as_it_says_now_and_suspensions_hold_also_after_a_restart(
+    daemon: Daemon, smtp: SmtpServer
+) -> None:
     with SmtpServer() as other:
         daemon.post("/account", account("web/1", smtp))
         daemon.submit(mail("a", account_id="web/1"))
         smtp.wait_for(1)
-
         daemon.post("/account", account("web/1", other))
         daemon.submit(mail("b", account_id="web/1"))
-
         other.wait_for(1)
+
+        daemon.post("/account", account("idle", smtp))
+        assert daemon.post("/account/idle/suspend").json == {"ok": True, "active": False}
+        daemon.submit(mail("kept", account_id="idle"), mail("c"))
+        daemon.wait_status("c", "sent")
+        assert daemon.post("/commands/suspend").json == {"ok": True, "active": False}
+        daemon.submit(mail("d", account_id="web/1"), mail("e"))
         daemon.restart()
-        daemon.submit(mail("c", account_id="web/1"))
+
+        assert daemon.status()["active"] is False
+        assert [daemon.message(id_)["status"] for id_ in ("d", "e")] == ["queued"] * 2
+        assert daemon.post("/commands/activate").json == {"ok": True, "active": True}
+        daemon.wait_status("e", "sent")
         other.wait_for(2)
+        assert daemon.status()["accounts"]["idle"]["state"] == "suspended"
+        assert daemon.message("kept")["status"] == "queued"
+        assert daemon.post("/account/idle/activate").json == {"ok": True, "active": True}
+        daemon.wait_status("kept", "sent")
         assert daemon.delete("/account/web%2F1").status == 200
 
 
-def test_the_undelivered_mail_of_a_deleted_account_becomes_reported_errors(
+def test_the_undelivered_mail_of_a_deleted_account_becomes_reported_errors_also_when_it_is_retried(
     daemon: Daemon, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
     daemon.post("/account", account("web", smtp, max_connections=1))
-    daemon.submit(
-        mail("later", account_id="web", deferred_ts=FAR), mail("back", account_id="web", to="temp@example.com")
-    )
+    ways = {"later": {"deferred_ts": FAR}, "back": {"to": "temp@example.com"}, "bad": {"to": "perm@example.com"}}
+    daemon.submit(*[mail(id_, account_id="web", **fields) for id_, fields in ways.items()])
     daemon.wait_status("back", "deferred")
+    reports.wait_for_entry("bad", "error")
     daemon.submit(mail("slow", account_id="web", to="slow500ms@example.com"))
     wait_until(lambda: smtp.visits["slow500ms@example.com"], "the transaction")
     daemon.submit(*[mail(f"m-{n}", account_id="web") for n in range(100)])
@@ -10920,98 +10792,45 @@ def test_the_undelivered_mail_of_a_deleted_account_becomes_reported_errors(
     assert daemon.status()["pending"] == 0
     assert "web" not in daemon.status()["accounts"]
 
+    answer = daemon.post("/commands/retry-messages", {"ids": ["bad"]})
+    gone = {"ok": True, "queued": 0, "not_found": [], "not_failed": [], "account_not_found": ["bad"]}
+    assert answer.json == gone
+    bad = daemon.message("bad")
+    assert (bad["status"], bad["error"], bad["attempts"]) == ("error", "account not found", 0)
+    reports.wait_for(lambda r: "account not found" in [entry["error"] for entry in r.entries])
 
-def test_an_account_whose_deletion_the_storage_refuses_is_there_as_before(
+
+def test_where_the_storage_refuses_an_account_is_neither_added_nor_deleted(
     daemon: Daemon, tmp_path: Path, smtp: SmtpServer
 ) -> None:
-    daemon.post("/account", account("web", smtp))
+    def rename(old: str, new: str) -> None:
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
+            db.execute(f"ALTER TABLE {old} RENAME TO {new}")
+
+    def there() -> list[str]:
+        return [one["id"] for one in daemon.get("/accounts").json["accounts"]]
+
+    rename("sends", "away")  # what its limits have seen already cannot be read
+    assert daemon.post("/account", account("web", smtp)).status == 503
+    rename("away", "sends")
+    assert there() == ["default"]
+    daemon.restart()
+    assert there() == ["default"]
+    assert daemon.post("/account", account("web", smtp)).status == 200
+
     daemon.submit(mail("m", account_id="web", to="slowrcpt20@example.com"))
     wait_until(lambda: smtp.visits["slowrcpt20@example.com"], "the transaction")
-
     with contextlib.closing(sqlite3.connect(tmp_path / "queue.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         assert daemon.delete("/account/web").status == 503
         smtp.cut_connections()
         wait_until(lambda: "storage message=m " in daemon.log, "the outcome to wait for the storage")
         other.execute("ROLLBACK")
-
     wait_until(lambda: daemon.message("m")["attempts"] == 1, "the outcome")
     assert daemon.message("m")["status"] == "deferred"
     assert "web" in daemon.status()["accounts"]
     assert daemon.delete("/account/web").json == {"ok": True, "failed": 1}
     assert daemon.message("m")["error"] == "account deleted"
-
-
-def test_an_account_that_the_storage_refuses_is_not_in_force(tmp_path: Path, smtp: SmtpServer) -> None:
-    def rename(old: str, new: str) -> None:
-        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
-            db.execute(f"ALTER TABLE {old} RENAME TO {new}")
-
-    with Daemon(tmp_path) as daemon:
-        rename("sends", "away")  # what its limits have seen already cannot be read
-        assert daemon.post("/account", account("web", smtp)).status == 503
-        rename("away", "sends")
-
-        assert daemon.get("/accounts").json["accounts"] == []
-        daemon.restart()
-        assert daemon.get("/accounts").json["accounts"] == []
-        assert daemon.post("/account", account("web", smtp)).status == 200
-
-
-def test_a_suspended_account_keeps_its_mail_until_it_is_activated(daemon: Daemon, smtp: SmtpServer) -> None:
-    daemon.post("/account", account("web", smtp))
-    assert daemon.post("/account/web/suspend").json == {"ok": True, "active": False}
-    daemon.submit(mail("a", account_id="web"), mail("b"))
-    daemon.wait_status("b", "sent")
-
-    daemon.restart()
-    assert daemon.status()["accounts"]["web"]["state"] == "suspended"
-    daemon.submit(mail("c"))
-    daemon.wait_status("c", "sent")
-    assert daemon.message("a")["status"] == "queued"
-
-    assert daemon.post("/account/web/activate").json == {"ok": True, "active": True}
-    daemon.wait_status("a", "sent")
-
-
-def test_the_mail_of_an_account_that_vanished_from_the_configuration_waits_for_it(
-    tmp_path: Path, smtp: SmtpServer
-) -> None:
-    shop = {"host": smtp.host, "port": smtp.port}
-    with Daemon(tmp_path, {"account:shop": shop}, smtp=smtp) as daemon:
-        daemon.post("/account/shop/suspend")
-        daemon.submit(mail("a", account_id="shop"), mail("b", account_id="shop", deferred_ts=FAR))
-        del daemon.config["account:shop"]
-        daemon.write_config()
-        daemon.signal(signal.SIGHUP)
-        wait_until(lambda: "account not found" in json.dumps(daemon.status()["accounts"]), "its absence")
-        assert submitted(daemon, mail("c", account_id="shop")).json["rejected"][0]["reason"] == "account not found"
-
-        daemon.restart()
-        assert daemon.status()["accounts"]["shop"]["pending"] == 2
-        assert daemon.status()["accounts"]["shop"]["reason"] == "account not found"
-        daemon.config["account:shop"] = shop
-        daemon.write_config()
-        daemon.signal(signal.SIGHUP)
-        wait_until(lambda: daemon.status()["accounts"]["shop"]["state"] == "suspended", "its return")
-        daemon.post("/account/shop/activate")
-
-        daemon.wait_status("a", "sent")
-        assert daemon.message("b")["status"] == "deferred"
-
-
-def test_an_account_over_http_takes_what_it_does_not_say_from_the_configuration(
-    tmp_path: Path, smtp: SmtpServer
-) -> None:
-    with Daemon(tmp_path, smtp=smtp) as daemon:
-        daemon.post("/account", account("web", smtp, max_retries=7))
-        daemon.config["delivery"] = {"retry_delays": "7, 8", "max_retries": 3}
-        daemon.write_config()
-        daemon.signal(signal.SIGHUP)
-        daemon.wait_for_log("configuration read again")
-
-        web = next(one for one in daemon.get("/accounts").json["accounts"] if one["id"] == "web")
-        assert (web["retry_delays"], web["max_retries"]) == ([7, 8], 7)
 
 
 def test_accounts_that_come_and_go_in_the_midst_of_everything_break_nothing(
@@ -11022,28 +10841,21 @@ def test_accounts_that_come_and_go_in_the_midst_of_everything_break_nothing(
     accepted: list[str] = []
 
     def come_and_go(worker: int) -> None:
-        number = 0
-        while time.monotonic() < until:
-            number += 1
-            ids = [f"m-{worker}-{number}-{n}" for n in range(3)]
-            tos = ("ok@example.com", "temp@example.com", "slow20ms@example.com")
-            answer = submitted(daemon, *[mail(id_, to=to, account_id="web") for id_, to in zip(ids, tos, strict=True)])
-            accepted.extend(ids if answer.status == 200 else [])
-            ways = (
-                lambda: daemon.post("/account", account("web", smtp, limit_per_minute=1_000_000 if worker % 2 else 0)),
-                lambda: daemon.delete("/account/web"),
-                lambda: daemon.post("/account/web/suspend"),
-                lambda: daemon.post("/account/web/activate"),
-                lambda: daemon.post("/commands/run-now"),
-                lambda: daemon.get("/status"),
-            )
-            answers.extend([answer, ways[(number + worker) % len(ways)]()])
+        for number in itertools.count(1):
+            tos = {f"m-{worker}-{number}-{word}": f"{word}@example.com" for word in ("ok", "temp", "slow20ms")}
+            answer = submitted(daemon, *[mail(id_, to=to, account_id="web") for id_, to in tos.items()])
+            accepted.extend(tos if answer.status == 200 else [])
+            limited = account("web", smtp, limit_per_minute=1_000_000 if worker % 2 else 0)
+            method, path, body = [
+                ("POST", "/account", limited), ("DELETE", "/account/web", None), ("POST", "/account/web/suspend", None),
+                ("POST", "/account/web/activate", None), ("POST", "/commands/run-now", None), ("GET", "/status", None),
+            ][(number + worker) % 6]  # fmt: skip
+            answers.extend([answer, daemon.request(method, path, body)])
+            if time.monotonic() > until:
+                return
 
-    workers = [threading.Thread(target=come_and_go, args=(n,)) for n in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(come_and_go, range(4)))
     daemon.delete("/account/web")
 
     assert {answer.status for answer in answers} <= {200, 400, 404}
