@@ -37,7 +37,6 @@ import pty
 import py_compile
 import random
 import re
-import select
 import shlex
 import shutil
 import signal
@@ -4333,73 +4332,57 @@ LOOPBACK_ALLOWED = mailproxy.AddressPolicy(["127.0.0.1"])
 NOBODY_ALLOWED = mailproxy.AddressPolicy([])
 
 
-class Scripted:
+class Scripted(socketserver.ThreadingTCPServer):
     """A TCP server: for each connection it keeps the request and runs a script on the socket."""
 
+    request_queue_size = 100
+
     def __init__(self, script, context=None, host="127.0.0.1", family=socket.AF_INET):
-        self.requests = []
-        self.connections = 0
-        self._script = script
-        self._context = context
-        self._listener = socket.create_server((host, 0), family=family, dualstack_ipv6=family == socket.AF_INET6)
-        self._stop_reading, self._stop = os.pipe()
-        self.stopping = threading.Event()
-        self.port = self._listener.getsockname()[1]
-        self._threads = [threading.Thread(target=self._serve)]
-        self._threads[0].start()
+        self.address_family = family
+        self.requests, self.connections, self.stopping = [], 0, threading.Event()
+        self._script, self._context = script, context
+        super().__init__((host, 0), None)
+        self.port = self.server_address[1]
+
+    def server_bind(self):
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
     def url(self, path="/file.bin"):
         return f"{'https' if self._context else 'http'}://127.0.0.1:{self.port}{path}"
 
-    def _serve(self):
-        while True:
-            ready, _, _ = select.select([self._listener, self._stop_reading], [], [])
-            if self._stop_reading in ready:
-                return
-            connection, _ = self._listener.accept()
-            self.connections += 1
-            thread = threading.Thread(target=self._talk, args=(connection,))
-            self._threads.append(thread)
-            thread.start()
+    def process_request(self, *accepted):
+        self.connections += 1
+        super().process_request(*accepted)
 
-    def _talk(self, connection):
-        with contextlib.suppress(OSError), connection:
-            connection.settimeout(10)
+    def finish_request(self, connection, _):
+        connection.settimeout(10)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as closing:
             if self._context is not None:
-                connection = self._context.wrap_socket(connection, server_side=True)
-            with connection:
-                received = b""
-                while b"\r\n\r\n" not in received:
-                    piece = connection.recv(65536)
-                    if not piece:
-                        return
-                    received += piece
-                head, _, body = received.partition(b"\r\n\r\n")
-                announced = re.search(rb"(?i)content-length: (\d+)", head)
-                while announced and len(body) < int(announced[1]):
-                    body += connection.recv(65536)
-                self.requests.append((head.decode("latin-1"), body))
-                self._script(self, connection)
-
-    def close(self):
-        self.stopping.set()
-        os.write(self._stop, b"x")
-        for thread in self._threads:
-            thread.join(10)
-        self._listener.close()
-        os.close(self._stop_reading)
-        os.close(self._stop)
+                connection = closing.enter_context(self._context.wrap_socket(connection, server_side=True))
+            file = connection.makefile("rb")
+            head = b"".join(itertools.takewhile(lambda line: line != b"\r\n", file))
+            if not head:
+                return
+            announced = re.search(rb"(?i)content-length: (\d+)", head)
+            self.requests.append((head.decode("latin-1"), file.read(int(announced[1])) if announced else b""))
+            self._script(self, connection)
 
 
 @contextlib.contextmanager
 def scripted(script, **options):
     if isinstance(script, bytes):
         answer, script = script, lambda server, connection: connection.sendall(answer)
-    server = Scripted(script, **options)
-    try:
-        yield server
-    finally:
-        server.close()
+    with Scripted(script, **options) as server:
+        serving = threading.Thread(target=server.serve_forever, args=[0.01])
+        serving.start()
+        try:
+            yield server
+        finally:
+            server.stopping.set()
+            server.shutdown()
+            serving.join()
 
 
 def answered(body=b"hello", headers=(), status="200 OK"):
