@@ -12509,6 +12509,21 @@ EXAMPLES = PROGRAM.with_name("examples")
 SYNC_SECRET = "whsec_dGhpcyBpcyBhIHNlY3JldCBmb3IgYSB0cnk="  # the one in the head of application.py
 
 
+@contextlib.contextmanager
+def example_running(command: list[Any], words: str, folder: Path, environment: Mapping[str, str]) -> Iterator[Path]:
+    """A program that says these words when it is there; yields its log."""
+    log = folder / "program.log"
+    with log.open("wb") as output:
+        program = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
+    try:
+        wait_until(lambda: words in log.read_text(), f"{words!r} in its log")
+        yield log
+    finally:
+        program.terminate()
+        program.wait(10)
+        print(log.read_text(), file=sys.stderr)
+
+
 # -- application.py
 
 
@@ -12516,42 +12531,22 @@ class ExampleApplication:
     """examples/application.py: its server runs within the block. The daemon is to run with `mailproxy_config`."""
 
     def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        mailproxy_port = free_port()
-        self.mailproxy_config: dict[str, dict[str, object]] = {
-            "server": {"port": mailproxy_port},
-            "client": {
-                "client_sync_url": f"http://127.0.0.1:{self.port}/proxy_sync",
-                "client_sync_secret": SYNC_SECRET,
-            },
-        }
+        self.port, mailproxy_port = free_port(), free_port()
+        client = {"client_sync_url": f"http://127.0.0.1:{self.port}/proxy_sync", "client_sync_secret": SYNC_SECRET}
+        self.mailproxy_config: dict[str, dict[str, object]] = {"server": {"port": mailproxy_port}, "client": client}
         self._folder = folder
-        self._mailproxy_url = f"http://127.0.0.1:{mailproxy_port}"
+        self._command = [sys.executable, str(EXAMPLES / "application.py")]
+        own = {"MAILPROXY_URL": f"http://127.0.0.1:{mailproxy_port}", "MAILPROXY_TOKEN": "t0ken"}
+        own |= {"MAILPROXY_SYNC_SECRET": SYNC_SECRET, "APPLICATION_PORT": str(self.port)}
+        self._environment = {**_plain_environment(), "http_proxy": "http://127.0.0.1:9", **own}
 
-    def __enter__(self) -> ExampleApplication:
-        with (self._folder / "application.log").open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command("serve"), cwd=self._folder, env=self._environment(), stdout=log, stderr=log
-            )
-        wait_until(lambda: "listening" in self.log, "the application")
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._process.terminate()
-        self._process.wait(10)
-        print(self.log, file=sys.stderr)
-
-    @property
-    def log(self) -> str:
-        return (self._folder / "application.log").read_text()
+    def serve(self) -> contextlib.AbstractContextManager[Path]:
+        return example_running([*self._command, "serve"], "listening", self._folder, self._environment)
 
     def run(self, *arguments: str) -> str:
         """What one of its commands prints."""
-        ran = subprocess.run(
-            self._command(*arguments), cwd=self._folder, env=self._environment(), stdout=subprocess.PIPE,
-            text=True, timeout=30, check=True,
-        )  # fmt: skip
-        return ran.stdout.strip()
+        asked = {"cwd": self._folder, "env": self._environment, "stdout": subprocess.PIPE, "text": True}
+        return str(subprocess.run([*self._command, *arguments], timeout=30, check=True, **asked).stdout.strip())
 
     def send(self, recipient: str) -> str:
         """The id of a mail it wrote for that recipient."""
@@ -12571,18 +12566,6 @@ class ExampleApplication:
     def wait_for(self, mail_id: str, status: str) -> None:
         wait_until(lambda: self.status(mail_id) == status, f"its table to say {status}")
 
-    def call(self, headers: Mapping[str, str], body: bytes) -> HttpAnswer:
-        """A call of its /proxy_sync."""
-        return called(self.port, "POST", "/proxy_sync", headers, body)
-
-    def _command(self, *arguments: str) -> list[str]:
-        return [sys.executable, str(EXAMPLES / "application.py"), *arguments]
-
-    def _environment(self) -> dict[str, str]:
-        own = {"MAILPROXY_URL": self._mailproxy_url, "MAILPROXY_TOKEN": "t0ken"}
-        own |= {"MAILPROXY_SYNC_SECRET": SYNC_SECRET, "APPLICATION_PORT": str(self.port)}
-        return {**_plain_environment(), "http_proxy": "http://127.0.0.1:9", **own}
-
 
 @pytest.fixture
 def example(tmp_path: Path) -> ExampleApplication:
@@ -12590,103 +12573,74 @@ def example(tmp_path: Path) -> ExampleApplication:
     return ExampleApplication(tmp_path / "application")
 
 
-def test_the_example_application_sends_mail_and_learns_what_became_of_it(
+def test_the_example_application_sends_mail_once_and_learns_what_became_of_it_also_after_mailproxy_was_down(
     example: ExampleApplication, tmp_path: Path, smtp: SmtpServer
 ) -> None:
-    with example, Daemon(tmp_path, example.mailproxy_config, smtp=smtp, token="t0ken"):
-        sent, failed = example.send("ann@example.net"), example.send("perm@example.net")
-        refused = example.send("no address")
-
-        example.wait_for(sent, "sent")
-        example.wait_for(failed, "error")
-        assert example.status(refused) == "rejected"
-        listed = dict(line.split("\t", 1) for line in example.run("list").splitlines())
-        assert listed[sent].split("\t") == ["ann@example.net", "sent", ""]
-        assert "550" in listed[failed]
-        assert "invalid to" in listed[refused]
-        assert smtp.received_by("ann@example.net")[0].message.get_content().strip() == "Thank you!"
-
-
-def test_mail_of_the_example_application_waits_in_its_table_while_mailproxy_is_down(
-    example: ExampleApplication, tmp_path: Path, smtp: SmtpServer
-) -> None:
-    with example:
-        mail_ids = [example.send(f"{name}@example.net") for name in ("ann", "bob")]
-        assert [example.status(mail_id) for mail_id in mail_ids] == ["new", "new"]
+    with example.serve():
+        sent, waiting = example.send("ann@example.net"), example.send("bob@example.net")
+        assert [example.status(mail_id) for mail_id in (sent, waiting)] == ["new", "new"]
 
         with Daemon(tmp_path, example.mailproxy_config, smtp=smtp, token="t0ken"):
-            for mail_id in mail_ids:
-                example.wait_for(mail_id, "sent")
+            example.wait_for(sent, "sent")
+            example.wait_for(waiting, "sent")
+            failed, refused = example.send("perm@example.net"), example.send("no address")
+            example.wait_for(failed, "error")
+            example.wait_for(refused, "rejected")
+            listed = dict(line.split("\t", 1) for line in example.run("list").splitlines())
+            assert listed[sent].split("\t") == ["ann@example.net", "sent", ""]
+            assert "550" in listed[failed]
+            assert "invalid to" in listed[refused]
+            assert smtp.received_by("ann@example.net")[0].message.get_content().strip() == "Thank you!"
 
-    assert len(smtp.received) == 2
+            example.set_status(sent, "new")  # as if the answer had got lost, and no report had come yet
+            example.wait_for(example.send("eve@example.net"), "sent")
+            assert example.status(sent) == "submitted"
+
+    assert sorted(received.recipients[0][:3] for received in smtp.received) == ["ann", "bob", "eve"]
 
 
-def test_the_example_application_may_submit_again_what_was_sent_already(
-    example: ExampleApplication, tmp_path: Path, smtp: SmtpServer
+def test_the_example_application_takes_a_report_once_and_none_that_is_not_signed_or_too_old(
+    example: ExampleApplication,
 ) -> None:
-    with example, Daemon(tmp_path, example.mailproxy_config, smtp=smtp, token="t0ken"):
-        first = example.send("ann@example.net")
-        example.wait_for(first, "sent")
-        example.set_status(first, "new")  # as if the answer had got lost, and no report had come yet
+    def signed(status: str, report_id: str, age_s: int = 0) -> tuple[dict[str, str], bytes]:
+        """A call as the daemon makes it: headers and body."""
+        entry = {"id": mail_id, "status": status, "error": None, "attempts": 1}
+        body, timestamp = json.dumps({"delivery_report": [entry]}).encode(), int(time.time()) - age_s
+        signature = mailproxy.webhook_signature(mailproxy.webhook_key(SYNC_SECRET), report_id, timestamp, body)
+        named = {"webhook-id": report_id, "webhook-timestamp": str(timestamp), "webhook-signature": signature}
+        return named, body
 
-        second = example.send("bob@example.net")
+    def call(headers: Mapping[str, str], body: bytes) -> HttpAnswer:
+        return called(example.port, "POST", "/proxy_sync", headers, body)
 
-        example.wait_for(second, "sent")
-        assert example.status(first) == "submitted"
-        assert len(smtp.received_by("ann@example.net")) == 1
-
-
-def signed_report(entries: list[dict[str, Any]], *, report_id: str = "rep_1", age_s: int = 0) -> tuple[Any, bytes]:
-    """A call as the daemon makes it: headers and body."""
-    body = json.dumps({"delivery_report": entries}).encode()
-    timestamp = int(time.time()) - age_s
-    signature = mailproxy.webhook_signature(mailproxy.webhook_key(SYNC_SECRET), report_id, timestamp, body)
-    named = {"webhook-id": report_id, "webhook-timestamp": str(timestamp), "webhook-signature": signature}
-    return named, body
-
-
-def test_the_example_application_takes_a_report_once(example: ExampleApplication) -> None:
-    with example:
+    with example.serve() as log:
         mail_id = example.send("ann@example.net")
-        headers, body = signed_report([{"id": mail_id, "status": "deferred", "error": "451", "attempts": 1}])
+        once = signed("deferred", "rep_0")
+        for before, after in [("new", "deferred"), ("untouched", "untouched")]:
+            example.set_status(mail_id, before)
+            answer = call(*once)
+            assert (answer.status, answer.json, example.status(mail_id)) == (200, {"ok": True, "queued": 0}, after)
 
-        answers = [example.call(headers, body)]
-        assert example.status(mail_id) == "deferred"
-        example.set_status(mail_id, "untouched")
-        answers.append(example.call(headers, body))
-
-        assert [(answer.status, answer.json) for answer in answers] == [(200, {"ok": True, "queued": 0})] * 2
-        assert example.status(mail_id) == "untouched"
-
-
-def test_the_example_application_takes_no_report_that_is_not_signed_or_too_old(example: ExampleApplication) -> None:
-    with example:
-        mail_id = example.send("ann@example.net")
-        entry = {"id": mail_id, "status": "sent", "error": None, "attempts": 1}
-        good, body = signed_report([entry])
+        good, body = signed("sent", "rep_1")
         signature = good["webhook-signature"]
-
         for headers, content, status in [
             ({}, body, 401),
-            ({**good, "webhook-signature": ""}, body, 401),
-            ({**good, "webhook-signature": "v1," + "A" * 43 + "="}, body, 401),
-            ({**good, "webhook-signature": signature.removeprefix("v1,")}, body, 401),
-            ({**good, "webhook-signature": "v1,\xe9"}, body, 401),
+            *(
+                ({**good, "webhook-signature": wrong}, body, 401)
+                for wrong in ("", "v1," + "A" * 43 + "=", signature.removeprefix("v1,"), "v1,\xe9")
+            ),
             ({**good, "webhook-id": "rep_2"}, body, 401),
-            ({**good, "webhook-timestamp": "1" * 5000}, body, 401),
-            ({**good, "webhook-timestamp": "now"}, body, 401),
+            *(({**good, "webhook-timestamp": wrong}, body, 401) for wrong in ("1" * 5000, "now")),
             (good, body.replace(b"sent", b"gone"), 401),
-            (*signed_report([entry], age_s=301), 401),
-            (*signed_report([entry], age_s=-310), 401),
-            (*signed_report([entry], age_s=290, report_id="rep_3"), 200),
+            (*signed("sent", "rep_1", age_s=301), 401),
+            (*signed("sent", "rep_1", age_s=-330), 401),
+            (*signed("sent", "rep_3", age_s=270), 200),
             ({**good, "webhook-signature": f"v1,other v1a,unknown {signature}"}, body, 200),
         ]:
-            assert example.status(mail_id) == "new"
-            assert example.call(headers, content).status == status, headers
-            if status == 200:
-                assert example.status(mail_id) == "sent"
-                example.set_status(mail_id, "new")
-        assert "Traceback" not in example.log
+            example.set_status(mail_id, "new")
+            assert call(headers, content).status == status, headers
+            assert example.status(mail_id) == ("sent" if status == 200 else "new"), headers
+        assert "Traceback" not in log.read_text()
 
 
 # -- django_backend.py
@@ -12694,7 +12648,7 @@ def test_the_example_application_takes_no_report_that_is_not_signed_or_too_old(e
 
 @pytest.fixture
 def django() -> Iterator[Any]:
-    """The module of the backend, in a Django whose settings name it."""
+    """The module of the backend, in a Django whose settings name it; its `mail` is django.core.mail."""
     import django.conf
     import django.test
 
@@ -12702,31 +12656,20 @@ def django() -> Iterator[Any]:
         django.conf.settings.configure(DEFAULT_CHARSET="utf-8")
     sys.path.insert(0, str(EXAMPLES))
     try:
-        import django_backend
+        backend = importlib.import_module("django_backend")
     finally:
         sys.path.remove(str(EXAMPLES))
     with django.test.override_settings(EMAIL_BACKEND="django_backend.MailproxyBackend"):
-        yield django_backend
+        yield SimpleNamespace(
+            Error=backend.MailproxyError,
+            mail=importlib.import_module("django.core.mail"),
+            settings=django.test.override_settings,
+        )
 
 
-def django_mail() -> Any:
-    """django.core.mail, which can be imported only once Django has settings."""
-    return importlib.import_module("django.core.mail")
-
-
-def plain_message(to: str = "ann@example.net", **attributes: str) -> Any:
-    message = django_mail().EmailMessage("Subject", "Body", "me@example.com", [to])
-    vars(message).update(attributes)
-    return message
-
-
-def django_settings(**settings: object) -> Any:
-    return importlib.import_module("django.test").override_settings(**settings)
-
-
-def django_message(**fields: Any) -> Any:
+def django_message(django: Any, **fields: Any) -> Any:
     """A message with everything in it that Django knows."""
-    message = django_mail().EmailMultiAlternatives(
+    message = django.mail.EmailMultiAlternatives(
         subject="Schöne Grüße",
         body="Der Text – mit 12 €.\n.\nFrom here on\n",
         from_email="Jörg <joerg@example.com>",
@@ -12743,95 +12686,78 @@ def django_message(**fields: Any) -> Any:
     return message
 
 
-def without_boundaries(content: bytes) -> bytes:
-    return re.sub(rb"={15}\d+==", b"boundary", content)
-
-
-def test_the_django_backend_sends_what_djangos_own_smtp_backend_sends(
+def test_the_django_backend_sends_what_djangos_own_sends_and_tells_what_is_refused_unless_silent(
     django: Any, tmp_path: Path, smtp: SmtpServer
 ) -> None:
-    with Daemon(tmp_path, smtp=smtp, token="t0ken") as daemon:
+    config = {"account:shop": {"host": smtp.host, "port": smtp.port}}
+    with Daemon(tmp_path, config, smtp=smtp, token="t0ken") as daemon:
         own = "django.core.mail.backends.smtp.EmailBackend"
-        django_message(connection=django_mail().get_connection(own, host=smtp.host, port=smtp.port)).send()
+        django_message(django, connection=django.mail.get_connection(own, host=smtp.host, port=smtp.port)).send()
         (expected,) = smtp.wait_for(1)
-        with django_settings(MAILPROXY_URL=f"http://127.0.0.1:{daemon.port}/", MAILPROXY_TOKEN="t0ken"):
-            assert django_message().send() == 1
+        with django.settings(MAILPROXY_URL=f"http://127.0.0.1:{daemon.port}/", MAILPROXY_TOKEN="t0ken"):
+            assert django_message(django).send() == 1
+            _, came = smtp.wait_for(2)
+            with django.settings(MAILPROXY_ACCOUNT="shop"):
+                assert django.mail.send_mail("To the shop", "Body", "me@example.com", ["ann@example.net"]) == 1
+                assert django.mail.send_mail("Subject", "Body", "me@example.com", []) == 0
+            shop = smtp.wait_for(3)[2].message
+            assert (shop["To"], shop["Subject"]) == ("ann@example.net", "To the shop")
+            assert len(listed(daemon, "account_id=shop")) == 1
 
-        _, came = smtp.wait_for(2)
+            good, bad = [
+                django.mail.EmailMessage("Subject", "Body", "me@example.com", [to])
+                for to in ("ann@example.net", "ann@@example.net")
+            ]
+            silent = functools.partial(django.mail.get_connection, fail_silently=True)
+            with pytest.raises(django.Error, match="invalid to"):
+                django.mail.get_connection().send_messages([good, bad])
+            assert silent().send_messages([good, bad]) == 1
+            assert silent().send_messages([bad]) == 0
+            assert len(smtp.wait_for(5)) == 5
+            with django.settings(MAILPROXY_URL=f"http://127.0.0.1:{free_port()}"):
+                with pytest.raises(django.Error, match="cannot be reached"):
+                    good.send()
+                assert silent().send_messages([good]) == 0
 
-    assert without_boundaries(came.content) == without_boundaries(expected.content)
+    ours, djangos = [re.sub(rb"={15}\d+==", b"boundary", received.content) for received in (came, expected)]
+    assert ours == djangos
     assert came.sender == expected.sender == "joerg@example.com"
     assert came.recipients == expected.recipients
     assert "dave@example.net" in came.recipients
     assert b"dave" not in came.content
 
 
-def test_send_mail_of_django_goes_through_the_account_of_the_settings(
-    django: Any, tmp_path: Path, smtp: SmtpServer
-) -> None:
-    with Daemon(tmp_path, {"account:shop": {"host": smtp.host, "port": smtp.port}}) as daemon:
-        with django_settings(MAILPROXY_URL=f"http://127.0.0.1:{daemon.port}", MAILPROXY_ACCOUNT="shop"):
-            assert django_mail().send_mail("Subject", "Body", "me@example.com", ["ann@example.net"]) == 1
-            assert django_mail().send_mail("Subject", "Body", "me@example.com", []) == 0
-
-        (came,) = smtp.wait_for(1)
-
-    assert (came.message["To"], came.message["Subject"]) == ("ann@example.net", "Subject")
-
-
-def test_a_message_that_mailproxy_refuses_is_an_error_in_django_unless_silent(
-    django: Any, tmp_path: Path, smtp: SmtpServer
-) -> None:
-    good = plain_message()
-    bad = plain_message("ann@@example.net")
-    with Daemon(tmp_path, smtp=smtp) as daemon:
-        with django_settings(MAILPROXY_URL=f"http://127.0.0.1:{daemon.port}"):
-            with pytest.raises(django.MailproxyError, match="invalid to"):
-                django_mail().get_connection().send_messages([good, bad])
-            assert django_mail().get_connection(fail_silently=True).send_messages([good, bad]) == 1
-            assert django_mail().get_connection(fail_silently=True).send_messages([bad]) == 0
-            assert len(smtp.wait_for(2)) == 2
-        with django_settings(MAILPROXY_URL=f"http://127.0.0.1:{free_port()}"):
-            with pytest.raises(django.MailproxyError, match="cannot be reached"):
-                good.send()
-            assert django_mail().get_connection(fail_silently=True).send_messages([good]) == 0
-
-
 def test_a_django_message_keeps_its_id_until_mailproxy_has_answered(django: Any, reports: ReportReceiver) -> None:
-    message = plain_message()
+    message = django.mail.EmailMessage("Subject", "Body", "me@example.com", ["ann@example.net"])
     accepted = Answer(body={"ok": True, "queued": 1, "rejected": []})
+    rejected = [{"id": "order-1", "reason": "already sent"}]
     reports.answers.extend([*[Answer(close=True), Answer(status=503)] * 2, *[accepted] * 3])
-    with django_settings(MAILPROXY_URL=reports.url):
-        with pytest.raises(django.MailproxyError):
+    reports.answers.append(Answer(400, {"ok": False, "error": "all messages rejected", "rejected": rejected}))
+    reports.answers.append(Answer(401, {"ok": False, "error": "Unauthorized"}))
+    with django.settings(MAILPROXY_URL=reports.url):
+        with pytest.raises(django.Error):
             message.send()  # three tries
         assert message.send() == 1  # two
         message.send()  # another mail, of the same content
         message.mailproxy_id = "order-1"
         message.send()
+        message.mailproxy_id = "order-1"
+        assert message.send() == 1  # what mailproxy has already is a success
+        with pytest.raises(django.Error, match="Unauthorized"):
+            message.send()
 
     ids = [json.loads(call.content)["messages"][0]["id"] for call in reports.calls]
     assert len(set(ids[:5])) == 1
     assert ids[5] not in ids[:5]
-    assert ids[6:] == ["order-1"]
+    assert ids[6:8] == ["order-1"] * 2
     assert reports.calls[0].content == reports.calls[2].content
 
 
-def test_what_mailproxy_has_already_is_a_success_in_django(django: Any, reports: ReportReceiver) -> None:
-    message = plain_message(mailproxy_id="order-1")
-    rejected = [{"id": "order-1", "reason": "already sent"}]
-    reports.answers.append(Answer(400, {"ok": False, "error": "all messages rejected", "rejected": rejected}))
-    reports.answers.append(Answer(401, {"ok": False, "error": "Unauthorized"}))
-    with django_settings(MAILPROXY_URL=reports.url):
-        assert message.send() == 1
-        with pytest.raises(django.MailproxyError, match="Unauthorized"):
-            message.send()
-
-
 def test_a_thousand_django_messages_are_submitted_in_portions(django: Any, reports: ReportReceiver) -> None:
-    messages = [plain_message() for _ in range(1001)]
-    with django_settings(MAILPROXY_URL=reports.url):
+    messages = [django.mail.EmailMessage("S", "B", "me@example.com", ["ann@example.net"]) for _ in range(1001)]
+    with django.settings(MAILPROXY_URL=reports.url):
         reports.answers.extend([Answer(body={"ok": True, "queued": 1, "rejected": []})] * 3)
-        assert django_mail().get_connection().send_messages(messages) == 1001
+        assert django.mail.get_connection().send_messages(messages) == 1001
 
     assert [len(json.loads(call.content)["messages"]) for call in reports.calls] == [500, 500, 1]
 
@@ -12842,29 +12768,18 @@ def test_a_thousand_django_messages_are_submitted_in_portions(django: Any, repor
 def test_the_flask_example_sends_one_mail_an_order_and_hears_of_it(tmp_path: Path, smtp: SmtpServer) -> None:
     port = free_port()
     client = {"client_sync_url": f"http://127.0.0.1:{port}/proxy_sync", "client_sync_token": "choose-one"}
+    command = [sys.executable, "-m", "flask", "--app", EXAMPLES / "flask_app.py", "run", "--port", str(port)]
     with Daemon(tmp_path, {"client": client}, smtp=smtp, token="t0ken") as daemon:
         environment = {**_plain_environment(), "MAILPROXY_URL": f"http://127.0.0.1:{daemon.port}"}
         environment |= {"MAILPROXY_TOKEN": "t0ken", "MAILPROXY_SYNC_TOKEN": "choose-one"}
-        command = [sys.executable, "-m", "flask", "--app", EXAMPLES / "flask_app.py", "run", "--port", str(port)]
-        log = tmp_path / "flask.log"
-        with log.open("wb") as output:
-            flask = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)
-        try:
-            wait_until(lambda: "Running on" in log.read_text(), "Flask")
-
-            def post(path: str, headers: Mapping[str, str], body: bytes) -> HttpAnswer:
-                return called(port, "POST", path, headers, body)
-
+        with example_running(command, "Running on", tmp_path, environment) as log:
             form = {"Content-Type": "application/x-www-form-urlencoded"}
-            asked = ("/orders/7/confirmation", form, b"email=ann%40example.net")
-            assert (post(*asked).status, len(smtp.wait_for(1))) == (200, 1)
+            asked = (port, "POST", "/orders/7/confirmation", form, b"email=ann%40example.net")
+            assert (called(*asked).status, len(smtp.wait_for(1))) == (200, 1)
             wait_until(lambda: "order-7-confirmation is sent" in log.read_text(), "the report")
-            assert post(*asked).json["rejected"][0]["reason"].startswith("already sent")
+            assert called(*asked).json["rejected"][0]["reason"].startswith("already sent")
             forged = {"Content-Type": "application/json", "Authorization": "Bearer choose-two"}
-            assert post("/proxy_sync", forged, b'{"delivery_report": []}').status == 401
-        finally:
-            flask.terminate()
-            flask.wait(10)
+            assert called(port, "POST", "/proxy_sync", forged, b'{"delivery_report": []}').status == 401
 
     assert len(smtp.received) == 1
 
