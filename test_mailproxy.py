@@ -9013,13 +9013,6 @@ def test_a_request_that_means_nothing_is_refused_and_what_is_wrong_is_named(
     assert "x" not in {one["id"] for one in judge.get("/accounts").json["accounts"]}
 
 
-def test_a_message_for_the_default_account_needs_one(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon:
-        reason = submitted(daemon, mail()).json["rejected"][0]["reason"]
-
-        assert reason.startswith("missing account configuration")
-
-
 # -- submission
 
 
@@ -9264,7 +9257,7 @@ def test_accounts_of_config_ini_are_changed_there_only_and_their_mail_waits_whil
     tmp_path: Path, smtp: SmtpServer
 ) -> None:
     shop = {"host": smtp.host, "port": smtp.port}
-    config = {"smtp": {"password": "s3cret-1", "user": "u", "auth": "plain"}, "account:shop": shop}
+    config = {"smtp": {"password": "s3cret-1", "user": "u"}, "account:shop": shop}
     oauth2 = {"token_url": "https://example.com/t", "client_id": "c", "client_secret": "s3cret-2", "scope": "x"}
     named = {"name": "ignored", "tenant_id": 1, "ttl": None, "max_retries": 7}
     with Daemon(tmp_path, config, smtp=smtp) as daemon:
@@ -9311,7 +9304,7 @@ def test_accounts_of_config_ini_are_changed_there_only_and_their_mail_waits_whil
         assert "s3cret" not in daemon.log
 
 
-def test_secrets_by_reference_are_not_in_the_database(tmp_path: Path) -> None:
+def test_no_default_account_is_needed_and_secrets_by_reference_are_not_in_the_database(tmp_path: Path) -> None:
     secret = tmp_path / "password"
     secret.write_text("s3cret-in-file")
     with SmtpServer(accounts={"u": "s3cret-in-file", "v": "s3cret-in-env"}) as server:
@@ -9320,6 +9313,8 @@ def test_secrets_by_reference_are_not_in_the_database(tmp_path: Path) -> None:
             daemon.post("/account", account("e", server, user="v", password="env:PASSWORD"))
             daemon.submit(mail("a", account_id="f"), mail("b", account_id="e"))
             server.wait_for(2)
+            (refused,) = submitted(daemon, mail("c")).json["rejected"]
+            assert refused["reason"].startswith("missing account configuration")
             daemon.stop()
 
         files = b"".join(path.read_bytes() for path in tmp_path.glob("queue.db*"))
