@@ -175,38 +175,26 @@ class PrivateCA:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"CA of {folder.name}"[:64])])
         self.ca_file = folder / "ca.pem"
-        self.ca_file.write_bytes(self._signed(self._name, self._key, 60, path_length=0))
+        self.ca_file.write_bytes(self._signed(self._name, self._key, path_length=0))
 
     def good(self) -> Certificate:
         """The certificate of the server the tests mean: localhost, 127.0.0.1 and ::1."""
         return self.issue("good", "localhost", "127.0.0.1", "::1")
 
-    def other_name(self) -> Certificate:
-        """A valid certificate of somebody else."""
-        return self.issue("other-name", "elsewhere.example")
-
-    def expired(self) -> Certificate:
-        """The good one, a day too late."""
-        return self.issue("expired", "localhost", "127.0.0.1", "::1", valid_days=-1)
-
-    def client(self) -> Certificate:
-        """What a client shows when the server asks who it is."""
-        return self.issue("client.example", usage=ExtendedKeyUsageOID.CLIENT_AUTH)
-
     def issue(
-        self,
-        label: str,
-        *names: str,
-        valid_days: int = 30,
-        usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.SERVER_AUTH,
+        self, label: str, *names: str, usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.SERVER_AUTH
     ) -> Certificate:
-        """A certificate for DNS names and addresses, valid from a month ago until `valid_days` from now."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        """A certificate for DNS names and addresses, valid from a month ago for two months."""
+        key, alternatives = ec.generate_private_key(ec.SECP256R1()), []
+        for name in names or (label,):
+            try:
+                alternatives.append(x509.IPAddress(ipaddress.ip_address(name)))
+            except ValueError:
+                alternatives.append(x509.DNSName(name))
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, label)])
-        names_and_addresses = x509.SubjectAlternativeName([_general_name(name) for name in names or (label,)])
         written = Certificate(self._folder / f"{label}.pem", self._folder / f"{label}.key")
-        extensions = (names_and_addresses, x509.ExtendedKeyUsage([usage]))
-        written.cert.write_bytes(self._signed(subject, key, valid_days, *extensions))
+        extensions = (x509.SubjectAlternativeName(alternatives), x509.ExtendedKeyUsage([usage]))
+        written.cert.write_bytes(self._signed(subject, key, *extensions))
         written.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption()))
         return written
 
@@ -214,7 +202,6 @@ class PrivateCA:
         self,
         subject: x509.Name,
         key: ec.EllipticCurvePrivateKey,
-        valid_days: int,
         *extensions: x509.ExtensionType,
         path_length: int | None = None,  # of an authority
     ) -> bytes:
@@ -224,7 +211,7 @@ class PrivateCA:
         builder = (
             x509.CertificateBuilder(self._name, subject, key.public_key(), x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(days=30))
-            .not_valid_after(now + datetime.timedelta(days=valid_days))
+            .not_valid_after(now + datetime.timedelta(days=30))
             .add_extension(x509.BasicConstraints(is_ca, path_length), critical=True)
             .add_extension(x509.KeyUsage(**usage), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
@@ -233,12 +220,6 @@ class PrivateCA:
         for extension in extensions:
             builder = builder.add_extension(extension, critical=False)
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
-
-
-def _general_name(name: str) -> x509.GeneralName:
-    with contextlib.suppress(ValueError):
-        return x509.IPAddress(ipaddress.ip_address(name))
-    return x509.DNSName(name)
 
 
 # --- a mail server whose behaviour the recipient's address chooses -------
@@ -269,7 +250,6 @@ class Manner(NamedTuple):
 
     @classmethod
     def of(cls, address: str) -> Manner:
-        """A plain name asks for nothing."""
         match = _MANNER.fullmatch(address.rpartition("@")[0])
         if not match:
             return cls("ok", None, 0)
@@ -325,7 +305,6 @@ class SmtpServer:
     size_limit: int = 50_000_000
     max_recipients: int = 1_000  # of one transaction, then 452 4.5.3
     max_connections: int = 1_000  # at once, then 421 at the greeting
-    greeting: str | None = None  # refuses every connection with these words
     smtputf8: bool = True
     pipelining: bool = False
 
@@ -386,7 +365,6 @@ class SmtpServer:
         return received
 
     def received_by(self, recipient: str) -> list[Received]:
-        """The messages one recipient got."""
         with self._news:
             return [received for received in self.received if recipient in received.recipients]
 
@@ -410,13 +388,10 @@ class SmtpServer:
 
     def _admit(self, line: _Line) -> str | None:
         """Count a connection in, or the words that turn it away."""
-        refusal = self.greeting
-        if not refusal and len(self._lines) >= self.max_connections:
-            refusal = "421 4.7.0 Too many connections"
         with self._news:
-            if refusal:
+            if len(self._lines) >= self.max_connections:
                 self.refused += 1
-                return refusal
+                return "421 4.7.0 Too many connections"
             self.connections += 1
             line.number = self.connections
             self._lines[line.number] = line
@@ -576,7 +551,6 @@ class ReportReceiver:
             return [entry for call in self.calls if call.answer.acknowledges for entry in call.entries]
 
     def entries_of(self, message_id: str) -> list[dict[str, Any]]:
-        """What was reported of one message, in order."""
         return [entry for entry in self.entries if entry["id"] == message_id]
 
     def wait_for(self, condition: Callable[[ReportReceiver], Any], timeout: float = 30) -> Any:
@@ -589,7 +563,6 @@ class ReportReceiver:
         return value
 
     def wait_for_entry(self, message_id: str, status: str, timeout: float = 30) -> dict[str, Any]:
-        """The first report of a message with that status."""
         return self.wait_for(
             lambda reports: next((e for e in reports.entries_of(message_id) if e["status"] == status), None), timeout
         )
@@ -609,20 +582,16 @@ class _ReportRequest(http.server.BaseHTTPRequestHandler):
             receiver.calls.append(ReportCall(self.path, self.headers, content, entries, arrived_at, answer))
             receiver._news.notify_all()
         receiver._closing.wait(answer.delay)
-        with contextlib.suppress(ConnectionError):
-            self._give(answer)
-
-    def _give(self, answer: Answer) -> None:
-        if answer.close:
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
         content = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
-        self.send_response(answer.status)
-        for name, value in {"Content-Type": "application/json", **answer.headers}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+        with contextlib.suppress(ConnectionError):
+            if answer.close:
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            self.send_response(answer.status)
+            for name, value in {"Content-Type": "application/json", **answer.headers}.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
 
     def log_message(self, *_args: object) -> None:
         pass
@@ -721,7 +690,6 @@ class Daemon:
         (self.folder / "config.ini").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def signal(self, number: int) -> None:
-        """Send the process a signal."""
         assert self.process
         self.process.send_signal(number)
 
@@ -749,7 +717,6 @@ class Daemon:
         self.process.wait(30)
 
     def restart(self) -> None:
-        """Stop when it runs, and start again on the same file."""
         self.stop()
         self.start()
 
@@ -771,9 +738,10 @@ class Daemon:
             sent["Content-Type"] = "application/json"
         sent.update(headers or {})
         connection = getattr(self._threads, "connection", None)
-        if connection not in self._connections:
+        if connection not in self._connections or time.monotonic() > self._threads.until:
             connection = self._threads.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
             self._connections.append(connection)
+        self._threads.until = time.monotonic() + 60  # the daemon closes a connection that was idle for 75 s
         try:
             connection.request(method, path, content, sent)
             answer = connection.getresponse()
@@ -793,11 +761,9 @@ class Daemon:
         assert answer.json["queued"] == len(messages)
 
     def message(self, message_id: str) -> dict[str, Any]:
-        """The record of a message."""
         return dict(self._story(message_id)["message"])
 
     def attempts(self, message_id: str) -> list[dict[str, Any]]:
-        """The timeline of its attempts."""
         return list(self._story(message_id)["attempts"])
 
     def wait_status(self, message_id: str, status: str, timeout: float = 30) -> dict[str, Any]:
@@ -812,7 +778,6 @@ class Daemon:
         return last
 
     def status(self) -> dict[str, Any]:
-        """The answer of `/status`."""
         return dict(self.get("/status").json)
 
     @contextlib.contextmanager
@@ -829,7 +794,6 @@ class Daemon:
         return dict(answer.json)
 
     def _hang_up(self) -> None:
-        """Close the connections of all threads."""
         while self._connections:
             self._connections.pop().close()
 
@@ -944,7 +908,6 @@ class Postfix:
         os.utime(path, (0, 0))
 
     def _sasl(self) -> str:
-        """AUTH by Cyrus SASL from a file of users."""
         if not self._users:
             return ""
         folder = self.folder / "etc" / "sasl"
@@ -5911,7 +5874,7 @@ def test_starttls_is_used_when_it_is_offered_and_wanted_and_ehlo_is_said_again(c
 @pytest.mark.parametrize("encryption", ["auto", "required", "implicit"])
 @pytest.mark.parametrize("wrong", ["authority", "name"])
 def test_a_certificate_that_does_not_fit_is_a_reply_and_never_mail_but_for_who_does_not_verify(ca, encryption, wrong):
-    context = (ca.good() if wrong == "authority" else ca.other_name()).server_context()
+    context = (ca.good() if wrong == "authority" else ca.issue("elsewhere.example")).server_context()
     account = {**encrypted(encryption), "ca_file": None if wrong == "authority" else str(ca.ca_file)}
 
     def server():
@@ -5956,7 +5919,9 @@ def test_certificates_are_read_once_and_again_for_an_account_that_was_replaced_a
         await server(reader, writer)
 
     def renew_certificate():
-        ours.write_bytes(b"".join(file.read_bytes() for file in ca.client()))
+        ours.write_bytes(
+            b"".join(file.read_bytes() for file in ca.issue("client.example", usage=ExtendedKeyUsageOID.CLIENT_AUTH))
+        )
         written.append(ssl.PEM_cert_to_DER_cert(ours.read_text().partition("-----BEGIN EC")[0]))
 
     async def story():
