@@ -10497,48 +10497,29 @@ def test_a_demo_that_is_not_through_in_time_names_what_is_missing(tmp_path: Path
 # --- send
 
 
-def test_a_message_is_sent_from_options(daemon: Daemon, smtp: SmtpServer) -> None:
+def test_a_message_is_sent_from_options_and_with_an_id_only_once(daemon: Daemon, asking: Run, smtp: SmtpServer) -> None:
     (daemon.folder / "bill.pdf").write_bytes(b"%PDF-1.4 x")
-    options = ["--from", "Shop <shop@a.test>", "--to", "x@c.test, y@c.test", "--cc", "z@c.test", "--bcc", "b@c.test"]
-    options += ["--subject", "Grüße", "--body", "-", "--html", "<b>Hi</b>", "--attach", "bill.pdf"]
-    options += ["--id", "m1", "--priority", "high", "--url", url_of(daemon)]
+    words = ["send", "--from", "Shop <shop@a.test>", "--to", "x@c.test, y@c.test", "--cc", "z@c.test", "--bcc"]
+    words += ["b@c.test", "--subject", "Grüße", "--body", "-", "--html", "<b>Hi</b>", "--attach", "bill.pdf"]
+    words += ["--id", "m1", "--priority", "high", "--url", url_of(daemon)]
 
-    ended = run_command("send", *options, folder=daemon.folder, stdin="Hällo\n".encode())
+    ended = run_command(*words, folder=daemon.folder, stdin="Hällo\n".encode())
+    priority = daemon.wait_status("m1", "sent")["priority"]
+    again = run_command(*words, folder=daemon.folder, stdin="Hällo\n".encode())
+    plainer = ["send", "--from", "a@b.test", "--subject", "s", "--body", "<p>", "--html"]
+    refused, html = asking(*plainer, "--to", "nobody"), asking(*plainer, "--to", "html@c.test")
 
-    assert ended == (0, "m1: queued\n", "")
-    (mail,) = smtp.wait_for(1)
+    assert (ended, again, priority) == ((0, "m1: queued\n", ""), (0, "m1: already sent\n", ""), 1)
+    mail, other = smtp.wait_for(2)
     assert mail.recipients == ["x@c.test", "y@c.test", "z@c.test", "b@c.test"]
     assert (mail.message["From"], mail.message["Subject"]) == ("Shop <shop@a.test>", "Grüße")
     assert "Bcc" not in mail.message
     kinds = [part.get_content_type() for part in mail.message.walk() if not part.is_multipart()]
     assert kinds == ["text/plain", "text/html", "application/pdf"]
     assert "Hällo" in mail.message.get_body(("plain",)).get_content()
-    assert daemon.message("m1")["priority"] == 1
-
-
-def test_html_without_a_value_says_what_the_body_is(asking: Run, smtp: SmtpServer) -> None:
-    asking("send", "--from", "a@b.test", "--to", "x@c.test", "--subject", "s", "--body", "<p>", "--html")
-
-    (mail,) = smtp.wait_for(1)
-    assert mail.message.get_content_type() == "text/html"
-
-
-def test_a_message_with_an_id_is_sent_once(asking: Run, daemon: Daemon, smtp: SmtpServer) -> None:
-    words = ["send", "--from", "a@b.test", "--to", "x@c.test", "--subject", "s", "--body", "b", "--id", "once"]
-    asking(*words)
-    daemon.wait_status("once", "sent")
-
-    again = asking(*words)
-
-    assert again == (0, "once: already sent\n", "")
-    assert len(smtp.received) == 1
-
-
-def test_a_refused_message_says_why_and_exits_1(asking: Run) -> None:
-    ended = asking("send", "--from", "a@b.test", "--to", "nobody", "--subject", "s", "--body", "b")
-
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.sentence.startswith("mailproxy: the message was refused: invalid to: ")
+    assert (html.returncode, other.message.get_content_type()) == (0, "text/html")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.sentence.startswith("mailproxy: the message was refused: invalid to: ")
 
 
 def test_an_eml_file_goes_out_as_it_is_to_whom_its_headers_name(asking: Run, daemon: Daemon, smtp: SmtpServer) -> None:
@@ -10546,10 +10527,9 @@ def test_an_eml_file_goes_out_as_it_is_to_whom_its_headers_name(asking: Run, dae
     eml += b"Bcc: b@c.test\nSubject: =?utf-8?q?a?=\n"
     (daemon.folder / "x.eml").write_bytes(eml + b"Message-ID: <7@a.test>\nX-Mine: kept\n\nline\n.dot\n")
 
-    by_header = asking("send", "x.eml", "--id", "e1")
-    by_option = asking("send", "x.eml", "--id", "e2", "--to", "only@c.test", "--from", "bounce@a.test")
+    assert asking("send", "x.eml", "--id", "e1").returncode == 0
+    assert asking("send", "x.eml", "--id", "e2", "--to", "only@c.test", "--from", "bounce@a.test").returncode == 0
 
-    assert (by_header.returncode, by_option.returncode) == (0, 0)
     smtp.wait_for(2)
     (first,), (second,) = smtp.received_by("x@c.test"), smtp.received_by("only@c.test")
     assert (first.sender, first.recipients) == ("shop@a.test", ["x@c.test", "y@c.test", "b@c.test"])
@@ -10565,7 +10545,9 @@ def write_csv(folder: Path, text: str, encoding: str = "utf-8") -> Path:
     return path
 
 
-def test_the_rows_of_a_csv_are_sent_once_however_often_it_runs(asking: Run, daemon: Daemon, smtp: SmtpServer) -> None:
+def test_the_rows_of_a_csv_are_sent_once_however_often_it_runs_and_a_terminal_shows_a_bar(
+    asking: Run, daemon: Daemon, smtp: SmtpServer
+) -> None:
     csv = write_csv(daemon.folder, 'To,Subject,body\nx@c.test,Hi,"a, b"\nperm@c.test,Hi,c\nx@c.test,Hi,"a, b"\n')
     words = ["send", "--csv", csv, "--from", "a@b.test"]
 
@@ -10574,11 +10556,12 @@ def test_the_rows_of_a_csv_are_sent_once_however_often_it_runs(asking: Run, daem
     wait_until(lambda: daemon.status()["pending"] == 0, "an empty queue")
     with csv.open("a") as file:
         file.write("new@c.test,Hi,d\n")
-    second = asking(*words, "--priority", "low")
+    seen, *ended = on_screen(*words, "--priority", "low", "--url", url_of(daemon))
 
-    assert (first.returncode, first.stderr) == (0, "")
-    assert first.stdout == "3 of 3\n3 messages: 3 queued, 0 sent before, 0 refused\n"
-    assert second.stdout.endswith("\n4 messages: 2 queued, 2 sent before, 0 refused\n")
+    assert first == (0, "3 of 3\n3 messages: 3 queued, 0 sent before, 0 refused\n", "")
+    assert ended == [0, ""]
+    bar = f"\r[{'#' * 40}] 4 of 4\r\x1b[K"
+    assert seen.decode().endswith(f"{bar}4 messages: 2 queued, 2 sent before, 0 refused\r\n")
     assert len(smtp.wait_for(3)) == 3
     assert len(smtp.received_by("x@c.test")) == 2
     assert daemon.get("/messages").json["messages"][0]["message"]["body"] == "a, b"
@@ -10602,59 +10585,40 @@ def test_rows_that_are_refused_say_why_and_the_others_go(asking: Run, daemon: Da
     assert ended.returncode == 1
     assert ended.stdout == "5 of 5\n5 messages: 1 queued, 0 sent before, 4 refused\n"
     complaints = {int(line): words for line, words in re.findall(r"people\.csv line (\d)(.*)", ended.stderr)}
-    assert list(complaints) == [4, 5, 6, 3]
-    assert "duplicate id" in complaints[4]
-    assert "no/such cannot be read" in complaints[5]
-    assert "more cells" in complaints[6]
-    assert "invalid to" in complaints[3]
+    reasons = {4: "duplicate id", 5: "no/such cannot be read", 6: "more cells", 3: "invalid to"}
+    assert list(complaints) == list(reasons)
+    assert all(reason in complaints[line] for line, reason in reasons.items())
     (mail,) = smtp.wait_for(1)
-    assert mail.recipients == ["x@c.test", "y@c.test"]
-    assert mail.message["X-Mine"] == "7"
+    assert (mail.recipients, mail.message["X-Mine"]) == (["x@c.test", "y@c.test"], "7")
     assert [part.get_filename() for part in mail.message.iter_attachments()] == ["a b.txt"]
 
 
-@pytest.mark.parametrize(
-    ("header", "complaint"),
-    [
+def test_a_csv_with_wrong_columns_is_refused_as_a_whole(tmp_path: Path, here: Run) -> None:
+    for header, complaint in [
         ("from,to,sujbect,body", 'unknown column "sujbect"; did you mean subject?'),
         ("from,to,subject,to", "the column to is there twice"),
         ("to,subject,body", "no column from, and no --from"),
         ("from,to,subject,body,raw", 'unknown column "raw"'),
         ("", "no column from"),
-    ],
-)
-def test_a_csv_with_wrong_columns_is_refused_as_a_whole(tmp_path: Path, header: str, complaint: str, here: Run) -> None:
-    ended = here("send", "--url", "http://127.0.0.1:9", "--csv", write_csv(tmp_path, f"{header}\n1,2,3,4\n"))
-
-    assert ended.returncode == 2
-    assert complaint in ended.sentence
+    ]:
+        ended = here("send", "--url", "http://127.0.0.1:9", "--csv", write_csv(tmp_path, f"{header}\n1,2,3,4\n"))
+        assert ended.returncode == 2
+        assert complaint in ended.sentence
 
 
 def test_a_daemon_with_small_batches_takes_a_long_csv_too(tmp_path: Path, here: Run) -> None:
-    rows = "".join(f"x@c.test,{n}\n" for n in range(450))
+    csv = write_csv(tmp_path, "to,subject\n" + "".join(f"x@c.test,{n}\n" for n in range(450)))
     with Daemon(tmp_path, {**QUIET, "server": {"max_batch": 90}}) as daemon:
-        words = ["send", "--csv", write_csv(tmp_path, f"to,subject\n{rows}"), "--from", "a@b.test", "--body", "b"]
-        ended = here(*words, "--url", url_of(daemon))
-        again = here(*words, "--url", url_of(daemon), "--json")
-
+        words = ["send", "--csv", csv, "--from", "a@b.test", "--body", "b", "--url", url_of(daemon)]
+        ended, again = here(*words), here(*words, "--json")
         assert daemon.status()["pending"] == 450
 
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[-1] == "450 messages: 450 queued, 0 sent before, 0 refused"
-    answers = [json.loads(line) for line in again.stdout.splitlines()]
-    assert sum(answer["queued"] for answer in answers) == 450
+    assert sum(json.loads(line)["queued"] for line in again.stdout.splitlines()) == 450
 
 
-def test_a_csv_shows_a_bar_in_a_terminal(daemon: Daemon) -> None:
-    csv = write_csv(daemon.folder, "from,to,subject,body\na@b.test,x@c.test,s,b\n")
-
-    seen, *ended = on_screen("send", "--csv", csv, "--url", url_of(daemon))
-
-    assert ended == [0, ""]
-    assert f"\r[{'#' * 40}] 1 of 1\r\x1b[K1 message: 1 queued" in seen.decode()
-
-
-def test_a_csv_that_is_interrupted_says_how_to_go_on_and_sends_nothing_twice(
+def test_a_csv_that_is_cut_off_says_how_to_go_on_and_sends_nothing_twice(
     daemon: Daemon, smtp: SmtpServer, asking: Run
 ) -> None:
     recipients = [f"x{n}@c.test" for n in range(mailproxy.BATCH_MESSAGES + 2)]
@@ -10662,31 +10626,24 @@ def test_a_csv_that_is_interrupted_says_how_to_go_on_and_sends_nothing_twice(
     csv = write_csv(daemon.folder, f"to,subject,body,attachments\n{rows}")
     late = daemon.folder / "late.txt"
     os.mkfifo(late)  # opening it waits for somebody who writes
-    words = ["send", "--csv", csv.name, "--from", "a@b.test", "--url", url_of(daemon)]
+    words = ["send", "--csv", csv.name, "--from", "a@b.test", "--url"]
 
-    with running(*words, cwd=daemon.folder) as sending:
-        assert sending.stdout
+    with running(*words, url_of(daemon), cwd=daemon.folder) as sending:
         sending.stdout.readline()
         sending.send_signal(signal.SIGINT)
         _, complaint = sending.communicate(timeout=60)
     late.unlink()
     late.write_text("here")
-    again = asking(*words)
+    unheard = asking(*words, f"http://127.0.0.1:{free_port()}")
+    again = asking(*words, url_of(daemon))
 
-    hint = "interrupted; 200 of 202 are through; run it again, and nothing is sent twice"
-    assert complaint == f"mailproxy: {hint}\n"
+    hint = "of 202 are through; run it again, and nothing is sent twice"
+    assert complaint == f"mailproxy: interrupted; 200 {hint}\n"
+    assert unheard.returncode == 1
+    assert f"say where it is with --url; 0 {hint}" in unheard.sentence
     assert again.returncode == 0, again.stderr
     wait_until(lambda: daemon.status()["pending"] == 0, "all sent")
     assert Counter(mail.recipients[0] for mail in smtp.received) == Counter(recipients)
-
-
-def test_a_csv_that_was_cut_off_says_how_far_it_came(tmp_path: Path, here: Run) -> None:
-    csv = write_csv(tmp_path, "from,to,subject,body\na@b.test,x@c.test,s,b\n")
-
-    ended = here("send", "--url", f"http://127.0.0.1:{free_port()}", "--csv", csv)
-
-    assert ended.returncode == 1
-    assert "say where it is with --url; 0 of 1 are through; run it again, and nothing is sent twice" in ended.sentence
 
 
 # --- sendmail
@@ -10695,49 +10652,32 @@ def test_a_csv_that_was_cut_off_says_how_far_it_came(tmp_path: Path, here: Run) 
 HOST = mailproxy.host_name()
 
 
-def sendmail_here(here: Run, words: list[str], content: bytes) -> Ended:
-    """Run sendmail inside this process, its standard input a file."""
-    kept = os.dup(0)
-    with tempfile.TemporaryFile() as file:
-        file.write(content)
-        file.seek(0)
-        os.dup2(file.fileno(), 0)
-        try:
-            return here("sendmail", *words)
-        finally:
-            os.dup2(kept, 0)
-            os.close(kept)
-
-
 @pytest.mark.parametrize(
     ("words", "call"),
     [
         ("-t -i", ((), None, "", True, False)),  # PHP's mail()
         ("-t -i -fshop@a.test", ((), "shop@a.test", "", True, False)),
         ("-FCronDaemon -i -odi -oem -oi -t -f root", ((), "root", "CronDaemon", True, False)),  # cronie
-        # Debian's cron
-        ("-i -FCronDaemon -B8BITMIME -oem root", (("root",), None, "CronDaemon", False, False)),
-        # mutt
-        ("-oem -oi -f me@a.test -- x@c.test -y@c.test",
-         (("x@c.test", "-y@c.test"), "me@a.test", "", False, False)),
+        ("-i -FCronDaemon -B8BITMIME -oem root", (("root",), None, "CronDaemon", False, False)),  # Debian's cron
+        ("-oem -oi -f me@a.test -- x@c.test -y", (("x@c.test", "-y"), "me@a.test", "", False, False)),  # mutt
         ("-i -f me@a.test x@c.test y@c.test", (("x@c.test", "y@c.test"), "me@a.test", "", False, False)),
         ("-bm -ti", ((), None, "", True, False)),
         ("-tfme@a.test", ((), "me@a.test", "", True, True)),
         ("x@c.test -r me@a.test", (("x@c.test",), "me@a.test", "", False, True)),
-        ("-N success,delay -R hdrs -V id -h 3 -X /tmp/l -L tag -O a=b -p x -v -q15m -G x@c.test",
-         (("x@c.test",), None, "", False, True)),
+        ("-N success,delay -R hdrs -V id -h 3 -X /tmp/l -L tag x@c.test", (("x@c.test",), None, "", False, True)),
+        ("-O a=b -p x -v -q15m -G x@c.test", (("x@c.test",), None, "", False, True)),
         ("-f <> x@c.test", (("x@c.test",), "", "", False, True)),
         ("-f '' x@c.test", (("x@c.test",), "", "", False, True)),
         ("--read-envelope-from -t", ((), None, "", True, True)),
     ],
-)  # fmt: skip
+)
 def test_the_options_of_sendmail_are_understood(words: str, call: tuple[object, ...]) -> None:
     assert mailproxy.sendmail_call(shlex.split(words)) == call
 
 
-def mail_of(words: str, content: bytes) -> tuple[dict[str, Any], bytes]:
+def mail_of(words: list[str], content: bytes) -> tuple[dict[str, Any], bytes]:
     """The submission a call of sendmail makes as root@vm.test, and the message in it."""
-    fields = mailproxy.sendmail_fields(mailproxy.sendmail_call(words.split()), content, "root", "vm.test")
+    fields = mailproxy.sendmail_fields(mailproxy.sendmail_call(words), content, "root", "vm.test")
     return fields, base64.b64decode(fields["raw"])
 
 
@@ -10750,15 +10690,13 @@ def mail_of(words: str, content: bytes) -> tuple[dict[str, Any], bytes]:
         (b"Subject: s\nHello\n", b"From: CronDaemon <root@vm.test>\r\nSubject: s\r\n\r\nHello\n"),
         (b"From: a@b.test\r\nX: 1\r\n 2\r\n\r\nb\r\n", b"From: a@b.test\r\nX: 1\r\n 2\r\n\r\nb\r\n"),
         (b"From me Mon Jan 1\nFrom: a@b.test\n\nb", b"From: a@b.test\r\n\r\nb"),
-        (
-            b"From: root (Cron Daemon)\nTo: admin, x@c.test\n\nb",
-            b"From: Cron Daemon <root@vm.test>\r\nTo: admin@vm.test, x@c.test\r\n\r\nb",
-        ),
+        (b"From: root (Cron Daemon)\nTo: admin, x@c.test\n\nb",
+         b"From: Cron Daemon <root@vm.test>\r\nTo: admin@vm.test, x@c.test\r\n\r\nb"),
         (b"From: =?utf-8?q?J=C3=B6?= <jo>\n\n", b"From: =?utf-8?b?SsO2?= <jo@vm.test>\r\n\r\n"),
     ],
-)
+)  # fmt: skip
 def test_sendmail_completes_the_header(content: bytes, mail: bytes) -> None:
-    assert mail_of("-FCronDaemon x@c.test", content)[1] == mail
+    assert mail_of(["-FCronDaemon", "x@c.test"], content)[1] == mail
 
 
 @pytest.mark.parametrize(
@@ -10768,53 +10706,41 @@ def test_sendmail_completes_the_header(content: bytes, mail: bytes) -> None:
         ("-f bounce x@c.test", "From: a@b.test", ("bounce@vm.test", None, ["x@c.test"])),
         ("root", "Subject: s", ("root@vm.test", None, ["root@vm.test"])),
         ("-f <> x@c.test", "From: a@b.test", ("a@b.test", "<>", ["x@c.test"])),
-        ("-t", "To: x@c.test\nCc: N <y@c.test>\nBcc: z", (None, None, ["x@c.test", "y@c.test", "z@vm.test"])),
-        ("-t w@c.test", "To: x@c.test", (None, None, ["w@c.test", "x@c.test"])),
-        ("-t", "To: x@c.test\nResent-To: y@c.test", (None, None, ["y@c.test"])),
-        ("w@c.test", "To: x@c.test", (None, None, ["w@c.test"])),
-        ("x@c.test,y@c.test", "To: z@c.test", (None, None, ["x@c.test", "y@c.test"])),
-        ("-t", "To: all: N <x@c.test> (N), y@c.test;", (None, None, ["x@c.test", "y@c.test"])),
+        ("-t", "To: x@c.test\nCc: N <y@c.test>\nBcc: z", ("root@vm.test", None, ["x@c.test", "y@c.test", "z@vm.test"])),
+        ("-t w@c.test", "To: x@c.test", ("root@vm.test", None, ["w@c.test", "x@c.test"])),
+        ("-t", "To: x@c.test\nResent-To: y@c.test", ("root@vm.test", None, ["y@c.test"])),
+        ("w@c.test", "To: x@c.test", ("root@vm.test", None, ["w@c.test"])),
+        ("x@c.test,y@c.test", "To: z@c.test", ("root@vm.test", None, ["x@c.test", "y@c.test"])),
+        ("-t", "To: all: N <x@c.test> (N), y@c.test;", ("root@vm.test", None, ["x@c.test", "y@c.test"])),
     ],
 )
-def test_sendmail_knows_the_envelope(
-    words: str, header: str, envelope: tuple[str | None, str | None, list[str]]
-) -> None:
-    fields, _ = mail_of(words, f"{header}\n\nbody\n".encode())
-
-    sender, return_path, recipients = envelope
-    assert fields["from"] == (sender or "root@vm.test")
-    assert fields.get("return_path") == return_path
-    assert fields["to"] == recipients
+def test_sendmail_knows_the_envelope(words: str, header: str, envelope: tuple[str, str | None, list[str]]) -> None:
+    fields, _ = mail_of(words.split(), f"{header}\n\nbody\n".encode())
+    assert (fields["from"], fields.get("return_path"), fields["to"]) == envelope
 
 
 @pytest.mark.parametrize("text", ["root admin", "x@c.test y@c.test", 'o"brien@c.test', "x@c.test N <y@c.test>"])
 def test_sendmail_refuses_recipients_it_would_lose_one_of(text: str) -> None:
-    in_header, on_the_command_line = (["-t"], f"To: {text}\n\n"), ([text], "")
-    for (words, header), status in (in_header, os.EX_DATAERR), (on_the_command_line, os.EX_NOUSER):
-        call = mailproxy.sendmail_call(words)
+    for words, content, status in (["-t"], f"To: {text}\n\n", os.EX_DATAERR), ([text], "", os.EX_NOUSER):
         with pytest.raises(mailproxy.Unsendable, match="no addresses") as refusal:
-            mailproxy.sendmail_fields(call, header.encode(), "root", "vm.test")
+            mail_of(words, content.encode())
         assert refusal.value.status == status
 
 
 def test_sendmail_sends_by_the_config_ini_of_the_daemon(tmp_path: Path, smtp: SmtpServer) -> None:
     content = b"To: x@c.test\nBcc: admin\nSubject: Gr\xc3\xbc\xc3\x9fe\n\nfirst\n.\nsecond\n"
-    with Daemon(tmp_path, {"server": {"port": free_port()}}, smtp=smtp, token="sesame") as daemon:
-        link = tmp_path / "sendmail"
-        link.symlink_to(STARTER)
-        command = [[sys.executable, link, "-t", "-i"], [sys.executable, STARTER, "sendmail", "-t", "-f", "shop@a.test"]]
-        ended = [
-            subprocess.run(
-                words, input=content, cwd=daemon.folder, env=_plain_environment(), capture_output=True, timeout=60
+    link = tmp_path / "sendmail"
+    link.symlink_to(STARTER)
+    with Daemon(tmp_path, {"server": {"port": free_port()}}, smtp=smtp, token="sesame"):
+        for words in [link, "-t", "-i"], [STARTER, "sendmail", "-t", "-f", "shop@a.test"]:
+            ended = subprocess.run(
+                [sys.executable, *words], input=content, cwd=tmp_path, env=_plain_environment(), capture_output=True
             )
-            for words in command
-        ]
+            assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
 
-    assert [(one.returncode, one.stdout, one.stderr) for one in ended] == [(0, b"", b"")] * 2
     whole, cut = sorted(smtp.received_by("x@c.test"), key=lambda mail: len(mail.content), reverse=True)
     assert whole.recipients == ["x@c.test", f"admin@{HOST}"]
-    assert whole.sender == f"{mailproxy.login_name()}@{HOST}"
-    assert whole.message["From"] == whole.sender
+    assert whole.sender == whole.message["From"] == f"{mailproxy.login_name()}@{HOST}"
     assert whole.message["Date"]
     assert whole.message["Message-ID"]
     assert "Subject: Grüße\r\n".encode() in whole.content
@@ -10827,136 +10753,95 @@ def test_sendmail_sends_by_the_config_ini_of_the_daemon(tmp_path: Path, smtp: Sm
 @pytest.mark.parametrize(
     ("words", "content", "environment", "status"),
     [
-        (["-t"], b"Subject: nobody\n\n", {}, os.EX_USAGE),
-        ([], b"", {}, os.EX_USAGE),
-        (["-bs"], b"", {}, os.EX_USAGE),
-        (["-f"], b"", {}, os.EX_USAGE),
-        (["x@c.test"], b"NUL \0", {}, os.EX_DATAERR),
-        (["nobody at all@"], b"x", {}, os.EX_NOUSER),
-        (["x@c.test"], b"x", {"MAILPROXY_TOKEN": "salami"}, os.EX_NOPERM),
-        (["x@c.test"], b"x", {"MAILPROXY_URL": "nonsense"}, os.EX_CONFIG),
-        (["x@c.test"], b"x", {"MAILPROXY_URL": "http://127.0.0.1:9"}, os.EX_TEMPFAIL),
-        (["x@c.test"], b"x", {}, os.EX_CONFIG),  # there is no account
-        (["x@c.test"], b"x" * 300_000, {}, os.EX_UNAVAILABLE),
+        ("-t", b"Subject: nobody\n\n", {}, os.EX_USAGE),
+        ("", b"", {}, os.EX_USAGE),
+        ("-bs", b"", {}, os.EX_USAGE),
+        ("-f", b"", {}, os.EX_USAGE),
+        ("x@c.test", b"NUL \0", {}, os.EX_DATAERR),
+        ("'nobody at all@'", b"x", {}, os.EX_NOUSER),
+        ("x@c.test", b"x", {"MAILPROXY_TOKEN": "salami"}, os.EX_NOPERM),
+        ("x@c.test", b"x", {"MAILPROXY_URL": "nonsense"}, os.EX_CONFIG),
+        ("x@c.test", b"x", {"MAILPROXY_URL": "http://127.0.0.1:9"}, os.EX_TEMPFAIL),
+        ("x@c.test", b"x", {}, os.EX_CONFIG),  # there is no account
+        ("x@c.test", b"x" * 300_000, {}, os.EX_UNAVAILABLE),
     ],
 )
 def test_sendmail_has_the_exit_status_of_sysexits(
-    strict_daemon: Daemon,
-    here: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    words: list[str],
-    content: bytes,
-    environment: dict[str, str],
-    status: int,
+    strict_daemon: Daemon, words: str, content: bytes, environment: dict[str, str], status: int
 ) -> None:
-    for name, value in {"MAILPROXY_URL": url_of(strict_daemon), "MAILPROXY_TOKEN": "sesame", **environment}.items():
-        monkeypatch.setenv(name, value)
+    environment = {"MAILPROXY_URL": url_of(strict_daemon), "MAILPROXY_TOKEN": "sesame", **environment}
 
-    ended = sendmail_here(here, words, content)
+    ended = run_command("sendmail", *shlex.split(words), environment=environment, stdin=content)
 
     assert (ended.returncode, ended.stdout) == (status, "")
     assert ended.sentence.startswith("mailproxy: ")
 
 
-class Caller(NamedTuple):
-    """A program that hands its mail to sendmail, and what comes of it."""
-
-    program: str
-    script: str  # run by sh in the daemon's folder, $SENDMAIL in its environment
-    sender: str
-    subject: str
-    body: str  # what is in it
-
-
-CALLERS = (
-    Caller(
-        "php",
-        """php -n -d sendmail_path="$SENDMAIL -t -i" -r 'exit(mail("x@c.test", "From PHP", "Hello\n.\nyou",
-           "From: Shop <shop@a.test>\r\nContent-Type: text/plain; charset=utf-8", "-fbounce@a.test") ? 0 : 1);'
-        """,
-        "bounce@a.test", "From PHP", "Hello\n.\nyou",
-    ),
-    Caller(
-        "mutt",
-        """echo 'Grüße' >text; echo "set sendmail='$SENDMAIL -oem -oi' from=me@a.test use_envelope_from copy=no" >rc
+@pytest.mark.parametrize(
+    ("program", "script", "sender", "subject", "body"),  # run by sh, $SENDMAIL in its environment
+    [
+        ("php", """php -n -d sendmail_path="$SENDMAIL -t -i" -r 'exit(mail("x@c.test", "From PHP", "Hello\n.\nyou",
+           "From: Shop <shop@a.test>\r\nContent-Type: text/plain; charset=utf-8", "-fbounce@a.test") ? 0 : 1);'""",
+         "bounce@a.test", "From PHP", "Hello\n.\nyou"),
+        ("mutt", """echo Grüße >text; echo "set sendmail='$SENDMAIL -oem -oi' from=me@a.test use_envelope_from copy=no" >rc
            LC_ALL=C.UTF-8 mutt -n -F rc -s 'From mutt' -a text -- x@c.test <text""",
-        "me@a.test", "From mutt", "Grüße",
-    ),
-    Caller(
-        "sh",  # with the words of Debian's cron
-        """{ printf 'From: root (Cron Daemon)\nTo: x@c.test\nSubject: Cron <root@vm> backup\n\n'; echo disk full
-           } | $SENDMAIL -i -FCronDaemon -B8BITMIME -oem x@c.test""",
-        f"{mailproxy.login_name()}@{HOST}", "Cron <root@vm> backup", "disk full",
-    ),
-    Caller(
-        "git",
-        """printf '%s\n' 'From 0123 Mon Sep 17 00:00:00 2001' 'From: A <a@b.test>' 'Subject: [PATCH] x' \
+         "me@a.test", "From mutt", "Grüße"),
+        ("sh", """{ printf 'From: root (Cron Daemon)\nTo: x@c.test\nSubject: Cron <root@vm> backup\n\n'; echo disk full
+           } | $SENDMAIL -i -FCronDaemon -B8BITMIME -oem x@c.test""",  # with the words of Debian's cron
+         f"{mailproxy.login_name()}@{HOST}", "Cron <root@vm> backup", "disk full"),
+        ("git", """printf '%s\n' 'From 0123 Mon Sep 17 00:00:00 2001' 'From: A <a@b.test>' 'Subject: [PATCH] x' \
            'Date: Mon, 1 Jan 2024 00:00:00 +0000' '' 'the patch' >0001.patch
            git send-email --smtp-server="$SENDMAIL" --to=x@c.test --from='A <a@b.test>' --suppress-cc=all \\
            --confirm=never 0001.patch""",
-        "a@b.test", "[PATCH] x", "the patch",
-    ),
+         "a@b.test", "[PATCH] x", "the patch"),
+    ],
+    ids=["php", "mutt", "sh", "git"],
 )  # fmt: skip
-
-
-@pytest.mark.parametrize("caller", CALLERS, ids=[caller.program for caller in CALLERS])
-def test_programs_that_know_sendmail_send_through_it(caller: Caller, daemon: Daemon, smtp: SmtpServer) -> None:
-    needs(caller.program)
-    if caller.program == "git":
+def test_programs_that_know_sendmail_send_through_it(
+    program: str, script: str, sender: str, subject: str, body: str, daemon: Daemon, smtp: SmtpServer
+) -> None:
+    needs(program)
+    if program == "git":
         needs(f"{subprocess.getoutput('git --exec-path')}/git-send-email")
     wrapper = daemon.folder / "sendmail"
     wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {STARTER} sendmail "$@"\n')
     wrapper.chmod(0o755)
-
     environment = {
-        **_plain_environment(),
-        "MAILPROXY_URL": url_of(daemon),
-        "SENDMAIL": str(wrapper),
-        "HOME": str(daemon.folder),
+        **_plain_environment(), "MAILPROXY_URL": url_of(daemon), "SENDMAIL": str(wrapper), "HOME": str(daemon.folder),
         **{f"GIT_{who}_{what}": "a@b.test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
-    }
+    }  # fmt: skip
     ended = subprocess.run(
-        ["sh", "-ec", caller.script], cwd=daemon.folder, env=environment, stdin=subprocess.DEVNULL,
-        capture_output=True, timeout=60,
-    )  # fmt: skip
-
+        ["sh", "-ec", script], cwd=daemon.folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True
+    )
     assert ended.returncode == 0, ended.stderr
     (mail,) = smtp.wait_for(1)
-    assert (mail.sender, mail.recipients) == (caller.sender, ["x@c.test"])
-    assert mail.message["Subject"] == caller.subject
+    assert (mail.sender, mail.recipients, mail.message["Subject"]) == (sender, ["x@c.test"], subject)
     part = next(part for part in mail.message.walk() if part.get_content_type() == "text/plain")
-    assert caller.body in part.get_content().replace("\r\n", "\n")
+    assert body in part.get_content().replace("\r\n", "\n")
 
 
 # --- backup
 
 
 def test_a_backup_is_a_whole_queue_while_the_daemon_writes(tmp_path: Path) -> None:
-    stop = threading.Event()
+    batches = ([note(f"{n}-{m}", body="b" * 5000) for m in range(10)] for n in itertools.count())
     with Daemon(tmp_path, QUIET) as daemon:
-
-        def submit() -> None:
-            for n in itertools.takewhile(lambda _: not stop.is_set(), itertools.count()):
-                daemon.submit(*(note(f"{n}-{m}", body="b" * 5000) for m in range(10)))
-
-        writer = threading.Thread(target=submit)
-        writer.start()
-        try:
-            wait_until(lambda: daemon.status()["pending"] > 100, "some messages")
-            ended = run_command("backup", "copy.db", folder=tmp_path)
-        finally:
-            stop.set()
-            writer.join()
+        for batch in itertools.islice(batches, 11):
+            daemon.submit(*batch)
+        with running("backup", "copy.db", cwd=tmp_path) as backing_up:
+            while backing_up.poll() is None:
+                daemon.submit(*next(batches))
+            said, complaints = backing_up.communicate()
         pending = daemon.status()["pending"]
 
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (backing_up.returncode, complaints) == (0, "")
     copy = tmp_path / "copy.db"
     with contextlib.closing(sqlite3.connect(f"file:{copy}?mode=ro", uri=True)) as db:
         (count,) = db.execute("SELECT count(*) FROM messages").fetchone()
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     assert 100 < count <= pending
     assert count % 10 == 0  # a submission is in it or is not
-    assert re.fullmatch(rf"copy\.db: {count} messages, \d+\.\d [kM]B, checked\n", ended.stdout)
+    assert re.fullmatch(rf"copy\.db: {count} messages, \d+\.\d [kM]B, checked\n", said)
     assert copy.stat().st_mode & 0o777 == 0o600
     assert {path.name for path in tmp_path.iterdir() if "copy" in path.name} == {"copy.db"}
     with Daemon(tmp_path, {**QUIET, "storage": {"db_path": copy}}) as restored:
@@ -10964,36 +10849,31 @@ def test_a_backup_is_a_whole_queue_while_the_daemon_writes(tmp_path: Path) -> No
 
 
 def test_a_backup_overwrites_only_what_it_may(daemon: Daemon, here: Run) -> None:
-    queue, there = daemon.folder / "queue.db", daemon.folder / "there.db"
-    there.write_text("mine")
+    there, nowhere = daemon.folder / "there.db", daemon.folder / "no" / "x.db"
     words = ["--config", daemon.folder / "config.ini"]
-
-    kept = here("backup", there, *words)
-    content = there.read_text()
-    itself = here("backup", queue, "--force", *words)
-    folder = here("backup", daemon.folder, "--force", *words)
-    nowhere = here("backup", daemon.folder / "no" / "x.db", *words)
-    forced = here("backup", there, "--force", *words)
-
-    assert (kept.returncode, content) == (1, "mine")
-    assert "--force" in kept.sentence
-    assert (itself.returncode, folder.returncode, nowhere.returncode) == (1, 1, 1)
-    assert "queue in use" in itself.sentence
-    assert "folder" in folder.sentence
-    assert f"{daemon.folder / 'no' / 'x.db'} cannot be written: No such file or directory" in nowhere.sentence
-    assert (forced.returncode, there.read_bytes()[:6]) == (0, b"SQLite")
+    there.write_text("mine")
+    for target, forced, complaint in [
+        (there, (), "--force"),
+        (daemon.folder / "queue.db", ("--force",), "queue in use"),
+        (daemon.folder, ("--force",), "folder"),
+        (nowhere, (), f"{nowhere} cannot be written: No such file or directory"),
+    ]:
+        ended = here("backup", target, *forced, *words)
+        assert ended.returncode == 1
+        assert complaint in ended.sentence
+        assert there.read_text() == "mine"
+    assert here("backup", there, "--force", *words).returncode == 0
+    assert there.read_bytes()[:6] == b"SQLite"
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no database at all" * 100])
-def test_what_is_no_queue_is_not_backed_up(tmp_path: Path, content: bytes | None, here: Run) -> None:
-    if content is not None:
-        (tmp_path / "q.db").write_bytes(content)
-
-    ended = here("backup", tmp_path / "copy.db", "--db", tmp_path / "q.db")
-
-    assert ended.returncode == 1
-    assert "q.db" in ended.sentence
-    assert not list(tmp_path.glob("*copy*"))
+def test_what_is_no_queue_is_not_backed_up(tmp_path: Path, here: Run) -> None:
+    for content in None, b"", b"no database at all" * 100:
+        if content is not None:
+            (tmp_path / "q.db").write_bytes(content)
+        ended = here("backup", tmp_path / "copy.db", "--db", tmp_path / "q.db")
+        assert ended.returncode == 1
+        assert "q.db" in ended.sentence
+        assert not list(tmp_path.glob("*copy*"))
 
 
 # ======================================================================
