@@ -4700,11 +4700,13 @@ def disposition_filename(header: str) -> str:
     """The file name in a Content-Disposition header (RFC 6266), "" when there is none."""
     message = email.message.Message()
     message["Content-Disposition"] = header
-    given: list[tuple[str, Any]] = list(message.get_params([], "Content-Disposition"))
+    given: list[tuple[str, Any]] = []
+    with contextlib.suppress(TypeError):  # email's mistake where filename*0 stands beside filename*
+        given += message.get_params([], "Content-Disposition")
     for name, value in reversed(given):  # one with an encoding of its own (RFC 8187) stands last
         if name.lower() != "filename":
             continue
-        with contextlib.suppress(LookupError, UnicodeError):
+        with contextlib.suppress(LookupError, ValueError):
             if isinstance(value, tuple):  # encoding, language, octets
                 value = value[2].encode("latin-1").decode(value[0] or "us-ascii")
             else:

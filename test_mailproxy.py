@@ -4426,6 +4426,8 @@ def test_the_message_names_first_then_the_answer_then_the_url(path, headers, nam
         ('attachment; filename="è.pdf"'.encode().decode("latin-1"), "è.pdf"),
         ('attachment; filename="\xe8.pdf"', "è.pdf"),
         ('attachment; x="; filename=wrong.pdf"; filename=right.pdf', "right.pdf"),
+        ("attachment; filename*=x\x00''a; filename=fallback.pdf", "fallback.pdf"),
+        ("attachment; filename*0; filename*", ""),
     ],
 )
 def test_the_name_is_read_from_content_disposition(header, name):
