@@ -6289,7 +6289,9 @@ class HttpService:
     async def answers_to(self, sent, *, bytewise=False):
         """All that comes back on one connection until the server ends it, or the client who half-closes it."""
         reader, writer = await self.connect()
-        await write_http(writer, sent, bytewise=bytewise)
+        for piece in map(bytes, zip(sent, strict=True)) if bytewise else [sent]:
+            writer.write(piece)
+            await asyncio.sleep(0)
         writer.write_eof()
         return await reader.read(-1)
 
@@ -6297,12 +6299,6 @@ class HttpService:
         """The first of them, with all that follows as its content."""
         head, _, content = (await self.answers_to(sent, **how)).partition(b"\r\n\r\n")
         return http_answer(head, content)
-
-
-async def write_http(writer, sent, *, bytewise):
-    for piece in map(bytes, zip(sent, strict=True)) if bytewise else [sent]:
-        writer.write(piece)
-        await asyncio.sleep(0)
 
 
 def http_answer(head, content=b""):
@@ -6365,7 +6361,7 @@ def served(**limits):
 
 
 @served()
-async def test_a_get_is_answered_with_json_and_the_connection_stays(service):
+async def test_a_request_is_answered_with_json_and_the_connection_stays_also_when_it_comes_byte_by_byte(service):
     reader, writer = await service.connect()
 
     for _ in range(3):
@@ -6378,6 +6374,8 @@ async def test_a_get_is_answered_with_json_and_the_connection_stays(service):
         assert answer.headers["cache-control"] == "no-store"
         assert "connection" not in answer.headers
     assert service.observed == [("/health", "GET", 200)] * 3
+    bytewise = await service.answer_to(b"\r\n" + http_request(body=b'{"a": 1}'), bytewise=True)
+    assert bytewise.json["got"] == {"a": 1}
 
 
 REFUSED_LINES = {
@@ -6477,13 +6475,9 @@ CHUNKED_HEAD = b"POST /length HTTP/1.1\r\n" + HOST_AND_TOKEN + b"Transfer-Encodi
 async def test_a_chunked_body_is_put_together_and_the_next_request_follows(service):
     reader, writer = await service.connect()
     for body, length in [
-        (b"5\r\nhello\r\n0\r\n\r\n", 5),
-        (b"5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n", 6),
-        (b"0\r\n\r\n", 0),
-        (b"A\r\n0123456789\r\n0\r\n\r\n", 10),
-        (b"0005\r\nhello\r\n000\r\n\r\n", 5),
-        (b'5;a=b;c="d"\r\nhello\r\n0;x\r\n\r\n', 5),
-        (b"5\r\nhello\r\n0\r\nA: b\r\nContent-Length: 7\r\n\r\n", 5),
+        *((b"5\r\nhello\r\n0\r\n\r\n", 5), (b"5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n", 6), (b"0\r\n\r\n", 0)),
+        *((b"A\r\n0123456789\r\n0\r\n\r\n", 10), (b"0005\r\nhello\r\n000\r\n\r\n", 5)),
+        *((b'5;a=b;c="d"\r\nhello\r\n0;x\r\n\r\n', 5), (b"5\r\nhello\r\n0\r\nA: b\r\nContent-Length: 7\r\n\r\n", 5)),
         (b"1\r\nx\r\n" * 5000 + b"0\r\n\r\n", 5000),
     ]:
         writer.write(CHUNKED_HEAD + body + HEALTH)
@@ -6558,20 +6552,14 @@ async def test_a_path_is_decoded_segment_by_segment_and_of_a_query_the_last_of_a
 
 @served()
 async def test_a_body_that_is_or_may_be_json_is_read_as_json_and_any_other_is_415(service):
-    for header, read in [
-        ("", True),
-        ("Content-Type: application/json\r\n", True),
-        ("Content-Type: Application/JSON; charset=utf-8\r\n", True),
-        ("Content-Type: application/problem+json\r\n", True),
-        ("Content-Type: application/x-www-form-urlencoded\r\n", True),
-        ("Content-Encoding: identity\r\n", True),
-        ("Content-Type: text/plain\r\n", False),
-        ("Content-Type: multipart/form-data\r\n", False),
-        ("Content-Encoding: gzip\r\n", False),
-    ]:
+    read = ["", *("Content-Type: application/json\r\n", "Content-Type: Application/JSON; charset=utf-8\r\n")]
+    read += ["Content-Type: application/problem+json\r\n", "Content-Encoding: identity\r\n"]
+    read += ["Content-Type: application/x-www-form-urlencoded\r\n"]
+    other = ["Content-Type: text/plain\r\n", "Content-Type: multipart/form-data\r\n", "Content-Encoding: gzip\r\n"]
+    for header in (*read, *other):
         for content, got in (('{"a": "é"}', {"a": "é"}), ('\ufeff{"a": 1}', {"a": 1})):
             answer = await service.answer_to(http_request(headers=header, body=content.encode()))
-            assert (answer.status, answer.json.get("got")) == ((200, got) if read else (415, None)), header
+            assert (answer.status, answer.json.get("got")) == ((200, got) if header in read else (415, None)), header
         assert (await service.answer_to(http_request(headers=header))).json["got"] == {}
 
 
@@ -6606,6 +6594,9 @@ async def test_json_that_is_not_strictly_right_is_400_and_says_why(service):
     pair_64_deep = b'{"m":' * 63 + b'{"a": "\\ud83d\\ude00"}' + b"}" * 63
     got = (await service.answer_to(http_request(body=pair_64_deep))).json["got"]
     assert functools.reduce(operator.getitem, ["m"] * 63, got) == {"a": "😀"}
+    for size, threads in ((200_000, 0), (300_000, 1)):  # the large one is parsed on a thread
+        answer = await service.answer_to(http_request(body=json.dumps({"a": "x" * size}).encode()))
+        assert (answer.json["got"], service.threads) == ({"a": "x" * size}, threads)
     assert not service.failures
     assert mailproxy.json_response({"a": "\udc80é"}).body == b'{"a": "\\udc80\xc3\xa9"}\n'
 
@@ -6666,14 +6657,6 @@ def test_json_of_very_many_values_is_413_before_it_takes_the_memory_and_marks_wi
 
 
 @served()
-async def test_a_large_body_is_parsed_on_a_thread_and_a_small_one_is_not(service):
-    for size, threads in ((200_000, 0), (300_000, 1)):
-        answer = await service.answer_to(http_request(body=json.dumps({"a": "x" * size}).encode()))
-
-        assert (answer.json["got"], service.threads) == ({"a": "x" * size}, threads)
-
-
-@served()
 async def test_the_clients_own_request_id_comes_back_when_it_is_a_decent_one_also_of_a_refused_request(service):
     for sent_id in ("abc-123", "x" * 128, "!~", "x" * 129, "a b", "é", ""):
         sent = HEALTH.replace(b"\r\n\r\n", f"\r\nX-Request-Id: {sent_id}\r\n\r\n".encode())
@@ -6709,13 +6692,6 @@ async def test_a_long_row_of_requests_is_answered_in_order_and_leaves_the_loop_t
 
     assert reading.result() == list(range(2000))
     assert turns > 1500
-
-
-@served()
-async def test_a_request_that_comes_byte_by_byte_is_the_same_request(service):
-    answer = await service.answer_to(b"\r\n" + http_request(body=b'{"a": 1}'), bytewise=True)
-
-    assert answer.json["got"] == {"a": 1}
 
 
 @served()
@@ -6971,11 +6947,9 @@ async def test_stopping_cuts_what_is_not_done_within_the_grace(service):
     reader, writer = await service.connect()
     writer.write(http_request("POST", "/slow"))
     await service.started.wait()
-
     await service.server.stop(0.1)
 
-    assert await reader.read() == b""
-    assert service.finished == 0
+    assert (await reader.read(), service.finished) == (b"", 0)
 
 
 @served()
@@ -10940,16 +10914,13 @@ def test_typescript_refuses_nonsense_by_the_types_made_of_openapi_json(described
 
 @pytest.mark.timeout(180)
 def test_schemathesis_finds_nothing(tmp_path: Path, smtp: SmtpServer) -> None:
-    """With all its checks; a longer run is the same script with more examples."""
     pytest.importorskip("schemathesis")
     with Daemon(tmp_path, smtp=smtp, token="t0ken") as daemon:
         daemon.submit(mail("there"), mail("later", deferred_ts=4_000_000_000))
-        script = PROGRAM.parent / "bench" / "api.py"
-        url = f"http://127.0.0.1:{daemon.port}"
-        tried = subprocess.run(
-            [sys.executable, script, "--url", url, "--token", "t0ken", "--examples", "3"],
-            cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=170,
-        )  # fmt: skip
+        script, url = PROGRAM.parent / "bench" / "api.py", f"http://127.0.0.1:{daemon.port}"
+        command = [sys.executable, script, "--url", url, "--token", "t0ken", "--examples", "3"]
+        options = {"cwd": tmp_path, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+        tried = subprocess.run(command, timeout=170, **options)
 
         assert tried.returncode == 0, tried.stdout[-10_000:] + tried.stderr
         assert "No issues found" in tried.stdout
