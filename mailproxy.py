@@ -201,19 +201,19 @@ class Message(NamedTuple):
     to: tuple[Mailbox, ...]
     cc: tuple[Mailbox, ...]
     bcc: tuple[Mailbox, ...]
-    reply_to: tuple[Mailbox, ...]
     return_path: str  # the envelope sender
-    subject: str
-    text: str | None
-    html: str | None
-    headers: tuple[tuple[str, str], ...]
     message_id: str  # without angle brackets; "" when the composer is not to add one
-    attachments: tuple[Attachment, ...]
-    raw: bytes | None  # a complete RFC 5322 message instead of all that
     priority: int  # 0 (immediate) to 3 (low)
     deferred_ts: int | None
     expires_ts: int | None
     batch_code: str | None
+    subject: str = ""
+    text: str | None = None
+    html: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+    reply_to: tuple[Mailbox, ...] = ()
+    attachments: tuple[Attachment, ...] = ()
+    raw: bytes | None = None  # a complete RFC 5322 message instead of all that
     unknown: tuple[str, ...] = ()  # fields that mean nothing here
 
     @property
@@ -983,11 +983,8 @@ def _given(origin: str, section: str, key: str, text: str) -> Given:
         raise ConfigurationError(f"{where}: {shown} is not {row.kind.words}") from None
 
 
-Written: TypeAlias = tuple[str, str, str, str]  # origin, section, key, text
-
-
-def _in_file(path: str) -> Iterator[Written]:
-    """What stands in config.ini. Blocking. Errors name lines, never their text: it may hold a secret."""
+def _in_file(path: str) -> Iterator[tuple[str, str, str, str]]:
+    """What stands in config.ini: origin, section, key, text. Blocking. Errors name lines, never their text: it may hold a secret."""
     import configparser
 
     parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
@@ -1018,14 +1015,6 @@ def _in_file(path: str) -> Iterator[Written]:
         yield from ((path, section, key, text) for key, text in parser.items(written))
 
 
-def _on_the_command_line(overrides: Mapping[str, str]) -> Iterator[Written]:
-    for name, text in overrides.items():
-        section, _, key = name.rpartition(".")
-        if not section:
-            raise ConfigurationError(f"command line: {name}: write SECTION.KEY=VALUE, such as server.port=8000")
-        yield "command line", section, key.lower(), text
-
-
 def read_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
     """All settings, each one judged for itself: what a client of the daemon needs.
 
@@ -1035,13 +1024,15 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     usual = (path for path in ("./config.ini", "/etc/mailproxy/config.ini") if os.path.exists(path))
     path = config or environ.get("MAILPROXY_CONFIG") or next(usual, None)
     variables = {f"MAILPROXY_{row.section}_{row.key}".upper(): row for rows in TABLE.values() for row in rows}
-    in_environment = (  # an empty one is none
-        (f"environment variable {name}", row.section, row.key, environ[name])
-        for name, row in variables.items()
-        if environ.get(name)
-    )
-    layers = (_in_file(path) if path else (), in_environment, _on_the_command_line(overrides))
-    written = itertools.chain.from_iterable(layers)  # later ones win
+    written = list(_in_file(path)) if path else []  # later ones win
+    for name, row in variables.items():
+        if environ.get(name):  # an empty one is none
+            written.append((f"environment variable {name}", row.section, row.key, environ[name]))
+    for name, text in overrides.items():
+        section, _, key = name.rpartition(".")
+        if not section:
+            raise ConfigurationError(f"command line: {name}: write SECTION.KEY=VALUE, such as server.port=8000")
+        written.append(("command line", section, key.lower(), text))
     given = {(section, key): _given(origin, section, key, text) for origin, section, key, text in written}
     given = _with_aws_variables(given, environ)
     known = (*variables, *ENVIRONMENT_OF_THE_CLIENT)
@@ -1056,9 +1047,8 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
         if section in SECTIONS:
             sections[section][key] = one.value
         elif one.text:
-            accounts.setdefault("default" if section == "smtp" else section.removeprefix("account:"), {})[key] = (
-                one.text
-            )
+            account_id = "default" if section == "smtp" else section.removeprefix("account:")
+            accounts.setdefault(account_id, {})[key] = one.text
     if "host" not in accounts.get("default", {"host": ""}):
         del accounts["default"]
         warnings.append("[smtp] has no host: there is no default account")
@@ -1080,20 +1070,6 @@ def _with_aws_variables(given: GivenSettings, environ: Mapping[str, str]) -> Giv
             text = environ[name] if key in ("region", "endpoint") else f"env:{name}"
             found["s3", key] = _given(f"environment variable {name}", "s3", key, text)
     return found | given
-
-
-def load_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
-    """All settings, judged for themselves and together, as the daemon needs them to start.
-
-    Blocking: reads files. Raises ConfigurationError that names file, section and key.
-    """
-    settings = read_settings(config, environ, overrides)
-    check_listening(settings, api_tokens(settings, environ))
-    _check_client(settings, environ)
-    for key, needed in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
-        if getattr(settings.server, key) and not getattr(settings.server, needed):
-            raise _complaint(settings, "server", key, f"needs {needed} beside it")
-    return settings
 
 
 # --- what settings mean together -----------------------------------------
@@ -1118,35 +1094,9 @@ def check_listening(settings: Settings, tokens: tuple[str, ...]) -> None:
     """Without a token only this machine may come in (CONTRACT: authentication)."""
     server = settings.server
     if not tokens and not server.unix_socket and not is_loopback(server.host):
-        raise _complaint(
-            settings,
-            "server",
-            "host",
-            f"{server.host} can be reached from outside, and no token is set: set api_token in [server] "
-            "(or MAILPROXY_SERVER_API_TOKEN), or listen on 127.0.0.1",
-        )
-
-
-def _check_client(settings: Settings, environ: Mapping[str, str]) -> None:
-    """The credentials of the upstream: readable, and fit for a header."""
-    client = settings.client
-    for row in TABLE["client"]:
-        secret = getattr(client, row.key)
-        if isinstance(secret, Secret):
-            text = _revealed(settings, "client", row.key, secret, environ)
-            if row.key == "client_sync_token" and not re.fullmatch(r"[\x21-\x7e]+", text):
-                raise _complaint(settings, "client", row.key, "must be ASCII without spaces to go into a header")
-            if re.search(r"[\x00-\x1f\x7f]", text):
-                raise _complaint(settings, "client", row.key, "holds a line break or another control character")
-            if row.key == "client_sync_secret":
-                try:
-                    webhook_key(text)
-                except ValueError:
-                    raise _complaint(settings, "client", row.key, "after whsec_ there must be base64") from None
-    if client.client_sync_password and not client.client_sync_user:
-        raise _complaint(settings, "client", "client_sync_password", "needs client_sync_user beside it")
-    if ":" in (client.client_sync_user or ""):
-        raise _complaint(settings, "client", "client_sync_user", "must not hold a colon (RFC 7617)")
+        remedy = "set api_token in [server] (or MAILPROXY_SERVER_API_TOKEN), or listen on 127.0.0.1"
+        problem = f"{server.host} can be reached from outside, and no token is set: {remedy}"
+        raise _complaint(settings, "server", "host", problem)
 
 
 def webhook_key(secret: str) -> bytes:
@@ -1218,6 +1168,37 @@ def api_tokens(settings: Settings, environ: Mapping[str, str]) -> tuple[str, ...
     return tuple(dict.fromkeys(tokens))
 
 
+def load_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
+    """All settings, judged for themselves and together, as the daemon needs them to start.
+
+    Blocking: reads files. Raises ConfigurationError that names file, section and key.
+    """
+    settings = read_settings(config, environ, overrides)
+    check_listening(settings, api_tokens(settings, environ))
+    client = settings.client  # its credentials: readable, and fit for a header
+    for row in TABLE["client"]:
+        secret = getattr(client, row.key)
+        if isinstance(secret, Secret):
+            text = _revealed(settings, "client", row.key, secret, environ)
+            if row.key == "client_sync_token" and not re.fullmatch(r"[\x21-\x7e]+", text):
+                raise _complaint(settings, "client", row.key, "must be ASCII without spaces to go into a header")
+            if re.search(r"[\x00-\x1f\x7f]", text):
+                raise _complaint(settings, "client", row.key, "holds a line break or another control character")
+            if row.key == "client_sync_secret":
+                try:
+                    webhook_key(text)
+                except ValueError:
+                    raise _complaint(settings, "client", row.key, "after whsec_ there must be base64") from None
+    if client.client_sync_password and not client.client_sync_user:
+        raise _complaint(settings, "client", "client_sync_password", "needs client_sync_user beside it")
+    if ":" in (client.client_sync_user or ""):
+        raise _complaint(settings, "client", "client_sync_user", "must not hold a colon (RFC 7617)")
+    for key, needed in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
+        if getattr(settings.server, key) and not getattr(settings.server, needed):
+            raise _complaint(settings, "server", key, f"needs {needed} beside it")
+    return settings
+
+
 # --- accounts ------------------------------------------------------------
 
 
@@ -1271,16 +1252,15 @@ def parse_account(fields: object, *, source: str = "http", defaults: DeliverySet
             values[row.key] = getattr(defaults, row.else_of)
     account = Account(**values)
     asks_for_oauth2 = nested or any(key.startswith("oauth2_") for key in values)
-    if asks_for_oauth2 and account.oauth2 is None:
-        raise Rejected("invalid oauth2: needs token_url and client_id")
-    if asks_for_oauth2 and not (
-        account.oauth2_refresh_token or (account.oauth2_client_secret and account.oauth2_scope)
+    has_grant = account.oauth2_refresh_token or (account.oauth2_client_secret and account.oauth2_scope)
+    for wrong, problem in (
+        (asks_for_oauth2 and account.oauth2 is None, "oauth2: needs token_url and client_id"),
+        (asks_for_oauth2 and not has_grant, "oauth2: needs refresh_token, or client_secret and scope"),
+        (account.auth == "xoauth2" and account.oauth2 is None, "auth: xoauth2 needs oauth2"),
+        (account.client_key and not account.client_cert, "client_key: goes with a client_cert"),
     ):
-        raise Rejected("invalid oauth2: needs refresh_token, or client_secret and scope")
-    if account.auth == "xoauth2" and account.oauth2 is None:
-        raise Rejected("invalid auth: xoauth2 needs oauth2")
-    if account.client_key and not account.client_cert:
-        raise Rejected("invalid client_key: goes with a client_cert")
+        if wrong:
+            raise Rejected(f"invalid {problem}")
     return account
 
 
@@ -1566,17 +1546,6 @@ def _domain_in_ascii(domain: str, field: str) -> str:
         raise Rejected(f"invalid {field}: {_shown(domain)} is not a domain or an address literal") from None
 
 
-def _spelled_alike(*groups: tuple[Mailbox, ...]) -> tuple[tuple[Mailbox, ...], ...]:
-    """Gives a recipient that is mentioned again, its domain in other capitals, its first spelling."""
-    spellings: dict[tuple[str, str], str] = {}
-
-    def alike(mailbox: Mailbox) -> Mailbox:
-        local_part, _, domain = mailbox.address.rpartition("@")
-        return Mailbox(mailbox.name, spellings.setdefault((local_part, domain.lower()), mailbox.address))
-
-    return tuple(tuple(map(alike, group)) for group in groups)
-
-
 # --- header fields --------------------------------------------------------
 
 _FIELD_NAME = re.compile(r"[!-9;-~]{1,76}")  # ftext, RFC 5322 3.6.8
@@ -1586,19 +1555,25 @@ _MEANS_A_FIELD = ("subject", "message-id", "reply-to")
 _MESSAGE_ID = re.compile(r"[!-;=?-~]+")
 
 
-def _extra_headers(value: object) -> tuple[tuple[tuple[str, str], ...], dict[str, str]]:
+def _extra_headers(given: object) -> tuple[tuple[tuple[str, str], ...], dict[str, str]]:
     """The headers of a submission; apart from them, by name, those that mean a field of the message."""
-    if not isinstance(value, dict):
+    if not isinstance(given, dict):
         raise Rejected("invalid headers: must be an object of names and values")
     others: list[tuple[str, str]] = []
     once: dict[str, str] = {}
-    for name, values in value.items():
+    for name, values in given.items():
         lower = name.lower()
         if not _FIELD_NAME.fullmatch(name):
             raise Rejected(f"invalid headers: {_shown(name)} is not the name of a header")
         if lower in _OURS or lower.startswith("content-"):
             raise Rejected(f"invalid headers: {name} cannot be given here")
-        for text in _header_texts(name, values):
+        for value in values if isinstance(values, list) else [values]:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER
+            if value is None:
+                continue
+            if not is_number and not isinstance(value, str):
+                raise Rejected(f"invalid headers: {name} must be a string, a number or a list of them")
+            text = line_of(str(value).replace("\t", " "), "headers").strip(" ")
             if lower in once:
                 raise Rejected(f"invalid headers: {lower} can be there only once")
             if lower in _ONCE:
@@ -1611,15 +1586,6 @@ def _extra_headers(value: object) -> tuple[tuple[tuple[str, str], ...], dict[str
     except (ValueError, TypeError, OverflowError):
         raise Rejected("invalid headers: Date is not a date as mail has it") from None
     return tuple(others), once
-
-
-def _header_texts(name: str, values: object) -> Iterator[str]:
-    for value in values if isinstance(values, list) else [values]:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER
-        if is_number or isinstance(value, str):
-            yield line_of(str(value).replace("\t", " "), "headers").strip(" ")
-        elif value is not None:
-            raise Rejected(f"invalid headers: {name} must be a string, a number or a list of them")
 
 
 def _message_id(value: object, field: str) -> str:
@@ -1801,7 +1767,10 @@ def _source(given: Mapping[str, Any], field: str) -> dict[str, Any]:
         return {"source": Source.S3, "s3": _s3_object(given["s3"], field)}
     if not isinstance(path, str) or not path:
         raise Rejected(f"invalid {field}: storage_path must be a string, and not empty")
-    mode = mode or _mode_of(path)
+    if not mode:
+        start = path[:8].lower()
+        usual = {"base64:": "base64", "http://": "http_url", "https://": "http_url", "/": "filesystem"}
+        mode = next((mode for prefix, mode in usual.items() if start.startswith(prefix)), "endpoint")
     if mode == "base64":
         encoded = path[7:] if path[:7].lower() == "base64:" else path
         return {"source": Source.CONTENT, "content": _decoded_content(encoded, f"{field}: storage_path")}
@@ -1810,16 +1779,6 @@ def _source(given: Mapping[str, Any], field: str) -> dict[str, Any]:
     if mode == "http_url":
         return {"source": Source.URL, "location": _fetchable_url(path, f"{field}: storage_path")}
     return {"source": _FETCH_MODES[mode], "location": line_of(path, f"{field}: storage_path")}
-
-
-def _mode_of(path: str) -> str:
-    """How to fetch a storage path that comes without a word for it."""
-    start = path[:8].lower()
-    if start.startswith("base64:"):
-        return "base64"
-    if start.startswith(("http://", "https://")):
-        return "http_url"
-    return "filesystem" if start.startswith("/") else "endpoint"
 
 
 def _s3_object(given: object, field: str) -> S3Object:
@@ -1875,13 +1834,13 @@ def parse_message(
         raise Rejected("missing id")
     client_id = line_of(client_id, "id", most=LONGEST_ID)
     sender, return_path, to, cc, bcc = _envelope_of(fields)
-    content = _content_of(fields, contents)
+    content, id_in_content = _content_of(fields, contents)
     own_id = None if own_id is None else _message_id(own_id, "message_id")
-    for known_id in (content.message_id, message_id):  # whoever has the last word comes last
+    for known_id in (id_in_content, message_id):  # whoever has the last word comes last
         own_id = own_id if known_id is None else known_id
     if expires_ts is not None and _timestamp(expires_ts, "expires_ts") <= (-1 if now is None else now):
         raise Rejected("invalid expires_ts: lies in the past")
-    usual_fields = content.raw is None and fields.keys() <= MESSAGE_FIELDS.keys()
+    usual_fields = "raw" not in content and fields.keys() <= MESSAGE_FIELDS.keys()
     return Message(
         id=client_id,
         account_id="default" if account_id is None else line_of(account_id, "account_id", most=LONGEST_ID),
@@ -1889,20 +1848,14 @@ def parse_message(
         to=to,
         cc=cc,
         bcc=bcc,
-        reply_to=content.reply_to,
         return_path=return_path,
-        subject=content.subject,
-        text=content.text,
-        html=content.html,
-        headers=content.headers,
         message_id=f"{new_id()}@{sender.address.rpartition('@')[2]}" if own_id is None else own_id,
-        attachments=content.attachments,
-        raw=content.raw,
         priority=default_priority if priority is None else parse_priority(priority, default_priority),
         deferred_ts=None if deferred_ts is None else _timestamp(deferred_ts, "deferred_ts"),
         expires_ts=expires_ts,
         batch_code=None if batch_code is None else line_of(batch_code, "batch_code"),
-        unknown=() if usual_fields else _unknown_fields(fields, content.raw is not None),
+        unknown=() if usual_fields else _unknown_fields(fields, "raw" in content),
+        **content,
     )
 
 
@@ -1929,32 +1882,25 @@ def _envelope_of(fields: Mapping[str, Any]) -> tuple[Mailbox, str, Mailboxes, Ma
         raise Rejected("missing to")
     cc = () if cc is None else parse_mailboxes(cc, "cc")
     bcc = () if bcc is None else parse_mailboxes(bcc, "bcc")
-    if cc or bcc or len(to) > 1:
-        to, cc, bcc = _spelled_alike(to, cc, bcc)
+    if cc or bcc or len(to) > 1:  # one mentioned again, its domain in other capitals, has its first spelling
+        spellings: dict[tuple[str, str], str] = {}
+
+        def alike(mailbox: Mailbox) -> Mailbox:
+            local_part, _, domain = mailbox.address.rpartition("@")
+            return Mailbox(mailbox.name, spellings.setdefault((local_part, domain.lower()), mailbox.address))
+
+        to, cc, bcc = (tuple(map(alike, group)) for group in (to, cc, bcc))
     return sender, return_path, to, cc, bcc
 
 
-class _Content(NamedTuple):
-    """What a message consists of."""
-
-    subject: str = ""
-    text: str | None = None
-    html: str | None = None
-    headers: tuple[tuple[str, str], ...] = ()
-    reply_to: Mailboxes = ()
-    attachments: tuple[Attachment, ...] = ()
-    raw: bytes | None = None
-    message_id: str | None = None  # its own
-
-
-def _content_of(fields: Mapping[str, Any], contents: Mapping[int, bytes] | None) -> _Content:
-    """A complete message that was given as such, or what is to be made into one."""
+def _content_of(fields: Mapping[str, Any], contents: Mapping[int, bytes] | None) -> tuple[dict[str, Any], str | None]:
+    """A complete message that was given as such, or what is to be made into one; and the Message-ID in it."""
     get = fields.get
     if contents is not None and RAW_CONTENT in contents:
-        return _Content(raw=contents[RAW_CONTENT])
+        return {"raw": contents[RAW_CONTENT]}, None
     if get("raw") is not None:
         raw, raw_id = _raw_message(get("raw"))
-        return _Content(raw=raw, message_id=raw_id)
+        return {"raw": raw}, raw_id
     subject, given, attachments, reply_to = get("subject"), get("headers"), get("attachments"), get("reply_to")
     if subject is None:
         raise Rejected("missing subject")
@@ -1968,7 +1914,8 @@ def _content_of(fields: Mapping[str, Any], contents: Mapping[int, bytes] | None)
         reply_to = parse_mailboxes(special["reply-to"], "headers") or reply_to
     own_id = _message_id(special["message-id"], "headers") if "message-id" in special else None
     attachments = () if attachments is None else _attachments(attachments, contents)
-    return _Content(subject, text, html, headers, reply_to, attachments, message_id=own_id)
+    content = {"subject": subject, "text": text, "html": html, "headers": headers}
+    return {**content, "reply_to": reply_to, "attachments": attachments}, own_id
 
 
 def _bodies_of(fields: Mapping[str, Any]) -> tuple[str | None, str | None]:
