@@ -2224,8 +2224,6 @@ def _out_of_retries(claim: Claim, account: Account, now: float) -> bool:
 # or day ever sees more than its limit, and a message waits at most one grain longer
 # than it had to. Pure; `now` is any clock that does not run backwards for long.
 
-UNLIMITED = sys.maxsize
-
 
 class _Window:
     """The messages counted in the last `length_s` seconds."""
@@ -2277,13 +2275,12 @@ class SendWindows:
         self.held = 0  # messages whose transactions are in progress
         self.replace_limits(limits)
         for until, n in sorted(counted):
-            self.hold(n)
+            self.held += n
             self.count(until, n)
 
     def replace_limits(self, limits: Limits) -> None:
         """Judge by these limits from now on; what was sent stays counted."""
-        known = {"minute": limits.per_minute, "hour": limits.per_hour, "day": limits.per_day}
-        self._limits = {name: limit for name, limit in known.items() if limit is not None}
+        self._limits = {name: limit for name, limit in zip(self._windows, limits, strict=True) if limit is not None}
 
     def left(self, now: float) -> dict[str, int]:
         """What is left of each limit there is, by the name of its window."""
@@ -2292,25 +2289,21 @@ class SendWindows:
 
     def room(self, now: float) -> int:
         """The number of messages that may start now."""
-        return min(self.left(now).values()) if self._limits else UNLIMITED
+        return min(self.left(now).values(), default=sys.maxsize)
 
     def opens_at(self, now: float) -> float:
         """The earliest moment with room, as far as is known: held messages as if sent now."""
         moments = (self._windows[name].opens_at(now, self.held, limit) for name, limit in self._limits.items())
         return max(moments, default=now)
 
-    def hold(self, n: int) -> None:
-        """Reserve room for messages whose transactions begin."""
-        self.held += n
-
     def give_back(self, n: int = 1) -> None:
-        """These reserved messages were not sent."""
+        """These held messages were not sent."""
         if n > self.held:
             raise ValueError(f"{n} messages given back, but {self.held} held")
         self.held -= n
 
     def count(self, now: float, n: int = 1) -> None:
-        """These reserved messages were sent, not later than now."""
+        """These held messages were sent, not later than now."""
         self.give_back(n)
         for window in self._windows.values():
             window.add(now, n)
@@ -2781,65 +2774,45 @@ def _field_as_json(value: object) -> object:
     return str(value)
 
 
-def _fields_of(record: logging.LogRecord) -> dict[str, object]:
-    """The fields of an event of ours, or the name of the foreign logger that spoke."""
-    return getattr(record, "fields", None) or ({} if record.name == "mailproxy" else {"logger": record.name})
-
-
-def _traceback_of(record: logging.LogRecord) -> str:
-    if record.exc_info is None or record.exc_info[1] is None:
-        return ""
-    return "".join(traceback.format_exception(record.exc_info[1])).rstrip()
-
-
-class TextLines(logging.Formatter):
+def _text_line(record: logging.LogRecord, fields: Mapping[str, object], trace: str, *, journal: bool) -> str:
     """For people: time, level, sentence, key=value; a traceback follows indented.
 
     For journald, which knows the time itself, with a priority instead of time and level (sd-daemon(3)).
     """
-
-    def __init__(self, *, journal: bool) -> None:
-        super().__init__()
-        self._journal = journal
-
-    def format(self, record: logging.LogRecord) -> str:
-        if self._journal:
-            opening = indent = next(prefix for level, prefix in JOURNAL_PRIORITIES if record.levelno >= level)
-        else:
-            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-            opening, indent = f"{now} {record.levelname} ", ""
-        fields = [f"{name}={_field_as_text(value)}" for name, value in _fields_of(record).items()]
-        lines = [opening + " ".join([_escaped(record.getMessage()), *fields])]
-        lines += [f"{indent}    {_escaped(line)}" for line in _traceback_of(record).split("\n") if line]
-        return "\n".join(lines)
+    if journal:
+        opening = indent = next(prefix for level, prefix in JOURNAL_PRIORITIES if record.levelno >= level)
+    else:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        opening, indent = f"{now} {record.levelname} ", ""
+    told = [f"{name}={_field_as_text(value)}" for name, value in fields.items()]
+    lines = [opening + " ".join([_escaped(record.getMessage()), *told])]
+    lines += [f"{indent}    {_escaped(line)}" for line in trace.split("\n") if line]
+    return "\n".join(lines)
 
 
-class JsonLines(logging.Formatter):
+def _json_line(record: logging.LogRecord, fields: Mapping[str, object], trace: str) -> str:
     """For programs: one JSON object a line, a traceback as one of its members."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line: dict[str, object] = {
-            "time": f"{now}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-        }
-        line |= {name: _field_as_json(value) for name, value in _fields_of(record).items() if name not in line}
-        if found := _traceback_of(record):
-            line["traceback"] = found
-        return json.dumps(line)
+    now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    time_ms = f"{now}.{int(record.msecs):03d}Z"
+    line: dict[str, object] = {"time": time_ms, "level": record.levelname.lower(), "event": record.getMessage()}
+    line |= {name: _field_as_json(value) for name, value in fields.items() if name not in line}
+    return json.dumps(line | {"traceback": trace} if trace else line)
 
 
 class LineWriter(logging.Handler):
     """Writes each line at once to a file descriptor; blocking. Lines for one that is broken or closed are lost."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, line_of: Callable[[logging.LogRecord, Mapping[str, object], str], str]) -> None:
         super().__init__()
-        self._descriptor = descriptor
+        self._descriptor, self._line_of = descriptor, line_of
 
     def emit(self, record: logging.LogRecord) -> None:
+        foreign = {} if record.name == "mailproxy" else {"logger": record.name}
         try:
-            left = f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
+            error = record.exc_info[1] if record.exc_info else None
+            trace = "" if error is None else "".join(traceback.format_exception(error))
+            line = self._line_of(record, getattr(record, "fields", None) or foreign, trace.rstrip())
+            left = f"{line}\n".encode("utf-8", "backslashreplace")
             while left:
                 left = left[os.write(self._descriptor, left) :]
         except Exception:  # a log that fails must not stop the mail
@@ -2858,42 +2831,33 @@ def stderr_is_journal(environ: Mapping[str, str], descriptor: int = 2) -> bool:
 def configure_logging(level: str, line_format: str, *, journal: bool = False, descriptor: int = 2) -> None:
     """Send every line of the process to stderr: ours, those of libraries (from WARNING on), warnings,
     and errors that nobody caught. May be called again when the settings change."""
-    writer = LineWriter(descriptor)
-    writer.setFormatter(JsonLines() if line_format == "json" else TextLines(journal=journal))
+    line_of = _json_line if line_format == "json" else functools.partial(_text_line, journal=journal)
+    writer = LineWriter(descriptor, line_of)
     root, ours = logging.getLogger(), logging.getLogger("mailproxy")
     root.handlers = [kept for kept in root.handlers if not isinstance(kept, LineWriter)] + [writer]
     ours.setLevel(level.upper())
     root.setLevel(max(logging.WARNING, ours.level))  # the debug lines of libraries may hold credentials
     logging.captureWarnings(True)
-    sys.excepthook = log_uncaught
-    threading.excepthook = lambda failed: _log_died(failed.exc_value, getattr(failed.thread, "name", None))
-    sys.unraisablehook = lambda failed: _log_died(failed.exc_value)
+    sys.excepthook = lambda kind, error, trace: log_uncaught(error, logging.CRITICAL)
+    threading.excepthook = lambda failed: log_uncaught(failed.exc_value, thread=getattr(failed.thread, "name", None))
+    sys.unraisablehook = lambda failed: log_uncaught(failed.exc_value)
 
 
-def _log_died(error: BaseException | None, thread: str | None = None) -> None:
-    """What nobody caught elsewhere: in a thread, or where an object is cleared up."""
-    event(logging.getLogger("mailproxy"), logging.ERROR, "an error nobody caught", exc_info=error, thread=thread)
-
-
-def log_uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """What nobody caught in the main thread (sys.excepthook)."""
-    log = logging.getLogger("mailproxy")
-    event(log, logging.CRITICAL, "stopped by an error nobody caught", exc_info=error)
+def log_uncaught(error: BaseException | None, level: int = logging.ERROR, thread: str | None = None) -> None:
+    """What nobody caught: in the main thread, which ends by it (critical), in another, or as an object is cleared up."""
+    sentence = "stopped by an error nobody caught" if level == logging.CRITICAL else "an error nobody caught"
+    event(logging.getLogger("mailproxy"), level, sentence, exc_info=error, thread=thread)
 
 
 # --- metrics -------------------------------------------------------------
 
-METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-CONNECT_OUTCOMES = ("ok", "failed", "login_refused")
 REPORT_OUTCOMES = ("acknowledged", "refused", "timeout", "unreachable")
-ATTACHMENT_OUTCOMES = ("fetched", "cached", "deferred", "failed")
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # all others are "other"
 
-REQUEST_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
-COMMIT_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 10)
-TRANSACTION_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
-QUEUE_WAIT_BUCKETS_S = (0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14_400, 43_200, 86_400, 432_000)
+REQUESTS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
+COMMITS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 10)
+TRANSACTIONS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
+WAITS_S = (0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14_400, 43_200, 86_400, 432_000)
 
 
 class Metrics:
@@ -2907,36 +2871,35 @@ class Metrics:
 
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # they would double the answer
         self.accounts: set[str] = set()  # that have series
-        self._registry = registry = prometheus_client.CollectorRegistry()
+        registry = prometheus_client.CollectorRegistry()
+        # Everything as Prometheus' text format. Blocking: some 15 ms for each 1,000 series.
+        self.exposition = functools.partial(prometheus_client.generate_latest, registry)
         counter = functools.partial(prometheus_client.Counter, namespace="mailproxy", registry=registry)
         gauge = functools.partial(prometheus_client.Gauge, namespace="mailproxy", registry=registry)
         timer = functools.partial(prometheus_client.Histogram, namespace="mailproxy", registry=registry)
 
-        account, by_reason, by_outcome = ["account"], ["account", "reason"], ["account", "outcome"]
+        account, by_source = ["account"], ["source", "outcome"]
+        by_reason, by_outcome = ["account", "reason"], ["account", "outcome"]
         self.messages_accepted = counter("messages_accepted", "Messages accepted from clients.", account)
         self.messages_rejected = counter("messages_rejected", "Messages refused at submission.")
         self.messages_sent = counter("messages_sent", "Messages a server took over.", account)
         self.messages_failed = counter("messages_failed", "Messages given up.", account)
         self.messages_deferred = counter("messages_deferred", "Times a message was put off, by the cause.", by_reason)
         self.rate_limited = counter("rate_limited", "Times a message met a limit of its account.", account)
-        self.queue_wait_seconds = timer(
-            "queue_wait_seconds", "Time from ready to sent.", account, buckets=QUEUE_WAIT_BUCKETS_S
-        )
+        self.queue_wait_seconds = timer("queue_wait_seconds", "Time from ready to sent.", account, buckets=WAITS_S)
         self.smtp_connects = counter("smtp_connects", "Connections tried, by the end they had.", by_outcome)
         self.smtp_transaction_seconds = timer(
-            "smtp_transaction_seconds", "Duration of SMTP transactions.", account, buckets=TRANSACTION_BUCKETS_S
+            "smtp_transaction_seconds", "Duration of SMTP transactions.", account, buckets=TRANSACTIONS_S
         )
-        self.attachment_fetches = counter(
-            "attachment_fetches", "Attachments asked for, by the end it had.", ["source", "outcome"]
-        )
+        self.attachment_fetches = counter("attachment_fetches", "Attachments asked for, by the end it had.", by_source)
         self.report_requests = counter("report_requests", "Calls of the upstream, by the end they had.", ["outcome"])
         self.http_requests = counter("http_requests", "HTTP requests answered.", ["route", "method", "code"])
         self.http_request_seconds = timer(
-            "http_request_seconds", "Time to answer an HTTP request.", ["route"], buckets=REQUEST_BUCKETS_S
+            "http_request_seconds", "Time to answer an HTTP request.", ["route"], buckets=REQUESTS_S
         )
         self.auth_failures = counter("auth_failures", "HTTP requests with a missing or wrong token.")
         self.storage_commit_seconds = timer(
-            "storage_commit_seconds", "Duration of commits to the queue file.", buckets=COMMIT_BUCKETS_S
+            "storage_commit_seconds", "Duration of commits to the queue file.", buckets=COMMITS_S
         )
         self.storage_commit_failures = counter("storage_commit_failures", "Commits the queue file refused.")
 
@@ -2950,7 +2913,7 @@ class Metrics:
 
         for outcome in REPORT_OUTCOMES:
             self.report_requests.labels(outcome)
-        for source, outcome in itertools.product(Source, ATTACHMENT_OUTCOMES):
+        for source, outcome in itertools.product(Source, ("fetched", "cached", "deferred", "failed")):
             self.attachment_fetches.labels(source, outcome)
         prometheus_client.ProcessCollector(registry=registry)
         build = prometheus_client.Info("build", "What is running.", namespace="mailproxy", registry=registry)
@@ -2963,7 +2926,7 @@ class Metrics:
             counter.labels(account_id)
         for reason in DEFERRAL_REASONS:
             self.messages_deferred.labels(account_id, reason)
-        for outcome in CONNECT_OUTCOMES:
+        for outcome in ("ok", "failed", "login_refused"):
             self.smtp_connects.labels(account_id, outcome)
 
     def forget(self, account_id: str) -> None:
@@ -2979,12 +2942,6 @@ class Metrics:
     def label(self, account_id: str) -> str:
         """The label of an account; one for all that do not exist (any more)."""
         return account_id if account_id in self.accounts else "unknown"
-
-    def exposition(self) -> bytes:
-        """Everything as Prometheus' text format. Blocking: some 15 ms for each 1,000 series."""
-        import prometheus_client
-
-        return prometheus_client.generate_latest(self._registry)
 
 
 # ======================================================================
@@ -8271,7 +8228,7 @@ class ControlPlane:
             metrics.account_up.labels(account_id).set(lane.status().state not in ("cooling", "probing"))
             metrics.smtp_connections.labels(account_id, "busy").set(lane.busy)
             metrics.smtp_connections.labels(account_id, "idle").set(len(lane.idle))
-        return Response(200, await self.in_thread(metrics.exposition), METRICS_CONTENT_TYPE)
+        return Response(200, await self.in_thread(metrics.exposition), "text/plain; version=0.0.4; charset=utf-8")
 
     async def get_openapi(self, request: Request) -> Response:
         """This document."""
@@ -10208,7 +10165,7 @@ def serve(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     except MailproxyError:
         raise
     except Exception as error:  # the log is where a daemon tells of its own mistakes
-        log_uncaught(type(error), error, error.__traceback__)
+        log_uncaught(error, logging.CRITICAL)
         status = 1
     end_process(status)
 

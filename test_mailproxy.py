@@ -2232,7 +2232,7 @@ def test_no_accepted_recipient_is_ever_forgotten(replies: Any, before: Any, reus
 def test_a_held_message_takes_room_until_it_is_given_back():
     windows = mailproxy.SendWindows(mailproxy.Limits(per_minute=3))
 
-    windows.hold(2)
+    windows.held += 2
     assert windows.room(1000.0) == 1
     windows.give_back(2)
     assert windows.room(1000.0) == 3
@@ -2242,7 +2242,7 @@ def test_a_held_message_takes_room_until_it_is_given_back():
 
 def test_without_limits_there_is_always_room_and_new_ones_judge_what_was_sent_before_also_before_a_restart():
     windows = mailproxy.SendWindows(mailproxy.Limits())
-    windows.hold(100_005)
+    windows.held += 100_005
     windows.count(5.0, 100_000)
     assert windows.room(5.0) > 10**9
     assert (windows.opens_at(5.0), windows.left(5.0)) == (5.0, {})
@@ -2268,7 +2268,7 @@ def test_without_limits_there_is_always_room_and_new_ones_judge_what_was_sent_be
 )
 def test_a_window_opens_when_its_oldest_bucket_has_left_it(limits, sent, held, opens_at):
     windows = mailproxy.SendWindows(limits)
-    windows.hold(len(sent) + held)
+    windows.held += len(sent) + held
     for moment in sent:
         windows.count(moment)
 
@@ -2280,7 +2280,7 @@ def test_a_window_opens_when_its_oldest_bucket_has_left_it(limits, sent, held, o
 
 def test_a_clock_that_goes_back_a_little_loses_no_message():
     windows = mailproxy.SendWindows(mailproxy.Limits(per_minute=3))
-    windows.hold(3)
+    windows.held += 3
 
     for moment in (1000.0, 990.0, 1001.0):
         windows.count(moment)
@@ -2290,7 +2290,7 @@ def test_a_clock_that_goes_back_a_little_loses_no_message():
 
 def test_the_memory_of_the_windows_is_bounded_whatever_the_limit():
     windows = mailproxy.SendWindows(mailproxy.Limits(per_day=1_000_000))
-    windows.hold(200_000)
+    windows.held += 200_000
 
     for tick in range(200_000):
         windows.count(tick * 0.9)
@@ -2330,7 +2330,7 @@ def test_no_true_window_ever_holds_more_than_its_limit(limits, story, start):
     for pause, what, when in story:
         now += pause
         if what == "begin" and windows.room(now) > 0:
-            windows.hold(1)
+            windows.held += 1
             begun.append(now)
         elif what == "sent" and begun:
             began_at = begun.pop(0)
@@ -2342,7 +2342,7 @@ def test_no_true_window_ever_holds_more_than_its_limit(limits, story, start):
             windows.give_back()
         elif what == "restart":
             windows = mailproxy.SendWindows(limits, as_stored(counted))
-            windows.hold(len(begun))
+            windows.held += len(begun)
 
     for length, _, limit in lengths_of(limits):
         assert all(sum(moment - length < other <= moment for other in sent) <= limit for moment in sent)
@@ -2361,7 +2361,7 @@ def test_no_message_waits_more_than_a_grain_longer_than_it_must(limits, pauses_s
     for pause in pauses_s:
         now += pause
         if windows.room(now) > 0:
-            windows.hold(1)
+            windows.held += 1
             windows.count(now)
             sent.append(now)
         if restarts:
