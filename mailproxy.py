@@ -7062,20 +7062,18 @@ class Dispatcher:
         reached = [name for name, left in lane.windows.left(now).items() if not left]
         why = "rate limit reached: " + ", ".join(f"{limits[f'per_{name}']} per {name}" for name in reached)
         order = Order(account_id, lane.account.batch_size, lane.retried_first)
-        until_ts = None
-        if lane.account.limit_behavior == "error":
-            held_back = await self.queue.hold_back(order, why, None)
-            self.metrics.messages_failed.labels(account_id).inc(len(held_back))
-        else:
-            opens_at = lane.windows.opens_at(now)
-            until_ts = math.ceil(self.clock.wall() + opens_at - now)
-            held_back = await self.queue.hold_back(order, why, until_ts)
-            self.metrics.messages_deferred.labels(account_id, "limit").inc(len(held_back))
-            if held_back and lane.state not in RESTING:
-                lane.become(LaneState.LIMITED, opens_at)
+        opens_at, fails = lane.windows.opens_at(now), lane.account.limit_behavior == "error"
+        until_ts = None if fails else math.ceil(self.clock.wall() + opens_at - now)
+        held_back = await self.queue.hold_back(order, why, until_ts)
         lane.has_mail = bool(held_back)
         if not held_back:
             return
+        if fails:
+            self.metrics.messages_failed.labels(account_id).inc(len(held_back))
+        else:
+            self.metrics.messages_deferred.labels(account_id, "limit").inc(len(held_back))
+            if lane.state not in RESTING:
+                lane.become(LaneState.LIMITED, opens_at)
         self._mark(lane)  # the next ones come up, and fail too
         self.metrics.rate_limited.labels(account_id).inc(len(held_back))
         for claim in held_back:
@@ -7228,8 +7226,10 @@ class Dispatcher:
                 made = self.composer.compose(claim, claim.payload or "", self.settings.redirect_to)
                 assert isinstance(made, Composed)  # without parts there is nothing that cannot be fetched
                 composed = made
-            if claim.recipients:
-                claim = _for_its_recipients(claim, composed.envelope)
+            if claim.recipients:  # redirect_to may have come or gone: nothing waits for those it has no more
+                known, waits = composed.envelope.recipients, Status.DEFERRED
+                kept = {a: outcome for a, outcome in claim.recipients.items() if a in known or outcome.status != waits}
+                claim = claim._replace(recipients=kept or None)
             transacting = True
             while (goes_on := await self._transact(line, claim, composed, tried)) is not None:
                 claim = goes_on
@@ -7251,12 +7251,17 @@ class Dispatcher:
         if served:
             session = await self._session(line)
             if isinstance(session, Reply):
-                await self._without_session(line, claim, session, started_at, generation)
-                return None
-            if session is not None:
+                current = generation == lane.generation
+                if current and not login_refused(session) and (lane.connections or lane.first is not None):
+                    # Others work: fewer connections will do.
+                    lane.limit, lane.grows_at = max(1, lane.busy - 1), self.clock.monotonic() + GROWTH_PAUSE_S
+                elif current or lane.state is LaneState.COOLING:
+                    await self._settle(lane, claim, Attempt(started_at, self.clock.wall(), {"": session}), generation)
+                    return None
+            elif session is not None:
                 name, reused = session.name, session.transactions > 0
                 replies = await self._converse(line, session, Envelope(composed.envelope.sender, served), composed)
-            if not replies:  # called back meanwhile
+            if not replies:  # it has not had its turn
                 await self._release(lane, claim)
                 return None
         attempt = Attempt(started_at, self.clock.wall(), replies, name, reused)
@@ -7354,22 +7359,6 @@ class Dispatcher:
                 self._part_with(lane, session)
                 line.session = None
 
-    async def _without_session(
-        self, line: Line, claim: Claim, failure: Reply, started_at: float, generation: int
-    ) -> None:
-        """A connection could not be opened: fewer will do when others work, else the lane cools.
-
-        When the lane was called back or changed meanwhile, the message has not had its turn.
-        """
-        lane, current = line.lane, generation == line.lane.generation
-        if current and not login_refused(failure) and (lane.connections or lane.first is not None):
-            lane.limit, lane.grows_at = max(1, lane.busy - 1), self.clock.monotonic() + GROWTH_PAUSE_S
-            await self._release(lane, claim)
-        elif current or lane.state is LaneState.COOLING:
-            await self._settle(lane, claim, Attempt(started_at, self.clock.wall(), {"": failure}), generation)
-        else:
-            await self._release(lane, claim)
-
     # -- what became of it
 
     async def _settle(
@@ -7381,22 +7370,19 @@ class Dispatcher:
             if lane.failures and lane.works(generation):
                 self._spawn(self._let_go(lane))
         elif disposition.lane is not LaneSignal.NONE and generation == lane.generation:
-            self._cool(lane, disposition)
+            lane.cool(disposition.lane, disposition.error or "", self.jitter())
+            level, what = logging.WARNING, "account cooling down"
+            if disposition.lane is LaneSignal.LOGIN_REFUSED:
+                level, what = logging.ERROR, "an account cannot log in"
+            event(self.log, level, what, account=lane.account.id, until=lane.next_try_ts(), error=disposition.error)
+            self._recall(lane)
+            self._mark(lane)
         if disposition.status is not Status.QUEUED or self._draining or lane.deleted:
             await self._conclude(lane, claim, attempt, disposition)
             return None
         await self._record(Outcome(claim, attempt, disposition, sent=False))
         served = claim.served or disposition.slot_used
         return claim._replace(recipients=disposition.recipients, served=served)
-
-    def _cool(self, lane: Lane, disposition: Disposition) -> None:
-        lane.cool(disposition.lane, disposition.error or "", self.jitter())
-        level, what = logging.WARNING, "account cooling down"
-        if disposition.lane is LaneSignal.LOGIN_REFUSED:
-            level, what = logging.ERROR, "an account cannot log in"
-        event(self.log, level, what, account=lane.account.id, until=lane.next_try_ts(), error=disposition.error)
-        self._recall(lane)
-        self._mark(lane)
 
     async def _let_go(self, lane: Lane) -> None:
         """The server works again: what waited for it is ready at once."""
@@ -7497,16 +7483,6 @@ class Dispatcher:
             task.cancel()
 
 
-def _for_its_recipients(claim: Claim, envelope: Envelope) -> Claim:
-    """The claim without what waits for recipients it has no more: redirect_to came or went meanwhile."""
-    kept = {
-        address: outcome
-        for address, outcome in (claim.recipients or {}).items()
-        if address in envelope.recipients or outcome.status is not Status.DEFERRED
-    }
-    return claim._replace(recipients=kept or None)
-
-
 # ======================================================================
 # REPORTER - the second coroutine: due reports go out
 # ======================================================================
@@ -7520,16 +7496,7 @@ GATHER_AT_MOST_S = 0.3  # ... or when the first has waited so long
 REPORT_PAUSES_S = (1, 5, 30, 60, 300)  # after calls that failed
 EAGER_PAUSES_S = (0, 0, 1, 2, 5, 15, 60)  # before calls the upstream asks for, while they bring nothing
 ANSWER_BYTES = 1_048_576  # of an acknowledgement; a larger one is not looked into
-REMARK_CHARACTERS = 500  # of an upstream's remark in the log
-HOUSEKEEPING_S = 30.0  # between two looks for what can be purged
 REPORTER_SLEEP_S = 5.0  # at most, so that it can be seen to turn
-
-
-class WrittenReport(NamedTuple):
-    """A report as it goes over the wire."""
-
-    id: str  # the same however often it is tried
-    body: bytes
 
 
 class Acknowledgement(NamedTuple):
@@ -7546,15 +7513,6 @@ def webhook_signature(key: bytes, message_id: str, timestamp: int, body: bytes) 
     """The webhook-signature header (Standard Webhooks 1.0.0)."""
     signed = f"{message_id}.{timestamp}.".encode() + body
     return "v1," + base64.b64encode(hmac.digest(key, signed, "sha256")).decode()
-
-
-def write_report(states: Sequence[State], empty_id: str) -> WrittenReport:
-    """The call that tells of these states. Some 10 microseconds each, so meant for a thread."""
-    body = as_json({"delivery_report": [state.entry for state in states]}).encode()
-    if not states:
-        return WrittenReport(empty_id, body)
-    places = repr([(state.seq, state.report_order) for state in states])
-    return WrittenReport("rep_" + hashlib.sha256(places.encode() + body).hexdigest()[:32], body)
 
 
 def parse_acknowledgement(status: int, body: bytes) -> Acknowledgement:
@@ -7576,7 +7534,7 @@ def parse_acknowledgement(status: int, body: bytes) -> Acknowledgement:
 
 def _remark(value: object) -> str:
     try:
-        return as_json(value)[:REMARK_CHARACTERS]
+        return as_json(value)[:500]
     except (RecursionError, ValueError):  # ValueError: NaN
         return "nothing that can be shown"
 
@@ -7606,7 +7564,7 @@ class Reporter:
     client: ClientSettings  # this and the next are replaced when the configuration is read again
     delivery: DeliverySettings
     clock: Clock
-    call: Callable[[WrittenReport], Awaitable[HttpAnswer]]
+    call: Callable[[str, bytes], Awaitable[HttpAnswer]]  # an id, the same however often it is tried, and the body
     news: News  # rung when there are new states to report
     dispatching: Callable[[], bool]
     in_thread: InThread
@@ -7708,11 +7666,17 @@ class Reporter:
 
     async def _answer_to(self, states: Sequence[State]) -> Acknowledgement:
         """One call; an empty report keeps its id until it is acknowledged."""
-        self._empty_id = self._empty_id or "rep_" + secrets.token_hex(16)
-        report = await self.in_thread(lambda: write_report(states, self._empty_id))
+        empty_id = self._empty_id = self._empty_id or "rep_" + secrets.token_hex(16)
+
+        def written() -> tuple[str, bytes]:  # some 10 microseconds a state
+            body = as_json({"delivery_report": [state.entry for state in states]}).encode()
+            places = repr([(state.seq, state.report_order) for state in states])
+            return "rep_" + hashlib.sha256(places.encode() + body).hexdigest()[:32] if states else empty_id, body
+
+        report_id, body = await self.in_thread(written)
         began = self.clock.monotonic()
         try:
-            answer = await self.call(report)
+            answer = await self.call(report_id, body)
         except HttpFailure as failure:
             late = self.clock.monotonic() - began >= self.client.timeout_seconds
             return Acknowledgement("timeout" if late else "unreachable", str(failure))
@@ -7766,7 +7730,7 @@ class Reporter:
     async def _keep_house(self) -> bool:
         """Purge some of what is final and was reported long ago; False when there is more."""
         now = self.clock.monotonic()
-        if now < self._house_kept_at + HOUSEKEEPING_S:
+        if now < self._house_kept_at + 30.0:
             return True
         retention_s = self.delivery.delivery_report_retention_seconds
         purged = await self.queue.purge(retention_s, unreported_too=self.client.client_sync_url is None)
@@ -8225,7 +8189,7 @@ class ControlPlane:
         metrics.reports_unacknowledged.set(sum(tally.unreported for tally in tallies.values()))
         metrics.scheduler_active.set(self.dispatcher.active)
         for account_id, lane in self.dispatcher.lanes.items():
-            metrics.account_up.labels(account_id).set(lane.status().state not in ("cooling", "probing"))
+            metrics.account_up.labels(account_id).set(lane.state not in IN_TROUBLE)
             metrics.smtp_connections.labels(account_id, "busy").set(lane.busy)
             metrics.smtp_connections.labels(account_id, "idle").set(len(lane.idle))
         return Response(200, await self.in_thread(metrics.exposition), "text/plain; version=0.0.4; charset=utf-8")
@@ -8844,15 +8808,15 @@ class Daemon:
             observe=lambda source, outcome: self._metrics.attachment_fetches.labels(source, outcome).inc(),
         )
 
-    async def _call_upstream(self, report: WrittenReport) -> HttpAnswer:
+    async def _call_upstream(self, report_id: str, body: bytes) -> HttpAnswer:
         timeout_s = self.settings.client.timeout_seconds
         try:
             async with asyncio.timeout(timeout_s + 1):  # which cuts the look-up of a name; all else cuts itself
-                return await self._network(lambda: self._post_report(report))
+                return await self._network(lambda: self._post_report(report_id, body))
         except TimeoutError:
             raise HttpFailure(f"no answer of the upstream within {timeout_s:g} s", transient=True) from None
 
-    def _post_report(self, report: WrittenReport) -> HttpAnswer:
+    def _post_report(self, report_id: str, body: bytes) -> HttpAnswer:
         """One proxy_sync call. Blocking: may read secrets from files, too."""
         client = self.settings.client
         url = client.client_sync_url or ""
@@ -8863,13 +8827,13 @@ class Daemon:
             except ValueError:
                 raise SecretUnavailable("client_sync_secret is not base64 after whsec_ any more") from None
             timestamp = int(self._clock.wall())
-            headers |= {"webhook-id": report.id, "webhook-timestamp": str(timestamp)}
-            headers["webhook-signature"] = webhook_signature(key, report.id, timestamp, report.body)
+            headers |= {"webhook-id": report_id, "webhook-timestamp": str(timestamp)}
+            headers["webhook-signature"] = webhook_signature(key, report_id, timestamp, body)
         try:
             return http_request(
                 "POST",
                 url,
-                body=report.body,
+                body=body,
                 headers=headers,
                 timeout_s=client.timeout_seconds,
                 max_bytes=ANSWER_BYTES,

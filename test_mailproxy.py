@@ -8297,9 +8297,9 @@ class ReporterRig(QueueRig):
             log=logging.getLogger("mailproxy"),
         )
 
-    async def _call(self, report: Any) -> Any:
-        entries = json.loads(report.body)["delivery_report"]
-        self.calls.append((self.monotonic, report.id, [entry["id"] for entry in entries]))
+    async def _call(self, report_id: str, report: bytes) -> Any:
+        entries = json.loads(report)["delivery_report"]
+        self.calls.append((self.monotonic, report_id, [entry["id"] for entry in entries]))
         if self.inside:
             self.inside()
         answer = self.answers.popleft() if self.answers else {}
