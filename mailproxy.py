@@ -5786,24 +5786,19 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
-METHODS_WITHOUT_BODY = frozenset({"GET", "HEAD", "DELETE"})  # one that comes with them is read and dropped
 JSON_TYPES = frozenset({"", "application/json", "application/x-www-form-urlencoded"})  # the last: curl's
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 HTTP_READ_BYTES = 32_768
 HTTP_HEAD_BYTES = 32_768
 HTTP_HEADERS = 100
 QUERY_FIELDS = 100
-CHUNK_OVERHEAD_BYTES = 65_536  # by which the framing of a chunked body may outweigh it
 JSON_AT_ONCE_BYTES = 262_144  # a larger body is parsed outside the event loop
 LONG_STRING_BYTES = 8_192  # a longer string of a large body is read separately
 STEP_BYTES = 262_144  # of a long string or body, read in one step
 JSON_DEPTH = 64
 JSON_VALUES = 2_000_000  # strings, lists, objects of a body: an empty list takes thirty times the memory of its bytes
 HTTP_CLOSE_S = 5.0
-LINGER_S = 10.0
 LINGER_PAUSE_S = 2.0
-ACCEPTED_AT_ONCE = 32
 TURNED_AWAY = 100  # connections over the limit that are answered 503 at one time; more are closed without a word
 
 
@@ -5814,10 +5809,7 @@ class HttpError(MailproxyError):
         self, status: int, error: str, *, headers: dict[str, str] | None = None, extra: dict[str, Any] | None = None
     ) -> None:
         super().__init__(error)
-        self.status = status
-        self.error = error
-        self.headers = headers or {}
-        self.extra = extra or {}
+        self.status, self.error, self.headers, self.extra = status, error, headers or {}, extra or {}
 
     def response(self) -> Response:
         """The one place where a failure becomes JSON."""
@@ -5849,7 +5841,7 @@ class Request:
 
         Whether the texts of the field `judged` are Unicode is left to whoever asks.
         """
-        body = self.body.removeprefix(BYTE_ORDER_MARK)
+        body = self.body.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
         if not body:
             return {}
         declared = self.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -5913,9 +5905,7 @@ class Response:
         return b""
 
 
-def json_response(
-    content: Mapping[str, object], status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
+def json_response(content: Mapping[str, object], status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """An answer in JSON, a line. Half a surrogate pair, which UTF-8 has no bytes for, becomes its JSON escape."""
     body = f"{as_json(content)}\n".encode("utf-8", "backslashreplace")
     return Response(status, body, headers=headers or {})
@@ -5935,7 +5925,12 @@ def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, objec
     if not isinstance(content, dict):
         raise HttpError(400, "the body is not a JSON object")
     if len(body) > JSON_AT_ONCE_BYTES or body.count(b"{") + body.count(b"[") > JSON_DEPTH:
-        refuse_depth(content)
+        level: list[Any] = [content]  # code which walks through deeper nesting might run out of stack
+        for _ in range(JSON_DEPTH):
+            members = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+            level = [inner for inner in itertools.chain.from_iterable(members) if isinstance(inner, dict | list)]
+        if level:
+            raise HttpError(400, f"the JSON is nested deeper than {JSON_DEPTH} levels")
     for name, value in content.items():
         if name != judged and (half := HALF_A_PAIR.search(as_json({name: value}))):
             raise HttpError(400, f"{name} holds half a surrogate pair (\\u{ord(half[0]):04x})")
@@ -6024,17 +6019,6 @@ STRICT_JSON = json.JSONDecoder(
 )
 
 
-def refuse_depth(content: Mapping[str, object]) -> None:
-    """Raises 400 for nesting so deep that code which walks through it might run out of stack."""
-    level: list[Any] = [content]
-    for _ in range(JSON_DEPTH):
-        members = (outer.values() if isinstance(outer, dict) else outer for outer in level)
-        level = [inner for inner in itertools.chain.from_iterable(members) if isinstance(inner, dict | list)]
-        if not level:
-            return
-    raise HttpError(400, f"the JSON is nested deeper than {JSON_DEPTH} levels")
-
-
 # ---------------------------------------------------------------------- the head of a request
 
 
@@ -6054,38 +6038,14 @@ def request_id_in(head: bytes) -> str:
     return line[1].decode() if line else f"{random.getrandbits(64):016x}"  # names a request, protects nothing
 
 
-def framing_of(headers: Mapping[str, str], version: str) -> tuple[int | None, bool]:
-    """How long the body is (None: chunked), and whether the connection goes on after it (RFC 9112 6.3, 9.3).
-
-    Whatever two readers might take in two ways is an HttpError 400.
-    """
-    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
-    size: int | None = 0
-    if coding is not None:
-        if length is not None or version == "1.0":
-            raise HttpError(400, "Transfer-Encoding does not go with Content-Length, or with HTTP/1.0")
-        if coding.lower() != "chunked":
-            raise HttpError(501, "no Transfer-Encoding but chunked is understood here")
-        size = None
-    elif length is not None:
-        if not (length.isascii() and length.isdigit()):
-            raise HttpError(400, "Content-Length is not one number")
-        size = int(length) if len(length) <= 18 else 10**18
-    options = {option.strip().lower() for option in headers.get("connection", "").split(",")}
-    return size, "close" not in options and (version == "1.1" or "keep-alive" in options)
-
-
 def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
     """The path as sent, its decoded segments, and the query, of a target (RFC 9112 3.2.1, 3.2.2)."""
     if origin := ABSOLUTE_FORM.match(target):
-        target = target[origin.end() :]
-        target = target if target.startswith("/") else "/" + target
+        target = "/" + target[origin.end() :].removeprefix("/")
     if not target.startswith("/") or "#" in target:
         raise HttpError(400, "the request target is not a path")
     path, _, query = target.partition("?")
-    segments = path.split("/")
-    if "%" in path:
-        segments = [percent_decoded(segment, "path") for segment in segments]
+    segments = [percent_decoded(segment, "path") for segment in path.split("/")]
     if query.count("&") >= QUERY_FIELDS:
         raise HttpError(400, f"more than {QUERY_FIELDS} fields in the query")
     pairs = (part.partition("=") for part in query.replace("+", " ").split("&") if part)
@@ -6097,36 +6057,10 @@ def percent_decoded(text: str, where: str) -> str:
     """Text with its %xx decoded (RFC 3986 2.1); HttpError 400 when that gives no text, or a NUL in it."""
     if "%" not in text:
         return text
-    try:
+    with contextlib.suppress(UnicodeDecodeError):
         if not BAD_ESCAPE.search(text):
             return urllib.parse.unquote(text, errors="strict")
-    except UnicodeDecodeError:
-        pass
     raise HttpError(400, f"a % in the {where} is not followed by the hexadecimal digits of UTF-8 without NUL")
-
-
-def answer_head(request: Request, response: Response, *, last: bool) -> bytes:
-    """Status line and headers of an answer up to the empty line; `last` when the connection ends after it."""
-    if isinstance(response.body, bytes):
-        framing = f"Content-Length: {len(response.body)}\r\n"
-    else:
-        framing = "Transfer-Encoding: chunked\r\n" if request.version == "1.1" else ""
-    if last:
-        framing += "Connection: close\r\n"
-    elif request.version == "1.0":
-        framing += "Connection: keep-alive\r\n"
-    more = "".join([f"{name}: {value}\r\n" for name, value in response.headers.items()])
-    return (
-        f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, '')}\r\n"
-        f"Content-Type: {response.content_type}\r\n"
-        f"X-Request-Id: {request.id}\r\n"
-        "Cache-Control: no-store\r\n"
-        "X-Content-Type-Options: nosniff\r\n"
-        f"{more}{framing}\r\n"
-    ).encode("latin-1")
-
-
-# ---------------------------------------------------------------------- connections
 
 
 @dataclass(eq=False, slots=True)
@@ -6156,7 +6090,16 @@ class ServedConnection:
                 await self.writer.start_tls(self.tls, ssl_handshake_timeout=limits.head_timeout_seconds)
             # A write counts as done when all of it has left for the kernel: nothing unread outlives its deadline.
             self.writer.transport.set_write_buffer_limits(high=1, low=0)
-            while not self._last and await self._begins(patience_s):
+            while not self._last:
+                if self._buffer:
+                    await asyncio.sleep(0)  # requests in a row must not keep the loop from everybody else
+                elif not self.server.stopping:
+                    self._idle_until = time.monotonic() + patience_s
+                    self.idle = True
+                    self._buffer = await self.reader.read(HTTP_READ_BYTES)
+                    self.idle = False
+                if not self._buffer:
+                    break
                 await self._exchange()
             await self._close()
         except (ClientGone, OSError):  # OSError: it is lost, or there is no TLS that we know
@@ -6174,19 +6117,6 @@ class ServedConnection:
             return
         again_s = left_s if 0 < left_s < patience_s else patience_s
         self._timer = asyncio.get_running_loop().call_later(again_s, self._end_if_idle, patience_s)
-
-    async def _begins(self, patience_s: float) -> bool:
-        """Wait for the first bytes of a request; False when none come."""
-        if self._buffer:
-            await asyncio.sleep(0)  # requests in a row must not keep the loop from everybody else
-            return True
-        if self.server.stopping:
-            return False
-        self._idle_until = time.monotonic() + patience_s
-        self.idle = True
-        self._buffer = await self.reader.read(HTTP_READ_BYTES)
-        self.idle = False
-        return bool(self._buffer)
 
     async def _exchange(self) -> None:
         """One request and its answer, whatever the request is."""
@@ -6219,12 +6149,26 @@ class ServedConnection:
     async def _response_to(self, request: Request, head_until: float) -> Response:
         """Read a request step by step, as far as it is welcome, and have it answered."""
         target = request.read_head(await self._read_head(head_until))
-        length, goes_on = framing_of(request.headers, request.version)
+        announced, coding = request.headers.get("content-length"), request.headers.get("transfer-encoding")
+        length: int | None = 0  # None: chunked; whatever two readers might take in two ways is refused (RFC 9112 6.3)
+        if coding is not None:
+            if announced is not None or request.version == "1.0":
+                raise HttpError(400, "Transfer-Encoding does not go with Content-Length, or with HTTP/1.0")
+            if coding.lower() != "chunked":
+                raise HttpError(501, "no Transfer-Encoding but chunked is understood here")
+            length = None
+        elif announced is not None:
+            if not (announced.isascii() and announced.isdigit()):
+                raise HttpError(400, "Content-Length is not one number")
+            length = int(announced) if len(announced) <= 18 else 10**18
+        options = {option.strip().lower() for option in request.headers.get("connection", "").split(",")}
+        goes_on = "close" not in options and (request.version == "1.1" or "keep-alive" in options)
         request.path, segments, request.query = parse_target(target)
         body_is_here = length is not None and length <= len(self._buffer)
         if body_is_here:
             request.body, self._buffer = self._buffer[:length], self._buffer[length:]
             self._unread, self._last = False, not goes_on
+        bodiless = request.method in ("GET", "HEAD", "DELETE")  # a body that comes with them is read and dropped
         route = self.server.admit(request, segments)
         if request.headers.get("expect", "100-continue").lower() != "100-continue":
             raise HttpError(417, "nothing can be expected here but 100-continue")
@@ -6233,9 +6177,9 @@ class ServedConnection:
         if not body_is_here:
             if "expect" in request.headers and request.version == "1.1" and not self._buffer:
                 await self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.body = await self._read_body(length, kept=request.method not in METHODS_WITHOUT_BODY)
+            request.body = await self._read_body(length, kept=not bodiless)
             self._unread, self._last = False, not goes_on
-        if request.method in METHODS_WITHOUT_BODY:
+        if bodiless:
             request.body = b""
         request_id.set(request.id)
         return await route.handler(request)
@@ -6269,26 +6213,14 @@ class ServedConnection:
         return head
 
     async def _read_body(self, length: int | None, *, kept: bool) -> bytes:
-        """A body of this length, or in chunks when it is None; b"" unless it is to be kept."""
+        """A body of this length, or in chunks when it is None (RFC 9112 7.1); b"" unless it is to be kept.
+
+        Extensions and trailers are passed over.
+        """
         body = io.BytesIO(bytes(length or 0)) if kept else None  # to grow is to copy; its getvalue() is no copy
-        if length is None:
-            await self._copy_chunks(body)
-        else:
+        if length is not None:
             await self._copy(length, body)
-        return body.getvalue() if body else b""
-
-    async def _copy(self, size: int, body: io.BytesIO | None) -> None:
-        """The next `size` bytes, as they come."""
-        while size:
-            if not self._buffer:
-                await self._receive(self.server.limits.body_timeout_seconds)
-            piece, self._buffer = self._buffer[:size], self._buffer[size:]
-            size -= len(piece)
-            if body:
-                body.write(piece)
-
-    async def _copy_chunks(self, body: io.BytesIO | None) -> None:
-        """A chunked body (RFC 9112 7.1); extensions and trailers are passed over."""
+            return body.getvalue() if body else b""
         size = overhead = trailers = 0
         while True:
             line = await self._line()
@@ -6300,7 +6232,7 @@ class ServedConnection:
                 break
             size += chunk
             overhead += len(line) + 4 - chunk
-            if overhead > CHUNK_OVERHEAD_BYTES:
+            if overhead > 65_536:
                 raise HttpError(400, "the chunks of the body are too small for their framing")
             if size > self.server.limits.max_body_bytes:
                 raise HttpError(413, f"the body is larger than {self.server.limits.max_body_bytes} bytes")
@@ -6313,6 +6245,17 @@ class ServedConnection:
                 raise HttpError(431, "there are too many trailers")
             if not FIELD_LINES.fullmatch(line.decode("latin-1")):
                 raise HttpError(400, "a trailer is malformed")
+        return body.getvalue() if body else b""
+
+    async def _copy(self, size: int, body: io.BytesIO | None) -> None:
+        """The next `size` bytes, as they come."""
+        while size:
+            if not self._buffer:
+                await self._receive(self.server.limits.body_timeout_seconds)
+            piece, self._buffer = self._buffer[:size], self._buffer[size:]
+            size -= len(piece)
+            if body:
+                body.write(piece)
 
     async def _line(self) -> bytes:
         """A line without its CRLF; 400 for a line end that is not CRLF, or a line that does not end."""
@@ -6325,13 +6268,27 @@ class ServedConnection:
             raise HttpError(400, "a line of the chunked body does not end with CRLF")
         return line[:-2]
 
-    # Writing.
-
     async def _send(self, request: Request, response: Response) -> None:
         """The whole answer; a body of unknown length in chunks, or in HTTP/1.0 up to the end of the connection."""
         chunked, wanted = request.version == "1.1", request.method != "HEAD"
         self._last = self._last or self.server.stopping or not (chunked or isinstance(response.body, bytes))
-        content = answer_head(request, response, last=self._last)
+        if isinstance(response.body, bytes):
+            framing = f"Content-Length: {len(response.body)}\r\n"
+        else:
+            framing = "Transfer-Encoding: chunked\r\n" if chunked else ""
+        if self._last:
+            framing += "Connection: close\r\n"
+        elif not chunked:
+            framing += "Connection: keep-alive\r\n"
+        more = "".join([f"{name}: {value}\r\n" for name, value in response.headers.items()])
+        content = (
+            f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, '')}\r\n"
+            f"Content-Type: {response.content_type}\r\n"
+            f"X-Request-Id: {request.id}\r\n"
+            "Cache-Control: no-store\r\n"
+            "X-Content-Type-Options: nosniff\r\n"
+            f"{more}{framing}\r\n"
+        ).encode("latin-1")
         if isinstance(response.body, bytes):
             await self._write(content + response.body if wanted else content)
             return
@@ -6378,7 +6335,7 @@ class ServedConnection:
             if self._unread or self._buffer:
                 if self.writer.can_write_eof():
                     self.writer.write_eof()
-                async with asyncio.timeout(LINGER_S):
+                async with asyncio.timeout(10):
                     while True:
                         self._buffer = b""
                         await self._receive(LINGER_PAUSE_S)
@@ -6386,11 +6343,6 @@ class ServedConnection:
         with contextlib.suppress(OSError):
             async with asyncio.timeout(HTTP_CLOSE_S):
                 await self.writer.wait_closed()
-
-
-# ---------------------------------------------------------------------- the server
-
-Methods = dict[str, Route]  # the rows of one path
 
 
 @dataclass(eq=False)
@@ -6409,16 +6361,15 @@ class HttpServer:
     _connections: dict[asyncio.Task[None], ServedConnection] = field(default_factory=dict)
 
     def __post_init__(self, routes: Sequence[Route]) -> None:
-        self._fixed: dict[tuple[str, ...], Methods] = {}  # by the segments of the path
-        self._patterns: dict[tuple[str, ...], Methods] = {}
+        self._fixed: dict[tuple[str, ...], dict[str, Route]] = {}  # by the segments of the path, then by method
+        self._patterns: dict[tuple[str, ...], dict[str, Route]] = {}
         for route in routes:
             table = self._patterns if "{" in route.pattern else self._fixed
             table.setdefault(tuple(route.pattern.split("/")), {})[route.method] = route
 
     async def start_tcp(self, host: str, port: int, tls: ssl.SSLContext | None) -> tuple[tuple[str, int], ...]:
         """Listens on every address of `host`, with TLS when there is a context; returns (address, port)."""
-        connected = functools.partial(self._connected, tls)
-        listener = await asyncio.start_server(connected, host or None, port, backlog=ACCEPTED_AT_ONCE)
+        listener = await asyncio.start_server(functools.partial(self._connected, tls), host or None, port, backlog=32)
         self._keep(listener)
         return tuple(listening.getsockname()[:2] for listening in listener.sockets)
 
@@ -6467,7 +6418,13 @@ class HttpServer:
 
     def admit(self, request: Request, segments: tuple[str, ...]) -> Route:
         """The row for a request; otherwise 401 before 404 and 405, so that a stranger learns nothing."""
-        methods = self._fixed.get(segments) or self._matching(request, segments)
+        methods = self._fixed.get(segments, {})
+        for pattern, rows in self._patterns.items():
+            if not methods and len(pattern) == len(segments):
+                pairs = list(zip(pattern, segments, strict=True))
+                if all(given if expected.startswith("{") else given == expected for expected, given in pairs):
+                    request.parameters = {name[1:-1]: given for name, given in pairs if name.startswith("{")}
+                    methods = rows
         route = methods.get(request.method)
         if route is None and request.method == "HEAD":
             route = methods.get("GET")
@@ -6483,17 +6440,6 @@ class HttpServer:
             raise HttpError(405, f"this path takes only {listed}", headers={"Allow": listed})
         return route
 
-    def _matching(self, request: Request, segments: tuple[str, ...]) -> Methods:
-        """The rows whose pattern a path fits; fills in what the names in the pattern stand for."""
-        for pattern, methods in self._patterns.items():
-            if len(pattern) != len(segments):
-                continue
-            pairs = list(zip(pattern, segments, strict=True))
-            if all(given if expected.startswith("{") else given == expected for expected, given in pairs):
-                request.parameters = {name[1:-1]: given for name, given in pairs if name.startswith("{")}
-                return methods
-        return {}
-
     def _connected(
         self, tls: ssl.SSLContext | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
@@ -6502,10 +6448,9 @@ class HttpServer:
         if self.stopping or taken >= self.limits.max_connections + TURNED_AWAY:
             writer.transport.abort()
             return
-        turned_away = taken >= self.limits.max_connections
         peername = writer.get_extra_info("peername")
         peer = str(peername[0]) if isinstance(peername, tuple) else "unix"
-        connection = ServedConnection(self, reader, writer, peer, tls, turned_away)
+        connection = ServedConnection(self, reader, writer, peer, tls, taken >= self.limits.max_connections)
         task = asyncio.create_task(connection.run(), name=f"http {taken}")
         self._connections[task] = connection
         task.add_done_callback(self._connections.pop)
@@ -7754,8 +7699,6 @@ class Reporter:
 
 MAX_IDS = 100_000  # of one command that names messages
 LOOP_PATIENCE_S = 10.0  # by which a loop, or the storage, may be late
-WRITABLE_S = 1.0  # for so long a write that succeeded says that the storage answers
-PAGE_ROWS = 200  # of a listing that is read and sent at a time
 LISTING_LIMIT = 10_000
 ALL_REJECTED = "all messages rejected"
 NO_ACCOUNT = "there is no account with this id"
@@ -7800,7 +7743,8 @@ class AccountBook:
             stored = stored_accounts(await self.queue.accounts(), self.defaults)
             wanted = {account.id: account for account in (*stored, *configured)}
             for account_id in self.dispatcher.lanes.keys() - wanted.keys():
-                self._end(account_id)
+                self.dispatcher.remove_lane(account_id)
+                self.metrics.forget(account_id)
             for account in wanted.values():
                 if account.id not in self.dispatcher.lanes:
                     self._begin(account, await self.queue.standing(account.id))
@@ -7829,10 +7773,6 @@ class AccountBook:
         self.dispatcher.add_lane(account, sends, suspended=standing.suspended, held_back=standing.held_back)
         self.metrics.know(account.id)
 
-    def _end(self, account_id: str) -> None:
-        self.dispatcher.remove_lane(account_id)
-        self.metrics.forget(account_id)
-
     async def delete(self, account_id: str) -> int:
         """Remove an account; its undelivered messages become errors. Returns their number.
 
@@ -7845,7 +7785,8 @@ class AccountBook:
             known = account_id in self.dispatcher.lanes
             if known:
                 await self.queue.delete_account(account_id)
-                self._end(account_id)
+                self.dispatcher.remove_lane(account_id)
+                self.metrics.forget(account_id)
             while after is not None:
                 some, after = await self.queue.fail_orphans(account_id, after, "account deleted")
                 failed += some
@@ -7924,9 +7865,7 @@ ANSWERS: Mapping[str, str] = {
     "Switched": "ok: boolean, active: boolean",
     "Removed": "ok: boolean, removed: integer, not_found: string[], in_delivery: string[]",
     "CleanedUp": "ok: boolean, removed: integer",
-    "Retried": (
-        "ok: boolean, queued: integer, not_found: string[], not_failed: string[], account_not_found?: string[]"
-    ),
+    "Retried": "ok: boolean, queued: integer, not_found: string[], not_failed: string[], account_not_found?: string[]",
     "Messages": "ok: boolean, messages: MessageRecord[], next: string | null",
     "MessageHistory": "ok: boolean, message: MessageRecord, attempts: Attempt[]",
     "MessageRecord": (
@@ -7982,12 +7921,6 @@ def json_schema(type_: str) -> dict[str, object]:
     return {"anyOf": schemas}
 
 
-def object_schema(fields: Mapping[str, Field]) -> dict[str, object]:
-    properties = {name: {**json_schema(field.type), "description": field.words} for name, field in fields.items()}
-    required = [name for name, field in fields.items() if field.required]
-    return {"type": "object", "properties": properties, "required": required}
-
-
 def named_schemas() -> dict[str, object]:
     """What the operations refer to: bodies, answers, and what is in them."""
     shown = {
@@ -7995,9 +7928,13 @@ def named_schemas() -> dict[str, object]:
     }
     shown["source"] = Field("'http' | 'config'", "Where it was defined.")
     schemas: dict[str, object] = {}
-    for name, given in {**GIVEN, "ShownAccount": shown}.items():  # null means left out, everywhere
-        optional = {key: one._replace(type=f"{one.type} | null") for key, one in given.items() if not one.required}
-        schemas[name] = object_schema({**given, **optional})
+    for name, given in {**GIVEN, "ShownAccount": shown}.items():
+        properties = {}
+        for key, one in given.items():  # null means left out, everywhere
+            type_ = one.type if one.required else f"{one.type} | null"
+            properties[key] = {**json_schema(type_), "description": one.words}
+        required = [key for key, one in given.items() if one.required]
+        schemas[name] = {"type": "object", "properties": properties, "required": required}
     for name, answer in ANSWERS.items():
         members = dict(member.split(": ") for member in answer.split(", "))
         properties = {key.rstrip("?"): json_schema(type_) for key, type_ in members.items()}
@@ -8046,40 +7983,8 @@ def route(
     return Route(method, pattern, handler, public, operation)
 
 
-def openapi_document(routes: Iterable[Route]) -> dict[str, object]:
-    """The route table as OpenAPI 3.1."""
-    paths: dict[str, dict[str, object]] = {}
-    for row in routes:
-        paths.setdefault(row.pattern, {})[row.method.lower()] = row.schema
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "mailproxy",
-            "version": __version__,
-            "description": (
-                "Mail is submitted as JSON, queued, delivered by SMTP and reported. Null means left out. "
-                "HEAD works where GET does. Every answer has an X-Request-Id, which is in the log lines of its request."
-            ),
-        },
-        "paths": paths,
-        "security": [{"ApiToken": []}, {"Bearer": []}],
-        "components": {
-            "schemas": named_schemas(),
-            "securitySchemes": {
-                "ApiToken": {"type": "apiKey", "in": "header", "name": "X-API-Token"},
-                "Bearer": {"type": "http", "scheme": "bearer"},
-            },
-        },
-    }
-
-
-class Judged(NamedTuple):
-    """One message of a batch: what to store of it, or the reason why it is rejected."""
-
-    id: str | None
-    submission: Submission | None
-    reason: str | None = None
-    unknown: Sequence[str] = ()
+# A message of a batch: its id, what to store of it or the reason why it is rejected, the fields it has for nothing.
+Judged = tuple[str | None, Submission | str, Sequence[str]]
 
 
 @dataclass(slots=True)
@@ -8120,8 +8025,6 @@ class ControlPlane:
             route("POST", "/account/{id}/activate", self.activate_account, "Switched"),
         )
 
-    # -- how it goes
-
     async def check_health(self, request: Request) -> Response:
         """Liveness; touches no storage."""
         return json_response({"ok": True, "status": "ok"})
@@ -8130,7 +8033,7 @@ class ControlPlane:
         """Readiness: the storage answers, both loops turn."""
         problem = self.stalled_loop()
         # Anybody may ask, so it is tried once a second at most.
-        if problem is None and (self.queue.file.refuses or self.clock.monotonic() >= self._wrote_at + WRITABLE_S):
+        if problem is None and (self.queue.file.refuses or self.clock.monotonic() >= self._wrote_at + 1):
             try:
                 async with asyncio.timeout(LOOP_PATIENCE_S):
                     await self.queue.answers()
@@ -8196,27 +8099,43 @@ class ControlPlane:
 
     async def get_openapi(self, request: Request) -> Response:
         """This document."""
-        return json_response(openapi_document(self.routes()))
-
-    # -- submission
+        paths: dict[str, dict[str, object]] = {}
+        for row in self.routes():
+            paths.setdefault(row.pattern, {})[row.method.lower()] = row.schema
+        description = (
+            "Mail is submitted as JSON, queued, delivered by SMTP and reported. Null means left out. "
+            "HEAD works where GET does. Every answer has an X-Request-Id, which is in the log lines of its request."
+        )
+        schemes = {
+            "ApiToken": {"type": "apiKey", "in": "header", "name": "X-API-Token"},
+            "Bearer": {"type": "http", "scheme": "bearer"},
+        }
+        return json_response(
+            {
+                "openapi": "3.1.0",
+                "info": {"title": "mailproxy", "version": __version__, "description": description},
+                "paths": paths,
+                "security": [{name: []} for name in schemes],
+                "components": {"schemas": named_schemas(), "securitySchemes": schemes},
+            }
+        )
 
     async def submit_messages(self, request: Request) -> Response:
         """Submit messages; each is judged by itself, and what is accepted is on disk."""
         judged = await self._judged(request)
         lanes = self.dispatcher.lanes  # an account may be gone meanwhile
-        good = [one.submission for one in judged if one.submission and one.submission.account_id in lanes]
+        good = [one for _, one, _ in judged if isinstance(one, Submission) and one.account_id in lanes]
         verdicts = await self.queue.accept(good) if good else []
         reasons = {submission.id: reason for submission, reason in zip(good, verdicts, strict=True)}
         accepted: list[Submission] = []
         rejected: list[dict[str, object]] = []
         warnings: list[dict[str, object]] = []
-        for id_, submission, reason, unknown in judged:
-            if submission is not None:
-                reason = reasons.get(submission.id, NOT_FOUND)
-            if submission is None or reason is not None:
+        for id_, one, unknown in judged:
+            reason = one if isinstance(one, str) else reasons.get(one.id, NOT_FOUND)
+            if isinstance(one, str) or reason is not None:
                 rejected.append({"id": id_, "reason": reason})
                 continue
-            accepted.append(submission)
+            accepted.append(one)
             if unknown:
                 warnings.append({"id": id_, "unknown": list(unknown)})
         self._tell_of_submissions(accepted, rejected)
@@ -8249,21 +8168,23 @@ class ControlPlane:
         judged: list[Judged] = []
         seen: set[str] = set()
         for given in messages:
-            id_ = usable_id(given)
+            id_ = None
+            with contextlib.suppress(Rejected):
+                id_ = line_of(given.get("id"), "id", most=LONGEST_ID) if isinstance(given, dict) else None
             if id_ in seen:
-                judged.append(Judged(id_, None, "duplicate id in this batch"))
+                judged.append((id_, "duplicate id in this batch", ()))
                 continue
             if id_ is not None:
                 seen.add(id_)
             try:
                 message = parse_message(given, now=now, default_priority=default_priority)
                 submission = submission_of(given, message, self.book.get(message.account_id), now)
-                judged.append(Judged(id_, submission, unknown=message.unknown))
+                judged.append((id_, submission, message.unknown))
             except Rejected as error:
-                judged.append(Judged(id_, None, str(error)))
+                judged.append((id_, str(error), ()))
             except Exception as error:  # a bug of ours must not spoil the batch
                 event(self.log, logging.ERROR, "a submission made mailproxy fail", message=id_, exc_info=error)
-                judged.append(Judged(id_, None, "invalid message: it could not be understood"))
+                judged.append((id_, "invalid message: it could not be understood", ()))
         return judged
 
     def _tell_of_submissions(self, accepted: Sequence[Submission], rejected: Sequence[Mapping[str, object]]) -> None:
@@ -8281,8 +8202,6 @@ class ControlPlane:
             self.metrics.messages_rejected.inc(len(rejected))
             for entry in rejected:
                 event(self.log, logging.WARNING, "message rejected", message=entry["id"], reason=entry["reason"])
-
-    # -- commands
 
     async def run_now(self, request: Request) -> Response:
         """Wake dispatch and reporting at once."""
@@ -8356,8 +8275,6 @@ class ControlPlane:
         event(self.log, logging.INFO, "messages cleaned up", messages=removed)
         return json_response({"ok": True, "removed": removed})
 
-    # -- looking
-
     async def list_messages(self, request: Request) -> Response:
         """Messages in order of acceptance."""
         values = asked(request.query, LISTING)
@@ -8374,7 +8291,7 @@ class ControlPlane:
         cursor: int | None = last
         shown = 0
         while cursor is not None:
-            most = 1 if with_contents else int(min(PAGE_ROWS, limit - shown + 1))  # one more shows whether it goes on
+            most = 1 if with_contents else int(min(200, limit - shown + 1))  # one more shows whether it goes on
             records, cursor = await self.queue.page(filters, cursor, most)
             for record in records:
                 if shown == limit:
@@ -8404,8 +8321,6 @@ class ControlPlane:
         shown = await self._shown(record, with_contents)
         return Response(200, b'{"ok": true, "message": %b, "attempts": %b}\n' % (shown, as_json(attempts).encode()))
 
-    # -- accounts
-
     async def list_accounts(self, request: Request) -> Response:
         """Accounts, without their secrets."""
         accounts = [account_fields(lane.account) for lane in self.dispatcher.lanes.values()]
@@ -8425,14 +8340,6 @@ class ControlPlane:
         self.reporter.news.ring()
         event(self.log, logging.INFO, "account deleted", account=account_id, failed=failed)
         return json_response({"ok": True, "failed": failed})
-
-
-def usable_id(fields: object) -> str | None:
-    """The id of a submission, if it has one that can be one."""
-    try:
-        return line_of(fields.get("id"), "id", most=LONGEST_ID) if isinstance(fields, dict) else None
-    except Rejected:
-        return None
 
 
 def submission_of(fields: Any, message: Message, account: Account | None, now: float) -> Submission:
