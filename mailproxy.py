@@ -8831,7 +8831,6 @@ def post_form(url: str, fields: Mapping[str, str], timeout_s: float) -> tuple[in
 
 CLIENT_PATIENCE_S = 60.0  # for each step of a request to the daemon
 CLOCK = "%Y-%m-%d %H:%M:%S"
-NEVER_TOO_WIDE = 1_000_000  # columns, where no terminal cuts the lines
 
 
 class CommandFailed(MailproxyError):
@@ -8866,19 +8865,6 @@ class DaemonAnswer(NamedTuple):
         return self.fields
 
 
-class UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=CLIENT_PATIENCE_S)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
 class Client(NamedTuple):
     """One daemon: where it is, and how to be let in. It is asked over one connection a request."""
 
@@ -8896,6 +8882,10 @@ class Client(NamedTuple):
         prefix = "" if daemon.scheme == "unix" else daemon.path.rstrip("/")
         try:
             with contextlib.closing(self._connection(daemon)) as connection:
+                if daemon.scheme == "unix":
+                    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                    connection.sock.settimeout(CLIENT_PATIENCE_S)
+                    connection.sock.connect(daemon.path)
                 with contextlib.suppress(BrokenPipeError):  # too large: the answer says so
                     connection.request(method, prefix + path, body, headers)
                 response = connection.getresponse()
@@ -8912,15 +8902,12 @@ class Client(NamedTuple):
 
     def _connection(self, daemon: HttpTarget) -> http.client.HTTPConnection:
         """Not connected yet. TLS is verified by name, or against the very certificate that config.ini names."""
-        if daemon.scheme == "unix":
-            return UnixConnection(daemon.path)
-        if daemon.scheme == "http":
+        if daemon.scheme != "https":
             return http.client.HTTPConnection(daemon.host, daemon.port, timeout=CLIENT_PATIENCE_S)
         context = ssl.create_default_context()
         if self.certificate is not None:
-            context = ssl.SSLContext(
-                ssl.PROTOCOL_TLS_CLIENT
-            )  # not strict: Python 3.13 would refuse many self-signed ones
+            # not strict: Python 3.13 would refuse many self-signed ones
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname = False  # a loopback address is in no certificate; this one is known by itself
             context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             context.load_verify_locations(self.certificate)
@@ -8930,7 +8917,7 @@ class Client(NamedTuple):
 def daemon_target(url: str) -> HttpTarget:
     """A daemon's URL, taken apart; the path of a Unix socket is the path of scheme unix. Raises ConfigurationError."""
     if url.startswith("unix:/"):
-        return HttpTarget("unix", "localhost", 0, url.removeprefix("unix:"), None)
+        return HttpTarget("unix", "localhost", 80, url.removeprefix("unix:"), None)
     try:
         return http_target(url)
     except ValueError:
@@ -9040,15 +9027,12 @@ def facts(*pairs: tuple[str, object]) -> list[str]:
     return [f"{name:<{left}}  {value}" for name, value in shown]
 
 
-COLOURS: Mapping[str, str] = MappingProxyType({"2": "32", "s": "32", "4": "33", "d": "33", "5": "31", "e": "31"})
-
-
 def paint(text: str, kind: str) -> str:
     """Green, yellow or red, by the first letter of a reply or a status.
 
     In a terminal that can, unless NO_COLOR (no-color.org) asks for none.
     """
-    colour = COLOURS.get(kind[:1])
+    colour = {"2": "32", "s": "32", "4": "33", "d": "33", "5": "31", "e": "31"}.get(kind[:1])
     plain = not on_terminal() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return text if colour is None or plain else f"\x1b[{colour}m{text}\x1b[0m"
 
@@ -9059,7 +9043,7 @@ def on_terminal() -> bool:
 
 def output_width() -> int:
     """The columns of the terminal; what goes into a pipe or a file is never cut."""
-    return shutil.get_terminal_size((NEVER_TOO_WIDE, 24)).columns
+    return shutil.get_terminal_size((1_000_000, 24)).columns
 
 
 def size_in_words(size_bytes: int) -> str:
@@ -9125,8 +9109,6 @@ def complain(sentence: object) -> None:
 # Date and Message-ID.
 
 BATCH_MESSAGES = 200  # of one submission
-BATCH_BYTES = 8_388_608
-LONGEST_CELL = 67_108_864  # characters
 THROUGH_BEFORE = ("already sent", "in delivery")  # how the daemon refuses what it has from an earlier run
 NOT_THE_CONTENT = ("account_id", "priority", "deferred_ts", "expires_ts", "batch_code")
 COLUMNS = MESSAGE_FIELDS.keys() - {"raw"}
@@ -9224,7 +9206,8 @@ class Mailing:
             hint = f"{self._through} of {len(rows)} are through; run it again, and nothing is sent twice"
             raise CommandFailed(f"{str(stop) or 'interrupted'}; {hint}") from None
         finally:
-            self._clear_bar()
+            if self._bar:
+                print("\r\x1b[K", end="", flush=True)
         if not self._show_answers:
             queued = len(rows) - self._before - self._refused
             numbers = f"{queued} queued, {self._before} sent before, {self._refused} refused"
@@ -9243,7 +9226,7 @@ class Mailing:
                 self._refuse(f"line {line}", str(error))
                 continue
             own_size = len(json.dumps(message))
-            if batch and (len(batch) == BATCH_MESSAGES or size_bytes + own_size > BATCH_BYTES):
+            if batch and (len(batch) == BATCH_MESSAGES or size_bytes + own_size > 8_388_608):
                 yield batch
                 batch, size_bytes = [], 0
             batch.append(message)
@@ -9271,12 +9254,9 @@ class Mailing:
 
     def _refuse(self, which: str, reason: str) -> None:
         self._refused += 1
-        self._clear_bar()
-        complain(f"{self._path} {which}: {reason}")
-
-    def _clear_bar(self) -> None:
         if self._bar:
             print("\r\x1b[K", end="", flush=True)
+        complain(f"{self._path} {which}: {reason}")
 
 
 def csv_rows(path: str, *, known_anyway: Container[str]) -> list[tuple[int, dict[str, str | None]]]:
@@ -9291,7 +9271,7 @@ def csv_rows(path: str, *, known_anyway: Container[str]) -> list[tuple[int, dict
     except UnicodeDecodeError:
         raise CommandFailed(f"{path} is not UTF-8 text: save it in that encoding") from None
     head = text.partition("\n")[0]
-    csv.field_size_limit(LONGEST_CELL)
+    csv.field_size_limit(67_108_864)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     try:
         columns = [name.strip().lower() for name in next(reader, [])]
@@ -9336,18 +9316,11 @@ def csv_fields(row: Mapping[str, str | None]) -> dict[str, Any]:
 # The options of one word: letters alone, then perhaps one with a value, attached or as the next word.
 # What follows d and q in the same word is theirs, and means nothing here.
 _SENDMAIL_WORD = re.compile(r"-(?P<flags>[^ABCDFLMNOPRVXbefhoprdq]*)(?P<letter>.?)(?P<value>.*)", re.DOTALL)
-QUALIFIED_HEADERS = frozenset((b"from", b"sender", b"reply-to", b"to", b"cc", b"bcc"))
 _NOBODY = re.compile(r"([^<>@:;]*:\s*;)?")  # nothing, or an empty group (RFC 5322 3.4)
 _NO_ADDRESS = re.compile(r'\([^()]*\)|[^,;:<>"]*:')  # a comment, the name of a group, a route (RFC 5322 4.4)
 _DRAFT = re.compile(  # a From line of mbox, what looks like a header, a blank line or none, the body
     rb"(?:>?From [^\n]*\n)?((?:[!-9;-~]+[ \t]*:[^\n]*(?:\n|\Z)(?:[ \t][^\n]*(?:\n|\Z))*)*)(?:\r?\n)?(.*)", re.DOTALL
 )
-
-
-REFUSED_FOR = (  # how reasons begin, and what is wrong then
-    ("invalid to", os.EX_NOUSER), ("missing to", os.EX_NOUSER),
-    ("account not found", os.EX_CONFIG), ("missing account configuration", os.EX_CONFIG),
-)  # fmt: skip
 
 
 class Unsendable(CommandFailed):
@@ -9378,7 +9351,9 @@ def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
             content = b"".join(itertools.takewhile(lambda line: line not in ends, stdin))
         fields = sendmail_fields(call, content, login_name(), host_name())
         for reason in submit(client, [fields], show=False).values():
-            status = next((status for start, status in REFUSED_FOR if reason.startswith(start)), os.EX_DATAERR)
+            status = os.EX_NOUSER if reason.startswith(("invalid to", "missing to")) else os.EX_DATAERR
+            if reason.startswith(("account not found", "missing account configuration")):
+                status = os.EX_CONFIG
             raise Unsendable(f"the message was refused: {reason}", status)
         return os.EX_OK
     except MailproxyError as error:
@@ -9486,7 +9461,8 @@ class Draft(NamedTuple):
         """The same, bare local names in its address fields completed."""
         header = []
         for line in self.header:
-            mailboxes = email.utils.getaddresses([_field_text(line)]) if field_name(line) in QUALIFIED_HEADERS else []
+            of_addresses = field_name(line) in (b"from", b"sender", b"reply-to", b"to", b"cc", b"bcc")
+            mailboxes = email.utils.getaddresses([_field_text(line)]) if of_addresses else []
             complete = [Mailbox(_decoded(name, "header"), _qualified(a, host)) for name, a in mailboxes if a]
             bare = complete and not all("@" in address for _, address in mailboxes)
             header.append(_address_header(line.partition(b":")[0].decode(), complete).encode() if bare else line)
@@ -9533,9 +9509,7 @@ def login_name() -> str:
 # An application, the daemon and a mail server in one process, over real sockets; what
 # passes between them is shown as it happens. Nothing leaves the machine, or stays on it.
 
-DEMO_PATIENCE_S = 15.0
 DEMO_AHEAD_S = 3  # of the scheduled message
-DEMO_SIZE_BYTES = 10_000_000
 DEMO_OUTCOMES: Mapping[str, str] = MappingProxyType(
     {"plain": "sent", "picture": "sent", "refused": "error", "greylisted": "sent", "scheduled": "sent"}
 )
@@ -9570,15 +9544,7 @@ class DemoSmtpServer:
         self._tell = tell  # who, to whom, about which recipient, what
         self._greylist: set[str] = set()
 
-    async def start(self) -> int:
-        """Listen on a free port, and say which."""
-        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=DEMO_SIZE_BYTES)
-        return int(self._listener.sockets[0].getsockname()[1])
-
-    def stop(self) -> None:
-        self._listener.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One client's connection. Replies go out in the order of the commands (PIPELINING, RFC 2920)."""
         recipients: list[str] = []
         reply = "220 smtp.demo.example ESMTP"
@@ -9624,19 +9590,15 @@ class DemoSmtpServer:
         """The reply to a whole mail; its last line is the dot, and stuffed dots come off (RFC 5321 4.5.2)."""
         self.taken += 1
         reply = f"250 2.0.0 Ok: taken as number {self.taken}"
-        mail = content.removesuffix(b".\r\n").replace(b"\r\n..", b"\r\n.")
+        content = content.removesuffix(b".\r\n").replace(b"\r\n..", b"\r\n.")
+        mail = email.message_from_bytes(content)
+        subject = make_header(decode_header(mail.get("Subject", "")))
+        parts = [joined(" ", p.get_content_type(), p["Content-ID"]) for p in mail.walk() if not p.is_multipart()]
         for recipient in recipients:
-            self._tell("mailproxy", "smtp", recipient, mail_in_words(mail))
+            words = f'"{subject}", {len(content) / 1000:.1f} kB: {" + ".join(parts)}'
+            self._tell("mailproxy", "smtp", recipient, words)
             self._tell("smtp", "mailproxy", recipient, reply)
         return reply
-
-
-def mail_in_words(content: bytes) -> str:
-    """What a mail looks like to who gets it: subject, size, parts."""
-    mail = email.message_from_bytes(content)
-    subject = make_header(decode_header(mail.get("Subject", "")))
-    parts = [joined(" ", p.get_content_type(), p["Content-ID"]) for p in mail.walk() if not p.is_multipart()]
-    return f'"{subject}", {len(content) / 1000:.1f} kB: {" + ".join(parts)}'
 
 
 def demo_messages(now: float) -> list[dict[str, object]]:
@@ -9658,7 +9620,7 @@ def demo_messages(now: float) -> list[dict[str, object]]:
 class Demo:
     """The whole thing in one process: application, daemon and mail server, over real sockets."""
 
-    def __init__(self, folder: str, *, patience_s: float = DEMO_PATIENCE_S) -> None:
+    def __init__(self, folder: str, *, patience_s: float = 15.0) -> None:
         self._folder = folder
         self._patience_s = patience_s
         self._lines: asyncio.Queue[str] = asyncio.Queue()  # what passed, and is not shown yet
@@ -9692,8 +9654,9 @@ class Demo:
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         """Mail server, application and daemon, stopped again in the other order."""
         self._smtp = DemoSmtpServer(self._tell)
-        smtp_port = await self._smtp.start()
-        stack.callback(self._smtp.stop)
+        listener = await asyncio.start_server(self._smtp.serve, "127.0.0.1", 0, limit=10_000_000)
+        smtp_port = listener.sockets[0].getsockname()[1]
+        stack.callback(listener.close)
         app = HttpServer(
             [Route("POST", "/reports", self._take_report, public=True)],
             limits=ServerSettings(),
@@ -9787,12 +9750,8 @@ def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 # stderr, never a traceback. serve, demo, check and backup stand on their own; all
 # other commands speak HTTP to a running daemon, as anybody could.
 
-LISTED_MESSAGES = 50  # by `messages` without --limit
 FOLLOWED_MESSAGES = 500  # the newest ones, at least, are watched by `messages --follow`
-FOLLOW_PAUSE_S = 1.0
 WHAT_MAY_CHANGE = ("created_at", "status", "attempts", "deferred_ts", "error")  # of a followed message
-INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
-NOBODY_READS = 141  # 128 and SIGPIPE
 
 # --- the commands that talk to a daemon ----------------------------------
 
@@ -9820,12 +9779,9 @@ def _asked(
 
 def show(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """status, accounts, message ID."""
-    path, in_words = {
-        "status": ("/status", _status_in_words),
-        "accounts": ("/accounts", _accounts_in_words),
-        "message": (f"/message/{_quoted(args, 'id')}", _message_in_words),
-    }[args.command]
-    _asked(args, environ, in_words, path)
+    in_words = {"status": _status_in_words, "accounts": _accounts_in_words, "message": _message_in_words}[args.command]
+    segment = f"/{urllib.parse.quote(args.id, safe='')}" if "id" in args else ""
+    _asked(args, environ, in_words, f"/{args.command}{segment}")
     return 0
 
 
@@ -9839,7 +9795,7 @@ def steer(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         "delete": ("delete-messages", "{removed} removed"),
     }[args.command]
     account = getattr(args, "account", None)
-    place = f"/account/{_quoted(args, 'account')}/" if account else "/commands/"
+    place = f"/account/{urllib.parse.quote(account, safe='')}/" if account else "/commands/"
     whose = f" of account {account}" if account else ""
     body = {"ids": args.ids} if "ids" in args else {}
     answer = _asked(args, environ, lambda fields: [words.format(whose, **fields)], place + path, body)
@@ -9848,11 +9804,6 @@ def steer(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if left_out:
         complain("; ".join(left_out))
     return 1 if left_out else 0
-
-
-def _quoted(args: argparse.Namespace, name: str) -> str:
-    """An option, as a segment of a path."""
-    return urllib.parse.quote(getattr(args, name, ""), safe="")
 
 
 def _status_in_words(status: dict[str, Any]) -> list[str]:
@@ -9980,7 +9931,7 @@ def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, obje
                 line = cut(f"{time.strftime('%H:%M:%S')}  {status:<8}  {_escaped(words)}", output_width())
                 print(json.dumps(record, ensure_ascii=False) if args.json else paint(line, status), flush=True)
             known, away = states, False
-        time.sleep(FOLLOW_PAUSE_S)
+        time.sleep(1)
 
 
 def _listed_after(client: Client, filters: Mapping[str, object], cursor: str) -> tuple[list[Any], str]:
@@ -10000,9 +9951,6 @@ def _page(client: Client, query: Mapping[str, object]) -> dict[str, Any]:
 
 # --- serve and check -----------------------------------------------------
 
-M_ARENA_MAX = -8  # of mallopt(3)
-GIVE_WAY_S = 0.001  # after which a busy thread lets the event loop run: it waits several times for an answer
-
 
 def _overrides(args: argparse.Namespace) -> dict[str, str]:
     """The settings that stand on the command line, by "section.key"."""
@@ -10021,7 +9969,7 @@ def share_one_heap() -> None:
     with contextlib.suppress(ImportError, OSError, AttributeError):  # without libffi, or without glibc
         import ctypes
 
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX of mallopt(3)
 
 
 def serve(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -10030,7 +9978,7 @@ def serve(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = reload()
     configure_logging(settings.logging.level, settings.logging.format, journal=stderr_is_journal(environ))
     share_one_heap()
-    sys.setswitchinterval(GIVE_WAY_S)
+    sys.setswitchinterval(0.001)  # a busy thread soon lets the event loop run: an answer waits for it several times
     try:
         status = asyncio.run(Daemon(settings, environ, reload=reload).run())
     except MailproxyError:
@@ -10083,39 +10031,43 @@ def _start_problems(settings: Settings, accounts: Iterable[Account], environ: Ma
 # --- check --connect: what the servers say -------------------------------
 
 CONNECT_PATIENCE_S = 30.0  # for all of one account's connecting and logging in
-CONNECTING_THREADS = 8
-SERVER_COLUMNS = ("ACCOUNT", "SERVER", "TLS", "AUTH", "SIZE", "SMTPUTF8", "PIPELINING", "RESULT")
 
 
 def show_servers(settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]) -> bool:
     """Log into each account, those in the queue file too, and show what its server offers; True: all work."""
-    stored = asyncio.run(_accounts_in_queue(settings)) if os.path.exists(settings.storage.db_path) else []
-    accounts = {account.id: account for account in (*stored, *configured)}
-    outcomes = asyncio.run(_try_servers(accounts.values(), environ))
-    rows = list(map(_server_row, accounts.values(), outcomes))
-    failed = [row[0] for row, outcome in zip(rows, outcomes, strict=True) if isinstance(outcome, Reply)]
-    kinds = ["error" if isinstance(outcome, Reply) else "sent" for outcome in outcomes]
-    lines = ["", *table(SERVER_COLUMNS, rows, kinds)] if rows else ["There is no account to log into."]
-    print("\n".join(lines))
+    rows, kinds, failed = [], [], []
+    for account, outcome in asyncio.run(_try_servers(settings, configured, environ)):
+        server = f"{account.host}:{account.port}"
+        if isinstance(outcome, Reply):
+            rows.append((account.id, server, *[""] * 5, f"{outcome.stage}: {outcome.words}"))
+            failed.append(account.id)
+        else:
+            auth = " ".join(outcome.auth).upper() or "none"
+            size = size_in_words(outcome.size_bytes) if outcome.size_bytes else "any"
+            utf8, pipelining = ("yes" if offered else "no" for offered in (outcome.smtputf8, outcome.pipelining))
+            result = f"logged in as {account.user}" if account.user else "connected"
+            rows.append((account.id, server, outcome.tls or "none", auth, size, utf8, pipelining, result))
+        kinds.append("error" if isinstance(outcome, Reply) else "sent")
+    columns = ("ACCOUNT", "SERVER", "TLS", "AUTH", "SIZE", "SMTPUTF8", "PIPELINING", "RESULT")
+    print("\n".join(["", *table(columns, rows, kinds)] if rows else ["There is no account to log into."]))
     if failed:
         complain(f"no mail can leave through {', '.join(failed)}")
     return not failed
 
 
-def _server_row(account: Account, outcome: Offers | Reply) -> tuple[str, ...]:
-    server = f"{account.host}:{account.port}"
-    if isinstance(outcome, Reply):
-        return (account.id, server, *[""] * 5, f"{outcome.stage}: {outcome.words}")
-    auth = " ".join(outcome.auth).upper() or "none"
-    size = size_in_words(outcome.size_bytes) if outcome.size_bytes else "any"
-    utf8, pipelining = ("yes" if offered else "no" for offered in (outcome.smtputf8, outcome.pipelining))
-    result = f"logged in as {account.user}" if account.user else "connected"
-    return (account.id, server, outcome.tls or "none", auth, size, utf8, pipelining, result)
-
-
-async def _try_servers(accounts: Iterable[Account], environ: Mapping[str, str]) -> list[Offers | Reply]:
+async def _try_servers(
+    settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]
+) -> Iterable[tuple[Account, Offers | Reply]]:
     """What each account's server offers, or the reply that kept us out; all at once."""
-    pool = concurrent.futures.ThreadPoolExecutor(CONNECTING_THREADS, "check")
+    accounts = {account.id: account for account in configured}
+    if await asyncio.to_thread(os.path.exists, settings.storage.db_path):  # and those that were added over HTTP
+        file = QueueFile(settings.storage.db_path, SCHEMA, MIGRATIONS, observe_commit=lambda seconds: None)
+        try:
+            stored = stored_accounts(await Queue(file, now=time.time).accounts(), settings.delivery)
+        finally:
+            await file.close()
+        accounts = {account.id: account for account in stored} | accounts
+    pool = concurrent.futures.ThreadPoolExecutor(8, "check")
     in_thread = in_threads_of(pool)
 
     def revealed(secret: Secret) -> str:
@@ -10140,18 +10092,9 @@ async def _try_servers(accounts: Iterable[Account], environ: Mapping[str, str]) 
         return session.offers
 
     try:
-        return await asyncio.gather(*map(tried, accounts))
+        return zip(accounts.values(), await asyncio.gather(*map(tried, accounts.values())), strict=True)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-async def _accounts_in_queue(settings: Settings) -> list[Account]:
-    """The accounts that were added over HTTP."""
-    file = QueueFile(settings.storage.db_path, SCHEMA, MIGRATIONS, observe_commit=lambda seconds: None)
-    try:
-        return stored_accounts(await Queue(file, now=time.time).accounts(), settings.delivery)
-    finally:
-        await file.close()
 
 
 # --- backup --------------------------------------------------------------
@@ -10240,7 +10183,7 @@ FILTERS = (
     option("--status", choices=[str(status) for status in Status], help="those in this state"),
     option("--account-id", "--account", metavar="ID", help="those of this account"),
     option("--batch-code", "--batch", metavar="CODE", help="those with this batch_code"),
-    option("--limit", type=_listing_limit, default=LISTED_MESSAGES, metavar="N", help="at most N (%(default)s)"),
+    option("--limit", type=_listing_limit, default=50, metavar="N", help="at most N (%(default)s)"),
     option("--after", metavar="CURSOR", help="go on where an earlier list ended"),
     option("--follow", action="store_true", help="go on with what comes and changes, until Ctrl-C"),
 )
@@ -10378,24 +10321,6 @@ def parsed(words: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     return command, parser.parse_args(words[1:])
 
 
-def run_command(words: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run one command; the exit status. Raises what the command raises."""
-    match words:
-        case []:
-            print(overview(), file=sys.stderr)
-            return 2
-        case ["-h" | "--help"]:
-            print(overview())
-            return 0
-        case ["--version"]:
-            print(f"mailproxy {__version__}")
-            return 0
-        case ["sendmail", *options] if options not in (["-h"], ["--help"]):  # they are not argparse's
-            return sendmail(options, environ)
-    command, args = parsed(words)
-    return command.run(args, environ)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0 when it is done, 1 when it failed, 2 for usage or configuration.
 
@@ -10408,19 +10333,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and os.path.basename(sys.argv[0]) == "sendmail":
         words.insert(0, "sendmail")
     try:
-        status = run_command(words, os.environ)
+        status = 0 if words else 2
+        match words:
+            case [] | ["-h" | "--help"]:
+                print(overview(), file=sys.stdout if words else sys.stderr)
+            case ["--version"]:
+                print(f"mailproxy {__version__}")
+            case ["sendmail", *options] if options not in (["-h"], ["--help"]):  # they are not argparse's
+                status = sendmail(options, os.environ)
+            case _:
+                command, args = parsed(words)
+                status = command.run(args, os.environ)
         print(end="", flush=True)
         return status
     except (ConfigurationError, UsageMistake) as error:
         complain(error)
         return 2
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return 130  # as a shell has it: 128 and SIGINT
     except OSError as error:  # of stdout: what is still in its buffer goes nowhere, without a complaint at exit
         with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
-            return NOBODY_READS
+            return 141  # 128 and SIGPIPE
         complain(error.strerror or error)
         return 1
     except Exception as error:
