@@ -2010,7 +2010,6 @@ def restored_fields(payload: Mapping[str, Any], contents: Mapping[int, bytes]) -
 # comes what is recorded. The codes are those of RFC 5321 4.2, the enhanced ones of RFC 3463.
 
 DEFERRAL_REASONS = ("schedule", "retry", "in_doubt", "attachment", "connection", "login", "limit")
-SESSION_STAGES = (Stage.CONNECT, Stage.TLS, Stage.EHLO, Stage.AUTH)
 
 
 class LaneSignal(enum.StrEnum):
@@ -2039,9 +2038,6 @@ class Disposition:
 UNTRIED = RecipientOutcome(Status.DEFERRED, 451, "not tried yet")  # while others of the message have an outcome
 
 
-# --- what a reply means ---------------------------------------------------
-
-
 def spoken(reply: Reply) -> str:
     """A reply as an error text: the server's words with their codes, or only ours."""
     text = reply.words if reply.cause is Cause.SERVER else reply.text
@@ -2053,28 +2049,11 @@ def login_refused(failure: Reply) -> bool:
     return failure.stage is Stage.AUTH and (failure.permanent or failure.cause is Cause.LOCAL)
 
 
-def _closes_the_session(reply: Reply) -> bool:
-    return reply.code == 421 and reply.cause is Cause.SERVER
-
-
 def _too_many(reply: Reply) -> bool:
     """True when a recipient was refused for the number of them (RFC 5321 4.5.3.1.10: old servers say 552)."""
-    if reply.stage is not Stage.RCPT or reply.accepted:
-        return False
-    if reply.code == 552 and reply.enhanced_code is None:
-        return True
-    return reply.code == 452 or (reply.enhanced_code or "").endswith(".5.3")
-
-
-def _recipient_status(reply: Reply, account: Account) -> Status:
-    if reply.accepted:
-        return Status.SENT
-    if reply.in_doubt:
-        return Status.ERROR if account.in_doubt == "error" else Status.DEFERRED
-    return Status.ERROR if reply.permanent else Status.DEFERRED
-
-
-# --- what becomes of the message ------------------------------------------
+    too_many = reply.code == 452 or (reply.enhanced_code or "").endswith(".5.3")
+    too_many = too_many or (reply.code == 552 and reply.enhanced_code is None)
+    return too_many and reply.stage is Stage.RCPT and not reply.accepted
 
 
 def settle(
@@ -2088,10 +2067,13 @@ def settle(
     replies, failure = attempt.replies, attempt.first_failure
     if failure is None and replies and not (untried or claim.recipients):  # as nearly all mail goes
         return Disposition(Status.SENT, LaneSignal.UP, counted=True, slot_used=True)
-    if failure is not None and failure.stage in SESSION_STAGES:
-        return _settle_without_session(claim, failure)
-    if any(_closes_the_session(reply) for reply in replies.values()):
-        return _settle_closed_session(claim, attempt, untried)
+    waiting = replace(untouched(claim), status=Status.DEFERRED, lane=LaneSignal.COOL, reason="connection")
+    if failure is not None and failure.stage in (Stage.CONNECT, Stage.TLS, Stage.EHLO, Stage.AUTH):
+        if login_refused(failure):
+            waiting = replace(waiting, lane=LaneSignal.LOGIN_REFUSED, reason="login")
+        return replace(waiting, error=spoken(failure))
+    if closing := [reply for reply in replies.values() if reply.code == 421 and reply.cause is Cause.SERVER]:
+        return _settle_closed_session(replace(waiting, error=spoken(closing[0])), replies, untried)
     unheard = bool(replies) and all(reply.cause is Cause.LOST and not reply.in_doubt for reply in replies.values())
     if attempt.reused and unheard:  # the connection had died before the server took anything of this message
         return untouched(claim)
@@ -2106,43 +2088,31 @@ def untouched(claim: Claim) -> Disposition:
 
 
 def given_up(disposition: Disposition, why: str) -> Disposition:
-    """The same for good: sent when a server has it for any of its recipients, else an error."""
-    outcomes = closed(disposition.recipients or {}, why)
+    """The same for good: sent when a server has it for any of its recipients, else an error.
+
+    Recipients who still waited have an error too; the text of one who was not tried is `why`.
+    """
+    outcomes = dict(disposition.recipients or {})
+    for address, outcome in outcomes.items():
+        if outcome.status is Status.DEFERRED:
+            text = why if outcome == UNTRIED else outcome.text
+            outcomes[address] = RecipientOutcome(Status.ERROR, outcome.code, text)
     served = any(outcome.status is Status.SENT for outcome in outcomes.values())
-    return replace(
-        disposition,
-        status=Status.SENT if served else Status.ERROR,
-        error=None if served else why,
-        deferred_ts=None,
-        recipients=outcomes or None,
-        reason="",
-    )
+    status, error = (Status.SENT, None) if served else (Status.ERROR, why)
+    return replace(disposition, status=status, error=error, deferred_ts=None, recipients=outcomes or None, reason="")
 
 
-def _settle_without_session(claim: Claim, failure: Reply) -> Disposition:
-    lane, reason = LaneSignal.COOL, "connection"
-    if login_refused(failure):
-        lane, reason = LaneSignal.LOGIN_REFUSED, "login"
-    return replace(untouched(claim), status=Status.DEFERRED, lane=lane, error=spoken(failure), reason=reason)
-
-
-def _settle_closed_session(claim: Claim, attempt: Attempt, untried: Collection[str]) -> Disposition:
+def _settle_closed_session(waiting: Disposition, replies: Mapping[str, Reply], untried: Collection[str]) -> Disposition:
     """A 421 ends the session, not the message: recipients without a final reply wait for the lane."""
-    replies = attempt.replies
-    outcomes = dict(claim.recipients or {})
+    outcomes = dict(waiting.recipients or {})
     for address, reply in replies.items():
         if reply.accepted or reply.permanent:
             status = Status.SENT if reply.accepted else Status.ERROR
             outcomes[address] = RecipientOutcome(status, reply.code, spoken(reply))
-    return Disposition(
-        Status.DEFERRED,
-        LaneSignal.COOL,
-        counted=False,
-        slot_used=any(reply.accepted for reply in replies.values()),
-        error=next(spoken(reply) for reply in replies.values() if _closes_the_session(reply)),
-        recipients=_with_untried(outcomes, [*replies, *untried]) if outcomes else None,
-        reason="connection",
-    )
+    for address in (*replies, *untried) if outcomes else ():
+        outcomes.setdefault(address, UNTRIED)
+    accepted = any(reply.accepted for reply in replies.values())
+    return replace(waiting, slot_used=accepted, recipients=outcomes or None)
 
 
 def _settle_incomplete(claim: Claim, failure: Reply, account: Account, now: float, jitter: float) -> Disposition:
@@ -2168,38 +2138,23 @@ def _settle_recipients(
     for address, reply in replies.items():
         if accepted and _too_many(reply):
             crowded_out.append(address)
-        else:
-            outcomes[address] = RecipientOutcome(_recipient_status(reply, account), reply.code, spoken(reply))
+            continue
+        for_good = account.in_doubt == "error" if reply.in_doubt else reply.permanent
+        status = Status.ERROR if for_good else Status.DEFERRED
+        outcomes[address] = RecipientOutcome(Status.SENT if reply.accepted else status, reply.code, spoken(reply))
+    for address in (*crowded_out, *untried):
+        outcomes.setdefault(address, UNTRIED)
     disposition = Disposition(Status.QUEUED, lane, counted=False, slot_used=accepted or in_doubt, recipients=outcomes)
     if crowded_out or untried:
-        return replace(disposition, recipients=_with_untried(outcomes, [*crowded_out, *untried]))
+        return disposition
     waiting = [outcome for outcome in outcomes.values() if outcome.status is Status.DEFERRED]
+    disposition = replace(disposition, counted=True)
     if waiting and not _out_of_retries(claim, account, now):
-        return replace(
-            disposition,
-            status=Status.DEFERRED,
-            counted=True,
-            error=waiting[0].text,
-            deferred_ts=_retry_at(claim, account, now, jitter),
-            reason="in_doubt" if in_doubt else "retry",
-        )
+        reason, retry_at = "in_doubt" if in_doubt else "retry", _retry_at(claim, account, now, jitter)
+        return replace(disposition, status=Status.DEFERRED, error=waiting[0].text, deferred_ts=retry_at, reason=reason)
     refused = [outcome for outcome in outcomes.values() if outcome.status is not Status.SENT]
-    final = given_up(replace(disposition, counted=True), refused[0].text if refused else "")
+    final = given_up(disposition, refused[0].text if refused else "")
     return final if refused else replace(final, recipients=None)
-
-
-def closed(outcomes: Mapping[str, RecipientOutcome], why: str) -> dict[str, RecipientOutcome]:
-    """The outcomes of a message that is given up: who still waited has an error, who was not tried has `why`."""
-    return {
-        address: RecipientOutcome(Status.ERROR, outcome.code, why if outcome == UNTRIED else outcome.text)
-        if outcome.status is Status.DEFERRED
-        else outcome
-        for address, outcome in outcomes.items()
-    }
-
-
-def _with_untried(outcomes: Mapping[str, RecipientOutcome], addresses: Iterable[str]) -> dict[str, RecipientOutcome]:
-    return {**outcomes, **{address: UNTRIED for address in addresses if address not in outcomes}}
 
 
 def _retry_at(claim: Claim, account: Account, now: float, jitter: float) -> int:
@@ -2322,11 +2277,8 @@ class SendWindows:
 LONGEST_LINE = 998  # octets without CRLF, RFC 5322 2.1.1
 SHORT_LINE = 78  # octets that a header line should not exceed; 76 with encoded words (RFC 2047 2)
 LONGEST_WORD = 900  # octets of a header's word that still fits a line beside the field's name
-LONGEST_NAME = 60  # characters of a display name that is written as it is
-ENCODED_WORD_OCTETS = 45  # in one encoded word: 72 characters with its frame (RFC 2047 2: 75 at most)
 BASE64_BLOCK = 57 * 1000  # octets encoded at a time; 57 make a line of 76 characters
 TEXT_BLOCK = 65_536  # octets of a text encoded at a time, and the rest of the last line
-FILE_NAME_LINE = 600  # characters of an encoded file name kept in one piece, as all readers know it
 DATE_FORMAT = "%a, %d %b %Y %H:%M:%S +0000"  # RFC 5322 3.3; in English, as the daemon sets no locale
 
 
@@ -2355,6 +2307,20 @@ def compose(message: Message, parts: Sequence[Part], *, date: float) -> bytes:
     return composed.getvalue()
 
 
+def _completed(message: Message, raw: bytes, date: float) -> bytes:
+    """A complete message without its Bcc, with what it lacks at the end of its header."""
+    fields, body = split_raw(raw)
+    kept = [field for field in fields if field_name(field) not in (b"bcc", b"resent-bcc")]
+    names = {field_name(field) for field in kept}
+    added = [_extra_header(name, value) for name, value in message.headers]
+    if b"date" not in names:
+        added.append(time.strftime(f"Date: {DATE_FORMAT}", time.gmtime(date)))
+    if b"message-id" not in names and message.message_id:
+        added.append(f"Message-ID: <{message.message_id}>")
+    header = b"\r\n".join([*kept, *(line.encode() for line in added)])
+    return b"".join([header, b"\r\n\r\n", with_crlf(body)])
+
+
 def needs_smtputf8(message: Message) -> bool:
     """True when an address has a local part that is not ASCII (RFC 6531 3.1)."""
     mailboxes = (message.sender, *message.to, *message.cc, *message.bcc, *message.reply_to)
@@ -2374,7 +2340,6 @@ _SHORT_TEXT = re.compile(r"[!-~]+(?: [!-~]+)*")
 _NEEDS_ENCODING = re.compile(rf"[^ -~]+|=\?|  |\A | \Z|(?<![!-~])[!-~]{{{LONGEST_WORD}}}")
 _WORD = re.compile(" +[^ ]+")
 _PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]+(?: [A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]+)*")
-_TO_QUOTE = re.compile(r'["\\]')
 
 
 def _message_header(message: Message, date: float) -> Iterator[str]:
@@ -2425,28 +2390,25 @@ def _address_header(name: str, mailboxes: Sequence[Mailbox]) -> str:
             words[-1] += ","
         if not display_name:
             words.append(f" {address}")
-            continue
-        if len(display_name) > LONGEST_NAME or not _SHORT_TEXT.fullmatch(display_name) or "=?" in display_name:
-            words += _encoded_words(display_name, beside=len("Reply-To:"))
+        elif len(display_name) > 60 or not _SHORT_TEXT.fullmatch(display_name) or "=?" in display_name:
+            words += [*_encoded_words(display_name, beside=len("Reply-To:")), f" <{address}>"]
         elif _PHRASE.fullmatch(display_name):
-            words.append(f" {display_name}")
+            words += [f" {display_name}", f" <{address}>"]
         else:
-            quoted = _TO_QUOTE.sub(r"\\\g<0>", display_name)
-            words.append(f' "{quoted}"')
-        words.append(f" <{address}>")
+            quoted = display_name.replace("\\", r"\\").replace('"', r"\"")
+            words += [f' "{quoted}"', f" <{address}>"]
     return _folded(name, words)
 
 
 def _encoded_words(text: str, *, beside: int) -> Iterator[str]:
     """The text as encoded words (RFC 2047), none of them ending within a character.
 
-    The first one leaves room for so many characters beside it.
+    45 octets take 72 characters (75 at most, RFC 2047 2); the first word leaves room for so many beside it.
     """
     octets = text.encode()
-    start = 0
-    room = max(8, (SHORT_LINE - 2 - len(" =?utf-8?b??=") - beside) // 4 * 3)
+    start, room = 0, max(8, (SHORT_LINE - 2 - len(" =?utf-8?b??=") - beside) // 4 * 3)
     while start < len(octets):
-        end = min(start + (ENCODED_WORD_OCTETS if start else min(room, ENCODED_WORD_OCTETS)), len(octets))
+        end = min(start + (45 if start else min(room, 45)), len(octets))
         while end < len(octets) and octets[end] & 0xC0 == 0x80:
             end -= 1
         yield f" =?utf-8?b?{binascii.b2a_base64(octets[start:end], newline=False).decode()}?="
@@ -2469,8 +2431,6 @@ def _folded(name: str, words: Sequence[str]) -> str:
 
 
 # --- body -----------------------------------------------------------------
-
-_NOT_ASCII = bytes(range(0x80, 0x100))
 
 
 def _message_body(message: Message, parts: Sequence[Part]) -> Entity:
@@ -2513,7 +2473,7 @@ def _text_entity(text: str, subtype: str) -> Entity:
     octets = with_crlf(text.encode())
     if not octets.endswith(b"\r\n"):
         octets += b"\r\n"
-    to_quote = 0 if octets.isascii() else len(octets) - len(octets.translate(None, _NOT_ASCII))
+    to_quote = 0 if octets.isascii() else len(octets) - len(octets.translate(None, bytes(range(0x80, 0x100))))
     encoding, body = "7bit", cast(Iterable[bytes], (octets,))
     if to_quote * 6 >= len(octets):  # each grows threefold: below a sixth that is less than base64's third
         encoding, body = "base64", _base64_lines(octets)
@@ -2602,28 +2562,11 @@ def _file_name(name: str) -> str:
     if _PLAIN_FILE_NAME.fullmatch(safe):
         return f'filename="{safe}"'
     encoded = urllib.parse.quote(safe, safe="", errors="replace")
-    if len(encoded) <= FILE_NAME_LINE:
+    if len(encoded) <= 600:  # in one piece, as all readers know it
         return f"filename*=utf-8''{encoded}"
     pieces = re.findall(r"(?:%..|[^%]){1,60}", encoded)
     pieces[0] = f"utf-8''{pieces[0]}"
     return ";\r\n ".join(f"filename*{i}*={piece}" for i, piece in enumerate(pieces))
-
-
-# --- raw messages ---------------------------------------------------------
-
-
-def _completed(message: Message, raw: bytes, date: float) -> bytes:
-    """A complete message without its Bcc, with what it lacks at the end of its header."""
-    fields, body = split_raw(raw)
-    kept = [field for field in fields if field_name(field) not in (b"bcc", b"resent-bcc")]
-    names = {field_name(field) for field in kept}
-    added = [_extra_header(name, value) for name, value in message.headers]
-    if b"date" not in names:
-        added.append(time.strftime(f"Date: {DATE_FORMAT}", time.gmtime(date)))
-    if b"message-id" not in names and message.message_id:
-        added.append(f"Message-ID: <{message.message_id}>")
-    header = b"\r\n".join([*kept, *(line.encode() for line in added)])
-    return b"".join([header, b"\r\n\r\n", with_crlf(body)])
 
 
 # ======================================================================
@@ -5016,13 +4959,9 @@ def md5_refusal(attachment: Attachment, file: BinaryIO, encoded_md5: str = "") -
 # loses the second reply of a packet). Its invariant: whatever a server does, mail gets replies, never an
 # exception; and a connection that did one thing out of order is not believed again.
 
-END_OF_DATA_TIMEOUT_S = 600.0  # RFC 5321 4.5.3.2.6
 QUIT_TIMEOUT_S = 5.0
-LONGEST_TEXT = 1_000  # characters of a reply that are kept
 LONGEST_REPLY_BYTES = 65_536
 CONTENT_PIECE_BYTES = 65_536  # of a content, between two looks at the server and at everybody else
-TOKEN_LIFE_S = 3_600.0  # when the token endpoint does not say
-LONGEST_TOKEN_LIFE_S = 86_400.0  # whatever it says
 
 MayLogIn = Callable[[], Awaitable[object]]
 
@@ -5036,10 +4975,10 @@ _ANY_LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
 def one_line(text: str) -> str:
-    """A text of the other side as one bounded line of printable characters."""
+    """A text of the other side as one line of printable characters, at most 1,000."""
     if not text.isprintable():
         text = "".join(character if character.isprintable() else " " for character in text)
-    return " ".join(text.split())[:LONGEST_TEXT]
+    return " ".join(text.split())[:1_000]
 
 
 def server_reply(stage: Stage, code: int, lines: Iterable[str]) -> Reply:
@@ -5169,8 +5108,9 @@ class Wire(asyncio.Protocol):
         self._transport.abort()
         self._wake()
 
-    async def close(self) -> None:
-        """End the connection politely (close_notify under TLS), but soon."""
+    async def quit(self) -> None:
+        """Say goodbye and close politely (close_notify under TLS), each within a few seconds."""
+        await self.ask(b"QUIT\r\n", 1, QUIT_TIMEOUT_S)
         if self.broken is None:
             self._transport.close()  # of a closed one no more can be asked, not even abort() (Python 3.11, TLS)
             await self.ask(b"", 1, QUIT_TIMEOUT_S)
@@ -5190,27 +5130,23 @@ class Wire(asyncio.Protocol):
                 break
             self._code, hyphen, text = found.groups(b"")
             self._lines.append(text.decode("utf-8", "replace"))
-            if hyphen != b"-":
-                self._take(Answer(int(self._code), tuple(self._lines)))
-                self._lines, self._reply_bytes = [], 0
-                if self.broken is not None:
-                    return None
+            if hyphen == b"-":
+                continue
+            answer = Answer(int(self._code), tuple(self._lines))
+            self._lines, self._reply_bytes = [], 0
+            if asked_for := self._expected > 0:
+                self._answers.append(answer)
+                self._expected -= 1
+                self._deadline = self._loop.time() + self._timeout_s
+            if answer.code == 421:  # nothing follows, asked for or not (RFC 5321 3.8)
+                return self.break_off(Cause.LOST, f"the server ended the session: {answer}")
+            if not asked_for:
+                return self.break_off(Cause.LOCAL, f"a reply that nobody asked for: {answer}")
+            if not self._expected:
+                self._wake()
         if self._reply_bytes + len(self._unread) > LONGEST_REPLY_BYTES:
             self.break_off(Cause.LOCAL, "a reply without end")
         return None
-
-    def _take(self, answer: Answer) -> None:
-        asked_for = self._expected > 0
-        if asked_for:
-            self._answers.append(answer)
-            self._expected -= 1
-            self._deadline = self._loop.time() + self._timeout_s
-        if answer.code == 421:  # nothing follows, asked for or not (RFC 5321 3.8)
-            self.break_off(Cause.LOST, f"the server ended the session: {answer}")
-        elif not asked_for:
-            self.break_off(Cause.LOCAL, f"a reply that nobody asked for: {answer}")
-        elif not self._expected:
-            self._wake()
 
     def eof_received(self) -> None:
         self.break_off(Cause.LOST, "connection closed by the server")
@@ -5302,23 +5238,6 @@ class Session:
             refusal = local_reply(Stage.MAIL, self.wire.broken[1], Cause.LOST)
         if refusal is not None:
             return dict.fromkeys(envelope.recipients, refusal)
-        self.transactions += 1
-        try:
-            return await self._transact(envelope, content, self._commands(envelope, content, smtputf8))
-        except BaseException:
-            self.abort()
-            raise
-
-    async def quit(self) -> None:
-        """Say goodbye and close, within a few seconds."""
-        await self.wire.ask(b"QUIT\r\n", 1, QUIT_TIMEOUT_S)
-        await self.wire.close()
-
-    def abort(self) -> None:
-        """Close at once, whatever is on the way."""
-        self.wire.break_off(Cause.LOST, "aborted")
-
-    def _commands(self, envelope: Envelope, content: bytes, smtputf8: bool) -> list[_Command]:
         mail = f"MAIL FROM:<{envelope.sender}>"
         if self.offers.size_bytes is not None:
             mail += f" SIZE={len(content)}"
@@ -5327,8 +5246,21 @@ class Session:
         if smtputf8:
             mail += " SMTPUTF8"
         recipients = [_Command(f"RCPT TO:<{one}>\r\n".encode(), Stage.RCPT, one) for one in envelope.recipients]
-        reset = [] if self.clean else [_RSET]
-        return [*reset, _Command(f"{mail}\r\n".encode(), Stage.MAIL), *recipients, _DATA]
+        commands = [_Command(f"{mail}\r\n".encode(), Stage.MAIL), *recipients, _DATA]
+        self.transactions += 1
+        try:
+            return await self._transact(envelope, content, commands if self.clean else [_RSET, *commands])
+        except BaseException:
+            self.abort()
+            raise
+
+    async def quit(self) -> None:
+        """Say goodbye and close, within a few seconds."""
+        await self.wire.quit()
+
+    def abort(self) -> None:
+        """Close at once, whatever is on the way."""
+        self.wire.break_off(Cause.LOST, "aborted")
 
     async def _transact(self, envelope: Envelope, content: bytes, commands: list[_Command]) -> dict[str, Reply]:
         """The commands in one packet where the server offers PIPELINING, else one by one as long as they can
@@ -5441,9 +5373,8 @@ async def _connect(account: Account, in_thread: InThread) -> socket.socket | Rep
     except TimeoutError:
         return local_reply(Stage.CONNECT, f"no answer to the look-up of {account.host}", Cause.TIMEOUT)
     except (OSError, UnicodeError) as failure:
-        return local_reply(
-            Stage.CONNECT, f"look-up of {account.host} failed: {getattr(failure, 'strerror', None) or failure}"
-        )
+        reason = getattr(failure, "strerror", None) or failure
+        return local_reply(Stage.CONNECT, f"look-up of {account.host} failed: {reason}")
     failures, cause = [], Cause.LOCAL
     for tried, (family, kind, protocol, _, address) in enumerate(addresses):
         try:
@@ -5606,9 +5537,9 @@ class TokenKeeper:
             if 400 <= status < 500 and status not in (408, 429):
                 return Reply(Stage.AUTH, 535, text, "5.7.8", Cause.LOCAL)
             return Reply(Stage.AUTH, 454, text, "4.7.0")
-        life_s = TOKEN_LIFE_S
+        life_s = 3_600.0  # when the endpoint does not say
         with contextlib.suppress(TypeError, ValueError, OverflowError):  # some send the number as a string
-            life_s = min(max(0.0, float(answer.get("expires_in"))), LONGEST_TOKEN_LIFE_S)
+            life_s = min(max(0.0, float(answer.get("expires_in"))), 86_400.0)
         grant.token = token
         grant.expires_at = self.monotonic() + life_s - min(60.0, life_s / 2)
         if isinstance(answer.get("refresh_token"), str):
@@ -5640,7 +5571,7 @@ class DeliveryAgent:
     reveal: Callable[[Secret], str]
     in_thread: InThread
     tokens: TokenKeeper
-    end_of_data_timeout_s: float = END_OF_DATA_TIMEOUT_S
+    end_of_data_timeout_s: float = 600.0  # RFC 5321 4.5.3.2.6
     accounts: dict[str, Account] = field(default_factory=dict)  # the latest definition of each
     contexts: dict[tuple[object, ...], asyncio.Future[ssl.SSLContext]] = field(default_factory=dict)  # may be cleared
 
