@@ -2578,8 +2578,6 @@ def _file_name(name: str) -> str:
 # hangs keeps its thread; one for computing. Beside them there are only the threads of QUEUE FILE.
 # A call may be done before it is awaited: then awaiting it does not let others run.
 
-CLOCK_STEP_S = 5.0  # a wall clock that is off by more was set; by less, it is being corrected
-
 
 class InThread(Protocol):
     """Awaits a blocking call that runs in a thread, which it keeps until it ends, even when the waiter is gone."""
@@ -2592,14 +2590,6 @@ def in_threads_of(pool: concurrent.futures.Executor) -> InThread:
         return asyncio.get_running_loop().run_in_executor(pool, call)
 
     return run
-
-
-def end_process(status: int) -> NoReturn:
-    """End without waiting for calls that hang in threads, which a return from main() would do."""
-    logging.shutdown()
-    with contextlib.suppress(OSError, ValueError):
-        print(end="", flush=True)
-    os._exit(status)
 
 
 class Clock:
@@ -2621,7 +2611,7 @@ class Clock:
     def follow(self) -> int:
         """Go by the wall clock as it is now; return by how many seconds it was set, mostly 0."""
         step = self._true_wall() - self.wall()
-        if abs(step) > CLOCK_STEP_S:
+        if abs(step) > 5:  # it was set; by less, it is being corrected
             return self.move(round(step))
         self._offset += step
         return 0
@@ -4039,10 +4029,8 @@ Address: TypeAlias = "tuple[socket.AddressFamily, tuple[Any, ...]]"  # as socket
 Resolver: TypeAlias = "Callable[[str, int], Sequence[Address]]"
 Trust: TypeAlias = "Callable[[], ssl.SSLContext]"  # whoever asks often makes one context and keeps it
 
-ERROR_BODY_BYTES = 65_536  # of an answer that is not a success: enough for its reason
-BODY_PIECE_BYTES = 65_536  # read at a time from a body
+BODY_PIECE_BYTES = 65_536  # read at a time from a body, and at most of one that is not of a success
 MAX_REDIRECTS = 5
-REDIRECTS = (301, 302, 303, 307, 308)
 UNDONE_CODINGS = ("gzip", "x-gzip", "deflate")
 # The content codings that are registered (RFC 9110 16.6); what else servers put there is none, and the bytes are plain.
 CODINGS = (*UNDONE_CODINGS, "br", "zstd", "compress", "x-compress", "dcb", "dcz", "aes128gcm", "exi", "pack200-gzip")
@@ -4051,17 +4039,17 @@ CODINGS = (*UNDONE_CODINGS, "br", "zstd", "compress", "x-compress", "dcb", "dcz"
 # ipaddress.is_global differs between releases of Python and counts multicast as public.
 # 100.64: behind a carrier's NAT, metadata of some clouds; 168.63.129.16: public by its number, the host's own services in
 # Azure; 169.254: link-local, metadata of most clouds; 192.88.99: 6to4 relays; from 224 on: multicast, reserved, broadcast.
-NOT_PUBLIC_4 = [
-    ipaddress.IPv4Network(network)
+# From 2001::/23 on: protocol assignments (Teredo among them), documentation, 6to4 (may hold any IPv4 address), documentation.
+NOT_PUBLIC = [
+    ipaddress.ip_network(network)
     for network in re.findall(
         r"\S+",
         """0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 168.63.129.16/32 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24
-        192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4""",
+        192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4
+        2001::/23 2001:db8::/32 2002::/16 3fff::/20""",
     )
 ]
-PUBLIC_6 = ipaddress.IPv6Network("2000::/3")  # all that was ever given out (RFC 4291 2.4), but for
-# protocol assignments (Teredo among them), documentation, 6to4 (may hold any IPv4 address)
-NOT_PUBLIC_6 = [ipaddress.IPv6Network(network) for network in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")]
+PUBLIC_6 = ipaddress.IPv6Network("2000::/3")  # all that was ever given out (RFC 4291 2.4)
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # a translator connects by IPv4 (RFC 6052)
 
 
@@ -4108,11 +4096,10 @@ def asked_at(url: str) -> HttpTarget:
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """True for an address on the public Internet; IPv4 inside IPv6 is judged as what it is."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return not any(address in network for network in NOT_PUBLIC_4)
-    if address.ipv4_mapped or address in NAT64:
-        return is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
-    return address in PUBLIC_6 and not any(address in network for network in NOT_PUBLIC_6)
+    if isinstance(address, ipaddress.IPv6Address) and (address.ipv4_mapped or address in NAT64):
+        address = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    given_out = address.version == 4 or address in PUBLIC_6
+    return given_out and not any(address in network for network in NOT_PUBLIC)
 
 
 class AddressPolicy:
@@ -4135,18 +4122,17 @@ class AddressPolicy:
 
     def permitted(self, host: str, addresses: Sequence[Address]) -> Sequence[Address]:
         """Those of the host's addresses that are allowed. Raises ForbiddenAddress when it has others only."""
-        allowed = [address for address in addresses if self._allows(host, address[1][0])]
+        allowed = []
+        for address in addresses:
+            number = ipaddress.ip_address(address[1][0].partition("%")[0])
+            number = getattr(number, "ipv4_mapped", None) or number  # the kernel connects by IPv4 (RFC 4291 2.5.5.2)
+            named = host.lower().rstrip(".") in self._names or any(number in network for network in self._networks)
+            if named or is_public(number):
+                allowed.append(address)
         if addresses and not allowed:
-            number = addresses[0][1][0]
-            reason = f"the address {number} of {host} is not public, and [attachments] allow_hosts does not name it"
+            reason = f"the address {addresses[0][1][0]} of {host} is not public, and [attachments] allow_hosts does not name it"
             raise ForbiddenAddress(reason, transient=False)
         return allowed
-
-    def _allows(self, host: str, address: str) -> bool:
-        number = ipaddress.ip_address(address.partition("%")[0])
-        number = getattr(number, "ipv4_mapped", None) or number  # the kernel connects by IPv4 (RFC 4291 2.5.5.2)
-        named = host.lower().rstrip(".") in self._names or any(number in network for network in self._networks)
-        return named or is_public(number)
 
 
 def resolve_name(host: str, port: int) -> Sequence[Address]:
@@ -4182,23 +4168,15 @@ class HttpDeadline:
 
 
 class JudgedConnection(http.client.HTTPConnection):
-    """A connection to an address that was resolved once and judged; with a context, by TLS."""
+    """A connection to an address that was looked up once and judged by `resolve`; with a context, by TLS."""
 
     def __init__(
-        self,
-        host: str,
-        *,
-        deadline: HttpDeadline,
-        policy: AddressPolicy | None = None,
-        resolve: Resolver = resolve_name,
-        context: ssl.SSLContext | None = None,
-        **options: Any,
+        self, host: str, *, deadline: HttpDeadline, resolve: Resolver, context: ssl.SSLContext | None, **options: Any
     ) -> None:
         self.default_port = http.client.HTTPS_PORT if context else http.client.HTTP_PORT
         super().__init__(host, **options)
         self.response_class = WholeAnswer
         self._deadline = deadline
-        self._policy = policy
         self._resolve = resolve
         self._context = context
         self._beyond_proxy: tuple[str, Mapping[str, str]] | None = None
@@ -4208,8 +4186,6 @@ class JudgedConnection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         addresses = self._resolve(self.host, self.port)
-        if self._policy is not None:
-            addresses = self._policy.permitted(self.host, addresses)
         failure = OSError("the name has no address")
         for tried, (family, address) in enumerate(addresses):
             self.sock = self._deadline.socket = socket.socket(family, socket.SOCK_STREAM)
@@ -4224,25 +4200,21 @@ class JudgedConnection(http.client.HTTPConnection):
             raise failure
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.settimeout(self._deadline.left_s())
-        name = self._ask_proxy() if self._beyond_proxy else self.host
+        name = self.host
+        if self._beyond_proxy is not None:  # the proxy is to connect to the host (RFC 9110 9.3.6)
+            host, headers = self._beyond_proxy
+            target = http_target(f"https://{host}")
+            name, place = target.host, f"{target.host}:{target.port}"
+            lines = [f"CONNECT {place} HTTP/1.1", f"Host: {place}", *map(": ".join, headers.items()), "", ""]
+            self.sock.sendall("\r\n".join(lines).encode("latin-1"))
+            with WholeAnswer(self.sock, method="CONNECT") as answer:
+                answer.begin()
+                if not 200 <= answer.status < 300:
+                    raise OSError(f"the proxy answered {answer.status}")
         if self._context is not None:
             secured = self._context.wrap_socket(self.sock, server_hostname=name, do_handshake_on_connect=False)
             self.sock = self._deadline.socket = secured
             secured.do_handshake()
-
-    def _ask_proxy(self) -> str:
-        """Have the proxy connect to the host (RFC 9110 9.3.6); its name."""
-        assert self._beyond_proxy is not None
-        host, headers = self._beyond_proxy
-        target = http_target(f"https://{host}")
-        lines = [f"CONNECT {target.host}:{target.port} HTTP/1.1", f"Host: {target.host}:{target.port}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        self.sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-        with WholeAnswer(self.sock, method="CONNECT") as answer:
-            answer.begin()
-            if not 200 <= answer.status < 300:
-                raise OSError(f"the proxy answered {answer.status}")
-        return target.host
 
 
 class WholeAnswer(http.client.HTTPResponse):
@@ -4251,7 +4223,13 @@ class WholeAnswer(http.client.HTTPResponse):
 
     def begin(self, **limits: Any) -> None:
         file = self.fp
-        whole_line = functools.partial(_whole_line, file)
+
+        def whole_line(limit: int = -1) -> bytes:
+            line = file.readline(limit)
+            if not line.endswith(b"\n"):  # a head ends with an empty line
+                raise http.client.IncompleteRead(line)
+            return line
+
         lines = types.SimpleNamespace(readline=whole_line, flush=file.flush, close=file.close)
         self.fp = cast(io.BufferedReader, lines)
         super().begin(**limits)
@@ -4259,14 +4237,6 @@ class WholeAnswer(http.client.HTTPResponse):
             cast(Any, self).headers = None
             super().begin(**limits)
         self.fp = file
-
-
-def _whole_line(file: io.BufferedReader, limit: int = -1) -> bytes:
-    """A line of a head, which does not end before its empty line."""
-    line = file.readline(limit)
-    if not line.endswith(b"\n"):
-        raise http.client.IncompleteRead(line)
-    return line
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):
@@ -4322,7 +4292,8 @@ def http_request(
     target = asked_at(url)
     deadline = HttpDeadline(timeout_s)
     try:
-        connection = functools.partial(JudgedConnection, deadline=deadline, policy=policy, resolve=resolve)
+        judged = resolve if policy is None else lambda host, port: policy.permitted(host, resolve(host, port))
+        connection = functools.partial(JudgedConnection, deadline=deadline, resolve=judged)
         opener = urllib.request.OpenerDirector()  # nothing of urllib's but HTTP: no redirects, files, passwords
         opener.addheaders = [("User-Agent", "mailproxy")]
         opener.add_handler(_Handler(connection, trust))
@@ -4343,7 +4314,7 @@ def http_request(
             except (OSError, http.client.HTTPException, ValueError, zlib.error) as error:
                 failure = _http_failure(error, target, timeout_s, is_over=time.monotonic() >= deadline.at)
                 raise failure from None if isinstance(error, ValueError) else error
-            if not redirects or answer.status not in REDIRECTS or "location" not in answer.headers:
+            if not redirects or answer.status not in (301, 302, 303, 307, 308) or "location" not in answer.headers:
                 return answer
             target = _redirected(target, answer.headers["location"])
     finally:
@@ -4415,7 +4386,7 @@ def _read_answer(
     names = dict.fromkeys(name.lower() for name in response.headers)
     headers = {name: ", ".join(response.headers.get_all(name, [])) for name in names}
     if not 200 <= response.status < 300:
-        return HttpAnswer(response.status, headers, response.read(ERROR_BODY_BYTES), target.url)
+        return HttpAnswer(response.status, headers, response.read(BODY_PIECE_BYTES), target.url)
     if (response.length or 0) > max_bytes:
         raise TooLarge(target, max_bytes)
     words = re.split(r"[\s,]+", headers.get("content-encoding", "").lower())
@@ -4423,22 +4394,16 @@ def _read_answer(
     if len(codings) > 1 or (codings and codings[0] not in UNDONE_CODINGS):
         reason = f"the answer has the content encoding {', '.join(codings)!r}, which nobody asked for"
         raise HttpFailure(reason, transient=False)
-    pieces, encoded_md5 = _pieces(response), hashlib.md5(usedforsecurity=False)
+    pieces, encoded_md5 = iter(lambda: response.read(BODY_PIECE_BYTES), b""), hashlib.md5(usedforsecurity=False)
     is_encoded = bool(codings) and not is_gzip_file(headers)
     if is_encoded:
         pieces = _inflated(pieces, encoded_md5.update)
     memory = io.BytesIO()  # its getvalue() is no copy
     write_within(max_bytes, pieces, into or memory, target)
-    return HttpAnswer(
-        response.status, headers, memory.getvalue(), target.url, encoded_md5.hexdigest() if is_encoded else ""
-    )
-
-
-def _pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    while piece := response.read(BODY_PIECE_BYTES):
-        yield piece
     if response.length:
         raise http.client.IncompleteRead(b"", response.length)
+    md5 = encoded_md5.hexdigest() if is_encoded else ""
+    return HttpAnswer(response.status, headers, memory.getvalue(), target.url, md5)
 
 
 def _inflated(pieces: Iterable[bytes], note: Callable[[bytes], None]) -> Iterator[bytes]:
@@ -4481,7 +4446,6 @@ def write_within(max_bytes: int, pieces: Iterable[bytes], file: BinaryIO, what: 
 # when all of a message is there, so a slow server keeps none from others. S3: signature
 # version 4 ("Authenticating Requests: Using the Authorization Header" in Amazon's S3 API reference).
 
-FILE_PIECE_BYTES = 262_144  # read at a time from a file
 FETCHES_PER_HOST = 4  # at a time: a slow server holds up its own messages, not the pool of threads
 KEPT_FILES = 100  # at most: each is a file descriptor
 KEEP_S = 30.0  # at most, how long what was fetched serves other messages
@@ -4490,8 +4454,6 @@ LASTING_FILE_ERRORS = (
     errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
 )  # fmt: skip
 
-GOOD_ANSWERS = (200, 203)
-PASSING_ANSWERS = (408, 429)  # beside every 5xx
 GENERIC_TYPES = ("", "application/octet-stream", "binary/octet-stream", "application/x-download")
 GZIP_TYPES = ("application/gzip", "application/x-gzip", "application/x-tgz")
 MEDIA_TYPE = re.compile(r"\s*([A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+)\s*(?:;.*)?", re.DOTALL)
@@ -4501,7 +4463,6 @@ S3_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 S3_BUCKET_IN_HOST = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")  # one label: fits a wildcard certificate
 S3_REGION = re.compile(r"[A-Za-z0-9-]{1,64}")
 S3_ERROR = re.compile(rb"<(Code|Message|Region)>([^<]*)</")
-CLOCK_ERRORS = ("RequestTimeTooSkewed", "RequestExpired")
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
 
@@ -4520,10 +4481,6 @@ class Fetched:
     filename: str  # as the source has it, and likewise
     content_type: str  # "" when it does not say
     keep_s: float  # how long it may serve other messages
-
-    def content(self) -> bytes:
-        """Blocks; the caller has reserved the memory. May be read by several threads at a time."""
-        return os.pread(self.file.fileno(), self.size_bytes, 0)
 
 
 # --- names and types ---------------------------------------------------------
@@ -4585,22 +4542,13 @@ def is_gzip_file(attachment: Attachment, headers: Mapping[str, str]) -> bool:
     return any(type_ in GZIP_TYPES for type_ in types)
 
 
-def as_part(attachment: Attachment, content: bytes, filename: str = "", told: str = "") -> Part:
+def as_part(attachment: Attachment, content: bytes, filename: str, told: str) -> Part:
     """Name and type the bytes: the message's word first, then what the source told, then a guess."""
     filename = safe_filename(attachment.filename or filename)
     # Web frameworks call any bytes text/html when nobody says what they are.
     is_generic = told in GENERIC_TYPES or (told == "text/html" and attachment.source is Source.ENDPOINT)
     given = media_type(attachment.content_type) or ("" if is_generic else told)
     return Part(attachment, filename, given or guessed_type(filename) or told or GENERIC_TYPES[1], content)
-
-
-def keep_s_of(source: Source, headers: Mapping[str, str]) -> float:
-    """How long an answer may serve other messages: 30 s, less or not at all where it says so (RFC 9111 5.2.2)."""
-    control = headers.get("cache-control", "").lower()
-    if source is Source.FILESYSTEM or re.search(r"\bno-(store|cache)\b", control):
-        return 0.0
-    age = re.search(r"\bmax-age\s*=\s*\"?([0-9]{1,9})", control)
-    return min(KEEP_S, float(age[1])) if age else KEEP_S
 
 
 def retry_after_s(header: str, now: float) -> float | None:
@@ -4712,7 +4660,7 @@ def copy_regular_file(base: str, steps: Sequence[str], max_bytes: int, into: Bin
         opened.callback(os.close, descriptor)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise HttpFailure(f"{steps[-1]!r} is not a regular file", transient=False)
-        write_within(max_bytes, iter(lambda: os.read(descriptor, FILE_PIECE_BYTES), b""), into, repr(steps[-1]))
+        write_within(max_bytes, iter(lambda: os.read(descriptor, 262_144), b""), into, repr(steps[-1]))
 
 
 # --- the fetcher -------------------------------------------------------------
@@ -4766,20 +4714,18 @@ class AttachmentFetcher:
         parts: list[Part] = []
         together = 0
         for attachment, one in zip(attachments, fetched, strict=True):
-            size_bytes = one.size_bytes if one is not None else len(attachment.content or b"")
-            together += size_bytes
-            if size_bytes > self.settings.max_attachment_bytes:
+            content, told = attachment.content or b"", ("", "")
+            if one is not None:  # its file may be read by several threads at a time
+                content, told = os.pread(one.file.fileno(), one.size_bytes, 0), (one.filename, one.content_type)
+            together += len(content)
+            if len(content) > self.settings.max_attachment_bytes:
                 return failed_fetch(f"it is larger than the {self.settings.max_attachment_bytes} bytes allowed", 552)
             if together > self.settings.max_message_bytes:
                 return self._too_large_together()
-        for attachment, one in zip(attachments, fetched, strict=True):
-            if one is not None:
-                parts.append(as_part(attachment, one.content(), one.filename, one.content_type))
-                continue
-            assert attachment.content is not None
-            if attachment.content_md5 and (refusal := md5_refusal(attachment, io.BytesIO(attachment.content))):
+            is_unchecked = one is None and attachment.content_md5
+            if is_unchecked and (refusal := md5_refusal(attachment, io.BytesIO(content))):
                 return refusal
-            parts.append(as_part(attachment, attachment.content))
+            parts.append(as_part(attachment, content, *told))
         return tuple(parts)
 
     def _too_large_together(self) -> Reply:
@@ -4916,20 +4862,20 @@ class AttachmentFetcher:
         if answer.status in (301, 307, 400) and S3_REGION.fullmatch(right) and right != region:
             answer, error = ask(right)
         words = ": ".join(error[name] for name in ("Code", "Message") if error.get(name))
-        for secret in sorted(
-            filter(None, keys), key=len, reverse=True
-        ):  # the longest first: one may be part of another
+        # The longest first: one may be part of another.
+        for secret in sorted(filter(None, keys), key=len, reverse=True):
             words = words.replace(secret, "...")
-        return answer, words[:300] + ("; check the clock of this machine" if error.get("Code") in CLOCK_ERRORS else "")
+        clock_is_wrong = error.get("Code") in ("RequestTimeTooSkewed", "RequestExpired")
+        return answer, words[:300] + ("; check the clock of this machine" if clock_is_wrong else "")
 
     def _judged(
         self, attachment: Attachment, file: BinaryIO, answer: HttpAnswer, refusal: str, name: str
     ) -> Fetched | Reply:
         """What a good answer gave; of the others 408, 429 and 5xx may pass, everything else lasts."""
         headers = answer.headers
-        if answer.status in PASSING_ANSWERS or answer.status >= 500:
+        if answer.status in (408, 429) or answer.status >= 500:
             return failed_fetch(refusal, 451, retry_after_s(headers.get("retry-after", ""), self.now()))
-        if answer.status not in GOOD_ANSWERS:
+        if answer.status not in (200, 203):
             return failed_fetch(refusal, 550 if answer.status in (404, 410) else 554)
         if attachment.content_md5 and (mismatch := md5_refusal(attachment, file, answer.encoded_md5)):
             return mismatch
@@ -4937,7 +4883,12 @@ class AttachmentFetcher:
             name = disposition_filename(headers["content-disposition"]) or name
         file.flush()
         size_bytes, content_type = os.fstat(file.fileno()).st_size, media_type(headers.get("content-type"))
-        return Fetched(file, size_bytes, name, content_type, keep_s_of(attachment.source, headers))
+        control = headers.get("cache-control", "").lower()  # RFC 9111 5.2.2
+        age = re.search(r"\bmax-age\s*=\s*\"?([0-9]{1,9})", control)
+        keep_s = min(KEEP_S, float(age[1])) if age else KEEP_S
+        if attachment.source is Source.FILESYSTEM or re.search(r"\bno-(store|cache)\b", control):
+            keep_s = 0.0
+        return Fetched(file, size_bytes, name, content_type, keep_s)
 
 
 def md5_refusal(attachment: Attachment, file: BinaryIO, encoded_md5: str = "") -> Reply | None:
@@ -8316,9 +8267,6 @@ def ids_of(fields: Mapping[str, object]) -> list[str]:
 
 NETWORK_THREADS = 256  # at most: a look-up or a file server that hangs keeps one, and must hold up nobody else
 WORK_THREADS = 4
-HOSTNAME_PATIENCE_S = 2.0
-REPORT_PATIENCE_S = 5.0  # for a report that is under way when the daemon stops
-REQUEST_PATIENCE_S = 5.0  # at least, for requests in progress then
 # One word, an address, or a domain that nobody can register (RFC 6761, RFC 8375, and .internal)
 NOBODYS_NAME = re.compile(
     r"([^.]*|[0-9.]+|\[.*\]|(.*\.)?(localhost|local|internal|home\.arpa|test|invalid|example(\.(com|net|org))?)\.?)(:[0-9]*)?",
@@ -8326,7 +8274,6 @@ NOBODYS_NAME = re.compile(
 )
 OPEN_FILES = 65_536  # wanted; what the machine allows counts
 OWN_FILES = 300  # kept from the HTTP side, beside two for each SMTP connection: clients must not stop delivery
-NOTIFY_PATIENCE_S = 1.0
 
 
 class SystemdNotifier:
@@ -8344,15 +8291,8 @@ class SystemdNotifier:
         if not self._address:
             return
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(NOTIFY_PATIENCE_S)
+            sender.settimeout(1)
             sender.sendto(state.encode(), self._address)
-
-
-def may_be_a_page(request: Request) -> bool:
-    """True for what a page in a browser may have sent: it has an Origin (RFC 6454 7), or is asked for by a
-    name that anybody can own and let point here (DNS rebinding), in which case a GET has no Origin."""
-    is_nobodys = request.peer == "unix" or NOBODYS_NAME.fullmatch(request.headers.get("host", ""))
-    return "origin" in request.headers or not is_nobodys
 
 
 def host_name() -> str:
@@ -8434,7 +8374,6 @@ class Daemon:
         self._stopping.set()
 
     async def _build(self, configured: Sequence[Account]) -> None:
-        """Put the rooms together, from the queue upwards."""
         await self._queue.load()
         news = News()
         self._composer = Composer(
@@ -8444,7 +8383,7 @@ class Daemon:
             post_form=post_form, reveal=self._reveal, in_thread=self._network, monotonic=time.monotonic
         )
         try:
-            async with asyncio.timeout(HOSTNAME_PATIENCE_S):
+            async with asyncio.timeout(2):
                 hostname = await self._work(host_name)
         except TimeoutError:
             hostname = "localhost"
@@ -8564,14 +8503,14 @@ class Daemon:
         on_the_wire = self._queue.in_delivery
         event(self._log, logging.INFO, "stopping", on_the_wire=on_the_wire, timeout_seconds=timeout_s)
         self._dispatcher.drain()
-        closing = asyncio.create_task(self._http.stop(max(timeout_s, REQUEST_PATIENCE_S)))
+        closing = asyncio.create_task(self._http.stop(max(timeout_s, 5)))
         drained = asyncio.create_task(self._dispatcher.drained())
         if not await self._ends(drained, timeout_s):
             event(self._log, logging.WARNING, "cut off while delivering", on_the_wire=self._queue.in_delivery)
         self._dispatcher.cut()
         await drained
         self._reporter.stop()
-        await self._ends(asyncio.create_task(asyncio.wait(loops)), REPORT_PATIENCE_S)
+        await self._ends(asyncio.create_task(asyncio.wait(loops)), 5)  # a report may be under way
         await self._ends(closing, None)  # it has a deadline of its own
         for task in (closing, *loops):
             task.cancel()
@@ -8602,7 +8541,20 @@ class Daemon:
             self._asked_to_renew.clear()
             self._systemd.tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
-                await self._take_over(*await self._work(self._read_again))
+                settings, fixed, tokens, accounts = await self._work(self._read_again)
+                self.settings = settings
+                self._tokens = tuple(token.encode() for token in tokens)
+                journal = stderr_is_journal(self._environ)
+                configure_logging(settings.logging.level, settings.logging.format, journal=journal)
+                self._dispatcher.settings = settings.delivery
+                self._dispatcher.log_deliveries = settings.logging.delivery_activity
+                self._reporter.client, self._reporter.delivery = settings.client, settings.delivery
+                self._reporter.news.ring()
+                self._composer.fetcher = self._fetcher()
+                self._agent.contexts.clear()  # certificates may have changed
+                self._book.defaults = settings.delivery
+                await self._book.renew(accounts)
+                event(self._log, logging.INFO, "configuration read again", needs_restart=", ".join(fixed) or None)
             except ConfigurationError as error:
                 event(self._log, logging.ERROR, "the configuration was not taken over", error=str(error))
             except StorageUnavailable as error:
@@ -8616,22 +8568,6 @@ class Daemon:
         tokens = api_tokens(settings, self._environ)
         check_listening(settings, tokens)
         return settings, fixed, tokens, configured_accounts(settings)
-
-    async def _take_over(
-        self, settings: Settings, fixed: Sequence[str], tokens: Sequence[str], accounts: Sequence[Account]
-    ) -> None:
-        self.settings = settings
-        self._tokens = tuple(token.encode() for token in tokens)
-        configure_logging(settings.logging.level, settings.logging.format, journal=stderr_is_journal(self._environ))
-        self._dispatcher.settings = settings.delivery
-        self._dispatcher.log_deliveries = settings.logging.delivery_activity
-        self._reporter.client, self._reporter.delivery = settings.client, settings.delivery
-        self._reporter.news.ring()
-        self._composer.fetcher = self._fetcher()
-        self._agent.contexts.clear()  # certificates may have changed
-        self._book.defaults = settings.delivery
-        await self._book.renew(accounts)
-        event(self._log, logging.INFO, "configuration read again", needs_restart=", ".join(fixed) or None)
 
     # -- what the rooms are handed
 
@@ -8668,31 +8604,29 @@ class Daemon:
             headers |= {"webhook-id": report_id, "webhook-timestamp": str(timestamp)}
             headers["webhook-signature"] = webhook_signature(key, report_id, timestamp, body)
         try:
-            return http_request(
-                "POST",
-                url,
-                body=body,
-                headers=headers,
-                timeout_s=client.timeout_seconds,
-                max_bytes=ANSWER_BYTES,
-                trust=functools.partial(tls_context, client.ca_file),
-            )
+            post = functools.partial(http_request, "POST", url, body=body, headers=headers)
+            trust = functools.partial(tls_context, client.ca_file)
+            return post(timeout_s=client.timeout_seconds, max_bytes=ANSWER_BYTES, trust=trust)
         except TooLarge:  # only a success is read to its end: it counts, whatever it says
             return HttpAnswer(200, {}, b"", url)
 
     def _authorised(self, request: Request) -> bool:
         """True with one of the tokens, compared in constant time.
 
-        When none is configured, true for all but pages in a browser, which could otherwise send what looks
-        like curl to the loopback address of whoever reads them.
+        When none is configured, true for all but pages in a browser, which could otherwise send what looks like
+        curl to the loopback address of whoever reads them: these have an Origin (RFC 6454 7), or are asked for by a
+        name that anybody can own and let point here (DNS rebinding), in which case a GET has no Origin.
         """
-        allowed = not self._tokens and not may_be_a_page(request)
+        headers = request.headers
         if self._tokens:
-            scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+            scheme, _, bearer = headers.get("authorization", "").partition(" ")
             bearer = bearer.strip() if scheme.lower() == "bearer" else ""
-            given = [word.encode("latin-1") for word in (request.headers.get("x-api-token", ""), bearer)]
+            given = [word.encode("latin-1") for word in (headers.get("x-api-token", ""), bearer)]
             matches = [hmac.compare_digest(word, token) for word in given for token in self._tokens]
             allowed = any(matches)  # all of them were compared
+        else:
+            is_nobodys = request.peer == "unix" or NOBODYS_NAME.fullmatch(headers.get("host", ""))
+            allowed = bool(is_nobodys) and "origin" not in headers
         if not allowed:
             self._metrics.auth_failures.inc()
             event(self._log, logging.WARNING, "a request without a valid token", peer=request.peer, request=request.id)
@@ -8716,15 +8650,8 @@ class Daemon:
         )
 
     def _log_failure(self, request: Request, failure: Exception) -> None:
-        event(
-            self._log,
-            logging.ERROR,
-            "a request made mailproxy fail",
-            method=request.method,
-            route=request.route,
-            request=request.id,
-            exc_info=failure,
-        )
+        about = {"method": request.method, "route": request.route, "request": request.id}
+        event(self._log, logging.ERROR, "a request made mailproxy fail", exc_info=failure, **about)
 
 
 def server_tls_context(server: ServerSettings) -> ssl.SSLContext | None:
@@ -8741,14 +8668,9 @@ def server_tls_context(server: ServerSettings) -> ssl.SSLContext | None:
 
 def post_form(url: str, fields: Mapping[str, str], timeout_s: float) -> tuple[int, bytes]:
     """POST a form to a token endpoint (RFC 6749 3.2); redirects are not followed. Blocking."""
-    answer = http_request(
-        "POST",
-        url,
-        body=urllib.parse.urlencode(fields).encode(),
-        headers={"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"},
-        timeout_s=timeout_s,
-        max_bytes=ANSWER_BYTES,
-    )
+    headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
+    body = urllib.parse.urlencode(fields).encode()
+    answer = http_request("POST", url, body=body, headers=headers, timeout_s=timeout_s, max_bytes=ANSWER_BYTES)
     return answer.status, answer.body
 
 
@@ -9917,7 +9839,10 @@ def serve(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     except Exception as error:  # the log is where a daemon tells of its own mistakes
         log_uncaught(error, logging.CRITICAL)
         status = 1
-    end_process(status)
+    logging.shutdown()
+    with contextlib.suppress(OSError, ValueError):
+        print(end="", flush=True)
+    os._exit(status)  # without waiting for calls that hang in threads
 
 
 def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
