@@ -2832,7 +2832,7 @@ class Metrics:
         )
         self.auth_failures = counter("auth_failures", "HTTP requests with a missing or wrong token.")
         self.storage_commit_seconds = timer(
-            "storage_commit_seconds", "Duration of commits to the queue file.", buckets=COMMITS_S
+            "storage_commit_seconds", "Duration of commits to the queue file.", (), buckets=COMMITS_S
         )
         self.storage_commit_failures = counter("storage_commit_failures", "Commits the queue file refused.")
 
@@ -2888,45 +2888,9 @@ class Metrics:
 # A second thread owns a read-only connection, so that no listing holds up a
 # submission.
 
-OLDEST_SQLITE = (3, 35, 0)  # the first that knows RETURNING
 BUSY_TIMEOUT_MS = 3000  # another process holds the write lock: refuse after this
 CHECKPOINT_PAGES = 4000  # of the WAL (16 MB): then it is copied into the file, which takes some milliseconds
 MISTAKES = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
-
-
-def check_sqlite() -> None:
-    """Raise ConfigurationError when Python comes with an SQLite that lacks what the queue needs."""
-    fits = sqlite3.sqlite_version_info >= OLDEST_SQLITE
-    with contextlib.closing(sqlite3.connect(":memory:")) as db:
-        try:
-            db.execute("SELECT value FROM json_each('[1]')")  # left out by default before 3.38
-        except sqlite3.OperationalError:
-            fits = False
-    if not fits:
-        raise ConfigurationError(
-            f"SQLite {sqlite3.sqlite_version} will not do: the queue needs {'.'.join(map(str, OLDEST_SQLITE))} or "
-            "newer, with the JSON functions; run mailproxy with a Python that has it."
-        )
-
-
-def lock_queue(path: str) -> int:
-    """Keep other daemons off the queue until the returned descriptor is closed.
-
-    The lock file beside it holds the pid. Raises ConfigurationError that names the holder.
-    """
-    lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
-        os.close(lock)
-        raise ConfigurationError(
-            f"The queue {path} is in use by the mailproxy with pid {holder}; "
-            "stop that one first or choose another db_path."
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-    return lock
 
 
 class _Wish(NamedTuple):
@@ -2938,10 +2902,7 @@ class _Wish(NamedTuple):
 
 
 class QueueFile:
-    """The file, its lock, its two threads.
-
-    `schema` makes a new file; `migrations` are the steps that bring older ones to the same version.
-    """
+    """The file. `schema` makes a new one; `migrations` are the steps that bring older ones to the same version."""
 
     def __init__(
         self,
@@ -2969,13 +2930,17 @@ class QueueFile:
 
     def open(self) -> None:
         """Lock, create or migrate the file. Blocking. Raises ConfigurationError."""
-        check_sqlite()
+        if sqlite3.sqlite_version_info < (3, 35):  # the first that knows RETURNING
+            raise ConfigurationError(
+                f"SQLite {sqlite3.sqlite_version} will not do: the queue needs 3.35 or newer; "
+                "run mailproxy with a Python that has it."
+            )
         folder = os.path.dirname(self.path)
         if not os.path.isdir(folder):
             raise ConfigurationError(f"The folder {folder} of db_path does not exist; create it first.")
         try:
             with contextlib.ExitStack() as undo:
-                undo.callback(os.close, lock_queue(self.path))
+                self._lock(undo)
                 self._create_private()
                 undo.callback(self._close_writing)
                 self._migrate(self._connect())
@@ -2983,6 +2948,21 @@ class QueueFile:
         except (OSError, sqlite3.Error) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise ConfigurationError(f"The queue {self.path} cannot be opened: {why}.") from error
+
+    def _lock(self, undo: contextlib.ExitStack) -> None:
+        """Keep other daemons off the queue; the lock file beside it holds the pid."""
+        lock = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        undo.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            raise ConfigurationError(
+                f"The queue {self.path} is in use by the mailproxy with pid {holder}; "
+                "stop that one first or choose another db_path."
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
 
     def _create_private(self) -> None:
         """Readable by the owner only; SQLite gives its siblings the same mode."""
@@ -3032,9 +3012,7 @@ class QueueFile:
         self, work: Callable[[sqlite3.Connection, list[Any]], Sequence[T]], item: object
     ) -> asyncio.Future[T]:
         """Like write, for work that is done for many callers in one go: an item and a result for each.
-
-        Should it raise, it is done again for each item by itself.
-        """
+        Should it raise, it is done again for each item by itself."""
         if not self._open:
             raise StorageUnavailable("The queue is closed.")
         loop = asyncio.get_running_loop()
@@ -3051,10 +3029,7 @@ class QueueFile:
             self._writer.submit(self._commit, self._at_work)
 
     def _commit(self, group: Sequence[_Wish]) -> None:
-        """Write a group, and answer each of it after the COMMIT. The writer's thread.
-
-        What a piece of work raises undoes only that piece; then it is done for each of several callers by itself.
-        """
+        """Write a group, and answer each of it after the COMMIT. The writer's thread."""
         started = time.monotonic()
         together: dict[object, list[_Wish]] = {}
         for wish in group:
@@ -3123,10 +3098,7 @@ class QueueFile:
     # -- reading
 
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run the work on the read-only connection, in its own thread.
-
-        Raises StorageUnavailable when the file cannot be read.
-        """
+        """Run the work on the read-only connection, in its own thread. Raises StorageUnavailable when it cannot."""
         return await asyncio.get_running_loop().run_in_executor(self._reader, self._read, work)
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -3270,8 +3242,6 @@ DROP TABLE messages_1; DROP TABLE sends_1; DROP TABLE last_gone; DROP TABLE hold
 """,  # noqa: S608 - constants only
 )
 
-DAY_MINUTES = 24 * 60
-KEPT_ATTEMPTS = 100  # of one message: older ones give way, by the trigger above
 SMALL_PAYLOAD_BYTES = 65_536  # larger ones are read under the memory budget
 HELD_BACK = ("limit", "connection", "login")  # deferrals that end when the account can be used again
 ALL_HELD_BACK = dict(zip(HELD_BACK, HELD_BACK, strict=True))  # for LET_GO
@@ -3462,9 +3432,7 @@ class Queue:
 
     def _replace(self, db: sqlite3.Connection, submission: Submission) -> str | None:
         """Store a submission whose id is known already, or say why not."""
-        row = db.execute(
-            "SELECT seq FROM messages WHERE id = :id AND sent_ts IS NULL", {"id": submission.id}
-        ).fetchone()
+        row = db.execute("SELECT seq FROM messages WHERE id = ? AND sent_ts IS NULL", (submission.id,)).fetchone()
         if row is None:
             return "already sent"
         if row[0] in self._on_wire:
@@ -3583,17 +3551,12 @@ class Queue:
         if status is not Status.QUEUED:
             self._last_report = place = self._last_report + 1
         return {
-            "seq": seq,
-            "now": now,
-            "place": place,
-            "sent": now if status is Status.SENT else None,
-            "failed": now if status is Status.ERROR else None,
-            "error": disposition.error,
-            "deferred": disposition.deferred_ts,
-            "deferral": disposition.reason or None,
-            "counted": int(disposition.counted),
+            "seq": seq, "now": now, "place": place,
+            "sent": now if status is Status.SENT else None, "failed": now if status is Status.ERROR else None,
+            "error": disposition.error, "deferred": disposition.deferred_ts, "deferral": disposition.reason or None,
             "recipients": as_json(disposition.recipients) if disposition.recipients else None,
-        }
+            "counted": int(disposition.counted),
+        }  # fmt: skip
 
     async def release_due(self) -> set[str]:
         """Make the rows ready whose time has come; return the accounts that got mail."""
@@ -3807,7 +3770,7 @@ class Queue:
         """Forget the counts of sends that no window sees any more, and some ids of purged messages whose time
         is over; 0: none is left."""
         now = self._now()
-        values = {"oldest": int(now) // 60 - DAY_MINUTES - 1, "before": now - id_retention_s, "most": CHUNK}
+        values = {"oldest": int(now) // 60 - 24 * 60 - 1, "before": now - id_retention_s, "most": CHUNK}
         return await self._do(
             "DELETE FROM sends WHERE minute < :oldest",
             "DELETE FROM sent_ids WHERE id IN (SELECT id FROM sent_ids WHERE sent_ts <= :before LIMIT :most)",
@@ -3919,7 +3882,6 @@ class Queue:
 
     async def activate(self, account_id: str) -> None:
         """End the suspension of an account; its mail that was held back is ready."""
-
         await self._do("DELETE FROM suspensions WHERE account_id = :id", LET_GO, id=account_id, **ALL_HELD_BACK)
 
     async def switch(self, name: str) -> bool | None:
