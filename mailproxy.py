@@ -6773,7 +6773,17 @@ class Dispatcher:
                 return self.settings.send_interval_seconds
             if self.queue.file.refuses:
                 await self.queue.answers()
-            await self._step_clockwork()
+            now = self.clock.wall()
+            if self._cooled_may_go:
+                self.wake(await self.queue.let_cooled_go())
+                self._cooled_may_go = False
+            if self.queue.next_due_ts <= now:
+                self.wake(await self.queue.release_due())
+            if self.queue.next_deadline_ts <= now:
+                for id_, account_id, why in await self.queue.give_up_overdue():
+                    self.metrics.messages_failed.labels(self.metrics.label(account_id)).inc()
+                    event(self.log, logging.WARNING, "message given up", message=id_, account=account_id, error=why)
+                self.reports_due()
             if self.active:
                 await self._look_after_lanes()
         except StorageUnavailable as error:
@@ -6805,20 +6815,6 @@ class Dispatcher:
             self.clock.move(-step_s)  # the next turn sees it again
             raise
         event(self.log, logging.WARNING, "the wall clock was set", seconds=step_s)
-
-    async def _step_clockwork(self) -> None:
-        """Let what waits for a time become ready, and some overdue mail end, when there is any."""
-        now = self.clock.wall()
-        if self._cooled_may_go:
-            self.wake(await self.queue.let_cooled_go())
-            self._cooled_may_go = False
-        if self.queue.next_due_ts <= now:
-            self.wake(await self.queue.release_due())
-        if self.queue.next_deadline_ts <= now:
-            for id_, account_id, why in await self.queue.give_up_overdue():
-                self.metrics.messages_failed.labels(self.metrics.label(account_id)).inc()
-                event(self.log, logging.WARNING, "message given up", message=id_, account=account_id, error=why)
-            self.reports_due()
 
     async def _look_after_lanes(self) -> None:
         """Put waiting mail of the marked lanes on free connections, and claim more where it can be taken."""
@@ -7034,7 +7030,12 @@ class Dispatcher:
         before = claim.recipients or {}
         final = {address for address, outcome in before.items() if outcome.status is not Status.DEFERRED}
         left = [address for address in composed.envelope.recipients if address not in tried and address not in final]
-        replies = self._refused_here(left) if self.settings.allow_recipients else {}
+        replies: dict[str, Reply] = {}
+        if (allowed := self.settings.allow_recipients) and not self.settings.redirect_to:  # addresses, and @domains
+            refusal = Reply(Stage.RCPT, 550, "recipient not allowed here", "5.7.1", Cause.LOCAL)
+            names = {address: address.lower() for address in left}
+            domains = {address: "@" + name.rpartition("@")[2] for address, name in names.items()}
+            replies = {a: refusal for a in left if names[a] not in allowed and domains[a] not in allowed}
         served = () if replies else tuple(left[: lane.account.max_recipients])
         name, reused = "", False
         if served:
@@ -7059,15 +7060,6 @@ class Dispatcher:
             after = goes_on.recipients or {}
             tried.update(a for a, outcome in after.items() if outcome is not before.get(a) and outcome != UNTRIED)
         return goes_on
-
-    def _refused_here(self, recipients: Iterable[str]) -> dict[str, Reply]:
-        """Those that get no mail from here: the list of allowed ones does not name them, nor their domain."""
-        if self.settings.redirect_to:
-            return {}
-        allowed = self.settings.allow_recipients
-        refusal = Reply(Stage.RCPT, 550, "recipient not allowed here", "5.7.1", Cause.LOCAL)
-        names = {address: address.lower() for address in recipients}
-        return {a: refusal for a, n in names.items() if n not in allowed and f"@{n.rpartition('@')[2]}" not in allowed}
 
     async def _session(self, line: Line) -> Session | Reply | None:
         """The line's session, one that was kept, or a new one; a reply says why there is none. None: called back."""
@@ -7198,15 +7190,13 @@ class Dispatcher:
 
     async def _record(self, outcome: Outcome) -> None:
         """Write the outcome, however long the storage refuses: it must not be forgotten."""
-        told = False
-        while True:
+        for tries in itertools.count():
             try:
                 await self.queue.record(outcome)
                 break
             except StorageUnavailable as error:
-                if not told:
+                if tries == 0:
                     self._say(outcome.claim, "an outcome waits for the storage", logging.ERROR, error=str(error))
-                told = True
                 await asyncio.sleep(STORAGE_PAUSE_S)
         if outcome.disposition.status is not Status.QUEUED:
             self.reports_due()
@@ -7223,7 +7213,6 @@ class Dispatcher:
         await self._conclude(lane, claim, attempt, given_up(ended, why))
 
     def _tell(self, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
-        """One line and the counters for what became of a message."""
         label, connection = self.metrics.label(claim.account_id), attempt.connection or None
         if disposition.status is Status.SENT:
             self.metrics.messages_sent.labels(label).inc()
@@ -7262,7 +7251,6 @@ class Dispatcher:
         self._alarm.ring()
 
     async def drained(self) -> None:
-        """Wait until the transactions in progress have ended."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
