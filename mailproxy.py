@@ -109,7 +109,6 @@ from dataclasses import MISSING, InitVar, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.errors import MessageError
 from email.header import decode_header, make_header
-from email.utils import parsedate_to_datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
@@ -552,14 +551,10 @@ def many(words: str, parse: Callable[[str], object], json: str = "string", *, se
     """A list of what `parse` reads, with commas or white space between, or a list of JSON."""
 
     def parse_all(value: str) -> tuple[object, ...]:
-        items = tuple(parse(item) for item in split_list(value))
+        items = tuple(parse(item) for item in value.replace(",", " ").split())
         return fit(items, items)
 
     return Kind(f"a list of {words}", parse_all, f"string | {json}[]", secret=secret, many=True)
-
-
-def split_list(value: str) -> list[str]:
-    return [item for item in re.split(r"[,\s]+", value) if item]
 
 
 def _boolean(value: str) -> bool:
@@ -587,11 +582,6 @@ def _host_or_network(value: str) -> str:
     if "/" in value or ":" in value or re.fullmatch(r"[0-9.]+", value):
         ipaddress.ip_network(value, strict=False)
     return value
-
-
-def _priority(value: str) -> int:
-    name = value.strip().lower()
-    return PRIORITIES[name] if name in PRIORITIES else int(integer(0, 3).parse(name))
 
 
 COUNT, BYTES, PERIOD = integer(1), integer(1, unit="bytes"), seconds(0.01)
@@ -628,7 +618,10 @@ MAIL_ADDRESS = Kind("a mail address", _address)
 RECIPIENTS = many("mail addresses or @domains", lambda value: _address(value, r"[^@\s]*").lower())
 HOSTS = many("host names, addresses or networks, not URLs", _host_or_network)
 PRIORITY = Kind(
-    f"0 to 3, or {', '.join(PRIORITIES)}", _priority, " | ".join(["integer", *map(repr, PRIORITIES)]), (int,)
+    f"0 to 3, or {', '.join(PRIORITIES)}",
+    lambda value: integer(0, 3).parse(str(PRIORITIES.get(value.strip().lower(), value))),
+    " | ".join(["integer", *map(repr, PRIORITIES)]),
+    (int,),
 )
 
 RETRY_DELAYS = (60, 300, 900, 3600, 7200)
@@ -652,6 +645,9 @@ class Setting(NamedTuple):
         if self.else_of:
             return "", f"{self.meaning} Left out: {self.else_of} of [delivery]."
         return "" if self.default is NEEDED else as_written(self.default), self.meaning
+
+    def of(self, settings: Settings) -> Any:
+        return getattr(getattr(settings, self.section), self.key)
 
 
 def row(default: T, kind: Kind, meaning: str, *, at_start: bool = False, else_of: str = "") -> T:
@@ -1016,11 +1012,8 @@ def _in_file(path: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def read_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
-    """All settings, each one judged for itself: what a client of the daemon needs.
-
-    `overrides` are the command line's, by "section.key". Blocking: reads a file.
-    Raises ConfigurationError that names file, section and key.
-    """
+    """All settings, each judged for itself: what a client of the daemon needs; `overrides` are the command line's,
+    by "section.key". Blocking: reads a file. Raises ConfigurationError."""
     usual = (path for path in ("./config.ini", "/etc/mailproxy/config.ini") if os.path.exists(path))
     path = config or environ.get("MAILPROXY_CONFIG") or next(usual, None)
     variables = {f"MAILPROXY_{row.section}_{row.key}".upper(): row for rows in TABLE.values() for row in rows}
@@ -1082,10 +1075,8 @@ def _complaint(settings: Settings, section: str, key: str, problem: str) -> Conf
 
 def is_loopback(host: str) -> bool:
     """True for an address that nobody outside this machine can reach."""
-    if host.lower() == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
@@ -1118,9 +1109,7 @@ SECRET_FILE_MAX_BYTES = 65_536
 
 def reveal(secret: Secret, environ: Mapping[str, str]) -> str:
     """The secret itself: as given, from the environment, or from a file without its last line end.
-
-    Blocking: may read a file. Raises SecretUnavailable, whose text has only the reference.
-    """
+    Blocking: may read a file. Raises SecretUnavailable."""
     kind, _, name = secret.given.partition(":")
     if kind == "env" and secret.is_reference:
         if not environ.get(name):
@@ -1156,12 +1145,10 @@ def _revealed(settings: Settings, section: str, key: str, secret: Secret, enviro
 
 def api_tokens(settings: Settings, environ: Mapping[str, str]) -> tuple[str, ...]:
     """Every token that opens the HTTP side, read now; none means that nobody is asked for one.
-
-    Blocking: may read files. Raises ConfigurationError.
-    """
+    Blocking: may read files. Raises ConfigurationError."""
     tokens: list[str] = []
     for secret in settings.server.api_token:
-        found = split_list(_revealed(settings, "server", "api_token", secret, environ))
+        found = _revealed(settings, "server", "api_token", secret, environ).replace(",", " ").split()
         if not found or not all(re.fullmatch(r"[\x21-\x7e]+", token) for token in found):
             raise _complaint(settings, "server", "api_token", "a token must be ASCII without spaces")
         tokens += found
@@ -1169,10 +1156,8 @@ def api_tokens(settings: Settings, environ: Mapping[str, str]) -> tuple[str, ...
 
 
 def load_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
-    """All settings, judged for themselves and together, as the daemon needs them to start.
-
-    Blocking: reads files. Raises ConfigurationError that names file, section and key.
-    """
+    """All settings, judged for themselves and together, as the daemon needs them. Blocking.
+    Raises ConfigurationError."""
     settings = read_settings(config, environ, overrides)
     check_listening(settings, api_tokens(settings, environ))
     client = settings.client  # its credentials: readable, and fit for a header
@@ -1219,18 +1204,13 @@ OAUTH2_FIELDS: Mapping[str, Field] = {
 }
 ACCOUNT_FIELDS: Mapping[str, Field] = {  # config.ini has the keys of oauth2 as oauth2_token_url and so on
     **{key: known for key, known in _FIELDS_OF_ACCOUNTS.items() if not key.startswith("oauth2_")},
-    "oauth2": Field(
-        "OAuth2", "A refresh token (and client_secret, where it is asked for), or client_secret and scope."
-    ),
+    "oauth2": Field("OAuth2", "A refresh token (and client_secret, where asked for), or client_secret and scope."),
 }
 ACCOUNT_KEYS = frozenset((*_FIELDS_OF_ACCOUNTS, "oauth2"))
 
 
 def parse_account(fields: object, *, source: str = "http", defaults: DeliverySettings = DeliverySettings()) -> Account:
-    """An account from JSON, or from the words of config.ini; null and empty mean left out.
-
-    Raises Rejected, which names the field.
-    """
+    """An account from JSON or the words of config.ini; null and empty mean left out. Raises Rejected."""
     if not isinstance(fields, dict):
         raise Rejected("invalid account: must be an object")
     nested = fields.get("oauth2")
@@ -1303,24 +1283,15 @@ def account_fields(account: Account) -> dict[str, object]:
 
 def renewed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
     """The new settings, but those that need a restart as they are in force; and those of them that differ."""
-    kept = {
-        name: {row.key: getattr(getattr(old, name), row.key) for row in TABLE[name] if row.at_start}
-        for name in SECTIONS
-    }
+    kept = {name: {row.key: row.of(old) for row in TABLE[name] if row.at_start} for name in SECTIONS}
     fixed = replace(new, **{name: replace(getattr(new, name), **values) for name, values in kept.items()})
-    differ = [
-        f"{name}.{key}"
-        for name, values in kept.items()
-        for key in values
-        if getattr(getattr(new, name), key) != values[key]
-    ]
-    return fixed, differ
+    return fixed, [f"{row.section}.{row.key}" for row in SETTINGS_TABLE if row.of(new) != row.of(fixed)]
 
 
 def describe(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
     """What is in force: section, key, value, where it came from. No secret among it."""
     for row in SETTINGS_TABLE:
-        value = getattr(getattr(settings, row.section), row.key)
+        value = row.of(settings)
         if row.kind is URL and value and "?" in value:
             value = f"{value.partition('?')[0]}?..."  # a query may carry a token
         yield row.section, row.key, as_written(value), settings.origins.get((row.section, row.key), "default")
@@ -1394,7 +1365,7 @@ LONGEST_LOCAL_PART = 64  # octets, RFC 5321 4.5.3.1.1
 LONGEST_DOMAIN = 255  # octets, RFC 5321 4.5.3.1.2
 LONGEST_MESSAGE_ID = 900  # octets: a header line has 998 at most (RFC 5322 2.1.1)
 
-# --- text -----------------------------------------------------------------
+# --- text and numbers -----------------------------------------------------
 
 
 def line_of(value: object, field: str, *, most: int | None = None) -> str:
@@ -1421,9 +1392,6 @@ def _must_be_storable(value: object, field: str) -> None:
 def _shown(text: str) -> str:
     """A piece of what was given, short enough for a reason."""
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
-
-
-# --- numbers --------------------------------------------------------------
 
 
 def parse_priority(value: object, default: int, *, field: str = "priority") -> int:
@@ -1521,29 +1489,21 @@ def parse_addr_spec(text: str, field: str) -> str:
         raise Rejected(f"invalid {field}: the part before the @ has more than {LONGEST_LOCAL_PART} octets")
     if len(domain) > LONGEST_DOMAIN:
         raise Rejected(f"invalid {field}: a domain has at most {LONGEST_DOMAIN} octets")
-    address = f"{local_part}@{_domain_in_ascii(domain, field)}"
+    try:
+        if not domain.startswith("["):
+            domain = fit(labels := a_labels(domain), _DOMAIN.fullmatch(labels))  # RFC 5890
+        else:
+            literal = fit(domain[1:-1], domain.endswith("]") and "%" not in domain)  # a scope could be any characters
+            if literal[:5].lower() == "ipv6:":  # RFC 5321 4.1.3
+                ipaddress.IPv6Address(literal[5:])
+            else:
+                ipaddress.IPv4Address(literal)
+    except ValueError:
+        raise Rejected(f"invalid {field}: {_shown(domain)} is not a domain or an address literal") from None
+    address = f"{local_part}@{domain}"
     if len(address.encode()) > LONGEST_ADDRESS:
         raise Rejected(f"invalid {field}: an address has at most {LONGEST_ADDRESS} octets")
     return address
-
-
-def _domain_in_ascii(domain: str, field: str) -> str:
-    """A domain as DNS has it (RFC 5890), or an address literal (RFC 5321 4.1.3)."""
-    try:
-        if not domain.startswith("["):
-            if not _DOMAIN.fullmatch(labels := a_labels(domain)):
-                raise ValueError
-            return labels
-        inner = domain[1:].removesuffix("]")
-        if len(inner) != len(domain) - 2 or "%" in inner:  # a scope could be any characters
-            raise ValueError
-        if inner[:5].lower() == "ipv6:":
-            ipaddress.IPv6Address(inner[5:])
-        else:
-            ipaddress.IPv4Address(inner)
-        return domain
-    except ValueError:
-        raise Rejected(f"invalid {field}: {_shown(domain)} is not a domain or an address literal") from None
 
 
 # --- header fields --------------------------------------------------------
@@ -1582,7 +1542,7 @@ def _extra_headers(given: object) -> tuple[tuple[tuple[str, str], ...], dict[str
                 others.append((name, text))
     try:
         if "date" in once:
-            parsedate_to_datetime(once["date"])
+            email.utils.parsedate_to_datetime(once["date"])
     except (ValueError, TypeError, OverflowError):
         raise Rejected("invalid headers: Date is not a date as mail has it") from None
     return tuple(others), once
@@ -1599,11 +1559,6 @@ def _message_id(value: object, field: str) -> str:
     return text
 
 
-def random_id() -> str:
-    """The left side of a Message-ID: 128 random bits; nobody needs to be unable to guess them."""
-    return f"{random.getrandbits(128):032x}"
-
-
 # --- base64 and raw messages ----------------------------------------------
 
 BASE64_PIECE = 262_144  # characters decoded at a time
@@ -1613,9 +1568,7 @@ _BASE64_END = frozenset("= \t\r\n\f\v")
 
 def decode_base64(text: str) -> bytes:
     """Base64 (RFC 4648 4 and 5) with or without padding and white space; anything else is a ValueError.
-
-    Piece by piece: this runs in a thread, and no single step is to keep the event loop waiting.
-    """
+    Piece by piece: this runs in a thread, and no single step is to keep the event loop waiting."""
     end = len(text)
     while end and text[end - 1] in _BASE64_END:
         end -= 1
@@ -1694,8 +1647,6 @@ def _raw_message(given: object) -> tuple[bytes, str | None]:
 _SOURCES = ("content", "url", "s3", "storage_path")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~\-]+"  # RFC 2045 5.1
 CONTENT_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})((?:\s*;\s*{_TOKEN}=(?:{_TOKEN}|{_QUOTED}))*)\s*;?")
-_LONGEST_CONTENT_TYPE = 255  # characters
-_MD5 = re.compile("[0-9a-fA-F]{32}")
 _FETCH_MODES = {"endpoint": Source.ENDPOINT, "http_url": Source.URL, "filesystem": Source.FILESYSTEM}
 
 
@@ -1714,39 +1665,37 @@ def _attachments(value: object, contents: Mapping[int, bytes] | None) -> tuple[A
             source: dict[str, Any] = {"source": Source.CONTENT, "content": contents.get(index)}
         else:
             source = _source(given, field)
-        found.append(_attachment(given, field, source))
+        content_type = _text(given, "content_type", field).strip()
+        content_id = _text(given, "content_id", field).strip()
+        content_md5 = _text(given, "content_md5", field).strip()
+        inline, filename = given.get("inline"), _text(given, "filename", field)
+        type_found = CONTENT_TYPE.fullmatch(content_type)
+        if content_type and not (type_found and len(content_type) <= 255 and content_type.isascii()):
+            raise Rejected(f"invalid {field}: content_type must be like application/pdf")
+        if content_id.startswith("<") and content_id.endswith(">"):
+            content_id = content_id[1:-1]
+        if content_id and not (_MESSAGE_ID.fullmatch(content_id) and len(content_id) <= LONGEST_ID):
+            raise Rejected(f"invalid {field}: content_id must be ASCII without spaces and angle brackets")
+        if content_md5 and not re.fullmatch("[0-9a-fA-F]{32}", content_md5):
+            raise Rejected(f"invalid {field}: content_md5 must be 32 hexadecimal digits")
+        if not (inline is None or isinstance(inline, bool)):
+            raise Rejected(f"invalid {field}: inline must be true or false")
+        media_type = type_found[1].lower() + type_found[2] if type_found else None
+        described = Attachment(
+            filename,
+            content_type=media_type,
+            content_id=content_id or None,
+            inline=bool(inline),
+            content_md5=content_md5.lower() or None,
+            **source,
+        )
+        found.append(described)
     return tuple(found)
 
 
 def stored_attachments(payload: str) -> tuple[Attachment, ...]:
     """The attachments of a stored payload; those that came with their content are without it."""
     return _attachments(json.loads(payload).get("attachments") or [], {})
-
-
-def _attachment(given: Mapping[str, object], field: str, source: Mapping[str, Any]) -> Attachment:
-    content_type = _text(given, "content_type", field).strip()
-    content_id = _text(given, "content_id", field).strip()
-    content_md5 = _text(given, "content_md5", field).strip()
-    inline = given.get("inline")
-    type_found = CONTENT_TYPE.fullmatch(content_type)
-    if content_type and not (type_found and len(content_type) <= _LONGEST_CONTENT_TYPE and content_type.isascii()):
-        raise Rejected(f"invalid {field}: content_type must be like application/pdf")
-    if content_id.startswith("<") and content_id.endswith(">"):
-        content_id = content_id[1:-1]
-    if content_id and not (_MESSAGE_ID.fullmatch(content_id) and len(content_id) <= LONGEST_ID):
-        raise Rejected(f"invalid {field}: content_id must be ASCII without spaces and angle brackets")
-    if content_md5 and not _MD5.fullmatch(content_md5):
-        raise Rejected(f"invalid {field}: content_md5 must be 32 hexadecimal digits")
-    if not (inline is None or isinstance(inline, bool)):
-        raise Rejected(f"invalid {field}: inline must be true or false")
-    return Attachment(
-        filename=_text(given, "filename", field),
-        content_type=type_found[1].lower() + type_found[2] if type_found else None,
-        content_id=content_id or None,
-        inline=bool(inline),
-        content_md5=content_md5.lower() or None,
-        **source,
-    )
 
 
 def _source(given: Mapping[str, Any], field: str) -> dict[str, Any]:
@@ -1818,7 +1767,7 @@ def parse_message(
     default_priority: int = 2,
     contents: Mapping[int, bytes] | None = None,
     message_id: str | None = None,
-    new_id: Callable[[], str] = random_id,
+    new_id: Callable[[], str] = lambda: f"{random.getrandbits(128):032x}",  # nobody needs to be unable to guess it
 ) -> Message:
     """A submission judged and normalised, or Rejected with the reason.
 
@@ -1964,10 +1913,8 @@ def _unknown_fields(fields: Mapping[str, object], is_raw: bool) -> tuple[str, ..
 
 
 def stored_form(fields: Mapping[str, Any], message: Message) -> tuple[str, dict[int, bytes]]:
-    """The payload as the queue keeps it: JSON without what is null; and the contents taken out of it, by position.
-
-    The contents are those of `message`, which was made of these fields; -1 is the raw message.
-    """
+    """The payload as the queue keeps it: JSON without what is null; and the contents taken out of it, by position:
+    those of `message`, which was made of these fields."""
     contents: dict[int, bytes] = {}
     if message.raw is not None:
         contents[RAW_CONTENT] = message.raw
