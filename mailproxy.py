@@ -91,19 +91,7 @@ import urllib.request
 import weakref
 import zlib
 from collections import deque
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Container,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import MISSING, InitVar, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -2004,7 +1992,7 @@ def _too_many(reply: Reply) -> bool:
 
 
 def settle(
-    claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, untried: Collection[str] = ()
+    claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, untried: Sequence[str] = ()
 ) -> Disposition:
     """What becomes of a message after this attempt, whatever happened in it.
 
@@ -2049,7 +2037,7 @@ def given_up(disposition: Disposition, why: str) -> Disposition:
     return replace(disposition, status=status, error=error, deferred_ts=None, recipients=outcomes or None, reason="")
 
 
-def _settle_closed_session(waiting: Disposition, replies: Mapping[str, Reply], untried: Collection[str]) -> Disposition:
+def _settle_closed_session(waiting: Disposition, replies: Mapping[str, Reply], untried: Sequence[str]) -> Disposition:
     """A 421 ends the session, not the message: recipients without a final reply wait for the lane."""
     outcomes = dict(waiting.recipients or {})
     for address, reply in replies.items():
@@ -2074,7 +2062,7 @@ def _settle_incomplete(claim: Claim, failure: Reply, account: Account, now: floa
 
 
 def _settle_recipients(
-    claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, untried: Collection[str]
+    claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, untried: Sequence[str]
 ) -> Disposition:
     """Each recipient has a reply of its own; the message is done when every one of them is final."""
     replies = attempt.replies
@@ -6095,7 +6083,7 @@ class ServedConnection:
             self.server.log_failure(request, error)
             raise ClientGone from None
         finally:
-            if isinstance(response.body, AsyncGenerator):
+            if isinstance(response.body, types.AsyncGeneratorType):
                 await response.body.aclose()
 
     async def _write(self, content: bytes) -> None:
@@ -7090,7 +7078,7 @@ class Dispatcher:
     # -- what became of it
 
     async def _settle(
-        self, lane: Lane, claim: Claim, attempt: Attempt, generation: int, untried: Collection[str] = ()
+        self, lane: Lane, claim: Claim, attempt: Attempt, generation: int, untried: Sequence[str] = ()
     ) -> Claim | None:
         """Judge the attempt, tell the lane, record it; the claim where the message goes on at once."""
         disposition = settle(claim, attempt, lane.account, self.clock.wall(), self.jitter(), untried)
@@ -9009,7 +8997,7 @@ class Mailing:
         complain(f"{self._path} {which}: {reason}")
 
 
-def csv_rows(path: str, *, known_anyway: Container[str]) -> list[tuple[int, dict[str, str | None]]]:
+def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int, dict[str, str | None]]]:
     """The rows of a CSV file by column, each with its line. Blocking. Raises UsageMistake, CommandFailed.
 
     Every column means a field of a message, once; and what every message needs is there.
