@@ -2046,8 +2046,8 @@ def _settle_closed_session(waiting: Disposition, replies: Mapping[str, Reply], u
             outcomes[address] = RecipientOutcome(status, reply.code, spoken(reply))
     for address in (*replies, *untried) if outcomes else ():
         outcomes.setdefault(address, UNTRIED)
-    accepted = any(reply.accepted for reply in replies.values())
-    return replace(waiting, slot_used=accepted, recipients=outcomes or None)
+    slot_used = any(reply.accepted for reply in replies.values())
+    return replace(waiting, slot_used=slot_used, recipients=outcomes or None)
 
 
 def _settle_incomplete(claim: Claim, failure: Reply, account: Account, now: float, jitter: float) -> Disposition:
@@ -2252,8 +2252,7 @@ def _completed(message: Message, raw: bytes, date: float) -> bytes:
         added.append(time.strftime(f"Date: {DATE_FORMAT}", time.gmtime(date)))
     if b"message-id" not in names and message.message_id:
         added.append(f"Message-ID: <{message.message_id}>")
-    header = b"\r\n".join([*kept, *(line.encode() for line in added)])
-    return b"".join([header, b"\r\n\r\n", with_crlf(body)])
+    return b"\r\n".join([*kept, *(line.encode() for line in added), b"", with_crlf(body)])
 
 
 def needs_smtputf8(message: Message) -> bool:
