@@ -8573,17 +8573,17 @@ CLOCK = "%Y-%m-%d %H:%M:%S"
 class CommandFailed(MailproxyError):
     """A command could not do what it was asked to; the text says why."""
 
+    def __init__(self, sentence: str, status: int = 1) -> None:
+        super().__init__(sentence)
+        self.status = status
+
 
 class UsageMistake(MailproxyError):
     """A command was asked for what does not go together; the text says what to write instead."""
 
 
 class RefusedByDaemon(CommandFailed):
-    """The daemon is there and answers with a refusal."""
-
-    def __init__(self, sentence: str, http_status: int) -> None:
-        super().__init__(sentence)
-        self.http_status = http_status
+    """The daemon is there and answers with a refusal; `status` is that of HTTP."""
 
 
 class DaemonAnswer(NamedTuple):
@@ -8810,10 +8810,7 @@ def local_time(ts: float | None, now: float) -> str:
     """A time of the local clock, and how far away it is; "" for never."""
     if ts is None:
         return ""
-    try:
-        return f"{time.strftime(CLOCK, time.localtime(ts))} ({relative(ts, now)})"
-    except (ValueError, OverflowError, OSError):  # a year no calendar has
-        return str(ts)
+    return f"{time.strftime(CLOCK, time.localtime(ts))} ({relative(ts, now)})"
 
 
 def joined(between: str, *words: object) -> str:
@@ -9063,10 +9060,6 @@ _DRAFT = re.compile(  # a From line of mbox, what looks like a header, a blank l
 class Unsendable(CommandFailed):
     """sendmail cannot take this message; `status` is an exit status of sysexits.h."""
 
-    def __init__(self, sentence: str, status: int) -> None:
-        super().__init__(sentence)
-        self.status = status
-
 
 class SendmailCall(NamedTuple):
     """What one call of sendmail asks for."""
@@ -9100,9 +9093,9 @@ def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
                 return error.status
             case ConfigurationError():
                 return os.EX_CONFIG
-            case RefusedByDaemon(http_status=401):
+            case RefusedByDaemon(status=401):
                 return os.EX_NOPERM
-            case RefusedByDaemon(http_status=status) if status < 500 and status not in (408, 429):
+            case RefusedByDaemon(status=status) if status < 500 and status not in (408, 429):
                 return os.EX_UNAVAILABLE
         return os.EX_TEMPFAIL
 
@@ -9338,22 +9331,6 @@ class DemoSmtpServer:
         return reply
 
 
-def demo_messages(now: float) -> list[dict[str, object]]:
-    """Five messages, named after what will happen to them."""
-    picture = {"filename": "picture.png", "content": DEMO_PICTURE, "content_id": "picture", "inline": True}
-    look = {"html": '<p>Look: <img src="cid:picture" alt="a green square"></p>', "attachments": [picture]}
-    scheduled = {"body": "Not a second too early.\n", "deferred_ts": math.ceil(now) + DEMO_AHEAD_S - 1}
-    own: dict[str, dict[str, object]] = {
-        "plain": {"subject": "Your receipt", "body": "Thank you!\n.\nThe line above is a dot.\n"},
-        "picture": {"subject": "Grüße mit Bild", **look},
-        "refused": {"subject": "Anybody there?", "body": "No."},
-        "greylisted": {"subject": "Patience", "body": "It took two tries to bring this.\n"},
-        "scheduled": {"subject": "On time", **scheduled},
-    }
-    common = {"from": "mailproxy <demo@app.example>"}
-    return [{"id": id_, "to": f"{id_}@demo.example", **common, **fields} for id_, fields in own.items()]
-
-
 class Demo:
     """The whole thing in one process: application, daemon and mail server, over real sockets."""
 
@@ -9434,7 +9411,19 @@ class Demo:
         return (await asyncio.to_thread(self._client.ask, method, path, fields)).granted()
 
     async def _submit(self) -> None:
-        messages = demo_messages(time.time())
+        """Five messages, named after what will happen to them."""
+        picture = {"filename": "picture.png", "content": DEMO_PICTURE, "content_id": "picture", "inline": True}
+        look = {"html": '<p>Look: <img src="cid:picture" alt="a green square"></p>', "attachments": [picture]}
+        scheduled = {"body": "Not a second too early.\n", "deferred_ts": math.ceil(time.time()) + DEMO_AHEAD_S - 1}
+        own: dict[str, dict[str, object]] = {
+            "plain": {"subject": "Your receipt", "body": "Thank you!\n.\nThe line above is a dot.\n"},
+            "picture": {"subject": "Grüße mit Bild", **look},
+            "refused": {"subject": "Anybody there?", "body": "No."},
+            "greylisted": {"subject": "Patience", "body": "It took two tries to bring this.\n"},
+            "scheduled": {"subject": "On time", **scheduled},
+        }
+        common = {"from": "mailproxy <demo@app.example>"}
+        messages = [{"id": id_, "to": f"{id_}@demo.example", **common, **fields} for id_, fields in own.items()]
         self._tell("app", "mailproxy", "", f"POST /commands/add-messages: {len(messages)} messages")
         answer = await self._ask("POST", "/commands/add-messages", {"messages": messages})
         if answer["queued"] != len(messages):
@@ -9654,7 +9643,7 @@ def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, obje
         try:
             records, cursor = _listed_after(client, filters, cursor)
         except CommandFailed as error:
-            if known is None or (isinstance(error, RefusedByDaemon) and error.http_status < 500):
+            if known is None or (isinstance(error, RefusedByDaemon) and error.status < 500):
                 raise
             if not away:
                 complain(error)
@@ -10030,11 +10019,6 @@ for a start:
 exit status: 0 done, 1 failed, 2 usage or configuration"""
 
 
-def overview() -> str:
-    """The help of the whole program."""
-    return OVERVIEW.format(commands="\n".join(f"    {command.name:<10} {command.meaning}" for command in COMMANDS))
-
-
 def parsed(words: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     """The command that the words mean, and its options. Exits with 0 after its help, with 2 for a mistake."""
     import argparse
@@ -10076,7 +10060,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 0 if words else 2
         match words:
             case [] | ["-h" | "--help"]:
-                print(overview(), file=sys.stdout if words else sys.stderr)
+                commands = "\n".join(f"    {command.name:<10} {command.meaning}" for command in COMMANDS)
+                print(OVERVIEW.format(commands=commands), file=sys.stdout if words else sys.stderr)
             case ["--version"]:
                 print(f"mailproxy {__version__}")
             case ["sendmail", *options] if options not in (["-h"], ["--help"]):  # they are not argparse's
