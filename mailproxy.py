@@ -3926,7 +3926,6 @@ Resolver: TypeAlias = "Callable[[str, int], Sequence[Address]]"
 Trust: TypeAlias = "Callable[[], ssl.SSLContext]"  # whoever asks often makes one context and keeps it
 
 BODY_PIECE_BYTES = 65_536  # read at a time from a body, and at most of one that is not of a success
-MAX_REDIRECTS = 5
 UNDONE_CODINGS = ("gzip", "x-gzip", "deflate")
 # The content codings that are registered (RFC 9110 16.6); what else servers put there is none, and the bytes are plain.
 CODINGS = (*UNDONE_CODINGS, "br", "zstd", "compress", "x-compress", "dcb", "dcz", "aes128gcm", "exi", "pack200-gzip")
@@ -4351,7 +4350,6 @@ LASTING_FILE_ERRORS = (
 )  # fmt: skip
 
 GENERIC_TYPES = ("", "application/octet-stream", "binary/octet-stream", "application/x-download")
-GZIP_TYPES = ("application/gzip", "application/x-gzip", "application/x-tgz")
 MEDIA_TYPE = re.compile(r"\s*([A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+)\s*(?:;.*)?", re.DOTALL)
 TURNS_TEXT_AROUND = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -4435,7 +4433,7 @@ def is_gzip_file(attachment: Attachment, headers: Mapping[str, str]) -> bool:
     location = attachment.s3.key if attachment.s3 else attachment.location.partition("?")[0]
     name = attachment.filename or disposition_filename(headers.get("content-disposition", "")) or location
     types = media_type(attachment.content_type), media_type(headers.get("content-type")), guessed_type(name)
-    return any(type_ in GZIP_TYPES for type_ in types)
+    return any(type_ in ("application/gzip", "application/x-gzip", "application/x-tgz") for type_ in types)
 
 
 def as_part(attachment: Attachment, content: bytes, filename: str, told: str) -> Part:
@@ -4699,7 +4697,7 @@ class AttachmentFetcher:
                     is_gzip_file=functools.partial(is_gzip_file, attachment),
                 )
                 if attachment.source is Source.URL:
-                    answer = ask("GET", location, redirects=MAX_REDIRECTS, policy=self._policy, trust=self._trust)
+                    answer = ask("GET", location, redirects=5, policy=self._policy, trust=self._trust)
                     what = asked_at(answer.url)
                     location = urllib.parse.urlsplit(answer.url).path
                 elif attachment.source is Source.ENDPOINT:
@@ -8149,7 +8147,6 @@ def ids_of(fields: Mapping[str, object]) -> list[str]:
 # the daemon down with it, loudly, because a proxy that looks alive and delivers
 # nothing is the worst of all.
 
-NETWORK_THREADS = 256  # at most: a look-up or a file server that hangs keeps one, and must hold up nobody else
 WORK_THREADS = 4
 # One word, an address, or a domain that nobody can register (RFC 6761, RFC 8375, and .internal)
 NOBODYS_NAME = re.compile(
@@ -8205,8 +8202,8 @@ class Daemon:
         self._asked_to_renew = asyncio.Event()
         self._systemd = SystemdNotifier(environ)
         self._metrics = Metrics(__version__)
-        self._pools = [
-            concurrent.futures.ThreadPoolExecutor(NETWORK_THREADS, "network"),
+        self._pools = [  # a look-up or a file server that hangs keeps a thread, and must hold up nobody else
+            concurrent.futures.ThreadPoolExecutor(256, "network"),
             concurrent.futures.ThreadPoolExecutor(WORK_THREADS, "work"),
         ]
         self._network, self._work = map(in_threads_of, self._pools)
@@ -8369,9 +8366,7 @@ class Daemon:
         started(where)
         ended, _ = await asyncio.wait({*loops, asked}, return_when=asyncio.FIRST_COMPLETED)
         self._systemd.tell("STOPPING=1")
-        for task in loops:
-            if task not in ended:
-                continue
+        for task in loops & ended:
             failure = None if task.cancelled() else task.exception()
             event(self._log, logging.CRITICAL, "a loop ended", loop=task.get_name(), exc_info=failure)
         status = 0 if self._stopping.is_set() else 1
@@ -8409,12 +8404,10 @@ class Daemon:
 
     async def _feed_watchdog(self) -> None:
         """Tell systemd that we live, as long as both loops turn."""
-        if self._systemd.watchdog_interval_s is None:
-            return
-        while True:
+        while (interval_s := self._systemd.watchdog_interval_s) is not None:
             if self._control.stalled_loop() is None:
                 self._systemd.tell("WATCHDOG=1")
-            await asyncio.sleep(self._systemd.watchdog_interval_s)
+            await asyncio.sleep(interval_s)
 
     # -- reading the configuration again
 
