@@ -2766,7 +2766,7 @@ class Metrics:
         )
         self.auth_failures = counter("auth_failures", "HTTP requests with a missing or wrong token.")
         self.storage_commit_seconds = timer(
-            "storage_commit_seconds", "Duration of commits to the queue file.", (), buckets=COMMITS_S
+            "storage_commit_seconds", "Duration of commits to the queue file.", buckets=COMMITS_S
         )
         self.storage_commit_failures = counter("storage_commit_failures", "Commits the queue file refused.")
 
