@@ -8803,7 +8803,10 @@ def local_time(ts: float | None, now: float) -> str:
     """A time of the local clock, and how far away it is; "" for never."""
     if ts is None:
         return ""
-    return f"{time.strftime(CLOCK, time.localtime(ts))} ({relative(ts, now)})"
+    try:
+        return f"{time.strftime(CLOCK, time.localtime(ts))} ({relative(ts, now)})"
+    except (ValueError, OverflowError, OSError):  # a year no calendar has
+        return str(ts)
 
 
 def joined(between: str, *words: object) -> str:
