@@ -16,6 +16,7 @@ fail() {
     exit 1
 }
 
+[[ ! -e $output || -f $output ]] || fail "$output is there and is no file: name another one"
 command -v "$python" >/dev/null || fail "$python is not there: install Python 3.11 or newer"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$python is older than 3.11"
 "$python" -m pip --version >/dev/null 2>&1 || fail "$python has no pip (on Debian: apt-get install python3-pip)"
