@@ -3179,7 +3179,6 @@ DROP TABLE messages_1; DROP TABLE sends_1; DROP TABLE last_gone; DROP TABLE hold
 SMALL_PAYLOAD_BYTES = 65_536  # larger ones are read under the memory budget
 HELD_BACK = ("limit", "connection", "login")  # deferrals that end when the account can be used again
 ALL_HELD_BACK = dict(zip(HELD_BACK, HELD_BACK, strict=True))  # for LET_GO
-RAW_POSITION = -1  # in contents: the raw message; attachments count from 0
 CHUNK = 500  # rows of one commit in work that may touch many
 STRETCH = 5_000  # rows looked at in one go by what must pass over others
 PAGE_BYTES = 1_048_576  # of payloads in one page of a listing
@@ -3610,7 +3609,7 @@ class Queue:
         return str(row["payload"])
 
     async def contents(self, seq: int) -> dict[int, bytes]:
-        """The inline contents of a message by position (RAW_POSITION: the raw message)."""
+        """The inline contents of a message by position (RAW_CONTENT: the raw message)."""
         rows = await self._ask("SELECT position, content FROM contents WHERE seq = :seq", seq=seq)
         return {row["position"]: row["content"] for row in rows}
 
