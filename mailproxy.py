@@ -462,10 +462,10 @@ class StorageUnavailable(MailproxyError):
 # ======================================================================
 #
 # A setting is one line below: name, type, default, kind (what its value must be), meaning.
-# That line validates, prints config.ini, fills the README and refuses what is not known;
-# an account is one more section, and its lines judge the JSON of POST /account, too.
-# Command line over environment over file over default. The value of a secret leaves this
-# room only through `reveal`.
+# That line validates, and refuses what is not known; config.ini and the table of the README are
+# printed from it, by the tests. An account is one more section, and its lines judge the JSON of
+# POST /account, too. Command line over environment over file over default. The value of a secret
+# leaves this room only through `reveal`.
 
 LARGEST_INTEGER = 2**63 - 1
 LONGEST_S = 100 * 365 * 86_400
@@ -626,13 +626,6 @@ class Setting(NamedTuple):
     meaning: str
     at_start: bool = False  # SIGHUP cannot change it
     else_of: str = ""  # of an account: the setting of [delivery] that stands in for it
-
-    @property
-    def shown(self) -> tuple[str, str]:
-        """Its default and its meaning, as config.ini and the README have them."""
-        if self.else_of:
-            return "", f"{self.meaning} Left out: {self.else_of} of [delivery]."
-        return "" if self.default is NEEDED else as_written(self.default), self.meaning
 
     def of(self, settings: Settings) -> Any:
         return getattr(getattr(settings, self.section), self.key)
@@ -841,25 +834,6 @@ ACCOUNT_TABLE = TABLE["smtp"]  # of [smtp] and each [account:ID]
 ACCOUNT_ID = Setting("smtp", "id", NEEDED, LABEL, "The name by which messages choose it.")
 
 
-# --- config.ini and README: the table, printed ---------------------------
-
-CONFIG_INI_HEAD = """\
-# config.ini of mailproxy: every setting with its meaning and its default.
-# All of it may be left out. Take the # away to change a line.
-#
-# The command line wins over the environment, which wins over this file: [server] port
-# is MAILPROXY_SERVER_PORT there, [smtp] host MAILPROXY_SMTP_HOST. [account:ID] sections
-# stand only in this file. Any secret may be written env:NAME or file:/path. A # or ;
-# begins a comment only at the start of a line, and % is a character like any other.
-"""
-CONFIG_INI_ACCOUNT = """\
-# A further account, under the ID messages name it by. All keys of [smtp] are known here.
-#[account:ID]
-#host =
-#port =
-"""
-
-
 def as_written(value: object) -> str:
     """A default or a value as it would stand in config.ini; never a secret."""
     if isinstance(value, bool):
@@ -871,36 +845,6 @@ def as_written(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "" if value is None else str(value)
-
-
-def config_ini() -> str:
-    """A config.ini with every setting in it, commented out, with its meaning and default."""
-    import textwrap
-
-    lines = [CONFIG_INI_HEAD]
-    for section, kind in CLASSES.items():
-        lines += [f"[{section}]", f"# {kind.__doc__}", ""]
-        for row in TABLE[section]:
-            default, meaning = row.shown
-            words = f"{meaning} [{row.kind.words}{'; needs a restart' if row.at_start else ''}]"
-            lines += textwrap.wrap(words, 98, initial_indent="# ", subsequent_indent="# ")
-            lines += [f"#{row.key} = {default}".rstrip(), ""]
-        if section == "smtp":
-            lines += [CONFIG_INI_ACCOUNT]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def settings_table() -> str:
-    """The table of all settings as Markdown, for the README."""
-    lines = ["| setting | default | |", "|---|---|---|"]
-    for section, kind in CLASSES.items():
-        name = "**[smtp]**, **[account:ID]**" if section == "smtp" else f"**[{section}]**"
-        lines.append(f"| {name} | | {kind.__doc__} |")
-        for row in TABLE[section]:
-            default, meaning = row.shown
-            with_unit = f"`{default} {row.kind.unit}".rstrip() + "`" if default else ""
-            lines.append(f"| `{row.key}` | {with_unit} | {meaning} |")
-    return "\n".join(lines) + "\n"
 
 
 # --- reading: file, environment, command line ----------------------------

@@ -48,6 +48,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import urllib.error
@@ -1470,9 +1471,64 @@ def test_what_only_a_restart_can_change_is_named(tmp_path):
     assert mailproxy.renewed(old, old) == (old, [])
 
 
+# config.ini and the table of the README are printed from the table of settings:
+# python -c 'import test_mailproxy as t; print(t.config_ini(), end="")' >config.ini
+
+CONFIG_INI_HEAD = """\
+# config.ini of mailproxy: every setting with its meaning and its default.
+# All of it may be left out. Take the # away to change a line.
+#
+# The command line wins over the environment, which wins over this file: [server] port
+# is MAILPROXY_SERVER_PORT there, [smtp] host MAILPROXY_SMTP_HOST. [account:ID] sections
+# stand only in this file. Any secret may be written env:NAME or file:/path. A # or ;
+# begins a comment only at the start of a line, and % is a character like any other.
+"""
+CONFIG_INI_ACCOUNT = """\
+# A further account, under the ID messages name it by. All keys of [smtp] are known here.
+#[account:ID]
+#host =
+#port =
+"""
+
+
+def default_and_meaning(row: mailproxy.Setting) -> tuple[str, str]:
+    """The default and the meaning of a setting, as config.ini and the README have them."""
+    if row.else_of:
+        return "", f"{row.meaning} Left out: {row.else_of} of [delivery]."
+    return "" if row.default is mailproxy.NEEDED else mailproxy.as_written(row.default), row.meaning
+
+
+def config_ini() -> str:
+    """A config.ini with every setting in it, commented out, with its meaning and default."""
+    lines = [CONFIG_INI_HEAD]
+    for section, kind in mailproxy.CLASSES.items():
+        lines += [f"[{section}]", f"# {kind.__doc__}", ""]
+        for row in mailproxy.TABLE[section]:
+            default, meaning = default_and_meaning(row)
+            words = f"{meaning} [{row.kind.words}{'; needs a restart' if row.at_start else ''}]"
+            lines += textwrap.wrap(words, 98, initial_indent="# ", subsequent_indent="# ")
+            lines += [f"#{row.key} = {default}".rstrip(), ""]
+        if section == "smtp":
+            lines += [CONFIG_INI_ACCOUNT]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def settings_table() -> str:
+    """The table of all settings as Markdown, for the README."""
+    lines = ["| setting | default | |", "|---|---|---|"]
+    for section, kind in mailproxy.CLASSES.items():
+        name = "**[smtp]**, **[account:ID]**" if section == "smtp" else f"**[{section}]**"
+        lines.append(f"| {name} | | {kind.__doc__} |")
+        for row in mailproxy.TABLE[section]:
+            default, meaning = default_and_meaning(row)
+            with_unit = f"`{default} {row.kind.unit}".rstrip() + "`" if default else ""
+            lines.append(f"| `{row.key}` | {with_unit} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
 def test_config_ini_and_the_table_of_the_readme_hold_every_setting_with_its_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    printed, readme = mailproxy.config_ini(), PROGRAM.with_name("README.md").read_text(encoding="utf-8")
+    printed, readme = config_ini(), PROGRAM.with_name("README.md").read_text(encoding="utf-8")
     switched_on = re.sub(r"(?m)^#([a-z0-9_]+ =)", r"\1", printed.replace("#[account:ID]\n#host =\n#port =\n", ""))
     defaults = mailproxy.load_settings(None, {}, {})
 
@@ -1480,7 +1536,7 @@ def test_config_ini_and_the_table_of_the_readme_hold_every_setting_with_its_defa
         for section in mailproxy.SECTIONS:
             assert getattr(read, section) == getattr(defaults, section)
     assert PROGRAM.with_name("config.ini").read_text(encoding="utf-8") == printed
-    assert mailproxy.settings_table().strip() in readme
+    assert settings_table().strip() in readme
     assert "| `port` | `8000` | TCP port; 0 takes a free one. |" in readme
     accounts = [("smtp", row.key) for row in mailproxy.ACCOUNT_TABLE]
     for section, key in [*((row.section, row.key) for row in mailproxy.SETTINGS_TABLE), *accounts]:
