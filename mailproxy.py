@@ -9201,75 +9201,6 @@ It all happens on this machine; a temporary folder holds the queue and goes away
 """
 
 
-class DemoSmtpServer:
-    """A small SMTP server (RFC 5321) that tells what it gets, and keeps none of it.
-
-    The recipient chooses its manners: refused@ has no mailbox here, greylisted@ is told
-    to come back the first time, everybody else has mail.
-    """
-
-    def __init__(self, tell: Callable[[str, str, str, str], None]) -> None:
-        self.taken = 0
-        self._tell = tell  # who, to whom, about which recipient, what
-        self._greylist: set[str] = set()
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One client's connection. Replies go out in the order of the commands (PIPELINING, RFC 2920)."""
-        recipients: list[str] = []
-        reply = "220 smtp.demo.example ESMTP"
-        with contextlib.closing(writer), contextlib.suppress(OSError, EOFError):
-            while True:
-                writer.write(f"{reply}\r\n".encode())
-                await writer.drain()
-                line = (await reader.readuntil(b"\r\n")).decode("utf-8", "replace").strip()
-                match line[:4].upper():
-                    case "EHLO":
-                        reply = "250-smtp.demo.example\r\n250-PIPELINING\r\n250-8BITMIME\r\n250 ENHANCEDSTATUSCODES"
-                    case "MAIL" | "RSET":
-                        recipients.clear()
-                        reply = "250 2.0.0 Ok"
-                    case "RCPT":
-                        reply = self._hear_of(line.partition("<")[2].partition(">")[0], recipients)
-                    case "DATA" if recipients:
-                        writer.write(b"354 End with a dot on a line of its own\r\n")
-                        reply = self._take(await reader.readuntil(b"\r\n.\r\n"), recipients)
-                    case "DATA":
-                        reply = "503 5.5.1 There is no recipient to send it to"
-                    case "QUIT":
-                        writer.write(b"221 2.0.0 Bye\r\n")
-                        break
-                    case _:
-                        reply = "500 5.5.2 I do not know this command"
-
-    def _hear_of(self, recipient: str, recipients: list[str]) -> str:
-        """The reply to RCPT; a recipient that is accepted joins the others."""
-        if recipient.startswith("refused@"):
-            reply = "550 5.1.1 No such mailbox here"
-        elif recipient.startswith("greylisted@") and recipient not in self._greylist:
-            self._greylist.add(recipient)
-            reply = "450 4.7.1 Greylisted, come back later"
-        else:
-            recipients.append(recipient)
-            return "250 2.1.5 Ok"
-        self._tell("mailproxy", "smtp", recipient, f"RCPT TO:<{recipient}>")
-        self._tell("smtp", "mailproxy", recipient, reply)
-        return reply
-
-    def _take(self, content: bytes, recipients: Sequence[str]) -> str:
-        """The reply to a whole mail; its last line is the dot, and stuffed dots come off (RFC 5321 4.5.2)."""
-        self.taken += 1
-        reply = f"250 2.0.0 Ok: taken as number {self.taken}"
-        content = content.removesuffix(b".\r\n").replace(b"\r\n..", b"\r\n.")
-        mail = email.message_from_bytes(content)
-        subject = make_header(decode_header(mail.get("Subject", "")))
-        parts = [joined(" ", p.get_content_type(), p["Content-ID"]) for p in mail.walk() if not p.is_multipart()]
-        for recipient in recipients:
-            words = f'"{subject}", {len(content) / 1000:.1f} kB: {" + ".join(parts)}'
-            self._tell("mailproxy", "smtp", recipient, words)
-            self._tell("smtp", "mailproxy", recipient, reply)
-        return reply
-
-
 class Demo:
     """The whole thing in one process: application, daemon and mail server, over real sockets."""
 
@@ -9278,6 +9209,8 @@ class Demo:
         self._patience_s = patience_s
         self._lines: asyncio.Queue[str] = asyncio.Queue()  # what passed, and is not shown yet
         self._outcomes: dict[str, str] = {}  # as reported
+        self._taken = 0  # mails that the mail server took
+        self._greylisted = False  # it has said "later"
         self._started_at = time.monotonic()
 
     async def run(self) -> int:
@@ -9304,10 +9237,57 @@ class Demo:
             f"{at_s:6.2f}s  {who:<9} -> {whom:<9}  {id_}{paint(what, what.removeprefix('report: '))}"
         )
 
+    # -- the part of the mail server
+
+    async def _serve_smtp(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A connection (RFC 5321). refused@ has no mailbox here, greylisted@ is told to come back the first time."""
+        recipient, reply = "", "220 smtp.demo.example ESMTP"
+        with contextlib.closing(writer), contextlib.suppress(OSError, EOFError):
+            while True:
+                writer.write(f"{reply}\r\n".encode())
+                await writer.drain()
+                line = (await reader.readuntil(b"\r\n")).decode("latin-1").strip()
+                match line[:4].upper():
+                    case "EHLO":
+                        reply = "250-smtp.demo.example\r\n250-8BITMIME\r\n250 ENHANCEDSTATUSCODES"
+                    case "RCPT":
+                        recipient = line.partition("<")[2].partition(">")[0]
+                        reply = self._reply_to_recipient(recipient)
+                    case "DATA":
+                        writer.write(b"354 End with a dot on a line of its own\r\n")
+                        reply = self._take(await reader.readuntil(b"\r\n.\r\n"), recipient)
+                    case "QUIT":
+                        reply = "221 2.0.0 Bye"
+                    case _:
+                        reply = "250 2.0.0 Ok"
+
+    def _reply_to_recipient(self, recipient: str) -> str:
+        if recipient.startswith("refused@"):
+            reply = "550 5.1.1 No such mailbox here"
+        elif recipient.startswith("greylisted@") and not self._greylisted:
+            self._greylisted = True
+            reply = "450 4.7.1 Greylisted, come back later"
+        else:
+            return "250 2.1.5 Ok"
+        self._tell("mailproxy", "smtp", recipient, f"RCPT TO:<{recipient}>")
+        self._tell("smtp", "mailproxy", recipient, reply)
+        return reply
+
+    def _take(self, content: bytes, recipient: str) -> str:
+        """The reply to a whole mail, which is shown and not kept."""
+        self._taken += 1
+        reply = f"250 2.0.0 Ok: taken as number {self._taken}"
+        mail = email.message_from_bytes(content)
+        subject = make_header(decode_header(mail.get("Subject", "")))
+        parts = [joined(" ", p.get_content_type(), p["Content-ID"]) for p in mail.walk() if not p.is_multipart()]
+        words = f'"{subject}", {size_in_words(len(content))}: {" + ".join(parts)}'
+        self._tell("mailproxy", "smtp", recipient, words)
+        self._tell("smtp", "mailproxy", recipient, reply)
+        return reply
+
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         """Mail server, application and daemon, stopped again in the other order."""
-        self._smtp = DemoSmtpServer(self._tell)
-        listener = await asyncio.start_server(self._smtp.serve, "127.0.0.1", 0, limit=10_000_000)
+        listener = await asyncio.start_server(self._serve_smtp, "127.0.0.1", 0, limit=10_000_000)
         smtp_port = listener.sockets[0].getsockname()[1]
         stack.callback(listener.close)
         app = HttpServer(
@@ -9390,8 +9370,8 @@ class Demo:
             rows.append((id_, story["message"]["status"], story["message"]["attempts"], reply))
         columns = ("MESSAGE", "STATUS", "ATTEMPTS", "WHAT THE SERVER SAID")
         print("\n".join(["", *table(columns, rows, [status for _, status, _, _ in rows])]))
-        if self._outcomes != DEMO_OUTCOMES or self._smtp.taken != 4:
-            raise CommandFailed(f"the demo failed: {self._outcomes}, and {self._smtp.taken} mails arrived, not 4")
+        if self._outcomes != DEMO_OUTCOMES or self._taken != 4:
+            raise CommandFailed(f"the demo failed: {self._outcomes}, and {self._taken} mails arrived, not 4")
         taken_s = time.monotonic() - self._started_at
         print(f"\nall delivered and reported: 4 sent, 1 refused by its server, in {taken_s:.1f} s")
         print("With a server of your own: serve --help, and README.md")
@@ -9419,56 +9399,6 @@ FOLLOWED_MESSAGES = 500  # the newest ones, at least, are watched by `messages -
 WHAT_MAY_CHANGE = ("created_at", "status", "attempts", "deferred_ts", "error")  # of a followed message
 
 # --- the commands that talk to a daemon ----------------------------------
-
-
-def _asked(
-    args: argparse.Namespace,
-    environ: Mapping[str, str],
-    in_words: Callable[[dict[str, Any]], list[str]],
-    path: str,
-    body: Mapping[str, object] | None = None,
-) -> dict[str, Any]:
-    """Ask the daemon once and show its answer: as it came with --json, else in words for people.
-
-    Raises CommandFailed when it is not there, or refuses.
-    """
-    client = find_daemon(environ, args.url, args.token, args.config)
-    answer = client.ask("GET" if body is None else "POST", path, body)
-    if args.json:
-        print(answer.text.rstrip("\n"))
-    fields = answer.granted()
-    if not args.json:
-        print("\n".join(in_words(fields)))
-    return fields
-
-
-def show(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    """status, accounts, message ID."""
-    in_words = {"status": _status_in_words, "accounts": _accounts_in_words, "message": _message_in_words}[args.command]
-    segment = f"/{urllib.parse.quote(args.id, safe='')}" if "id" in args else ""
-    _asked(args, environ, in_words, f"/{args.command}{segment}")
-    return 0
-
-
-def steer(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    """run-now, suspend, activate, retry, delete: names the messages that were left as they are, by why."""
-    path, words = {
-        "run-now": ("run-now", "dispatch and reporting are awake"),
-        "suspend": ("suspend", "delivery{} is suspended; submission and reports go on"),
-        "activate": ("activate", "delivery{} is active"),
-        "retry": ("retry-messages", "{queued} queued anew"),
-        "delete": ("delete-messages", "{removed} removed"),
-    }[args.command]
-    account = getattr(args, "account", None)
-    place = f"/account/{urllib.parse.quote(account, safe='')}/" if account else "/commands/"
-    whose = f" of account {account}" if account else ""
-    body = {"ids": args.ids} if "ids" in args else {}
-    answer = _asked(args, environ, lambda fields: [words.format(whose, **fields)], place + path, body)
-    reasons = {"not_found": "not found", "not_failed": "not failed", "in_delivery": "in delivery just now"}
-    left_out = [f"{why}: {', '.join(answer[key])}" for key, why in reasons.items() if answer.get(key)]
-    if left_out:
-        complain("; ".join(left_out))
-    return 1 if left_out else 0
 
 
 def _status_in_words(status: dict[str, Any]) -> list[str]:
@@ -9541,21 +9471,10 @@ def _message_in_words(answer: dict[str, Any]) -> list[str]:
     return [*lines, "", *(table(columns, rows) if rows else ["No attempt yet."])]
 
 
-def list_messages(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    names = ("active_only", "status", "account_id", "batch_code", "limit", "after")
-    filters = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-    def in_words(answer: dict[str, Any]) -> list[str]:
-        rows = [_message_row(record, time.time()) for record in answer["messages"]]
-        columns = ("ID", "STATUS", "ACCOUNT", "TO", "SUBJECT", "ATTEMPTS", "ACCEPTED", "REMARK")
-        return table(columns, rows, [record["status"] for record in answer["messages"]]) if rows else ["no messages"]
-
-    if args.follow:
-        _follow(find_daemon(environ, args.url, args.token, args.config), args, filters)
-    answer = _asked(args, environ, in_words, f"/messages?{urllib.parse.urlencode(filters)}")
-    if answer["next"] and not args.json:
-        print(f"There are more: --after {answer['next']} shows the next ones.", file=sys.stderr)
-    return 0
+def _messages_in_words(answer: dict[str, Any]) -> list[str]:
+    rows = [_message_row(record, time.time()) for record in answer["messages"]]
+    columns = ("ID", "STATUS", "ACCOUNT", "TO", "SUBJECT", "ATTEMPTS", "ACCEPTED", "REMARK")
+    return table(columns, rows, [row[1] for row in rows]) if rows else ["no messages"]
 
 
 def _message_row(record: Mapping[str, Any], now: float) -> tuple[Any, ...]:
@@ -9612,6 +9531,52 @@ def _listed_after(client: Client, filters: Mapping[str, object], cursor: str) ->
 
 def _page(client: Client, query: Mapping[str, object]) -> dict[str, Any]:
     return client.ask("GET", f"/messages?{urllib.parse.urlencode(query)}").granted()
+
+
+REQUESTS: Mapping[str, tuple[str, Callable[[dict[str, Any]], list[str]] | str]] = MappingProxyType(
+    {  # by command: what it asks for, and its words for the answer
+        "status": ("GET /status", _status_in_words),
+        "messages": ("GET /messages", _messages_in_words),
+        "message": ("GET /message/{id}", _message_in_words),
+        "accounts": ("GET /accounts", _accounts_in_words),
+        "run-now": ("POST /commands/run-now", "dispatch and reporting are awake"),
+        "suspend": ("POST /{place}/suspend", "delivery{whose} is suspended; submission and reports go on"),
+        "activate": ("POST /{place}/activate", "delivery{whose} is active"),
+        "retry": ("POST /commands/retry-messages", "{queued} queued anew"),
+        "delete": ("POST /commands/delete-messages", "{removed} removed"),
+    }
+)
+
+
+def ask_daemon(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Ask the daemon once and show its answer: as it came with --json, else in words for people.
+
+    1 when it left messages as they are: they are named, by why.
+    """
+    client = find_daemon(environ, args.url, args.token, args.config)
+    request, words = REQUESTS[args.command]
+    id_, account = (urllib.parse.quote(getattr(args, name, None) or "", safe="") for name in ("id", "account"))
+    method, path = request.format(id=id_, place=f"account/{account}" if account else "commands").split(" ")
+    if args.command == "messages":
+        names = ("active_only", "status", "account_id", "batch_code", "limit", "after")
+        filters = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        if args.follow:
+            _follow(client, args, filters)
+        path = f"{path}?{urllib.parse.urlencode(filters)}"
+    answer = client.ask(method, path, {"ids": args.ids} if "ids" in args else None)
+    if args.json:
+        print(answer.text.rstrip("\n"))
+    fields = answer.granted()
+    if not args.json:
+        whose = f" of account {args.account}" if account else ""
+        print(words.format(whose=whose, **fields) if isinstance(words, str) else "\n".join(words(fields)))
+        if fields.get("next"):
+            print(f"There are more: --after {fields['next']} shows the next ones.", file=sys.stderr)
+    reasons = {"not_found": "not found", "not_failed": "not failed", "in_delivery": "in delivery just now"}
+    left_out = [f"{why}: {', '.join(fields[key])}" for key, why in reasons.items() if "ids" in args and fields.get(key)]
+    if left_out:
+        complain("; ".join(left_out))
+    return 1 if left_out else 0
 
 
 # --- serve and check -----------------------------------------------------
@@ -9904,15 +9869,15 @@ COMMANDS = (
     Command("send", send, (*SENDING, *ASKING), "submit a message, an .eml file, or many out of a CSV file"),
     Command("sendmail", sendmail, AS_SENDMAIL, "take a message from standard input, as sendmail(8) does"),
     Command("backup", backup, BACKING_UP, "copy the queue into a file, while the daemon runs"),
-    Command("status", show, ASKING, "how the daemon is"),
-    Command("messages", list_messages, (*FILTERS, *ASKING), "list messages, in order of acceptance"),
-    Command("message", show, (ID, *ASKING), "one message, and every attempt to deliver it"),
-    Command("accounts", show, ASKING, "list the accounts mail goes out by"),
-    Command("run-now", steer, ASKING, "deliver and report at once"),
-    Command("suspend", steer, (ONE_ACCOUNT, *ASKING), "stop delivery; submission and reports go on"),
-    Command("activate", steer, (ONE_ACCOUNT, *ASKING), "take delivery up again"),
-    Command("retry", steer, (IDS, *ASKING), "queue failed messages anew"),
-    Command("delete", steer, (IDS, *ASKING), "remove messages, whatever their state"),
+    Command("status", ask_daemon, ASKING, "how the daemon is"),
+    Command("messages", ask_daemon, (*FILTERS, *ASKING), "list messages, in order of acceptance"),
+    Command("message", ask_daemon, (ID, *ASKING), "one message, and every attempt to deliver it"),
+    Command("accounts", ask_daemon, ASKING, "list the accounts mail goes out by"),
+    Command("run-now", ask_daemon, ASKING, "deliver and report at once"),
+    Command("suspend", ask_daemon, (ONE_ACCOUNT, *ASKING), "stop delivery; submission and reports go on"),
+    Command("activate", ask_daemon, (ONE_ACCOUNT, *ASKING), "take delivery up again"),
+    Command("retry", ask_daemon, (IDS, *ASKING), "queue failed messages anew"),
+    Command("delete", ask_daemon, (IDS, *ASKING), "remove messages, whatever their state"),
 )
 
 EXAMPLES = """\
