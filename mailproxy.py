@@ -295,15 +295,6 @@ class OAuth2(NamedTuple):
     scope: str | None
 
 
-class Encryption(enum.StrEnum):
-    """When a connection to an account's server turns to TLS."""
-
-    NEVER = "never"
-    AUTO = "auto"  # STARTTLS when the server offers it
-    REQUIRED = "required"  # STARTTLS, or no mail
-    IMPLICIT = "implicit"  # from the first byte
-
-
 class Limits(NamedTuple):
     """Most messages in any 60 s, hour and day; None: no limit."""
 
@@ -487,7 +478,7 @@ class Kind(NamedTuple):
 
     def read(self, value: object) -> Any:
         """A value of JSON, or the words of config.ini. Raises ValueError."""
-        if self.many and isinstance(value, list):
+        if self.many and isinstance(value, list | tuple):
             return self.parse(", ".join(map(str, value)))
         return self.parse(fit(str(value), isinstance(value, str) or type(value) in self.types))
 
@@ -550,15 +541,6 @@ def _boolean(value: str) -> bool:
     return fit(true, true or value.strip().lower() in ("false", "no", "off", "0"))
 
 
-def _readable_file(value: str) -> str:
-    """Blocking: looks whether the file can be opened."""
-    try:
-        with open(value, "rb"):
-            return value
-    except OSError as error:
-        raise ValueError from error
-
-
 def _address(value: str, local_part: str = r"[^@\s]+") -> str:
     """An address, its domain in A-labels as those of messages are."""
     parts = re.fullmatch(rf"({local_part})@([^@\s]+)", value)
@@ -580,7 +562,10 @@ LABEL = Kind(
 )
 BOOLEAN = Kind("true or false (or yes, no, on, off, 1, 0)", _boolean, "boolean", (bool, int))
 PATH = TEXT._replace(words="a path")
-READABLE_FILE = Kind("the path of a file that can be read", _readable_file)
+READABLE_FILE = Kind(
+    "the path of a file that can be read",
+    lambda value: fit(value, os.access(value, os.R_OK) and not os.path.isdir(value)),
+)
 SOCKET_PATH = Kind("a path of at most 103 bytes", lambda value: fit(value, len(os.fsencode(value)) <= SUN_PATH))
 LISTENING_HOST = Kind("an address or a host name", lambda value: fit(value.strip("[]"), not re.search(r"[\s/]", value)))
 HOST = Kind(
@@ -748,12 +733,12 @@ class Account:
     source: str = "http"  # or "config"; no setting
 
     @property
-    def encryption(self) -> Encryption:
-        """When to turn to TLS: use_tls asks for certainty, and port 465 is TLS from the first byte."""
+    def encryption(self) -> str:
+        """A word of start_tls, or implicit: TLS from the first byte, as it is on port 465 when it must be certain."""
         certain = self.port == 465 if self.use_tls is None else self.use_tls
         if self.implicit_tls or (certain and self.port == 465):
-            return Encryption.IMPLICIT
-        return Encryption.REQUIRED if certain else Encryption(self.start_tls)
+            return "implicit"
+        return "required" if certain else self.start_tls
 
     @property
     def oauth2(self) -> OAuth2 | None:
@@ -858,14 +843,12 @@ class Given(NamedTuple):
     origin: str  # "/etc/mailproxy/config.ini", "environment variable X", "command line"
 
 
-GivenSettings = dict[tuple[str, str], Given]  # by section and key
-
 ENVIRONMENT_OF_THE_CLIENT = ("MAILPROXY_CONFIG", "MAILPROXY_URL", "MAILPROXY_TOKEN")
-AWS_VARIABLES = (  # that stand in for what [s3] leaves out; later ones win
-    ("access_key_id", "AWS_ACCESS_KEY_ID"), ("secret_access_key", "AWS_SECRET_ACCESS_KEY"),
-    ("session_token", "AWS_SESSION_TOKEN"), ("endpoint", "AWS_ENDPOINT_URL_S3"),
-    ("region", "AWS_DEFAULT_REGION"), ("region", "AWS_REGION"),
-)  # fmt: skip
+AWS_VARIABLES = {  # that stand in for what [s3] leaves out; later ones win
+    "AWS_ACCESS_KEY_ID": "access_key_id", "AWS_SECRET_ACCESS_KEY": "secret_access_key",
+    "AWS_SESSION_TOKEN": "session_token", "AWS_ENDPOINT_URL_S3": "endpoint",
+    "AWS_DEFAULT_REGION": "region", "AWS_REGION": "region",
+}  # fmt: skip
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -959,7 +942,13 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
             raise ConfigurationError(f"command line: {name}: write SECTION.KEY=VALUE, such as server.port=8000")
         written.append(("command line", section, key.lower(), text))
     given = {(section, key): _given(origin, section, key, text) for origin, section, key, text in written}
-    given = _with_aws_variables(given, environ)
+    given = {place: one for place, one in given.items() if one.text or place[0] != "s3"}
+    stand_ins = {}
+    for name, key in AWS_VARIABLES.items():  # a session token belongs to the key id it was issued with
+        if environ.get(name) and not (key == "session_token" and ("s3", "access_key_id") in given):
+            text = environ[name] if key in ("region", "endpoint") else f"env:{name}"
+            stand_ins["s3", key] = _given(f"environment variable {name}", "s3", key, text)
+    given = stand_ins | given
     known = (*variables, *ENVIRONMENT_OF_THE_CLIENT)
     warnings = [
         f"environment variable {name} matches no setting and is ignored{nearest(name, known)}"
@@ -984,17 +973,6 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
         warnings=tuple(warnings),
         origins=MappingProxyType({place: one.origin for place, one in given.items()}),
     )
-
-
-def _with_aws_variables(given: GivenSettings, environ: Mapping[str, str]) -> GivenSettings:
-    """[s3] completed; secrets by reference. A session token belongs to the key id it was issued with."""
-    given = {place: one for place, one in given.items() if one.text or place[0] != "s3"}
-    found: GivenSettings = {}
-    for key, name in AWS_VARIABLES:
-        if environ.get(name) and not (key == "session_token" and ("s3", "access_key_id") in given):
-            text = environ[name] if key in ("region", "endpoint") else f"env:{name}"
-            found["s3", key] = _given(f"environment variable {name}", "s3", key, text)
-    return found | given
 
 
 # --- what settings mean together -----------------------------------------
@@ -1119,6 +1097,14 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
 # --- accounts ------------------------------------------------------------
 
 
+def judged(kind: Kind, value: object, field: str) -> Any:
+    """A field of JSON as its kind reads it. Raises Rejected."""
+    try:
+        return kind.read(value)
+    except ValueError:
+        raise Rejected(f"invalid {field}: must be {kind.words}") from None
+
+
 class Field(NamedTuple):
     """A field of a JSON object that clients send: what openapi.json says of it."""
 
@@ -1127,18 +1113,18 @@ class Field(NamedTuple):
     required: bool = False
 
 
+def nested(flat: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """The fields of an account and those of its oauth2, apart as in JSON; config.ini has oauth2_token_url and so on."""
+    of_oauth2 = {key.removeprefix("oauth2_"): value for key, value in flat.items() if key.startswith("oauth2_")}
+    return {key: value for key, value in flat.items() if not key.startswith("oauth2_")}, of_oauth2
+
+
 SECRET_FIELDS = frozenset(row.key for row in ACCOUNT_TABLE if row.kind.secret)  # not shown to anybody
-_FIELDS_OF_ACCOUNTS = {
-    row.key: Field(row.kind.json, row.meaning, row.default is NEEDED) for row in (ACCOUNT_ID, *ACCOUNT_TABLE)
-}
-OAUTH2_FIELDS: Mapping[str, Field] = {
-    key.removeprefix("oauth2_"): known for key, known in _FIELDS_OF_ACCOUNTS.items() if key.startswith("oauth2_")
-}
-ACCOUNT_FIELDS: Mapping[str, Field] = {  # config.ini has the keys of oauth2 as oauth2_token_url and so on
-    **{key: known for key, known in _FIELDS_OF_ACCOUNTS.items() if not key.startswith("oauth2_")},
+ACCOUNT_KEYS = frozenset(("id", "oauth2", *(row.key for row in ACCOUNT_TABLE)))
+ACCOUNT_FIELDS, OAUTH2_FIELDS = nested({
+    **{row.key: Field(row.kind.json, row.meaning, row.default is NEEDED) for row in (ACCOUNT_ID, *ACCOUNT_TABLE)},
     "oauth2": Field("OAuth2", "A refresh token (and client_secret, where asked for), or client_secret and scope."),
-}
-ACCOUNT_KEYS = frozenset((*_FIELDS_OF_ACCOUNTS, "oauth2"))
+})  # fmt: skip
 
 
 def parse_account(fields: object, *, source: str = "http", defaults: DeliverySettings = DeliverySettings()) -> Account:
@@ -1153,11 +1139,7 @@ def parse_account(fields: object, *, source: str = "http", defaults: DeliverySet
     for row in (ACCOUNT_ID, *ACCOUNT_TABLE):
         value = given.get(row.key)
         if value is not None and value != "":
-            try:
-                values[row.key] = row.kind.read(value)
-            except ValueError:
-                name = row.key.replace("oauth2_", "oauth2: ")
-                raise Rejected(f"invalid {name}: must be {row.kind.words}") from None
+            values[row.key] = judged(row.kind, value, row.key.replace("oauth2_", "oauth2: "))
         elif row.default is NEEDED:
             raise Rejected(f"missing {row.key}")
         elif row.else_of:
@@ -1196,18 +1178,10 @@ def section_of(account_id: str) -> str:
 
 def account_fields(account: Account) -> dict[str, object]:
     """An account as it is shown: no secret is in it."""
-    values = {row.key: getattr(account, row.key) for row in (ACCOUNT_ID, *ACCOUNT_TABLE) if not row.kind.secret}
-    shown = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in values.items()
-        if not key.startswith("oauth2_")
-    }
-    return {
-        **shown,
-        "source": account.source,
-        "use_tls": account.port == 465 if account.use_tls is None else account.use_tls,
-        "oauth2": account.oauth2 and {key: values[f"oauth2_{key}"] for key in ("token_url", "client_id", "scope")},
-    }
+    rows = [row.key for row in (ACCOUNT_ID, *ACCOUNT_TABLE) if not row.kind.secret]
+    shown, oauth2 = nested({key: getattr(account, key) for key in rows})
+    use_tls = account.port == 465 if account.use_tls is None else account.use_tls
+    return {**shown, "source": account.source, "use_tls": use_tls, "oauth2": account.oauth2 and oauth2}
 
 
 # --- what is in force, and what has changed ------------------------------
@@ -1324,14 +1298,6 @@ def _must_be_storable(value: object, field: str) -> None:
 def _shown(text: str) -> str:
     """A piece of what was given, short enough for a reason."""
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
-
-
-def parse_priority(value: object, default: int, *, field: str = "priority") -> int:
-    """The number of a priority that is given as 0 to 3 or by name."""
-    try:
-        return default if value is None else int(PRIORITY.read(value))
-    except ValueError:
-        raise Rejected(f"invalid {field}: must be {PRIORITY.words}") from None
 
 
 def _timestamp(value: object, field: str) -> int:
@@ -1643,7 +1609,7 @@ def _source(given: Mapping[str, Any], field: str) -> dict[str, Any]:
             raise Rejected(f"invalid {field}: has no filename")
         return {"source": Source.CONTENT, "content": _decoded_content(given["content"], f"{field}: content")}
     if "url" in named:
-        return {"source": Source.URL, "location": _fetchable_url(given["url"], f"{field}: url")}
+        return {"source": Source.URL, "location": judged(HTTP_URL, given["url"], f"{field}: url")}
     if "s3" in named:
         return {"source": Source.S3, "s3": _s3_object(given["s3"], field)}
     if not isinstance(path, str) or not path:
@@ -1658,7 +1624,7 @@ def _source(given: Mapping[str, Any], field: str) -> dict[str, Any]:
     if mode not in _FETCH_MODES:
         raise Rejected(f"invalid {field}: fetch_mode must be endpoint, http_url, base64 or filesystem")
     if mode == "http_url":
-        return {"source": Source.URL, "location": _fetchable_url(path, f"{field}: storage_path")}
+        return {"source": Source.URL, "location": judged(HTTP_URL, path, f"{field}: storage_path")}
     return {"source": _FETCH_MODES[mode], "location": line_of(path, f"{field}: storage_path")}
 
 
@@ -1672,16 +1638,8 @@ def _s3_object(given: object, field: str) -> S3Object:
     if texts["addressing"] not in (None, "path", "virtual", "auto"):
         raise Rejected(f"invalid {field}: addressing must be path, virtual or auto")
     if texts["endpoint"]:
-        texts["endpoint"] = _fetchable_url(texts["endpoint"], f"{field}: endpoint")
+        texts["endpoint"] = judged(HTTP_URL, texts["endpoint"], f"{field}: endpoint")
     return S3Object(key=given["key"], **texts)
-
-
-def _fetchable_url(value: object, field: str) -> str:
-    """An HTTP or HTTPS URL with a host; whether it may be asked is judged when it is."""
-    try:
-        return str(HTTP_URL.read(value))
-    except ValueError:
-        raise Rejected(f"invalid {field}: must be {HTTP_URL.words}") from None
 
 
 def _text(given: Mapping[str, object], key: str, field: str) -> str:
@@ -1731,7 +1689,7 @@ def parse_message(
         bcc=bcc,
         return_path=return_path,
         message_id=f"{new_id()}@{sender.address.rpartition('@')[2]}" if own_id is None else own_id,
-        priority=default_priority if priority is None else parse_priority(priority, default_priority),
+        priority=default_priority if priority is None else judged(PRIORITY, priority, "priority"),
         deferred_ts=None if deferred_ts is None else _timestamp(deferred_ts, "deferred_ts"),
         expires_ts=expires_ts,
         batch_code=None if batch_code is None else line_of(batch_code, "batch_code"),
@@ -5391,7 +5349,7 @@ class DeliveryAgent:
             sock=connection,
             local_hostname=self.hostname,
             timeout=account.timeout,
-            use_tls=account.encryption is Encryption.IMPLICIT,
+            use_tls=account.encryption == "implicit",
             start_tls=False,
             tls_context=context,
         )
@@ -5422,7 +5380,7 @@ class DeliveryAgent:
             stage = Stage.EHLO
             await _say_hello(smtp)
             offered = smtp.supports_extension("starttls")
-            if encryption is Encryption.REQUIRED or (encryption is Encryption.AUTO and offered):
+            if encryption == "required" or (encryption == "auto" and offered):
                 stage = Stage.TLS
                 if not offered:
                     raise aiosmtplib.SMTPException("the account requires TLS, but the server does not offer STARTTLS")
@@ -5442,7 +5400,7 @@ class DeliveryAgent:
         except (aiosmtplib.SMTPException, OSError, ValueError) as failure:
             greeted = isinstance(failure, aiosmtplib.SMTPResponseException)
             greeted = greeted or isinstance(failure.__cause__, aiosmtplib.SMTPException)
-            if stage is Stage.CONNECT and encryption is Encryption.IMPLICIT and not greeted:
+            if stage is Stage.CONNECT and encryption == "implicit" and not greeted:
                 stage = Stage.TLS
             reply = _reply_of_failure(stage, failure)
             return login.scrubbed(reply) if login and stage is Stage.AUTH else reply, login
@@ -5465,7 +5423,7 @@ class DeliveryAgent:
     async def _tls_context(self, account: Account) -> ssl.SSLContext | Reply | None:
         """The TLS context of the account's files: shared and kept, because it takes 20 ms and 900 kB; made anew
         for an account that was replaced. None: the account wants no TLS."""
-        if account.encryption is Encryption.NEVER:
+        if account.encryption == "never":
             return None
         made_of = (account.verify_tls, account.ca_file, account.client_cert, account.client_key)
         if self.accounts.setdefault(account.id, account) is not account:
@@ -7863,7 +7821,7 @@ class ControlPlane:
             raise HttpError(413, f"messages: at most {most} in one batch, these are {len(messages)}")
         default, given = self.settings().delivery.default_priority, fields.get("default_priority")
         if given is not None:
-            default = parse_priority(given, default, field="default_priority")
+            default = judged(PRIORITY, given, "default_priority")
         if len(request.body) <= JSON_AT_ONCE_BYTES:
             return self._judge(messages, default)
         request.body = b""
