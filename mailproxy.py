@@ -91,7 +91,7 @@ import urllib.request
 import weakref
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import MISSING, InitVar, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -5504,7 +5504,7 @@ class Request:
     method: str  # as sent when it is one of KNOWN_METHODS, else "other"
     path: str  # as sent, without the query
     route: str  # the pattern of its route, or "unmatched"
-    parameters: dict[str, str]  # the parts of the path that the pattern names, decoded
+    parameters: dict[str, str]  # the id in the path, decoded
     query: dict[str, str]  # decoded; the last one of a name counts
     headers: dict[str, str] = field(repr=False)  # names in lower case; repeated ones joined by ", "
     body: bytes = field(repr=False)
@@ -5566,20 +5566,13 @@ class Request:
 
 @dataclass(slots=True)
 class Response:
-    """An answer: bytes, or an iterator of them that is sent piece by piece as the client takes it."""
+    """An answer: bytes, or a generator of pieces, none of them empty, that are sent as the client takes them."""
 
     status: int = 200
-    body: bytes | AsyncIterator[bytes] = b""
+    body: bytes | AsyncGenerator[bytes, None] = b""
     content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
     opening: bytes = b""  # the first piece of a body that is sent piece by piece
-
-    async def next_piece(self) -> bytes:
-        """The next piece that is not empty, b"" after the last."""
-        async for piece in cast(AsyncIterator[bytes], self.body):
-            if piece:
-                return piece
-        return b""
 
 
 def json_response(content: Mapping[str, object], status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -5703,7 +5696,7 @@ class Route(NamedTuple):
     """One row of the API: who answers which method at which path."""
 
     method: str
-    pattern: str  # "/account/{id}/suspend": a name in braces takes one segment
+    pattern: str  # "/account/{id}/suspend": any segment that is not empty, always the second
     handler: Callable[[Request], Awaitable[Response]]
     public: bool = False  # needs no token
     schema: Mapping[str, object] = MappingProxyType({})  # what openapi.json says of it; not read here
@@ -5722,22 +5715,14 @@ def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
     if not target.startswith("/") or "#" in target:
         raise HttpError(400, "the request target is not a path")
     path, _, query = target.partition("?")
-    segments = [percent_decoded(segment, "path") for segment in path.split("/")]
     if query.count("&") >= QUERY_FIELDS:
         raise HttpError(400, f"more than {QUERY_FIELDS} fields in the query")
-    pairs = (part.partition("=") for part in query.replace("+", " ").split("&") if part)
-    fields = {percent_decoded(name, "query"): percent_decoded(value, "query") for name, _, value in pairs}
-    return path, tuple(segments), fields
-
-
-def percent_decoded(text: str, where: str) -> str:
-    """Text with its %xx decoded (RFC 3986 2.1); HttpError 400 when that gives no text, or a NUL in it."""
-    if "%" not in text:
-        return text
     with contextlib.suppress(UnicodeDecodeError):
-        if not BAD_ESCAPE.search(text):
-            return urllib.parse.unquote(text, errors="strict")
-    raise HttpError(400, f"a % in the {where} is not followed by the hexadecimal digits of UTF-8 without NUL")
+        if "%" not in target or not BAD_ESCAPE.search(target):
+            segments = tuple([urllib.parse.unquote(segment, errors="strict") for segment in path.split("/")])
+            fields = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict") if query else ()
+            return path, segments, dict(fields)
+    raise HttpError(400, "a % in the path or query is not followed by the hexadecimal digits of UTF-8 without NUL")
 
 
 @dataclass(eq=False, slots=True)
@@ -5750,8 +5735,7 @@ class ServedConnection:
     peer: str  # the client's address, or "unix"
     tls: ssl.SSLContext | None = None
     turned_away: bool = False  # it is one too many
-    idle: bool = True  # nothing is lost when it is ended now
-    _idle_until: float = math.inf  # on the monotonic clock
+    idle_until: float = math.inf  # then it is ended, on the monotonic clock; inf while there is a request
     _timer: asyncio.TimerHandle | None = None
     _buffer: bytes = b""  # received and not yet understood
     _last: bool = False  # the connection ends after the present request
@@ -5761,6 +5745,7 @@ class ServedConnection:
         """Answer one request after another until the connection ends."""
         limits = self.server.limits
         patience_s = LINGER_PAUSE_S if self.turned_away else limits.idle_timeout_seconds
+        self.idle_until = time.monotonic() + patience_s
         self._end_if_idle(patience_s)
         try:
             if self.tls:
@@ -5771,10 +5756,9 @@ class ServedConnection:
                 if self._buffer:
                     await asyncio.sleep(0)  # requests in a row must not keep the loop from everybody else
                 elif not self.server.stopping:
-                    self._idle_until = time.monotonic() + patience_s
-                    self.idle = True
+                    self.idle_until = time.monotonic() + patience_s
                     self._buffer = await self.reader.read(HTTP_READ_BYTES)
-                    self.idle = False
+                    self.idle_until = math.inf
                 if not self._buffer:
                     break
                 await self._exchange()
@@ -5788,12 +5772,11 @@ class ServedConnection:
 
     def _end_if_idle(self, patience_s: float) -> None:
         """Comes again for as long as the connection lives: a timer for each request would take a fifth of its time."""
-        left_s = self._idle_until - time.monotonic()
-        if self.idle and left_s <= 0:
+        left_s = self.idle_until - time.monotonic()
+        if left_s > 0:
+            self._timer = asyncio.get_running_loop().call_later(min(left_s, patience_s), self._end_if_idle, patience_s)
+        else:
             self.writer.transport.abort()
-            return
-        again_s = left_s if 0 < left_s < patience_s else patience_s
-        self._timer = asyncio.get_running_loop().call_later(again_s, self._end_if_idle, patience_s)
 
     async def _exchange(self) -> None:
         """One request and its answer, whatever the request is."""
@@ -5805,7 +5788,7 @@ class ServedConnection:
                 raise HttpError(503, "too many connections", headers={"Retry-After": "1"})
             response = await self._response_to(request, began_at + self.server.limits.head_timeout_seconds)
             if not isinstance(response.body, bytes):  # what fails up to here can still be told by a status
-                response.opening = await response.next_piece()
+                response.opening = await anext(response.body, b"")
         except HttpError as error:
             response = error.response()
         except Rejected as error:
@@ -5973,7 +5956,7 @@ class ServedConnection:
             piece = response.opening if wanted else b""
             while piece:
                 await self._write(content + (b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece))
-                content, piece = b"", await response.next_piece()
+                content, piece = b"", await anext(response.body, b"")
             await self._write(content + (b"0\r\n\r\n" if chunked and wanted else b""))
         except ClientGone:
             raise
@@ -5981,8 +5964,7 @@ class ServedConnection:
             self.server.log_failure(request, error)
             raise ClientGone from None
         finally:
-            if isinstance(response.body, types.AsyncGeneratorType):
-                await response.body.aclose()
+            await response.body.aclose()
 
     async def _write(self, content: bytes) -> None:
         """Returns when the kernel has all of it; ClientGone when the client does not take it in time."""
@@ -5990,18 +5972,14 @@ class ServedConnection:
         if transport.is_closing():
             raise ClientGone
         self.writer.write(content)
-        unsent = transport.get_write_buffer_size()
-        while unsent:
+        while unsent := transport.get_write_buffer_size():
             try:
                 async with asyncio.timeout(self.server.limits.body_timeout_seconds):
                     await self.writer.drain()
                 return
-            except TimeoutError:
-                before, unsent = unsent, transport.get_write_buffer_size()
-                if unsent >= before:
+            except OSError as error:  # TimeoutError is one: some progress is enough
+                if not isinstance(error, TimeoutError) or transport.get_write_buffer_size() >= unsent:
                     raise ClientGone from None
-            except OSError:
-                raise ClientGone from None
 
     async def _close(self) -> None:
         """End the connection so that the client sees the last answer.
@@ -6038,16 +6016,16 @@ class HttpServer:
     _connections: dict[asyncio.Task[None], ServedConnection] = field(default_factory=dict)
 
     def __post_init__(self, routes: Sequence[Route]) -> None:
-        self._fixed: dict[tuple[str, ...], dict[str, Route]] = {}  # by the segments of the path, then by method
-        self._patterns: dict[tuple[str, ...], dict[str, Route]] = {}
+        self._rows: dict[tuple[str | None, ...], dict[str, Route]] = {}  # by the path, None for an id; by the method
         for route in routes:
-            table = self._patterns if "{" in route.pattern else self._fixed
-            table.setdefault(tuple(route.pattern.split("/")), {})[route.method] = route
+            path = tuple(None if segment == "{id}" else segment for segment in route.pattern.split("/"))
+            self._rows.setdefault(path, {})[route.method] = route
 
     async def start_tcp(self, host: str, port: int, tls: ssl.SSLContext | None) -> tuple[tuple[str, int], ...]:
         """Listens on every address of `host`, with TLS when there is a context; returns (address, port)."""
-        listener = await asyncio.start_server(functools.partial(self._connected, tls), host or None, port, backlog=32)
-        self._keep(listener)
+        connected = functools.partial(self._connected, tls)
+        listener = await asyncio.start_server(connected, host or None, port, backlog=self.limits.max_connections)
+        self._listeners.append(listener)
         return tuple(listening.getsockname()[:2] for listening in listener.sockets)
 
     async def start_unix(self, path: str, mode: int = 0o660) -> None:
@@ -6066,15 +6044,8 @@ class HttpServer:
         )
         os.chmod(path, mode)  # before anybody can connect
         await listener.start_serving()
-        self._keep(listener)
-        self._unix_sockets.append(path)
-
-    def _keep(self, listener: asyncio.Server) -> None:
-        """What asyncio calls backlog is also how many it accepts in one step; the kernel may let more of them wait."""
         self._listeners.append(listener)
-        for listening in listener.sockets:
-            with listening.dup() as same:
-                same.listen(self.limits.max_connections)
+        self._unix_sockets.append(path)
 
     async def stop(self, grace_s: float) -> None:
         """Stops listening, answers the requests in progress within `grace_s`, then cuts what is left."""
@@ -6085,7 +6056,7 @@ class HttpServer:
         for listener in self._listeners:
             listener.close()
         for task, connection in self._connections.items():
-            if connection.idle:
+            if connection.idle_until < math.inf:
                 task.cancel()
         for patience_s in (grace_s, HTTP_CLOSE_S):
             if self._connections:
@@ -6095,13 +6066,10 @@ class HttpServer:
 
     def admit(self, request: Request, segments: tuple[str, ...]) -> Route:
         """The row for a request; otherwise 401 before 404 and 405, so that a stranger learns nothing."""
-        methods = self._fixed.get(segments, {})
-        for pattern, rows in self._patterns.items():
-            if not methods and len(pattern) == len(segments):
-                pairs = list(zip(pattern, segments, strict=True))
-                if all(given if expected.startswith("{") else given == expected for expected, given in pairs):
-                    request.parameters = {name[1:-1]: given for name, given in pairs if name.startswith("{")}
-                    methods = rows
+        methods = self._rows.get(segments, {})
+        if not methods and any(segments[2:3]):
+            request.parameters = {"id": segments[2]}
+            methods = self._rows.get((*segments[:2], None, *segments[3:]), {})
         route = methods.get(request.method)
         if route is None and request.method == "HEAD":
             route = methods.get("GET")
@@ -7949,7 +7917,7 @@ class ControlPlane:
 
     async def _listing(
         self, filters: Filters, after: int | None, limit: float, with_contents: bool
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """The answer piece by piece: one page of rows in memory, however many there are."""
         before = b'{"ok": true, "messages": ['
         last = filters.start if after is None else after

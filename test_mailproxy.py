@@ -6287,7 +6287,7 @@ class HttpService:
             "GET /no": self.raising(
                 mailproxy.HttpError(409, "no", headers={"Retry-After": "5"}, extra={"rejected": [1]})
             ),
-            "GET /stream": self.streaming(b"[1", b"", b",2", b"]"),
+            "GET /stream": self.streaming(b"[1", b",2", b"]"),
             "GET /broken-stream": self.streaming(b"[1", OSError("disk gone")),
             "GET /broken-at-once": self.streaming(OSError("disk gone")),
             "GET /endless": self.streaming(*[b"x" * 65_536] * 10_000),
@@ -6985,7 +6985,7 @@ async def test_stopping_closes_idle_connections_at_once_and_answers_requests_in_
     await service.started.wait()
     sending, sender = await service.connect()
     sender.write(http_request("POST", "/length", headers="Content-Length: 2\r\n") + b"x")
-    await http_until(lambda: sum(not connection.idle for connection in service.server._connections.values()) == 2)
+    await http_until(lambda: [each.idle_until for each in service.server._connections.values()].count(math.inf) == 2)
 
     stopping = asyncio.create_task(service.server.stop(20))
     assert await idle.read() == b""
