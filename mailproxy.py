@@ -433,7 +433,7 @@ class MailproxyError(Exception):
 
 
 class ConfigurationError(MailproxyError):
-    """The operator's mistake: names the file, section and key, and says what to do."""
+    """The operator's mistake: names the file, section and key, or the option, and says what to do."""
 
 
 class Rejected(MailproxyError):
@@ -8433,19 +8433,11 @@ CLOCK = "%Y-%m-%d %H:%M:%S"
 
 
 class CommandFailed(MailproxyError):
-    """A command could not do what it was asked to; the text says why."""
+    """A command could not do what it was asked to; the text says why, `status` is that of sysexits.h."""
 
-    def __init__(self, sentence: str, status: int = 1) -> None:
+    def __init__(self, sentence: str, status: int = os.EX_TEMPFAIL) -> None:
         super().__init__(sentence)
         self.status = status
-
-
-class UsageMistake(MailproxyError):
-    """A command was asked for what does not go together; the text says what to write instead."""
-
-
-class RefusedByDaemon(CommandFailed):
-    """The daemon is there and answers with a refusal; `status` is that of HTTP."""
 
 
 class DaemonAnswer(NamedTuple):
@@ -8456,11 +8448,13 @@ class DaemonAnswer(NamedTuple):
     fields: dict[str, Any]
 
     def granted(self) -> dict[str, Any]:
-        """The fields. Raises RefusedByDaemon where they are a refusal."""
+        """The fields. Raises CommandFailed where they are a refusal."""
         if self.http_status == 401:
-            raise RefusedByDaemon("the daemon asks for another token: set MAILPROXY_TOKEN", 401)
+            raise CommandFailed("the daemon asks for another token: set MAILPROXY_TOKEN", os.EX_NOPERM)
         if not self.fields["ok"]:
-            raise RefusedByDaemon(f"{self.fields.get('error', f'HTTP {self.http_status}')}", self.http_status)
+            later = self.http_status >= 500 or self.http_status in (408, 429)
+            reason = self.fields.get("error", f"HTTP {self.http_status}")
+            raise CommandFailed(str(reason), os.EX_TEMPFAIL if later else os.EX_UNAVAILABLE)
         return self.fields
 
 
@@ -8731,9 +8725,9 @@ def submit(client: Client, messages: Sequence[Mapping[str, object]], *, show: bo
 def send(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Submit what the options describe, an .eml file, or the rows of a CSV file."""
     if args.csv and (args.file or args.id):
-        raise UsageMistake("--csv goes with neither an .eml file nor --id; ids may be a column of it")
+        raise ConfigurationError("--csv goes with neither an .eml file nor --id; ids may be a column of it")
     if args.file and (args.attach or (args.subject, args.body, args.html) != (None, None, None)):
-        raise UsageMistake("an .eml file is sent as it is: no --subject, --body, --html, --attach beside it")
+        raise ConfigurationError("an .eml file is sent as it is: no --subject, --body, --html, --attach beside it")
     names = ("from", "to", "cc", "bcc", "subject", "body", "html", "account_id", "priority")
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.body == "-":
@@ -8741,7 +8735,7 @@ def send(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if args.attach:
         given["attachments"] = [_attached_file(path) for path in args.attach]
     if not (given or args.csv or args.file):
-        raise UsageMistake("nothing to send: give --from, --to, --subject and --body, an .eml file, or --csv")
+        raise ConfigurationError("nothing to send: give --from, --to, --subject and --body, an .eml file, or --csv")
     client = find_daemon(environ, args.url, args.token, args.config)
     if args.csv:
         return Mailing(client, args.csv, given, show_answers=args.json).send()
@@ -8782,56 +8776,44 @@ class Mailing:
         self._show_answers = show_answers
         self._bar = on_terminal() and not show_answers
         self._lines: dict[str, int] = {}  # by id
-        self._through = self._before = self._refused = 0
-        self._unfit = 0  # of the refused: those that never went to the daemon
+        self._refused = 0
 
     def send(self) -> int:
-        """Submit all rows; 1 when some were refused. Raises UsageMistake, CommandFailed."""
+        """Submit all rows; 1 when some were refused. Raises ConfigurationError, CommandFailed."""
         rows = csv_rows(self._path, known_anyway=self._common)
+        batch: list[dict[str, Any]] = []
+        size_bytes = through = before = 0
         try:
-            for batch in self._batches(rows):
-                for id_, reason in submit(self._client, batch, show=self._show_answers).items():
+            for number, (line, row) in enumerate(rows, 1):
+                try:
+                    batch.append(self._message(line, row))
+                    size_bytes += len(json.dumps(batch[-1]))
+                except (Rejected, CommandFailed) as error:
+                    self._refuse(f"line {line}", str(error))
+                if len(batch) < BATCH_MESSAGES and size_bytes < 8_388_608 and number < len(rows):
+                    continue
+                reasons = submit(self._client, batch, show=self._show_answers) if batch else {}
+                for id_, reason in reasons.items():
                     if reason in THROUGH_BEFORE:
-                        self._before += 1
+                        before += 1
                     else:
                         self._refuse(f"line {self._lines.get(id_ or '', '?')}, {id_}", reason)
-                self._through += len(batch)
-                done = self._through + self._unfit
+                through += len(batch)
+                batch, size_bytes = [], 0
                 if self._bar:
-                    print(f"\r[{'#' * (done * 40 // len(rows)):<40}] {done} of {len(rows)}", end="", flush=True)
+                    print(f"\r[{'#' * (number * 40 // len(rows)):<40}] {number} of {len(rows)}", end="", flush=True)
                 elif not self._show_answers:
-                    print(f"{done} of {len(rows)}", flush=True)
+                    print(f"{number} of {len(rows)}", flush=True)
         except (CommandFailed, KeyboardInterrupt) as stop:
-            hint = f"{self._through} of {len(rows)} are through; run it again, and nothing is sent twice"
+            hint = f"{through} of {len(rows)} are through; run it again, and nothing is sent twice"
             raise CommandFailed(f"{str(stop) or 'interrupted'}; {hint}") from None
         finally:
             if self._bar:
                 print("\r\x1b[K", end="", flush=True)
         if not self._show_answers:
-            queued = len(rows) - self._before - self._refused
-            numbers = f"{queued} queued, {self._before} sent before, {self._refused} refused"
+            numbers = f"{len(rows) - before - self._refused} queued, {before} sent before, {self._refused} refused"
             print(f"{counted(len(rows), 'message')}: {numbers}")
         return 1 if self._refused else 0
-
-    def _batches(self, rows: Iterable[tuple[int, Mapping[str, str | None]]]) -> Iterator[list[dict[str, Any]]]:
-        """What can be submitted, in portions that a daemon takes at once. Blocking: reads attachments."""
-        batch: list[dict[str, Any]] = []
-        size_bytes = 0
-        for line, row in rows:
-            try:
-                message = self._message(line, row)
-            except (Rejected, CommandFailed) as error:
-                self._unfit += 1
-                self._refuse(f"line {line}", str(error))
-                continue
-            own_size = len(json.dumps(message))
-            if batch and (len(batch) == BATCH_MESSAGES or size_bytes + own_size > 8_388_608):
-                yield batch
-                batch, size_bytes = [], 0
-            batch.append(message)
-            size_bytes += own_size
-        if batch:
-            yield batch
 
     def _message(self, line: int, row: Mapping[str, str | None]) -> dict[str, Any]:
         """The message of a row. Without an id it has one that the same row has again in the next run;
@@ -8859,7 +8841,7 @@ class Mailing:
 
 
 def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int, dict[str, str | None]]]:
-    """The rows of a CSV file by column, each with its line. Blocking. Raises UsageMistake, CommandFailed.
+    """The rows of a CSV file by column, each with its line. Blocking. Raises ConfigurationError, CommandFailed.
 
     Every column means a field of a message, once; and what every message needs is there.
     """
@@ -8876,12 +8858,12 @@ def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int
         columns = [name.strip().lower() for name in next(reader, [])]
         for name in columns:
             if name not in COLUMNS:
-                raise UsageMistake(f'{path}: unknown column "{name}"{nearest(name, sorted(COLUMNS))}')
+                raise ConfigurationError(f'{path}: unknown column "{name}"{nearest(name, sorted(COLUMNS))}')
             if columns.count(name) > 1:
-                raise UsageMistake(f"{path}: the column {name} is there twice")
+                raise ConfigurationError(f"{path}: the column {name} is there twice")
         for name in ("from", "to", "subject"):
             if name not in columns and name not in known_anyway:
-                raise UsageMistake(f"{path}: no column {name}, and no --{name} for all rows")
+                raise ConfigurationError(f"{path}: no column {name}, and no --{name} for all rows")
         return [(reader.line_num, dict(itertools.zip_longest(columns, row))) for row in reader if row]
     except csv.Error as error:
         raise CommandFailed(f"{path} line {reader.line_num} is not CSV: {error}") from None
@@ -8922,10 +8904,6 @@ _DRAFT = re.compile(  # a From line of mbox, what looks like a header, a blank l
 )
 
 
-class Unsendable(CommandFailed):
-    """sendmail cannot take this message; `status` is an exit status of sysexits.h."""
-
-
 class SendmailCall(NamedTuple):
     """What one call of sendmail asks for."""
 
@@ -8949,26 +8927,19 @@ def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
             status = os.EX_NOUSER if reason.startswith(("invalid to", "missing to")) else os.EX_DATAERR
             if reason.startswith(("account not found", "missing account configuration")):
                 status = os.EX_CONFIG
-            raise Unsendable(f"the message was refused: {reason}", status)
+            raise CommandFailed(f"the message was refused: {reason}", status)
         return os.EX_OK
     except MailproxyError as error:
         complain(error)
-        match error:
-            case Unsendable():
-                return error.status
-            case ConfigurationError():
-                return os.EX_CONFIG
-            case RefusedByDaemon(status=401):
-                return os.EX_NOPERM
-            case RefusedByDaemon(status=status) if status < 500 and status not in (408, 429):
-                return os.EX_UNAVAILABLE
-        return os.EX_TEMPFAIL
+        if isinstance(error, ConfigurationError):
+            return os.EX_CONFIG
+        return error.status if isinstance(error, CommandFailed) else os.EX_TEMPFAIL
 
 
 def sendmail_call(words: Sequence[str]) -> SendmailCall:
     """The options of sendmail(8), in any order with the recipients; those that mean nothing here pass.
 
-    Raises Unsendable.
+    Raises CommandFailed.
     """
     recipients: list[str] = []
     options: dict[str, str] = {}  # by letter; -o options by both letters
@@ -8986,13 +8957,13 @@ def sendmail_call(words: Sequence[str]) -> SendmailCall:
             options |= dict.fromkeys(flags, "")
             if letter and letter not in "dq":
                 if not value and not left:
-                    raise Unsendable(f"-{letter} needs a value", os.EX_USAGE)
+                    raise CommandFailed(f"-{letter} needs a value", os.EX_USAGE)
                 value = value or left.popleft()
                 options[f"o{value}" if letter == "o" else letter] = value
     if options.get("b", "m") != "m":
-        raise Unsendable(f"-b{options['b']} is not for a client: `mailproxy --help` shows the commands", os.EX_USAGE)
+        raise CommandFailed(f"-b{options['b']} is not for a client: `mailproxy --help` shows the commands", os.EX_USAGE)
     if not recipients and "t" not in options:
-        raise Unsendable("no recipient: name one on the command line, or use -t", os.EX_USAGE)
+        raise CommandFailed("no recipient: name one on the command line, or use -t", os.EX_USAGE)
     sender = options.get("f", options.get("r"))
     if sender is not None:  # it may stand in angle brackets or beside a name
         sender = email.utils.parseaddr(sender)[1] or sender.strip().strip("<>")
@@ -9001,13 +8972,13 @@ def sendmail_call(words: Sequence[str]) -> SendmailCall:
 
 
 def sendmail_fields(call: SendmailCall, content: bytes, login: str, host: str) -> dict[str, object]:
-    """The submission that a call of sendmail means: raw, its header complete. Raises Unsendable."""
+    """The submission that a call of sendmail means: raw, its header complete. Raises CommandFailed."""
     draft = Draft.of(content)
     recipients = [address for word in call.recipients for address in _addresses_in(word, os.EX_NOUSER)]
     if call.recipients_in_header:
         recipients += draft.recipients()
     if not recipients:
-        raise Unsendable("no recipient in the header of the message", os.EX_USAGE)
+        raise CommandFailed("no recipient in the header of the message", os.EX_USAGE)
     draft = draft.qualified(host)
     author = Mailbox(call.full_name, _qualified(call.sender or login, host))
     authors = draft.addresses("from")
@@ -9040,7 +9011,7 @@ class Draft(NamedTuple):
         return base64.b64encode(b"\r\n".join([*self.header, b"", self.body])).decode()
 
     def addresses(self, *names: str, strictly: bool = False) -> list[str]:
-        """The bare addresses in header fields of these names, each once. Raises Unsendable rather than drop a field."""
+        """The bare addresses in header fields of these names, each once. Raises CommandFailed rather than drop a field."""
         found: dict[str, None] = {}
         for line in self.header:
             if field_name(line).decode() in names:
@@ -9070,7 +9041,7 @@ def _field_text(field: bytes) -> str:
 
 
 def _addresses_in(text: str, status: int, *, strictly: bool = True) -> list[str]:
-    """The addresses of a list, maybe of an empty group. Raises Unsendable where there are none.
+    """The addresses of a list, maybe of an empty group. Raises CommandFailed where there are none.
 
     Strictly: also where reading them would lose a word, because a comma or a quote is missing.
     """
@@ -9079,7 +9050,7 @@ def _addresses_in(text: str, status: int, *, strictly: bool = True) -> list[str]
     read = re.findall(r"\w+", " ".join(f"{name} {address}" for name, address in mailboxes))
     lost = set(re.findall(r"\w+", _NO_ADDRESS.sub("", text))) - set(read)
     if (strictly and lost) or not (addresses or _NOBODY.fullmatch(text)):
-        raise Unsendable(f"these are no addresses as mail knows them: {text[:200]}", status)
+        raise CommandFailed(f"these are no addresses as mail knows them: {text[:200]}", status)
     return addresses
 
 
@@ -9427,7 +9398,7 @@ def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, obje
         try:
             records, cursor = _listed_after(client, filters, cursor)
         except CommandFailed as error:
-            if known is None or (isinstance(error, RefusedByDaemon) and error.status < 500):
+            if known is None or error.status != os.EX_TEMPFAIL:
                 raise
             if not away:
                 complain(error)
@@ -9861,7 +9832,7 @@ def parsed(words: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     command = next((command for command in COMMANDS if command.name == words[0]), None)
     if command is None:
         near = nearest(words[0], [command.name for command in COMMANDS])
-        raise UsageMistake(f'no command "{words[0]}"{near}; see mailproxy --help')
+        raise ConfigurationError(f'no command "{words[0]}"{near}; see mailproxy --help')
     examples = [line for line in EXAMPLES.splitlines() if line.split()[1:2] == [command.name]]
     parser = Parser(
         prog=f"mailproxy {command.name}",
@@ -9901,7 +9872,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 status = command.run(args, os.environ)
         print(end="", flush=True)
         return status
-    except (ConfigurationError, UsageMistake) as error:
+    except ConfigurationError as error:
         complain(error)
         return 2
     except KeyboardInterrupt:

@@ -10706,7 +10706,7 @@ def test_sendmail_completes_the_header_knows_the_envelope_and_refuses_recipients
         assert [fields["from"], fields.get("return_path"), fields["to"]] == envelope
     for text in "root admin", "x@c.test y@c.test", 'o"brien@c.test', "x@c.test N <y@c.test>":
         for words, content, status in (["-t"], f"To: {text}\n\n", os.EX_DATAERR), ([text], "", os.EX_NOUSER):
-            with pytest.raises(mailproxy.Unsendable, match="no addresses") as refusal:
+            with pytest.raises(mailproxy.CommandFailed, match="no addresses") as refusal:
                 fields_of(words, content)
             assert refusal.value.status == status
 
