@@ -3531,8 +3531,8 @@ class Queue:
     async def acknowledge(self, states: Sequence[State]) -> int:
         """Stamp the states the upstream has taken, unless they changed meanwhile; return their number."""
         now = int(self._now())
-        stamp = "UPDATE messages SET reported_ts = :now, report_order = NULL WHERE seq = :seq AND report_order = :place"
-        taken = [{"now": now, "seq": state.seq, "place": state.report_order} for state in states]
+        stamp = "UPDATE OR FAIL messages SET reported_ts = ?, report_order = NULL WHERE seq = ? AND report_order = ?"
+        taken = [(now, state.seq, state.report_order) for state in states]
         return await self.file.write(lambda db: db.executemany(stamp, taken).rowcount)
 
     # -- what operators and clients ask for
