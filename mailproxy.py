@@ -3530,10 +3530,12 @@ class Queue:
 
     async def acknowledge(self, states: Sequence[State]) -> int:
         """Stamp the states the upstream has taken, unless they changed meanwhile; return their number."""
-        now = int(self._now())
-        stamp = "UPDATE OR FAIL messages SET reported_ts = ?, report_order = NULL WHERE seq = ? AND report_order = ?"
-        taken = [(now, state.seq, state.report_order) for state in states]
-        return await self.file.write(lambda db: db.executemany(stamp, taken).rowcount)
+        places = as_json([state.report_order for state in states])
+        return await self._do(
+            "UPDATE messages SET reported_ts = :now, report_order = NULL "
+            "WHERE report_order IN (SELECT value FROM json_each(:places))",
+            **{"now": int(self._now()), "places": places},
+        )
 
     # -- what operators and clients ask for
 
@@ -3756,7 +3758,7 @@ def _each_row(cursor: sqlite3.Cursor) -> Iterator[dict[str, Any]]:
 def _claim_of(row: Sequence[Any]) -> Claim:
     """A claim of a row; a damaged one has no payload, and so fails by itself when it is composed: what was sent,
     and to whom, must not be guessed."""
-    recipients = None if row[9] is None else _recipients_of(row[9])
+    recipients = _recipients_of(row[9])
     numbers = (*row[3:4], *row[5:8], row[8] or 0, *row[10:12])
     if (recipients is None) != (row[9] is None) or not all(isinstance(number, int | float) for number in numbers):
         return Claim(row[0], row[1], row[2], 0, "", 0, 0.0, 0, None, None, 0, 0, "")
@@ -3765,10 +3767,12 @@ def _claim_of(row: Sequence[Any]) -> Claim:
 
 def _recipients_of(column: str | None) -> Outcomes | None:
     """What became of each recipient; None when nothing is known, or the column is damaged."""
+    if column is None:
+        return None
     try:
         return {
             address: RecipientOutcome(Status(status), code, text)
-            for address, (status, code, text) in json.loads(column or "null").items()
+            for address, (status, code, text) in json.loads(column).items()
         }
     except (ValueError, TypeError, AttributeError):
         return None
