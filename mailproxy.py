@@ -3530,12 +3530,11 @@ class Queue:
 
     async def acknowledge(self, states: Sequence[State]) -> int:
         """Stamp the states the upstream has taken, unless they changed meanwhile; return their number."""
-        places = as_json([state.report_order for state in states])
-        return await self._do(
+        stamp = (
             "UPDATE messages SET reported_ts = :now, report_order = NULL "
-            "WHERE report_order IN (SELECT value FROM json_each(:places))",
-            **{"now": int(self._now()), "places": places},
+            "WHERE report_order IN (SELECT value FROM json_each(:places))"
         )
+        return await self._do(stamp, now=int(self._now()), places=as_json([state.report_order for state in states]))
 
     # -- what operators and clients ask for
 
