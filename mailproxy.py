@@ -8057,6 +8057,21 @@ def host_name() -> str:
     return full_name if _DOMAIN.fullmatch(full_name) else "localhost"
 
 
+def post_form(url: str, fields: Mapping[str, str], timeout_s: float) -> tuple[int, bytes]:
+    """POST a form to a token endpoint (RFC 6749 3.2); redirects are not followed. Blocking."""
+    headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
+    body = urllib.parse.urlencode(fields).encode()
+    answer = http_request("POST", url, body=body, headers=headers, timeout_s=timeout_s, max_bytes=ANSWER_BYTES)
+    return answer.status, answer.body
+
+
+def delivery_agent(hostname: str, environ: Mapping[str, str], in_thread: InThread) -> DeliveryAgent:
+    """Who opens SMTP sessions; `in_thread` is for calls that wait for the network."""
+    revealed = functools.partial(reveal, environ=environ)
+    tokens = TokenKeeper(post_form=post_form, reveal=revealed, in_thread=in_thread, monotonic=time.monotonic)
+    return DeliveryAgent(hostname=hostname, reveal=revealed, in_thread=in_thread, tokens=tokens)
+
+
 class Daemon:
     """One mailproxy: a queue file, its loops, its HTTP side."""
 
@@ -8132,15 +8147,12 @@ class Daemon:
         self._composer = Composer(
             self._queue, self._fetcher(), self.settings.attachments.memory_budget_bytes, self._work
         )
-        tokens = TokenKeeper(
-            post_form=post_form, reveal=self._reveal, in_thread=self._network, monotonic=time.monotonic
-        )
         try:
             async with asyncio.timeout(2):
                 hostname = await self._work(host_name)
         except TimeoutError:
             hostname = "localhost"
-        self._agent = DeliveryAgent(hostname=hostname, reveal=self._reveal, in_thread=self._network, tokens=tokens)
+        self._agent = delivery_agent(hostname, self._environ, self._network)
         self._dispatcher = Dispatcher(
             self._queue,
             self.settings.delivery,
@@ -8386,17 +8398,8 @@ class Daemon:
         method = request.method if request.method in HTTP_METHODS else "other"
         self._metrics.http_requests.labels(route, method, status).inc()
         self._metrics.http_request_seconds.labels(route).observe(seconds)
-        event(
-            self._log,
-            logging.DEBUG,
-            "request answered",
-            method=request.method,
-            path=request.path[:200],
-            status=status,
-            request=request.id,
-            peer=request.peer,
-            seconds=seconds,
-        )
+        about: dict[str, Any] = {"method": request.method, "path": request.path[:200], "peer": request.peer}
+        event(self._log, logging.DEBUG, "request answered", **about, request=request.id, status=status, seconds=seconds)
 
     def _log_failure(self, request: Request, failure: Exception) -> None:
         about = {"method": request.method, "route": request.route, "request": request.id}
@@ -8413,14 +8416,6 @@ def server_tls_context(server: ServerSettings) -> ssl.SSLContext | None:
     except (OSError, ssl.SSLError) as error:
         raise ConfigurationError(f"[server] tls_cert and tls_key cannot be used: {error}") from error
     return context
-
-
-def post_form(url: str, fields: Mapping[str, str], timeout_s: float) -> tuple[int, bytes]:
-    """POST a form to a token endpoint (RFC 6749 3.2); redirects are not followed. Blocking."""
-    headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
-    body = urllib.parse.urlencode(fields).encode()
-    answer = http_request("POST", url, body=body, headers=headers, timeout_s=timeout_s, max_bytes=ANSWER_BYTES)
-    return answer.status, answer.body
 
 
 # ======================================================================
@@ -9457,11 +9452,10 @@ def ask_daemon(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     request, words = REQUESTS[args.command]
     id_, account = (urllib.parse.quote(getattr(args, name, None) or "", safe="") for name in ("id", "account"))
     method, path = request.format(id=id_, place=f"account/{account}" if account else "commands").split(" ")
-    if args.command == "messages":
-        names = ("active_only", "status", "account_id", "batch_code", "limit", "after")
-        filters = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        if args.follow:
-            _follow(client, args, filters)
+    filters = {name: value for name, value in vars(args).items() if name in LISTING and value is not None}
+    if "follow" in args and args.follow:
+        _follow(client, args, filters)
+    if filters:
         path = f"{path}?{urllib.parse.urlencode(filters)}"
     answer = client.ask(method, path, {"ids": args.ids} if "ids" in args else None)
     if args.json:
@@ -9602,16 +9596,7 @@ async def _try_servers(
         accounts = {account.id: account for account in stored} | accounts
     pool = concurrent.futures.ThreadPoolExecutor(8, "check")
     in_thread = in_threads_of(pool)
-
-    def revealed(secret: Secret) -> str:
-        return reveal(secret, environ)
-
-    agent = DeliveryAgent(
-        hostname=await in_thread(host_name),
-        reveal=revealed,
-        in_thread=in_thread,
-        tokens=TokenKeeper(post_form=post_form, reveal=revealed, in_thread=in_thread, monotonic=time.monotonic),
-    )
+    agent = delivery_agent(await in_thread(host_name), environ, in_thread)
 
     async def tried(account: Account) -> Offers | Reply:
         try:
@@ -9689,9 +9674,7 @@ def option(*names: str, **how: Any) -> Option:
 
 def _listing_limit(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= LISTING_LIMIT:
-        import argparse
-
-        raise argparse.ArgumentTypeError(f"must be a number from 1 to {LISTING_LIMIT}")
+        raise ConfigurationError(f"--limit must be a number from 1 to {LISTING_LIMIT}; see mailproxy messages --help")
     return int(text)
 
 
@@ -9783,7 +9766,6 @@ COMMANDS = (
 EXAMPLES = """\
 mailproxy serve --config /etc/mailproxy/config.ini
 mailproxy serve --port 8025 --set smtp.host=mail.example.com --set smtp.port=587
-mailproxy demo
 mailproxy check --connect
 mailproxy check --config new.ini && mv new.ini config.ini
 mailproxy send --from shop@example.com --to jane@example.com --subject Hi --body "Thank you!"
@@ -9800,8 +9782,6 @@ mailproxy messages --active --account billing --limit 1000
 mailproxy messages --follow
 mailproxy messages --status error --json | jq -r '.messages[].id' | xargs mailproxy retry
 mailproxy message invoice-4711
-mailproxy accounts
-mailproxy run-now
 mailproxy suspend --account billing
 mailproxy activate --account billing
 mailproxy retry invoice-4711 invoice-4712
@@ -9836,11 +9816,11 @@ def parsed(words: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if command is None:
         near = nearest(words[0], [command.name for command in COMMANDS])
         raise ConfigurationError(f'no command "{words[0]}"{near}; see mailproxy --help')
-    examples = [line for line in EXAMPLES.splitlines() if line.split()[1:2] == [command.name]]
+    examples = [line for line in EXAMPLES.splitlines() if line.split()[1] == command.name]
     parser = Parser(
         prog=f"mailproxy {command.name}",
         description=f"{command.meaning[0].upper()}{command.meaning[1:]}.",
-        epilog="\n  ".join(("examples:", *examples)),
+        epilog="\n  ".join(("examples:", *(examples or [f"mailproxy {command.name}"]))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=command.name)
