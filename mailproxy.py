@@ -7352,103 +7352,6 @@ def stored_accounts(definitions: Mapping[str, str], defaults: DeliverySettings) 
     return accounts
 
 
-@dataclass(slots=True)
-class AccountBook:
-    """All accounts: those of config.ini and those added over HTTP, and which are suspended.
-
-    One change at a time, on disk before it is in force: what the storage refuses has changed nothing.
-    """
-
-    queue: Queue
-    dispatcher: Dispatcher
-    metrics: Metrics
-    clock: Clock
-    defaults: DeliverySettings
-    _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    def get(self, account_id: str) -> Account | None:
-        lane = self.dispatcher.lanes.get(account_id)
-        return lane.account if lane else None
-
-    async def renew(self, configured: Sequence[Account]) -> None:
-        """Take over the accounts of config.ini; they win over those added over HTTP.
-
-        The mail of an account that is gone stays where it is: it may come back.
-        """
-        async with self._one_at_a_time:
-            stored = stored_accounts(await self.queue.accounts(), self.defaults)
-            wanted = {account.id: account for account in (*stored, *configured)}
-            for account_id in self.dispatcher.lanes.keys() - wanted.keys():
-                self.dispatcher.remove_lane(account_id)
-                self.metrics.forget(account_id)
-            for account in wanted.values():
-                if account.id not in self.dispatcher.lanes:
-                    self._begin(account, await self.queue.standing(account.id))
-                elif account != self.get(account.id):
-                    await self.queue.let_go(account.id, HELD_BACK)
-                    self.dispatcher.replace_account(account)
-
-    async def put(self, fields: Mapping[str, object]) -> Account:
-        """Add or replace an account. Raises Rejected, HttpError 409."""
-        account = parse_account(fields, defaults=self.defaults)
-        definition = {key: fields[key] for key in sorted(ACCOUNT_KEYS) if fields.get(key) is not None}
-        async with self._one_at_a_time:
-            self._refuse_configured(account.id)
-            standing = await self.queue.standing(account.id)
-            await self.queue.put_account(account.id, as_json(definition))
-            if account.id in self.dispatcher.lanes:
-                self.dispatcher.replace_account(account)
-            else:
-                self._begin(account, standing)
-        return account
-
-    def _begin(self, account: Account, standing: Standing) -> None:
-        """Deliver for a new account, which may have had another life before."""
-        now, wall = self.clock.monotonic(), self.clock.wall()
-        sends = [(min(now + until - wall, now), n) for until, n in standing.sends]
-        self.dispatcher.add_lane(account, sends, suspended=standing.suspended, held_back=standing.held_back)
-        self.metrics.know(account.id)
-
-    async def delete(self, account_id: str) -> int:
-        """Remove an account; its undelivered messages become errors. Returns their number.
-
-        Should the storage refuse in between, the account is gone and the same call again ends the rest of them.
-        """
-        failed = 0
-        after: int | None = 0
-        async with self._one_at_a_time:
-            self._refuse_configured(account_id)
-            known = account_id in self.dispatcher.lanes
-            if known:
-                await self.queue.delete_account(account_id)
-                self.dispatcher.remove_lane(account_id)
-                self.metrics.forget(account_id)
-            while after is not None:
-                some, after = await self.queue.fail_orphans(account_id, after, "account deleted")
-                failed += some
-        if not (known or failed):
-            raise HttpError(404, NO_ACCOUNT)
-        return failed
-
-    async def switch(self, account_id: str, *, active: bool) -> None:
-        """Deliver for an account again, at once, or nothing more, also after a restart."""
-        async with self._one_at_a_time:
-            if self.get(account_id) is None:
-                raise HttpError(404, NO_ACCOUNT)
-            if active:
-                await self.queue.activate(account_id)
-                self.dispatcher.activate_lane(account_id)
-            else:
-                await self.queue.suspend(account_id)
-                self.dispatcher.suspend_lane(account_id)
-
-    def _refuse_configured(self, account_id: str) -> None:
-        account = self.get(account_id)
-        if account is not None and account.source == "config":
-            section = section_of(account_id)
-            raise HttpError(409, f"this account comes from config.ini, section [{section}]; change it there")
-
-
 QueryFields = Mapping[str, tuple[Kind, str]]  # what a value must be, and what it is for
 
 STATUS = word(*(status.value for status in Status))
@@ -7625,10 +7528,12 @@ Judged = tuple[str | None, Submission | str, Sequence[str]]
 
 @dataclass(slots=True)
 class ControlPlane:
-    """The handlers of the route table: their names and first lines are those of openapi.json."""
+    """The handlers of the route table: their names and first lines are those of openapi.json.
+
+    Accounts change one at a time, on disk before it is in force: what the storage refuses has changed nothing.
+    """
 
     queue: Queue
-    book: AccountBook
     dispatcher: Dispatcher
     reporter: Reporter
     clock: Clock
@@ -7637,6 +7542,7 @@ class ControlPlane:
     log: logging.Logger
     settings: Callable[[], Settings]
     _wrote_at: float = -math.inf  # for a look whether the storage answers
+    _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def routes(self) -> tuple[Route, ...]:
         return (
@@ -7814,7 +7720,7 @@ class ControlPlane:
                 seen.add(id_)
             try:
                 message = parse_message(given, now=now, default_priority=default_priority)
-                submission = submission_of(given, message, self.book.get(message.account_id), now)
+                submission = submission_of(given, message, self._account(message.account_id), now)
                 judged.append((id_, submission, message.unknown))
             except Rejected as error:
                 judged.append((id_, str(error), ()))
@@ -7866,7 +7772,15 @@ class ControlPlane:
         await request.json_object()
         account_id = request.parameters.get("id")
         if account_id is not None:
-            await self.book.switch(account_id, active=active)
+            async with self._one_at_a_time:
+                if self._account(account_id) is None:
+                    raise HttpError(404, NO_ACCOUNT)
+                if active:
+                    await self.queue.activate(account_id)
+                    self.dispatcher.activate_lane(account_id)
+                else:
+                    await self.queue.suspend(account_id)
+                    self.dispatcher.suspend_lane(account_id)
         else:
             await self.queue.set_switch("active", active)
             if active:
@@ -7895,7 +7809,7 @@ class ControlPlane:
 
     def _deadline_of(self, account_id: str) -> int | None:
         """Until when a message that is submitted now may be tried; None when its account is gone."""
-        account = self.book.get(account_id)
+        account = self._account(account_id)
         return min(int(self.clock.wall()) + account.max_age_seconds, LARGEST_INTEGER) if account else None
 
     async def cleanup_messages(self, request: Request) -> Response:
@@ -7964,18 +7878,78 @@ class ControlPlane:
 
     async def put_account(self, request: Request) -> Response:
         """Add or replace an account."""
-        account = await self.book.put(await request.json_object())
+        fields = await request.json_object()
+        account = parse_account(fields, defaults=self.settings().delivery)
+        definition = {key: fields[key] for key in sorted(ACCOUNT_KEYS) if fields.get(key) is not None}
+        async with self._one_at_a_time:
+            self._refuse_configured(account.id)
+            standing = await self.queue.standing(account.id)
+            await self.queue.put_account(account.id, as_json(definition))
+            if account.id in self.dispatcher.lanes:
+                self.dispatcher.replace_account(account)
+            else:
+                self._begin(account, standing)
         event(self.log, logging.INFO, "account set", account=account.id)
         return json_response({"ok": True})
 
     async def delete_account(self, request: Request) -> Response:
         """Remove an account; its undelivered messages become errors."""
-        account_id = request.parameters["id"]
-        failed = await self.book.delete(account_id)
+        # Should the storage refuse in between, the account is gone and the same call again ends the rest of them.
+        account_id, failed = request.parameters["id"], 0
+        after: int | None = 0
+        async with self._one_at_a_time:
+            self._refuse_configured(account_id)
+            known = account_id in self.dispatcher.lanes
+            if known:
+                await self.queue.delete_account(account_id)
+                self._end(account_id)
+            while after is not None:
+                some, after = await self.queue.fail_orphans(account_id, after, "account deleted")
+                failed += some
+        if not (known or failed):
+            raise HttpError(404, NO_ACCOUNT)
         self.metrics.messages_failed.labels(self.metrics.label(account_id)).inc(failed)
         self.reporter.news.ring()
         event(self.log, logging.INFO, "account deleted", account=account_id, failed=failed)
         return json_response({"ok": True, "failed": failed})
+
+    async def renew_accounts(self, configured: Sequence[Account]) -> None:
+        """Take over the accounts of config.ini; they win over those added over HTTP.
+
+        The mail of an account that is gone stays where it is: it may come back.
+        """
+        async with self._one_at_a_time:
+            stored = stored_accounts(await self.queue.accounts(), self.settings().delivery)
+            wanted = {account.id: account for account in (*stored, *configured)}
+            for account_id in self.dispatcher.lanes.keys() - wanted.keys():
+                self._end(account_id)
+            for account in wanted.values():
+                if account.id not in self.dispatcher.lanes:
+                    self._begin(account, await self.queue.standing(account.id))
+                elif account != self._account(account.id):
+                    await self.queue.let_go(account.id, HELD_BACK)
+                    self.dispatcher.replace_account(account)
+
+    def _account(self, account_id: str) -> Account | None:
+        lane = self.dispatcher.lanes.get(account_id)
+        return lane.account if lane else None
+
+    def _begin(self, account: Account, standing: Standing) -> None:
+        """Deliver for a new account, which may have had another life before."""
+        now, wall = self.clock.monotonic(), self.clock.wall()
+        sends = [(min(now + until - wall, now), n) for until, n in standing.sends]
+        self.dispatcher.add_lane(account, sends, suspended=standing.suspended, held_back=standing.held_back)
+        self.metrics.know(account.id)
+
+    def _end(self, account_id: str) -> None:
+        self.dispatcher.remove_lane(account_id)
+        self.metrics.forget(account_id)
+
+    def _refuse_configured(self, account_id: str) -> None:
+        account = self._account(account_id)
+        if account is not None and account.source == "config":
+            section = section_of(account_id)
+            raise HttpError(409, f"this account comes from config.ini, section [{section}]; change it there")
 
 
 def submission_of(fields: Any, message: Message, account: Account | None, now: float) -> Submission:
@@ -8179,11 +8153,8 @@ class Daemon:
             metrics=self._metrics,
             log=self._log,
         )
-        self._book = AccountBook(self._queue, self._dispatcher, self._metrics, self._clock, self.settings.delivery)
-        await self._book.renew(configured)
         self._control = ControlPlane(
             self._queue,
-            self._book,
             self._dispatcher,
             self._reporter,
             clock=self._clock,
@@ -8192,6 +8163,7 @@ class Daemon:
             log=self._log,
             settings=lambda: self.settings,
         )
+        await self._control.renew_accounts(configured)
 
     async def _listen(self) -> str:
         """Open the HTTP side; return where it is, as a URL."""
@@ -8313,8 +8285,7 @@ class Daemon:
                 self._reporter.news.ring()
                 self._composer.fetcher = self._fetcher()
                 self._agent.contexts.clear()  # certificates may have changed
-                self._book.defaults = settings.delivery
-                await self._book.renew(accounts)
+                await self._control.renew_accounts(accounts)
                 event(self._log, logging.INFO, "configuration read again", needs_restart=", ".join(fixed) or None)
             except ConfigurationError as error:
                 event(self._log, logging.ERROR, "the configuration was not taken over", error=str(error))

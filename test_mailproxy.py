@@ -51,6 +51,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -6783,6 +6784,28 @@ async def test_head_is_answered_as_get_without_the_body_and_a_body_that_means_no
         answers = await service.answers_to(http_request(method, "/message/1", body=b"x" * 100_000) + HEALTH)
         assert answers.count(b"HTTP/1.1 200") == 2, method
         assert b'"length": 100000' not in answers
+
+
+@served()
+async def test_a_body_that_anybody_may_send_with_a_get_is_not_kept_in_memory(service):
+    piece = b"x" * 50_000
+    for fields, sent in (
+        (b"Content-Length: 20000000", [piece] * 400),
+        (b"Transfer-Encoding: chunked", [*[b"c350\r\n" + piece + b"\r\n"] * 400, b"0\r\n\r\n"]),
+    ):
+        reader, writer = await service.connect()
+        tracemalloc.start()
+        try:
+            for part in (b"GET /health HTTP/1.1\r\nHost: x\r\n" + fields + b"\r\n\r\n", *sent):
+                writer.write(part)
+                await writer.drain()
+            answer = await read_http_answer(reader)
+            most_bytes = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+        assert answer.status == 200
+        assert most_bytes < 2_000_000
 
 
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
