@@ -93,7 +93,7 @@ import zlib
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import MISSING, InitVar, dataclass, field, fields, replace
+from dataclasses import InitVar, dataclass, field
 from datetime import UTC, datetime
 from email.errors import MessageError
 from email.header import decode_header, make_header
@@ -155,8 +155,7 @@ class S3Object(NamedTuple):
     addressing: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Attachment:
+class Attachment(NamedTuple):
     """One attachment as it was asked for; its bytes may still have to be fetched."""
 
     filename: str  # "" when the answer of the source is to name it
@@ -240,8 +239,7 @@ class Cause(enum.StrEnum):
     LOCAL = "local"  # we decided without asking (SIZE, SMTPUTF8, an attachment ...)
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """An answer of a server (RFC 5321 4.2), or ours in its place with a code of its kind."""
 
     stage: Stage
@@ -311,8 +309,7 @@ class RecipientOutcome(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """One try to deliver a message: a transaction, or the failure to come to one."""
 
     started_at: float
@@ -598,7 +595,7 @@ PRIORITY = Kind(
 )
 
 RETRY_DELAYS = (60, 300, 900, 3600, 7200)
-NEEDED: Any = MISSING  # the default of what has none
+NEEDED: Any = object()  # the default of what has none
 
 
 class Setting(NamedTuple):
@@ -617,8 +614,8 @@ class Setting(NamedTuple):
 
 
 def row(default: T, kind: Kind, meaning: str, *, at_start: bool = False, else_of: str = "") -> T:
-    """A setting, where its section is declared."""
-    return field(default=default, metadata={"kind": kind, "meaning": meaning, "at_start": at_start, "else_of": else_of})
+    """A setting, where its section is declared; `rows_of` puts its default in its place."""
+    return cast(T, Setting("", "", default, kind, meaning, at_start, else_of))
 
 
 def fixed(default: T, kind: Kind, meaning: str) -> T:
@@ -626,15 +623,13 @@ def fixed(default: T, kind: Kind, meaning: str) -> T:
     return row(default, kind, meaning, at_start=True)
 
 
-@dataclass(frozen=True, slots=True)
-class StorageSettings:
+class StorageSettings(NamedTuple):
     """Where the queue lives."""
 
     db_path: str = fixed("./mailproxy.db", PATH, "File of the queue. Its directory must exist.")
 
 
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
+class ServerSettings(NamedTuple):
     """The HTTP side: where it listens, who may come in, how much it takes."""
 
     host: str = fixed("127.0.0.1", LISTENING_HOST, "Address to listen on. Other than loopback it needs an api_token.")
@@ -651,8 +646,7 @@ class ServerSettings:
     body_timeout_seconds: float = fixed(60.0, PERIOD, "How long the body of a request may make no progress.")
 
 
-@dataclass(frozen=True, slots=True)
-class ClientSettings:
+class ClientSettings(NamedTuple):
     """The upstream: who gets the delivery reports, and serves attachments by storage path."""
 
     client_sync_url: str | None = row(None, URL, "Delivery reports go here (POST). Left out: nobody is told.")
@@ -667,15 +661,13 @@ class ClientSettings:
     ca_file: str | None = row(None, READABLE_FILE, "CA certificates (PEM) to trust instead of the system's.")
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerSettings:
+class SchedulerSettings(NamedTuple):
     """Whether mail goes out at all."""
 
     active: bool = fixed(True, BOOLEAN, "Deliver from the start. What suspend and activate last said wins over it.")
 
 
-@dataclass(frozen=True, slots=True)
-class DeliverySettings:
+class DeliverySettings(NamedTuple):
     """How mail goes out: pace, retries, retention, staging. Accounts may have their own."""
 
     send_interval_seconds: float = row(0.5, seconds(0.01, 3600), "Longest sleep of the dispatcher, which mail wakes.")
@@ -694,8 +686,7 @@ class DeliverySettings:
     allow_recipients: tuple[str, ...] = row((), RECIPIENTS, "Staging: mail to others becomes an error. Empty: to all.")
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
+class Account(NamedTuple):
     """An SMTP server to send through. [smtp] is the account of messages that name none."""
 
     id: str
@@ -752,8 +743,7 @@ class Account:
         return Limits(self.limit_per_minute or None, self.limit_per_hour or None, self.limit_per_day or None)
 
 
-@dataclass(frozen=True, slots=True)
-class AttachmentSettings:
+class AttachmentSettings(NamedTuple):
     """What fetching attachments may cost, and where they may come from."""
 
     timeout_seconds: float = row(60.0, seconds(0.05, 3600), "Time to fetch one attachment, redirects included.")
@@ -765,8 +755,7 @@ class AttachmentSettings:
     base_dir: str | None = row(None, PATH, "Where attachments with fetch_mode filesystem lie. Left out: refused.")
 
 
-@dataclass(frozen=True, slots=True)
-class S3Settings:
+class S3Settings(NamedTuple):
     """Where attachments in S3 come from; the AWS_* variables stand in for what is left out."""
 
     access_key_id: Secret | None = row(None, SECRET, "Else AWS_ACCESS_KEY_ID.")
@@ -777,8 +766,7 @@ class S3Settings:
     addressing: str = row("auto", word("auto", "path", "virtual"), "Where the bucket stands; auto: virtual on Amazon.")
 
 
-@dataclass(frozen=True, slots=True)
-class LoggingSettings:
+class LoggingSettings(NamedTuple):
     """What is said on stderr, and how."""
 
     level: str = row("info", word("debug", "info", "warning", "error"), "What is logged: this, and worse.")
@@ -786,8 +774,7 @@ class LoggingSettings:
     delivery_activity: bool = row(False, BOOLEAN, "One line for each delivery.")
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """All that was configured, judged; accounts are still the words of config.ini."""
 
     storage: StorageSettings
@@ -798,10 +785,13 @@ class Settings:
     attachments: AttachmentSettings
     s3: S3Settings
     logging: LoggingSettings
-    accounts: Mapping[str, Mapping[str, str]] = field(repr=False)  # account id -> key -> value as written
+    accounts: Mapping[str, Mapping[str, str]]  # account id -> key -> value as written
     source: str | None = None  # the file, if there was one
     warnings: tuple[str, ...] = ()  # for the log, once there is one
-    origins: Mapping[tuple[str, str], str] = field(default_factory=dict, repr=False)  # of each that was given
+    origins: Mapping[tuple[str, str], str] = MappingProxyType({})  # of each that was given
+
+    def __repr__(self) -> str:
+        return f"<Settings of {self.source}>"  # the words of accounts may hold secrets
 
 
 CLASSES: Mapping[str, type[Any]] = MappingProxyType({  # in the order in which they are printed
@@ -809,10 +799,18 @@ CLASSES: Mapping[str, type[Any]] = MappingProxyType({  # in the order in which t
     "smtp": Account, "delivery": DeliverySettings, "attachments": AttachmentSettings, "s3": S3Settings,
     "logging": LoggingSettings,
 })  # fmt: skip
-TABLE: Mapping[str, tuple[Setting, ...]] = MappingProxyType({
-    section: tuple(Setting(section, one.name, one.default, **one.metadata) for one in fields(kind) if one.metadata)
-    for section, kind in CLASSES.items()
-})  # fmt: skip
+
+
+def rows_of(section: str, kind: Any) -> tuple[Setting, ...]:
+    """The settings that a section was declared with; from now on their defaults are those of the class."""
+    declared = kind._field_defaults
+    defaults = (one.default if isinstance(one, Setting) else one for one in declared.values())
+    kind.__new__.__defaults__ = tuple(default for default in defaults if default is not NEEDED)
+    rows = {key: one for key, one in declared.items() if isinstance(one, Setting)}
+    return tuple(one._replace(section=section, key=key) for key, one in rows.items())
+
+
+TABLE: Mapping[str, tuple[Setting, ...]] = {section: rows_of(section, kind) for section, kind in CLASSES.items()}
 SECTIONS = tuple(section for section in CLASSES if section != "smtp")  # those that are there once
 SETTINGS_TABLE = tuple(row for section in SECTIONS for row in TABLE[section])
 ACCOUNT_TABLE = TABLE["smtp"]  # of [smtp] and each [account:ID]
@@ -1190,7 +1188,7 @@ def account_fields(account: Account) -> dict[str, object]:
 def renewed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
     """The new settings, but those that need a restart as they are in force; and those of them that differ."""
     kept = {name: {row.key: row.of(old) for row in TABLE[name] if row.at_start} for name in SECTIONS}
-    fixed = replace(new, **{name: replace(getattr(new, name), **values) for name, values in kept.items()})
+    fixed = new._replace(**{name: getattr(new, name)._replace(**values) for name, values in kept.items()})
     return fixed, [f"{row.section}.{row.key}" for row in SETTINGS_TABLE if row.of(new) != row.of(fixed)]
 
 
@@ -1858,8 +1856,7 @@ class LaneSignal(enum.StrEnum):
     LOGIN_REFUSED = "login refused"  # it does not know us: a person must look
 
 
-@dataclass(frozen=True, slots=True)
-class Disposition:
+class Disposition(NamedTuple):
     """What to record of an attempt. QUEUED means: go on at once with the recipients left."""
 
     status: Status
@@ -1904,13 +1901,13 @@ def settle(
     replies, failure = attempt.replies, attempt.first_failure
     if failure is None and replies and not (untried or claim.recipients):  # as nearly all mail goes
         return Disposition(Status.SENT, LaneSignal.UP, counted=True, slot_used=True)
-    waiting = replace(untouched(claim), status=Status.DEFERRED, lane=LaneSignal.COOL, reason="connection")
+    waiting = untouched(claim)._replace(status=Status.DEFERRED, lane=LaneSignal.COOL, reason="connection")
     if failure is not None and failure.stage in (Stage.CONNECT, Stage.TLS, Stage.EHLO, Stage.AUTH):
         if login_refused(failure):
-            waiting = replace(waiting, lane=LaneSignal.LOGIN_REFUSED, reason="login")
-        return replace(waiting, error=spoken(failure))
+            waiting = waiting._replace(lane=LaneSignal.LOGIN_REFUSED, reason="login")
+        return waiting._replace(error=spoken(failure))
     if closing := [reply for reply in replies.values() if reply.code == 421 and reply.cause is Cause.SERVER]:
-        return _settle_closed_session(replace(waiting, error=spoken(closing[0])), replies, untried)
+        return _settle_closed_session(waiting._replace(error=spoken(closing[0])), replies, untried)
     unheard = bool(replies) and all(reply.cause is Cause.LOST and not reply.in_doubt for reply in replies.values())
     if attempt.reused and unheard:  # the connection had died before the server took anything of this message
         return untouched(claim)
@@ -1936,7 +1933,7 @@ def given_up(disposition: Disposition, why: str) -> Disposition:
             outcomes[address] = RecipientOutcome(Status.ERROR, outcome.code, text)
     served = any(outcome.status is Status.SENT for outcome in outcomes.values())
     status, error = (Status.SENT, None) if served else (Status.ERROR, why)
-    return replace(disposition, status=status, error=error, deferred_ts=None, recipients=outcomes or None, reason="")
+    return disposition._replace(status=status, error=error, deferred_ts=None, recipients=outcomes or None, reason="")
 
 
 def _settle_closed_session(waiting: Disposition, replies: Mapping[str, Reply], untried: Sequence[str]) -> Disposition:
@@ -1949,17 +1946,17 @@ def _settle_closed_session(waiting: Disposition, replies: Mapping[str, Reply], u
     for address in (*replies, *untried) if outcomes else ():
         outcomes.setdefault(address, UNTRIED)
     slot_used = any(reply.accepted for reply in replies.values())
-    return replace(waiting, slot_used=slot_used, recipients=outcomes or None)
+    return waiting._replace(slot_used=slot_used, recipients=outcomes or None)
 
 
 def _settle_incomplete(claim: Claim, failure: Reply, account: Account, now: float, jitter: float) -> Disposition:
     """A message that could not be put together: later, or never."""
-    disposition = replace(untouched(claim), counted=True)
+    disposition = untouched(claim)._replace(counted=True)
     if failure.permanent or _out_of_retries(claim, account, now):
         return given_up(disposition, spoken(failure))
     retry_at = max(_retry_at(claim, account, now, jitter), math.ceil(now + (failure.retry_after_s or 0)))
-    return replace(
-        disposition, status=Status.DEFERRED, error=spoken(failure), deferred_ts=retry_at, reason="attachment"
+    return disposition._replace(
+        status=Status.DEFERRED, error=spoken(failure), deferred_ts=retry_at, reason="attachment"
     )
 
 
@@ -1985,13 +1982,13 @@ def _settle_recipients(
     if crowded_out or untried:
         return disposition
     waiting = [outcome for outcome in outcomes.values() if outcome.status is Status.DEFERRED]
-    disposition = replace(disposition, counted=True)
+    disposition = disposition._replace(counted=True)
     if waiting and not _out_of_retries(claim, account, now):
         reason, retry_at = "in_doubt" if in_doubt else "retry", _retry_at(claim, account, now, jitter)
-        return replace(disposition, status=Status.DEFERRED, error=waiting[0].text, deferred_ts=retry_at, reason=reason)
+        return disposition._replace(status=Status.DEFERRED, error=waiting[0].text, deferred_ts=retry_at, reason=reason)
     refused = [outcome for outcome in outcomes.values() if outcome.status is not Status.SENT]
     final = given_up(disposition, refused[0].text if refused else "")
-    return final if refused else replace(final, recipients=None)
+    return final if refused else final._replace(recipients=None)
 
 
 def _retry_at(claim: Claim, account: Account, now: float, jitter: float) -> int:
@@ -3462,8 +3459,8 @@ class Queue:
         def work(db: sqlite3.Connection) -> list[Claim]:
             claims = self._ready(db, order)
             for claim in claims:
-                waits = replace(
-                    untouched(claim), status=Status.DEFERRED, error=why, deferred_ts=until_ts, reason="limit"
+                waits = untouched(claim)._replace(
+                    status=Status.DEFERRED, error=why, deferred_ts=until_ts, reason="limit"
                 )
                 db.execute(SETTLE, self._settled(claim.seq, waits if until_ts else given_up(waits, why)))
             return claims
@@ -5107,7 +5104,7 @@ class Login:
         text = reply.text
         for secret in (plain.decode(), self.xoauth2.decode(), encoded.decode(), self.secret):
             text = text.replace(secret, "***") if secret else text
-        return replace(reply, text=text)
+        return reply._replace(text=text)
 
 
 async def _connect(account: Account, in_thread: InThread) -> socket.socket | Reply:
@@ -6980,7 +6977,7 @@ class Dispatcher:
         if lane.deleted and disposition.status in (Status.QUEUED, Status.DEFERRED):
             disposition = given_up(disposition, "account deleted")
         elif disposition.status is Status.DEFERRED and disposition.deferred_ts is None:
-            disposition = replace(disposition, deferred_ts=lane.next_try_ts())
+            disposition = disposition._replace(deferred_ts=lane.next_try_ts())
         used = claim.served or disposition.slot_used
         await self._record(Outcome(claim, attempt, disposition, sent=used))
         self._tell(claim, attempt, disposition)
@@ -7013,7 +7010,7 @@ class Dispatcher:
         now = self.clock.wall()
         reply = Reply(Stage.COMPOSITION, 554, why, "5.6.0", Cause.LOCAL)
         attempt = Attempt(now, now, {} if in_doubt else {"": reply})
-        ended = replace(untouched(claim), counted=True, slot_used=in_doubt)
+        ended = untouched(claim)._replace(counted=True, slot_used=in_doubt)
         await self._conclude(lane, claim, attempt, given_up(ended, why))
 
     def _tell(self, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
@@ -8170,7 +8167,7 @@ class Daemon:
         server = self.settings.server
         self._http = HttpServer(
             self._control.routes(),
-            limits=replace(server, max_connections=self._most_clients()),
+            limits=server._replace(max_connections=self._most_clients()),
             authorised=self._authorised,
             observe=self._observe_request,
             in_thread=self._work,

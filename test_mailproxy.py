@@ -59,7 +59,7 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from email.header import decode_header, make_header
 from email.message import EmailMessage
 from email.utils import getaddresses
@@ -1126,7 +1126,7 @@ def test_the_file_keeps_the_budget_that_the_readme_names() -> None:
 
 def test_no_private_name_of_the_standard_library_is_used() -> None:
     tree = syntax_tree()
-    own = {"_make", "_asdict", "_replace", "_exit"}  # which are documented
+    own = {"_make", "_asdict", "_replace", "_field_defaults", "_exit"}  # which are documented
     own |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     own |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
@@ -2240,7 +2240,7 @@ def test_what_is_in_doubt_is_an_error_when_the_account_says_so(reply: Any) -> No
 def test_a_pause_follows_the_schedule_with_a_fifth_of_jitter_or_is_the_longer_one_that_was_asked_for(
     attempts: int, jitter: float, asked_s: float | None, pause_s: int
 ) -> None:
-    failure = GREYLISTED if asked_s is None else replace(NOT_FETCHED, retry_after_s=asked_s)
+    failure = GREYLISTED if asked_s is None else NOT_FETCHED._replace(retry_after_s=asked_s)
 
     assert settled({"": failure}, claimed(attempts), jitter=jitter).deferred_ts == SETTLED_AT + pause_s
 
@@ -5967,7 +5967,7 @@ def test_certificates_are_read_once_and_again_for_an_account_that_was_replaced_a
         for step in ("begin", "keep", "replace", "tell"):
             renew_certificate()
             if step == "replace":
-                account = replace(account)
+                account = account._replace()
             if step == "tell":
                 agent.contexts.clear()
             session = await agent.open_session(account, name="main-1")
@@ -7094,7 +7094,7 @@ async def test_clients_that_do_not_finish_the_tls_handshake_are_counted_and_cut_
     for writer in service.clients:
         writer.close()
     await http_until(lambda: not service.server._connections)
-    service.server.limits = replace(service.server.limits, head_timeout_seconds=0.2)
+    service.server.limits = service.server.limits._replace(head_timeout_seconds=0.2)
     reader, writer = await service.connect(port)
     writer.write(b"\x16")
     assert await reader.read() == b""
@@ -8532,7 +8532,7 @@ def test_no_empty_calls_before_next_sync_after_but_reports_go_out_and_a_shorter_
 
     assert rig.times() == [0, 500, 1_000, 1_300]
     assert rig.told() == [[], ["a"], [], []]
-    rig.reporter.client = replace(rig.reporter.client, sync_interval_seconds=120)
+    rig.reporter.client = rig.reporter.client._replace(sync_interval_seconds=120)
     rig.pass_time(20)
     assert rig.times()[4:] == [1_420]
 
