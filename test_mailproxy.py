@@ -2526,7 +2526,7 @@ def mailboxes_read(octets, header):
     return [(str(make_header(decode_header(name))), address) for name, address in getaddresses([written])]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(PEOPLE, PEOPLE, HEADER_TEXT, HEADER_TEXT, ANY_TEXT, st.none() | ANY_TEXT, FILES)
 def test_what_is_accepted_is_composed_and_reads_back_as_it_was_meant(to, reply_to, subject, tag, text, html, files):
     attachments = [{**one, "content": base64.b64encode(one["content"]).decode()} for one in files]
@@ -4029,19 +4029,19 @@ ONCE_AGAIN = answered(b"", ["Location: /again"], "302 Found")
         trickle(IN_CHUNKS + b"fffff\r\n"),
         trickle(b"HTTP/1.1 404 Gone\r\nContent-Length: 100000\r\n\r\n"),
         trickle(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, 0.001),
-        lambda server, connection: server.stopping.wait(0.15) or connection.sendall(ONCE_AGAIN),
+        lambda server, connection: server.stopping.wait(0.1) or connection.sendall(ONCE_AGAIN),
     ],
     ids=["silent", "head", "until close", "length", "chunked", "error", "continue", "redirects"],
 )
 def test_the_deadline_cuts_whatever_trickles_and_all_redirects_share_it(script):
     with scripted(script) as server:
         begun = time.monotonic()
-        failure = http_failure_of(server.url(), timeout_s=0.4, redirects=5)
+        failure = http_failure_of(server.url(), timeout_s=0.25, redirects=5)
         took = time.monotonic() - begun
 
     assert failure.transient
-    assert "within 0.4 s" in failure.reason
-    assert 0.3 < took < 2
+    assert "within 0.25 s" in failure.reason
+    assert 0.2 < took < 8
     assert len(server.requests) <= 3
 
 
@@ -4050,11 +4050,11 @@ def test_the_deadline_holds_for_what_nobody_reads_or_answers(scheme, body):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         begun = time.monotonic()
-        failure = http_failure_of(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/", timeout_s=0.4, body=body)
+        failure = http_failure_of(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/", timeout_s=0.25, body=body)
 
     assert failure.transient
     assert "within" in failure.reason
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 8
 
 
 def test_an_unknown_name_and_a_refused_connection_are_passing_failures_and_tell_no_secrets():
@@ -4763,7 +4763,7 @@ def test_those_who_joined_a_fetch_go_on_when_the_first_is_cancelled():
 
 def test_a_slow_server_leaves_threads_to_the_others():
     with scripted(lambda server, connection: server.stopping.wait(30)) as slow, scripted(answered(b"fast")) as fast:
-        fetcher = a_fetcher(timeout_seconds=3)
+        fetcher = a_fetcher(timeout_seconds=2)
 
         async def race():
             pool = mailproxy.FETCHES_PER_HOST + 1
@@ -5864,7 +5864,7 @@ LOGIN = {"user": "me", "password": mailproxy.Secret("pw"), "auth": "plain"}
 def test_an_opening_that_comes_to_nothing_is_a_reply_of_its_stage_and_never_mail(replies, offers, account, outcome):
     server = ScriptedServer(replies, offers)
 
-    reply = opened(server, timeout=1, **account)
+    reply = opened(server, timeout=0.5 if "silence" in replies.values() else 30, **account)
 
     assert said_by(reply).startswith(outcome)
     assert not any(line.startswith("MAIL") for line in server.heard)
@@ -6991,6 +6991,7 @@ async def test_one_connection_too_many_is_turned_away_with_503(service):
     answer = await read_http_answer(reader)
     assert (answer.status, answer.headers["connection"]) == (503, "close")
     assert answer.headers["x-request-id"]
+    writer.write_eof()  # else it waits a while for what the client may still send
     assert await reader.read() == b""
 
     first[1].close()
@@ -7584,7 +7585,7 @@ def test_a_wrong_password_costs_one_login_a_try_even_where_the_refusal_takes_its
 def test_connections_that_are_open_log_in_as_soon_as_the_first_is_in(tmp_path: Path) -> None:
     words = {"EHLO": "250-moody.test\r\n250 AUTH PLAIN"}
     login = {"user": "me", "password": "right", "max_connections": 8}
-    with moody_daemon(tmp_path, {"smtp": login}, friendly=words, AUTH=[1.0, *[50.0] * 7]) as (moody, daemon):
+    with moody_daemon(tmp_path, {"smtp": login}, friendly=words, AUTH=[0.5, *[50.0] * 7]) as (moody, daemon):
         daemon.submit(*letters("m", 8))
         wait_until(lambda: moody.heard["EHLO"] == 8, "all connections")
         wait_until(lambda: moody.heard["AUTH"] == 8, "all logins, at the same time")
@@ -7881,8 +7882,8 @@ def test_deleting_an_account_and_adding_it_again_makes_no_room_in_its_limits(tmp
     limited = account_at("main", smtp, limit_per_hour=4, max_connections=9)
     with SleepyDaemon(tmp_path) as daemon:
         ask(daemon, "/account", limited)
-        daemon.submit(*letters("a", 3, "slow1@example.com", account_id="main"))
-        wait_until(lambda: smtp.visits["slow1@example.com"] == 3, "mail on the wire")
+        daemon.submit(*letters("a", 3, "slow500ms@example.com", account_id="main"))
+        wait_until(lambda: smtp.visits["slow500ms@example.com"] == 3, "mail on the wire")
 
         daemon.delete("/account/main")
         ask(daemon, "/account", limited)
@@ -7914,7 +7915,7 @@ def test_slots_come_back_when_nothing_was_sent_and_a_limit_may_fail_what_comes_u
 def test_when_the_window_opens_those_that_waited_go_first(tmp_path: Path, smtp: SmtpServer) -> None:
     with SleepyDaemon(tmp_path, {"smtp": {"limit_per_minute": 20, "max_connections": 1}}, smtp=smtp) as daemon:
         daemon.stop()
-        opens_ts = int(time.time()) + 3
+        opens_ts = int(time.time()) + 2
         with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
             db.execute("INSERT INTO sends VALUES ('default', ?, ?, 20)", (opens_ts // 60 - 1, opens_ts - 60))
         daemon.start()
@@ -8228,7 +8229,7 @@ def test_a_stalled_server_keeps_no_memory_from_the_attachments_of_another_accoun
 
 def test_what_waits_for_a_server_goes_as_soon_as_it_works(tmp_path: Path) -> None:
     with moody_daemon(
-        tmp_path, {"smtp": {"max_connections": 2}}, MAIL=[0.0, "421 4.3.2 Going down"], **{".": [1.0]}
+        tmp_path, {"smtp": {"max_connections": 2}}, MAIL=[0.0, "421 4.3.2 Going down"], **{".": [0.5]}
     ) as (_, daemon):
         daemon.submit(*letters("m", 2))
         daemon.wait_for_log("account cooling down")
@@ -9110,8 +9111,8 @@ def test_the_same_id_again_replaces_what_was_not_sent_and_a_retry_takes_only_wha
 
 def test_what_is_on_the_wire_is_neither_replaced_nor_deleted(relay: Relay) -> None:
     daemon, smtp, _ = relay
-    daemon.submit(mail("slow", to="slow3@example.com"))
-    wait_until(lambda: smtp.visits["slow3@example.com"], "the transaction")
+    daemon.submit(mail("slow", to="slow2@example.com"))
+    wait_until(lambda: smtp.visits["slow2@example.com"], "the transaction")
 
     assert daemon.status()["in_delivery"] == 1
     assert submitted(daemon, mail("slow")).json["rejected"] == [{"id": "slow", "reason": "in delivery"}]
@@ -9382,9 +9383,9 @@ def test_the_undelivered_mail_of_a_deleted_account_becomes_reported_errors_also_
     reports.wait_for(lambda r: "account not found" in [entry["error"] for entry in r.entries])
 
 
-def test_where_the_storage_refuses_an_account_is_neither_added_nor_deleted(
-    daemon: Daemon, tmp_path: Path, smtp: SmtpServer
-) -> None:
+def test_where_the_storage_refuses_an_account_is_neither_added_nor_deleted(tmp_path: Path, smtp: SmtpServer) -> None:
+    storage = FaultyStorage(tmp_path)
+
     def rename(old: str, new: str) -> None:
         with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
             db.execute(f"ALTER TABLE {old} RENAME TO {new}")
@@ -9392,33 +9393,32 @@ def test_where_the_storage_refuses_an_account_is_neither_added_nor_deleted(
     def there() -> list[str]:
         return [one["id"] for one in daemon.get("/accounts").json["accounts"]]
 
-    rename("sends", "away")  # what its limits have seen already cannot be read
-    assert daemon.post("/account", account("web", smtp)).status == 503
-    rename("away", "sends")
-    assert there() == ["default"]
-    daemon.restart()
-    assert there() == ["default"]
-    assert daemon.post("/account", account("web", smtp)).status == 200
+    with Daemon(tmp_path, smtp=smtp, environment=storage.environment) as daemon:
+        rename("sends", "away")  # what its limits have seen already cannot be read
+        assert daemon.post("/account", account("web", smtp)).status == 503
+        rename("away", "sends")
+        assert there() == ["default"]
+        daemon.restart()
+        assert there() == ["default"]
+        assert daemon.post("/account", account("web", smtp)).status == 200
 
-    daemon.submit(mail("m", account_id="web", to="slowrcpt20@example.com"))
-    wait_until(lambda: smtp.visits["slowrcpt20@example.com"], "the transaction")
-    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        assert daemon.delete("/account/web").status == 503
-        smtp.cut_connections()
-        wait_until(lambda: "storage message=m " in daemon.log, "the outcome to wait for the storage")
-        other.execute("ROLLBACK")
-    wait_until(lambda: daemon.message("m")["attempts"] == 1, "the outcome")
-    assert daemon.message("m")["status"] == "deferred"
-    assert "web" in daemon.status()["accounts"]
-    assert daemon.delete("/account/web").json == {"ok": True, "failed": 1}
-    assert daemon.message("m")["error"] == "account deleted"
+        daemon.submit(mail("m", account_id="web", to="slowrcpt20@example.com"))
+        wait_until(lambda: smtp.visits["slowrcpt20@example.com"], "the transaction")
+        with storage.fails("full"):
+            assert daemon.delete("/account/web").status == 503
+            smtp.cut_connections()
+            wait_until(lambda: "storage message=m " in daemon.log, "the outcome to wait for the storage")
+        wait_until(lambda: daemon.message("m")["attempts"] == 1, "the outcome")
+        assert daemon.message("m")["status"] == "deferred"
+        assert "web" in daemon.status()["accounts"]
+        assert daemon.delete("/account/web").json == {"ok": True, "failed": 1}
+        assert daemon.message("m")["error"] == "account deleted"
 
 
 def test_accounts_that_come_and_go_in_the_midst_of_everything_break_nothing(
     daemon: Daemon, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
-    until = time.monotonic() + 1.5
+    until = time.monotonic() + 1
     answers: list[HttpAnswer] = []
     accepted: list[str] = []
 
@@ -10993,7 +10993,7 @@ def test_typescript_refuses_nonsense_by_the_types_made_of_openapi_json(described
 
     tools = folder / "node_modules" / ".bin"
     run_generator(folder, tools / "openapi-typescript", "openapi.json", "-o", "api.ts")
-    run_generator(folder, tools / "tsc", "--noEmit", "--strict", "program.ts")
+    run_generator(folder, tools / "tsc", "--noEmit", "--strict", "--lib", "es2020", "program.ts")
 
 
 @pytest.mark.timeout(180)
@@ -11919,6 +11919,7 @@ def test_a_real_prometheus_scrapes_the_daemon_evaluates_the_alerts_and_fills_eve
         port = free_port()
         command = [str(found("prometheus")), f"--config.file={scrape_configuration(tmp_path, daemon.port)}"]
         command += [f"--storage.tsdb.path={tmp_path / 'tsdb'}", f"--web.listen-address=127.0.0.1:{port}"]
+        command += ["--scrape.discovery-reload-interval=100ms"]  # else it begins after 5 s
 
         def asked(path: str, **parameters: str) -> Any:
             """The data of an answer of its HTTP interface, or None while it does not answer."""
