@@ -6217,14 +6217,6 @@ class Consignment(NamedTuple):
     memory_bytes: int = 0  # its share of the memory
 
 
-@dataclass(slots=True, eq=False)
-class Line:
-    """One connection of a lane at work, and its session as long as there is one."""
-
-    lane: Lane
-    session: Session | None = None
-
-
 @dataclass(eq=False)
 class Lane:
     """The mail of one account on its way out."""
@@ -6247,11 +6239,10 @@ class Lane:
     opened: int = 0  # connections ever opened, for their names
     sessions: dict[Session, int] = field(default_factory=dict)  # those open, and the generation that opened them
     idle: list[Session] = field(default_factory=list)  # those of them that nobody uses
-    first: Line | None = None  # the connection that logs in before all others, while no session is open
+    first_is_in: asyncio.Event | None = None  # while one logs in before all others, because no session is open
     first_connected: bool = False  # ... and the others may connect
-    first_is_in: asyncio.Event = field(default_factory=asyncio.Event)
     recallable: set[asyncio.Task[Any]] = field(default_factory=set)  # work that ends when the lane is called back
-    timer: asyncio.TimerHandle | None = None
+    timer: asyncio.TimerHandle | None = None  # for when it has cooled, its limit ends, or an idle session is too old
     seconds_each: float = 0.1  # a transaction, smoothed
     grows_at: float = -math.inf
 
@@ -6624,9 +6615,13 @@ class Dispatcher:
         try:
             for lane in marked:
                 now = self.clock.monotonic()
-                if lane.state is LaneState.LIMITED and lane.until <= now:  # those that waited keep their place
-                    await self.queue.let_go(lane.account.id, ("limit",))
+                if lane.until <= now:
+                    if lane.state is LaneState.LIMITED:  # those that waited keep their place
+                        await self.queue.let_go(lane.account.id, ("limit",))
                     lane.end_pause()
+                for session in [session for session in lane.idle if not lane.keeps(session, now)]:
+                    lane.idle.remove(session)
+                    self._part_with(lane, session)
                 self._start_work(lane)
                 wants = lane.wants(now, self.settings.max_concurrency)
                 most = min(wants, lane.windows.room(now)) if wants else 0
@@ -6634,8 +6629,11 @@ class Dispatcher:
                     orders[lane] = Order(lane.account.id, most, lane.retried_first)
                 elif wants and not lane.windows.held:  # else what is on the wire may yet give its slot back
                     await self._hold_back(lane, now)
-                if lane.idle or lane.state in (LaneState.COOLING, LaneState.LIMITED):
-                    self._set_timer(lane)
+                due_at = min([lane.until, *(session.opened_at + lane.account.ttl for session in lane.idle)])
+                if due_at < math.inf:
+                    if lane.timer is not None:
+                        lane.timer.cancel()
+                    lane.timer = asyncio.get_running_loop().call_at(due_at, self._mark, lane)
             if orders:
                 await self._claim(orders)
         except StorageUnavailable:
@@ -6665,25 +6663,6 @@ class Dispatcher:
         for claim in held_back:
             self._say(claim, "message held back by the rate limit", until=until_ts, error=why)
         self.reports_due()
-
-    def _set_timer(self, lane: Lane) -> None:
-        """Have the lane looked at when it has cooled, its limit ends, or an idle session is too old."""
-        ends = [session.opened_at + lane.account.ttl for session in lane.idle]
-        if lane.state in (LaneState.COOLING, LaneState.LIMITED):
-            ends.append(lane.until)
-        if lane.timer is None or lane.timer.when() > min(ends):
-            if lane.timer is not None:
-                lane.timer.cancel()
-            lane.timer = asyncio.get_running_loop().call_at(min(ends), self._time_has_come, lane)
-
-    def _time_has_come(self, lane: Lane) -> None:
-        now, lane.timer = self.clock.monotonic(), None
-        if lane.state is LaneState.COOLING and lane.until <= now:
-            lane.end_pause()
-        for session in [session for session in lane.idle if not lane.keeps(session, now)]:
-            lane.idle.remove(session)
-            self._part_with(lane, session)
-        self._mark(lane)
 
     async def _claim(self, orders: Mapping[Lane, Order]) -> None:
         """Take the lanes' next messages out of the queue: small ones are ready, others are put together first."""
@@ -6723,7 +6702,7 @@ class Dispatcher:
         free = lane.connections_free(self.clock.monotonic(), self.settings.max_concurrency)
         for _ in range(min(len(lane.ready), free)):
             lane.busy += 1
-            self._spawn(self._work(Line(lane)))
+            self._spawn(self._work(lane))
 
     async def _prepare(self, lane: Lane, claim: Claim) -> None:
         """Fetch and compose a message beside the lane; no connection waits for it."""
@@ -6771,26 +6750,22 @@ class Dispatcher:
 
     # -- one connection at work
 
-    async def _work(self, line: Line) -> None:
-        """Deliver the lane's consignments over one connection until none is left, or it is one too many."""
-        lane, most = line.lane, self.settings.max_concurrency
+    async def _work(self, lane: Lane) -> None:
+        """Deliver the lane's consignments one by one until none is left, or this is one connection too many."""
+        most = self.settings.max_concurrency
         try:
             while lane.ready and self._may_go(lane) and lane.connections_free(self.clock.monotonic(), most) >= 0:
                 consignment = lane.ready.popleft()
                 if len(lane.ready) <= lane.busy:
                     self._mark(lane)
                 try:
-                    await self._deliver(line, consignment)
+                    await self._deliver(lane, consignment)
                 finally:
                     if consignment.memory_bytes:
                         self.composer.memory.give_back(lane, consignment.memory_bytes)
         finally:
             lane.busy -= 1
             self._mark(lane)
-            if line.session is not None and self._may_go(lane) and lane.keeps(line.session, self.clock.monotonic()):
-                lane.idle.append(line.session)
-            elif line.session is not None:
-                self._part_with(lane, line.session)
 
     def _part_with(self, lane: Lane, session: Session) -> None:
         del lane.sessions[session]
@@ -6799,9 +6774,9 @@ class Dispatcher:
         else:
             session.abort()
 
-    async def _deliver(self, line: Line, consignment: Consignment) -> None:
+    async def _deliver(self, lane: Lane, consignment: Consignment) -> None:
         """Bring one message to its disposition, or put it back untouched; it may take several transactions."""
-        lane, claim, composed = line.lane, consignment.claim, consignment.composed
+        claim, composed = consignment.claim, consignment.composed
         if claim.deadline is not None and claim.deadline <= self.clock.wall():
             await self._release(lane, claim)
             return
@@ -6817,17 +6792,17 @@ class Dispatcher:
                 kept = {a: outcome for a, outcome in claim.recipients.items() if a in known or outcome.status != waits}
                 claim = claim._replace(recipients=kept or None)
             transacting = True
-            while (goes_on := await self._transact(line, claim, composed, tried)) is not None:
+            while (goes_on := await self._transact(lane, claim, composed, tried)) is not None:
                 claim = goes_on
         except Exception as error:
             await self._fail_internally(lane, claim, error, in_doubt=transacting)
 
-    async def _transact(self, line: Line, claim: Claim, composed: Composed, tried: set[str]) -> Claim | None:
+    async def _transact(self, lane: Lane, claim: Claim, composed: Composed, tried: set[str]) -> Claim | None:
         """One transaction; the claim as it goes on at once with the recipients that are left, None: it is over.
 
         `tried` are the recipients that had their word in this turn, for now or for good.
         """
-        lane, generation, started_at = line.lane, line.lane.generation, self.clock.wall()
+        generation, started_at = lane.generation, self.clock.wall()
         before = claim.recipients or {}
         final = {address for address, outcome in before.items() if outcome.status is not Status.DEFERRED}
         left = [address for address in composed.envelope.recipients if address not in tried and address not in final]
@@ -6840,10 +6815,10 @@ class Dispatcher:
         served = () if replies else tuple(left[: lane.account.max_recipients])
         name, reused = "", False
         if served:
-            session = await self._session(line)
+            session = await self._session(lane)
             if isinstance(session, Reply):
                 current = generation == lane.generation
-                if current and not login_refused(session) and (lane.connections or lane.first is not None):
+                if current and not login_refused(session) and (lane.connections or lane.first_is_in):
                     # Others work: fewer connections will do.
                     lane.limit, lane.grows_at = max(1, lane.busy - 1), self.clock.monotonic() + GROWTH_PAUSE_S
                 elif current or lane.state is LaneState.COOLING:
@@ -6851,7 +6826,7 @@ class Dispatcher:
                     return None
             elif session is not None:
                 name, reused = session.name, session.transactions > 0
-                replies = await self._converse(line, session, Envelope(composed.envelope.sender, served), composed)
+                replies = await self._converse(lane, session, Envelope(composed.envelope.sender, served), composed)
             if not replies:  # it has not had its turn
                 await self._release(lane, claim)
                 return None
@@ -6862,35 +6837,30 @@ class Dispatcher:
             tried.update(a for a, outcome in after.items() if outcome is not before.get(a) and outcome != UNTRIED)
         return goes_on
 
-    async def _session(self, line: Line) -> Session | Reply | None:
-        """The line's session, one that was kept, or a new one; a reply says why there is none. None: called back."""
-        lane, now = line.lane, self.clock.monotonic()
-        while line.session is not None or lane.idle:
-            session = line.session or lane.idle.pop()
-            if lane.keeps(session, now):
-                line.session = session
-                return session
-            self._part_with(lane, session)
-            line.session = None
-        return await self._open(line)
+    async def _session(self, lane: Lane) -> Session | Reply | None:
+        """An idle session of the lane, or a new one; a reply says why there is none. None: called back.
 
-    async def _open(self, line: Line) -> Session | Reply | None:
-        """Open a connection, unless it is called back. While no session is open, one connection goes first:
-        the others may connect once its server answers, and log in once it is in."""
-        lane, generation = line.lane, line.lane.generation
-        if not lane.sessions and lane.first is None:
-            lane.first = line
-            lane.first_is_in.clear()
+        While no session is open, one connection goes first: the others may connect once its server answers,
+        and log in once it is in.
+        """
+        while lane.idle:
+            idle = lane.idle.pop()
+            if lane.keeps(idle, self.clock.monotonic()):
+                return idle
+            self._part_with(lane, idle)
+        generation, goes_first = lane.generation, not (lane.sessions or lane.first_is_in)
+        if goes_first:
+            lane.first_is_in = asyncio.Event()
 
         def connected() -> None:
-            if lane.first is line:
+            if goes_first:
                 lane.first_connected = True
                 self._mark(lane)
 
         async def may_log_in() -> None:
             if generation != lane.generation:  # called back, which wait_for of Python 3.11 may have swallowed
                 raise asyncio.CancelledError
-            if lane.first is not line:
+            if lane.first_is_in and not goes_first:
                 await lane.first_is_in.wait()
 
         lane.opened += 1
@@ -6903,9 +6873,9 @@ class Dispatcher:
             what = "connecting made mailproxy fail"
             event(self.log, logging.ERROR, what, account=lane.account.id, exc_info=error)
             session = Reply(Stage.CONNECT, 451, f"internal error ({type(error).__name__})", "4.3.0", Cause.LOCAL)
-        finally:
-            if lane.first is line:
-                lane.first, lane.first_connected = None, False
+        first_is_in = lane.first_is_in
+        if goes_first:
+            lane.first_is_in, lane.first_connected = None, False
         if session is None:
             return None
         outcome = "ok"
@@ -6915,17 +6885,17 @@ class Dispatcher:
             self._spawn(session.quit())
             return None
         else:
-            line.session = session
             lane.sessions[session] = generation
-            lane.first_is_in.set()
+            if first_is_in is not None:
+                first_is_in.set()
             self._mark(lane)  # it may have more connections now
         self.metrics.smtp_connects.labels(self.metrics.label(lane.account.id), outcome).inc()
         return session
 
-    async def _converse(self, line: Line, session: Session, envelope: Envelope, composed: Composed) -> dict[str, Reply]:
+    async def _converse(self, lane: Lane, session: Session, envelope: Envelope, composed: Composed) -> dict[str, Reply]:
         """One SMTP transaction in its slot: a reply for each recipient, or none when the lane was called back
-        before; and a session only if it can carry more."""
-        lane, generation = line.lane, line.lane.generation
+        before. The session is idle then, or gone."""
+        generation = lane.generation
         await self._slots.take(lane, 1)
         begun = self.clock.monotonic()
         try:
@@ -6934,12 +6904,13 @@ class Dispatcher:
             return await session.transact(envelope, composed.content, smtputf8=composed.smtputf8)
         finally:
             self._slots.give_back(lane, 1)
-            seconds = self.clock.monotonic() - begun
-            lane.seconds_each += (max(seconds, 0.0005) - lane.seconds_each) / 4
-            self.metrics.smtp_transaction_seconds.labels(self.metrics.label(lane.account.id)).observe(seconds)
-            if not session.usable:
+            now = self.clock.monotonic()
+            lane.seconds_each += (max(now - begun, 0.0005) - lane.seconds_each) / 4
+            self.metrics.smtp_transaction_seconds.labels(self.metrics.label(lane.account.id)).observe(now - begun)
+            if lane.keeps(session, now) and self._may_go(lane):
+                lane.idle.append(session)
+            else:
                 self._part_with(lane, session)
-                line.session = None
 
     # -- what became of it
 
@@ -7633,7 +7604,7 @@ class ControlPlane:
         for account_id, lane in self.dispatcher.lanes.items():
             metrics.account_up.labels(account_id).set(lane.state not in IN_TROUBLE)
             metrics.smtp_connections.labels(account_id, "busy").set(lane.busy)
-            metrics.smtp_connections.labels(account_id, "idle").set(len(lane.idle))
+            metrics.smtp_connections.labels(account_id, "idle").set(max(0, len(lane.sessions) - lane.busy))
         return Response(200, await self.in_thread(metrics.exposition), "text/plain; version=0.0.4; charset=utf-8")
 
     async def get_openapi(self, request: Request) -> Response:

@@ -7539,8 +7539,8 @@ def test_an_opening_that_was_called_back_ends_before_its_login_though_its_cancel
         account = mailproxy.Account(id="main", host="mx.test", port=25)
         dispatcher.add_lane(account, (), suspended=False, held_back=False)
         lane = dispatcher.lanes["main"]
-        lane.first = mailproxy.Line(lane)  # another one goes first
-        opening = asyncio.create_task(dispatcher._open(mailproxy.Line(lane)))
+        lane.first_is_in = asyncio.Event()  # another one goes first
+        opening = asyncio.create_task(dispatcher._session(lane))
         for _ in range(3):
             await asyncio.sleep(0)
         dispatcher._recall(lane)
