@@ -98,7 +98,7 @@ from datetime import UTC, datetime
 from email.errors import MessageError
 from email.header import decode_header, make_header
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, NoReturn, TypeAlias, TypeVar, cast
 
 import aiosmtplib
 
@@ -2412,17 +2412,15 @@ def _file_name(name: str) -> str:
 # A call may be done before it is awaited: then awaiting it does not let others run.
 
 
-class InThread(Protocol):
-    """Awaits a blocking call that runs in a thread, which it keeps until it ends, even when the waiter is gone."""
+@dataclass(frozen=True)
+class InThread:
+    """Awaits a blocking call that runs in a thread of the pool (None: asyncio's own), which it keeps until it ends,
+    even when the waiter is gone."""
 
-    def __call__(self, call: Callable[[], T], /) -> Awaitable[T]: ...
+    pool: concurrent.futures.Executor | None = None
 
-
-def in_threads_of(pool: concurrent.futures.Executor) -> InThread:
-    def run(call: Callable[[], T]) -> Awaitable[T]:
-        return asyncio.get_running_loop().run_in_executor(pool, call)
-
-    return run
+    def __call__(self, call: Callable[[], T], /) -> Awaitable[T]:
+        return asyncio.get_running_loop().run_in_executor(self.pool, call)
 
 
 class Clock:
@@ -2459,9 +2457,11 @@ class Alarm:
     """Wakes one loop: when it is rung, or when its time has come. Rings while awake are kept."""
 
     def __init__(self) -> None:
+        self.rings = 0  # so far
         self._rung = asyncio.Event()
 
     def ring(self) -> None:
+        self.rings += 1
         self._rung.set()
 
     async def sleep(self, at_most_s: float) -> None:
@@ -2473,17 +2473,6 @@ class Alarm:
             finally:
                 timer.cancel()
         self._rung.clear()
-
-
-class News(Alarm):
-    """Something changed: whoever made it so rings, and the reporter looks."""
-
-    rings = 0  # so far
-    submissions = 0  # accepted so far
-
-    def ring(self) -> None:
-        self.rings += 1
-        super().ring()
 
 
 # ======================================================================
@@ -6124,6 +6113,43 @@ SMALL_PART = 200  # the first message of a lane does not wait for so small a par
 STORAGE_PAUSE_S = 1.0  # between two tries while the queue file refuses
 
 
+class Loop(Alarm):
+    """What turns until it is told to stop, and rests between two turns: until it is rung, or for as long as the
+    turn says, in seconds. While the storage refuses, its work waits."""
+
+    work: ClassVar[str]  # what the log calls it
+    clock: Clock
+    log: logging.Logger
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.turned_at = self.clock.monotonic()
+        self._stopping = self._waits_for_storage = False
+
+    def stop(self) -> None:
+        self._stopping = True
+        self.ring()
+
+    async def run(self) -> None:
+        """Turn until told to stop, or cancelled; anything unexpected ends the daemon."""
+        while not self._stopping:
+            self.turned_at = self.clock.monotonic()
+            try:
+                pause_s = await self.turn()
+                if self._waits_for_storage:
+                    event(self.log, logging.INFO, f"{self.work} goes on: the storage works again")
+                self._waits_for_storage = False
+            except StorageUnavailable as error:
+                if not self._waits_for_storage:
+                    event(self.log, logging.ERROR, f"{self.work} waits for the storage", error=str(error))
+                self._waits_for_storage, pause_s = True, STORAGE_PAUSE_S
+            await self.sleep(pause_s)
+
+    async def turn(self) -> float:
+        """Do what is to be done now; return for how long nothing will be."""
+        raise NotImplementedError
+
+
 @dataclass(eq=False)
 class Shares:
     """So many slots, or bytes, for all lanes together, given out in the order of asking.
@@ -6423,9 +6449,10 @@ class Composer:
 
 
 @dataclass(eq=False)
-class Dispatcher:
+class Dispatcher(Loop):
     """Delivers due mail through the lanes; the only one who claims."""
 
+    work = "delivery"
     queue: Queue
     settings: DeliverySettings  # replaced when the configuration is read again
     clock: Clock
@@ -6440,15 +6467,12 @@ class Dispatcher:
     lanes: dict[str, Lane] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.turned_at = self.clock.monotonic()
-        self._alarm = Alarm()
+        super().__post_init__()
         self._marked: dict[Lane, None] = {}  # lanes for the next turn to look at, in this order
         self._slots = Shares(self.settings.max_concurrency)  # a transaction each
         self._tasks: set[asyncio.Task[None]] = set()
         self._asked = False  # run-now in test_mode: turn until nothing is left to do
         self._cooled_may_go = False  # run-now: what waits for a server's next try is ready
-        self._draining = False
-        self._waits_for_storage = False
         self._held_windows: dict[str, SendWindows] = {}  # of accounts that went with mail on the wire
 
     @property
@@ -6464,7 +6488,7 @@ class Dispatcher:
             if lane := self.lanes.get(account_id):
                 lane.has_mail = True
                 self._mark(lane)
-        self._alarm.ring()
+        self.ring()
 
     def run_now(self) -> None:
         """End all cooling and look at once; in test_mode the one way to get mail out."""
@@ -6533,7 +6557,7 @@ class Dispatcher:
     def _mark(self, lane: Lane) -> None:
         """Have the next turn look at the lane, or at the one that has taken its place."""
         self._marked[self.lanes.get(lane.account.id, lane)] = None
-        self._alarm.ring()
+        self.ring()
 
     def _recall(self, lane: Lane) -> None:
         """Call back what is not on the wire yet, and close the connections nobody uses."""
@@ -6549,43 +6573,27 @@ class Dispatcher:
 
     # -- the loop
 
-    async def run(self) -> None:
-        """Turn until cancelled or told to drain; anything unexpected ends the daemon."""
-        while not self._draining:
-            self.turned_at = self.clock.monotonic()
-            await self._alarm.sleep(await self._turn())
-
-    async def _turn(self) -> float:
-        """Do what is to be done now; return for how long nothing will be, in seconds."""
+    async def turn(self) -> float:
         self._slots.total = self.settings.max_concurrency
         self._slots.alone = self.composer.memory.alone = len(self.lanes) == 1
-        try:
-            await self._follow_clock()
-            if self.settings.test_mode and not self._asked:
-                return self.settings.send_interval_seconds
-            if self.queue.file.refuses:
-                await self.queue.answers()
-            now = self.clock.wall()
-            if self._cooled_may_go:
-                self.wake(await self.queue.let_cooled_go())
-                self._cooled_may_go = False
-            if self.queue.next_due_ts <= now:
-                self.wake(await self.queue.release_due())
-            if self.queue.next_deadline_ts <= now:
-                for id_, account_id, why in await self.queue.give_up_overdue():
-                    self.metrics.messages_failed.labels(self.metrics.label(account_id)).inc()
-                    event(self.log, logging.WARNING, "message given up", message=id_, account=account_id, error=why)
-                self.reports_due()
-            if self.active:
-                await self._look_after_lanes()
-        except StorageUnavailable as error:
-            if not self._waits_for_storage:
-                event(self.log, logging.ERROR, "delivery waits for the storage", error=str(error))
-            self._waits_for_storage = True
-            return STORAGE_PAUSE_S
-        if self._waits_for_storage:
-            event(self.log, logging.INFO, "delivery goes on: the storage works again")
-        self._waits_for_storage = False
+        await self._follow_clock()
+        if self.settings.test_mode and not self._asked:
+            return self.settings.send_interval_seconds
+        if self.queue.file.refuses:
+            await self.queue.answers()
+        now = self.clock.wall()
+        if self._cooled_may_go:
+            self.wake(await self.queue.let_cooled_go())
+            self._cooled_may_go = False
+        if self.queue.next_due_ts <= now:
+            self.wake(await self.queue.release_due())
+        if self.queue.next_deadline_ts <= now:
+            for id_, account_id, why in await self.queue.give_up_overdue():
+                self.metrics.messages_failed.labels(self.metrics.label(account_id)).inc()
+                event(self.log, logging.WARNING, "message given up", message=id_, account=account_id, error=why)
+            self.reports_due()
+        if self.active:
+            await self._look_after_lanes()
         until_due_s = min(self.queue.next_due_ts, self.queue.next_deadline_ts) - self.clock.wall()
         if self.settings.test_mode and until_due_s > 0 and not (self._tasks or (self.active and self._marked)):
             self._asked = False
@@ -6693,7 +6701,7 @@ class Dispatcher:
 
     def _may_go(self, lane: Lane) -> bool:
         """False at the end, while no outcome could be recorded, and for a lane that rests."""
-        return self.active and not (self._draining or self.queue.file.refuses) and lane.state not in RESTING
+        return self.active and not (self._stopping or self.queue.file.refuses) and lane.state not in RESTING
 
     def _start_work(self, lane: Lane) -> None:
         """Put free connections to work; what may not go any more goes back."""
@@ -6930,7 +6938,7 @@ class Dispatcher:
             event(self.log, level, what, account=lane.account.id, until=lane.next_try_ts(), error=disposition.error)
             self._recall(lane)
             self._mark(lane)
-        if disposition.status is not Status.QUEUED or self._draining or lane.deleted:
+        if disposition.status is not Status.QUEUED or self._stopping or lane.deleted:
             await self._conclude(lane, claim, attempt, disposition)
             return None
         await self._record(Outcome(claim, attempt, disposition, sent=False))
@@ -7011,16 +7019,15 @@ class Dispatcher:
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._alarm.ring()
+        self.ring()
         if not task.cancelled() and (error := task.exception()) is not None:
             event(self.log, logging.ERROR, "a delivery task failed", exc_info=error)
 
     def drain(self) -> None:
         """Claim nothing more; run() returns, and drained() when the transactions in progress have ended."""
-        self._draining = True
+        self.stop()
         for lane in self.lanes.values():
             self._recall(lane)
-        self._alarm.ring()
 
     async def drained(self) -> None:
         while self._tasks:
@@ -7106,24 +7113,24 @@ class Why(enum.Enum):
 
 
 @dataclass(eq=False)
-class Reporter:
+class Reporter(Loop):
     """Reports every state once it is on disk, until the upstream has acknowledged it."""
 
+    work = "reporting"
     queue: Queue
     client: ClientSettings  # this and the next are replaced when the configuration is read again
     delivery: DeliverySettings
     clock: Clock
     call: Callable[[str, bytes], Awaitable[HttpAnswer]]  # an id, the same however often it is tried, and the body
-    news: News  # rung when there are new states to report
     dispatching: Callable[[], bool]
     in_thread: InThread
     metrics: Metrics
     log: logging.Logger
+    submissions: int = 0  # accepted so far
 
     def __post_init__(self) -> None:
-        self.turned_at = self.clock.monotonic()
+        super().__post_init__()
         self._pass_is_open = False  # test_mode: from run-now until all that came of it is reported
-        self._stopping = False
         self._next_at, self._why = -math.inf, Why.ASKED  # the next call; monotonic
         self._not_before = -math.inf  # next_sync_after: no empty calls before
         self._failures = 0
@@ -7134,7 +7141,6 @@ class Reporter:
         self._acknowledged: Sequence[State] = ()  # and not on disk yet
         self._house_kept_at = -math.inf
         self._purged = 0
-        self._waits_for_storage = False
 
     # -- what others tell it
 
@@ -7146,33 +7152,15 @@ class Reporter:
         self._pass_is_open = True
         self._not_before = self._next_at = -math.inf
         self._why = Why.ASKED
-        self.news.ring()
-
-    def stop(self) -> None:
-        self._stopping = True
-        self.news.ring()
+        self.ring()
 
     # -- the loop
 
-    async def run(self) -> None:
-        """Turn until told to stop; anything unexpected ends the daemon."""
-        while not self._stopping:
-            self.turned_at = self.clock.monotonic()
-            await self.news.sleep(await self._turn())
-
-    async def _turn(self) -> float:
-        """Do what is to be done now; return for how long nothing will be, in seconds."""
+    async def turn(self) -> float:
         if self.delivery.test_mode and not self._pass_is_open:
             return REPORTER_SLEEP_S
-        try:
-            house_is_kept = await self._keep_house()
-            pause_s = await self._report() if self.client.client_sync_url is not None else REPORTER_SLEEP_S
-        except StorageUnavailable as error:
-            if not self._waits_for_storage:
-                event(self.log, logging.ERROR, "reports wait for the storage", error=str(error))
-            self._waits_for_storage = True
-            return STORAGE_PAUSE_S
-        self._waits_for_storage = False
+        house_is_kept = await self._keep_house()
+        pause_s = await self._report() if self.client.client_sync_url is not None else REPORTER_SLEEP_S
         if pause_s > 0 and not self.dispatching():
             self._pass_is_open = False
         return min(pause_s, REPORTER_SLEEP_S) if house_is_kept else 0.0
@@ -7208,8 +7196,8 @@ class Reporter:
         if again or not 0 < len(states) < most:
             return again or states
         seen, until = -1, self.clock.monotonic() + GATHER_AT_MOST_S
-        while seen != self.news.rings and self.clock.monotonic() < until:
-            seen = self.news.rings
+        while seen != self.rings and self.clock.monotonic() < until:
+            seen = self.rings
             await asyncio.sleep(GATHER_S)
         return await self.queue.unreported(most)
 
@@ -7270,8 +7258,8 @@ class Reporter:
 
     def _eager_pause_s(self) -> float:
         """How soon to call when the upstream asks for it: later and later while that brings nothing."""
-        self._eager_calls = 0 if self.news.submissions > self._submissions_seen else self._eager_calls + 1
-        self._submissions_seen = self.news.submissions
+        self._eager_calls = 0 if self.submissions > self._submissions_seen else self._eager_calls + 1
+        self._submissions_seen = self.submissions
         return EAGER_PAUSES_S[min(self._eager_calls, len(EAGER_PAUSES_S) - 1)]
 
     # -- housekeeping
@@ -7698,7 +7686,7 @@ class ControlPlane:
         return judged
 
     def _tell_of_submissions(self, accepted: Sequence[Submission], rejected: Sequence[Mapping[str, object]]) -> None:
-        self.reporter.news.submissions += len(accepted)
+        self.reporter.submissions += len(accepted)
         by_account = collections.Counter(submission.account_id for submission in accepted)
         for account_id, number in by_account.items():
             self.metrics.messages_accepted.labels(self.metrics.label(account_id)).inc(number)
@@ -7768,7 +7756,7 @@ class ControlPlane:
         """Give failed messages a new life."""
         retried = await self.queue.retry(ids_of(await request.json_object()), self._deadline_of)
         self.dispatcher.wake(self.dispatcher.lanes)
-        self.reporter.news.ring()
+        self.reporter.ring()
         event(self.log, logging.INFO, "failed messages queued anew", messages=retried.queued)
         answer = {"ok": True, **retried._asdict()}
         if not retried.account_not_found:
@@ -7877,7 +7865,7 @@ class ControlPlane:
         if not (known or failed):
             raise HttpError(404, NO_ACCOUNT)
         self.metrics.messages_failed.labels(self.metrics.label(account_id)).inc(failed)
-        self.reporter.news.ring()
+        self.reporter.ring()
         event(self.log, logging.INFO, "account deleted", account=account_id, failed=failed)
         return json_response({"ok": True, "failed": failed})
 
@@ -8035,7 +8023,7 @@ class Daemon:
             concurrent.futures.ThreadPoolExecutor(256, "network"),
             concurrent.futures.ThreadPoolExecutor(WORK_THREADS, "work"),
         ]
-        self._network, self._work = map(in_threads_of, self._pools)
+        self._network, self._work = map(InThread, self._pools)
         self._tokens: tuple[bytes, ...] = ()
         self._queue = Queue(
             QueueFile(
@@ -8085,7 +8073,6 @@ class Daemon:
 
     async def _build(self, configured: Sequence[Account]) -> None:
         await self._queue.load()
-        news = News()
         self._composer = Composer(
             self._queue, self._fetcher(), self.settings.attachments.memory_budget_bytes, self._work
         )
@@ -8095,6 +8082,17 @@ class Daemon:
         except TimeoutError:
             hostname = "localhost"
         self._agent = delivery_agent(hostname, self._environ, self._network)
+        self._reporter = Reporter(
+            self._queue,
+            self.settings.client,
+            self.settings.delivery,
+            clock=self._clock,
+            call=self._call_upstream,
+            dispatching=lambda: self._dispatcher.busy,
+            in_thread=self._work,
+            metrics=self._metrics,
+            log=self._log,
+        )
         self._dispatcher = Dispatcher(
             self._queue,
             self.settings.delivery,
@@ -8104,23 +8102,11 @@ class Daemon:
             composer=self._composer,
             metrics=self._metrics,
             log=self._log,
-            reports_due=news.ring,
+            reports_due=self._reporter.ring,
         )
         self._dispatcher.log_deliveries = self.settings.logging.delivery_activity
         active = await self._queue.switch("active")
         self._dispatcher.active = self.settings.scheduler.active if active is None else active
-        self._reporter = Reporter(
-            self._queue,
-            self.settings.client,
-            self.settings.delivery,
-            clock=self._clock,
-            call=self._call_upstream,
-            news=news,
-            dispatching=lambda: self._dispatcher.busy,
-            in_thread=self._work,
-            metrics=self._metrics,
-            log=self._log,
-        )
         self._control = ControlPlane(
             self._queue,
             self._dispatcher,
@@ -8250,7 +8236,7 @@ class Daemon:
                 self._dispatcher.settings = settings.delivery
                 self._dispatcher.log_deliveries = settings.logging.delivery_activity
                 self._reporter.client, self._reporter.delivery = settings.client, settings.delivery
-                self._reporter.news.ring()
+                self._reporter.ring()
                 self._composer.fetcher = self._fetcher()
                 self._agent.contexts.clear()  # certificates may have changed
                 await self._control.renew_accounts(accounts)
@@ -9129,7 +9115,7 @@ class Demo:
             limits=ServerSettings(),
             authorised=lambda request: False,
             observe=lambda request, status, seconds: None,
-            in_thread=asyncio.to_thread,
+            in_thread=InThread(),
             log_failure=lambda request, failure: complain(f"the receiver of reports failed: {failure!r}"),
         )
         (host, port), *_ = await app.start_tcp("127.0.0.1", 0, None)
@@ -9534,7 +9520,7 @@ async def _try_servers(
             await file.close()
         accounts = {account.id: account for account in stored} | accounts
     pool = concurrent.futures.ThreadPoolExecutor(8, "check")
-    in_thread = in_threads_of(pool)
+    in_thread = InThread(pool)
     agent = delivery_agent(await in_thread(host_name), environ, in_thread)
 
     async def tried(account: Account) -> Offers | Reply:

@@ -8381,7 +8381,6 @@ class ReporterRig(QueueRig):
             mailproxy.DeliverySettings(**(delivery or {})),
             clock=mailproxy.Clock(lambda: self.now, lambda: self.monotonic),
             call=self._call,
-            news=mailproxy.News(),
             dispatching=lambda: False,
             in_thread=asyncio.to_thread,
             metrics=mailproxy.Metrics("test"),
@@ -8403,7 +8402,7 @@ class ReporterRig(QueueRig):
         """Let the reporter turn whenever it wants to, for so long."""
         end = self.monotonic + seconds
         while True:
-            pause_s = self.run(self.reporter._turn())
+            pause_s = self.run(self.reporter.turn())
             step_s = min(pause_s, end - self.monotonic)
             self.monotonic, self.now = self.monotonic + step_s, self.now + step_s
             if step_s < pause_s:
@@ -8430,7 +8429,7 @@ class ReporterRig(QueueRig):
         for id_ in ids:
             self.accepted(submission(id_))
         self.fail_orphans("main", 0, "given up")
-        self.reporter.news.ring()
+        self.reporter.ring()
 
 
 @pytest.fixture
@@ -8547,7 +8546,7 @@ def test_queued_goes_on_at_once_while_it_brings_submissions(make_reporter: Any) 
     rig.answers.extend({"queued": 1} for _ in range(20))
 
     def submit() -> None:
-        rig.reporter.news.submissions += 1
+        rig.reporter.submissions += 1
 
     rig.inside = submit
     rig.pass_time(0)
