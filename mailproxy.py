@@ -2492,9 +2492,10 @@ def event(
     log: logging.Logger, level: int, sentence: str, /, *, exc_info: BaseException | None = None, **fields: object
 ) -> None:
     """Log that something happened: one sentence, and what it concerns as fields (message=, account=,
-    connection= ...). Fields that are None are left out; `exc_info` adds a traceback."""
+    connection= ...). Fields that are None are left out, fractions rounded; `exc_info` adds a traceback."""
     if log.isEnabledFor(level):
         known = {name: value for name, value in fields.items() if value is not None}
+        known |= {name: round(value, 3) for name, value in known.items() if isinstance(value, float)}
         if "request" not in known and (request := request_id.get()) is not None:
             known["request"] = request
         log.log(level, sentence, exc_info=exc_info, extra={"fields": known})
@@ -2508,25 +2509,11 @@ def _escaped(text: str) -> str:
 
 
 def _field_as_text(value: object) -> str:
-    if isinstance(value, float):
-        value = round(value, 3)
-    if isinstance(value, list | tuple | set | frozenset):
-        value = ",".join(str(item) for item in value)
-    text = str(value)
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     if text and text.isprintable() and not any(c in text for c in ' "=\\'):
         return text
     quoted = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{_escaped(quoted)}"'
-
-
-def _field_as_json(value: object) -> object:
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else str(value)
-    if isinstance(value, bool | int) or type(value) is str:
-        return value
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_field_as_json(item) for item in value]
-    return str(value)
 
 
 def _text_line(record: logging.LogRecord, fields: Mapping[str, object], trace: str, *, journal: bool) -> str:
@@ -2550,8 +2537,8 @@ def _json_line(record: logging.LogRecord, fields: Mapping[str, object], trace: s
     now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
     time_ms = f"{now}.{int(record.msecs):03d}Z"
     line: dict[str, object] = {"time": time_ms, "level": record.levelname.lower(), "event": record.getMessage()}
-    line |= {name: _field_as_json(value) for name, value in fields.items() if name not in line}
-    return json.dumps(line | {"traceback": trace} if trace else line)
+    line = {**line, **fields, **line, **({"traceback": trace} if trace else {})}
+    return json.dumps(line, default=str)
 
 
 class LineWriter(logging.Handler):
@@ -4256,7 +4243,7 @@ def failed_fetch(reason: str, code: int, retry_after_s: float | None = None) -> 
     return Reply(Stage.ATTACHMENT, code, text, cause=Cause.LOCAL, retry_after_s=retry_after_s)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, repr=False)
 class Fetched:
     """What a source gave: bytes in a file without a name, which goes when nobody needs it any more."""
 
@@ -4450,7 +4437,7 @@ def copy_regular_file(base: str, steps: Sequence[str], max_bytes: int, into: Bin
 # --- the fetcher -------------------------------------------------------------
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class AttachmentFetcher:
     """Gets the bytes of attachments, each once in a burst, into files: a slow server holds no memory.
 
@@ -5486,7 +5473,7 @@ class ClientGone(Exception):
     """The connection is over: nobody is there to be answered."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Request:
     """A request, as far as it is understood; header values are Latin-1, so that no byte is lost."""
 
@@ -5495,11 +5482,11 @@ class Request:
     route: str  # the pattern of its route, or "unmatched"
     parameters: dict[str, str]  # the id in the path, decoded
     query: dict[str, str]  # decoded; the last one of a name counts
-    headers: dict[str, str] = field(repr=False)  # names in lower case; repeated ones joined by ", "
-    body: bytes = field(repr=False)
+    headers: dict[str, str]  # names in lower case; repeated ones joined by ", "
+    body: bytes
     id: str
     peer: str  # the client's address, or "unix"
-    in_thread: InThread = field(repr=False)
+    in_thread: InThread
     version: str = "1.1"
 
     async def json_object(self, judged: str | None = None) -> dict[str, object]:
@@ -5553,15 +5540,13 @@ class Request:
         return target
 
 
-@dataclass(slots=True)
-class Response:
+class Response(NamedTuple):
     """An answer: bytes, or a generator of pieces, none of them empty, that are sent as the client takes them."""
 
     status: int = 200
     body: bytes | AsyncGenerator[bytes, None] = b""
     content_type: str = "application/json"
-    headers: Mapping[str, str] = field(default_factory=dict)
-    opening: bytes = b""  # the first piece of a body that is sent piece by piece
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 def json_response(content: Mapping[str, object], status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -5714,7 +5699,7 @@ def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
     raise HttpError(400, "a % in the path or query is not followed by the hexadecimal digits of UTF-8 without NUL")
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class ServedConnection:
     """One client, its requests answered one after another."""
 
@@ -5769,7 +5754,7 @@ class ServedConnection:
 
     async def _exchange(self) -> None:
         """One request and its answer, whatever the request is."""
-        began_at = time.monotonic()
+        began_at, opening = time.monotonic(), b""
         self._last = self._unread = True
         request = Request("other", "", "unmatched", {}, {}, {}, b"", "", self.peer, self.server.in_thread)
         try:
@@ -5777,7 +5762,7 @@ class ServedConnection:
                 raise HttpError(503, "too many connections", headers={"Retry-After": "1"})
             response = await self._response_to(request, began_at + self.server.limits.head_timeout_seconds)
             if not isinstance(response.body, bytes):  # what fails up to here can still be told by a status
-                response.opening = await anext(response.body, b"")
+                opening = await anext(response.body, b"")
         except HttpError as error:
             response = error.response()
         except Rejected as error:
@@ -5791,7 +5776,7 @@ class ServedConnection:
             response = HttpError(500, "internal error: the log has more, under this X-Request-Id").response()
         request.id = request.id or request_id_in(self._buffer)
         try:
-            await self._send(request, response)
+            await self._send(request, response, opening)
         finally:
             self.server.observe(request, response.status, time.monotonic() - began_at)
 
@@ -5917,7 +5902,7 @@ class ServedConnection:
             raise HttpError(400, "a line of the chunked body does not end with CRLF")
         return line[:-2]
 
-    async def _send(self, request: Request, response: Response) -> None:
+    async def _send(self, request: Request, response: Response, opening: bytes) -> None:
         """The whole answer; a body of unknown length in chunks, or in HTTP/1.0 up to the end of the connection."""
         chunked, wanted = request.version == "1.1", request.method != "HEAD"
         self._last = self._last or self.server.stopping or not (chunked or isinstance(response.body, bytes))
@@ -5942,7 +5927,7 @@ class ServedConnection:
             await self._write(content + response.body if wanted else content)
             return
         try:
-            piece = response.opening if wanted else b""
+            piece = opening if wanted else b""
             while piece:
                 await self._write(content + (b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece))
                 content, piece = b"", await anext(response.body, b"")
@@ -5989,7 +5974,7 @@ class ServedConnection:
                 await self.writer.wait_closed()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class HttpServer:
     """Listens, and has each request answered by the row of the route table it belongs to."""
 
@@ -7482,7 +7467,7 @@ def route(
 Judged = tuple[str | None, Submission | str, Sequence[str]]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class ControlPlane:
     """The handlers of the route table: their names and first lines are those of openapi.json.
 
