@@ -7463,8 +7463,8 @@ def route(
     return Route(method, pattern, handler, public, operation)
 
 
-# A message of a batch: its id, what to store of it or the reason why it is rejected, the fields it has for nothing.
-Judged = tuple[str | None, Submission | str, Sequence[str]]
+# A batch: what to store, the entries of `rejected`, and by id the fields that mean nothing.
+Judged = tuple[list[Submission], list[dict[str, object]], dict[str, Sequence[str]]]
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -7605,30 +7605,22 @@ class ControlPlane:
 
     async def submit_messages(self, request: Request) -> Response:
         """Submit messages; each is judged by itself, and what is accepted is on disk."""
-        judged = await self._judged(request)
+        judged, rejected, unknown = await self._judged(request)
         lanes = self.dispatcher.lanes  # an account may be gone meanwhile
-        good = [one for _, one, _ in judged if isinstance(one, Submission) and one.account_id in lanes]
-        verdicts = await self.queue.accept(good) if good else []
-        reasons = {submission.id: reason for submission, reason in zip(good, verdicts, strict=True)}
-        accepted: list[Submission] = []
-        rejected: list[dict[str, object]] = []
-        warnings: list[dict[str, object]] = []
-        for id_, one, unknown in judged:
-            reason = one if isinstance(one, str) else reasons.get(one.id, NOT_FOUND)
-            if isinstance(one, str) or reason is not None:
-                rejected.append({"id": id_, "reason": reason})
-                continue
-            accepted.append(one)
-            if unknown:
-                warnings.append({"id": id_, "unknown": list(unknown)})
+        good = [one for one in judged if one.account_id in lanes]
+        rejected += [{"id": one.id, "reason": NOT_FOUND} for one in judged if one.account_id not in lanes]
+        verdicts = list(zip(good, await self.queue.accept(good) if good else (), strict=True))
+        rejected += [{"id": one.id, "reason": reason} for one, reason in verdicts if reason is not None]
+        accepted = [one for one, reason in verdicts if reason is None]
         self._tell_of_submissions(accepted, rejected)
         if rejected and not accepted:
             detail = {"error": ALL_REJECTED, "rejected": rejected}
             raise HttpError(400, ALL_REJECTED, extra={"rejected": rejected, "detail": detail})
         answer = {"ok": True, "queued": len(accepted), "rejected": rejected}
+        warnings = [{"id": one.id, "unknown": unknown[one.id]} for one in accepted if one.id in unknown]
         return json_response({**answer, "warnings": warnings} if warnings else answer)
 
-    async def _judged(self, request: Request) -> list[Judged]:
+    async def _judged(self, request: Request) -> Judged:
         """The messages of a batch, judged. What they were read from is let go when this returns."""
         fields = await request.json_object(judged="messages")
         messages = fields.get("messages")
@@ -7645,30 +7637,31 @@ class ControlPlane:
         request.body = b""
         return await self.in_thread(lambda: self._judge(messages, default))
 
-    def _judge(self, messages: Sequence[object], default_priority: int) -> list[Judged]:
+    def _judge(self, messages: Sequence[object], default_priority: int) -> Judged:
         """Each message as it is to be stored, or the reason why not; of an id only the first can be taken."""
         now = self.clock.wall()
-        judged: list[Judged] = []
-        seen: set[str] = set()
+        good: list[Submission] = []
+        rejected: list[dict[str, object]] = []
+        unknown: dict[str, Sequence[str]] = {}
+        seen: set[str | None] = set()
         for given in messages:
             id_ = None
-            with contextlib.suppress(Rejected):
-                id_ = line_of(given.get("id"), "id", most=LONGEST_ID) if isinstance(given, dict) else None
-            if id_ in seen:
-                judged.append((id_, "duplicate id in this batch", ()))
-                continue
-            if id_ is not None:
-                seen.add(id_)
             try:
+                with contextlib.suppress(Rejected):
+                    id_ = line_of(given.get("id"), "id", most=LONGEST_ID) if isinstance(given, dict) else None
+                if id_ is not None and id_ in seen:
+                    raise Rejected("duplicate id in this batch")
+                seen.add(id_)
                 message = parse_message(given, now=now, default_priority=default_priority)
-                submission = submission_of(given, message, self._account(message.account_id), now)
-                judged.append((id_, submission, message.unknown))
+                good.append(submission_of(given, message, self._account(message.account_id), now))
+                if message.unknown:
+                    unknown[message.id] = message.unknown
             except Rejected as error:
-                judged.append((id_, str(error), ()))
+                rejected.append({"id": id_, "reason": str(error)})
             except Exception as error:  # a bug of ours must not spoil the batch
                 event(self.log, logging.ERROR, "a submission made mailproxy fail", message=id_, exc_info=error)
-                judged.append((id_, "invalid message: it could not be understood", ()))
-        return judged
+                rejected.append({"id": id_, "reason": "invalid message: it could not be understood"})
+        return good, rejected, unknown
 
     def _tell_of_submissions(self, accepted: Sequence[Submission], rejected: Sequence[Mapping[str, object]]) -> None:
         self.reporter.submissions += len(accepted)
