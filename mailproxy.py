@@ -4747,7 +4747,7 @@ def _reply_of_failure(stage: Stage, failure: Exception) -> Reply:
     return local_reply(stage, str(failure))
 
 
-# ----- the wire
+# ----- the session
 
 
 def data_pieces(content: bytes) -> Iterator[tuple[bytes, bool]]:
@@ -4783,125 +4783,6 @@ class Answer(NamedTuple):
         return " ".join((str(self.code), *self.lines))
 
 
-class Wire(asyncio.Protocol):
-    """The bytes of an open session: each answer is expected, and has its deadline."""
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self.broken: tuple[Cause, str] | None = None  # why nothing that it still says is believed
-        self._transport = transport
-        self._loop = asyncio.get_running_loop()
-        self._unread = b""  # an unfinished line
-        self._code, self._lines = b"", list[str]()  # of an unfinished reply
-        self._reply_bytes = 0
-        self._answers: list[Answer] = []
-        self._expected = 0
-        self._timeout_s, self._deadline = 0.0, 0.0  # for the next answer
-        self._watchdog: asyncio.TimerHandle | None = None
-        self._paused = False
-        self._waiter: asyncio.Future[None] | None = None
-        transport.set_write_buffer_limits(high=CONTENT_PIECE_BYTES)
-        transport.set_protocol(self)
-
-    async def ask(self, commands: bytes, answers: int, timeout_s: float, *, more: bool = False) -> list[Answer]:
-        """Write, and wait for so many answers, each within the timeout; fewer when the wire broke.
-
-        With `more` to follow, wait only until there is room for it, or an answer has come early.
-        """
-        self._answers, self._expected = [], answers
-        self._timeout_s, self._deadline = timeout_s, self._loop.time() + timeout_s
-        if self._watchdog is None or self._watchdog.when() > self._deadline:
-            self._watch()
-        if self.broken is None:
-            self._transport.write(commands)
-        if more:
-            await asyncio.sleep(0)  # a server that takes it all at once must not keep the loop from others
-        while self._expected and self.broken is None and (self._paused or not more):
-            self._waiter = self._loop.create_future()
-            await self._waiter
-        return self._answers
-
-    def break_off(self, cause: Cause, text: str) -> None:
-        """End the connection at once, if it has not ended."""
-        if self.broken is not None:
-            return
-        self.broken = (cause, text)
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-        self._transport.abort()
-        self._wake()
-
-    async def quit(self) -> None:
-        """Say goodbye and close politely (close_notify under TLS), each within a few seconds."""
-        await self.ask(b"QUIT\r\n", 1, QUIT_TIMEOUT_S)
-        if self.broken is None:
-            self._transport.close()  # of a closed one no more can be asked, not even abort() (Python 3.11, TLS)
-            await self.ask(b"", 1, QUIT_TIMEOUT_S)
-        self.break_off(Cause.LOST, "closed")
-
-    # Called by the event loop:
-
-    def data_received(self, data: bytes) -> None:
-        """Read lines; the last one of a reply has no hyphen behind its code (RFC 5321 4.2.1)."""
-        *lines, self._unread = (self._unread + data).split(b"\n")
-        for line in lines:
-            found = _REPLY_LINE.fullmatch(line.rstrip(b"\r"))
-            self._reply_bytes += len(line)
-            if found is None or (self._lines and self._code != found[1]):
-                return self.break_off(Cause.LOCAL, f"malformed reply: {line[:200].decode('utf-8', 'replace')}")
-            if self._reply_bytes > LONGEST_REPLY_BYTES:
-                break
-            self._code, hyphen, text = found.groups(b"")
-            self._lines.append(text.decode("utf-8", "replace"))
-            if hyphen == b"-":
-                continue
-            answer = Answer(int(self._code), tuple(self._lines))
-            self._lines, self._reply_bytes = [], 0
-            if asked_for := self._expected > 0:
-                self._answers.append(answer)
-                self._expected -= 1
-                self._deadline = self._loop.time() + self._timeout_s
-            if answer.code == 421:  # nothing follows, asked for or not (RFC 5321 3.8)
-                return self.break_off(Cause.LOST, f"the server ended the session: {answer}")
-            if not asked_for:
-                return self.break_off(Cause.LOCAL, f"a reply that nobody asked for: {answer}")
-            if not self._expected:
-                self._wake()
-        if self._reply_bytes + len(self._unread) > LONGEST_REPLY_BYTES:
-            self.break_off(Cause.LOCAL, "a reply without end")
-        return None
-
-    def eof_received(self) -> None:
-        self.break_off(Cause.LOST, "connection closed by the server")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.break_off(Cause.LOST, f"connection lost: {exc}" if exc else "connection lost")
-
-    def pause_writing(self) -> None:
-        self._paused = True
-
-    def resume_writing(self) -> None:
-        self._paused = False
-        self._wake()
-
-    def _watch(self) -> None:
-        """Break off when the time of an answer is over. One timer for a whole session, which is set again when it
-        comes too early: one for each answer would cost a twentieth of a transaction."""
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-            self._watchdog = None
-        if self._expected and self._loop.time() >= self._deadline:
-            self.break_off(Cause.TIMEOUT, f"no answer within {self._timeout_s:g} s")
-        elif self._expected and self.broken is None:
-            self._watchdog = self._loop.call_at(self._deadline, self._watch)
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-# ----- the session
-
-
 class Offers(NamedTuple):
     """What the server says it can do, and what the connection is."""
 
@@ -4925,23 +4806,39 @@ _RSET = _Command(b"RSET\r\n", Stage.MAIL)
 _DATA = _Command(b"DATA\r\n", Stage.DATA)
 
 
-@dataclass(slots=True, eq=False)
-class Session:
-    """An open connection to the server of an account, logged in; carries one transaction at a time."""
+class Session(asyncio.Protocol):
+    """An open connection to the server of an account, logged in; carries one transaction at a time.
 
-    wire: Wire
-    name: str
-    offers: Offers
-    timeout_s: float  # for each reply but the last
-    end_of_data_timeout_s: float
-    transactions: int = 0  # begun so far
-    opened_at: float = field(default_factory=time.monotonic)
-    clean: bool = True  # no transaction is open at the server
+    Each answer is expected, and has its deadline.
+    """
+
+    def __init__(
+        self, transport: asyncio.Transport, name: str, offers: Offers, timeout_s: float, end_of_data_timeout_s: float
+    ) -> None:
+        self.name, self.offers = name, offers
+        self.transactions = 0  # begun so far
+        self.opened_at = time.monotonic()
+        self.broken: tuple[Cause, str] | None = None  # why nothing that it still says is believed
+        self._timeout_s, self._end_of_data_timeout_s = timeout_s, end_of_data_timeout_s  # the first: of other replies
+        self._clean = True  # no transaction is open at the server
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        self._unread = b""  # an unfinished line
+        self._code, self._lines = b"", list[str]()  # of an unfinished reply
+        self._reply_bytes = 0
+        self._answers: list[Answer] = []
+        self._expected = 0
+        self._patience_s, self._deadline = 0.0, 0.0  # for the next answer
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._paused = False
+        self._waiter: asyncio.Future[None] | None = None
+        transport.set_write_buffer_limits(high=CONTENT_PIECE_BYTES)
+        transport.set_protocol(self)
 
     @property
     def usable(self) -> bool:
         """False after a timeout, a 421, an answer that does not fit, and when the connection is gone."""
-        return self.wire.broken is None
+        return self.broken is None
 
     async def transact(self, envelope: Envelope, content: bytes, *, smtputf8: bool) -> dict[str, Reply]:
         """Offer one message to the server: a reply for each recipient, whatever happens."""
@@ -4956,8 +4853,8 @@ class Session:
             refusal = Reply(Stage.MAIL, 550, text, "5.6.7", Cause.LOCAL)
         elif _UNSPEAKABLE.search(addresses):
             refusal = Reply(Stage.MAIL, 501, "an address with control characters", "5.1.3", Cause.LOCAL)
-        elif self.wire.broken is not None:  # while it was idle
-            refusal = local_reply(Stage.MAIL, self.wire.broken[1], Cause.LOST)
+        elif self.broken is not None:  # while it was idle
+            refusal = local_reply(Stage.MAIL, self.broken[1], Cause.LOST)
         if refusal is not None:
             return dict.fromkeys(envelope.recipients, refusal)
         mail = f"MAIL FROM:<{envelope.sender}>"
@@ -4971,30 +4868,30 @@ class Session:
         commands = [_Command(f"{mail}\r\n".encode(), Stage.MAIL), *recipients, _DATA]
         self.transactions += 1
         try:
-            return await self._transact(envelope, content, commands if self.clean else [_RSET, *commands])
+            return await self._transact(envelope, content, commands if self._clean else [_RSET, *commands])
         except BaseException:
-            self.abort()
+            self._break_off(Cause.LOST, "aborted")
             raise
 
     async def quit(self) -> None:
-        """Say goodbye and close, within a few seconds."""
-        await self.wire.quit()
-
-    def abort(self) -> None:
-        """Close at once, whatever is on the way."""
-        self.wire.break_off(Cause.LOST, "aborted")
+        """Say goodbye and close politely (close_notify under TLS), each within a few seconds."""
+        await self._ask(b"QUIT\r\n", 1, QUIT_TIMEOUT_S)
+        if self.broken is None:
+            self._transport.close()  # of a closed one no more can be asked, not even abort() (Python 3.11, TLS)
+            await self._ask(b"", 1, QUIT_TIMEOUT_S)
+        self._break_off(Cause.LOST, "closed")
 
     async def _transact(self, envelope: Envelope, content: bytes, commands: list[_Command]) -> dict[str, Reply]:
         """The commands in one packet where the server offers PIPELINING, else one by one as long as they can
         lead to a content; then the content, for all who were not refused by themselves."""
-        self.clean = False
+        self._clean = False
         refusals: dict[str, Reply] = {}  # of single recipients
         verdict: Reply | None = None  # the reply for all others
         taken = go_ahead = False
         for packet in [commands] if self.offers.pipelining else [[command] for command in commands]:
             if verdict is not None or (packet == [_DATA] and not taken):
                 break
-            answers = await self.wire.ask(b"".join([one.line for one in packet]), len(packet), self.timeout_s)
+            answers = await self._ask(b"".join([one.line for one in packet]), len(packet), self._timeout_s)
             for command, answer in zip(packet, answers, strict=False):
                 granted = answer.code == 354 if command is _DATA else 200 <= answer.code < 300
                 if granted:
@@ -5011,52 +4908,140 @@ class Session:
         left = [recipient for recipient in envelope.recipients if recipient not in refusals]
         if left and verdict is None:
             verdict = await self._send_content(content)
-            self.clean = verdict.accepted
+            self._clean = verdict.accepted
         elif go_ahead and taken:
-            self.wire.break_off(Cause.LOCAL, "the server took a recipient without a sender")
+            self._break_off(Cause.LOCAL, "the server took a recipient without a sender")
         elif go_ahead:  # for nobody: an empty content ends it (RFC 2920 3.1)
-            await self.wire.ask(b".\r\n", 1, self.timeout_s)
+            await self._ask(b".\r\n", 1, self._timeout_s)
         return {one: refusals.get(one) or cast(Reply, verdict) for one in envelope.recipients}
 
     async def _send_content(self, content: bytes) -> Reply:
         """The server's reply to the content, which is in doubt once its end is written."""
-        if self.wire.broken is not None:
+        if self.broken is not None:
             return self._unanswered(Stage.DATA)
         for piece, last in data_pieces(content):
             stage = Stage.END_OF_DATA if last else Stage.DATA
-            timeout_s = self.end_of_data_timeout_s if last else self.timeout_s
-            answers = await self.wire.ask(piece, 1, timeout_s, more=not last)
-            if answers or self.wire.broken is not None:
+            timeout_s = self._end_of_data_timeout_s if last else self._timeout_s
+            answers = await self._ask(piece, 1, timeout_s, more=not last)
+            if answers or self.broken is not None:
                 break
         if not answers:
             return self._unanswered(stage)
         answer = answers[0]
         if stage is Stage.DATA:
-            self.wire.break_off(Cause.LOST, "the server did not wait for the end of the content")
+            self._break_off(Cause.LOST, "the server did not wait for the end of the content")
             if answer.code < 400:
                 return unfitting_reply(stage, str(answer))
         elif 300 <= answer.code < 400:
-            self.wire.break_off(Cause.LOCAL, f"the answer does not fit: {answer}")
+            self._break_off(Cause.LOCAL, f"the answer does not fit: {answer}")
             return self._unanswered(stage)
         return server_reply(stage, answer.code, answer.lines)
 
     def _refusal(self, command: _Command, answer: Answer) -> Reply:
         if answer.code < 400:
             reply = unfitting_reply(command.stage, str(answer))
-            self.wire.break_off(Cause.LOCAL, reply.text)
+            self._break_off(Cause.LOCAL, reply.text)
             return reply
         if command is _RSET and answer.code != 421:
-            self.wire.break_off(Cause.LOST, f"RSET was refused: {answer}")
+            self._break_off(Cause.LOST, f"RSET was refused: {answer}")
             return self._unanswered(Stage.MAIL)
         return server_reply(command.stage, answer.code, answer.lines)
 
     def _unanswered(self, stage: Stage) -> Reply:
         """The reply in place of one that did not come. After the final dot the mail is in doubt,
         also when something came that was no answer."""
-        cause, text = self.wire.broken or (Cause.LOST, "connection lost")
+        cause, text = self.broken or (Cause.LOST, "connection lost")
         if stage is Stage.END_OF_DATA and cause is Cause.LOCAL:
             cause = Cause.LOST
         return local_reply(stage, text, cause)
+
+    async def _ask(self, commands: bytes, answers: int, timeout_s: float, *, more: bool = False) -> list[Answer]:
+        """Write, and wait for so many answers, each within the timeout; fewer when the wire broke.
+
+        With `more` to follow, wait only until there is room for it, or an answer has come early.
+        """
+        self._answers, self._expected = [], answers
+        self._patience_s, self._deadline = timeout_s, self._loop.time() + timeout_s
+        if self._watchdog is None or self._watchdog.when() > self._deadline:
+            self._watch()
+        if self.broken is None:
+            self._transport.write(commands)
+        if more:
+            await asyncio.sleep(0)  # a server that takes it all at once must not keep the loop from others
+        while self._expected and self.broken is None and (self._paused or not more):
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        return self._answers
+
+    def _break_off(self, cause: Cause, text: str) -> None:
+        """End the connection at once, if it has not ended."""
+        if self.broken is not None:
+            return
+        self.broken = (cause, text)
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        self._transport.abort()
+        self._wake()
+
+    # Called by the event loop:
+
+    def data_received(self, data: bytes) -> None:
+        """Read lines; the last one of a reply has no hyphen behind its code (RFC 5321 4.2.1)."""
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        for line in lines:
+            found = _REPLY_LINE.fullmatch(line.rstrip(b"\r"))
+            self._reply_bytes += len(line)
+            if found is None or (self._lines and self._code != found[1]):
+                return self._break_off(Cause.LOCAL, f"malformed reply: {line[:200].decode('utf-8', 'replace')}")
+            if self._reply_bytes > LONGEST_REPLY_BYTES:
+                break
+            self._code, hyphen, text = found.groups(b"")
+            self._lines.append(text.decode("utf-8", "replace"))
+            if hyphen == b"-":
+                continue
+            answer = Answer(int(self._code), tuple(self._lines))
+            self._lines, self._reply_bytes = [], 0
+            if asked_for := self._expected > 0:
+                self._answers.append(answer)
+                self._expected -= 1
+                self._deadline = self._loop.time() + self._patience_s
+            if answer.code == 421:  # nothing follows, asked for or not (RFC 5321 3.8)
+                return self._break_off(Cause.LOST, f"the server ended the session: {answer}")
+            if not asked_for:
+                return self._break_off(Cause.LOCAL, f"a reply that nobody asked for: {answer}")
+            if not self._expected:
+                self._wake()
+        if self._reply_bytes + len(self._unread) > LONGEST_REPLY_BYTES:
+            self._break_off(Cause.LOCAL, "a reply without end")
+        return None
+
+    def eof_received(self) -> None:
+        self._break_off(Cause.LOST, "connection closed by the server")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._break_off(Cause.LOST, f"connection lost: {exc}" if exc else "connection lost")
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._wake()
+
+    def _watch(self) -> None:
+        """Break off when the time of an answer is over. One timer for a whole session, which is set again when it
+        comes too early: one for each answer would cost a twentieth of a transaction."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
+        if self._expected and self._loop.time() >= self._deadline:
+            self._break_off(Cause.TIMEOUT, f"no answer within {self._patience_s:g} s")
+        elif self._expected and self.broken is None:
+            self._watchdog = self._loop.call_at(self._deadline, self._watch)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 # ----- opening a session: aiosmtplib's part
@@ -5336,8 +5321,8 @@ class DeliveryAgent:
             if not isinstance(offers, Offers) and smtp.transport is not None:
                 cast(asyncio.Transport, smtp.transport).abort()
         if isinstance(offers, Offers):
-            wire = Wire(cast(asyncio.Transport, smtp.transport))  # of which aiosmtplib hears no more
-            return Session(wire, name, offers, account.timeout, self.end_of_data_timeout_s)
+            transport = cast(asyncio.Transport, smtp.transport)  # of which aiosmtplib hears no more
+            return Session(transport, name, offers, account.timeout, self.end_of_data_timeout_s)
         if account.oauth2 and login and offers.stage is Stage.AUTH and offers.permanent and not renewed:
             self.tokens.invalidate(account, login.secret)
             return await self.open_session(account, name=name, connected=connected, may_log_in=may_log_in, renewed=True)
@@ -6764,8 +6749,6 @@ class Dispatcher(Loop):
         del lane.sessions[session]
         if session.usable:
             self._spawn(session.quit())
-        else:
-            session.abort()
 
     async def _deliver(self, lane: Lane, consignment: Consignment) -> None:
         """Bring one message to its disposition, or put it back untouched; it may take several transactions."""
