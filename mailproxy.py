@@ -3053,7 +3053,6 @@ DROP TABLE messages_1; DROP TABLE sends_1; DROP TABLE last_gone; DROP TABLE hold
 
 SMALL_PAYLOAD_BYTES = 65_536  # larger ones are read under the memory budget
 HELD_BACK = ("limit", "connection", "login")  # deferrals that end when the account can be used again
-ALL_HELD_BACK = dict(zip(HELD_BACK, HELD_BACK, strict=True))  # for LET_GO
 CHUNK = 500  # rows of one commit in work that may touch many
 STRETCH = 5_000  # rows looked at in one go by what must pass over others
 PAGE_BYTES = 1_048_576  # of payloads in one page of a listing
@@ -3088,9 +3087,9 @@ SETTLE = (
     "reported_ts = CASE WHEN :place IS NULL THEN reported_ts END, report_order = coalesce(:place, report_order) "
     "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL"
 )
-LET_GO = (  # deferrals that are not to be let go are given as NULL
+LET_GO = (
     "UPDATE messages SET deferred_ts = NULL, deferral = NULL, report_order = NULL "
-    "WHERE account_id = :id AND deferral IN (:limit, :connection, :login) "
+    "WHERE account_id = :id AND deferral IN (SELECT value FROM json_each(:deferrals)) "
     "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
     "AND sent_ts IS NULL AND error_ts IS NULL"
 )
@@ -3195,8 +3194,7 @@ class Queue:
         self._on_wire: dict[int, Claim] = {}  # changed in the writer's thread; in the loop's only to take claims out
         self._last_seq = 0
         self._last_report = 0
-        self.next_due_ts: float = 0  # no waiting row is due before that; 0: look
-        self.next_deadline_ts: float = 0  # no pending row is to be given up before that; 0: look
+        self.next_ts: float = 0  # no row is due, or to be given up, before that; 0: look
 
     @property
     def in_delivery(self) -> int:
@@ -3227,8 +3225,7 @@ class Queue:
         """Store each submission or say why not ("already sent", "in delivery"): None is stored, on disk."""
         verdicts = await self.file.write_together(self._accept_all, submissions)
         for submission in submissions:
-            self.next_due_ts = min(self.next_due_ts, submission.deferred_ts or math.inf)
-            self.next_deadline_ts = min(self.next_deadline_ts, submission.deadline or math.inf)
+            self.next_ts = min(self.next_ts, submission.deferred_ts or math.inf, submission.deadline or math.inf)
         return verdicts
 
     def _accept_all(self, db: sqlite3.Connection, batches: Sequence[Sequence[Submission]]) -> list[list[str | None]]:
@@ -3326,7 +3323,7 @@ class Queue:
         """Put claims back untouched: they were never on the wire."""
         for claim in claims:
             self._on_wire.pop(claim.seq, None)
-            self.next_deadline_ts = min(self.next_deadline_ts, claim.deadline or math.inf)
+            self.next_ts = min(self.next_ts, claim.deadline or math.inf)
 
     async def record(self, outcome: Outcome) -> None:
         """Write what became of a claim; unless it goes on, it is off the wire then."""
@@ -3334,8 +3331,7 @@ class Queue:
         claim, disposition = outcome.claim, outcome.disposition
         if disposition.status is not Status.QUEUED:
             self._on_wire.pop(claim.seq, None)
-        self.next_due_ts = min(self.next_due_ts, disposition.deferred_ts or math.inf)
-        self.next_deadline_ts = min(self.next_deadline_ts, claim.deadline or math.inf)
+        self.next_ts = min(self.next_ts, disposition.deferred_ts or math.inf, claim.deadline or math.inf)
 
     def _record_all(self, db: sqlite3.Connection, outcomes: Sequence[Outcome]) -> Sequence[None]:
         db.executemany(SETTLE, [self._settled(outcome.claim.seq, outcome.disposition) for outcome in outcomes])
@@ -3366,11 +3362,12 @@ class Queue:
             "counted": int(disposition.counted),
         }  # fmt: skip
 
-    async def release_due(self) -> set[str]:
-        """Make the rows ready whose time has come; return the accounts that got mail."""
-        values = {"now": self._now(), "most": CHUNK, "largest": LARGEST_INTEGER}
+    async def catch_up(self) -> tuple[set[str], list[tuple[str, str, str]]]:
+        """Make the rows ready whose time has come, and end the pending ones whose deadline has passed; return the
+        accounts that got mail, and (id, account, error) of each message that ended."""
+        values = {"now": self._now(), "most": CHUNK, "overdue": CHUNK + len(self._on_wire), "largest": LARGEST_INTEGER}
 
-        def work(db: sqlite3.Connection) -> tuple[set[str], float]:
+        def work(db: sqlite3.Connection) -> tuple[set[str], list[tuple[str, str, str]], float]:
             released = db.execute(
                 "UPDATE messages SET ready_at = deferred_ts, deferred_ts = NULL, deferral = NULL, "
                 "report_order = NULL WHERE seq IN (SELECT seq FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
@@ -3378,29 +3375,10 @@ class Queue:
                 "RETURNING account_id",
                 values,
             ).fetchall()
-            (due_ts,) = db.execute(
-                "SELECT min(deferred_ts) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
-                "AND deferred_ts IS NOT NULL AND deferred_ts <= :largest",  # text, in a damaged row, is larger
-                values,
-            ).fetchone()
-            return {row[0] for row in released}, due_ts or math.inf
-
-        self.next_due_ts, due_ts = math.inf, 0.0  # what is deferred meanwhile lowers it again
-        try:
-            accounts, due_ts = await self.file.write(work)
-        finally:
-            self.next_due_ts = min(self.next_due_ts, due_ts)
-        return accounts
-
-    async def give_up_overdue(self) -> list[tuple[str, str, str]]:
-        """End the pending messages whose deadline has passed; return (id, account, error) of each."""
-        values = {"now": self._now(), "most": CHUNK + len(self._on_wire), "largest": LARGEST_INTEGER}
-
-        def work(db: sqlite3.Connection) -> tuple[list[tuple[str, str, str]], float]:
             rows = db.execute(
                 "SELECT seq, id, account_id, expires_ts <= :now, error, recipients FROM messages "
                 "WHERE sent_ts IS NULL AND error_ts IS NULL AND deadline IS NOT NULL AND deadline <= :now "
-                "ORDER BY deadline LIMIT :most",
+                "ORDER BY deadline LIMIT :overdue",
                 values,
             ).fetchall()
             ended = []
@@ -3410,19 +3388,21 @@ class Queue:
                     why += f"; last: {error}" if error else ""
                     self._give_up(db, seq, why, _recipients_of(recipients))
                     ended.append((id_, account_id, why))
-            (deadline,) = db.execute(
-                "SELECT min(deadline) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
-                "AND deadline IS NOT NULL AND (deadline > :now OR :more) AND deadline <= :largest",
+            (next_ts,) = db.execute(  # text, in a damaged row, is larger than any number
+                "SELECT min(ts) FROM (SELECT min(deferred_ts) AS ts FROM messages WHERE sent_ts IS NULL "
+                "AND error_ts IS NULL AND deferred_ts IS NOT NULL AND deferred_ts <= :largest "
+                "UNION ALL SELECT min(deadline) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
+                "AND deadline IS NOT NULL AND (deadline > :now OR :more) AND deadline <= :largest) AS times",
                 {**values, "more": len(ended) >= CHUNK},
             ).fetchone()
-            return ended, deadline or math.inf
+            return {row[0] for row in released}, ended, next_ts or math.inf
 
-        self.next_deadline_ts, deadline = math.inf, 0.0
+        self.next_ts, next_ts = math.inf, 0.0  # what changes meanwhile lowers it again
         try:
-            ended, deadline = await self.file.write(work)
+            accounts, ended, next_ts = await self.file.write(work)
         finally:
-            self.next_deadline_ts = min(self.next_deadline_ts, deadline)
-        return ended
+            self.next_ts = min(self.next_ts, next_ts)
+        return accounts, ended
 
     def _give_up(self, db: sqlite3.Connection, seq: int, why: str, recipients: Outcomes | None) -> None:
         """End a pending message: as sent when a server has it for some of its recipients."""
@@ -3442,23 +3422,14 @@ class Queue:
             return claims
 
         claims = await self.file.write(work)
-        self.next_due_ts = min(self.next_due_ts, until_ts or math.inf)
+        self.next_ts = min(self.next_ts, until_ts or math.inf)
         return claims
 
-    async def let_go(self, account_id: str, deferrals: Sequence[str] = HELD_BACK) -> int:
-        """Make an account's messages ready that wait for one of these reasons; return their number."""
-        named = dict.fromkeys(HELD_BACK) | dict(zip(deferrals, deferrals, strict=True))
-        return await self._do(LET_GO, id=account_id, **named)
-
-    async def let_cooled_go(self) -> set[str]:
-        """Make all messages ready that wait for a server to be tried again; return their accounts."""
-        released = (
-            "UPDATE messages INDEXED BY messages_held_back SET deferred_ts = NULL, deferral = NULL, report_order = NULL "
-            "WHERE deferral IN ('connection', 'login') "
-            "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
-            "AND sent_ts IS NULL AND error_ts IS NULL RETURNING account_id"
-        )
-        return {row[0] for row in await self.file.write(lambda db: db.execute(released).fetchall())}
+    async def let_go(self, account_ids: Iterable[str], deferrals: Sequence[str] = HELD_BACK) -> set[str]:
+        """Make messages ready that wait for one of these reasons; return which of the accounts got mail."""
+        rows = [{"id": id_, "deferrals": as_json(deferrals)} for id_ in account_ids]
+        sql = LET_GO + " RETURNING account_id"
+        return await self.file.write(lambda db: {row[0] for one in rows for row in db.execute(sql, one).fetchall()})
 
     async def move_times(self, step_s: int, since: int) -> None:
         """The wall clock was set by so much: move what the daemon itself put off, and the counts of
@@ -3476,7 +3447,7 @@ class Queue:
             "UPDATE sends SET minute = -minute",  # the same on the way
             **values,
         )
-        self.next_due_ts = 0
+        self.next_ts = 0
 
     async def payload(self, seq: int) -> str:
         """The payload of a claimed message that was too large to come with its claim."""
@@ -3537,7 +3508,7 @@ class Queue:
             not_found, not_failed = [i for i in ids if i not in seqs], [i for i in seqs if not seqs[i][1]]
             return Retried(len(failed) - len(of_no_account), not_found, not_failed, of_no_account)
 
-        self.next_deadline_ts = 0
+        self.next_ts = 0
         return await self.file.write(work)
 
     def _revive(self, db: sqlite3.Connection, seq: int, deadline_of: Callable[[str], int | None]) -> bool:
@@ -3559,20 +3530,14 @@ class Queue:
 
     async def purge(self, older_than_s: float, *, unreported_too: bool) -> int:
         """Remove some final messages reported (or, with no upstream, final) longer ago; 0: none is left."""
-        values = {"before": self._now() - older_than_s, "most": CHUNK}
-        removed = await self._do(
+        return await self._do(
             "DELETE FROM messages WHERE seq IN (SELECT seq FROM messages WHERE report_order IS NULL "
             "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND reported_ts <= :before "
-            "ORDER BY reported_ts LIMIT :most)",
-            **values,
-        )
-        if removed or not unreported_too:
-            return removed
-        return await self._do(
-            "DELETE FROM messages WHERE seq IN (SELECT seq FROM messages WHERE report_order IS NOT NULL "
-            "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND coalesce(sent_ts, error_ts) <= :before "
-            "ORDER BY coalesce(sent_ts, error_ts) LIMIT :most)",
-            **values,
+            "UNION ALL SELECT seq FROM messages WHERE :unreported_too AND report_order IS NOT NULL "
+            "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND coalesce(sent_ts, error_ts) <= :before LIMIT :most)",
+            before=self._now() - older_than_s,
+            unreported_too=unreported_too,
+            most=CHUNK,
         )
 
     async def forget(self, id_retention_s: float) -> int:
@@ -3650,12 +3615,13 @@ class Queue:
 
     async def put_account(self, account_id: str, definition: str) -> None:
         """Store an account; its mail that was held back under an older definition is ready."""
-        values = {"id": account_id, "definition": definition, **ALL_HELD_BACK}
         await self._do(
             "INSERT INTO accounts VALUES (:id, :definition) "
             "ON CONFLICT (id) DO UPDATE SET definition = excluded.definition",
             LET_GO,
-            **values,
+            id=account_id,
+            definition=definition,
+            deferrals=as_json(HELD_BACK),
         )
 
     async def delete_account(self, account_id: str) -> None:
@@ -3691,7 +3657,8 @@ class Queue:
 
     async def activate(self, account_id: str) -> None:
         """End the suspension of an account; its mail that was held back is ready."""
-        await self._do("DELETE FROM suspensions WHERE account_id = :id", LET_GO, id=account_id, **ALL_HELD_BACK)
+        ended = "DELETE FROM suspensions WHERE account_id = :id"
+        await self._do(ended, LET_GO, id=account_id, deferrals=as_json(HELD_BACK))
 
     async def switch(self, name: str) -> bool | None:
         """A switch as it was last set, None when it never was."""
@@ -6551,20 +6518,19 @@ class Dispatcher(Loop):
             return self.settings.send_interval_seconds
         if self.queue.file.refuses:
             await self.queue.answers()
-        now = self.clock.wall()
         if self._cooled_may_go:
-            self.wake(await self.queue.let_cooled_go())
+            self.wake(await self.queue.let_go(list(self.lanes), ("connection", "login")))
             self._cooled_may_go = False
-        if self.queue.next_due_ts <= now:
-            self.wake(await self.queue.release_due())
-        if self.queue.next_deadline_ts <= now:
-            for id_, account_id, why in await self.queue.give_up_overdue():
+        if self.queue.next_ts <= self.clock.wall():
+            account_ids, ended = await self.queue.catch_up()
+            self.wake(account_ids)
+            for id_, account_id, why in ended:
                 self.metrics.messages_failed.labels(self.metrics.label(account_id)).inc()
                 event(self.log, logging.WARNING, "message given up", message=id_, account=account_id, error=why)
-            self.reports_due()
+                self.reports_due()
         if self.active:
             await self._look_after_lanes()
-        until_due_s = min(self.queue.next_due_ts, self.queue.next_deadline_ts) - self.clock.wall()
+        until_due_s = self.queue.next_ts - self.clock.wall()
         if self.settings.test_mode and until_due_s > 0 and not (self._tasks or (self.active and self._marked)):
             self._asked = False
             self.reports_due()
@@ -6595,7 +6561,7 @@ class Dispatcher(Loop):
                 now = self.clock.monotonic()
                 if lane.until <= now:
                     if lane.state is LaneState.LIMITED:  # those that waited keep their place
-                        await self.queue.let_go(lane.account.id, ("limit",))
+                        await self.queue.let_go([lane.account.id], ("limit",))
                     lane.end_pause()
                 for session in [session for session in lane.idle if not lane.keeps(session, now)]:
                     lane.idle.remove(session)
@@ -6916,7 +6882,7 @@ class Dispatcher(Loop):
     async def _let_go(self, lane: Lane) -> None:
         """The server works again: what waited for it is ready at once."""
         with contextlib.suppress(StorageUnavailable):  # then it goes when its time comes
-            await self.queue.let_go(lane.account.id, ("connection", "login"))
+            await self.queue.let_go([lane.account.id], ("connection", "login"))
         self.wake([lane.account.id])
 
     async def _conclude(self, lane: Lane, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
@@ -7844,7 +7810,7 @@ class ControlPlane:
                 if account.id not in self.dispatcher.lanes:
                     self._begin(account, await self.queue.standing(account.id))
                 elif account != self._account(account.id):
-                    await self.queue.let_go(account.id, HELD_BACK)
+                    await self.queue.let_go([account.id])
                     self.dispatcher.replace_account(account)
 
     def _account(self, account_id: str) -> Account | None:

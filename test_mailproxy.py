@@ -3418,23 +3418,23 @@ def test_new_and_retried_mail_take_turns(rig: QueueRig) -> None:
         rig.recorded(claim, DEFERRED, deferred_ts=NOW + 60, reason="retry")
     rig.accepted(*(submission(f"new{i}") for i in range(3)))
     rig.now += 61
-    rig.release_due()
+    rig.catch_up()
 
     assert ids(rig.claimed(4)) == ["new0", "old0", "new1", "old1"]
     assert ids(rig.claimed(4, retried_first=True)) == ["old2", "new2"]
 
 
 def test_what_waits_is_ready_when_its_time_has_come_which_is_known_without_asking(rig: QueueRig) -> None:
-    rig.release_due()
+    rig.catch_up()
     rig.accepted(submission("later", deferred_ts=NOW + 10), submission("now"))
-    assert rig.queue.next_due_ts == NOW + 10
+    assert rig.queue.next_ts == NOW + 10
     (claim,) = rig.claimed()
     rig.recorded(claim, DEFERRED, deferred_ts=NOW + 5, reason="retry")
-    assert rig.queue.next_due_ts == NOW + 5
+    assert rig.queue.next_ts == NOW + 5
 
     rig.now += 10
 
-    assert rig.release_due() == {"main"}
+    assert rig.catch_up() == ({"main"}, [])
     assert ids(rig.claimed()) == ["later", "now"]
 
 
@@ -3520,7 +3520,7 @@ def test_states_are_reported_in_the_order_they_came_about_and_stamped_unless_the
     states = rig.unreported(10)
     assert [(s.entry["id"], s.entry["status"]) for s in states] == [("c", "sent"), ("a", "error"), ("b", "deferred")]
 
-    rig.release_due()
+    rig.catch_up()
     assert [s.entry["id"] for s in rig.unreported(10)] == ["c", "a"]  # a deferral that is over is left out
     rig.recorded(rig.claimed()[0], SENT)
 
@@ -3541,7 +3541,7 @@ def test_a_message_past_its_deadline_is_given_up_unless_it_is_on_the_wire_and_se
     rig.recorded(partly, DEFERRED, deferred_ts=NOW + 1, reason="retry", recipients=recipients)
     rig.now += 6
 
-    assert {entry[:2] for entry in rig.give_up_overdue()} == {("partly", "main"), ("waits", "main")}
+    assert {entry[:2] for entry in rig.catch_up()[1]} == {("partly", "main"), ("waits", "main")}
 
     assert "max_age_seconds" in rig.fields_of("waits")["error"]
     assert [rig.fields_of(id_)["status"] for id_ in ("on the wire", "partly", "waits")] == ["queued", "sent", "error"]
@@ -3558,7 +3558,7 @@ def test_a_rate_limited_turn_is_deferred_and_those_behind_it_wait_untouched(rig:
     assert [s.entry["status"] for s in rig.unreported(10)] == ["deferred"] * 3
     rig.queue.release(behind := rig.claimed())
     assert ids(behind) == ["m3", "m4"]
-    assert rig.let_go("main", ("limit",)) == 3
+    assert rig.let_go(["main"], ("limit",)) == {"main"}
     assert ids(rig.claimed()) == ["m0", "m1", "m2", "m3", "m4"]  # each keeps its place
 
 
@@ -3579,7 +3579,7 @@ def test_when_the_clock_is_set_what_was_put_off_keeps_its_pause(rig: QueueRig, s
     due = dict(rig.sql("SELECT id, deferred_ts FROM messages WHERE deferred_ts IS NOT NULL"))
     assert {id_: ts - NOW for id_, ts in due.items()} == {"scheduled": 60, **moved}
     assert rig.standing("main").sends == [(NOW + 11 + step_s, 1)]
-    assert rig.queue.next_due_ts == 0
+    assert rig.queue.next_ts == 0
 
 
 def test_sends_are_counted_by_the_minute_move_with_the_clock_and_are_dropped_after_a_day(rig: QueueRig) -> None:
@@ -3642,7 +3642,7 @@ def test_a_timeline_is_bounded(rig: QueueRig) -> None:
     rig.accepted(submission("a"))
     for _ in range(100 + 5):
         rig.recorded(rig.claimed()[0], DEFERRED, deferred_ts=NOW, reason="retry")
-        rig.release_due()
+        rig.catch_up()
 
     assert len(rig.look_up("a")[1]) == 100
 
@@ -3739,7 +3739,7 @@ def test_a_queue_of_version_1_goes_on_as_the_newest_one(tmp_path: Path) -> None:
         assert verdicts == ["already sent", "already sent", None]
         assert rig.sql("SELECT max(seq) FROM messages") == [(7 + 2,)]  # 6 was given to one that was deleted
         rig.now += 120
-        assert rig.release_due() == {"main"}
+        assert rig.catch_up() == ({"main"}, [])
         assert ids(rig.claimed()) == ["ready", "retry", "new"]
         assert rig.contents(4) == {0: b"\x00\xff"}
         assert [attempt["code"] for attempt in rig.look_up("retry")[1]] == [451]
@@ -3795,8 +3795,7 @@ def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(
         (claim,) = counted("claim", rig.claimed(1))
         counted("defer", rig.recorded(claim, DEFERRED, deferred_ts=int(rig.now) + 1, reason="retry"))
         rig.now += 1
-        counted("release due", rig.release_due())
-        counted("give up overdue", rig.give_up_overdue())
+        counted("catch up", rig.catch_up())
         (claim,) = counted("claim again", rig.claimed(1))
         counted("payload", rig.payload(claim.seq))
         counted("contents", rig.contents(claim.seq))
@@ -3806,13 +3805,13 @@ def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(
         counted("oldest pending", rig.oldest_pending_ts())
         counted("tallies", rig.tallies())
         counted("purge", rig.purge(3600, unreported_too=True))
-        counted("let go", rig.let_go("main", ("limit",)))
+        counted("let go", rig.let_go(["main"], ("limit",)))
         counted("accept another", rig.accepted(submission(another)))
         counted("replace", rig.accepted(submission(another)))
         counted("defer limited", rig.hold_back(order, "limit", int(rig.now) + 60))
         counted("standing", rig.standing("main"))
-        counted("let the cooled go", rig.let_cooled_go())
-        counted("let the limited go", rig.let_go("main", ("limit",)))
+        counted("let the cooled go", rig.let_go(["main"], ("connection", "login")))
+        counted("let the limited go", rig.let_go(["main"], ("limit",)))
         counted("fail limited", rig.hold_back(order, "limit", None))
         counted("retry", rig.retry([another], lambda account: 2 * NOW))
         counted("look up", rig.look_up(id_))
