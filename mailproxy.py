@@ -283,16 +283,6 @@ class Secret:
         return self.given.startswith(("env:", "file:"))
 
 
-class OAuth2(NamedTuple):
-    """How to get an access token for XOAUTH2 (RFC 6749 4.4 and 6)."""
-
-    token_url: str
-    client_id: str
-    client_secret: Secret | None
-    refresh_token: Secret | None  # None: client credentials with the scope
-    scope: str | None
-
-
 class Limits(NamedTuple):
     """Most messages in any 60 s, hour and day; None: no limit."""
 
@@ -686,6 +676,12 @@ class DeliverySettings(NamedTuple):
     allow_recipients: tuple[str, ...] = row((), RECIPIENTS, "Staging: mail to others becomes an error. Empty: to all.")
 
 
+def nested(flat: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """The fields of an account and those of its oauth2, apart as in JSON; config.ini has oauth2_token_url and so on."""
+    of_oauth2 = {key.removeprefix("oauth2_"): value for key, value in flat.items() if key.startswith("oauth2_")}
+    return {key: value for key, value in flat.items() if not key.startswith("oauth2_")}, of_oauth2
+
+
 class Account(NamedTuple):
     """An SMTP server to send through. [smtp] is the account of messages that name none."""
 
@@ -732,11 +728,9 @@ class Account(NamedTuple):
         return "required" if certain else self.start_tls
 
     @property
-    def oauth2(self) -> OAuth2 | None:
-        url, client_id = self.oauth2_token_url, self.oauth2_client_id
-        if url is None or client_id is None:
-            return None
-        return OAuth2(url, client_id, self.oauth2_client_secret, self.oauth2_refresh_token, self.oauth2_scope)
+    def oauth2(self) -> dict[str, Any]:
+        """How to get an access token for XOAUTH2 (RFC 6749 4.4 and 6): what is given of it, by the names of JSON."""
+        return {name: value for name, value in nested(self._asdict())[1].items() if value is not None}
 
     @property
     def limits(self) -> Limits:
@@ -1111,12 +1105,6 @@ class Field(NamedTuple):
     required: bool = False
 
 
-def nested(flat: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
-    """The fields of an account and those of its oauth2, apart as in JSON; config.ini has oauth2_token_url and so on."""
-    of_oauth2 = {key.removeprefix("oauth2_"): value for key, value in flat.items() if key.startswith("oauth2_")}
-    return {key: value for key, value in flat.items() if not key.startswith("oauth2_")}, of_oauth2
-
-
 SECRET_FIELDS = frozenset(row.key for row in ACCOUNT_TABLE if row.kind.secret)  # not shown to anybody
 ACCOUNT_KEYS = frozenset(("id", "oauth2", *(row.key for row in ACCOUNT_TABLE)))
 ACCOUNT_FIELDS, OAUTH2_FIELDS = nested({
@@ -1129,10 +1117,10 @@ def parse_account(fields: object, *, source: str = "http", defaults: DeliverySet
     """An account from JSON or the words of config.ini; null and empty mean left out. Raises Rejected."""
     if not isinstance(fields, dict):
         raise Rejected("invalid account: must be an object")
-    nested = fields.get("oauth2")
-    if not (nested is None or nested == "" or isinstance(nested, dict)):
+    inner = fields.get("oauth2")
+    if not (inner is None or inner == "" or isinstance(inner, dict)):
         raise Rejected("invalid oauth2: must be an object")
-    given = {**fields, **{f"oauth2_{key}": value for key, value in (nested or {}).items()}}
+    given = {**fields, **{f"oauth2_{key}": value for key, value in (inner or {}).items()}}
     values: dict[str, Any] = {"source": source}
     for row in (ACCOUNT_ID, *ACCOUNT_TABLE):
         value = given.get(row.key)
@@ -1143,12 +1131,12 @@ def parse_account(fields: object, *, source: str = "http", defaults: DeliverySet
         elif row.else_of:
             values[row.key] = getattr(defaults, row.else_of)
     account = Account(**values)
-    asks_for_oauth2 = nested or any(key.startswith("oauth2_") for key in values)
-    has_grant = account.oauth2_refresh_token or (account.oauth2_client_secret and account.oauth2_scope)
+    oauth2 = account.oauth2.keys()
+    has_grant = "refresh_token" in oauth2 or oauth2 >= {"client_secret", "scope"}
     for wrong, problem in (
-        (asks_for_oauth2 and account.oauth2 is None, "oauth2: needs token_url and client_id"),
-        (asks_for_oauth2 and not has_grant, "oauth2: needs refresh_token, or client_secret and scope"),
-        (account.auth == "xoauth2" and account.oauth2 is None, "auth: xoauth2 needs oauth2"),
+        ((inner or oauth2) and not oauth2 >= {"token_url", "client_id"}, "oauth2: needs token_url and client_id"),
+        (oauth2 and not has_grant, "oauth2: needs refresh_token, or client_secret and scope"),
+        (account.auth == "xoauth2" and not oauth2, "auth: xoauth2 needs oauth2"),
         (account.client_key and not account.client_cert, "client_key: goes with a client_cert"),
     ):
         if wrong:
@@ -1179,7 +1167,7 @@ def account_fields(account: Account) -> dict[str, object]:
     rows = [row.key for row in (ACCOUNT_ID, *ACCOUNT_TABLE) if not row.kind.secret]
     shown, oauth2 = nested({key: getattr(account, key) for key in rows})
     use_tls = account.port == 465 if account.use_tls is None else account.use_tls
-    return {**shown, "source": account.source, "use_tls": use_tls, "oauth2": account.oauth2 and oauth2}
+    return {**shown, "source": account.source, "use_tls": use_tls, "oauth2": oauth2 if account.oauth2 else None}
 
 
 # --- what is in force, and what has changed ------------------------------
@@ -5097,7 +5085,7 @@ async def _log_in(smtp: aiosmtplib.SMTP, account: Account, login: Login) -> None
     The method is the one asked for, or the best that both know: in clear one that hides the password comes first.
     """
     wanted = ["cram-md5", "plain", "login"]
-    if account.oauth2 is not None:
+    if account.oauth2_token_url:
         wanted = ["xoauth2"]
     elif account.auth != "auto":
         wanted = [account.auth]
@@ -5150,7 +5138,7 @@ def client_tls_context(account: Account) -> ssl.SSLContext:
 class _Grant:
     """What is known of one account's access; of the present settings only."""
 
-    oauth2: OAuth2
+    oauth2: Mapping[str, Any]
     token: str | None = field(default=None, repr=False)
     expires_at: float = 0.0
     refresh_token: str | None = field(default=None, repr=False)  # the latest one, when it is rotated
@@ -5174,7 +5162,7 @@ class TokenKeeper:
     async def token(self, account: Account) -> str | Reply:
         """A token that is still good for a while. Who asks during a fetch gets what comes of it: a fetch
         is a task, so it does not begin before all who ask at the same time have asked."""
-        oauth2, grant = cast(OAuth2, account.oauth2), self.grants.get(account.id)
+        oauth2, grant = account.oauth2, self.grants.get(account.id)
         if grant is None or grant.oauth2 != oauth2:
             grant = self.grants[account.id] = _Grant(oauth2)
         if grant.token is not None and self.monotonic() < grant.expires_at:
@@ -5223,15 +5211,13 @@ class TokenKeeper:
     def _post(self, grant: _Grant, timeout_s: float) -> tuple[int, bytes]:
         """Blocking: may read secrets from files, and asks the token endpoint."""
         oauth2 = grant.oauth2
-        fields = {"grant_type": "client_credentials", "client_id": oauth2.client_id}
-        if oauth2.client_secret is not None:
-            fields["client_secret"] = self.reveal(oauth2.client_secret)
-        if oauth2.refresh_token is not None:
-            fields["grant_type"] = "refresh_token"
-            fields["refresh_token"] = grant.refresh_token or self.reveal(oauth2.refresh_token)
-        if oauth2.scope:
-            fields["scope"] = oauth2.scope
-        return self.post_form(oauth2.token_url, fields, timeout_s)
+        fields = {name: oauth2[name] for name in ("client_id", "scope") if name in oauth2}
+        fields["grant_type"] = "refresh_token" if "refresh_token" in oauth2 else "client_credentials"
+        if "client_secret" in oauth2:
+            fields["client_secret"] = self.reveal(oauth2["client_secret"])
+        if "refresh_token" in oauth2:
+            fields["refresh_token"] = grant.refresh_token or self.reveal(oauth2["refresh_token"])
+        return self.post_form(oauth2["token_url"], fields, timeout_s)
 
 
 # ----- the agent
@@ -5290,7 +5276,7 @@ class DeliveryAgent:
         if isinstance(offers, Offers):
             transport = cast(asyncio.Transport, smtp.transport)  # of which aiosmtplib hears no more
             return Session(transport, name, offers, account.timeout, self.end_of_data_timeout_s)
-        if account.oauth2 and login and offers.stage is Stage.AUTH and offers.permanent and not renewed:
+        if account.oauth2_token_url and login and offers.stage is Stage.AUTH and offers.permanent and not renewed:
             self.tokens.invalidate(account, login.secret)
             return await self.open_session(account, name=name, connected=connected, may_log_in=may_log_in, renewed=True)
         return offers
@@ -5319,7 +5305,9 @@ class DeliveryAgent:
                 stage = Stage.AUTH
                 if may_log_in is not None:
                     await may_log_in()
-                latest = await self._login(account, login.user) if account.oauth2 else login  # maybe a newer token
+                latest = (
+                    await self._login(account, login.user) if account.oauth2_token_url else login
+                )  # maybe a newer token
                 if isinstance(latest, Reply):
                     return latest, None
                 login = latest
@@ -5335,7 +5323,7 @@ class DeliveryAgent:
 
     async def _login(self, account: Account, user: str) -> Login | Reply:
         """The account's credentials, before the server is bothered."""
-        if account.oauth2 is not None:
+        if account.oauth2_token_url:
             token = await self.tokens.token(account)
             return token if isinstance(token, Reply) else Login(user, token)
         if account.password is None:
@@ -9399,8 +9387,7 @@ def _start_problems(settings: Settings, accounts: Iterable[Account], environ: Ma
     except ConfigurationError as error:
         yield str(error)
     for account in accounts:
-        of_oauth2 = (account.oauth2.client_secret, account.oauth2.refresh_token) if account.oauth2 else ()
-        for secret in filter(None, (account.password, *of_oauth2)):
+        for secret in filter(None, (getattr(account, row.key) for row in ACCOUNT_TABLE if row.kind.secret)):
             try:
                 reveal(secret, environ)
             except SecretUnavailable as error:

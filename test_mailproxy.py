@@ -4397,7 +4397,7 @@ def a_fetcher(s3=None, **changes):
     """Changes are settings of [attachments] and [client], or of the door."""
     changes = {"timeout_seconds": 5, "allow_hosts": ("127.0.0.1",)} | changes
     sections = [
-        kind(**{key: changes.pop(key) for key in kind.__dataclass_fields__.keys() & changes.keys()})
+        kind(**{key: changes.pop(key) for key in set(kind._fields) & changes.keys()})
         for kind in (mailproxy.AttachmentSettings, mailproxy.ClientSettings)
     ]
     door = {
