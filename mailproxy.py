@@ -8566,17 +8566,16 @@ def send(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         raise ConfigurationError("--csv goes with neither an .eml file nor --id; ids may be a column of it")
     if args.file and (args.attach or (args.subject, args.body, args.html) != (None, None, None)):
         raise ConfigurationError("an .eml file is sent as it is: no --subject, --body, --html, --attach beside it")
-    names = ("from", "to", "cc", "bcc", "subject", "body", "html", "account_id", "priority")
-    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in COLUMNS and value is not None}
     if args.body == "-":
         given["body"] = sys.stdin.read()
     if args.attach:
         given["attachments"] = [_attached_file(path) for path in args.attach]
-    if not (given or args.csv or args.file):
+    if not (given.keys() - {"id"} or args.csv or args.file):
         raise ConfigurationError("nothing to send: give --from, --to, --subject and --body, an .eml file, or --csv")
     client = find_daemon(environ, args.url, args.token, args.config)
     if args.csv:
-        return Mailing(client, args.csv, given, show_answers=args.json).send()
+        return send_csv(client, args.csv, given, show_answers=args.json)
     id_ = args.id or f"send-{secrets.token_hex(8)}"
     fields: dict[str, Any] = {}
     if args.file:  # a complete message, and the envelope that its headers name
@@ -8603,79 +8602,52 @@ def _file_content(path: str) -> bytes:
         raise CommandFailed(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
 
 
-class Mailing:
-    """Many messages out of one CSV file. What went out in an earlier run does not go out again:
-    a row without an id has one that follows from what it says."""
+def send_csv(client: Client, path: str, common: Mapping[str, Any], *, show_answers: bool) -> int:
+    """Submit the rows of a CSV file, with what they have in common; 1 when some were refused.
 
-    def __init__(self, client: Client, path: str, common: Mapping[str, Any], *, show_answers: bool) -> None:
-        self._client = client
-        self._path = path
-        self._common = common  # what the rows do not say themselves
-        self._show_answers = show_answers
-        self._bar = on_terminal() and not show_answers
-        self._lines: dict[str, int] = {}  # by id
-        self._refused = 0
-
-    def send(self) -> int:
-        """Submit all rows; 1 when some were refused. Raises ConfigurationError, CommandFailed."""
-        rows = csv_rows(self._path, known_anyway=self._common)
-        batch: list[dict[str, Any]] = []
-        size_bytes = through = before = 0
-        try:
-            for number, (line, row) in enumerate(rows, 1):
-                try:
-                    batch.append(self._message(line, row))
-                    size_bytes += len(json.dumps(batch[-1]))
-                except (Rejected, CommandFailed) as error:
-                    self._refuse(f"line {line}", str(error))
-                if len(batch) < BATCH_MESSAGES and size_bytes < 8_388_608 and number < len(rows):
-                    continue
-                reasons = submit(self._client, batch, show=self._show_answers) if batch else {}
-                for id_, reason in reasons.items():
-                    if reason in THROUGH_BEFORE:
-                        before += 1
-                    else:
-                        self._refuse(f"line {self._lines.get(id_ or '', '?')}, {id_}", reason)
-                through += len(batch)
-                batch, size_bytes = [], 0
-                if self._bar:
-                    print(f"\r[{'#' * (number * 40 // len(rows)):<40}] {number} of {len(rows)}", end="", flush=True)
-                elif not self._show_answers:
-                    print(f"{number} of {len(rows)}", flush=True)
-        except (CommandFailed, KeyboardInterrupt) as stop:
-            hint = f"{through} of {len(rows)} are through; run it again, and nothing is sent twice"
-            raise CommandFailed(f"{str(stop) or 'interrupted'}; {hint}") from None
-        finally:
-            if self._bar:
+    What went out in an earlier run does not go out again. Raises ConfigurationError, CommandFailed.
+    """
+    rows = csv_rows(path, known_anyway=common)
+    bar = on_terminal() and not show_answers
+    lines: dict[str, int] = {}  # of the file, by id of the message
+    batch: list[dict[str, Any]] = []
+    refusals: list[str] = []
+    size_bytes = through = before = refused = 0
+    try:
+        for number, (line, row) in enumerate(rows, 1):
+            try:
+                batch.append(csv_message(row, common, known=lines))
+                lines[batch[-1]["id"]] = line
+                size_bytes += len(json.dumps(batch[-1]))
+            except (Rejected, CommandFailed) as error:
+                refusals.append(f"{path} line {line}: {error}")
+            if len(batch) < BATCH_MESSAGES and size_bytes < 8_388_608 and number < len(rows):
+                continue
+            for id_, reason in (submit(client, batch, show=show_answers) if batch else {}).items():
+                if reason in THROUGH_BEFORE:
+                    before += 1
+                else:
+                    refusals.append(f"{path} line {lines.get(id_ or '', '?')}, {id_}: {reason}")
+            if bar:
                 print("\r\x1b[K", end="", flush=True)
-        if not self._show_answers:
-            numbers = f"{len(rows) - before - self._refused} queued, {before} sent before, {self._refused} refused"
-            print(f"{counted(len(rows), 'message')}: {numbers}")
-        return 1 if self._refused else 0
-
-    def _message(self, line: int, row: Mapping[str, str | None]) -> dict[str, Any]:
-        """The message of a row. Without an id it has one that the same row has again in the next run;
-        a row that is there twice has two."""
-        own = csv_fields(row)
-        attachments = [*self._common.get("attachments", ()), *own.get("attachments", ())]
-        message = {**self._common, **own, **({"attachments": attachments} if attachments else {})}
-        if "id" in message:
-            id_ = line_of(message["id"], "id", most=LONGEST_ID)
-            if id_ in self._lines:
-                raise Rejected(f"duplicate id in this file: {id_}")
-        else:
-            content = {name: value for name, value in message.items() if name not in NOT_THE_CONTENT}
-            digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
-            ids = itertools.chain([f"csv-{digest}"], (f"csv-{digest}-{n}" for n in itertools.count(2)))
-            id_ = next(id_ for id_ in ids if id_ not in self._lines)
-        self._lines[id_] = line
-        return {**message, "id": id_}
-
-    def _refuse(self, which: str, reason: str) -> None:
-        self._refused += 1
-        if self._bar:
+            for refusal in refusals:
+                complain(refusal)
+            through, refused = through + len(batch), refused + len(refusals)
+            batch, refusals, size_bytes = [], [], 0
+            if bar:
+                print(f"\r[{'#' * (number * 40 // len(rows)):<40}] {number} of {len(rows)}", end="", flush=True)
+            elif not show_answers:
+                print(f"{number} of {len(rows)}", flush=True)
+    except (CommandFailed, KeyboardInterrupt) as stop:
+        hint = f"{through} of {len(rows)} are through; run it again, and nothing is sent twice"
+        raise CommandFailed(f"{str(stop) or 'interrupted'}; {hint}") from None
+    finally:
+        if bar:
             print("\r\x1b[K", end="", flush=True)
-        complain(f"{self._path} {which}: {reason}")
+    if not show_answers:
+        numbers = f"{len(rows) - before - refused} queued, {before} sent before, {refused} refused"
+        print(f"{counted(len(rows), 'message')}: {numbers}")
+    return 1 if refused else 0
 
 
 def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int, dict[str, str | None]]]:
@@ -8707,10 +8679,11 @@ def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int
         raise CommandFailed(f"{path} line {reader.line_num} is not CSV: {error}") from None
 
 
-def csv_fields(row: Mapping[str, str | None]) -> dict[str, Any]:
-    """The fields that the cells of a row mean; an empty cell is left out, but for an empty subject.
+def csv_message(row: Mapping[str, str | None], common: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, Any]:
+    """The message that a row means; an empty cell is left out, but for an empty subject.
 
-    Attachments are names of files with commas between, or JSON. Raises Rejected, CommandFailed.
+    Attachments are names of files with commas between, or JSON. Without an id it has one that the same row has again
+    in the next run; a row that is there twice has two. Raises Rejected, CommandFailed.
     """
     if None in row:
         raise Rejected("more cells than columns")
@@ -8727,7 +8700,18 @@ def csv_fields(row: Mapping[str, str | None]) -> dict[str, Any]:
                 fields[name] = json.loads(fields[name])
             except ValueError:
                 raise Rejected(f"invalid {name}: is not JSON") from None
-    return fields
+    attachments = [*common.get("attachments", ()), *fields.get("attachments", ())]
+    message = {**common, **fields, **({"attachments": attachments} if attachments else {})}
+    if "id" in message:
+        id_ = line_of(message["id"], "id", most=LONGEST_ID)
+        if id_ in known:
+            raise Rejected(f"duplicate id in this file: {id_}")
+    else:
+        content = {name: value for name, value in message.items() if name not in NOT_THE_CONTENT}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+        ids = itertools.chain([f"csv-{digest}"], (f"csv-{digest}-{n}" for n in itertools.count(2)))
+        id_ = next(id_ for id_ in ids if id_ not in known)
+    return {**message, "id": id_}
 
 
 # --- sendmail ------------------------------------------------------------
