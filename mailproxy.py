@@ -7910,8 +7910,13 @@ def post_form(url: str, fields: Mapping[str, str], timeout_s: float) -> tuple[in
     return answer.status, answer.body
 
 
-def delivery_agent(hostname: str, environ: Mapping[str, str], in_thread: InThread) -> DeliveryAgent:
+async def delivery_agent(environ: Mapping[str, str], in_thread: InThread) -> DeliveryAgent:
     """Who opens SMTP sessions; `in_thread` is for calls that wait for the network."""
+    try:
+        async with asyncio.timeout(2):
+            hostname = await in_thread(host_name)
+    except TimeoutError:
+        hostname = "localhost"
     revealed = functools.partial(reveal, environ=environ)
     tokens = TokenKeeper(post_form=post_form, reveal=revealed, in_thread=in_thread, monotonic=time.monotonic)
     return DeliveryAgent(hostname=hostname, reveal=revealed, in_thread=in_thread, tokens=tokens)
@@ -7991,12 +7996,7 @@ class Daemon:
         self._composer = Composer(
             self._queue, self._fetcher(), self.settings.attachments.memory_budget_bytes, self._work
         )
-        try:
-            async with asyncio.timeout(2):
-                hostname = await self._work(host_name)
-        except TimeoutError:
-            hostname = "localhost"
-        self._agent = delivery_agent(hostname, self._environ, self._network)
+        self._agent = await delivery_agent(self._environ, self._network)
         self._reporter = Reporter(
             self._queue,
             self.settings.client,
@@ -9385,20 +9385,10 @@ CONNECT_PATIENCE_S = 30.0  # for all of one account's connecting and logging in
 
 def show_servers(settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]) -> bool:
     """Log into each account, those in the queue file too, and show what its server offers; True: all work."""
-    rows, kinds, failed = [], [], []
-    for account, outcome in asyncio.run(_try_servers(settings, configured, environ)):
-        server = f"{account.host}:{account.port}"
-        if isinstance(outcome, Reply):
-            rows.append((account.id, server, *[""] * 5, f"{outcome.stage}: {outcome.words}"))
-            failed.append(account.id)
-        else:
-            auth = " ".join(outcome.auth).upper() or "none"
-            size = size_in_words(outcome.size_bytes) if outcome.size_bytes else "any"
-            utf8, pipelining = ("yes" if offered else "no" for offered in (outcome.smtputf8, outcome.pipelining))
-            result = f"logged in as {account.user}" if account.user else "connected"
-            rows.append((account.id, server, outcome.tls or "none", auth, size, utf8, pipelining, result))
-        kinds.append("error" if isinstance(outcome, Reply) else "sent")
+    rows = asyncio.run(_try_servers(settings, configured, environ))
+    failed = [str(account_id) for account_id, _, tls, *_ in rows if not tls]
     columns = ("ACCOUNT", "SERVER", "TLS", "AUTH", "SIZE", "SMTPUTF8", "PIPELINING", "RESULT")
+    kinds = ["error" if row[0] in failed else "sent" for row in rows]
     print("\n".join(["", *table(columns, rows, kinds)] if rows else ["There is no account to log into."]))
     if failed:
         complain(f"no mail can leave through {', '.join(failed)}")
@@ -9407,8 +9397,8 @@ def show_servers(settings: Settings, configured: Sequence[Account], environ: Map
 
 async def _try_servers(
     settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]
-) -> Iterable[tuple[Account, Offers | Reply]]:
-    """What each account's server offers, or the reply that kept us out; all at once."""
+) -> list[tuple[object, ...]]:
+    """A row for each account, all at once: what its server offers, or nothing and the reply that kept us out."""
     accounts = {account.id: account for account in configured}
     if await asyncio.to_thread(os.path.exists, settings.storage.db_path):  # and those that were added over HTTP
         file = QueueFile(settings.storage.db_path, SCHEMA, MIGRATIONS, observe_commit=lambda seconds: None)
@@ -9418,22 +9408,26 @@ async def _try_servers(
             await file.close()
         accounts = {account.id: account for account in stored} | accounts
     pool = concurrent.futures.ThreadPoolExecutor(8, "check")
-    in_thread = InThread(pool)
-    agent = delivery_agent(await in_thread(host_name), environ, in_thread)
+    agent = await delivery_agent(environ, InThread(pool))
 
-    async def tried(account: Account) -> Offers | Reply:
+    async def tried(account: Account) -> tuple[object, ...]:
+        server = f"{account.host}:{account.port}"
         try:
             async with asyncio.timeout(CONNECT_PATIENCE_S):
                 session = await agent.open_session(account, name="check")
         except TimeoutError:
-            return local_reply(Stage.CONNECT, f"not logged in within {CONNECT_PATIENCE_S:g} s", Cause.TIMEOUT)
+            session = local_reply(Stage.CONNECT, f"not logged in within {CONNECT_PATIENCE_S:g} s", Cause.TIMEOUT)
         if isinstance(session, Reply):
-            return session
+            return (account.id, server, *[""] * 5, f"{session.stage}: {session.words}")
         await session.quit()
-        return session.offers
+        offers = session.offers
+        size = size_in_words(offers.size_bytes) if offers.size_bytes else "any"
+        utf8, pipelining = ("yes" if offered else "no" for offered in (offers.smtputf8, offers.pipelining))
+        auth, result = " ".join(offers.auth).upper(), f"logged in as {account.user}" if account.user else "connected"
+        return (account.id, server, offers.tls or "none", auth or "none", size, utf8, pipelining, result)
 
     try:
-        return zip(accounts.values(), await asyncio.gather(*map(tried, accounts.values())), strict=True)
+        return await asyncio.gather(*map(tried, accounts.values()))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
