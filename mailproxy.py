@@ -2903,6 +2903,7 @@ class QueueFile:
             if self._reading is None:
                 uri = f"file:{urllib.parse.quote(self.path)}?mode=ro"
                 self._reading = sqlite3.connect(uri, uri=True, isolation_level=None)
+                self._reading.row_factory = sqlite3.Row
                 self._reading.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
             return work(self._reading)
         except sqlite3.DatabaseError as error:
@@ -3205,7 +3206,7 @@ class Queue:
 
     async def _ask(self, sql: str, **values: object) -> list[dict[str, Any]]:
         """Read rows, each as {column: value}."""
-        return await self.file.read(lambda db: list(_each_row(db.execute(sql, values))))
+        return await self.file.read(lambda db: list(map(dict, db.execute(sql, values))))
 
     # -- submission
 
@@ -3570,7 +3571,7 @@ class Queue:
             order = " DESC LIMIT :most" if filters.order == "desc" else " LIMIT :most"
             cursor = db.execute(PAGE_OF_RECORDS + order, {**stretch, **filters._asdict()})
             records, size_bytes = [], 0
-            for row in _each_row(cursor):
+            for row in map(dict, cursor):
                 size_bytes += len(row["payload"])
                 records.append(_record(row))
                 if len(records) == most or size_bytes > PAGE_BYTES:
@@ -3579,17 +3580,12 @@ class Queue:
 
         return await self.file.read(work)
 
-    async def tallies(self) -> dict[str, Tally]:
-        """The counts of each account that ever had a message."""
+    async def tallies(self) -> tuple[dict[str, Tally], int | None]:
+        """The counts of each account that ever had a message; when the oldest undelivered one was accepted."""
         rows = await self._ask("SELECT account_id, ready, waiting, unreported FROM tallies")
-        return {row.pop("account_id"): Tally(**row) for row in rows}
-
-    async def oldest_pending_ts(self) -> int | None:
-        """When the oldest undelivered message was accepted."""
-        rows = await self._ask(
-            "SELECT created_at FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT 1"
-        )
-        return rows[0]["created_at"] if rows else None
+        oldest = "SELECT created_at FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT 1"
+        times = [row["created_at"] for row in await self._ask(oldest)]
+        return {row.pop("account_id"): Tally(**row) for row in rows}, times[0] if times else None
 
     async def answers(self) -> None:
         """Raise StorageUnavailable unless the file can be written now: it is tried."""
@@ -3675,11 +3671,6 @@ def _seqs(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, tuple[int, bo
     look_up = "SELECT id, seq, error_ts IS NOT NULL FROM messages WHERE id = :id"
     found = [db.execute(look_up, {"id": id_}).fetchone() for id_ in ids]
     return {row[0]: (row[1], bool(row[2])) for row in found if row}
-
-
-def _each_row(cursor: sqlite3.Cursor) -> Iterator[dict[str, Any]]:
-    names = [column[0] for column in cursor.description]
-    return (dict(zip(names, row, strict=True)) for row in cursor)
 
 
 def _claim_of(row: Sequence[Any]) -> Claim:
@@ -4640,8 +4631,6 @@ QUIT_TIMEOUT_S = 5.0
 LONGEST_REPLY_BYTES = 65_536
 CONTENT_PIECE_BYTES = 65_536  # of a content, between two looks at the server and at everybody else
 
-MayLogIn = Callable[[], Awaitable[object]]
-
 _ENHANCED_CODE = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s+|$)")  # RFC 3463
 _REPLY_LINE = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
 _UNSPEAKABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
@@ -5096,18 +5085,13 @@ async def _log_in(smtp: aiosmtplib.SMTP, account: Account, login: Login) -> None
     if method is None:
         names = f"only AUTH {', '.join(offered).upper()}" if offered else "no AUTH"
         raise aiosmtplib.SMTPException(f"the server offers {names}; the account wants to log in ({account.auth})")
-    if method == "xoauth2":
-        await _log_in_by_token(smtp, login)
-    else:
+    if method != "xoauth2":
         speak = {"plain": smtp.auth_plain, "login": smtp.auth_login, "cram-md5": smtp.auth_crammd5}[method]
         await speak(login.user, login.secret)
-
-
-async def _log_in_by_token(smtp: aiosmtplib.SMTP, login: Login) -> None:
-    """XOAUTH2: a refusal comes as a challenge that explains it, to be answered by an empty line."""
+        return
     response = await smtp.execute_command(b"AUTH", b"XOAUTH2", login.xoauth2)
     explanation = ""
-    if response.code == 334:
+    if response.code == 334:  # a refusal, as a challenge that explains it, to be answered by an empty line
         with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
             explanation = f"(status {json.loads(base64.b64decode(response.message))['status']})"
         response = await smtp.execute_command(b"")
@@ -5241,7 +5225,7 @@ class DeliveryAgent:
         *,
         name: str,
         connected: Callable[[], object] = lambda: None,
-        may_log_in: MayLogIn | None = None,
+        may_log_in: Callable[[], Awaitable[object]] | None = None,
         renewed: bool = False,
     ) -> Session | Reply:
         """Connect and log in, or the reply that says why not; a refused access token is renewed once.
@@ -5282,7 +5266,11 @@ class DeliveryAgent:
         return offers
 
     async def _introduce(
-        self, smtp: aiosmtplib.SMTP, account: Account, login: Login | None, may_log_in: MayLogIn | None
+        self,
+        smtp: aiosmtplib.SMTP,
+        account: Account,
+        login: Login | None,
+        may_log_in: Callable[[], Awaitable[object]] | None,
     ) -> tuple[Offers | Reply, Login | None]:
         """Greeting, EHLO, TLS, login: what the server offers then, or the reply that says where it ended.
 
@@ -7475,7 +7463,7 @@ class ControlPlane:
 
     async def get_status(self, request: Request) -> Response:
         """What waits, and the state of each account."""
-        tallies = await self.queue.tallies()
+        tallies, oldest_ts = await self.queue.tallies()
         now = self.clock.monotonic()
         pending = {id_: tally.ready + tally.waiting for id_, tally in tallies.items()}
         accounts: dict[str, dict[str, object]] = {}
@@ -7496,15 +7484,14 @@ class ControlPlane:
                 "deferred": sum(tally.waiting for tally in tallies.values()),
                 "in_delivery": self.queue.in_delivery,
                 "unreported": sum(tally.unreported for tally in tallies.values()),
-                "oldest_pending_ts": await self.queue.oldest_pending_ts(),
+                "oldest_pending_ts": oldest_ts,
                 "accounts": accounts,
             }
         )
 
     async def get_metrics(self, request: Request) -> Response:
         """Metrics for Prometheus."""
-        tallies = await self.queue.tallies()
-        oldest = await self.queue.oldest_pending_ts()
+        tallies, oldest = await self.queue.tallies()
         metrics = self.metrics
         metrics.messages_pending.set(sum(tally.ready + tally.waiting for tally in tallies.values()))
         metrics.messages_in_delivery.set(self.queue.in_delivery)

@@ -3189,7 +3189,7 @@ def test_a_locked_file_is_read_refuses_what_is_written_and_comes_back_by_itself(
     with queue_file(tmp_path) as (file, run):
         run(file.write(insert(1)))
         with another_process(tmp_path, "BEGIN IMMEDIATE"):
-            assert run(file.read(lambda db: db.execute("SELECT x FROM t").fetchall())) == [(1,)]
+            assert run(file.read(lambda db: list(map(tuple, db.execute("SELECT x FROM t"))))) == [(1,)]
             with pytest.raises(mailproxy.StorageUnavailable):
                 run(file.write(insert(2)))
             assert file.refuses
@@ -3289,7 +3289,7 @@ def test_a_file_is_migrated_step_by_step_or_left_as_it_was_and_a_newer_one_is_re
     assert rows_of(tmp_path, "SELECT name FROM sqlite_master WHERE name = 'u'") == []
 
     with queue_file(tmp_path, newest, *steps) as (file, run):
-        assert run(file.read(lambda db: db.execute("SELECT x, y, z FROM t").fetchall())) == [(1, 7, 8)]
+        assert run(file.read(lambda db: list(map(tuple, db.execute("SELECT x, y, z FROM t"))))) == [(1, 7, 8)]
     assert rows_of(tmp_path, "PRAGMA user_version") == [3]
     with pytest.raises(mailproxy.ConfigurationError, match="newer"), queue_file(tmp_path, newest, *steps[:1]):
         pass
@@ -3454,7 +3454,7 @@ def test_submissions_that_wait_together_are_stored_in_one_go_and_each_judged_alo
     assert verdicts == [[None, "already sent"], [None, "in delivery"], [], [None, None], [None, None]]
     order = [row[0] for row in rig.sql("SELECT id FROM messages ORDER BY seq")]
     assert order == ["sent", "on the wire", "newer", "waits", "failed", "deferred", "new"]
-    assert rig.tallies()["main"] == (6, 0, 1)
+    assert rig.tallies()[0]["main"] == (6, 0, 1)
     for id_ in order:
         record, attempts = rig.look_up(id_)
         kept = id_ in ("sent", "on the wire")
@@ -3731,7 +3731,7 @@ def test_a_queue_of_version_1_goes_on_as_the_newest_one(tmp_path: Path) -> None:
 
         assert definitions(rig) == definitions(new)
         assert rig.sql("PRAGMA user_version") == new.sql("PRAGMA user_version") == [(2,)]
-        assert rig.tallies()["main"] == (1, 2, 2)
+        assert rig.tallies()[0]["main"] == (1, 2, 2)
         assert rig.standing("main") == mailproxy.Standing([(NOW + 2, 2)], suspended=True, held_back=False)
         assert (rig.switch("active"), list(rig.accounts())) == (True, ["main"])
         assert [state.entry["id"] for state in rig.unreported(10)] == ["sent", "retry"]
@@ -3802,7 +3802,6 @@ def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(
         counted("sent", rig.recorded(claim, SENT))
         states = counted("unreported", rig.unreported(10))
         counted("acknowledge", rig.acknowledge(states))
-        counted("oldest pending", rig.oldest_pending_ts())
         counted("tallies", rig.tallies())
         counted("purge", rig.purge(3600, unreported_too=True))
         counted("let go", rig.let_go(["main"], ("limit",)))
