@@ -2623,10 +2623,11 @@ class Metrics:
         )
         self.attachment_fetches = counter("attachment_fetches", "Attachments asked for, by the end it had.", by_source)
         self.report_requests = counter("report_requests", "Calls of the upstream, by the end they had.", ["outcome"])
-        self.http_requests = counter("http_requests", "HTTP requests answered.", ["route", "method", "code"])
-        self.http_request_seconds = timer(
-            "http_request_seconds", "Time to answer an HTTP request.", ["route"], buckets=REQUESTS_S
-        )
+        # By their labels, and kept: to look a series up takes longer than to count in it.
+        requests = counter("http_requests", "HTTP requests answered.", ["route", "method", "code"])
+        durations = timer("http_request_seconds", "Time to answer an HTTP request.", ["route"], buckets=REQUESTS_S)
+        self.http_requests = functools.cache(requests.labels)
+        self.http_request_seconds = functools.cache(durations.labels)
         self.auth_failures = counter("auth_failures", "HTTP requests with a missing or wrong token.")
         self.storage_commit_seconds = timer(
             "storage_commit_seconds", "Duration of commits to the queue file.", buckets=COMMITS_S
@@ -5601,7 +5602,10 @@ class Route(NamedTuple):
     pattern: str  # "/account/{id}/suspend": any segment that is not empty, always the second
     handler: Callable[[Request], Awaitable[Response]]
     public: bool = False  # needs no token
-    schema: Mapping[str, object] = MappingProxyType({})  # what openapi.json says of it; not read here
+    answer: str = "object"  # this and what follows is what openapi.json says of it; not read here
+    body: str = ""
+    query: Mapping[str, tuple[Kind, str]] = MappingProxyType({})
+    refusals: Sequence[int] = ()
 
 
 def request_id_in(head: bytes) -> str:
@@ -5637,7 +5641,7 @@ class ServedConnection:
     peer: str  # the client's address, or "unix"
     tls: ssl.SSLContext | None = None
     turned_away: bool = False  # it is one too many
-    idle_until: float = math.inf  # then it is ended, on the monotonic clock; inf while there is a request
+    idle_until: float = 0.0  # then it is ended, on the monotonic clock; inf while there is a request
     _timer: asyncio.TimerHandle | None = None
     _buffer: bytes = b""  # received and not yet understood
     _last: bool = False  # the connection ends after the present request
@@ -7348,44 +7352,34 @@ def named_schemas() -> dict[str, object]:
     return schemas
 
 
-def route(
-    method: str,
-    pattern: str,
-    handler: Any,
-    answer: str,
-    *,
-    body: str = "",
-    query: QueryFields = MappingProxyType({}),
-    refusals: Sequence[int] = (),
-    public: bool = False,
-) -> Route:
-    """A row of the route table, with its Operation Object of OpenAPI 3.1. A body named with ? may be left out."""
+def operation_of(row: Route) -> dict[str, object]:
+    """The Operation Object of OpenAPI 3.1 of a row of the route table. A body named with ? may be left out."""
     parameters: list[dict[str, object]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in re.findall("{(.+?)}", pattern)
+        for name in re.findall("{(.+?)}", row.pattern)
     ]
-    statuses = {400, 408, 413, 431, 503, *refusals}
-    statuses |= {status for status, may_be in ((401, not public), (404, parameters), (415, body)) if may_be}
-    for name, (kind, words) in query.items():
+    statuses = {400, 408, 413, 431, 503, *row.refusals}
+    statuses |= {status for status, may_be in ((401, not row.public), (404, parameters), (415, row.body)) if may_be}
+    for name, (kind, words) in row.query.items():
         schema = json_schema(kind.json)
         parameters.append({"name": name, "in": "query", "description": words, "schema": schema})
-    content_type = "text/plain" if answer == "string" else "application/json"
-    responses = {"200": {"description": "done", "content": {content_type: {"schema": json_schema(answer)}}}}
+    content_type = "text/plain" if row.answer == "string" else "application/json"
+    responses = {"200": {"description": "done", "content": {content_type: {"schema": json_schema(row.answer)}}}}
     for status in sorted(statuses):
         content = {"application/json": {"schema": json_schema("Problem")}}
         responses[str(status)] = {"description": http.client.responses[status], "content": content}
     operation: dict[str, object] = {
-        "operationId": handler.__name__,
-        "summary": (handler.__doc__ or "").partition("\n")[0].rstrip("."),
+        "operationId": row.handler.__name__,
+        "summary": (row.handler.__doc__ or "").partition("\n")[0].rstrip("."),
         "parameters": parameters,
         "responses": responses,
     }
-    if body:
-        content = {"application/json": {"schema": json_schema(body.rstrip("?"))}}
-        operation["requestBody"] = {"required": not body.endswith("?"), "content": content}
-    if public:
+    if row.body:
+        content = {"application/json": {"schema": json_schema(row.body.rstrip("?"))}}
+        operation["requestBody"] = {"required": not row.body.endswith("?"), "content": content}
+    if row.public:
         operation["security"] = []
-    return Route(method, pattern, handler, public, operation)
+    return operation
 
 
 # A batch: what to store, the entries of `rejected`, and by id the fields that mean nothing.
@@ -7412,25 +7406,25 @@ class ControlPlane:
 
     def routes(self) -> tuple[Route, ...]:
         return (
-            route("GET", "/health", self.check_health, "Health", public=True),
-            route("GET", "/ready", self.check_ready, "Done", public=True),
-            route("GET", "/status", self.get_status, "Status"),
-            route("GET", "/metrics", self.get_metrics, "string"),
-            route("GET", "/openapi.json", self.get_openapi, "object"),
-            route("POST", "/commands/add-messages", self.submit_messages, "Submitted", body="Batch"),
-            route("POST", "/commands/run-now", self.run_now, "Done"),
-            route("POST", "/commands/suspend", self.suspend, "Switched"),
-            route("POST", "/commands/activate", self.activate, "Switched"),
-            route("POST", "/commands/delete-messages", self.delete_messages, "Removed", body="MessageIds"),
-            route("POST", "/commands/cleanup-messages", self.cleanup_messages, "CleanedUp", body="Age?"),
-            route("POST", "/commands/retry-messages", self.retry_messages, "Retried", body="MessageIds"),
-            route("GET", "/messages", self.list_messages, "Messages", query=LISTING),
-            route("GET", "/message/{id}", self.get_message, "MessageHistory", query=CONTENT),
-            route("GET", "/accounts", self.list_accounts, "Accounts"),
-            route("POST", "/account", self.put_account, "Done", body="Account", refusals=[409]),
-            route("DELETE", "/account/{id}", self.delete_account, "AccountRemoved", refusals=[409]),
-            route("POST", "/account/{id}/suspend", self.suspend_account, "Switched"),
-            route("POST", "/account/{id}/activate", self.activate_account, "Switched"),
+            Route("GET", "/health", self.check_health, public=True, answer="Health"),
+            Route("GET", "/ready", self.check_ready, public=True, answer="Done"),
+            Route("GET", "/status", self.get_status, answer="Status"),
+            Route("GET", "/metrics", self.get_metrics, answer="string"),
+            Route("GET", "/openapi.json", self.get_openapi, answer="object"),
+            Route("POST", "/commands/add-messages", self.submit_messages, answer="Submitted", body="Batch"),
+            Route("POST", "/commands/run-now", self.run_now, answer="Done"),
+            Route("POST", "/commands/suspend", self.suspend, answer="Switched"),
+            Route("POST", "/commands/activate", self.activate, answer="Switched"),
+            Route("POST", "/commands/delete-messages", self.delete_messages, answer="Removed", body="MessageIds"),
+            Route("POST", "/commands/cleanup-messages", self.cleanup_messages, answer="CleanedUp", body="Age?"),
+            Route("POST", "/commands/retry-messages", self.retry_messages, answer="Retried", body="MessageIds"),
+            Route("GET", "/messages", self.list_messages, answer="Messages", query=LISTING),
+            Route("GET", "/message/{id}", self.get_message, answer="MessageHistory", query=CONTENT),
+            Route("GET", "/accounts", self.list_accounts, answer="Accounts"),
+            Route("POST", "/account", self.put_account, answer="Done", body="Account", refusals=[409]),
+            Route("DELETE", "/account/{id}", self.delete_account, answer="AccountRemoved", refusals=[409]),
+            Route("POST", "/account/{id}/suspend", self.suspend_account, answer="Switched"),
+            Route("POST", "/account/{id}/activate", self.activate_account, answer="Switched"),
         )
 
     async def check_health(self, request: Request) -> Response:
@@ -7508,7 +7502,7 @@ class ControlPlane:
         """This document."""
         paths: dict[str, dict[str, object]] = {}
         for row in self.routes():
-            paths.setdefault(row.pattern, {})[row.method.lower()] = row.schema
+            paths.setdefault(row.pattern, {})[row.method.lower()] = operation_of(row)
         description = (
             "Mail is submitted as JSON, queued, delivered by SMTP and reported. Null means left out. "
             "HEAD works where GET does. Every answer has an X-Request-Id, which is in the log lines of its request."
@@ -7685,27 +7679,25 @@ class ControlPlane:
 
     async def list_messages(self, request: Request) -> Response:
         """Messages in order of acceptance."""
-        values = asked(request.query, LISTING)
-        limit, with_contents = values.pop("limit", math.inf), values.pop("content", False)
-        after = values.pop("after", None)
-        return Response(200, self._listing(Filters(**values), after, limit, with_contents))
+        return Response(200, self._listing(**asked(request.query, LISTING)))
 
     async def _listing(
-        self, filters: Filters, after: int | None, limit: float, with_contents: bool
+        self, *, after: int | None = None, limit: float = math.inf, content: bool = False, **chosen: Any
     ) -> AsyncGenerator[bytes, None]:
         """The answer piece by piece: one page of rows in memory, however many there are."""
+        filters = Filters(**chosen)
         before = b'{"ok": true, "messages": ['
         last = filters.start if after is None else after
         cursor: int | None = last
         shown = 0
         while cursor is not None:
-            most = 1 if with_contents else int(min(200, limit - shown + 1))  # one more shows whether it goes on
+            most = 1 if content else int(min(200, limit - shown + 1))  # one more shows whether it goes on
             records, cursor = await self.queue.page(filters, cursor, most)
             for record in records:
                 if shown == limit:
                     yield b'], "next": "%d"}\n' % last
                     return
-                yield before + await self._shown(record, with_contents)
+                yield before + await self._shown(record, content)
                 before, shown, last = b",\n", shown + 1, record.seq
         yield (b"" if shown else before) + b'], "next": null}\n'
 
@@ -8221,10 +8213,9 @@ class Daemon:
         return allowed
 
     def _observe_request(self, request: Request, status: int, seconds: float) -> None:
-        route = request.route or "unmatched"
         method = request.method if request.method in HTTP_METHODS else "other"
-        self._metrics.http_requests.labels(route, method, status).inc()
-        self._metrics.http_request_seconds.labels(route).observe(seconds)
+        self._metrics.http_requests(request.route, method, status).inc()
+        self._metrics.http_request_seconds(request.route).observe(seconds)
         about: dict[str, Any] = {"method": request.method, "path": request.path[:200], "peer": request.peer}
         event(self._log, logging.DEBUG, "request answered", **about, request=request.id, status=status, seconds=seconds)
 
