@@ -6089,9 +6089,6 @@ class Shares:
 
     async def take(self, lane: object, amount: int) -> None:
         """Wait until the lane may have so much more."""
-        if not self.waiting and self.used + amount + self.total // KEPT_SHARE <= self.total:  # as nearly always
-            self.used, self.of[lane] = self.used + amount, self.of.get(lane, 0) + amount
-            return
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting[granted] = lane, amount
         self._grant()
@@ -6143,20 +6140,12 @@ RESTING = (LaneState.COOLING, LaneState.SUSPENDED)
 IN_TROUBLE = (LaneState.COOLING, LaneState.PROBING)
 
 
-class LaneStatus(NamedTuple):
-    """A lane as GET /status shows it; times are wall-clock seconds."""
+class Composed(NamedTuple):
+    """A message ready for the wire."""
 
-    state: LaneState
-    reason: str | None
-    since: int
-    until: int | None
-
-
-class Consignment(NamedTuple):
-    """A claimed message in its lane: composed already, or small enough to be composed on the way."""
-
-    claim: Claim
-    composed: Composed | None = None
+    content: bytes
+    envelope: Envelope
+    smtputf8: bool
     memory_bytes: int = 0  # its share of the memory
 
 
@@ -6176,7 +6165,7 @@ class Lane:
     deleted: bool = False  # the account is gone, and its mail ends with it
     has_mail: bool = True  # until a claim finds less than it asked for
     retried_first: bool = False
-    ready: deque[Consignment] = field(default_factory=deque)
+    ready: deque[tuple[Claim, Composed | None]] = field(default_factory=deque)  # None: composed on the way
     preparing: int = 0  # messages whose parts are being fetched or put together
     busy: int = 0  # connections at work, those being opened included
     opened: int = 0  # connections ever opened, for their names
@@ -6259,9 +6248,8 @@ class Lane:
 
     def end_pause(self) -> None:
         """It has cooled, or its limit has ended, or somebody says so."""
-        if self.state in (LaneState.COOLING, LaneState.LIMITED):
-            self.become(LaneState.PROBING if self.failures else LaneState.UP)
-            self.has_mail = True
+        self.become(LaneState.PROBING if self.failures else LaneState.UP)
+        self.has_mail = True
 
     def begin_anew(self) -> None:
         """The server is to be tried now; what was known of it is forgotten."""
@@ -6278,7 +6266,8 @@ class Lane:
         pause_s = self.until - self.clock.monotonic() if self.state is LaneState.COOLING else 0
         return math.floor(self.clock.wall() + max(0.0, pause_s)) + 1
 
-    def status(self) -> LaneStatus:
+    def status(self) -> dict[str, object]:
+        """As GET /status shows it; times are wall-clock seconds."""
         reason, until = self.reason if self.state in IN_TROUBLE else None, None
         if self.state is LaneState.SUSPENDED:
             reason = "suspended by hand"
@@ -6286,18 +6275,10 @@ class Lane:
             until = self.next_try_ts()
         elif self.state is LaneState.LIMITED:
             reason, until = "rate limit reached", math.ceil(self.clock.wall() + self.until - self.clock.monotonic())
-        return LaneStatus(self.state, reason, self.since, until)
+        return {"state": self.state, "reason": reason, "since": self.since, "until": until}
 
 
 # ----- messages
-
-
-class Composed(NamedTuple):
-    """A message ready for the wire."""
-
-    content: bytes
-    envelope: Envelope
-    smtputf8: bool
 
 
 @dataclass(eq=False)
@@ -6306,11 +6287,8 @@ class Composer:
 
     queue: Queue
     fetcher: AttachmentFetcher  # replaced when the configuration is read again
-    memory_bytes: int
+    memory: Shares
     in_thread: InThread
-
-    def __post_init__(self) -> None:
-        self.memory = Shares(self.memory_bytes, small=self.memory_bytes // SMALL_PART)
 
     def compose(
         self,
@@ -6331,7 +6309,7 @@ class Composer:
         content = compose(message, parts, date=claim.created_at)
         return Composed(content, Envelope(message.return_path, message.recipients), needs_smtputf8(message))
 
-    async def prepare(self, lane: Lane, claim: Claim, redirect_to: str | None) -> Consignment | Reply:
+    async def prepare(self, lane: Lane, claim: Claim, redirect_to: str | None) -> Composed | Reply:
         """A large message, or one with parts, put together in a thread; the lane has memory for it then.
 
         What it refers to is fetched first: a slow server keeps no memory from other messages.
@@ -6349,7 +6327,7 @@ class Composer:
             if isinstance(composed, Reply):
                 return composed
             kept_bytes = min(taken_bytes, len(composed.content))
-            return Consignment(claim, composed, kept_bytes)
+            return composed._replace(memory_bytes=kept_bytes)
         finally:
             self.memory.give_back(lane, taken_bytes - kept_bytes)
 
@@ -6482,9 +6460,10 @@ class Dispatcher(Loop):
         for work in lane.recallable:
             work.cancel()
         while lane.ready:
-            consignment = lane.ready.popleft()
-            self.composer.memory.give_back(lane, consignment.memory_bytes)
-            self._spawn(self._release(lane, consignment.claim))
+            claim, composed = lane.ready.popleft()
+            if composed is not None:
+                self.composer.memory.give_back(lane, composed.memory_bytes)
+            self._spawn(self._release(lane, claim))
         while lane.idle:
             self._part_with(lane, lane.idle.pop())
 
@@ -6606,7 +6585,7 @@ class Dispatcher(Loop):
             lane.retried_first ^= bool(len(claims) % 2)
             for claim in claims:
                 if claim.payload is not None and not claim.parts and claim.size_bytes <= COMPOSED_INLINE_BYTES:
-                    lane.ready.append(Consignment(claim))
+                    lane.ready.append((claim, None))
                 else:
                     lane.preparing += 1
                     self._spawn(self._prepare(lane, claim))
@@ -6637,7 +6616,7 @@ class Dispatcher(Loop):
                 attempt = Attempt(started_at, self.clock.wall(), {"": prepared})
                 await self._settle(lane, claim, attempt, generation)
             elif prepared is not None:
-                lane.ready.append(prepared)
+                lane.ready.append((claim, prepared))
                 self._start_work(lane)
             else:
                 await self._release(lane, claim)
@@ -6675,18 +6654,18 @@ class Dispatcher(Loop):
     # -- one connection at work
 
     async def _work(self, lane: Lane) -> None:
-        """Deliver the lane's consignments one by one until none is left, or this is one connection too many."""
+        """Deliver the lane's messages one by one until none is left, or this is one connection too many."""
         most = self.settings.max_concurrency
         try:
             while lane.ready and self._may_go(lane) and lane.connections_free(self.clock.monotonic(), most) >= 0:
-                consignment = lane.ready.popleft()
+                claim, composed = lane.ready.popleft()
                 if len(lane.ready) <= lane.busy:
                     self._mark(lane)
                 try:
-                    await self._deliver(lane, consignment)
+                    await self._deliver(lane, claim, composed)
                 finally:
-                    if consignment.memory_bytes:
-                        self.composer.memory.give_back(lane, consignment.memory_bytes)
+                    if composed is not None:
+                        self.composer.memory.give_back(lane, composed.memory_bytes)
         finally:
             lane.busy -= 1
             self._mark(lane)
@@ -6696,9 +6675,8 @@ class Dispatcher(Loop):
         if session.usable:
             self._spawn(session.quit())
 
-    async def _deliver(self, lane: Lane, consignment: Consignment) -> None:
+    async def _deliver(self, lane: Lane, claim: Claim, composed: Composed | None) -> None:
         """Bring one message to its disposition, or put it back untouched; it may take several transactions."""
-        claim, composed = consignment.claim, consignment.composed
         if claim.deadline is not None and claim.deadline <= self.clock.wall():
             await self._release(lane, claim)
             return
@@ -7462,7 +7440,7 @@ class ControlPlane:
         pending = {id_: tally.ready + tally.waiting for id_, tally in tallies.items()}
         accounts: dict[str, dict[str, object]] = {}
         for id_, lane in self.dispatcher.lanes.items():
-            state = {**lane.status()._asdict(), "connections": lane.connections, "pending": pending.get(id_, 0)}
+            state = {**lane.status(), "connections": lane.connections, "pending": pending.get(id_, 0)}
             left = lane.windows.left(now)
             accounts[id_] = {**state, "limits_left": left} if left else state
         for id_ in pending.keys() - accounts.keys():
@@ -7972,9 +7950,9 @@ class Daemon:
 
     async def _build(self, configured: Sequence[Account]) -> None:
         await self._queue.load()
-        self._composer = Composer(
-            self._queue, self._fetcher(), self.settings.attachments.memory_budget_bytes, self._work
-        )
+        memory_bytes = self.settings.attachments.memory_budget_bytes
+        memory = Shares(memory_bytes, small=memory_bytes // SMALL_PART)
+        self._composer = Composer(self._queue, self._fetcher(), memory, self._work)
         self._agent = await delivery_agent(self._environ, self._network)
         self._reporter = Reporter(
             self._queue,
@@ -8048,7 +8026,9 @@ class Daemon:
             except (OSError, ValueError):  # a sandbox forbids it
                 allowed = soft
         wanted = self.settings.server.max_connections
-        left = allowed - OWN_FILES - TURNED_AWAY - 2 * self.settings.delivery.max_concurrency
+        slots, lanes = self.settings.delivery.max_concurrency, self._dispatcher.lanes.values()
+        connections = (min(lane.account.max_connections, slots) for lane in lanes)
+        left = allowed - OWN_FILES - TURNED_AWAY - 2 * sum(connections)
         if left >= wanted:
             return wanted
         most = max(left, min(wanted, allowed // 4))

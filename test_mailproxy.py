@@ -7692,7 +7692,7 @@ class LaneRig:
     def pause_after(self, signal: str) -> float:
         """The seconds until the lane may be tried again; they pass."""
         self.lane.cool(mailproxy.LaneSignal(signal), "451 not now", 0)
-        assert (self.lane.status().state, self.wanted) == ("cooling", 0)
+        assert (self.lane.state, self.wanted) == ("cooling", 0)
         began, self.now = self.now, self.lane.until
         self.lane.end_pause()
         return self.now - began
@@ -7711,7 +7711,7 @@ def test_the_pauses_of_a_lane_grow_until_something_works() -> None:
 
     assert [rig.pause_after("cool") for _ in range(5)] == [5, 15, 60, 300, 300]
     assert rig.lane.works(rig.lane.generation)
-    assert (rig.lane.status().state, rig.pause_after("cool")) == ("up", 5)
+    assert (rig.lane.state, rig.pause_after("cool")) == ("up", 5)
     rig.lane.begin_anew()
     assert [rig.pause_after("login refused") for _ in range(5)] == [60, 300, 900, 3600, 3600]
 
@@ -7723,9 +7723,9 @@ def test_a_lane_has_one_connection_until_that_is_there_and_after_cooling_until_i
     rig.lane.busy, rig.lane.first_connected = 1, True
     assert (rig.free, rig.wanted, rig.lane.connections_free(rig.now, 2)) == (2, 2, 1)
     rig.pause_after("cool")
-    assert (rig.lane.status().state, rig.lane.status().until, rig.free) == ("probing", None, 0)
+    assert (rig.lane.state, rig.lane.status()["until"], rig.free) == ("probing", None, 0)
     rig.lane.works(rig.lane.generation)
-    assert (rig.lane.status().state, rig.free) == ("up", 2)
+    assert (rig.lane.state, rig.free) == ("up", 2)
 
     rig.lane.limit, rig.lane.grows_at = 1, rig.now + mailproxy.GROWTH_PAUSE_S  # one more was refused
     growth = []
@@ -7741,9 +7741,9 @@ def test_what_began_before_the_failure_ends_the_cooling_unless_a_login_was_refus
     rig.lane.cool(mailproxy.LaneSignal(signal), "451 not now", 0)
 
     assert rig.lane.generation == 1  # failures of what began in generation 0 tell nothing
-    assert (rig.lane.works(0), rig.lane.status().state) == (heals, "up" if heals else "cooling")
+    assert (rig.lane.works(0), rig.lane.state) == (heals, "up" if heals else "cooling")
     rig.lane.works(1)
-    assert rig.lane.status().state == "up"
+    assert rig.lane.state == "up"
 
 
 # -- slots and memory, a share for each lane
