@@ -156,26 +156,17 @@ class S3Object(NamedTuple):
 
 
 class Attachment(NamedTuple):
-    """One attachment as it was asked for; its bytes may still have to be fetched."""
+    """One attachment as it was asked for; its bytes may still have to be fetched, and name and type with them."""
 
     filename: str  # "" when the answer of the source is to name it
     source: Source
     location: str = ""  # the URL, storage path or file path; "" for CONTENT and S3
-    content: bytes | None = None  # decoded, only of CONTENT
+    content: bytes = b""  # decoded; of others than CONTENT only when it was fetched
     s3: S3Object | None = None
     content_type: str | None = None
     content_id: str | None = None  # without angle brackets
     inline: bool = False
     content_md5: str | None = None  # 32 lower-case hexadecimal digits
-
-
-class Part(NamedTuple):
-    """An attachment whose bytes are here, ready for composition."""
-
-    attachment: Attachment
-    filename: str
-    content_type: str  # type/subtype, lower case
-    content: bytes
 
 
 class Message(NamedTuple):
@@ -1546,7 +1537,7 @@ def _attachments(value: object, contents: Mapping[int, bytes] | None) -> tuple[A
         if unknown := {key: value for key, value in given.items() if key not in ATTACHMENT_FIELDS}:
             _must_be_storable(unknown, "attachments")
         if contents is not None and not any(given.get(source) is not None for source in _SOURCES):
-            source: dict[str, Any] = {"source": Source.CONTENT, "content": contents.get(index)}
+            source: dict[str, Any] = {"source": Source.CONTENT, "content": contents.get(index, b"")}
         else:
             source = _source(given, field)
         content_type = _text(given, "content_type", field).strip()
@@ -1798,7 +1789,7 @@ def stored_form(fields: Mapping[str, Any], message: Message) -> tuple[str, dict[
     elif message.attachments:
         kept = list(fields["attachments"])
         for i, attachment in enumerate(message.attachments):
-            if attachment.content is not None:
+            if attachment.source is Source.CONTENT:
                 contents[i] = attachment.content
                 as_path = {} if kept[i].get("storage_path") is None else {"fetch_mode": "base64"}
                 bare = {key: value for key, value in kept[i].items() if key not in ("content", "storage_path")}
@@ -2115,7 +2106,7 @@ class Entity(NamedTuple):
     body: Iterable[bytes]
 
 
-def compose(message: Message, parts: Sequence[Part], *, date: float) -> bytes:
+def compose(message: Message, parts: Sequence[Attachment], *, date: float) -> bytes:
     """The message as it goes onto the wire, with CRLF line ends; `date` (Unix seconds) is its Date."""
     if message.raw is not None:
         return _completed(message, message.raw, date)
@@ -2254,7 +2245,7 @@ def _folded(name: str, words: Sequence[str]) -> str:
 # --- body -----------------------------------------------------------------
 
 
-def _message_body(message: Message, parts: Sequence[Part]) -> Entity:
+def _message_body(message: Message, parts: Sequence[Attachment]) -> Entity:
     """text and html are alternatives, inline parts belong to the html, attachments come after both."""
     texts = [_text_entity(message.text, "plain")] if message.text is not None else []
     if message.html is not None:
@@ -2269,8 +2260,8 @@ def _message_body(message: Message, parts: Sequence[Part]) -> Entity:
         if _content_type_of(part)[1] == "message/rfc822":
             digest.update(part.content)
     boundary = digest.hexdigest()
-    related = [_attached(part) for part in parts if part.attachment.inline and message.html is not None]
-    attached = [_attached(part) for part in parts if not part.attachment.inline or message.html is None]
+    related = [_attached(part) for part in parts if part.inline and message.html is not None]
+    attached = [_attached(part) for part in parts if not part.inline or message.html is None]
     if related:
         texts[-1] = _multipart("related", [texts[-1], *related], boundary)
     body = _multipart("alternative", texts, boundary) if len(texts) > 1 else texts[0]
@@ -2348,9 +2339,8 @@ _NOT_IN_FILE_NAMES = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]")
 _PLAIN_FILE_NAME = re.compile(r"[ !#-\[\]-~]{1,60}")
 
 
-def _attached(part: Part) -> Entity:
+def _attached(part: Attachment) -> Entity:
     """An attachment in base64; only a message stays as it is, and must not be encoded (RFC 2046 5.2.1)."""
-    attachment = part.attachment
     content_type, media_type = _content_type_of(part)
     encoding, body = "base64", cast(Iterable[bytes], _base64_lines(part.content))
     octets = with_crlf(part.content) if media_type == "message/rfc822" else b""
@@ -2358,20 +2348,20 @@ def _attached(part: Part) -> Entity:
         content_type, encoding, body = media_type, "7bit", [octets]
     elif media_type.startswith(("message/", "multipart/")):
         content_type = "application/octet-stream"
-    disposition = "inline" if attachment.inline else "attachment"
+    disposition = "inline" if part.inline else "attachment"
     header = [
         f"Content-Type: {content_type}",
         f"Content-Transfer-Encoding: {encoding}",
-        f"Content-Disposition: {disposition};\r\n {_file_name(part.filename or attachment.filename)}",
+        f"Content-Disposition: {disposition};\r\n {_file_name(part.filename)}",
     ]
-    if attachment.content_id:
-        header.append(f"Content-ID: <{attachment.content_id}>")
+    if part.content_id:
+        header.append(f"Content-ID: <{part.content_id}>")
     return Entity(header, body)
 
 
-def _content_type_of(part: Part) -> tuple[str, str]:
+def _content_type_of(part: Attachment) -> tuple[str, str]:
     """What the client says, else what the source said (which may be anything); and its type/subtype only."""
-    content_type = part.attachment.content_type or part.content_type
+    content_type = part.content_type or ""
     if not (CONTENT_TYPE.fullmatch(content_type) and content_type.isprintable() and len(content_type) < 500):
         content_type = "application/octet-stream"
     return content_type, content_type.partition(";")[0].strip().lower()
@@ -4260,13 +4250,13 @@ def is_gzip_file(attachment: Attachment, headers: Mapping[str, str]) -> bool:
     return any(type_ in ("application/gzip", "application/x-gzip", "application/x-tgz") for type_ in types)
 
 
-def as_part(attachment: Attachment, content: bytes, filename: str, told: str) -> Part:
-    """Name and type the bytes: the message's word first, then what the source told, then a guess."""
+def complete(attachment: Attachment, content: bytes, filename: str, told: str) -> Attachment:
+    """With its bytes, their name and type: the message's word first, then what the source told, then a guess."""
     filename = safe_filename(attachment.filename or filename)
     # Web frameworks call any bytes text/html when nobody says what they are.
     is_generic = told in GENERIC_TYPES or (told == "text/html" and attachment.source is Source.ENDPOINT)
-    given = media_type(attachment.content_type) or ("" if is_generic else told)
-    return Part(attachment, filename, given or guessed_type(filename) or told or GENERIC_TYPES[1], content)
+    type_ = attachment.content_type or ("" if is_generic else told) or guessed_type(filename) or told
+    return attachment._replace(filename=filename, content_type=type_ or GENERIC_TYPES[1], content=content)
 
 
 def retry_after_s(header: str, now: float) -> float | None:
@@ -4426,13 +4416,15 @@ class AttachmentFetcher:
             fetched.append(one)
         return tuple(fetched)
 
-    def parts(self, attachments: Sequence[Attachment], fetched: Sequence[Fetched | None]) -> tuple[Part, ...] | Reply:
+    def parts(
+        self, attachments: Sequence[Attachment], fetched: Sequence[Fetched | None]
+    ) -> tuple[Attachment, ...] | Reply:
         """All parts of one message, or the reply that says why there are none. Blocks; the caller has
         reserved the memory."""
-        parts: list[Part] = []
+        parts: list[Attachment] = []
         together = 0
         for attachment, one in zip(attachments, fetched, strict=True):
-            content, told = attachment.content or b"", ("", "")
+            content, told = attachment.content, ("", "")
             if one is not None:  # its file may be read by several threads at a time
                 content, told = os.pread(one.file.fileno(), one.size_bytes, 0), (one.filename, one.content_type)
             together += len(content)
@@ -4443,7 +4435,7 @@ class AttachmentFetcher:
             is_unchecked = one is None and attachment.content_md5
             if is_unchecked and (refusal := md5_refusal(attachment, io.BytesIO(content))):
                 return refusal
-            parts.append(as_part(attachment, content, *told))
+            parts.append(complete(attachment, content, *told))
         return tuple(parts)
 
     def _too_large_together(self) -> Reply:

@@ -519,7 +519,9 @@ class SubmissionTarget(JsonTarget):
 
     def composed(self, message: Any) -> bytes:
         parts = [
-            self._mailproxy.Part(attachment, attachment.filename, "text/plain", attachment.content or b"fetched")
+            attachment._replace(
+                content_type=attachment.content_type or "text/plain", content=attachment.content or b"fetched"
+            )
             for attachment in message.attachments
         ]
         return self._mailproxy.compose(message, parts, date=NOW)
