@@ -7809,9 +7809,8 @@ def ids_of(fields: Mapping[str, object]) -> list[str]:
 # DAEMON - builds the rooms, starts the loops, drains and stops them
 # ======================================================================
 #
-# The composition root: the one place that knows all rooms. A loop that dies takes
-# the daemon down with it, loudly, because a proxy that looks alive and delivers
-# nothing is the worst of all.
+# The composition root: the one place that knows all rooms. A loop that dies takes the daemon down with it, loudly,
+# because a proxy that looks alive and delivers nothing is the worst of all.
 
 WORK_THREADS = 4
 # One word, an address, or a domain that nobody can register (RFC 6761, RFC 8375, and .internal)
@@ -7941,46 +7940,39 @@ class Daemon:
         self._stopping.set()
 
     async def _build(self, configured: Sequence[Account]) -> None:
-        await self._queue.load()
-        memory_bytes = self.settings.attachments.memory_budget_bytes
+        queue, settings, clock, metrics = self._queue, self.settings, self._clock, self._metrics
+        await queue.load()
+        memory_bytes = settings.attachments.memory_budget_bytes
         memory = Shares(memory_bytes, small=memory_bytes // SMALL_PART)
-        self._composer = Composer(self._queue, self._fetcher(), memory, self._work)
+        self._composer = Composer(queue, self._fetcher(), memory, self._work)
         self._agent = await delivery_agent(self._environ, self._network)
         self._reporter = Reporter(
-            self._queue,
-            self.settings.client,
-            self.settings.delivery,
-            clock=self._clock,
+            queue,
+            settings.client,
+            settings.delivery,
+            clock=clock,
             call=self._call_upstream,
             dispatching=lambda: self._dispatcher.busy,
             in_thread=self._work,
-            metrics=self._metrics,
+            metrics=metrics,
             log=self._log,
         )
         self._dispatcher = Dispatcher(
-            self._queue,
-            self.settings.delivery,
-            clock=self._clock,
+            queue,
+            settings.delivery,
+            clock=clock,
             jitter=lambda: random.uniform(-1, 1),
             open_session=self._agent.open_session,
             composer=self._composer,
-            metrics=self._metrics,
+            metrics=metrics,
             log=self._log,
             reports_due=self._reporter.ring,
         )
-        self._dispatcher.log_deliveries = self.settings.logging.delivery_activity
-        active = await self._queue.switch("active")
-        self._dispatcher.active = self.settings.scheduler.active if active is None else active
-        self._control = ControlPlane(
-            self._queue,
-            self._dispatcher,
-            self._reporter,
-            clock=self._clock,
-            metrics=self._metrics,
-            in_thread=self._work,
-            log=self._log,
-            settings=lambda: self.settings,
-        )
+        self._dispatcher.log_deliveries = settings.logging.delivery_activity
+        active = await queue.switch("active")
+        self._dispatcher.active = settings.scheduler.active if active is None else active
+        rooms = (queue, self._dispatcher, self._reporter)
+        self._control = ControlPlane(*rooms, clock, metrics, self._work, self._log, lambda: self.settings)
         await self._control.renew_accounts(configured)
 
     async def _listen(self) -> str:
@@ -8212,9 +8204,8 @@ def server_tls_context(server: ServerSettings) -> ssl.SSLContext | None:
 # CLIENT - a client of the daemon's HTTP interface, and words for people
 # ======================================================================
 #
-# What the commands below share. A Client asks one daemon and tells a refusal from a
-# daemon that is not there; tables fit the terminal and never cut an id; nothing that
-# came from outside reaches the terminal unescaped. Everything here blocks.
+# What the commands below share; all of it blocks. A Client asks one daemon and tells a refusal from its absence.
+# Tables fit the terminal and never cut an id; nothing that came from outside reaches it unescaped.
 
 CLIENT_PATIENCE_S = 60.0  # for each step of a request to the daemon
 CLOCK = "%Y-%m-%d %H:%M:%S"
@@ -8484,10 +8475,9 @@ def complain(sentence: object) -> None:
 # SENDING - what `send` and `sendmail` submit
 # ======================================================================
 #
-# Submission for people and for programs that know sendmail(8). Its invariant: what an
-# earlier run brought through is not sent again where the caller gave an id, or a CSV.
-# A message that is complete goes in as `raw`: the daemon takes its Bcc out, and adds
-# Date and Message-ID.
+# Submission for people and for programs that know sendmail(8). Its invariant: what an earlier run brought through
+# is not sent again where the caller gave an id, or a CSV. A message that is complete goes in as `raw`: the daemon
+# takes its Bcc out, and adds Date and Message-ID.
 
 BATCH_MESSAGES = 200  # of one submission
 THROUGH_BEFORE = ("already sent", "in delivery")  # how the daemon refuses what it has from an earlier run
@@ -9059,10 +9049,9 @@ def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 # COMMAND LINE - the commands, and the table that argparse, help, README and tests are made of
 # ======================================================================
 #
-# One row of COMMANDS for each command. Exit status: 0 done, 1 failed, 2 usage or
-# configuration (sendmail has those of sysexits); what went wrong is one sentence on
-# stderr, never a traceback. serve, demo, check and backup stand on their own; all
-# other commands speak HTTP to a running daemon, as anybody could.
+# One row of COMMANDS for each command. Exit status: 0 done, 1 failed, 2 usage or configuration (sendmail has those
+# of sysexits); what went wrong is one sentence on stderr, never a traceback. serve, demo, check and backup stand on
+# their own; all other commands speak HTTP to a running daemon, as anybody could.
 
 FOLLOWED_MESSAGES = 500  # the newest ones, at least, are watched by `messages --follow`
 WHAT_MAY_CHANGE = ("created_at", "status", "attempts", "deferred_ts", "error")  # of a followed message
