@@ -8276,13 +8276,11 @@ class Client(NamedTuple):
         """Not connected yet. TLS is verified by name, or against the very certificate that config.ini names."""
         if daemon.scheme != "https":
             return http.client.HTTPConnection(daemon.host, daemon.port, timeout=CLIENT_PATIENCE_S)
-        context = ssl.create_default_context()
+        context = ssl.create_default_context(cafile=self.certificate)
         if self.certificate is not None:
-            # not strict: Python 3.13 would refuse many self-signed ones
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname = False  # a loopback address is in no certificate; this one is known by itself
             context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-            context.load_verify_locations(self.certificate)
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # with it, Python 3.13 would refuse many self-signed ones
         return http.client.HTTPSConnection(daemon.host, daemon.port, timeout=CLIENT_PATIENCE_S, context=context)
 
 
@@ -8372,14 +8370,12 @@ def cut(text: str, width: int) -> str:
     return text + "…"
 
 
-def table(
-    header: Sequence[str], rows: Iterable[Sequence[object]], kinds: Sequence[str] = (), width: int | None = None
-) -> list[str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], kinds: Sequence[str] = ()) -> list[str]:
     """Lines of aligned columns, those of the rows in the colours of their kinds.
 
     Where they are too wide for the terminal the widest columns are cut, then the lines; the id never.
     """
-    width = output_width() if width is None else width
+    width = output_width()
     cells = [[_escaped("" if cell is None else str(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(map(text_width, column)) for column in zip(*cells, strict=True)]
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths[1:]) > 8:
@@ -9158,21 +9154,22 @@ def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, obje
     while True:
         try:
             records, cursor = _listed_after(client, filters, cursor)
+            states: dict[str, object] = {r["id"]: [r[key] for key in WHAT_MAY_CHANGE] for r in records}
+            news = records[-args.limit :]
+            if known is not None:
+                news = [record for record in records if known.get(record["id"]) != states[record["id"]]]
+            for record in news:
+                id_, status, account, to, subject, _, _, remark = _message_row(record, time.time())
+                words = joined("  ", f"{id_:<24}", account, to, f'"{subject}"', remark)
+                line = cut(f"{time.strftime('%H:%M:%S')}  {status:<8}  {_escaped(words)}", output_width())
+                print(json.dumps(record, ensure_ascii=False) if args.json else paint(line, status), flush=True)
+            known, away = states, False
         except CommandFailed as error:
             if known is None or error.status != os.EX_TEMPFAIL:
                 raise
             if not away:
                 complain(error)
             away = True
-        else:
-            states: dict[str, object] = {r["id"]: [r[key] for key in WHAT_MAY_CHANGE] for r in records}
-            news = [r for r in records if known is not None and known.get(r["id"]) != states[r["id"]]]
-            for record in records[-args.limit :] if known is None else news:
-                id_, status, account, to, subject, _, _, remark = _message_row(record, time.time())
-                words = joined("  ", f"{id_:<24}", account, to, f'"{subject}"', remark)
-                line = cut(f"{time.strftime('%H:%M:%S')}  {status:<8}  {_escaped(words)}", output_width())
-                print(json.dumps(record, ensure_ascii=False) if args.json else paint(line, status), flush=True)
-            known, away = states, False
         time.sleep(1)
 
 
