@@ -2863,7 +2863,7 @@ class QueueFile:
             else:
                 wish.answer.set_result(result)
         self._at_work = ()
-        self._hand_over()
+        asyncio.get_running_loop().call_soon(self._hand_over)  # after those who were answered: they may ask for more
 
     def _connect(self) -> sqlite3.Connection:
         """The writing connection, also after a failure: what is on disk was uncertain then."""
