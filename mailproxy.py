@@ -3466,11 +3466,11 @@ class Queue:
         """Remove messages; return how many, the ids not found, and those on the wire (kept)."""
 
         def work(db: sqlite3.Connection) -> tuple[int, list[str], list[str]]:
-            seqs = _seqs(db, ids)
-            on_wire = [id_ for id_ in ids if seqs.get(id_, (0,))[0] in self._on_wire]
-            gone = [(seq,) for seq, _ in seqs.values() if seq not in self._on_wire]
+            found = _rows_of(db, ids)
+            on_wire = [id_ for id_ in ids if id_ in found and found[id_][0] in self._on_wire]
+            gone = [(row[0],) for row in found.values() if row[0] not in self._on_wire]
             db.executemany("DELETE FROM messages WHERE seq = ?", gone)
-            return len(gone), [id_ for id_ in ids if id_ not in seqs], on_wire
+            return len(gone), [id_ for id_ in ids if id_ not in found], on_wire
 
         return await self.file.write(work)
 
@@ -3482,31 +3482,29 @@ class Queue:
         """
 
         def work(db: sqlite3.Connection) -> Retried:
-            seqs = _seqs(db, ids)
-            failed = [id_ for id_, (_, is_failed) in seqs.items() if is_failed]
-            of_no_account = [id_ for id_ in failed if not self._revive(db, seqs[id_][0], deadline_of)]
-            not_found, not_failed = [i for i in ids if i not in seqs], [i for i in seqs if not seqs[i][1]]
-            return Retried(len(failed) - len(of_no_account), not_found, not_failed, of_no_account)
+            found, not_failed, of_no_account, now = _rows_of(db, ids), [], [], int(self._now())
+            for id_, (seq, is_failed, account_id, recipients) in found.items():
+                if not is_failed:
+                    not_failed.append(id_)
+                    continue
+                deadline, outcomes = deadline_of(account_id), _recipients_of(recipients) or {}
+                served = {address: outcome for address, outcome in outcomes.items() if outcome.status is Status.SENT}
+                kept = as_json(served) if served else None
+                db.execute(
+                    "UPDATE messages SET error_ts = NULL, error = NULL, attempts = 0, turn = 0, reported_ts = NULL, "
+                    "report_order = NULL, ready_at = :now, updated_at = :now, deferred_ts = NULL, deferral = NULL, "
+                    "expires_ts = NULL, deadline = :deadline, recipients = :recipients "
+                    "WHERE seq = :seq AND error_ts IS NOT NULL",
+                    {"now": now, "deadline": deadline, "seq": seq, "recipients": kept},
+                )
+                if deadline is None:
+                    self._give_up(db, seq, "account not found", served)
+                    of_no_account.append(id_)
+            queued = len(found) - len(not_failed) - len(of_no_account)
+            return Retried(queued, [id_ for id_ in ids if id_ not in found], not_failed, of_no_account)
 
         self.next_ts = 0
         return await self.file.write(work)
-
-    def _revive(self, db: sqlite3.Connection, seq: int, deadline_of: Callable[[str], int | None]) -> bool:
-        """Give a failed message a new life, or a new end; True when it lives."""
-        row = db.execute("SELECT account_id, recipients FROM messages WHERE seq = :seq", {"seq": seq}).fetchone()
-        deadline, outcomes = deadline_of(row[0]), _recipients_of(row[1]) or {}
-        served = {address: outcome for address, outcome in outcomes.items() if outcome.status is Status.SENT}
-        recipients = as_json(served) if served else None
-        db.execute(
-            "UPDATE messages SET error_ts = NULL, error = NULL, attempts = 0, turn = 0, reported_ts = NULL, "
-            "report_order = NULL, ready_at = :now, updated_at = :now, deferred_ts = NULL, deferral = NULL, "
-            "expires_ts = NULL, deadline = :deadline, recipients = :recipients "
-            "WHERE seq = :seq AND error_ts IS NOT NULL",
-            {"now": int(self._now()), "deadline": deadline, "seq": seq, "recipients": recipients},
-        )
-        if deadline is None:
-            self._give_up(db, seq, "account not found", served)
-        return deadline is not None
 
     async def purge(self, older_than_s: float, *, unreported_too: bool) -> int:
         """Remove some final messages reported (or, with no upstream, final) longer ago; 0: none is left."""
@@ -3657,11 +3655,11 @@ class Queue:
         return Standing(counted, bool(found["suspended"]), bool(found["held_back"]))
 
 
-def _seqs(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, tuple[int, bool]]:
-    """The row of each id that is there, and whether it has failed."""
-    look_up = "SELECT id, seq, error_ts IS NOT NULL FROM messages WHERE id = :id"
+def _rows_of(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, Sequence[Any]]:
+    """The seq of each id that is there, whether it has failed, its account and recipients."""
+    look_up = "SELECT id, seq, error_ts IS NOT NULL, account_id, recipients FROM messages WHERE id = :id"
     found = [db.execute(look_up, {"id": id_}).fetchone() for id_ in ids]
-    return {row[0]: (row[1], bool(row[2])) for row in found if row}
+    return {row[0]: row[1:] for row in found if row}
 
 
 def _claim_of(row: Sequence[Any]) -> Claim:
@@ -6386,18 +6384,16 @@ class Dispatcher(Loop):
                 lane.end_pause()
             self._mark(lane)
 
-    def add_lane(
-        self, account: Account, counted: Iterable[tuple[float, int]], *, suspended: bool, held_back: bool
-    ) -> None:
-        """Begin to deliver for an account; `counted` are its sends on the monotonic clock, and
-        `held_back` says that some of its mail waits for its limits."""
+    def add_lane(self, account: Account, standing: Standing) -> None:
+        """Begin to deliver for a new account, which may have had another life before."""
+        now, wall = self.clock.monotonic(), self.clock.wall()
+        counted = [(min(now + until - wall, now), n) for until, n in standing.sends]
         windows = self._held_windows.pop(account.id, None) or SendWindows(account.limits, counted)
         windows.replace_limits(account.limits)
         lane = self.lanes[account.id] = Lane(account, windows, self.clock)
-        now = self.clock.monotonic()
-        if suspended:
+        if standing.suspended:
             lane.become(LaneState.SUSPENDED)
-        elif held_back and not windows.room(now):
+        elif standing.held_back and not windows.room(now):
             lane.become(LaneState.LIMITED, windows.opens_at(now))
         self._mark(lane)
 
@@ -7708,7 +7704,8 @@ class ControlPlane:
             if account.id in self.dispatcher.lanes:
                 self.dispatcher.replace_account(account)
             else:
-                self._begin(account, standing)
+                self.dispatcher.add_lane(account, standing)
+                self.metrics.know(account.id)
         event(self.log, logging.INFO, "account set", account=account.id)
         return json_response({"ok": True})
 
@@ -7745,7 +7742,8 @@ class ControlPlane:
                 self._end(account_id)
             for account in wanted.values():
                 if account.id not in self.dispatcher.lanes:
-                    self._begin(account, await self.queue.standing(account.id))
+                    self.dispatcher.add_lane(account, await self.queue.standing(account.id))
+                    self.metrics.know(account.id)
                 elif account != self._account(account.id):
                     await self.queue.let_go([account.id])
                     self.dispatcher.replace_account(account)
@@ -7753,13 +7751,6 @@ class ControlPlane:
     def _account(self, account_id: str) -> Account | None:
         lane = self.dispatcher.lanes.get(account_id)
         return lane.account if lane else None
-
-    def _begin(self, account: Account, standing: Standing) -> None:
-        """Deliver for a new account, which may have had another life before."""
-        now, wall = self.clock.monotonic(), self.clock.wall()
-        sends = [(min(now + until - wall, now), n) for until, n in standing.sends]
-        self.dispatcher.add_lane(account, sends, suspended=standing.suspended, held_back=standing.held_back)
-        self.metrics.know(account.id)
 
     def _end(self, account_id: str) -> None:
         self.dispatcher.remove_lane(account_id)

@@ -7536,7 +7536,7 @@ def test_an_opening_that_was_called_back_ends_before_its_login_though_its_cancel
             jitter=lambda: 0, open_session=open_session, composer=None, metrics=None, log=LOG, reports_due=print,
         )  # type: ignore[arg-type] # fmt: skip
         account = mailproxy.Account(id="main", host="mx.test", port=25)
-        dispatcher.add_lane(account, (), suspended=False, held_back=False)
+        dispatcher.add_lane(account, mailproxy.Standing((), suspended=False, held_back=False))
         lane = dispatcher.lanes["main"]
         lane.first_is_in = asyncio.Event()  # another one goes first
         opening = asyncio.create_task(dispatcher._session(lane))
