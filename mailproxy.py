@@ -5717,7 +5717,7 @@ class ServedConnection:
             if not (announced.isascii() and announced.isdigit()):
                 raise HttpError(400, "Content-Length is not one number")
             length = int(announced) if len(announced) <= 18 else 10**18
-        options = {option.strip().lower() for option in request.headers.get("connection", "").split(",")}
+        options = request.headers.get("connection", "").lower()
         goes_on = "close" not in options and (request.version == "1.1" or "keep-alive" in options)
         request.path, segments, request.query = parse_target(target)
         body_is_here = length is not None and length <= len(self._buffer)
@@ -5919,9 +5919,8 @@ class HttpServer:
 
     async def start_tcp(self, host: str, port: int, tls: ssl.SSLContext | None) -> tuple[tuple[str, int], ...]:
         """Listens on every address of `host`, with TLS when there is a context; returns (address, port)."""
-        connected = functools.partial(self._connected, tls)
-        listener = await asyncio.start_server(connected, host or None, port, backlog=self.limits.max_connections)
-        self._listeners.append(listener)
+        listener = await asyncio.start_server(functools.partial(self._connected, tls), host or None, port, backlog=32)
+        self._keep(listener)
         return tuple(listening.getsockname()[:2] for listening in listener.sockets)
 
     async def start_unix(self, path: str, mode: int = 0o660) -> None:
@@ -5935,13 +5934,18 @@ class HttpServer:
                 probe.connect(path)
                 raise OSError(errno.EADDRINUSE, "another process listens there", path)
         connected = functools.partial(self._connected, None)
-        listener = await asyncio.start_unix_server(
-            connected, path, backlog=self.limits.max_connections, start_serving=False
-        )
+        listener = await asyncio.start_unix_server(connected, path, backlog=32, start_serving=False)
         os.chmod(path, mode)  # before anybody can connect
         await listener.start_serving()
-        self._listeners.append(listener)
+        self._keep(listener)
         self._unix_sockets.append(path)
+
+    def _keep(self, listener: asyncio.Server) -> None:
+        """What asyncio calls backlog is also how many it accepts in one step; the kernel may let more of them wait."""
+        self._listeners.append(listener)
+        for listening in listener.sockets:
+            with listening.dup() as same:
+                same.listen(self.limits.max_connections)
 
     async def stop(self, grace_s: float) -> None:
         """Stops listening, answers the requests in progress within `grace_s`, then cuts what is left."""
