@@ -274,14 +274,6 @@ class Secret:
         return self.given.startswith(("env:", "file:"))
 
 
-class Limits(NamedTuple):
-    """Most messages in any 60 s, hour and day; None: no limit."""
-
-    per_minute: int | None = None
-    per_hour: int | None = None
-    per_day: int | None = None
-
-
 class RecipientOutcome(NamedTuple):
     """What became of one recipient: status is sent, error or deferred."""
 
@@ -450,7 +442,6 @@ class Kind(NamedTuple):
     parse: Callable[[str], Any]  # raises ValueError
     json: str = "string"  # its type in JSON, as openapi.json is made of it
     types: tuple[type, ...] = ()  # of JSON, that may stand instead of the same as a string
-    unit: str = ""
     secret: bool = False
     many: bool = False  # a list: may go on over several lines
 
@@ -486,13 +477,12 @@ def word(*words: str) -> Kind:
     return Kind(f"one of {shown}", lambda value: fit(value.strip().lower(), value.strip().lower() in words), json)
 
 
-def integer(low: int, high: int = LARGEST_INTEGER, unit: str = "") -> Kind:
+def integer(low: int, high: int = LARGEST_INTEGER, words: str = "a whole number") -> Kind:
     def parse(value: str) -> int:
         return fit(int(value), low <= int(value) <= high and re.fullmatch(r"\s*[+-]?[0-9]+\s*", value))
 
-    number = "a whole number of bytes" if unit == "bytes" else "a whole number"
     most = "" if high == LARGEST_INTEGER else f" to {high}"
-    return Kind(f"{number} from {low}{most}", parse, "integer", (int,), unit)
+    return Kind(f"{words} from {low}{most}", parse, "integer", (int,))
 
 
 def seconds(low: float, high: float = LONGEST_S) -> Kind:
@@ -501,7 +491,7 @@ def seconds(low: float, high: float = LONGEST_S) -> Kind:
         return fit(number, low <= number <= high and re.fullmatch(r"\s*[0-9.]+\s*", value))
 
     most = "" if high == LONGEST_S else f" to {high:.0f}"
-    return Kind(f"a number of seconds from {low:g}{most}", parse, "number", (int, float), "seconds")
+    return Kind(f"a number of seconds from {low:g}{most}", parse, "number", (int, float))
 
 
 def many(words: str, parse: Callable[[str], object], json: str = "string", *, secret: bool = False) -> Kind:
@@ -532,8 +522,7 @@ def _host_or_network(value: str) -> str:
     return value
 
 
-COUNT, BYTES, PERIOD = integer(1), integer(1, unit="bytes"), seconds(0.01)
-AGE, LIFE = integer(0, unit="seconds"), integer(1, unit="seconds")
+COUNT, BYTES, PERIOD = integer(1), integer(1, words="a whole number of bytes"), seconds(0.01)
 TEXT = Kind("text on one line", lambda value: fit(value, not flaw_of_line(value)))
 LABEL = Kind(
     f"1 to {LONGEST_ID} characters on one line", lambda value: fit(TEXT.parse(value), 1 <= len(value) <= LONGEST_ID)
@@ -564,7 +553,7 @@ SECRET = Kind(
     secret=True,
 )
 SECRETS = many("secrets, each itself, env:NAME or file:/path", SECRET.parse, secret=True)
-DELAYS = many("whole seconds", integer(0, LONGEST_S).parse, "integer")._replace(unit="seconds")
+DELAYS = many("whole seconds", integer(0, LONGEST_S).parse, "integer")
 MAIL_ADDRESS = Kind("a mail address", _address)
 RECIPIENTS = many("mail addresses or @domains", lambda value: _address(value, r"[^@\s]*").lower())
 HOSTS = many("host names, addresses or networks, not URLs", _host_or_network)
@@ -654,14 +643,18 @@ class DeliverySettings(NamedTuple):
     send_interval_seconds: float = row(0.5, seconds(0.01, 3600), "Longest sleep of the dispatcher, which mail wakes.")
     test_mode: bool = fixed(False, BOOLEAN, "Deliver and report only at run-now.")
     default_priority: int = row(2, PRIORITY, "Priority of messages that have none.")
-    delivery_report_retention_seconds: int = row(604_800, AGE, "Final, reported messages are purged after this time.")
+    delivery_report_retention_seconds: int = row(
+        604_800, integer(0), "Final, reported messages are purged after this time."
+    )
     batch_size_per_account: int = row(50, integer(1, 100_000), "Most messages an account has in one turn.")
     max_connections_per_account: int = row(5, integer(1, 1000), "Most connections to the server of an account.")
     max_concurrency: int = row(100, integer(1, 10_000), "Most SMTP transactions at a time, all accounts together.")
     retry_delays: tuple[int, ...] = row(RETRY_DELAYS, DELAYS, "Pauses before the retries; the last one repeats.")
-    max_age_seconds: int = row(432_000, LIFE, "A message not delivered for so long becomes an error.")
+    max_age_seconds: int = row(432_000, COUNT, "A message not delivered for so long becomes an error.")
     max_retries: int = row(0, integer(0, 1_000_000), "Most attempts after the first; 0 goes on until max_age_seconds.")
-    id_retention_seconds: int = row(2_592_000, AGE, "How long the id of a sent message is refused a second time.")
+    id_retention_seconds: int = row(
+        2_592_000, integer(0), "How long the id of a sent message is refused a second time."
+    )
     shutdown_timeout_seconds: float = row(30.0, seconds(0, 86_400), "How long transactions may finish when it stops.")
     redirect_to: str | None = row(None, MAIL_ADDRESS, "Staging: every mail goes here, its recipients in X-Original-To.")
     allow_recipients: tuple[str, ...] = row((), RECIPIENTS, "Staging: mail to others becomes an error. Empty: to all.")
@@ -724,8 +717,10 @@ class Account(NamedTuple):
         return {name: value for name, value in nested(self._asdict())[1].items() if value is not None}
 
     @property
-    def limits(self) -> Limits:
-        return Limits(self.limit_per_minute or None, self.limit_per_hour or None, self.limit_per_day or None)
+    def limits(self) -> dict[str, int]:
+        """Most messages in any 60 s, hour and day, as far as there is a limit."""
+        limits = {"minute": self.limit_per_minute, "hour": self.limit_per_hour, "day": self.limit_per_day}
+        return {window: most for window, most in limits.items() if most}
 
 
 class AttachmentSettings(NamedTuple):
@@ -735,7 +730,9 @@ class AttachmentSettings(NamedTuple):
     max_attachment_bytes: int = row(25 * 2**20, BYTES, "Largest attachment.")
     max_message_bytes: int = row(35 * 2**20, BYTES, "Most bytes of all attachments of a message.")
     memory_budget_bytes: int = fixed(100 * 2**20, BYTES, "Memory for all messages being put together at a time.")
-    cache_bytes: int = fixed(25 * 2**20, integer(0, unit="bytes"), "Fetched files kept on disk for a burst; 0: none.")
+    cache_bytes: int = fixed(
+        25 * 2**20, integer(0, words="a whole number of bytes"), "Fetched files kept on disk for a burst; 0: none."
+    )
     allow_hosts: tuple[str, ...] = row((), HOSTS, "Where attachments may come from although it is not public.")
     base_dir: str | None = row(None, PATH, "Where attachments with fetch_mode filesystem lie. Left out: refused.")
 
@@ -1522,7 +1519,9 @@ def _raw_message(given: object) -> tuple[bytes, str | None]:
 _SOURCES = ("content", "url", "s3", "storage_path")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~\-]+"  # RFC 2045 5.1
 CONTENT_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})((?:\s*;\s*{_TOKEN}=(?:{_TOKEN}|{_QUOTED}))*)\s*;?")
-_FETCH_MODES = {"endpoint": Source.ENDPOINT, "http_url": Source.URL, "filesystem": Source.FILESYSTEM}
+_FETCH_MODES = {
+    "endpoint": Source.ENDPOINT, "http_url": Source.URL, "base64": Source.CONTENT, "filesystem": Source.FILESYSTEM,
+}  # fmt: skip
 
 
 def _attachments(value: object, contents: Mapping[int, bytes] | None) -> tuple[Attachment, ...]:
@@ -1580,29 +1579,27 @@ def _source(given: Mapping[str, Any], field: str) -> dict[str, Any]:
         raise Rejected(f"invalid {field}: names more than one source: {' and '.join(named)}")
     if not named:
         raise Rejected(f"invalid {field}: has no source: content, url, s3 or storage_path")
-    mode, path = _text(given, "fetch_mode", field), given.get("storage_path")
-    if "content" in named:
-        if not given.get("filename"):
-            raise Rejected(f"invalid {field}: has no filename")
-        return {"source": Source.CONTENT, "content": _decoded_content(given["content"], f"{field}: content")}
-    if "url" in named:
-        return {"source": Source.URL, "location": judged(HTTP_URL, given["url"], f"{field}: url")}
-    if "s3" in named:
-        return {"source": Source.S3, "s3": _s3_object(given["s3"], field)}
-    if not isinstance(path, str) or not path:
-        raise Rejected(f"invalid {field}: storage_path must be a string, and not empty")
-    if not mode:
-        start = path[:8].lower()
+    value, place, mode = given[named[0]], f"{field}: {named[0]}", _text(given, "fetch_mode", field)
+    if named == ["content"] and not given.get("filename"):
+        raise Rejected(f"invalid {field}: has no filename")
+    if named == ["s3"]:
+        return {"source": Source.S3, "s3": _s3_object(value, field)}
+    if named != ["storage_path"]:
+        source = Source(named[0])
+    elif not isinstance(value, str) or not value:
+        raise Rejected(f"invalid {place} must be a string, and not empty")
+    else:
+        start = value[:8].lower()
         usual = {"base64:": "base64", "http://": "http_url", "https://": "http_url", "/": "filesystem"}
-        mode = next((mode for prefix, mode in usual.items() if start.startswith(prefix)), "endpoint")
-    if mode == "base64":
-        encoded = path[7:] if path[:7].lower() == "base64:" else path
-        return {"source": Source.CONTENT, "content": _decoded_content(encoded, f"{field}: storage_path")}
-    if mode not in _FETCH_MODES:
-        raise Rejected(f"invalid {field}: fetch_mode must be endpoint, http_url, base64 or filesystem")
-    if mode == "http_url":
-        return {"source": Source.URL, "location": judged(HTTP_URL, path, f"{field}: storage_path")}
-    return {"source": _FETCH_MODES[mode], "location": line_of(path, f"{field}: storage_path")}
+        mode = mode or next((mode for prefix, mode in usual.items() if start.startswith(prefix)), "endpoint")
+        if mode not in _FETCH_MODES:
+            raise Rejected(f"invalid {field}: fetch_mode must be endpoint, http_url, base64 or filesystem")
+        source = _FETCH_MODES[mode]
+        value = value[7:] if mode == "base64" and start.startswith("base64:") else value
+    if source is Source.CONTENT:
+        return {"source": source, "content": _decoded_content(value, place)}
+    location = judged(HTTP_URL, value, place) if source is Source.URL else line_of(value, place)
+    return {"source": source, "location": location}
 
 
 def _s3_object(given: object, field: str) -> S3Object:
@@ -2035,25 +2032,21 @@ class SendWindows:
     A message is held before its transaction and afterwards either counted or given back;
     held ones take room, so that no number of connections exceeds a limit. `counted` is what
     was sent before: (until, n) are n messages, the last of them not later than `until`.
-    All windows are kept, limited or not: a limit that comes later finds its history.
+    All windows are kept, limited or not: `limits` that come later find their history.
     """
 
-    def __init__(self, limits: Limits, counted: Iterable[tuple[float, int]] = ()) -> None:
+    def __init__(self, limits: Mapping[str, int], counted: Iterable[tuple[float, int]] = ()) -> None:
         self._windows = {"minute": _Window(60, 1), "hour": _Window(3_600, 60), "day": _Window(86_400, 60)}
         self.held = 0  # messages whose transactions are in progress
-        self.replace_limits(limits)
+        self.limits = limits  # by the names of windows, such as {"minute": 30}
         for until, n in sorted(counted):
             self.held += n
             self.count(until, n)
 
-    def replace_limits(self, limits: Limits) -> None:
-        """Judge by these limits from now on; what was sent stays counted."""
-        self._limits = {name: limit for name, limit in zip(self._windows, limits, strict=True) if limit is not None}
-
     def left(self, now: float) -> dict[str, int]:
         """What is left of each limit there is, by the name of its window."""
-        used = {name: self._windows[name].counted(now) + self.held for name in self._limits}
-        return {name: max(0, limit - used[name]) for name, limit in self._limits.items()}
+        used = {name: self._windows[name].counted(now) + self.held for name in self.limits}
+        return {name: max(0, limit - used[name]) for name, limit in self.limits.items()}
 
     def room(self, now: float) -> int:
         """The number of messages that may start now."""
@@ -2061,7 +2054,7 @@ class SendWindows:
 
     def opens_at(self, now: float) -> float:
         """The earliest moment with room, as far as is known: held messages as if sent now."""
-        moments = (self._windows[name].opens_at(now, self.held, limit) for name, limit in self._limits.items())
+        moments = (self._windows[name].opens_at(now, self.held, limit) for name, limit in self.limits.items())
         return max(moments, default=now)
 
     def give_back(self, n: int = 1) -> None:
@@ -6393,7 +6386,7 @@ class Dispatcher(Loop):
         now, wall = self.clock.monotonic(), self.clock.wall()
         counted = [(min(now + until - wall, now), n) for until, n in standing.sends]
         windows = self._held_windows.pop(account.id, None) or SendWindows(account.limits, counted)
-        windows.replace_limits(account.limits)
+        windows.limits = account.limits
         lane = self.lanes[account.id] = Lane(account, windows, self.clock)
         if standing.suspended:
             lane.become(LaneState.SUSPENDED)
@@ -6405,7 +6398,7 @@ class Dispatcher(Loop):
         """Deliver by the new definition; connections in use finish their message, all others end."""
         lane = self.lanes[account.id]
         lane.account = account
-        lane.windows.replace_limits(account.limits)
+        lane.windows.limits = account.limits
         if lane.state is not LaneState.SUSPENDED:
             self.activate_lane(account.id)
 
@@ -6537,9 +6530,9 @@ class Dispatcher(Loop):
 
     async def _hold_back(self, lane: Lane, now: float) -> None:
         """The rate limit is reached: this turn's messages wait until the window opens, or fail."""
-        account_id, limits = lane.account.id, lane.account.limits._asdict()
+        account_id, limits = lane.account.id, lane.account.limits
         reached = [name for name, left in lane.windows.left(now).items() if not left]
-        why = "rate limit reached: " + ", ".join(f"{limits[f'per_{name}']} per {name}" for name in reached)
+        why = "rate limit reached: " + ", ".join(f"{limits[name]} per {name}" for name in reached)
         order = Order(account_id, lane.account.batch_size, lane.retried_first)
         opens_at, fails = lane.windows.opens_at(now), lane.account.limit_behavior == "error"
         until_ts = None if fails else math.ceil(self.clock.wall() + opens_at - now)

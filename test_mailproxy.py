@@ -1522,7 +1522,8 @@ def settings_table() -> str:
         lines.append(f"| {name} | | {kind.__doc__} |")
         for row in mailproxy.TABLE[section]:
             default, meaning = default_and_meaning(row)
-            with_unit = f"`{default} {row.kind.unit}".rstrip() + "`" if default else ""
+            unit = next((unit for unit in ("bytes", "seconds") if unit in f"{row.key} {row.kind.words}"), "")
+            with_unit = f"`{default} {unit}".rstrip() + "`" if default else ""
             lines.append(f"| `{row.key}` | {with_unit} | {meaning} |")
     return "\n".join(lines) + "\n"
 
@@ -1804,20 +1805,20 @@ def test_base64_is_read_with_white_space_in_either_alphabet_and_without_padding(
     [
         ({"filename": "a", "content": "YQ=="}, "content", "", b"a"),
         ({"filename": "a", "content": ""}, "content", "", b""),
-        ({"url": "https://x.org/a?b=c"}, "url", "https://x.org/a?b=c", None),
-        ({"url": "HTTP://x.org:8080/"}, "url", "HTTP://x.org:8080/", None),
-        ({"storage_path": "vol:a/b.pdf"}, "endpoint", "vol:a/b.pdf", None),
-        ({"storage_path": "/a/b"}, "filesystem", "/a/b", None),
-        ({"storage_path": "http://x.org/a"}, "url", "http://x.org/a", None),
+        ({"url": "https://x.org/a?b=c"}, "url", "https://x.org/a?b=c", b""),
+        ({"url": "HTTP://x.org:8080/"}, "url", "HTTP://x.org:8080/", b""),
+        ({"storage_path": "vol:a/b.pdf"}, "endpoint", "vol:a/b.pdf", b""),
+        ({"storage_path": "/a/b"}, "filesystem", "/a/b", b""),
+        ({"storage_path": "http://x.org/a"}, "url", "http://x.org/a", b""),
         ({"storage_path": "base64:YQ"}, "content", "", b"a"),
         ({"storage_path": "YQ==", "fetch_mode": "base64"}, "content", "", b"a"),
         ({"storage_path": "base64:YQ==", "fetch_mode": "base64"}, "content", "", b"a"),
-        ({"storage_path": "a/b", "fetch_mode": "filesystem"}, "filesystem", "a/b", None),
-        ({"storage_path": "/a/b", "fetch_mode": "endpoint"}, "endpoint", "/a/b", None),
-        ({"storage_path": "https://x.org", "fetch_mode": "http_url"}, "url", "https://x.org", None),
+        ({"storage_path": "a/b", "fetch_mode": "filesystem"}, "filesystem", "a/b", b""),
+        ({"storage_path": "/a/b", "fetch_mode": "endpoint"}, "endpoint", "/a/b", b""),
+        ({"storage_path": "https://x.org", "fetch_mode": "http_url"}, "url", "https://x.org", b""),
     ],
 )
-def test_attachments_have_their_sources(given: dict[str, Any], source: str, location: str, content: object) -> None:
+def test_attachments_have_their_sources(given: dict[str, Any], source: str, location: str, content: bytes) -> None:
     (attachment,) = parsed_submission(attachments=[given]).attachments
 
     assert (attachment.source, attachment.location, attachment.content) == (source, location, content)
@@ -1946,7 +1947,7 @@ def test_an_account_has_the_manners_of_the_contract_unless_it_or_the_configurati
     silent = mailproxy.parse_account({"id": "a", "host": "h", "port": 25}, source="config", defaults=defaults)
 
     assert parsed_account() == mailproxy.Account(id="a", host="mail.example.com", port=587)
-    assert parsed_account(limit_per_minute=0).limits == mailproxy.Limits()
+    assert parsed_account(limit_per_minute=0).limits == {}
     assert (silent.retry_delays, silent.max_connections, silent.source) == ((1,), 2, "config")
 
 
@@ -1964,7 +1965,7 @@ def test_json_and_config_ini_say_the_same_account() -> None:
     )  # fmt: skip
 
     assert from_json == from_ini
-    assert from_json.limits == mailproxy.Limits(per_hour=100)
+    assert from_json.limits == {"hour": 100}
     assert from_json.retry_delays == (60, 300)
 
 
@@ -2294,7 +2295,7 @@ def test_no_accepted_recipient_is_ever_forgotten(replies: Any, before: Any, reus
 
 
 def test_a_held_message_takes_room_until_it_is_given_back():
-    windows = mailproxy.SendWindows(mailproxy.Limits(per_minute=3))
+    windows = mailproxy.SendWindows({"minute": 3})
 
     windows.held += 2
     assert windows.room(1000.0) == 1
@@ -2305,29 +2306,29 @@ def test_a_held_message_takes_room_until_it_is_given_back():
 
 
 def test_without_limits_there_is_always_room_and_new_ones_judge_what_was_sent_before_also_before_a_restart():
-    windows = mailproxy.SendWindows(mailproxy.Limits())
+    windows = mailproxy.SendWindows({})
     windows.held += 100_005
     windows.count(5.0, 100_000)
     assert windows.room(5.0) > 10**9
     assert (windows.opens_at(5.0), windows.left(5.0)) == (5.0, {})
 
     windows.count(100_000.0, 5)
-    windows.replace_limits(mailproxy.Limits(per_minute=6, per_hour=4))
+    windows.limits = {"minute": 6, "hour": 4}
 
     assert windows.left(100_001.0) == {"minute": 1, "hour": 0}
-    windows = mailproxy.SendWindows(mailproxy.Limits(10, 10, 10), [(80_000.0, 2), (1000.0, 1), (79_000.0, 3)])
+    windows = mailproxy.SendWindows({"minute": 10, "hour": 10, "day": 10}, [(80_000.0, 2), (1000.0, 1), (79_000.0, 3)])
     assert windows.left(80_001.0) == {"minute": 8, "hour": 5, "day": 4}
 
 
 @pytest.mark.parametrize(
     ("limits", "sent", "held", "opens_at"),
     [
-        (mailproxy.Limits(per_minute=2), [10_010.5, 10_030.0], 0, 10_071),  # to the second
-        (mailproxy.Limits(per_hour=2), [10_010.5, 10_030.0], 0, 13_620),  # 10,010.5 lies in the minute to 10,020
-        (mailproxy.Limits(per_day=2), [10_010.5, 10_030.0], 0, 10_020 + 86_400),
-        (mailproxy.Limits(2, 2, 2), [10_010.5, 10_030.0], 0, 10_020 + 86_400),
-        (mailproxy.Limits(per_minute=2), [], 2, 10_100),  # held ones are taken for sent now
-        (mailproxy.Limits(per_minute=0), [], 0, 10_100),  # a limit of nothing is asked about again and again
+        ({"minute": 2}, [10_010.5, 10_030.0], 0, 10_071),  # to the second
+        ({"hour": 2}, [10_010.5, 10_030.0], 0, 13_620),  # 10,010.5 lies in the minute to 10,020
+        ({"day": 2}, [10_010.5, 10_030.0], 0, 10_020 + 86_400),
+        ({"minute": 2, "hour": 2, "day": 2}, [10_010.5, 10_030.0], 0, 10_020 + 86_400),
+        ({"minute": 2}, [], 2, 10_100),  # held ones are taken for sent now
+        ({"minute": 0}, [], 0, 10_100),  # a limit of nothing is asked about again and again
     ],
 )
 def test_a_window_opens_when_its_oldest_bucket_has_left_it(limits, sent, held, opens_at):
@@ -2343,7 +2344,7 @@ def test_a_window_opens_when_its_oldest_bucket_has_left_it(limits, sent, held, o
 
 
 def test_a_clock_that_goes_back_a_little_loses_no_message():
-    windows = mailproxy.SendWindows(mailproxy.Limits(per_minute=3))
+    windows = mailproxy.SendWindows({"minute": 3})
     windows.held += 3
 
     for moment in (1000.0, 990.0, 1001.0):
@@ -2353,7 +2354,7 @@ def test_a_clock_that_goes_back_a_little_loses_no_message():
 
 
 def test_the_memory_of_the_windows_is_bounded_whatever_the_limit():
-    windows = mailproxy.SendWindows(mailproxy.Limits(per_day=1_000_000))
+    windows = mailproxy.SendWindows({"day": 1_000_000})
     windows.held += 200_000
 
     for tick in range(200_000):
@@ -2365,8 +2366,8 @@ def test_the_memory_of_the_windows_is_bounded_whatever_the_limit():
 
 def lengths_of(limits):
     """The windows that have a limit: length, grain, limit."""
-    windows = (60, 1, limits.per_minute), (3_600, 60, limits.per_hour), (86_400, 60, limits.per_day)
-    return [window for window in windows if window[2] is not None]
+    windows = {"minute": (60, 1), "hour": (3_600, 60), "day": (86_400, 60)}
+    return [(*windows[name], limit) for name, limit in limits.items()]
 
 
 def as_stored(moments):
@@ -2376,8 +2377,8 @@ def as_stored(moments):
     return [(minute[-1], len(minute)) for minute in minutes]
 
 
-limits_of_all_kinds = st.builds(
-    mailproxy.Limits, st.none() | st.integers(1, 4), st.none() | st.integers(1, 9), st.none() | st.integers(1, 15)
+limits_of_all_kinds = st.fixed_dictionaries(
+    {}, optional={"minute": st.integers(1, 4), "hour": st.integers(1, 9), "day": st.integers(1, 15)}
 )
 sending_pauses = st.sampled_from([0.0, 0.3, 1.0, 17.5, 60.0, 61.0, 700.0, 3_600.0, 30_000.0]) | st.floats(0, 4_000)
 sending_steps = st.tuples(
