@@ -9037,6 +9037,8 @@ def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 # of sysexits); what went wrong is one sentence on stderr, never a traceback. serve, demo, check and backup stand on
 # their own; all other commands speak HTTP to a running daemon, as anybody could.
 
+Words: TypeAlias = "Callable[[dict[str, Any]], list[str]] | str"  # for an answer of the daemon
+
 FOLLOWED_MESSAGES = 500  # the newest ones, at least, are watched by `messages --follow`
 WHAT_MAY_CHANGE = ("created_at", "status", "attempts", "deferred_ts", "error")  # of a followed message
 
@@ -9176,28 +9178,12 @@ def _page(client: Client, query: Mapping[str, object]) -> dict[str, Any]:
     return client.ask("GET", f"/messages?{urllib.parse.urlencode(query)}").granted()
 
 
-REQUESTS: Mapping[str, tuple[str, Callable[[dict[str, Any]], list[str]] | str]] = MappingProxyType(
-    {  # by command: what it asks for, and its words for the answer
-        "status": ("GET /status", _status_in_words),
-        "messages": ("GET /messages", _messages_in_words),
-        "message": ("GET /message/{id}", _message_in_words),
-        "accounts": ("GET /accounts", _accounts_in_words),
-        "run-now": ("POST /commands/run-now", "dispatch and reporting are awake"),
-        "suspend": ("POST /{place}/suspend", "delivery{whose} is suspended; submission and reports go on"),
-        "activate": ("POST /{place}/activate", "delivery{whose} is active"),
-        "retry": ("POST /commands/retry-messages", "{queued} queued anew"),
-        "delete": ("POST /commands/delete-messages", "{removed} removed"),
-    }
-)
-
-
-def ask_daemon(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Ask the daemon once and show its answer: as it came with --json, else in words for people.
 
     1 when it left messages as they are: they are named, by why.
     """
     client = find_daemon(environ, args.url, args.token, args.config)
-    request, words = REQUESTS[args.command]
     id_, account = (urllib.parse.quote(getattr(args, name, None) or "", safe="") for name in ("id", "account"))
     method, path = request.format(id=id_, place=f"account/{account}" if account else "commands").split(" ")
     filters = {name: value for name, value in vars(args).items() if name in LISTING and value is not None}
@@ -9472,9 +9458,10 @@ BACKING_UP = (
     CONFIG,
     DB,
 )
-ONE_ACCOUNT = option("--account", metavar="ID", help="only this account; else all delivery")
-ID = option("id", metavar="ID", help="id of the message")
-IDS = option("ids", metavar="ID", nargs="+", help="id of a message")
+ONE_ACCOUNT = (option("--account", metavar="ID", help="only this account; else all delivery"),)
+ID = (option("id", metavar="ID", help="id of the message"),)
+IDS = (option("ids", metavar="ID", nargs="+", help="id of a message"),)
+SUSPENDED = "delivery{whose} is suspended; submission and reports go on"
 
 
 class Command(NamedTuple):
@@ -9486,6 +9473,11 @@ class Command(NamedTuple):
     meaning: str
 
 
+def asks(name: str, request: str, words: Words, options: tuple[Option, ...], meaning: str) -> Command:
+    """A command that asks the running daemon."""
+    return Command(name, functools.partial(ask_daemon, request, words), (*options, *ASKING), meaning)
+
+
 COMMANDS = (
     Command("serve", serve, SERVING, "run the daemon"),
     Command("demo", demo, (), "show it all on this machine, with nothing configured"),
@@ -9493,15 +9485,15 @@ COMMANDS = (
     Command("send", send, (*SENDING, *ASKING), "submit a message, an .eml file, or many out of a CSV file"),
     Command("sendmail", sendmail, AS_SENDMAIL, "take a message from standard input, as sendmail(8) does"),
     Command("backup", backup, BACKING_UP, "copy the queue into a file, while the daemon runs"),
-    Command("status", ask_daemon, ASKING, "how the daemon is"),
-    Command("messages", ask_daemon, (*FILTERS, *ASKING), "list messages, in order of acceptance"),
-    Command("message", ask_daemon, (ID, *ASKING), "one message, and every attempt to deliver it"),
-    Command("accounts", ask_daemon, ASKING, "list the accounts mail goes out by"),
-    Command("run-now", ask_daemon, ASKING, "deliver and report at once"),
-    Command("suspend", ask_daemon, (ONE_ACCOUNT, *ASKING), "stop delivery; submission and reports go on"),
-    Command("activate", ask_daemon, (ONE_ACCOUNT, *ASKING), "take delivery up again"),
-    Command("retry", ask_daemon, (IDS, *ASKING), "queue failed messages anew"),
-    Command("delete", ask_daemon, (IDS, *ASKING), "remove messages, whatever their state"),
+    asks("status", "GET /status", _status_in_words, (), "how the daemon is"),
+    asks("messages", "GET /messages", _messages_in_words, FILTERS, "list messages, in order of acceptance"),
+    asks("message", "GET /message/{id}", _message_in_words, ID, "one message, and every attempt to deliver it"),
+    asks("accounts", "GET /accounts", _accounts_in_words, (), "list the accounts mail goes out by"),
+    asks("run-now", "POST /commands/run-now", "dispatch and reporting are awake", (), "deliver and report at once"),
+    asks("suspend", "POST /{place}/suspend", SUSPENDED, ONE_ACCOUNT, "stop delivery; submission and reports go on"),
+    asks("activate", "POST /{place}/activate", "delivery{whose} is active", ONE_ACCOUNT, "take delivery up again"),
+    asks("retry", "POST /commands/retry-messages", "{queued} queued anew", IDS, "queue failed messages anew"),
+    asks("delete", "POST /commands/delete-messages", "{removed} removed", IDS, "remove messages, whatever their state"),
 )
 
 EXAMPLES = """\
@@ -9564,7 +9556,6 @@ def parsed(words: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         epilog="\n  ".join(("examples:", *(examples or [f"mailproxy {command.name}"]))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(command=command.name)
     for names, how in command.options:
         parser.add_argument(*names, **how)
     return command, parser.parse_args(words[1:])
