@@ -3382,22 +3382,6 @@ class Queue:
         waits = Disposition(Status.DEFERRED, LaneSignal.NONE, counted=False, slot_used=False, recipients=recipients)
         db.execute(SETTLE, self._settled(seq, given_up(waits, why)))
 
-    async def hold_back(self, order: Order, why: str, until_ts: int | None) -> list[Claim]:
-        """The rate limit of an account is reached: defer the messages of one turn, or (None) give them up."""
-
-        def work(db: sqlite3.Connection) -> list[Claim]:
-            claims = self._ready(db, order)
-            for claim in claims:
-                waits = untouched(claim)._replace(
-                    status=Status.DEFERRED, error=why, deferred_ts=until_ts, reason="limit"
-                )
-                db.execute(SETTLE, self._settled(claim.seq, waits if until_ts else given_up(waits, why)))
-            return claims
-
-        claims = await self.file.write(work)
-        self.next_ts = min(self.next_ts, until_ts or math.inf)
-        return claims
-
     async def let_go(self, account_ids: Iterable[str], deferrals: Sequence[str] = HELD_BACK) -> set[str]:
         """Make messages ready that wait for one of these reasons; return which of the accounts got mail."""
         rows = [{"id": id_, "deferrals": as_json(deferrals)} for id_ in account_ids]
@@ -6536,21 +6520,19 @@ class Dispatcher(Loop):
         order = Order(account_id, lane.account.batch_size, lane.retried_first)
         opens_at, fails = lane.windows.opens_at(now), lane.account.limit_behavior == "error"
         until_ts = None if fails else math.ceil(self.clock.wall() + opens_at - now)
-        held_back = await self.queue.hold_back(order, why, until_ts)
+        (held_back,) = await self.queue.claim([order])
+        lane.windows.held += len(held_back)
         lane.has_mail = bool(held_back)
         if not held_back:
             return
-        if fails:
-            self.metrics.messages_failed.labels(account_id).inc(len(held_back))
-        else:
-            self.metrics.messages_deferred.labels(account_id, "limit").inc(len(held_back))
-            if lane.state not in RESTING:
-                lane.become(LaneState.LIMITED, opens_at)
-        self._mark(lane)  # the next ones come up, and fail too
+        if not fails and lane.state not in RESTING:
+            lane.become(LaneState.LIMITED, opens_at)
         self.metrics.rate_limited.labels(account_id).inc(len(held_back))
+        wall = self.clock.wall()
         for claim in held_back:
-            self._say(claim, "message held back by the rate limit", until=until_ts, error=why)
-        self.reports_due()
+            waits = untouched(claim)._replace(status=Status.DEFERRED, error=why, deferred_ts=until_ts, reason="limit")
+            ended = given_up(waits, why) if fails else waits
+            self._spawn(self._conclude(lane, claim, Attempt(wall, wall, {}), ended))
 
     async def _claim(self, orders: Mapping[Lane, Order]) -> None:
         """Take the lanes' next messages out of the queue: small ones are ready, others are put together first."""
@@ -6841,6 +6823,7 @@ class Dispatcher(Loop):
             lane.windows.count(self.clock.monotonic())
         else:
             lane.windows.give_back()
+            self._mark(lane)
         if disposition.status is Status.QUEUED:
             self.queue.release([claim])
             lane.has_mail = True

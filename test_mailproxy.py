@@ -3543,9 +3543,9 @@ def test_a_message_past_its_deadline_is_given_up_unless_it_is_on_the_wire_and_se
 def test_a_rate_limited_turn_is_deferred_and_those_behind_it_wait_untouched(rig: QueueRig) -> None:
     rig.accepted(*(submission(f"m{i}") for i in range(5)))
 
-    held_back = rig.hold_back(mailproxy.Order("main", 3, retried_first=False), "rate limit reached", NOW + 60)
+    for claim in rig.claimed(3):
+        rig.recorded(claim, DEFERRED, deferred_ts=NOW + 60, reason="limit", counted=False)
 
-    assert ids(held_back) == ["m0", "m1", "m2"]
     assert [s.entry["status"] for s in rig.unreported(10)] == ["deferred"] * 3
     rig.queue.release(behind := rig.claimed())
     assert ids(behind) == ["m3", "m4"]
@@ -3762,7 +3762,6 @@ def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(
     """Costs are counted in steps of SQLite's virtual machine, because time is not to be trusted."""
     statements: set[str] = set()
     steps = [0]
-    order = mailproxy.Order("main", 1, retried_first=False)
 
     def step() -> None:
         steps[0] += 1
@@ -3798,11 +3797,12 @@ def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(
         counted("let go", rig.let_go(["main"], ("limit",)))
         counted("accept another", rig.accepted(submission(another)))
         counted("replace", rig.accepted(submission(another)))
-        counted("defer limited", rig.hold_back(order, "limit", int(rig.now) + 60))
+        limited = {"deferred_ts": int(rig.now) + 60, "reason": "limit", "counted": False}
+        counted("defer limited", rig.recorded(*rig.claimed(1), DEFERRED, **limited))
         counted("standing", rig.standing("main"))
         counted("let the cooled go", rig.let_go(["main"], ("connection", "login")))
         counted("let the limited go", rig.let_go(["main"], ("limit",)))
-        counted("fail limited", rig.hold_back(order, "limit", None))
+        counted("fail", rig.recorded(*rig.claimed(1), ERROR, error="no"))
         counted("retry", rig.retry([another], lambda account: 2 * NOW))
         counted("look up", rig.look_up(id_))
         counted("delete", rig.delete([another]))
