@@ -2383,7 +2383,7 @@ def _file_name(name: str) -> str:
 # A call may be done before it is awaited: then awaiting it does not let others run.
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class InThread:
     """Awaits a blocking call that runs in a thread of the pool (None: asyncio's own), which it keeps until it ends,
     even when the waiter is gone."""
@@ -2428,11 +2428,9 @@ class Alarm:
     """Wakes one loop: when it is rung, or when its time has come. Rings while awake are kept."""
 
     def __init__(self) -> None:
-        self.rings = 0  # so far
         self._rung = asyncio.Event()
 
     def ring(self) -> None:
-        self.rings += 1
         self._rung.set()
 
     async def sleep(self, at_most_s: float) -> None:
@@ -6038,7 +6036,7 @@ class Loop(Alarm):
         raise NotImplementedError
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Shares:
     """So many slots, or bytes, for all lanes together, given out in the order of asking.
 
@@ -6120,7 +6118,7 @@ class Composed(NamedTuple):
     memory_bytes: int = 0  # its share of the memory
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Lane:
     """The mail of one account on its way out."""
 
@@ -6252,7 +6250,7 @@ class Lane:
 # ----- messages
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Composer:
     """Puts claimed messages together: the payload, its parts, and the rules of the house."""
 
@@ -6314,7 +6312,7 @@ class Composer:
         return await self.fetcher.fetch_all(attachments)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Dispatcher(Loop):
     """Delivers due mail through the lanes; the only one who claims."""
 
@@ -6907,8 +6905,7 @@ class Dispatcher(Loop):
 # about, and stay unreported until it says 2xx. One call at a time; while it runs
 # nothing is locked, so the upstream may submit from inside it.
 
-GATHER_S = 0.03  # a burst shares a call: after this long without a new state it goes out,
-GATHER_AT_MOST_S = 0.3  # ... or when the first has waited so long
+GATHER_S = 0.1  # so long the first new state waits, for a burst to share a call
 REPORT_PAUSES_S = (1, 5, 30, 60, 300)  # after calls that failed
 EAGER_PAUSES_S = (0, 0, 1, 2, 5, 15, 60)  # before calls the upstream asks for, while they bring nothing
 ANSWER_BYTES = 1_048_576  # of an acknowledgement; a larger one is not looked into
@@ -6972,7 +6969,7 @@ class Why(enum.Enum):
     CALLING = "one is being made"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Reporter(Loop):
     """Reports every state once it is on disk, until the upstream has acknowledged it."""
 
@@ -7055,10 +7052,7 @@ class Reporter(Loop):
         again = [state for state in states if state.report_order <= self._tried_up_to]
         if again or not 0 < len(states) < most:
             return again or states
-        seen, until = -1, self.clock.monotonic() + GATHER_AT_MOST_S
-        while seen != self.rings and self.clock.monotonic() < until:
-            seen = self.rings
-            await asyncio.sleep(GATHER_S)
+        await asyncio.sleep(GATHER_S)
         return await self.queue.unreported(most)
 
     async def _answer_to(self, states: Sequence[State]) -> Acknowledgement:
