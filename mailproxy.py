@@ -6058,6 +6058,9 @@ class Shares:
 
     async def take(self, lane: object, amount: int) -> None:
         """Wait until the lane may have so much more."""
+        if not self.waiting and self.used + amount + self.total // KEPT_SHARE <= self.total:  # as nearly always
+            self.used, self.of[lane] = self.used + amount, self.of.get(lane, 0) + amount
+            return
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting[granted] = lane, amount
         self._grant()
@@ -6626,11 +6629,7 @@ class Dispatcher(Loop):
                 claim, composed = lane.ready.popleft()
                 if len(lane.ready) <= lane.busy:
                     self._mark(lane)
-                try:
-                    await self._deliver(lane, claim, composed)
-                finally:
-                    if composed is not None:
-                        self.composer.memory.give_back(lane, composed.memory_bytes)
+                await self._deliver(lane, claim, composed)
         finally:
             lane.busy -= 1
             self._mark(lane)
@@ -6642,12 +6641,11 @@ class Dispatcher(Loop):
 
     async def _deliver(self, lane: Lane, claim: Claim, composed: Composed | None) -> None:
         """Bring one message to its disposition, or put it back untouched; it may take several transactions."""
-        if claim.deadline is not None and claim.deadline <= self.clock.wall():
-            await self._release(lane, claim)
-            return
-        tried: set[str] = set()
-        transacting = False
+        tried, transacting = set[str](), False
+        memory_bytes = composed.memory_bytes if composed is not None else 0
         try:
+            if claim.deadline is not None and claim.deadline <= self.clock.wall():
+                return await self._release(lane, claim)
             if composed is None:
                 made = self.composer.compose(claim, claim.payload or "", self.settings.redirect_to)
                 assert isinstance(made, Composed)  # without parts there is nothing that cannot be fetched
@@ -6661,6 +6659,9 @@ class Dispatcher(Loop):
                 claim = goes_on
         except Exception as error:
             await self._fail_internally(lane, claim, error, in_doubt=transacting)
+        finally:
+            if memory_bytes:
+                self.composer.memory.give_back(lane, memory_bytes)
 
     async def _transact(self, lane: Lane, claim: Claim, composed: Composed, tried: set[str]) -> Claim | None:
         """One transaction; the claim as it goes on at once with the recipients that are left, None: it is over.
@@ -6997,7 +6998,6 @@ class Reporter(Loop):
         self._empty_id = ""  # of an empty report that failed
         self._acknowledged: Sequence[State] = ()  # and not on disk yet
         self._house_kept_at = -math.inf
-        self._purged = 0
 
     # -- what others tell it
 
@@ -7125,13 +7125,11 @@ class Reporter(Loop):
             return True
         retention_s = self.delivery.delivery_report_retention_seconds
         purged = await self.queue.purge(retention_s, unreported_too=self.client.client_sync_url is None)
-        self._purged += purged
+        if purged:
+            event(self.log, logging.INFO, "final messages purged", messages=purged)
         if purged or await self.queue.forget(self.delivery.id_retention_seconds):
             return False
         self._house_kept_at = now
-        if self._purged:
-            event(self.log, logging.INFO, "final messages purged", messages=self._purged)
-        self._purged = 0
         return True
 
 
