@@ -85,9 +85,7 @@ import time
 import traceback
 import types
 import unicodedata
-import urllib.error
 import urllib.parse
-import urllib.request
 import weakref
 import zlib
 from collections import deque
@@ -3832,9 +3830,9 @@ class HttpDeadline:
     def __init__(self, timeout_s: float) -> None:
         self.at = time.monotonic() + timeout_s
         self.socket: socket.socket | None = None
-        self.timer = threading.Timer(timeout_s, self._shut)  # to be cancelled at the end
-        self.timer.daemon = True
-        self.timer.start()
+        self._timer = threading.Timer(timeout_s, self._shut)
+        self._timer.daemon = True
+        self._timer.start()
 
     def left_s(self) -> float:
         """Raises TimeoutError when nothing is left."""
@@ -3843,60 +3841,15 @@ class HttpDeadline:
             raise TimeoutError
         return left
 
+    def end(self) -> None:
+        self._timer.cancel()
+        if self.socket is not None:
+            self.socket.close()
+
     def _shut(self) -> None:
         if self.socket is not None:
             with contextlib.suppress(OSError):  # not by the method of TLS sockets, which would read on without TLS
                 socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
-
-
-class JudgedConnection(http.client.HTTPConnection):
-    """A connection to an address that was looked up once and judged by `resolve`; with a context, by TLS."""
-
-    def __init__(
-        self, host: str, *, deadline: HttpDeadline, resolve: Resolver, context: ssl.SSLContext | None, **options: Any
-    ) -> None:
-        self.default_port = http.client.HTTPS_PORT if context else http.client.HTTP_PORT
-        super().__init__(host, **options)
-        self.response_class = WholeAnswer
-        self._deadline = deadline
-        self._resolve = resolve
-        self._context = context
-        self._beyond_proxy: tuple[str, Mapping[str, str]] | None = None
-
-    def set_tunnel(self, host: str, port: int | None = None, headers: Mapping[str, str] | None = None) -> None:
-        self._beyond_proxy = host, headers or {}
-
-    def connect(self) -> None:
-        addresses = self._resolve(self.host, self.port)
-        failure = OSError("the name has no address")
-        for tried, (family, address) in enumerate(addresses):
-            self.sock = self._deadline.socket = socket.socket(family, socket.SOCK_STREAM)
-            try:
-                self.sock.settimeout(self._deadline.left_s() / (len(addresses) - tried))
-                self.sock.connect(address)
-                break
-            except OSError as error:
-                self.sock.close()
-                failure = error
-        else:
-            raise failure
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.settimeout(self._deadline.left_s())
-        name = self.host
-        if self._beyond_proxy is not None:  # the proxy is to connect to the host (RFC 9110 9.3.6)
-            host, headers = self._beyond_proxy
-            target = http_target(f"https://{host}")
-            name, place = target.host, f"{target.host}:{target.port}"
-            lines = [f"CONNECT {place} HTTP/1.1", f"Host: {place}", *map(": ".join, headers.items()), "", ""]
-            self.sock.sendall("\r\n".join(lines).encode("latin-1"))
-            with WholeAnswer(self.sock, method="CONNECT") as answer:
-                answer.begin()
-                if not 200 <= answer.status < 300:
-                    raise OSError(f"the proxy answered {answer.status}")
-        if self._context is not None:
-            secured = self._context.wrap_socket(self.sock, server_hostname=name, do_handshake_on_connect=False)
-            self.sock = self._deadline.socket = secured
-            secured.do_handshake()
 
 
 class WholeAnswer(http.client.HTTPResponse):
@@ -3921,21 +3874,42 @@ class WholeAnswer(http.client.HTTPResponse):
         self.fp = file
 
 
-class _Handler(urllib.request.AbstractHTTPHandler):
-    """urllib's own HTTP, over our connections."""
+def connected(
+    target: HttpTarget, proxy: HttpTarget | None, deadline: HttpDeadline, resolve: Resolver, trust: Trust
+) -> socket.socket:
+    """A socket for a request to the target, by TLS if it is https; the deadline keeps it, and closes it in the end.
 
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def __init__(self, connection: Callable[..., JudgedConnection], trust: Trust) -> None:
-        super().__init__()
-        self._connection = connection
-        self._trust = trust
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        context = self._trust() if request.type == "https" else None
-        return self.do_open(self._connection, request, context=context)
-
-    https_open = http_open
+    It is connected to an address that was looked up once and judged by `resolve`: of the target, or of its proxy.
+    """
+    near, failure = proxy or target, OSError("the name has no address")
+    addresses = resolve(near.host, near.port)
+    for tried, (family, address) in enumerate(addresses):
+        deadline.socket = plain = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            plain.settimeout(deadline.left_s() / (len(addresses) - tried))
+            plain.connect(address)
+            break
+        except OSError as error:
+            plain.close()
+            failure = error
+    else:
+        raise failure
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    plain.settimeout(deadline.left_s())
+    if target.scheme == "http":
+        return plain
+    if proxy is not None:  # it is to connect to the host (RFC 9110 9.3.6)
+        place = f"{target.netloc.removesuffix(f':{target.port}')}:{target.port}"
+        secret = f"Proxy-Authorization: {proxy.authorization}\r\n" if proxy.authorization else ""
+        plain.sendall(f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{secret}\r\n".encode("latin-1"))
+        with WholeAnswer(plain, method="CONNECT") as answer:
+            answer.begin()
+            if not 200 <= answer.status < 300:
+                raise OSError(f"the proxy answered {answer.status}")
+    secured = trust().wrap_socket(plain, server_hostname=target.host, do_handshake_on_connect=False)
+    deadline.socket = secured
+    secured.do_handshake()
+    return secured
 
 
 def tls_context(ca_file: str | None) -> ssl.SSLContext:
@@ -3975,23 +3949,24 @@ def http_request(
     deadline = HttpDeadline(timeout_s)
     try:
         judged = resolve if policy is None else lambda host, port: policy.permitted(host, resolve(host, port))
-        connection = functools.partial(JudgedConnection, deadline=deadline, resolve=judged)
-        opener = urllib.request.OpenerDirector()  # nothing of urllib's but HTTP: no redirects, files, passwords
-        opener.addheaders = [("User-Agent", "mailproxy")]
-        opener.add_handler(_Handler(connection, trust))
-        if policy is None:
-            opener.add_handler(urllib.request.ProxyHandler())
         for _ in range(redirects + 1):
-            sent = {"Accept-Encoding": "identity"}
+            proxy = None if policy else _proxy_before(target)
+            place = target.path
+            sent = {"Host": target.netloc, "User-Agent": "mailproxy", "Connection": "close"}
             if target.authorization is not None:
                 sent["Authorization"] = target.authorization
-            request = urllib.request.Request(target.url, body, sent | dict(headers or {}), method=method)
+            if proxy is not None and target.scheme == "http":
+                place = target.url
+                if proxy.authorization is not None:
+                    sent["Proxy-Authorization"] = proxy.authorization
+            sent |= {name.title(): value for name, value in (headers or {}).items()}
             try:
-                response = opener.open(request)
-                if response is None:
-                    raise HttpFailure("the proxy in the environment is not an HTTP proxy", transient=True)
-                with response:
-                    answer = _read_answer(response, target, max_bytes, into, is_gzip_file)
+                with contextlib.closing(http.client.HTTPConnection(target.host, target.port)) as connection:
+                    connection.response_class = WholeAnswer
+                    connection.sock = connected(target, proxy, deadline, judged, trust)
+                    connection.request(method, place, body, sent)
+                    with connection.getresponse() as response:
+                        answer = _read_answer(response, target, max_bytes, into, is_gzip_file)
                 deadline.left_s()  # a body without a length may have ended there
             except (OSError, http.client.HTTPException, ValueError, zlib.error) as error:
                 failure = _http_failure(error, target, timeout_s, is_over=time.monotonic() >= deadline.at)
@@ -4000,8 +3975,21 @@ def http_request(
                 return answer
             target = _redirected(target, answer.headers["location"])
     finally:
-        deadline.timer.cancel()
+        deadline.end()
     raise HttpFailure(f"more than {redirects} redirects, the last one to {target}", transient=False)
+
+
+def _proxy_before(target: HttpTarget) -> HttpTarget | None:
+    """The proxy that the environment names for a target."""
+    import urllib.request  # takes its time, and few requests need it
+
+    url = urllib.request.getproxies().get(target.scheme)
+    if not url or urllib.request.proxy_bypass(target.netloc):
+        return None
+    try:
+        return http_target(url if "://" in url else f"http://{url}")
+    except ValueError:
+        raise HttpFailure("the proxy in the environment is not an HTTP proxy", transient=True) from None
 
 
 def _redirected(target: HttpTarget, location: str) -> HttpTarget:
@@ -4019,8 +4007,6 @@ def _redirected(target: HttpTarget, location: str) -> HttpTarget:
 
 def _http_failure(error: Exception, target: HttpTarget, timeout_s: float, *, is_over: bool) -> HttpFailure:
     """What went wrong, in a sentence; only a request that cannot even be written is lasting."""
-    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
-        error = error.reason
     error = TimeoutError() if is_over else error
     place = f"{target.scheme}://{target.netloc}"
     match error:
