@@ -8282,21 +8282,17 @@ def find_daemon(
         if not url or config:
             raise
         return Client(url)
-    if not url:
-        return Client(_reached_at(settings.server), its_token, settings.server.tls_cert)
-    here = is_loopback(daemon_target(url).host) or url == _reached_at(settings.server)
-    return Client(url, its_token if here else None)  # the token of config.ini is for no other machine
-
-
-def _reached_at(server: ServerSettings) -> str:
-    """Where the daemon that config.ini describes is reached from this machine."""
-    if server.unix_socket is not None:
-        return f"unix:{os.path.abspath(server.unix_socket)}"
-    if server.port == 0:
-        raise ConfigurationError("[server] port is 0, any free one: say where the daemon is with --url")
+    server = settings.server
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
-    scheme = "https" if server.tls_cert else "http"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.port}"
+    own_url = f"{'https' if server.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{server.port}"
+    if server.unix_socket is not None:
+        own_url = f"unix:{os.path.abspath(server.unix_socket)}"
+    elif server.port == 0 and not url:
+        raise ConfigurationError("[server] port is 0, any free one: say where the daemon is with --url")
+    if url in ("", own_url):
+        return Client(own_url, its_token, server.tls_cert)
+    here = is_loopback(daemon_target(url).host)
+    return Client(url, its_token if here else None)  # the token of config.ini is for no other machine
 
 
 # --- what people read ----------------------------------------------------

@@ -10265,6 +10265,8 @@ def test_config_ini_tells_where_the_daemon_is_and_its_token(tmp_path: Path, here
         ("", "http://127.0.0.1:9", "http://127.0.0.1:9", "sesame"),
         ("", "unix:/run/mailproxy.sock", "unix:/run/mailproxy.sock", "sesame"),
         ("", "https://mail.example.com", "https://mail.example.com", None),  # the token is for no other machine
+        ("port = 0", "https://mail.example.com", "https://mail.example.com", None),
+        ("host = 10.1.2.3", "http://10.1.2.3:8000", "http://10.1.2.3:8000", "sesame"),
         ("port = 0", "http://127.0.0.1:9", "http://127.0.0.1:9", "sesame"),
     ]:
         config.write_text(f"[server]\napi_token = sesame\n{server}\n")
