@@ -3130,21 +3130,6 @@ class Standing(NamedTuple):
     held_back: bool  # some of its mail waits for its limits
 
 
-class Filters(NamedTuple):
-    """Which messages a listing is to hold; None: any."""
-
-    active_only: bool = False
-    status: str | None = None
-    account_id: str | None = None
-    batch_code: str | None = None
-    order: str = "asc"  # or "desc": newest first
-
-    @property
-    def start(self) -> int:
-        """Where a listing begins: before the first seq, or after the last."""
-        return LARGEST_INTEGER if self.order == "desc" else 0
-
-
 class Record(NamedTuple):
     """A message as it stands, for people: its row and the submitted payload."""
 
@@ -3515,23 +3500,28 @@ class Queue:
         )
         return record, [_with_recipients(row) for row in attempts]
 
-    async def page(self, filters: Filters, after: int, most: int) -> tuple[list[Record], int | None]:
-        """Up to `most` records in the order of acceptance after a seq, or newest first before it, and the seq
-        to go on from (None: end).
+    async def page(
+        self, after: int | None, most: int, *, order: str = "asc", active_only: bool = False, **only: str
+    ) -> tuple[list[Record], int | None]:
+        """Up to `most` records in the order of acceptance after a seq (None: from the start), or with "desc" newest
+        first before it, and the seq to go on from (None: end); `only` has the status, account_id, batch_code wanted.
 
         A page looks at a bounded stretch of the table, so it may be short, or empty, before the end.
         """
-        now = self._now()
-        pending = " AND sent_ts IS NULL AND error_ts IS NULL" if filters.active_only else ""
+        newest_first = order == "desc"
+        if after is None:
+            after = LARGEST_INTEGER if newest_first else 0
+        pending = " AND sent_ts IS NULL AND error_ts IS NULL" if active_only else ""
+        anything = dict.fromkeys(("status", "account_id", "batch_code"))
+        values = {**anything, **only, "active_only": active_only, "after": after, "now": self._now(), "most": most}
 
         def work(db: sqlite3.Connection) -> tuple[list[Record], int | None]:
-            first = db.execute(FIRST_OF_PAGE[filters.order] + pending, {"after": after}).fetchone()[0]
+            first = db.execute(FIRST_OF_PAGE[order] + pending, values).fetchone()[0]
             if first is None:
                 return [], None
-            last = first + (STRETCH - 1) * (-1 if filters.order == "desc" else 1)
-            stretch = {"first": min(first, last), "last": max(first, last), "now": now, "most": most}
-            order = " DESC LIMIT :most" if filters.order == "desc" else " LIMIT :most"
-            cursor = db.execute(PAGE_OF_RECORDS + order, {**stretch, **filters._asdict()})
+            last = first + (1 - STRETCH if newest_first else STRETCH - 1)
+            stretch = {"first": min(first, last), "last": max(first, last)}
+            cursor = db.execute(PAGE_OF_RECORDS + (" DESC" if newest_first else "") + " LIMIT :most", values | stretch)
             records, size_bytes = [], 0
             for row in map(dict, cursor):
                 size_bytes += len(row["payload"])
@@ -7609,20 +7599,18 @@ class ControlPlane:
         self, *, after: int | None = None, limit: float = math.inf, content: bool = False, **chosen: Any
     ) -> AsyncGenerator[bytes, None]:
         """The answer piece by piece: one page of rows in memory, however many there are."""
-        filters = Filters(**chosen)
-        before = b'{"ok": true, "messages": ['
-        last = filters.start if after is None else after
-        cursor: int | None = last
-        shown = 0
-        while cursor is not None:
+        before, shown, last = b'{"ok": true, "messages": [', 0, 0
+        while True:
             most = 1 if content else int(min(200, limit - shown + 1))  # one more shows whether it goes on
-            records, cursor = await self.queue.page(filters, cursor, most)
+            records, after = await self.queue.page(after, most, **chosen)
             for record in records:
                 if shown == limit:
                     yield b'], "next": "%d"}\n' % last
                     return
                 yield before + await self._shown(record, content)
                 before, shown, last = b",\n", shown + 1, record.seq
+            if after is None:
+                break
         yield (b"" if shown else before) + b'], "next": null}\n'
 
     async def _shown(self, record: Record, with_contents: bool) -> bytes:
