@@ -7483,7 +7483,7 @@ def test_a_lane_whose_server_is_down_waits_and_leaves_its_other_mail_alone_until
 
 
 def test_after_cooling_one_connection_finds_out_before_others_follow(tmp_path: Path) -> None:
-    with moody_daemon(tmp_path, QUICK, GREETING=["554 Not now"] * 50, MAIL=[0.4] + [0.02] * 30) as (moody, daemon):
+    with moody_daemon(tmp_path, QUICK, GREETING=["554 Not now"] * 50, MAIL=[0.8] + [0.02] * 30) as (moody, daemon):
         daemon.submit(*letters("m", 30))
         daemon.wait_for_log("account cooling down")
         wait_still(daemon)
