@@ -853,8 +853,8 @@ def _given(origin: str, section: str, key: str, text: str) -> Given:
     """A value that may stand at this place and is what it should be. Raises ConfigurationError."""
     rows, text, where = _keys_of(origin, section), text.strip(), f"{origin}: [{section}] {key}"
     if key not in rows:
-        home = next((name for name in (*SECTIONS, "smtp") if key in _keys_of(origin, name)), None)
-        hint = f"; it belongs into [{home}]" if home else nearest(key, rows)
+        homes = [row.section for row in (*SETTINGS_TABLE, *ACCOUNT_TABLE) if row.key == key]
+        hint = f"; it belongs into [{homes[0]}]" if homes else nearest(key, rows)
         raise ConfigurationError(f"{where}: unknown key{hint}")
     row = rows[key]
     if "\n" in text and not row.kind.many:
@@ -879,7 +879,7 @@ def _in_file(path: str) -> Iterator[tuple[str, str, str, str]]:
     parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
     try:
         with open(path, encoding="utf-8-sig") as file:
-            parser.read_file(file)
+            parser.read_string(re.sub(r"(?m)^\[[ \t]*(account:)?[ \t]*(.+?)[ \t]*\]", r"[\1\2]", file.read()))
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -892,16 +892,11 @@ def _in_file(path: str) -> Iterator[tuple[str, str, str, str]]:
     except configparser.ParsingError as error:
         lines = ", ".join(str(line) for line, _ in error.errors)
         raise ConfigurationError(f"{path}: line {lines} is not of the form key = value") from None
-    found: set[str] = set()
-    for written in parser.sections():
-        section = re.sub(r"^account:\s+", "account:", written.strip())
+    for section in parser.sections():
         _keys_of(path, section)
-        if section in found:
-            raise ConfigurationError(f"{path}: [{section}]: a second time")
-        if section.startswith("account:") and not parser.items(written):
+        if section.startswith("account:") and not parser.items(section):
             raise ConfigurationError(f"{path}: [{section}]: is empty; an account has at least a host")
-        found.add(section)
-        yield from ((path, section, key, text) for key, text in parser.items(written))
+        yield from ((path, section, key, text) for key, text in parser.items(section))
 
 
 def read_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
@@ -953,7 +948,7 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     )
 
 
-# --- what settings mean together -----------------------------------------
+# --- what settings mean together, and secrets ----------------------------
 
 
 def _complaint(settings: Settings, section: str, key: str, problem: str) -> ConfigurationError:
@@ -989,8 +984,6 @@ def webhook_key(secret: str) -> bytes:
         raise ValueError("empty")
     return key
 
-
-# --- secrets -------------------------------------------------------------
 
 SECRET_FILE_MAX_BYTES = 65_536
 
