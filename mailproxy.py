@@ -3093,9 +3093,8 @@ class Order(NamedTuple):
 
 
 class State(NamedTuple):
-    """A state of a message that the upstream has not acknowledged."""
+    """A state of a message that the upstream has not acknowledged, and its place in the order of all."""
 
-    seq: int
     report_order: int
     entry: dict[str, object]
 
@@ -3395,13 +3394,13 @@ class Queue:
     async def unreported(self, most: int) -> list[State]:
         """The oldest states the upstream has not acknowledged, in the order they came about."""
         rows = await self._ask(
-            "SELECT seq, report_order, id, account_id, priority, CASE WHEN sent_ts IS NOT NULL THEN 'sent' "
+            "SELECT report_order, id, account_id, priority, CASE WHEN sent_ts IS NOT NULL THEN 'sent' "
             "WHEN error_ts IS NOT NULL THEN 'error' ELSE 'deferred' END AS status, sent_ts, error_ts, error, "
             "deferred_ts, attempts, message_id, batch_code, recipients FROM messages WHERE report_order IS NOT NULL "
             "ORDER BY report_order LIMIT :most",
             most=most,
         )
-        return [State(row.pop("seq"), row.pop("report_order"), _with_recipients(row)) for row in rows]
+        return [State(row.pop("report_order"), _with_recipients(row)) for row in rows]
 
     async def acknowledge(self, states: Sequence[State]) -> int:
         """Stamp the states the upstream has taken, unless they changed meanwhile; return their number."""
@@ -3664,11 +3663,9 @@ def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
     It shows the reply that made the attempt end so: where some recipients were refused, not always the first refusal.
     """
     claim, attempt, disposition, _ = outcome
-    telling = attempt.first_failure or next(iter(attempt.replies.values()))
-    for reply in attempt.replies.values():
-        if reply.accepted if disposition.status is Status.SENT else spoken(reply) == disposition.error:
-            telling = reply
-            break
+    replies, sent = attempt.replies.values(), disposition.status is Status.SENT
+    made_it_so = (reply for reply in replies if (reply.accepted if sent else spoken(reply) == disposition.error))
+    telling = next(made_it_so, None) or attempt.first_failure or next(iter(replies))
     recipients = {
         address: ("sent" if reply.accepted else "deferred" if reply.transient else "error", reply.code, reply.text)
         for address, reply in attempt.replies.items()
@@ -5160,7 +5157,7 @@ class DeliveryAgent:
         *,
         name: str,
         connected: Callable[[], object] = lambda: None,
-        may_log_in: Callable[[], Awaitable[object]] | None = None,
+        may_log_in: Callable[[], Awaitable[object]] = lambda: asyncio.sleep(0),
         renewed: bool = False,
     ) -> Session | Reply:
         """Connect and log in, or the reply that says why not; a refused access token is renewed once.
@@ -5201,11 +5198,7 @@ class DeliveryAgent:
         return offers
 
     async def _introduce(
-        self,
-        smtp: aiosmtplib.SMTP,
-        account: Account,
-        login: Login | None,
-        may_log_in: Callable[[], Awaitable[object]] | None,
+        self, smtp: aiosmtplib.SMTP, account: Account, login: Login | None, may_log_in: Callable[[], Awaitable[object]]
     ) -> tuple[Offers | Reply, Login | None]:
         """Greeting, EHLO, TLS, login: what the server offers then, or the reply that says where it ended.
 
@@ -5226,12 +5219,9 @@ class DeliveryAgent:
                 await _say_hello(smtp)
             if login is not None:
                 stage = Stage.AUTH
-                if may_log_in is not None:
-                    await may_log_in()
-                latest = (
-                    await self._login(account, login.user) if account.oauth2_token_url else login
-                )  # maybe a newer token
-                if isinstance(latest, Reply):
+                await may_log_in()
+                latest = await self._login(account, login.user) if account.oauth2_token_url else login
+                if isinstance(latest, Reply):  # no newer token
                     return latest, None
                 login = latest
                 await _log_in(smtp, account, login)
@@ -7030,7 +7020,7 @@ class Reporter(Loop):
 
         def written() -> tuple[str, bytes]:  # some 10 microseconds a state
             body = as_json({"delivery_report": [state.entry for state in states]}).encode()
-            places = repr([(state.seq, state.report_order) for state in states])
+            places = repr([state.report_order for state in states])
             return "rep_" + hashlib.sha256(places.encode() + body).hexdigest()[:32] if states else empty_id, body
 
         report_id, body = await self.in_thread(written)
