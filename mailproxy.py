@@ -6336,6 +6336,7 @@ class Dispatcher(Loop):
             lane.become(LaneState.SUSPENDED)
         elif standing.held_back and not windows.room(now):
             lane.become(LaneState.LIMITED, windows.opens_at(now))
+        self.metrics.know(account.id)
         self._mark(lane)
 
     def replace_account(self, account: Account) -> None:
@@ -6363,6 +6364,7 @@ class Dispatcher(Loop):
         The mail of one that stood in config.ini stays (it may come back), that of others ends.
         """
         lane = self.lanes.pop(account_id)
+        self.metrics.forget(account_id)
         lane.deleted = lane.account.source != "config"
         lane.become(LaneState.SUSPENDED)
         self._recall(lane)
@@ -7634,7 +7636,6 @@ class ControlPlane:
                 self.dispatcher.replace_account(account)
             else:
                 self.dispatcher.add_lane(account, standing)
-                self.metrics.know(account.id)
         event(self.log, logging.INFO, "account set", account=account.id)
         return json_response({"ok": True})
 
@@ -7648,7 +7649,7 @@ class ControlPlane:
             known = account_id in self.dispatcher.lanes
             if known:
                 await self.queue.delete_account(account_id)
-                self._end(account_id)
+                self.dispatcher.remove_lane(account_id)
             while after is not None:
                 some, after = await self.queue.fail_orphans(account_id, after, "account deleted")
                 failed += some
@@ -7668,11 +7669,10 @@ class ControlPlane:
             stored = stored_accounts(await self.queue.accounts(), self.settings().delivery)
             wanted = {account.id: account for account in (*stored, *configured)}
             for account_id in self.dispatcher.lanes.keys() - wanted.keys():
-                self._end(account_id)
+                self.dispatcher.remove_lane(account_id)
             for account in wanted.values():
                 if account.id not in self.dispatcher.lanes:
                     self.dispatcher.add_lane(account, await self.queue.standing(account.id))
-                    self.metrics.know(account.id)
                 elif account != self._account(account.id):
                     await self.queue.let_go([account.id])
                     self.dispatcher.replace_account(account)
@@ -7680,10 +7680,6 @@ class ControlPlane:
     def _account(self, account_id: str) -> Account | None:
         lane = self.dispatcher.lanes.get(account_id)
         return lane.account if lane else None
-
-    def _end(self, account_id: str) -> None:
-        self.dispatcher.remove_lane(account_id)
-        self.metrics.forget(account_id)
 
     def _refuse_configured(self, account_id: str) -> None:
         account = self._account(account_id)
