@@ -24,7 +24,7 @@ The rooms, from the top of this file to its end; each uses only those above it:
     DISPOSITION                 what becomes of a message after an attempt
     RATE LIMITS                 sliding windows
     COMPOSITION                 Message -> RFC 5322 bytes
-    THREADS AND WAKEUPS         the border to threads, the loops' alarm clock
+    THREADS AND CLOCK           the border to threads; wall clock and durations
     LOG AND METRICS             one event, one line; Prometheus
     QUEUE FILE, QUEUE           one SQLite file, group commit; every SQL statement
     OUTBOUND HTTP, ATTACHMENTS  urllib with deadlines; URL, S3 -> bytes
@@ -2365,7 +2365,7 @@ def _file_name(name: str) -> str:
 
 
 # ======================================================================
-# THREADS AND WAKEUPS - the one border to threads, and the loops' alarm clock
+# THREADS AND CLOCK - the one border to threads; the wall clock and durations
 # ======================================================================
 #
 # Whatever blocks crosses into a thread here and nowhere else. A daemon has two pools: one for
@@ -2413,26 +2413,6 @@ class Clock:
         self._offset += step_s
         self.started_at += step_s
         return step_s
-
-
-class Alarm:
-    """Wakes one loop: when it is rung, or when its time has come. Rings while awake are kept."""
-
-    def __init__(self) -> None:
-        self._rung = asyncio.Event()
-
-    def ring(self) -> None:
-        self._rung.set()
-
-    async def sleep(self, at_most_s: float) -> None:
-        await asyncio.sleep(0)  # a loop that never rests must not keep the others from running
-        if not self._rung.is_set() and at_most_s > 0:
-            timer = asyncio.get_running_loop().call_later(at_most_s, self._rung.set)
-            try:
-                await self._rung.wait()
-            finally:
-                timer.cancel()
-        self._rung.clear()
 
 
 # ======================================================================
@@ -5958,18 +5938,21 @@ SMALL_PART = 200  # the first message of a lane does not wait for so small a par
 STORAGE_PAUSE_S = 1.0  # between two tries while the queue file refuses
 
 
-class Loop(Alarm):
-    """What turns until it is told to stop, and rests between two turns: until it is rung, or for as long as the
-    turn says, in seconds. While the storage refuses, its work waits."""
+class Loop:
+    """What turns until it is told to stop, and rests between two turns: until it is rung (also while it turned),
+    or for as long as the turn says, in seconds. While the storage refuses, its work waits."""
 
     work: ClassVar[str]  # what the log calls it
     clock: Clock
     log: logging.Logger
 
     def __post_init__(self) -> None:
-        super().__init__()
         self.turned_at = self.clock.monotonic()
+        self._rung = asyncio.Event()
         self._stopping = self._waits_for_storage = False
+
+    def ring(self) -> None:
+        self._rung.set()
 
     def stop(self) -> None:
         self._stopping = True
@@ -5988,7 +5971,14 @@ class Loop(Alarm):
                 if not self._waits_for_storage:
                     event(self.log, logging.ERROR, f"{self.work} waits for the storage", error=str(error))
                 self._waits_for_storage, pause_s = True, STORAGE_PAUSE_S
-            await self.sleep(pause_s)
+            await asyncio.sleep(0)  # a loop that never rests must not keep the others from running
+            if not self._rung.is_set() and pause_s > 0:
+                timer = asyncio.get_running_loop().call_later(pause_s, self.ring)
+                try:
+                    await self._rung.wait()
+                finally:
+                    timer.cancel()
+            self._rung.clear()
 
     async def turn(self) -> float:
         """Do what is to be done now; return for how long nothing will be."""
@@ -6182,14 +6172,6 @@ class Lane:
         self.become(LaneState.PROBING if self.failures else LaneState.UP)
         self.has_mail = True
 
-    def begin_anew(self) -> None:
-        """The server is to be tried now; what was known of it is forgotten."""
-        self.failures = 0
-        self.believes = self.generation
-        self.limit = self.account.max_connections
-        self.has_mail = True
-        self.become(LaneState.UP)
-
     # -- what it says
 
     def next_try_ts(self) -> int:
@@ -6209,71 +6191,6 @@ class Lane:
         return {"state": self.state, "reason": reason, "since": self.since, "until": until}
 
 
-# ----- messages
-
-
-@dataclass(eq=False, repr=False)
-class Composer:
-    """Puts claimed messages together: the payload, its parts, and the rules of the house."""
-
-    queue: Queue
-    fetcher: AttachmentFetcher  # replaced when the configuration is read again
-    memory: Shares
-    in_thread: InThread
-
-    def compose(
-        self,
-        claim: Claim,
-        payload: str,
-        redirect_to: str | None,
-        contents: Mapping[int, bytes] = MappingProxyType({}),
-        fetched: Sequence[Fetched | None] = (),
-    ) -> Composed | Reply:
-        """The message, or the reply that says what of it cannot be had. Blocks where there are parts."""
-        message_id = claim.message_id.strip("<>")
-        message = parse_message(json.loads(payload), now=None, contents=contents, message_id=message_id)
-        parts = self.fetcher.parts(message.attachments, fetched) if message.attachments else ()
-        if isinstance(parts, Reply):
-            return parts
-        if redirect_to is not None:
-            message = redirect(message, redirect_to)
-        content = compose(message, parts, date=claim.created_at)
-        return Composed(content, Envelope(message.return_path, message.recipients), needs_smtputf8(message))
-
-    async def prepare(self, lane: Lane, claim: Claim, redirect_to: str | None) -> Composed | Reply:
-        """A large message, or one with parts, put together in a thread; the lane has memory for it then.
-
-        What it refers to is fetched first: a slow server keeps no memory from other messages.
-        """
-        fetched = await self._fetched(lane, claim) if claim.parts else ()
-        if isinstance(fetched, Reply):
-            return fetched
-        size_bytes = claim.size_bytes + sum(one.size_bytes for one in fetched if one is not None)
-        taken_bytes, kept_bytes = min(size_bytes * BUILD_FACTOR, self.memory.most), 0
-        await self.memory.take(lane, taken_bytes)
-        try:
-            payload = claim.payload or await self.queue.payload(claim.seq)
-            contents = await self.queue.contents(claim.seq) if claim.parts else {}
-            composed = await self.in_thread(lambda: self.compose(claim, payload, redirect_to, contents, fetched))
-            if isinstance(composed, Reply):
-                return composed
-            kept_bytes = min(taken_bytes, len(composed.content))
-            return composed._replace(memory_bytes=kept_bytes)
-        finally:
-            self.memory.give_back(lane, taken_bytes - kept_bytes)
-
-    async def _fetched(self, lane: Lane, claim: Claim) -> Sequence[Fetched | None] | Reply:
-        """What the message refers to, or the reply that says why it cannot be fetched."""
-        taken_bytes = 0 if claim.payload else min(claim.size_bytes, self.memory.most)
-        await self.memory.take(lane, taken_bytes)
-        try:
-            payload = claim.payload or await self.queue.payload(claim.seq)
-            attachments = await self.in_thread(lambda: stored_attachments(payload))
-        finally:
-            self.memory.give_back(lane, taken_bytes)
-        return await self.fetcher.fetch_all(attachments)
-
-
 @dataclass(eq=False, repr=False)
 class Dispatcher(Loop):
     """Delivers due mail through the lanes; the only one who claims."""
@@ -6284,7 +6201,9 @@ class Dispatcher(Loop):
     clock: Clock
     jitter: Callable[[], float]
     open_session: Callable[..., Coroutine[Any, Any, Session | Reply]]
-    composer: Composer
+    fetcher: AttachmentFetcher  # replaced, too
+    memory: Shares  # bytes, for messages while they are put together
+    in_thread: InThread
     metrics: Metrics
     log: logging.Logger
     reports_due: Callable[[], None]
@@ -6348,9 +6267,12 @@ class Dispatcher(Loop):
             self.activate_lane(account.id)
 
     def activate_lane(self, account_id: str) -> None:
+        """Try the account's server now; what was known of it is forgotten."""
         lane = self.lanes[account_id]
         self._recall(lane)
-        lane.begin_anew()
+        lane.failures, lane.believes, lane.limit = 0, lane.generation, lane.account.max_connections
+        lane.become(LaneState.UP)
+        lane.has_mail = True
         self._mark(lane)
 
     def suspend_lane(self, account_id: str) -> None:
@@ -6393,7 +6315,7 @@ class Dispatcher(Loop):
         while lane.ready:
             claim, composed = lane.ready.popleft()
             if composed is not None:
-                self.composer.memory.give_back(lane, composed.memory_bytes)
+                self.memory.give_back(lane, composed.memory_bytes)
             self._spawn(self._release(lane, claim))
         while lane.idle:
             self._part_with(lane, lane.idle.pop())
@@ -6402,7 +6324,7 @@ class Dispatcher(Loop):
 
     async def turn(self) -> float:
         self._slots.total = self.settings.max_concurrency
-        self._slots.alone = self.composer.memory.alone = len(self.lanes) == 1
+        self._slots.alone = self.memory.alone = len(self.lanes) == 1
         await self._follow_clock()
         if self.settings.test_mode and not self._asked:
             return self.settings.send_interval_seconds
@@ -6540,7 +6462,7 @@ class Dispatcher(Loop):
         """Fetch and compose a message beside the lane; no connection waits for it."""
         started_at, generation = self.clock.wall(), lane.generation
         try:
-            prepared = await self._unless_recalled(lane, self.composer.prepare(lane, claim, self.settings.redirect_to))
+            prepared = await self._unless_recalled(lane, self._put_together(lane, claim))
             if isinstance(prepared, Reply):
                 attempt = Attempt(started_at, self.clock.wall(), {"": prepared})
                 await self._settle(lane, claim, attempt, generation)
@@ -6557,6 +6479,54 @@ class Dispatcher(Loop):
         finally:
             lane.preparing -= 1
             self._mark(lane)
+
+    async def _put_together(self, lane: Lane, claim: Claim) -> Composed | Reply:
+        """A large message, or one with parts, put together in a thread; the lane has memory for it then.
+
+        What it refers to is fetched first: a slow server keeps no memory from other messages.
+        """
+        fetched = await self._fetched(lane, claim) if claim.parts else ()
+        if isinstance(fetched, Reply):
+            return fetched
+        size_bytes = claim.size_bytes + sum(one.size_bytes for one in fetched if one is not None)
+        taken_bytes, kept_bytes = min(size_bytes * BUILD_FACTOR, self.memory.most), 0
+        await self.memory.take(lane, taken_bytes)
+        try:
+            payload = claim.payload or await self.queue.payload(claim.seq)
+            contents = await self.queue.contents(claim.seq) if claim.parts else {}
+            composed = await self.in_thread(lambda: self.compose(claim, payload, contents, fetched))
+            if isinstance(composed, Reply):
+                return composed
+            kept_bytes = min(taken_bytes, len(composed.content))
+            return composed._replace(memory_bytes=kept_bytes)
+        finally:
+            self.memory.give_back(lane, taken_bytes - kept_bytes)
+
+    async def _fetched(self, lane: Lane, claim: Claim) -> Sequence[Fetched | None] | Reply:
+        """What the message refers to, or the reply that says why it cannot be fetched."""
+        taken_bytes = 0 if claim.payload else min(claim.size_bytes, self.memory.most)
+        await self.memory.take(lane, taken_bytes)
+        try:
+            payload = claim.payload or await self.queue.payload(claim.seq)
+            attachments = await self.in_thread(lambda: stored_attachments(payload))
+        finally:
+            self.memory.give_back(lane, taken_bytes)
+        return await self.fetcher.fetch_all(attachments)
+
+    def compose(
+        self, claim: Claim, payload: str, contents: Mapping[int, bytes] | None = None, fetched: Sequence[Any] = ()
+    ) -> Composed | Reply:
+        """The message with its contents and what was fetched, by the rules of the house; or the reply that says
+        what of it cannot be had. Blocks where there are parts."""
+        message_id, redirect_to = claim.message_id.strip("<>"), self.settings.redirect_to
+        message = parse_message(json.loads(payload), now=None, contents=contents or {}, message_id=message_id)
+        parts = self.fetcher.parts(message.attachments, fetched) if message.attachments else ()
+        if isinstance(parts, Reply):
+            return parts
+        if redirect_to is not None:
+            message = redirect(message, redirect_to)
+        content = compose(message, parts, date=claim.created_at)
+        return Composed(content, Envelope(message.return_path, message.recipients), needs_smtputf8(message))
 
     async def _unless_recalled(self, lane: Lane, work: Coroutine[Any, Any, T]) -> T | None:
         """What the work gives, or None when the lane was called back meanwhile."""
@@ -6608,7 +6578,7 @@ class Dispatcher(Loop):
             if claim.deadline is not None and claim.deadline <= self.clock.wall():
                 return await self._release(lane, claim)
             if composed is None:
-                made = self.composer.compose(claim, claim.payload or "", self.settings.redirect_to)
+                made = self.compose(claim, claim.payload or "")
                 assert isinstance(made, Composed)  # without parts there is nothing that cannot be fetched
                 composed = made
             if claim.recipients:  # redirect_to may have come or gone: nothing waits for those it has no more
@@ -6622,7 +6592,7 @@ class Dispatcher(Loop):
             await self._fail_internally(lane, claim, error, in_doubt=transacting)
         finally:
             if memory_bytes:
-                self.composer.memory.give_back(lane, memory_bytes)
+                self.memory.give_back(lane, memory_bytes)
 
     async def _transact(self, lane: Lane, claim: Claim, composed: Composed, tried: set[str]) -> Claim | None:
         """One transaction; the claim as it goes on at once with the recipients that are left, None: it is over.
@@ -6708,9 +6678,6 @@ class Dispatcher(Loop):
         outcome = "ok"
         if isinstance(session, Reply):
             outcome = "login_refused" if login_refused(session) else "failed"
-        elif lane.generation != generation or not self._may_go(lane):
-            self._spawn(session.quit())
-            return None
         else:
             lane.sessions[session] = generation
             if first_is_in is not None:
@@ -6722,11 +6689,10 @@ class Dispatcher(Loop):
     async def _converse(self, lane: Lane, session: Session, envelope: Envelope, composed: Composed) -> dict[str, Reply]:
         """One SMTP transaction in its slot: a reply for each recipient, or none when the lane was called back
         before. The session is idle then, or gone."""
-        generation = lane.generation
         await self._slots.take(lane, 1)
         begun = self.clock.monotonic()
         try:
-            if generation != lane.generation:
+            if lane.sessions[session] != lane.generation:
                 return {}
             return await session.transact(envelope, composed.content, smtputf8=composed.smtputf8)
         finally:
@@ -7859,8 +7825,6 @@ class Daemon:
         queue, settings, clock, metrics = self._queue, self.settings, self._clock, self._metrics
         await queue.load()
         memory_bytes = settings.attachments.memory_budget_bytes
-        memory = Shares(memory_bytes, small=memory_bytes // SMALL_PART)
-        self._composer = Composer(queue, self._fetcher(), memory, self._work)
         self._agent = await delivery_agent(self._environ, self._network)
         self._reporter = Reporter(
             queue,
@@ -7879,7 +7843,9 @@ class Daemon:
             clock=clock,
             jitter=lambda: random.uniform(-1, 1),
             open_session=self._agent.open_session,
-            composer=self._composer,
+            fetcher=self._fetcher(),
+            memory=Shares(memory_bytes, small=memory_bytes // SMALL_PART),
+            in_thread=self._work,
             metrics=metrics,
             log=self._log,
             reports_due=self._reporter.ring,
@@ -8011,7 +7977,7 @@ class Daemon:
                 self._dispatcher.log_deliveries = settings.logging.delivery_activity
                 self._reporter.client, self._reporter.delivery = settings.client, settings.delivery
                 self._reporter.ring()
-                self._composer.fetcher = self._fetcher()
+                self._dispatcher.fetcher = self._fetcher()
                 self._agent.contexts.clear()  # certificates may have changed
                 await self._control.renew_accounts(accounts)
                 event(self._log, logging.INFO, "configuration read again", needs_restart=", ".join(fixed) or None)

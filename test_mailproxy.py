@@ -7537,7 +7537,8 @@ def test_an_opening_that_was_called_back_ends_before_its_login_though_its_cancel
     async def called_back() -> Any:
         dispatcher = mailproxy.Dispatcher(
             queue=None, settings=mailproxy.DeliverySettings(), clock=mailproxy.Clock(time.time, time.monotonic),
-            jitter=lambda: 0, open_session=open_session, composer=None, metrics=None, log=LOG, reports_due=print,
+            jitter=lambda: 0, open_session=open_session, fetcher=None, memory=None, in_thread=None, metrics=None,
+            log=LOG, reports_due=print,
         )  # type: ignore[arg-type] # fmt: skip
         account = mailproxy.Account(id="main", host="mx.test", port=25)
         dispatcher.add_lane(account, mailproxy.Standing((), suspended=False, held_back=False))
@@ -7717,7 +7718,7 @@ def test_the_pauses_of_a_lane_grow_until_something_works() -> None:
     assert [rig.pause_after("cool") for _ in range(5)] == [5, 15, 60, 300, 300]
     assert rig.lane.works(rig.lane.generation)
     assert (rig.lane.state, rig.pause_after("cool")) == ("up", 5)
-    rig.lane.begin_anew()
+    rig = LaneRig()
     assert [rig.pause_after("login refused") for _ in range(5)] == [60, 300, 900, 3600, 3600]
 
 
