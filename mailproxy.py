@@ -812,20 +812,11 @@ def as_written(value: object) -> str:
 
 # --- reading: file, environment, command line ----------------------------
 
-
-class Given(NamedTuple):
-    """A value as somebody wrote it, judged, and where."""
-
-    text: str
-    value: Any
-    origin: str  # "/etc/mailproxy/config.ini", "environment variable X", "command line"
-
-
 ENVIRONMENT_OF_THE_CLIENT = ("MAILPROXY_CONFIG", "MAILPROXY_URL", "MAILPROXY_TOKEN")
-AWS_VARIABLES = {  # that stand in for what [s3] leaves out; later ones win
+AWS_VARIABLES = {  # that stand in for what [s3] leaves out; the first one wins
     "AWS_ACCESS_KEY_ID": "access_key_id", "AWS_SECRET_ACCESS_KEY": "secret_access_key",
     "AWS_SESSION_TOKEN": "session_token", "AWS_ENDPOINT_URL_S3": "endpoint",
-    "AWS_DEFAULT_REGION": "region", "AWS_REGION": "region",
+    "AWS_REGION": "region", "AWS_DEFAULT_REGION": "region",
 }  # fmt: skip
 
 
@@ -849,8 +840,8 @@ def _keys_of(origin: str, section: str) -> Mapping[str, Setting]:
     return {row.key: row for row in TABLE.get(section, ACCOUNT_TABLE)}
 
 
-def _given(origin: str, section: str, key: str, text: str) -> Given:
-    """A value that may stand at this place and is what it should be. Raises ConfigurationError."""
+def _value(origin: str, section: str, key: str, text: str) -> Any:
+    """What a text at this place means; of an account its words, once they are judged. Raises ConfigurationError."""
     rows, text, where = _keys_of(origin, section), text.strip(), f"{origin}: [{section}] {key}"
     if key not in rows:
         homes = [row.section for row in (*SETTINGS_TABLE, *ACCOUNT_TABLE) if row.key == key]
@@ -862,11 +853,12 @@ def _given(origin: str, section: str, key: str, text: str) -> Given:
     if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
         raise ConfigurationError(f"{where}: holds a control character")
     if not text and (row.default in (None, ()) or row.section == "smtp"):
-        return Given("", row.default, origin)
+        return "" if row.section == "smtp" else row.default
     if not text:
         raise ConfigurationError(f"{where}: is empty; it must be {row.kind.words}")
     try:
-        return Given(text, row.kind.parse(text), origin)
+        value = row.kind.parse(text)
+        return text if row.section == "smtp" else value
     except ValueError:
         shown = "the value" if row.kind.secret else f'"{text[:100]}"'
         raise ConfigurationError(f"{where}: {shown} is not {row.kind.words}") from None
@@ -914,14 +906,15 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
         if not section:
             raise ConfigurationError(f"command line: {name}: write SECTION.KEY=VALUE, such as server.port=8000")
         written.append(("command line", section, key.lower(), text))
-    given = {(section, key): _given(origin, section, key, text) for origin, section, key, text in written}
-    given = {place: one for place, one in given.items() if one.text or place[0] != "s3"}
-    stand_ins = {}
+    values = {(section, key): _value(origin, section, key, text) for origin, section, key, text in written}
+    origins = {(section, key): origin for origin, section, key, _ in written}
+    own_key = values.get(("s3", "access_key_id"))
     for name, key in AWS_VARIABLES.items():  # a session token belongs to the key id it was issued with
-        if environ.get(name) and not (key == "session_token" and ("s3", "access_key_id") in given):
-            text = environ[name] if key in ("region", "endpoint") else f"env:{name}"
-            stand_ins["s3", key] = _given(f"environment variable {name}", "s3", key, text)
-    given = stand_ins | given
+        if environ.get(name) and not (key == "session_token" and own_key):
+            origin = f"environment variable {name}"
+            value = _value(origin, "s3", key, environ[name] if key in ("region", "endpoint") else f"env:{name}")
+            if values.get(("s3", key)) is None:
+                values["s3", key], origins["s3", key] = value, origin
     known = (*variables, *ENVIRONMENT_OF_THE_CLIENT)
     warnings = [
         f"environment variable {name} matches no setting and is ignored{nearest(name, known)}"
@@ -930,21 +923,21 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     ]
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     accounts: dict[str, dict[str, str]] = {}
-    for (section, key), one in given.items():
+    for (section, key), value in values.items():
         if section in SECTIONS:
-            sections[section][key] = one.value
-        elif one.text:
+            sections[section][key] = value
+        elif value:
             account_id = "default" if section == "smtp" else section.removeprefix("account:")
-            accounts.setdefault(account_id, {})[key] = one.text
+            accounts.setdefault(account_id, {})[key] = value
     if "host" not in accounts.get("default", {"host": ""}):
         del accounts["default"]
         warnings.append("[smtp] has no host: there is no default account")
     return Settings(
-        **{section: CLASSES[section](**values) for section, values in sections.items()},
-        accounts=MappingProxyType({id_: MappingProxyType(keys) for id_, keys in accounts.items()}),
+        **{section: CLASSES[section](**given) for section, given in sections.items()},
+        accounts=accounts,
         source=path,
         warnings=tuple(warnings),
-        origins=MappingProxyType({place: one.origin for place, one in given.items()}),
+        origins=origins,
     )
 
 
