@@ -6243,7 +6243,8 @@ def test_connections_with_an_old_token_renew_it_once_and_who_waits_is_not_refuse
             first_is_open.set()
             return session
 
-        others = [open_session(may_log_in=first_is_open.wait if waiting else None) for _ in range(7)]
+        options = {"may_log_in": first_is_open.wait} if waiting else {}
+        others = [open_session(**options) for _ in range(7)]
         return [await session.quit() for session in await asyncio.gather(*others, first())]
 
     with_smtp_server(server, story, smtp_agent(post_form=endpoint), user=LoginServer.user, **OAUTH2)
