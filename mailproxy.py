@@ -8704,7 +8704,6 @@ def login_name() -> str:
 # An application, the daemon and a mail server in one process, over real sockets; what
 # passes between them is shown as it happens. Nothing leaves the machine, or stays on it.
 
-DEMO_AHEAD_S = 3  # of the scheduled message
 DEMO_OUTCOMES: Mapping[str, str] = MappingProxyType(
     {"plain": "sent", "picture": "sent", "refused": "error", "greylisted": "sent", "scheduled": "sent"}
 )
@@ -8719,7 +8718,7 @@ It all happens on this machine; a temporary folder holds the queue and goes away
   picture     html with a picture inside
   refused     to a mailbox that does not exist
   greylisted  to a server that says "later" at the first try
-  scheduled   not before {ahead} seconds from now
+  scheduled   not before 3 seconds from now
 
   app        POSTs messages, takes reports at    {reports}
   mailproxy  the daemon, queue on disk           {daemon}
@@ -8846,8 +8845,8 @@ class Demo:
         if serving.done():
             raise CommandFailed(f"the daemon did not start (status {await serving})")
         self._client = Client(listening.result(), token)
-        smtp, ahead = f"127.0.0.1:{smtp_port}", DEMO_AHEAD_S
-        print(DEMO_TITLE.format(version=__version__, ahead=ahead, reports=reports, daemon=self._client.url, smtp=smtp))
+        smtp = f"127.0.0.1:{smtp_port}"
+        print(DEMO_TITLE.format(version=__version__, reports=reports, daemon=self._client.url, smtp=smtp))
         self._started_at = time.monotonic()
 
     # -- the part of the application
@@ -8859,7 +8858,7 @@ class Demo:
         """Five messages, named after what will happen to them."""
         picture = {"filename": "picture.png", "content": DEMO_PICTURE, "content_id": "picture", "inline": True}
         look = {"html": '<p>Look: <img src="cid:picture" alt="a green square"></p>', "attachments": [picture]}
-        scheduled = {"body": "Not a second too early.\n", "deferred_ts": math.ceil(time.time()) + DEMO_AHEAD_S - 1}
+        scheduled = {"body": "Not a second too early.\n", "deferred_ts": math.ceil(time.time()) + 2}
         own: dict[str, dict[str, object]] = {
             "plain": {"subject": "Your receipt", "body": "Thank you!\n.\nThe line above is a dot.\n"},
             "picture": {"subject": "Grüße mit Bild", **look},
