@@ -10633,12 +10633,13 @@ def test_a_csv_that_is_cut_off_says_how_to_go_on_and_sends_nothing_twice(
     rows = "".join(f"{recipient},s,b,{'late.txt' if recipient == recipients[-1] else ''}\n" for recipient in recipients)
     csv = write_csv(daemon.folder, f"to,subject,body,attachments\n{rows}")
     late = daemon.folder / "late.txt"
-    os.mkfifo(late)  # opening it waits for somebody who writes
+    os.mkfifo(late)  # opening it waits for the other side
     words = ["send", "--csv", csv.name, "--from", "a@b.test", "--url"]
 
     with running(*words, url_of(daemon), cwd=daemon.folder) as sending:
         sending.stdout.readline()
-        sending.send_signal(signal.SIGINT)
+        with late.open("wb"):  # from when on it reads: it is interrupted there, or at the end of the file
+            sending.send_signal(signal.SIGINT)
         _, complaint = sending.communicate(timeout=60)
     late.unlink()
     late.write_text("here")
