@@ -6289,9 +6289,7 @@ class HttpService:
             "DELETE /message/{id}": message,
             "POST /account/{id}/suspend": message,
             "GET /bug": self.raising(RuntimeError("the password is hunter2")),
-            "GET /no": self.raising(
-                mailproxy.HttpError(409, "no", headers={"Retry-After": "5"}, extra={"rejected": [1]})
-            ),
+            "GET /no": self.raising(mailproxy.HttpError(409, "no", headers={"Retry-After": "5"}, rejected=[1])),
             "GET /stream": self.streaming(b"[1", b",2", b"]"),
             "GET /broken-stream": self.streaming(b"[1", OSError("disk gone")),
             "GET /broken-at-once": self.streaming(OSError("disk gone")),
@@ -6452,7 +6450,6 @@ REFUSED_LINES = {
         *(b"GET /message/%00 HTTP/1.1", b"GET /message/%4 HTTP/1.1", b"GET /message/%zz HTTP/1.1"),
         *(b"GET /message/%ff HTTP/1.1", b"GET /message/%c0%ae HTTP/1.1"),  # no UTF-8, and an overlong dot
         *(b"GET /query?a=%00 HTTP/1.1", b"GET /query?a=%ff HTTP/1.1", b"GET /query?a=%x HTTP/1.1"),
-        b"GET /query?" + b"a&" * 100 + b"a HTTP/1.1",
     ],
     505: [b"GET /health HTTP/2.0", b"GET /health HTTP/3.0"],
 }
@@ -6470,7 +6467,6 @@ REFUSED_FIELDS = {
         ),
         *(b"Host: x\r\nnonsense\r\n", b"Host: x\r\n: b\r\n", b"Host: x\r\nA(b): c\r\n", b"Host: x\r\nA\xe9: c\r\n"),
     ],
-    417: [b"Host: x\r\nExpect: cake\r\n"],
     431: [b"Host: x\r\n" + b"A: b\r\n" * 100, b"Host: x\r\nA: " + b"b" * 33_000 + b"\r\n"],
 }
 REFUSED_STARTS = {
