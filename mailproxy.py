@@ -3672,15 +3672,10 @@ CODINGS = (*UNDONE_CODINGS, "br", "zstd", "compress", "x-compress", "dcb", "dcz"
 # 100.64: behind a carrier's NAT, metadata of some clouds; 168.63.129.16: public by its number, the host's own services in
 # Azure; 169.254: link-local, metadata of most clouds; 192.88.99: 6to4 relays; from 224 on: multicast, reserved, broadcast.
 # From 2001::/23 on: protocol assignments (Teredo among them), documentation, 6to4 (may hold any IPv4 address), documentation.
-NOT_PUBLIC = [
-    ipaddress.ip_network(network)
-    for network in re.findall(
-        r"\S+",
-        """0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 168.63.129.16/32 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24
-        192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4
-        2001::/23 2001:db8::/32 2002::/16 3fff::/20""",
-    )
-]
+NOT_PUBLIC = """0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 168.63.129.16/32 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24
+    192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4
+    2001::/23 2001:db8::/32 2002::/16 3fff::/20"""
+NOT_PUBLIC_NETWORKS = [ipaddress.ip_network(network) for network in NOT_PUBLIC.split()]
 PUBLIC_6 = ipaddress.IPv6Network("2000::/3")  # all that was ever given out (RFC 4291 2.4)
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # a translator connects by IPv4 (RFC 6052)
 
@@ -3692,10 +3687,6 @@ class HttpFailure(MailproxyError):
         super().__init__(reason)
         self.reason = reason
         self.transient = transient
-
-
-class ForbiddenAddress(HttpFailure):
-    """The other side is not on the public Internet, and nobody allowed it."""
 
 
 class TooLarge(HttpFailure):
@@ -3731,7 +3722,7 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     if isinstance(address, ipaddress.IPv6Address) and (address.ipv4_mapped or address in NAT64):
         address = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
     given_out = address.version == 4 or address in PUBLIC_6
-    return given_out and not any(address in network for network in NOT_PUBLIC)
+    return given_out and not any(address in network for network in NOT_PUBLIC_NETWORKS)
 
 
 class AddressPolicy:
@@ -3753,7 +3744,7 @@ class AddressPolicy:
             self._names.add(name)
 
     def permitted(self, host: str, addresses: Sequence[Address]) -> Sequence[Address]:
-        """Those of the host's addresses that are allowed. Raises ForbiddenAddress when it has others only."""
+        """Those of the host's addresses that are allowed. Raises HttpFailure when it has others only."""
         allowed = []
         for address in addresses:
             number = ipaddress.ip_address(address[1][0].partition("%")[0])
@@ -3763,7 +3754,7 @@ class AddressPolicy:
                 allowed.append(address)
         if addresses and not allowed:
             reason = f"the address {addresses[0][1][0]} of {host} is not public, and [attachments] allow_hosts does not name it"
-            raise ForbiddenAddress(reason, transient=False)
+            raise HttpFailure(reason, transient=False)
         return allowed
 
 
