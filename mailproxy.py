@@ -2441,14 +2441,6 @@ def _escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _field_as_text(value: object) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    if text and text.isprintable() and not any(c in text for c in ' "=\\'):
-        return text
-    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{_escaped(quoted)}"'
-
-
 def _text_line(record: logging.LogRecord, fields: Mapping[str, object], trace: str, *, journal: bool) -> str:
     """For people: time, level, sentence, key=value; a traceback follows indented.
 
@@ -2459,10 +2451,14 @@ def _text_line(record: logging.LogRecord, fields: Mapping[str, object], trace: s
     else:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         opening, indent = f"{now} {record.levelname} ", ""
-    told = [f"{name}={_field_as_text(value)}" for name, value in fields.items()]
-    lines = [opening + " ".join([_escaped(record.getMessage()), *told])]
-    lines += [f"{indent}    {_escaped(line)}" for line in trace.split("\n") if line]
-    return "\n".join(lines)
+    line = opening + _escaped(record.getMessage())
+    for name, value in fields.items():
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        if not text or not text.isprintable() or any(c in text for c in ' "=\\'):
+            quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+            text = f'"{_escaped(quoted)}"'
+        line += f" {name}={text}"
+    return "\n".join([line, *(f"{indent}    {_escaped(below)}" for below in trace.split("\n") if below)])
 
 
 def _json_line(record: logging.LogRecord, fields: Mapping[str, object], trace: str) -> str:
