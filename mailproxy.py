@@ -5973,16 +5973,9 @@ class Shares:
     of: dict[object, int] = field(default_factory=dict)  # what each lane has
     waiting: dict[asyncio.Future[None], tuple[object, int]] = field(default_factory=dict)
 
-    @property
-    def most(self) -> int:
-        """The most that one asking can get; a message that needs more is content with this."""
-        return self.total - self.total // KEPT_SHARE
-
-    async def take(self, lane: object, amount: int) -> None:
-        """Wait until the lane may have so much more."""
-        if not self.waiting and self.used + amount + self.total // KEPT_SHARE <= self.total:  # as nearly always
-            self.used, self.of[lane] = self.used + amount, self.of.get(lane, 0) + amount
-            return
+    async def take(self, lane: object, amount: int) -> int:
+        """Wait until the lane may have so much more, and return it: all but what is kept for others, at most."""
+        amount = min(amount, self.total - self.total // KEPT_SHARE)
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting[granted] = lane, amount
         self._grant()
@@ -5992,6 +5985,7 @@ class Shares:
             if self.waiting.pop(granted, None) is None:
                 self.give_back(lane, amount)
             raise
+        return amount
 
     def give_back(self, lane: object, amount: int) -> None:
         self.used -= amount
@@ -6462,8 +6456,7 @@ class Dispatcher(Loop):
         if isinstance(fetched, Reply):
             return fetched
         size_bytes = claim.size_bytes + sum(one.size_bytes for one in fetched if one is not None)
-        taken_bytes, kept_bytes = min(size_bytes * BUILD_FACTOR, self.memory.most), 0
-        await self.memory.take(lane, taken_bytes)
+        taken_bytes, kept_bytes = await self.memory.take(lane, size_bytes * BUILD_FACTOR), 0
         try:
             payload = claim.payload or await self.queue.payload(claim.seq)
             contents = await self.queue.contents(claim.seq) if claim.parts else {}
@@ -6477,8 +6470,7 @@ class Dispatcher(Loop):
 
     async def _fetched(self, lane: Lane, claim: Claim) -> Sequence[Fetched | None] | Reply:
         """What the message refers to, or the reply that says why it cannot be fetched."""
-        taken_bytes = 0 if claim.payload else min(claim.size_bytes, self.memory.most)
-        await self.memory.take(lane, taken_bytes)
+        taken_bytes = await self.memory.take(lane, 0 if claim.payload else claim.size_bytes)
         try:
             payload = claim.payload or await self.queue.payload(claim.seq)
             attachments = await self.in_thread(lambda: stored_attachments(payload))
@@ -6639,24 +6631,23 @@ class Dispatcher(Loop):
         )
         try:
             session = await self._unless_recalled(lane, opening)
+            if session is not None and not isinstance(session, Reply):
+                lane.sessions[session] = generation
+                if lane.first_is_in is not None:
+                    lane.first_is_in.set()
+                self._mark(lane)  # it may have more connections now
         except Exception as error:
             what = "connecting made mailproxy fail"
             event(self.log, logging.ERROR, what, account=lane.account.id, exc_info=error)
             session = Reply(Stage.CONNECT, 451, f"internal error ({type(error).__name__})", "4.3.0", Cause.LOCAL)
-        first_is_in = lane.first_is_in
-        if goes_first:
-            lane.first_is_in, lane.first_connected = None, False
-        if session is None:
-            return None
-        outcome = "ok"
-        if isinstance(session, Reply):
-            outcome = "login_refused" if login_refused(session) else "failed"
-        else:
-            lane.sessions[session] = generation
-            if first_is_in is not None:
-                first_is_in.set()
-            self._mark(lane)  # it may have more connections now
-        self.metrics.smtp_connects.labels(self.metrics.label(lane.account.id), outcome).inc()
+        finally:
+            if goes_first:
+                lane.first_is_in, lane.first_connected = None, False
+        if session is not None:
+            outcome = "ok"
+            if isinstance(session, Reply):
+                outcome = "login_refused" if login_refused(session) else "failed"
+            self.metrics.smtp_connects.labels(self.metrics.label(lane.account.id), outcome).inc()
         return session
 
     async def _converse(self, lane: Lane, session: Session, envelope: Envelope, composed: Composed) -> dict[str, Reply]:
