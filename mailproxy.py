@@ -6347,11 +6347,11 @@ class Dispatcher(Loop):
                     self._part_with(lane, session)
                 self._start_work(lane)
                 wants = lane.wants(now, self.settings.max_concurrency)
-                most = min(wants, lane.windows.room(now)) if wants else 0
-                if most:
+                room = lane.windows.room(now) if wants else 0
+                if room or (wants and not lane.windows.held):  # what is on the wire may yet give its slot back
+                    most = min(wants, room) or lane.account.batch_size  # those are held back
                     orders[lane] = Order(lane.account.id, most, lane.retried_first)
-                elif wants and not lane.windows.held:  # else what is on the wire may yet give its slot back
-                    await self._hold_back(lane, now)
+                    lane.has_mail = False  # a wake during the claim sets it again
                 due_at = min([lane.until, *(session.opened_at + lane.account.ttl for session in lane.idle)])
                 if due_at < math.inf:
                     if lane.timer is not None:
@@ -6360,48 +6360,22 @@ class Dispatcher(Loop):
             if orders:
                 await self._claim(orders)
         except StorageUnavailable:
+            for lane in orders:
+                lane.has_mail = True
             self._marked = {**marked, **self._marked}
             raise
 
-    async def _hold_back(self, lane: Lane, now: float) -> None:
-        """The rate limit is reached: this turn's messages wait until the window opens, or fail."""
-        account_id, limits = lane.account.id, lane.account.limits
-        reached = [name for name, left in lane.windows.left(now).items() if not left]
-        why = "rate limit reached: " + ", ".join(f"{limits[name]} per {name}" for name in reached)
-        order = Order(account_id, lane.account.batch_size, lane.retried_first)
-        opens_at, fails = lane.windows.opens_at(now), lane.account.limit_behavior == "error"
-        until_ts = None if fails else math.ceil(self.clock.wall() + opens_at - now)
-        (held_back,) = await self.queue.claim([order])
-        lane.windows.held += len(held_back)
-        lane.has_mail = bool(held_back)
-        if not held_back:
-            return
-        if not fails and lane.state not in RESTING:
-            lane.become(LaneState.LIMITED, opens_at)
-        self.metrics.rate_limited.labels(account_id).inc(len(held_back))
-        wall = self.clock.wall()
-        for claim in held_back:
-            waits = untouched(claim)._replace(status=Status.DEFERRED, error=why, deferred_ts=until_ts, reason="limit")
-            ended = given_up(waits, why) if fails else waits
-            self._spawn(self._conclude(lane, claim, Attempt(wall, wall, {}), ended))
-
     async def _claim(self, orders: Mapping[Lane, Order]) -> None:
         """Take the lanes' next messages out of the queue: small ones are ready, others are put together first."""
-        for lane, order in orders.items():
-            lane.windows.held += order.most
-            lane.has_mail = False  # a wake during the claim sets it again
-        try:
-            found = await self.queue.claim(list(orders.values()))
-        except StorageUnavailable:
-            for lane, order in orders.items():
-                lane.windows.held -= order.most
-                lane.has_mail = True
-            raise
+        found = await self.queue.claim(list(orders.values()))
         for (lane, order), claims in zip(orders.items(), found, strict=True):
-            lane.windows.held -= order.most - len(claims)
             lane.has_mail = lane.has_mail or len(claims) == order.most
             lane.retried_first ^= bool(len(claims) % 2)
-            for claim in claims:
+            over_limit = len(claims) > lane.windows.room(self.clock.monotonic())
+            if over_limit:
+                self._hold_back(lane, claims)
+            lane.windows.held += len(claims)
+            for claim in () if over_limit else claims:
                 if claim.payload is not None and not claim.parts and claim.size_bytes <= COMPOSED_INLINE_BYTES:
                     lane.ready.append((claim, None))
                 else:
@@ -6409,6 +6383,22 @@ class Dispatcher(Loop):
                     self._spawn(self._prepare(lane, claim))
                     self._mark(lane)  # it takes no connection yet: another may come
             self._start_work(lane)
+
+    def _hold_back(self, lane: Lane, claims: Sequence[Claim]) -> None:
+        """The rate limit is reached: these messages wait until the window opens, or fail."""
+        account_id, now, wall = lane.account.id, self.clock.monotonic(), self.clock.wall()
+        left = lane.windows.left(now)
+        reached = [f"{lane.account.limits[name]} per {name}" for name in left if left[name] == min(left.values())]
+        why = "rate limit reached: " + ", ".join(reached)
+        opens_at, fails = lane.windows.opens_at(now), lane.account.limit_behavior == "error"
+        if not fails and lane.state not in RESTING:
+            lane.become(LaneState.LIMITED, opens_at)
+        self.metrics.rate_limited.labels(account_id).inc(len(claims))
+        until_ts = None if fails else math.ceil(wall + opens_at - now)
+        for claim in claims:
+            waits = untouched(claim)._replace(status=Status.DEFERRED, error=why, deferred_ts=until_ts, reason="limit")
+            ended = given_up(waits, why) if fails else waits
+            self._spawn(self._conclude(lane, claim, Attempt(wall, wall, {}), ended))
 
     # -- from claim to connection
 

@@ -7534,7 +7534,7 @@ def test_an_opening_that_was_called_back_ends_before_its_login_though_its_cancel
     async def called_back() -> Any:
         dispatcher = mailproxy.Dispatcher(
             queue=None, settings=mailproxy.DeliverySettings(), clock=mailproxy.Clock(time.time, time.monotonic),
-            jitter=lambda: 0, open_session=open_session, fetcher=None, memory=None, in_thread=None, metrics=None,
+            jitter=lambda: 0, open_session=open_session, fetcher=None, memory=None, in_thread=None, metrics=mailproxy.Metrics("test"),
             log=LOG, reports_due=print,
         )  # type: ignore[arg-type] # fmt: skip
         account = mailproxy.Account(id="main", host="mx.test", port=25)
