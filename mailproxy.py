@@ -4242,10 +4242,10 @@ def copy_file_below(base_dir: str, path: str, max_bytes: int, into: BinaryIO) ->
     base = os.path.realpath(base_dir)
     try:
         resolved = os.path.realpath(os.path.join(base, path))
-        inside = os.path.relpath(resolved, base) if os.path.commonpath((base, resolved)) == base else ".."
     except ValueError:  # a null byte, or what is no Unicode
         raise HttpFailure("the file name is not valid", transient=False) from None
-    if inside in (".", ".."):
+    inside = resolved.removeprefix(base.rstrip("/") + "/")
+    if inside == resolved:
         raise HttpFailure(f"{path[:200]!r} is not below [attachments] base_dir", transient=False)
     try:
         copy_regular_file(base, inside.split("/"), max_bytes, into)
