@@ -3073,15 +3073,6 @@ class Tally(NamedTuple):
     unreported: int
 
 
-class Retried(NamedTuple):
-    """What became of failed messages that were to be tried again."""
-
-    queued: int
-    not_found: list[str]
-    not_failed: list[str]
-    account_not_found: list[str]  # these have failed again
-
-
 class Standing(NamedTuple):
     """What outlives the lane of an account."""
 
@@ -3392,14 +3383,17 @@ class Queue:
 
         return await self.file.write(work)
 
-    async def retry(self, ids: Sequence[str], deadline_of: Callable[[str], int | None]) -> Retried:
-        """Queue failed messages anew; recipients that are served stay served.
+    async def retry(
+        self, ids: Sequence[str], deadline_of: Callable[[str], int | None]
+    ) -> tuple[int, list[str], list[str], list[str]]:
+        """Queue failed messages anew; recipients that are served stay served. Return how many, the ids not found,
+        those not failed, and those that have failed again.
 
         `deadline_of` tells until when an account's message may be tried, counted from now; None: there is
         no such account, and the message fails again.
         """
 
-        def work(db: sqlite3.Connection) -> Retried:
+        def work(db: sqlite3.Connection) -> tuple[int, list[str], list[str], list[str]]:
             found, not_failed, of_no_account, now = _rows_of(db, ids), [], [], int(self._now())
             for id_, (seq, is_failed, account_id, recipients) in found.items():
                 if not is_failed:
@@ -3419,7 +3413,7 @@ class Queue:
                     self._give_up(db, seq, "account not found", served)
                     of_no_account.append(id_)
             queued = len(found) - len(not_failed) - len(of_no_account)
-            return Retried(queued, [id_ for id_ in ids if id_ not in found], not_failed, of_no_account)
+            return queued, [id_ for id_ in ids if id_ not in found], not_failed, of_no_account
 
         self.next_ts = 0
         return await self.file.write(work)
@@ -7469,14 +7463,13 @@ class ControlPlane:
 
     async def retry_messages(self, request: Request) -> Response:
         """Give failed messages a new life."""
-        retried = await self.queue.retry(ids_of(await request.json_object()), self._deadline_of)
+        ids = ids_of(await request.json_object())
+        queued, not_found, not_failed, of_no_account = await self.queue.retry(ids, self._deadline_of)
         self.dispatcher.wake(self.dispatcher.lanes)
         self.reporter.ring()
-        event(self.log, logging.INFO, "failed messages queued anew", messages=retried.queued)
-        answer = {"ok": True, **retried._asdict()}
-        if not retried.account_not_found:
-            del answer["account_not_found"]
-        return json_response(answer)
+        event(self.log, logging.INFO, "failed messages queued anew", messages=queued)
+        answer = {"ok": True, "queued": queued, "not_found": not_found, "not_failed": not_failed}
+        return json_response(answer | ({"account_not_found": of_no_account} if of_no_account else {}))
 
     def _deadline_of(self, account_id: str) -> int | None:
         """Until when a message that is submitted now may be tried; None when its account is gone."""
