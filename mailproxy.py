@@ -5496,12 +5496,17 @@ def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
     if not target.startswith("/") or "#" in target:
         raise HttpError(400, "the request target is not a path")
     path, _, query = target.partition("?")
-    with contextlib.suppress(UnicodeDecodeError):
-        if "%" not in target or not BAD_ESCAPE.search(target):
-            segments = tuple([urllib.parse.unquote(segment, errors="strict") for segment in path.split("/")])
-            fields = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict") if query else ()
-            return path, segments, dict(fields)
-    raise HttpError(400, "a % in the path or query is not followed by the hexadecimal digits of UTF-8 without NUL")
+    segments = path.split("/")
+    try:
+        if "%" in target:
+            if BAD_ESCAPE.search(target):
+                raise ValueError
+            segments = [urllib.parse.unquote(segment, errors="strict") for segment in segments]
+        fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict")) if query else {}
+    except ValueError:
+        reason = "a % in the path or query is not followed by the hexadecimal digits of UTF-8 without NUL"
+        raise HttpError(400, reason) from None
+    return path, tuple(segments), fields
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -7396,7 +7401,9 @@ class ControlPlane:
 
     def _tell_of_submissions(self, accepted: Sequence[Submission], rejected: Sequence[Mapping[str, object]]) -> None:
         self.reporter.submissions += len(accepted)
-        by_account = collections.Counter(submission.account_id for submission in accepted)
+        by_account: dict[str, int] = {}
+        for submission in accepted:
+            by_account[submission.account_id] = by_account.get(submission.account_id, 0) + 1
         for account_id, number in by_account.items():
             self.metrics.messages_accepted.labels(self.metrics.label(account_id)).inc(number)
         if by_account:
