@@ -2739,11 +2739,8 @@ class QueueFile:
     # -- writing
 
     async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run the work in the writer's thread; return its result once it is on disk.
-
-        Raises StorageUnavailable when the file cannot be written (nothing of the work
-        was kept), or whatever the work itself raised (only that was undone).
-        """
+        """Run the work in the writer's thread; return its result once it is on disk. Raises StorageUnavailable when
+        the file cannot be written (nothing of the work was kept), or what the work raised (only that was undone)."""
         return await self.write_together(lambda db, _: [work(db)], None)
 
     def write_together(
@@ -3245,12 +3242,11 @@ class Queue:
             "?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [_timeline_entry(outcome) for outcome in outcomes if outcome.attempt.replies],  # else nothing was tried
         )
-        until_ts = int(self._now()) + 1
         for account_id, n in collections.Counter(one.claim.account_id for one in outcomes if one.sent).items():
             db.execute(
                 "INSERT INTO sends VALUES (:account, :until / 60, :until, :n) ON CONFLICT (account_id, minute) "
                 "DO UPDATE SET until_ts = excluded.until_ts, n = sends.n + excluded.n",
-                {"account": account_id, "until": until_ts, "n": n},
+                {"account": account_id, "until": int(self._now()) + 1, "n": n},
             )
         return [None] * len(outcomes)
 
@@ -4636,10 +4632,7 @@ _DATA = _Command(b"DATA\r\n", Stage.DATA)
 
 
 class Session(asyncio.Protocol):
-    """An open connection to the server of an account, logged in; carries one transaction at a time.
-
-    Each answer is expected, and has its deadline.
-    """
+    """An open connection to an account's server, logged in: one transaction at a time, a deadline for each answer."""
 
     def __init__(
         self, transport: asyncio.Transport, name: str, offers: Offers, timeout_s: float, end_of_data_timeout_s: float
