@@ -261,6 +261,17 @@ class Reply(NamedTuple):
         return " ".join(word for word in (str(self.code), self.enhanced_code, self.text) if word)
 
 
+class AccountReply(NamedTuple):
+    """A reply that an operator says is about the account, whatever its code."""
+
+    code: int
+    enhanced_code: str | None  # None: whatever it is
+    words: str  # somewhere in the text, without regard to case; "" when the codes say it
+
+    def __str__(self) -> str:
+        return " ".join(word for word in (str(self.code), self.enhanced_code, self.words) if word)
+
+
 @dataclass(frozen=True, slots=True)
 class Secret:
     """A secret as the operator gave it: itself, `env:NAME` or `file:/path`. Never printed."""
@@ -469,10 +480,14 @@ def flaw_of_line(text: str) -> str | None:
     return f"must not have line breaks or control characters (U+{ord(found[0]):04X})"
 
 
-def word(*words: str) -> Kind:
-    """One of these words, in whatever case."""
-    shown, json = ", ".join(words), " | ".join(map(repr, words))
-    return Kind(f"one of {shown}", lambda value: fit(value.strip().lower(), value.strip().lower() in words), json)
+def word(*words: str, **others: str) -> Kind:
+    """One of these words, in whatever case; the `others` mean one of them."""
+    known = {**dict(zip(words, words, strict=True)), **others}
+
+    def parse(value: str) -> str:
+        return fit(known.get(value.strip().lower(), ""), value.strip().lower() in known)
+
+    return Kind(f"one of {', '.join(known)}", parse, " | ".join(map(repr, known)))
 
 
 def integer(low: int, high: int = LARGEST_INTEGER, words: str = "a whole number") -> Kind:
@@ -492,12 +507,20 @@ def seconds(low: float, high: float = LONGEST_S) -> Kind:
     return Kind(f"a number of seconds from {low:g}{most}", parse, "number", (int, float))
 
 
-def many(words: str, parse: Callable[[str], object], json: str = "string", *, secret: bool = False) -> Kind:
+def many(
+    words: str,
+    parse: Callable[[str], object],
+    json: str = "string",
+    *,
+    secret: bool = False,
+    between: str = r"[,\s]",
+    least: int = 1,
+) -> Kind:
     """A list of what `parse` reads, with commas or white space between, or a list of JSON."""
 
     def parse_all(value: str) -> tuple[object, ...]:
-        items = tuple(parse(item) for item in value.replace(",", " ").split())
-        return fit(items, items)
+        items = tuple(parse(item) for item in re.split(between, value) if item.strip())
+        return fit(items, len(items) >= least)
 
     return Kind(f"a list of {words}", parse_all, f"string | {json}[]", secret=secret, many=True)
 
@@ -511,6 +534,33 @@ def _address(value: str, local_part: str = r"[^@\s]+") -> str:
     """An address, its domain in A-labels as those of messages are."""
     parts = re.fullmatch(rf"({local_part})@([^@\s]+)", value)
     return f"{parts[1]}@{a_labels(parts[2])}" if parts else fit(value, fits=False)
+
+
+def _server(value: str) -> str:
+    """The name of a host in A-labels, or an address; what has a colon in it is IPv6, never a port."""
+    host = a_labels(value.strip())
+    if ":" in host:
+        host = host.removeprefix("[").removesuffix("]")
+        ipaddress.IPv6Address(host)
+    return fit(host, re.fullmatch(r"[A-Za-z0-9_.:%\-]{1,255}", host))
+
+
+def _ehlo_name(value: str) -> str:
+    """What EHLO may say (RFC 5321 4.1.3): the full name of a host, or an address as a literal in brackets."""
+    name = a_labels(value.strip()).removesuffix(".")
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(re.sub(r"^\[(IPv6:)?(.+)\]$", r"\2", name, flags=re.IGNORECASE))
+        return f"[IPv6:{address}]" if address.version == 6 else f"[{address}]"
+    return fit(name, len(name) <= 255 and re.fullmatch(r"(?:(?!-)[A-Za-z0-9-]{1,63}(?<!-)(?:\.(?=.)|$))+", name))
+
+
+def _account_reply(value: str) -> AccountReply:
+    """A code, and an enhanced code of its class, words of the text, or both."""
+    enhanced_code, words = r"(?:\s+(\2\.[0-9]{1,3}\.[0-9]{1,3}))?", r"(?:\s+(?![0-9]\.)(.*[^\W\d].*))?"
+    found = re.fullmatch(rf"(([45])[0-9]{{2}}){enhanced_code}{words}", TEXT.parse(value.strip()))
+    if not found:
+        raise ValueError
+    return AccountReply(int(found[1]), found[3], found[4] or "")
 
 
 def _host_or_network(value: str) -> str:
@@ -533,9 +583,13 @@ READABLE_FILE = Kind(
 )
 SOCKET_PATH = Kind("a path of at most 103 bytes", lambda value: fit(value, len(os.fsencode(value)) <= SUN_PATH))
 LISTENING_HOST = Kind("an address or a host name", lambda value: fit(value.strip("[]"), not re.search(r"[\s/]", value)))
-HOST = Kind(
-    "the name or the address of a server",
-    lambda value: fit(host := a_labels(value.strip()), re.fullmatch(r"[A-Za-z0-9_.:%\-]{1,255}", host)),
+HOST = Kind("the name or the address of a server, without a port: that is a setting of its own (port)", _server)
+EHLO_NAME = Kind("a host name, or an address literal such as [192.0.2.1]", _ehlo_name)
+REPLIES = many(
+    "codes from 400 to 599, each with an enhanced code, words of the text, or both: 554 5.7.0, 550 daily limit",
+    _account_reply,
+    between="[,\n]",
+    least=0,
 )
 HTTP_URL = Kind(
     "an http or https URL",
@@ -654,6 +708,9 @@ class DeliverySettings(NamedTuple):
         2_592_000, integer(0), "How long the id of a sent message is refused a second time."
     )
     shutdown_timeout_seconds: float = row(30.0, seconds(0, 86_400), "How long transactions may finish when it stops.")
+    hostname: str | None = row(
+        None, EHLO_NAME, "Our name in EHLO. Left out: this machine's full name, else its address."
+    )
     redirect_to: str | None = row(None, MAIL_ADDRESS, "Staging: every mail goes here, its recipients in X-Original-To.")
     allow_recipients: tuple[str, ...] = row((), RECIPIENTS, "Staging: mail to others becomes an error. Empty: to all.")
 
@@ -679,22 +736,33 @@ class Account(NamedTuple):
     ca_file: str | None = row(None, PATH, "CA certificates (PEM) to trust instead of the system's.")
     client_cert: str | None = row(None, PATH, "Certificate (PEM) to show to the server.")
     client_key: str | None = row(None, PATH, "Private key (PEM) of client_cert.")
-    auth: str = row("auto", word("auto", "plain", "login", "cram-md5", "xoauth2"), "How to log in.")
-    oauth2_token_url: str | None = row(None, HTTP_URL, "Where access tokens for xoauth2 come from.")
-    oauth2_client_id: str | None = row(None, TEXT, "Client id of xoauth2.")
-    oauth2_client_secret: Secret | None = row(None, SECRET, "Client secret of xoauth2.")
+    auth: str = row("auto", word("auto", "plain", "login", "cram-md5", "xoauth2", "oauthbearer"), "How to log in.")
+    oauth2_token_url: str | None = row(None, HTTP_URL, "Where access tokens come from.")
+    oauth2_client_id: str | None = row(None, TEXT, "Client id of OAuth 2.0.")
+    oauth2_client_secret: Secret | None = row(None, SECRET, "Client secret of OAuth 2.0.")
     oauth2_refresh_token: Secret | None = row(None, SECRET, "Without it client credentials are used.")
     oauth2_scope: str | None = row(None, TEXT, "Scope of the access token.")
     ttl: float = row(300, seconds(0.001), "How long a connection may live.")
     max_connections: int = row(5, integer(1, 1000), "Most at a time.", else_of="max_connections_per_account")
     max_messages_per_connection: int = row(100, COUNT, "Most messages over one connection.")
     max_recipients: int = row(100, COUNT, "Most recipients of one transaction; more are split over several.")
-    timeout: float = row(60, seconds(0.001), "For each reply; the last one of a message is given 600 seconds.")
+    timeout: float | None = row(
+        None,
+        seconds(0.001),
+        "Seconds for the connection and each reply. Left out: as RFC 5321 4.5.3.2 has it, 60 to connect and log in, "
+        "300 for MAIL and RCPT, 120 for DATA. The reply to the content is given 600 in any case.",
+    )
     in_doubt: str = row("retry", word("retry", "error"), "What to do when the last reply never came.")
     limit_per_minute: int | None = row(None, integer(0), "Most messages in any 60 seconds; 0: no limit.")
     limit_per_hour: int | None = row(None, integer(0), "Most messages in any hour.")
     limit_per_day: int | None = row(None, integer(0), "Most messages in any day.")
-    limit_behavior: str = row("defer", word("defer", "error"), "What becomes of messages above a limit.")
+    limit_behavior: str = row(
+        "defer", word("defer", "error", reject="error"), "What becomes of messages above a limit; reject means error."
+    )
+    account_replies: tuple[AccountReply, ...] = row(
+        (), REPLIES, "Replies that are about the account: all its mail waits, whatever the code."
+    )
+    hostname: str | None = row(None, EHLO_NAME, "Our name in EHLO.", else_of="hostname")
     batch_size: int = row(50, COUNT, "Most messages of one turn.", else_of="batch_size_per_account")
     retry_delays: tuple[int, ...] = row(RETRY_DELAYS, DELAYS, "Pauses before the retries.", else_of="retry_delays")
     max_age_seconds: int = row(432_000, COUNT, "After which a message becomes an error.", else_of="max_age_seconds")
@@ -1108,7 +1176,7 @@ def parse_account(fields: object, *, source: str = "http", defaults: DeliverySet
     for wrong, problem in (
         ((inner or oauth2) and not oauth2 >= {"token_url", "client_id"}, "oauth2: needs token_url and client_id"),
         (oauth2 and not has_grant, "oauth2: needs refresh_token, or client_secret and scope"),
-        (account.auth == "xoauth2" and not oauth2, "auth: xoauth2 needs oauth2"),
+        (account.auth in ("xoauth2", "oauthbearer") and not oauth2, f"auth: {account.auth} needs oauth2"),
         (account.client_key and not account.client_cert, "client_key: goes with a client_cert"),
     ):
         if wrong:
@@ -1139,6 +1207,7 @@ def account_fields(account: Account) -> dict[str, object]:
     rows = [row.key for row in (ACCOUNT_ID, *ACCOUNT_TABLE) if not row.kind.secret]
     shown, oauth2 = nested({key: getattr(account, key) for key in rows})
     use_tls = account.port == 465 if account.use_tls is None else account.use_tls
+    shown["account_replies"] = [str(reply) for reply in account.account_replies]
     return {**shown, "source": account.source, "use_tls": use_tls, "oauth2": oauth2 if account.oauth2 else None}
 
 
@@ -4508,6 +4577,8 @@ def md5_refusal(attachment: Attachment, file: BinaryIO, encoded_md5: str = "") -
 # loses the second reply of a packet). Its invariant: whatever a server does, mail gets replies, never an
 # exception; and a connection that did one thing out of order is not believed again.
 
+CONNECT_TIMEOUT_S = 60.0  # to connect and log in
+REPLY_TIMEOUT_S = 300.0  # RFC 5321 4.5.3.2
 QUIT_TIMEOUT_S = 5.0
 LONGEST_REPLY_BYTES = 65_536
 CONTENT_PIECE_BYTES = 65_536  # of a content, between two looks at the server and at everybody else
@@ -4894,7 +4965,7 @@ async def _connect(account: Account, in_thread: InThread) -> socket.socket | Rep
     """Look the host up and try its addresses in turn, all within one timeout: each gets its
     share of what is left, so that a dead first address does not use it up."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + account.timeout
+    deadline = loop.time() + (account.timeout or CONNECT_TIMEOUT_S)
     look_up = functools.partial(socket.getaddrinfo, account.host, account.port, type=socket.SOCK_STREAM)
     try:
         async with asyncio.timeout_at(deadline):
@@ -5030,7 +5101,7 @@ class TokenKeeper:
         if grant.token is not None and self.monotonic() < grant.expires_at:
             return grant.token
         if grant.fetch is None or grant.fetch.done():
-            grant.fetch = asyncio.ensure_future(self._fetch(grant, account.timeout))
+            grant.fetch = asyncio.ensure_future(self._fetch(grant, account.timeout or CONNECT_TIMEOUT_S))
         return await asyncio.shield(grant.fetch)
 
     def invalidate(self, account: Account, token: str) -> None:
@@ -5124,7 +5195,7 @@ class DeliveryAgent:
             hostname=account.host.removesuffix("."),
             sock=connection,
             local_hostname=self.hostname,
-            timeout=account.timeout,
+            timeout=account.timeout or CONNECT_TIMEOUT_S,
             use_tls=account.encryption == "implicit",
             start_tls=False,
             tls_context=context,
@@ -5137,7 +5208,7 @@ class DeliveryAgent:
                 cast(asyncio.Transport, smtp.transport).abort()
         if isinstance(offers, Offers):
             transport = cast(asyncio.Transport, smtp.transport)  # of which aiosmtplib hears no more
-            return Session(transport, name, offers, account.timeout, self.end_of_data_timeout_s)
+            return Session(transport, name, offers, account.timeout or REPLY_TIMEOUT_S, self.end_of_data_timeout_s)
         if account.oauth2_token_url and login and offers.stage is Stage.AUTH and offers.permanent and not renewed:
             self.tokens.invalidate(account, login.secret)
             return await self.open_session(account, name=name, connected=connected, may_log_in=may_log_in, renewed=True)
@@ -5188,7 +5259,7 @@ class DeliveryAgent:
         if account.password is None:
             return Login(user, "")
         try:
-            async with asyncio.timeout(account.timeout):
+            async with asyncio.timeout(account.timeout or CONNECT_TIMEOUT_S):
                 return Login(user, await self.in_thread(functools.partial(self.reveal, account.password)))
         except TimeoutError:
             return local_reply(Stage.AUTH, "the password cannot be read in time")
@@ -5208,7 +5279,7 @@ class DeliveryAgent:
             making = self.in_thread(functools.partial(client_tls_context, account))
             self.contexts[made_of] = asyncio.ensure_future(making)
         try:
-            async with asyncio.timeout(account.timeout):
+            async with asyncio.timeout(account.timeout or CONNECT_TIMEOUT_S):
                 return await asyncio.shield(self.contexts[made_of])
         except TimeoutError:
             return local_reply(Stage.TLS, "the certificate files cannot be read in time", Cause.TIMEOUT)
@@ -7101,6 +7172,7 @@ ANSWERS: Mapping[str, str] = {
         "connection: string | null"
     ),
     "Accounts": "ok: boolean, accounts: ShownAccount[]",
+    "AccountSet": "ok: boolean, warnings?: Warning[]",
     "AccountRemoved": "ok: boolean, failed: integer",
 }
 GIVEN: Mapping[str, Mapping[str, Field]] = {
@@ -7232,7 +7304,7 @@ class ControlPlane:
             Route("GET", "/messages", self.list_messages, answer="Messages", query=LISTING),
             Route("GET", "/message/{id}", self.get_message, answer="MessageHistory", query=CONTENT),
             Route("GET", "/accounts", self.list_accounts, answer="Accounts"),
-            Route("POST", "/account", self.put_account, answer="Done", body="Account", refusals=[409]),
+            Route("POST", "/account", self.put_account, answer="AccountSet", body="Account", refusals=[409]),
             Route("DELETE", "/account/{id}", self.delete_account, answer="AccountRemoved", refusals=[409]),
             Route("POST", "/account/{id}/suspend", self.suspend_account, answer="Switched"),
             Route("POST", "/account/{id}/activate", self.activate_account, answer="Switched"),
@@ -7550,7 +7622,10 @@ class ControlPlane:
             else:
                 self.dispatcher.add_lane(account, standing)
         event(self.log, logging.INFO, "account set", account=account.id)
-        return json_response({"ok": True})
+        unknown = [key for key, value in fields.items() if key not in ACCOUNT_KEYS and value is not None]
+        return json_response(
+            {"ok": True, **({"warnings": [{"id": account.id, "unknown": unknown}]} if unknown else {})}
+        )
 
     async def delete_account(self, request: Request) -> Response:
         """Remove an account; its undelivered messages become errors."""

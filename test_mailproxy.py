@@ -1939,24 +1939,27 @@ def parsed_account(**fields: Any) -> mailproxy.Account:
 
 
 def test_an_account_has_the_manners_of_the_contract_unless_it_or_the_configuration_says_otherwise() -> None:
-    defaults = mailproxy.DeliverySettings(retry_delays=(1,), max_connections_per_account=2)
+    defaults = mailproxy.DeliverySettings(retry_delays=(1,), max_connections_per_account=2, hostname="a.example")
 
     silent = mailproxy.parse_account({"id": "a", "host": "h", "port": 25}, source="config", defaults=defaults)
 
     assert parsed_account() == mailproxy.Account(id="a", host="mail.example.com", port=587)
     assert parsed_account(limit_per_minute=0).limits == {}
     assert (silent.retry_delays, silent.max_connections, silent.source) == ((1,), 2, "config")
+    assert (silent.timeout, silent.hostname, parsed_account(hostname="b").hostname) == (None, "a.example", "b")
 
 
 def test_json_and_config_ini_say_the_same_account() -> None:
     from_json = parsed_account(
         user="u", password="p", use_tls=True, verify_tls=False, ttl=10, timeout=2.5, limit_per_hour=100,
         retry_delays=[60, 300], max_connections=3, auth="xoauth2", max_retries=4, limit_per_day=None,
+        account_replies=["550 daily limit", 554, "451 4.7.1"], limit_behavior="error", hostname="[192.0.2.1]",
         oauth2={"token_url": "https://x.org/t", "client_id": "c", "client_secret": "s", "scope": "mail"},
     )  # fmt: skip
     from_ini = parsed_account(
         port="587", user="u", password="p", use_tls="yes", verify_tls="False", ttl="10", timeout="2.5",
         limit_per_hour="100", retry_delays="60, 300", max_connections="3", auth="XOAUTH2", max_retries="4",
+        account_replies="550 daily limit, 554\n451 4.7.1", limit_behavior="Reject", hostname="192.0.2.1",
         limit_per_day="", oauth2_token_url="https://x.org/t", oauth2_client_id="c", oauth2_client_secret="s",
         oauth2_scope="mail",
     )  # fmt: skip
@@ -1964,6 +1967,28 @@ def test_json_and_config_ini_say_the_same_account() -> None:
     assert from_json == from_ini
     assert from_json.limits == {"hour": 100}
     assert from_json.retry_delays == (60, 300)
+    assert from_json.account_replies == ((550, None, "daily limit"), (554, None, ""), (451, "4.7.1", ""))
+    assert mailproxy.account_fields(from_json)["account_replies"] == ["550 daily limit", "554", "451 4.7.1"]
+
+
+def test_the_names_of_hosts_are_names_or_addresses_and_never_have_a_port() -> None:
+    hosts = ["mail", "::1", "[::1]", "192.0.2.1", "fe80::1%eth0", "bücher.example"]
+    names = [
+        "mail",
+        "mail.example.com.",
+        "192.0.2.1",
+        "[192.0.2.1]",
+        "2001:db8::1",
+        "[IPv6:2001:db8::1]",
+        "bücher.example",
+    ]
+
+    judged = [parsed_account(host=host).host for host in hosts]
+    said = [parsed_account(hostname=name).hostname for name in names]
+
+    assert judged == ["mail", "::1", "::1", "192.0.2.1", "fe80::1%eth0", "xn--bcher-kva.example"]
+    assert said[:4] == ["mail", "mail.example.com", "[192.0.2.1]", "[192.0.2.1]"]
+    assert said[4:] == ["[IPv6:2001:db8::1]", "[IPv6:2001:db8::1]", "xn--bcher-kva.example"]
 
 
 @pytest.mark.parametrize(
@@ -1983,8 +2008,8 @@ def test_when_an_account_turns_to_tls(encryption: str, accounts: list[dict[str, 
 
 
 INVALID_ACCOUNT_FIELDS: dict[str, list[Any]] = {
-    "id": ["a\nb", 5], "host": ["a b", 5, "smtp://x"], "port": [0, 65536, "x", True, 25.0], "user": ["a\n"],
-    "password": [5, "a\0"], "use_tls": ["perhaps"], "start_tls": ["often"], "auth": ["ntlm", "xoauth2"],
+    "id": ["a\nb", 5], "host": ["a b", 5, "smtp://x", "x:25", "[::1]:25"], "port": [0, 65536, "x", True, 25.0], "user": ["a\n"],
+    "password": [5, "a\0"], "use_tls": ["perhaps"], "start_tls": ["often"], "auth": ["ntlm", "xoauth2", "oauthbearer"],
     "oauth2": [
         5, {"client_id": "c"}, {"token_url": "ftp://x", "client_id": "c", "refresh_token": "r"},
         {"token_url": "https://x", "client_id": "c"}, {"tenant": "x"},
@@ -1993,6 +2018,8 @@ INVALID_ACCOUNT_FIELDS: dict[str, list[Any]] = {
     "ttl": [0], "timeout": [-1, "1e9", float("inf")], "max_connections": [0], "limit_per_minute": [-1],
     "limit_per_day": [1.5], "limit_behavior": ["drop"], "in_doubt": ["x"], "retry_delays": [[], "60, x", [-1], 60],
     "batch_size": [0], "max_age_seconds": [0], "max_recipients": [0], "max_retries": [-1], "client_key": ["/k"],
+    "hostname": ["a b", "a_b", "-a.example", "a..b", "[a]", "a" * 64, 5],
+    "account_replies": [550, ["550", "daily"], "250", "600 x", "5500", "550 5.7", "550 4.7.1", "550 5.7.x", "550 1", [None]],
 }  # fmt: skip
 MISSING_OF_ACCOUNTS = [({"id": None}, "id"), ({"id": ""}, "id"), ({"host": ""}, "host"), ({"port": None}, "port")]
 
@@ -9260,7 +9287,8 @@ def test_accounts_of_config_ini_are_changed_there_only_and_their_mail_waits_whil
             return {one["id"]: one for one in daemon.get("/accounts").json["accounts"]}
 
         web = account_at("web", smtp, user="ü", password="s3cret-3", oauth2=oauth2, **named)
-        assert daemon.post("/account", web).json == {"ok": True}
+        ignored = [{"id": "web", "unknown": ["name", "tenant_id"]}]
+        assert daemon.post("/account", web).json == {"ok": True, "warnings": ignored}
         sources = {"default": "config", "shop": "config", "web": "http"}
         assert {id_: one["source"] for id_, one in accounts().items()} == sources
         assert (accounts()["web"]["user"], accounts()["web"]["ttl"]) == ("ü", 300)
