@@ -4577,8 +4577,9 @@ def md5_refusal(attachment: Attachment, file: BinaryIO, encoded_md5: str = "") -
 # loses the second reply of a packet). Its invariant: whatever a server does, mail gets replies, never an
 # exception; and a connection that did one thing out of order is not believed again.
 
-CONNECT_TIMEOUT_S = 60.0  # to connect and log in
-REPLY_TIMEOUT_S = 300.0  # RFC 5321 4.5.3.2
+CONNECT_TIMEOUT_S = 60.0  # to connect, and for each reply up to the login
+REPLY_TIMEOUT_S = 300.0  # to MAIL and RCPT (RFC 5321 4.5.3.2)
+DATA_TIMEOUT_S = 120.0  # to DATA; for each piece of a content
 QUIT_TIMEOUT_S = 5.0
 LONGEST_REPLY_BYTES = 65_536
 CONTENT_PIECE_BYTES = 65_536  # of a content, between two looks at the server and at everybody else
@@ -4706,7 +4707,12 @@ class Session(asyncio.Protocol):
     """An open connection to an account's server, logged in: one transaction at a time, a deadline for each answer."""
 
     def __init__(
-        self, transport: asyncio.Transport, name: str, offers: Offers, timeout_s: float, end_of_data_timeout_s: float
+        self,
+        transport: asyncio.Transport,
+        name: str,
+        offers: Offers,
+        timeout_s: float | None,
+        end_of_data_timeout_s: float,
     ) -> None:
         self.name, self.offers = name, offers
         self.transactions = 0  # begun so far
@@ -4733,8 +4739,11 @@ class Session(asyncio.Protocol):
         """False after a timeout, a 421, an answer that does not fit, and when the connection is gone."""
         return self.broken is None
 
-    async def transact(self, envelope: Envelope, content: bytes, *, smtputf8: bool) -> dict[str, Reply]:
-        """Offer one message to the server: a reply for each recipient, whatever happens."""
+    async def transact(
+        self, envelope: Envelope, content: bytes, *, smtputf8: bool, careful: bool = False
+    ) -> dict[str, Reply]:
+        """Offer one message to the server: a reply for each recipient, whatever happens. What was answered before
+        a connection ended is kept. A careful one says DATA only after the replies to RCPT, and not for nobody."""
         addresses = " ".join((envelope.sender, *envelope.recipients))
         smtputf8 = smtputf8 or not addresses.isascii()
         refusal = None
@@ -4761,7 +4770,7 @@ class Session(asyncio.Protocol):
         commands = [_Command(f"{mail}\r\n".encode(), Stage.MAIL), *recipients, _DATA]
         self.transactions += 1
         try:
-            return await self._transact(envelope, content, commands if self._clean else [_RSET, *commands])
+            return await self._transact(envelope, content, commands if self._clean else [_RSET, *commands], careful)
         except BaseException:
             self._break_off(Cause.LOST, "aborted")
             raise
@@ -4774,17 +4783,21 @@ class Session(asyncio.Protocol):
             await self._ask(b"", 1, QUIT_TIMEOUT_S)
         self._break_off(Cause.LOST, "closed")
 
-    async def _transact(self, envelope: Envelope, content: bytes, commands: list[_Command]) -> dict[str, Reply]:
+    async def _transact(
+        self, envelope: Envelope, content: bytes, commands: list[_Command], careful: bool
+    ) -> dict[str, Reply]:
         """The commands in one packet where the server offers PIPELINING, else one by one as long as they can
         lead to a content; then the content, for all who were not refused by themselves."""
         self._clean = False
         refusals: dict[str, Reply] = {}  # of single recipients
         verdict: Reply | None = None  # the reply for all others
         taken = go_ahead = False
-        for packet in [commands] if self.offers.pipelining else [[command] for command in commands]:
+        packets = [commands[:-1], [_DATA]] if careful else [commands]
+        for packet in packets if self.offers.pipelining else [[command] for command in commands]:
             if verdict is not None or (packet == [_DATA] and not taken):
                 break
-            answers = await self._ask(b"".join([one.line for one in packet]), len(packet), self._timeout_s)
+            patience_s = self._timeout_s or (DATA_TIMEOUT_S if packet == [_DATA] else REPLY_TIMEOUT_S)
+            answers = await self._ask(b"".join([one.line for one in packet]), len(packet), patience_s)
             for command, answer in zip(packet, answers, strict=False):
                 granted = answer.code == 354 if command is _DATA else 200 <= answer.code < 300
                 if granted:
@@ -4805,7 +4818,7 @@ class Session(asyncio.Protocol):
         elif go_ahead and taken:
             self._break_off(Cause.LOCAL, "the server took a recipient without a sender")
         elif go_ahead:  # for nobody: an empty content ends it (RFC 2920 3.1)
-            await self._ask(b".\r\n", 1, self._timeout_s)
+            await self._ask(b".\r\n", 1, self._timeout_s or REPLY_TIMEOUT_S)
         return {one: refusals.get(one) or cast(Reply, verdict) for one in envelope.recipients}
 
     async def _send_content(self, content: bytes) -> Reply:
@@ -4814,8 +4827,8 @@ class Session(asyncio.Protocol):
             return self._unanswered(Stage.DATA)
         for piece, last in data_pieces(content):
             stage = Stage.END_OF_DATA if last else Stage.DATA
-            timeout_s = self._end_of_data_timeout_s if last else self._timeout_s
-            answers = await self._ask(piece, 1, timeout_s, more=not last)
+            patience_s = self._end_of_data_timeout_s if last else self._timeout_s or DATA_TIMEOUT_S
+            answers = await self._ask(piece, 1, patience_s, more=not last)
             if answers or self.broken is not None:
                 break
         if not answers:
@@ -5208,7 +5221,7 @@ class DeliveryAgent:
                 cast(asyncio.Transport, smtp.transport).abort()
         if isinstance(offers, Offers):
             transport = cast(asyncio.Transport, smtp.transport)  # of which aiosmtplib hears no more
-            return Session(transport, name, offers, account.timeout or REPLY_TIMEOUT_S, self.end_of_data_timeout_s)
+            return Session(transport, name, offers, account.timeout, self.end_of_data_timeout_s)
         if account.oauth2_token_url and login and offers.stage is Stage.AUTH and offers.permanent and not renewed:
             self.tokens.invalidate(account, login.secret)
             return await self.open_session(account, name=name, connected=connected, may_log_in=may_log_in, renewed=True)

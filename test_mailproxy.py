@@ -5436,7 +5436,9 @@ def with_smtp_server(server, story, agent=None, **account):
     return asyncio.run(main())
 
 
-def transact(server, *recipients, content=b"Subject: x\r\n\r\nhello\r\n", times=1, agent=None, **account):
+def transact(
+    server, *recipients, content=b"Subject: x\r\n\r\nhello\r\n", times=1, agent=None, careful=False, **account
+):
     """Run the transaction in a session; the replies of the last one, and whether the session is usable.
 
     The server keeps the replies of each (`outcomes`), and what it was taken to offer.
@@ -5447,7 +5449,8 @@ def transact(server, *recipients, content=b"Subject: x\r\n\r\nhello\r\n", times=
         assert isinstance(session, mailproxy.Session), session
         server.taken_to_offer, server.outcomes = session.offers, []
         for _ in range(times):
-            replies = await session.transact(mailproxy.Envelope("from@x", recipients), content, smtputf8=False)
+            envelope = mailproxy.Envelope("from@x", recipients)
+            replies = await session.transact(envelope, content, smtputf8=False, careful=careful)
             server.outcomes.append(replies)
         usable = session.usable
         await session.quit()
@@ -5705,13 +5708,27 @@ def test_an_answer_that_does_not_come_is_a_transient_reply_of_its_stage(offers, 
 
 
 @smtp_modes
-def test_a_connection_lost_among_the_recipients_keeps_the_refusals_heard(offers):
+@pytest.mark.parametrize("careful", [False, True])
+def test_a_connection_lost_among_the_recipients_keeps_the_refusals_heard(offers, careful):
     server = ScriptedServer({"RCPT TO:<b": "550 no", "RCPT TO:<c": "drop"}, offers)
 
-    replies, _ = transact(server, "a@x", "b@x", "c@x")
+    replies, usable = transact(server, "a@x", "b@x", "c@x", "d@x", careful=careful)
 
     assert replies.pop("b@x").words == "550 no"
     assert {(reply.stage, reply.cause) for reply in replies.values()} == {("rcpt", "lost")}
+    assert not usable
+
+
+@pytest.mark.parametrize(("taken", "contents"), [("250 ok", [b"Subject: x\r\n\r\nhello\r\n"]), ("450 later", [])])
+def test_a_careful_transaction_says_data_after_the_replies_to_the_recipients_and_not_for_nobody(taken, contents):
+    server = ScriptedServer({"RCPT TO:<b": taken, "RCPT": "550 no"})
+
+    replies, usable = transact(server, "a@x", "b@x", careful=True)
+
+    data = ["DATA", "Subject: x\r\n\r\nhello\r\n."] if contents else []
+    assert [packet.decode().strip() for packet in server.packets[2:-1]] == data
+    assert (server.contents, usable, replies["a@x"].words) == (contents, True, "550 no")
+    assert replies["b@x"].accepted == bool(contents)
 
 
 @pytest.mark.parametrize(("said", "in_doubt"), [("what?", True), ("354 more", True), ("250 ok\r\n250 ok", False)])
