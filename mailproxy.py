@@ -4586,6 +4586,7 @@ CONTENT_PIECE_BYTES = 65_536  # of a content, between two looks at the server an
 
 _ENHANCED_CODE = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s+|$)")  # RFC 3463
 _REPLY_LINE = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
+_LIMIT = re.compile(r"(?i)(?<!\S)(MAILMAX|RCPTMAX|RCPTDOMAINMAX)=([1-9][0-9]{0,5})(?!\S)")  # RFC 9422 3
 _UNSPEAKABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _ANY_LINE_END = re.compile(rb"\r\n|\r|\n")
 
@@ -4689,6 +4690,9 @@ class Offers(NamedTuple):
     eight_bit_mime: bool
     auth: tuple[str, ...]
     tls: str | None  # "TLSv1.3"; None: in clear
+    mail_max: int | None = None  # messages of a session, recipients and domains of a transaction (RFC 9422)
+    rcpt_max: int | None = None
+    rcpt_domain_max: int | None = None
 
 
 class _Command(NamedTuple):
@@ -5019,6 +5023,7 @@ async def _say_hello(smtp: aiosmtplib.SMTP) -> None:
 
 def _offers_of(smtp: aiosmtplib.SMTP) -> Offers:
     size = smtp.esmtp_extensions.get("size", "")
+    limits = {name.upper(): int(most) for name, most in _LIMIT.findall(smtp.esmtp_extensions.get("limits", ""))}
     encryption = smtp.get_transport_info("ssl_object")
     return Offers(
         size_bytes=int(size) or None if re.fullmatch("[0-9]{1,20}", size) else None,  # RFC 1870 4
@@ -5027,6 +5032,9 @@ def _offers_of(smtp: aiosmtplib.SMTP) -> Offers:
         eight_bit_mime=smtp.supports_extension("8bitmime"),
         auth=tuple(smtp.server_auth_methods),
         tls=encryption.version() if encryption is not None else None,
+        mail_max=limits.get("MAILMAX"),
+        rcpt_max=limits.get("RCPTMAX"),
+        rcpt_domain_max=limits.get("RCPTDOMAINMAX"),
     )
 
 

@@ -5679,6 +5679,22 @@ def test_a_size_that_says_nothing_limits_nothing(offer):
     assert replies["a@x"].accepted
 
 
+@pytest.mark.parametrize(
+    ("offer", "limits"),
+    [
+        ("LIMITS RCPTMAX=20 mailmax=5 RCPTDOMAINMAX=1 OTHER=7", (5, 20, 1)),
+        ("LIMITS RCPTMAX=0 MAILMAX=many XRCPTDOMAINMAX=3", (None, None, None)),
+        ("SIZE 5", (None, None, None)),
+    ],
+)
+def test_the_limits_that_a_server_announces_are_known(offer, limits):
+    server = ScriptedServer(offers=offer)
+
+    transact(server, "a@x")
+
+    assert server.taken_to_offer[-3:] == limits
+
+
 # ----- servers that misbehave
 
 
