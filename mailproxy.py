@@ -583,7 +583,7 @@ READABLE_FILE = Kind(
 )
 SOCKET_PATH = Kind("a path of at most 103 bytes", lambda value: fit(value, len(os.fsencode(value)) <= SUN_PATH))
 LISTENING_HOST = Kind("an address or a host name", lambda value: fit(value.strip("[]"), not re.search(r"[\s/]", value)))
-HOST = Kind("the name or the address of a server, without a port: that is a setting of its own (port)", _server)
+HOST = Kind("the name or the address of a server; its port is a setting of its own, port", _server)
 EHLO_NAME = Kind("a host name, or an address literal such as [192.0.2.1]", _ehlo_name)
 REPLIES = many(
     "codes from 400 to 599, each with an enhanced code, words of the text, or both: 554 5.7.0, 550 daily limit",
@@ -989,6 +989,10 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
         for name in sorted(environ)
         if name.startswith("MAILPROXY_") and name not in known
     ]
+    for origin, section, key, text in written:
+        given = environ.get(text.removeprefix("env:"), "") if text.startswith("env:") else text
+        if given[1:] and given[0] == given[-1] and given[0] in "\"'":
+            warnings.append(f"{origin}: [{section}] {key}: the quotes around the value are taken as a part of it")
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     accounts: dict[str, dict[str, str]] = {}
     for (section, key), value in values.items():
@@ -1195,6 +1199,21 @@ def configured_accounts(settings: Settings) -> list[Account]:
             where = f"{settings.source or 'configuration'}: [{section_of(account_id)}]"
             raise ConfigurationError(f"{where}: {error}") from None
     return accounts
+
+
+def left_open(settings: Settings, accounts: Iterable[Account], environ: Mapping[str, str]) -> Iterator[str]:
+    """What will not work, although every setting is well written. Blocking: reads files of secrets."""
+    secrets = [(f"[s3] {row.key}", row.of(settings)) for row in TABLE["s3"]]
+    for account in accounts:
+        secrets += [(f"account {account.id}, {row.key}", getattr(account, row.key)) for row in ACCOUNT_TABLE]
+        if account.user and not account.password and not account.oauth2:
+            yield f"account {account.id}: a user without a password cannot log in"
+    for where, secret in secrets:
+        try:
+            if isinstance(secret, Secret):
+                reveal(secret, environ)
+        except SecretUnavailable as error:
+            yield f"{where}: {error}"
 
 
 def section_of(account_id: str) -> str:
@@ -7114,14 +7133,16 @@ NO_ACCOUNT = "there is no account with this id"
 NOT_FOUND = "account not found"
 
 
-def stored_accounts(definitions: Mapping[str, str], defaults: DeliverySettings) -> list[Account]:
-    """The accounts that were added over HTTP. Raises ConfigurationError."""
+def stored_accounts(
+    definitions: Mapping[str, str], defaults: DeliverySettings, complain: Callable[[str], object]
+) -> list[Account]:
+    """The accounts that were added over HTTP; one that an earlier version took and this one does not is left out."""
     accounts = []
     for account_id, definition in definitions.items():
         try:
             accounts.append(parse_account(json.loads(definition), defaults=defaults))
         except Rejected as error:
-            raise ConfigurationError(f"The account {account_id} in the queue file: {error}.") from None
+            complain(f"account {account_id} of the queue file is left out, POST /account replaces it: {error}")
     return accounts
 
 
@@ -7675,7 +7696,9 @@ class ControlPlane:
         The mail of an account that is gone stays where it is: it may come back.
         """
         async with self._one_at_a_time:
-            stored = stored_accounts(await self.queue.accounts(), self.settings().delivery)
+            stored = stored_accounts(
+                await self.queue.accounts(), self.settings().delivery, functools.partial(event, self.log, logging.ERROR)
+            )
             wanted = {account.id: account for account in (*stored, *configured)}
             for account_id in self.dispatcher.lanes.keys() - wanted.keys():
                 self.dispatcher.remove_lane(account_id)
@@ -7953,7 +7976,10 @@ class Daemon:
         renewing = asyncio.create_task(self._renew(), name="renewal")
         asked = asyncio.create_task(self._stopping.wait(), name="stop")
         event(self._log, logging.INFO, "mailproxy listens", at=where, version=__version__, pid=os.getpid())
-        for warning in self.settings.warnings:
+        accounts = [lane.account for lane in self._dispatcher.lanes.values()]
+        for warning in await self._work(
+            lambda: [*self.settings.warnings, *left_open(self.settings, accounts, self._environ)]
+        ):
             event(self._log, logging.WARNING, warning)
         self._systemd.tell("READY=1")
         started(where)
@@ -9190,18 +9216,21 @@ def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     print("\n".join(table(("SETTING", "VALUE", "FROM"), rows)))
     for warning in settings.warnings:
         complain(f"warning: {warning}")
-    problems = list(_start_problems(settings, accounts, environ))
+    problems = [*_start_problems(settings), *left_open(settings, accounts, environ)]
     for problem in problems:
         complain(problem)
+    failed = args.connect and not show_servers(settings, accounts, environ)
     named = ", ".join(f"{account.id} ({account.host}:{account.port})" for account in accounts)
     way = f"mail goes out through {named}" if named else "no account is configured, they come over HTTP"
-    print("\nThis is not right yet." if problems else f"\nThe settings are right: {way}.")
-    failed = args.connect and not show_servers(settings, accounts, environ)
+    if problems or failed:
+        print("\nThis is not right yet.")
+    else:
+        print(f"\n{'This can work, but see the warnings' if settings.warnings else 'The settings are right'}: {way}.")
     return 2 if problems else int(failed)
 
 
-def _start_problems(settings: Settings, accounts: Iterable[Account], environ: Mapping[str, str]) -> Iterator[str]:
-    """What would stop the start, or make accounts cool down, although every setting is well written."""
+def _start_problems(settings: Settings) -> Iterator[str]:
+    """What would stop the start."""
     folder = os.path.dirname(os.path.abspath(settings.storage.db_path))
     if not os.path.isdir(folder):
         yield f"[storage] db_path: the folder {folder} does not exist"
@@ -9211,12 +9240,6 @@ def _start_problems(settings: Settings, accounts: Iterable[Account], environ: Ma
         server_tls_context(settings.server)
     except ConfigurationError as error:
         yield str(error)
-    for account in accounts:
-        for secret in filter(None, (getattr(account, row.key) for row in ACCOUNT_TABLE if row.kind.secret)):
-            try:
-                reveal(secret, environ)
-            except SecretUnavailable as error:
-                yield f"account {account.id} cannot log in: {error}"
 
 
 # --- check --connect: what the servers say -------------------------------
@@ -9244,7 +9267,7 @@ async def _try_servers(
     if await asyncio.to_thread(os.path.exists, settings.storage.db_path):  # and those that were added over HTTP
         file = QueueFile(settings.storage.db_path, SCHEMA, MIGRATIONS, observe_commit=lambda seconds: None)
         try:
-            stored = stored_accounts(await Queue(file, now=time.time).accounts(), settings.delivery)
+            stored = stored_accounts(await Queue(file, now=time.time).accounts(), settings.delivery, complain)
         finally:
             await file.close()
         accounts = {account.id: account for account in stored} | accounts

@@ -1339,12 +1339,17 @@ def test_what_cannot_be_read_or_is_not_known_is_refused_with_the_line_or_the_nea
             "environment variable MAILPROXY_SERVER_PROT matches no setting and is ignored; "
             "did you mean MAILPROXY_SERVER_PORT?",
         )),
+        ("[client]\nclient_sync_user = 'me'\n[account:a]\nhost = a\nuser = it's\npassword = env:QUOTED\n", {"QUOTED": '"x"'}, (
+            "{}: [client] client_sync_user: the quotes around the value are taken as a part of it",
+            "{}: [account:a] password: the quotes around the value are taken as a part of it",
+        )),
     ],
 )  # fmt: skip
-def test_a_variable_that_matches_no_setting_and_smtp_without_a_host_are_warnings(tmp_path, text, environ, warnings):
+def test_what_is_likely_a_mistake_is_a_warning(tmp_path, text, environ, warnings):
     settings = loaded(tmp_path, text, environ)
 
-    assert ("default" in settings.accounts, settings.warnings) == (False, warnings)
+    told = tuple(warning.format(tmp_path / "config.ini") for warning in warnings)
+    assert ("default" in settings.accounts, settings.warnings) == (False, told)
 
 
 def test_accounts_are_handed_on_as_they_were_written_also_where_a_secret_is_missing(tmp_path):
@@ -10232,15 +10237,50 @@ def test_check_shows_what_is_in_force_and_where_it_comes_from_but_no_secret(
 
     assert ended.returncode == 0
     assert "MAILPROXY_SERVER_PROT" in ended.sentence  # which matches no setting
-    rows = printed_rows(ended.stdout.partition("\n\nThe settings are right")[0], "SETTING")
+    rows = printed_rows(ended.stdout.partition("\n\nThis can work, but see the warnings: ")[0], "SETTING")
     assert rows["server.port"] == {"SETTING": "server.port", "VALUE": "8026", "FROM": "./config.ini"}
     assert rows["delivery.max_retries"]["FROM"] == "environment variable MAILPROXY_DELIVERY_MAX_RETRIES"
     assert rows["storage.db_path"]["FROM"] == "default"
     assert "default (mx.test:587)" in ended.stdout
     assert not re.search("open-sesame|hunter2", ended.stdout)
     assert (nothing.returncode, nothing.stderr) == (0, "")
-    assert nothing.stdout.endswith("There is no account to log into.\n")
+    assert "There is no account to log into.\n\nThe settings are right: " in nothing.stdout
     assert not (tmp_path / "q.db").exists()
+
+
+LEFT_OPEN = {
+    "smtp": {"host": "mx.test", "port": 587, "user": "me@example.com"},
+    "account:a": {"host": "mx.test", "port": 25, "user": "u", "password": "env:NOT_SET"},
+    "account:b": {"host": "mx.test", "port": 25, "user": "u", "password": "file:/nowhere"},
+    "s3": {"access_key_id": "env:NO_KEY"},
+    "client": {"client_sync_user": "'me'"},
+}
+
+
+def test_check_and_the_start_say_what_the_configuration_leaves_open(tmp_path: Path, here: Run) -> None:
+    with Daemon(tmp_path, LEFT_OPEN) as daemon:
+        checked = here("check", "--config", tmp_path / "config.ini")
+        daemon.post("/account", {"id": "old", "host": "mx.test", "port": 25})
+        daemon.stop()
+        with contextlib.closing(sqlite3.connect(str(daemon.config["storage"]["db_path"]))) as db, db:
+            db.execute("UPDATE accounts SET definition = replace(definition, 'mx.test', 'mx.test:25')")
+        daemon.start()
+        logged = daemon.log
+
+    told = [
+        "account default: a user without a password cannot log in", "account a, password: env:NOT_SET is not set",
+        "account b, password: file:/nowhere cannot be read: No such file", "[s3] access_key_id: env:NO_KEY is not set",
+        "[client] client_sync_user: the quotes around the value are taken as a part of it",
+    ]  # fmt: skip
+    assert checked.returncode == 2
+    assert checked.stdout.endswith("\nThis is not right yet.\n")
+    for sentence in told:
+        assert (checked.stderr.count(sentence), logged.count(sentence)) == (1, 2), sentence
+    assert "account old of the queue file is left out, POST /account replaces it: invalid host: must be" in logged
+    (tmp_path / "port.ini").write_text("[smtp]\nhost = mx.test:587\nport = 587\n")
+    with_port = here("check", "--config", tmp_path / "port.ini")
+    assert with_port.returncode == 2
+    assert '"mx.test:587" is not the name or the address of a server; its port is a setting' in with_port.sentence
 
 
 def test_check_connect_shows_what_each_server_offers(tmp_path: Path, ca: PrivateCA, here: Run) -> None:
