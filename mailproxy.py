@@ -1886,13 +1886,184 @@ def restored_fields(payload: Mapping[str, Any], contents: Mapping[int, bytes]) -
 
 
 # ======================================================================
-# DISPOSITION - what becomes of a message, and of its lane, after an attempt
+# DISPOSITION - what a reply is about; what becomes of a message, and of its lane, after an attempt
 # ======================================================================
 #
 # Pure: the clock and the dice are arguments. A reply goes in for each recipient that was still to be served; out
-# comes what is recorded. The codes are those of RFC 5321 4.2, the enhanced ones of RFC 3463.
+# comes what is recorded. The codes are those of RFC 5321 4.2, the enhanced ones of RFC 3463. They mislead: a used-up
+# quota may be a 550, and the end of a session a 451. So first comes what a reply is about.
 
+# "login": a person must look, because the server does not want the account's mail.
 DEFERRAL_REASONS = ("schedule", "retry", "in_doubt", "attachment", "connection", "login", "limit")
+
+
+# ----- what a reply is about
+
+
+class About(enum.StrEnum):
+    """Whose trouble a refusal is."""
+
+    ACCOUNT = "account"  # no mail of the account passes until somebody has done something, or a day is over
+    SESSION = "session"  # the same mail passes over another connection, or a little later
+    MESSAGE = "message"  # or one of its recipients: as the code says
+
+
+class Verdict(NamedTuple):
+    about: About
+    cure: str = ""  # what a person can do about the account
+    pause_s: float | None = None  # what the text asks for
+
+
+CHECK_LOGIN = "check user, password and auth of the account"
+CHECK_RELAY = "the server does not relay for this account: check host, port and user"
+QUOTA = "the sending limit of the provider is used up: wait, or set limit_per_hour or limit_per_day below it"
+BLOCKED = "the provider has blocked sending: look into its console, or ask its support"
+CHECK_NAME = "the server does not accept the name or the address of this machine: set hostname, or ask its operator"
+SAME_TO_ALL = "one message after the other is refused in the same words: ask the provider, or set account_replies"
+
+
+class AccountRow(NamedTuple):
+    """Replies that are about the account; all are regular expressions but the stages, and the cure."""
+
+    stages: str  # first letters: connect, tls, ehlo, auth, mail, rcpt, data (and the end of it); "": any
+    codes: str  # code, or code and enhanced code
+    words: str  # anywhere in the text
+    cure: str
+
+
+# Microsoft 365: learn.microsoft.com, "Email non-delivery report and SMTP errors in Exchange Online", and "Message storage
+# and concurrent connection throttling for SMTP Authenticated Submission". Google: knowledge.workspace.google.com,
+# "Gmail SMTP errors and codes" and "SMTP relay service error messages". docs/providers.md has more.
+ACCOUNT_ROWS = (
+    AccountRow("", "53[0458]|526", "", CHECK_LOGIN),  # RFC 4954 6; Alibaba Cloud
+    AccountRow("cea", r"4\d\d", "too many (login attempts|auth failures)|too much fail", CHECK_LOGIN),  # Google, Oracle
+    AccountRow(  # SendGrid, SMTP2GO, Orange: no login was made
+        "mrd", "55[0134]",
+        "unauthenticated senders|(authentication (is )?|authentification )requi(red|se)|please authenticate"
+        "|authenticate (first|before)", CHECK_LOGIN,
+    ),
+    AccountRow(  # Microsoft 365
+        "", r"5\d\d 5\.7\.(30|139)", "basic authentication|SmtpClientAuthentication|client submission", CHECK_LOGIN
+    ),
+    AccountRow(  # Postfix, Exchange, Mailgun; only while nothing was accepted (see about)
+        "r", r"[45]5\d", "relay access denied|relaying denied|unable to relay|relay(ing)? (is )?not (allowed|permitted)",
+        CHECK_RELAY,
+    ),
+    AccountRow("mrd", r"550 5\.7\.[01]", "mail (relay|sending) denied|invalid credentials for relay", BLOCKED),  # Google
+    AccountRow(  # Microsoft 365: of the mailbox
+        "", r"5\d\d 5\.(1\.90|2\.[02])",
+        r"submission ?quota|daily limit for message recipients|STOREDRV\.Submission.*QuotaExceeded", QUOTA,
+    ),
+    AccountRow("", r"550 5\.7\.23[23]", "tenant", QUOTA),  # Microsoft 365
+    AccountRow(  # Microsoft 365, Zoho
+        "", r"55\d 5\.(1\.8|4\.6|7\.(5\d\d|6[0-4]\d|70[58]|750))",
+        "bad outbound sender|outgoing blocked|unusual sending activity|spam abuse|banned send|permitted limits"
+        "|tenant has exceeded|traffic not accepted|blocked from sending", BLOCKED,
+    ),
+    AccountRow("", r"4\d\d 4\.7\.([56]\d\d|8[5-9]\d)", "access denied, please try again", BLOCKED),  # Microsoft 365
+    AccountRow("mrd", r"(421|550) [45]\.7\.(0|1|28)", "unusual rate of (unsolicited )?mail", BLOCKED),  # Google
+    AccountRow(  # Amazon SES, Brevo, Mailgun
+        "mrd", r"421|450|502|55\d",
+        r"sending paused|not authorized to perform.{0,3}ses:|SMTP account is not (yet )?activated"
+        r"|^(\S+ )?Domain \S+ is not allowed to send", BLOCKED,
+    ),
+    AccountRow(  # Google, iCloud
+        "mrd", r"550 5\.(4\.5|7\.1)", "daily .*(sending|relay).*(limit|quota).* exceeded|exceeded your daily sending limit",
+        QUOTA,
+    ),
+    AccountRow("", "4[25]1", "maximum credits exceeded|exceeded your messaging limits", QUOTA),  # SendGrid, qmail
+    AccountRow(  # Amazon SES, Mail.ru; NetEase, QQ, Alibaba; GoDaddy
+        "cmrd", r"4[35]\d|55\d",
+        r"throttling failure: daily message quota|ratelimit exceeded for mailbox|too frequently sending"
+        r"|(sender|domain|ip|connection) frequency limited|\b(MI:(SFQ|STC)|RP:(QRC|RCL|TRC)|WM:BL[IU]|IB(504|607|11[0-3]))\b",
+        QUOTA,
+    ),
+    AccountRow(  # IONOS, cPanel, Plesk, Shellrent, postfwd
+        "mrd", r"[45]5\d",
+        "mail send limit exceeded|exceeded the max (emails|defers and failures) per hour|number of allowed outgoing messages"
+        "|message count exceeded|number (messages|recipients) per hour exceeded", QUOTA,
+    ),
+    AccountRow(  # limits in words: Emailit, Webcentral, GoDaddy, Register.it, RedmaoMail, AuthSMTP, Qboxmail
+        "cmrd", r"4[345]\d|55\d",
+        r"\b(daily|hourly|monthly) (message|sending|email|relay)? ?(limit|quota) (has been )?(exceeded|reached)"
+        r"|reached your daily relay quota|max rcpt to daily limit|\b(messages?|sending|outgoing) quota (exceeded|reached)"
+        r"|over message quota|err=(\w*limit_reached|plan_expired|usr_disabled)", QUOTA,
+    ),
+    AccountRow(  # Postfix (said at RCPT by smtpd_delay_reject), Google; DNS lists; Aruba
+        "cemr", r"[45]\d\d",
+        "helo command rejected|helo/ehlo argument|access denied, bad helo|client host rejected"
+        r"|client host \[?\S+\]? blocked|cannot find your (reverse )?hostname|your ip.{0,40}(blocked|blacklist)"
+        "|sospetto abuso", CHECK_NAME,
+    ),
+    AccountRow(  # only before RCPT, where it is about us
+        "am", r"55\d", r"\b(account|mailbox|user)\b.{0,30}(suspended|disabled|blocked|terminated|locked)", BLOCKED
+    ),
+)  # fmt: skip
+# A text that speaks of the recipient, or of greylisting, is about nothing else.
+OF_THE_RECIPIENT = (
+    r"(?i)recipient('s)? (has|is|mailbox|daily|hourly|per)\b|for this recipient|user you are trying"
+    r"|mailbox (is )?full(?!; STOREDRV\.Submission)|over ?quota|greylist|STOREDRV\.Deliver"
+)
+# Words for an unknown recipient that come without an enhanced code.
+UNKNOWN_RECIPIENT = (
+    r"(?i)\b(no such|unknown|invalid) (user|recipient|mailbox|address|person|local part)|mailbox unavailable"
+    r"|\b(user|recipient|mailbox|address|account)\b.{0,60}(unknown|not found|not exist|n.t exist|invalid|inactive|disabled)"
+)
+# Postfix, Exchange, GoDaddy, NetEase, Huawei, SparkPost, Emailit, Google, Stalwart, IONOS, msndr: whatever the code
+OF_THE_SESSION = (
+    r"(?i)too many messages in this connection|messages per session|IB510|MI:DMC|RP:DRC|submission rate|too much mail from"
+    r"|(sender thread|concurrent connections?) limit|number of sessions exceeds|too many recipients from"
+    r"|too many (AUTH commands|new TLS sessions|sessions|connections)|sending rate exceeded|per second limit"
+    r"|peak smtp relay limit|rate limit (exceeded|reached)|try again in \d+ seconds"
+)
+NAMED_PAUSE = r"(?i)(?:again|wait|retry)\D{0,20}?(\d{1,4}) ?(s|m)"
+LONGEST_NAMED_PAUSE_S = 3600.0
+BEFORE_MAIL = (Stage.CONNECT, Stage.TLS, Stage.EHLO, Stage.AUTH)
+
+
+def about(reply: Reply, account: Account, *, relays: bool) -> Verdict:
+    """Whose trouble a refusal is. Before MAIL it is not about a message, whatever it says.
+
+    `relays`: the account has had mail accepted; then "relaying denied" is about the recipient.
+    """
+    told, code = reply.cause is Cause.SERVER, f"{reply.code} {reply.enhanced_code or ''} "
+    stage = "d" if reply.stage is Stage.END_OF_DATA else reply.stage[0]
+    found = re.search(NAMED_PAUSE, reply.text) if told else None
+    pause_s = min(float(found[1]) * (60 if found[2] in "mM" else 1), LONGEST_NAMED_PAUSE_S) if found else None
+    for code_, enhanced_code, words in account.account_replies if told else ():
+        if code_ == reply.code and enhanced_code in (None, reply.enhanced_code) and words.lower() in reply.text.lower():
+            return Verdict(About.ACCOUNT, BLOCKED, pause_s)
+    if told and not re.search(OF_THE_RECIPIENT, reply.text):
+        for one in ACCOUNT_ROWS:
+            matches = stage in (one.stages or stage) and re.match(f"({one.codes}) ", code)
+            if matches and re.search(f"(?i){one.words}", reply.text) and not (relays and one.cure == CHECK_RELAY):
+                return Verdict(About.ACCOUNT, one.cure, pause_s)
+        busy = reply.code in (421, 432) or re.match(r"... [45]\.(3\.2|4\.5) ", code)
+        not_now = stage == "m" and reply.transient and not re.match(r"... 4\.[126]\.", code)
+        if busy or not_now or re.search(OF_THE_SESSION, reply.text):
+            return Verdict(About.SESSION, pause_s=pause_s)
+    if reply.stage is Stage.AUTH and (reply.permanent or reply.cause is Cause.LOCAL):
+        return Verdict(About.ACCOUNT, CHECK_LOGIN)
+    return Verdict(About.SESSION if reply.stage in BEFORE_MAIL else About.MESSAGE)
+
+
+def signature(reply: Reply) -> tuple[object, ...] | None:
+    """What is the same in a refusal that is said to one message after the other; None: it says nothing about the next.
+
+    That is a refusal at MAIL or the end of data, or one for good at RCPT that is not about the recipient.
+    """
+    code = reply.enhanced_code or ""
+    if reply.cause is not Cause.SERVER or re.search(OF_THE_RECIPIENT, reply.text):
+        return None
+    if reply.stage is Stage.RCPT and (
+        reply.transient or re.match(r"5\.[12]\.", code) or re.search(UNKNOWN_RECIPIENT, reply.text)
+    ):
+        return None
+    text = re.sub(r'<[^>]*>|"[^"]*"|\S*[\d@]\S*', "", reply.text)  # without what differs from one to the next
+    return reply.stage, reply.code, code, " ".join(text.split())
+
+
+# ----- what becomes of the message
 
 
 class LaneSignal(enum.StrEnum):
@@ -1900,8 +2071,9 @@ class LaneSignal(enum.StrEnum):
 
     NONE = "none"  # nothing: the server was not asked, or the connection broke
     UP = "up"  # it works with us
-    COOL = "cool"  # it does not: try it again later
-    LOGIN_REFUSED = "login refused"  # it does not know us: a person must look
+    FEWER = "fewer"  # one connection less will do
+    COOL = "cool"  # it does not work: try it again later
+    ACCOUNT = "account"  # it does not want the account's mail: a person must look
 
 
 class Disposition(NamedTuple):
@@ -1915,20 +2087,17 @@ class Disposition(NamedTuple):
     deferred_ts: int | None = None  # None with DEFERRED: until the lane's next try
     recipients: dict[str, RecipientOutcome] | None = None  # every recipient tried so far
     reason: str = ""  # of a deferral: one of DEFERRAL_REASONS
+    verdict: Verdict = Verdict(About.MESSAGE)  # the session is not used again unless it is about the message
 
 
+IN_DOUBT = "in doubt: "  # begins the text of what has no answer after its end
 UNTRIED = RecipientOutcome(Status.DEFERRED, 451, "not tried yet")  # while others of the message have an outcome
 
 
 def spoken(reply: Reply) -> str:
     """A reply as an error text: the server's words with their codes, or only ours."""
     text = reply.words if reply.cause is Cause.SERVER else reply.text
-    return f"in doubt: {text}" if reply.in_doubt else text
-
-
-def login_refused(failure: Reply) -> bool:
-    """True when the account's credentials are at fault: a person must look."""
-    return failure.stage is Stage.AUTH and (failure.permanent or failure.cause is Cause.LOCAL)
+    return f"{IN_DOUBT}{text}" if reply.in_doubt else text
 
 
 def _too_many(reply: Reply) -> bool:
@@ -1939,34 +2108,60 @@ def _too_many(reply: Reply) -> bool:
 
 
 def settle(
-    claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, untried: Sequence[str] = ()
+    claim: Claim,
+    attempt: Attempt,
+    account: Account,
+    now: float,
+    jitter: float,
+    untried: Sequence[str] = (),
+    *,
+    relays: bool = True,
+    others: bool = False,
+    by_code: bool = False,
 ) -> Disposition:
     """What becomes of a message after this attempt, whatever happened in it.
 
     The `untried` recipients are left for another transaction, to follow at once. Where some recipients
-    have an outcome, all have one: whatever ends the message then, nobody is missing in it.
+    have an outcome, all have one: whatever ends the message then, nobody is missing in it. `others`: the
+    account has other sessions. `by_code`: what is said of the session is meant for the message.
     """
     replies, failure = attempt.replies, attempt.first_failure
     if failure is None and replies and not (untried or claim.recipients):  # as nearly all mail goes
         return Disposition(Status.SENT, LaneSignal.UP, counted=True, slot_used=True)
-    waiting = untouched(claim)._replace(status=Status.DEFERRED, lane=LaneSignal.COOL, reason="connection")
-    if failure is not None and failure.stage in (Stage.CONNECT, Stage.TLS, Stage.EHLO, Stage.AUTH):
-        if login_refused(failure):
-            waiting = waiting._replace(lane=LaneSignal.LOGIN_REFUSED, reason="login")
-        return waiting._replace(error=spoken(failure))
-    if closing := [reply for reply in replies.values() if reply.code == 421 and reply.cause is Cause.SERVER]:
-        return _settle_closed_session(waiting._replace(error=spoken(closing[0])), replies, untried)
-    unheard = bool(replies) and all(reply.cause is Cause.LOST and not reply.in_doubt for reply in replies.values())
-    if attempt.reused and unheard:  # the connection had died before the server took anything of this message
-        return untouched(claim)
     if failure is not None and failure.stage in (Stage.ATTACHMENT, Stage.COMPOSITION):
         return _settle_incomplete(claim, failure, account, now, jitter)
-    return _settle_recipients(claim, attempt, account, now, jitter, untried)
+    relays = relays or any(reply.accepted for reply in replies.values())
+    said = {one: about(reply, account, relays=relays) for one, reply in replies.items() if not reply.accepted}
+    if by_code:
+        said = {one: Verdict(About.MESSAGE) if it.about is About.SESSION else it for one, it in said.items()}
+    verdict = min(said.values(), key=lambda it: list(About).index(it.about), default=Verdict(About.MESSAGE))
+    lost = [one for one in said if replies[one].cause is Cause.LOST and not replies[one].in_doubt]
+    unheard = {one for one, it in said.items() if it.about is not About.MESSAGE or one in lost}
+    if nobody := 0 < len(unheard) == len(replies):
+        if verdict.about is not About.ACCOUNT and (attempt.reused or (others and verdict.about is About.SESSION)):
+            lane = LaneSignal.NONE if attempt.reused else LaneSignal.FEWER
+            return untouched(claim)._replace(lane=lane, verdict=verdict)
+        if verdict.about is About.MESSAGE:  # lost by a new connection: that counts
+            unheard = set()
+    settled = _settle_recipients(claim, attempt, account, now, jitter, untried, unheard)
+    if verdict.about is About.ACCOUNT or (nobody and verdict.about is About.SESSION):
+        blamed = next(replies[one] for one, it in said.items() if it is verdict)
+        recipients = claim.recipients if "" in replies else settled.recipients
+        return held(claim, blamed, verdict)._replace(recipients=recipients, slot_used=settled.slot_used)
+    return settled._replace(verdict=verdict)
 
 
 def untouched(claim: Claim) -> Disposition:
     """Nothing has become of the message: it is as ready as before."""
     return Disposition(Status.QUEUED, LaneSignal.NONE, counted=False, slot_used=False, recipients=claim.recipients)
+
+
+def held(claim: Claim, reply: Reply, verdict: Verdict) -> Disposition:
+    """Nothing has become of the message, and it waits for the lane's next try."""
+    refused = verdict.about is About.ACCOUNT
+    lane, reason = (LaneSignal.ACCOUNT, "login") if refused else (LaneSignal.COOL, "connection")
+    waits = untouched(claim)._replace(status=Status.DEFERRED, lane=lane, reason=reason)
+    return waits._replace(error=spoken(reply), verdict=verdict)
 
 
 def given_up(disposition: Disposition, why: str) -> Disposition:
@@ -1979,22 +2174,13 @@ def given_up(disposition: Disposition, why: str) -> Disposition:
         if outcome.status is Status.DEFERRED:
             text = why if outcome == UNTRIED else outcome.text
             outcomes[address] = RecipientOutcome(Status.ERROR, outcome.code, text)
-    served = any(outcome.status is Status.SENT for outcome in outcomes.values())
-    status, error = (Status.SENT, None) if served else (Status.ERROR, why)
+    refused = [outcome.text for outcome in outcomes.values() if outcome.status is Status.ERROR]
+    status, error = Status.ERROR, cast(str | None, why)
+    if len(refused) < len(outcomes):
+        status, in_doubt = Status.SENT, [text for text in refused if text.startswith(IN_DOUBT)]
+        what = f"refused or {in_doubt[0]}" if in_doubt else f"refused: {refused[0]}" if refused else ""
+        error = f"{len(refused)} of {len(outcomes)} recipients {what}" if refused else None
     return disposition._replace(status=status, error=error, deferred_ts=None, recipients=outcomes or None, reason="")
-
-
-def _settle_closed_session(waiting: Disposition, replies: Mapping[str, Reply], untried: Sequence[str]) -> Disposition:
-    """A 421 ends the session, not the message: recipients without a final reply wait for the lane."""
-    outcomes = dict(waiting.recipients or {})
-    for address, reply in replies.items():
-        if reply.accepted or reply.permanent:
-            status = Status.SENT if reply.accepted else Status.ERROR
-            outcomes[address] = RecipientOutcome(status, reply.code, spoken(reply))
-    for address in (*replies, *untried) if outcomes else ():
-        outcomes.setdefault(address, UNTRIED)
-    slot_used = any(reply.accepted for reply in replies.values())
-    return waiting._replace(slot_used=slot_used, recipients=outcomes or None)
 
 
 def _settle_incomplete(claim: Claim, failure: Reply, account: Account, now: float, jitter: float) -> Disposition:
@@ -2009,34 +2195,46 @@ def _settle_incomplete(claim: Claim, failure: Reply, account: Account, now: floa
 
 
 def _settle_recipients(
-    claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, untried: Sequence[str]
+    claim: Claim,
+    attempt: Attempt,
+    account: Account,
+    now: float,
+    jitter: float,
+    untried: Sequence[str],
+    unheard: set[str],
 ) -> Disposition:
-    """Each recipient has a reply of its own; the message is done when every one of them is final."""
+    """Each recipient has a reply of its own, but those `unheard`; the message is done when every one is final.
+
+    Who was refused for now, while others were accepted, is asked once more at once.
+    """
     replies = attempt.replies
     accepted = any(reply.accepted for reply in replies.values())
     in_doubt = any(reply.in_doubt for reply in replies.values())
     lane = LaneSignal.UP if any(reply.cause is Cause.SERVER for reply in replies.values()) else LaneSignal.NONE
-    outcomes, crowded_out = dict(claim.recipients or {}), []
+    outcomes, goes_on = dict(claim.recipients or {}), bool(untried or unheard)
     for address, reply in replies.items():
-        if accepted and _too_many(reply):
-            crowded_out.append(address)
+        again = accepted and reply.stage is Stage.RCPT and (reply.transient or _too_many(reply))
+        goes_on = goes_on or again
+        if address in unheard or (again and _too_many(reply)):
+            outcomes.setdefault(address, UNTRIED)
             continue
         for_good = account.in_doubt == "error" if reply.in_doubt else reply.permanent
         status = Status.ERROR if for_good else Status.DEFERRED
         outcomes[address] = RecipientOutcome(Status.SENT if reply.accepted else status, reply.code, spoken(reply))
-    for address in (*crowded_out, *untried):
+    for address in untried:
         outcomes.setdefault(address, UNTRIED)
     disposition = Disposition(Status.QUEUED, lane, counted=False, slot_used=accepted or in_doubt, recipients=outcomes)
-    if crowded_out or untried:
+    if goes_on:
         return disposition
-    waiting = [outcome for outcome in outcomes.values() if outcome.status is Status.DEFERRED]
     disposition = disposition._replace(counted=True)
-    if waiting and not _out_of_retries(claim, account, now):
+    left = [outcome for outcome in outcomes.values() if outcome.status is not Status.SENT]
+    left.sort(key=lambda outcome: (not outcome.text.startswith(IN_DOUBT), outcome.status is Status.ERROR))
+    waits = any(outcome.status is Status.DEFERRED for outcome in left)
+    if waits and not _out_of_retries(claim, account, now):
         reason, retry_at = "in_doubt" if in_doubt else "retry", _retry_at(claim, account, now, jitter)
-        return disposition._replace(status=Status.DEFERRED, error=waiting[0].text, deferred_ts=retry_at, reason=reason)
-    refused = [outcome for outcome in outcomes.values() if outcome.status is not Status.SENT]
-    final = given_up(disposition, refused[0].text if refused else "")
-    return final if refused else final._replace(recipients=None)
+        return disposition._replace(status=Status.DEFERRED, error=left[0].text, deferred_ts=retry_at, reason=reason)
+    final = given_up(disposition, left[0].text if left else "")
+    return final if left else final._replace(recipients=None)
 
 
 def _retry_at(claim: Claim, account: Account, now: float, jitter: float) -> int:
@@ -4798,17 +4996,6 @@ class Session(asyncio.Protocol):
             self._break_off(Cause.LOST, "aborted")
             raise
 
-    async def probe(self, sender: str) -> Reply:
-        """What the server says to mail from this sender; none follows."""
-        command = _Command(f"MAIL FROM:<{sender}>\r\n".encode(), Stage.MAIL)
-        answers = await self._ask(command.line, 1, self._timeout_s or REPLY_TIMEOUT_S)
-        if not answers:
-            return self._unanswered(Stage.MAIL)
-        if not 200 <= answers[0].code < 300:
-            return self._refusal(command, answers[0])
-        await self._ask(_RSET.line, 1, self._timeout_s or REPLY_TIMEOUT_S)
-        return server_reply(Stage.MAIL, answers[0].code, answers[0].lines)
-
     async def quit(self) -> None:
         """Say goodbye and close politely (close_notify under TLS), each within a few seconds."""
         await self._ask(b"QUIT\r\n", 1, QUIT_TIMEOUT_S)
@@ -6013,8 +6200,10 @@ class HttpServer:
 # is away costs one connection, and a refused password one login. No lane waits for another.
 # After RFC 5321 4.5.4 and Postfix's qmgr.
 
-COOLING_S = (5, 15, 60, 300)  # pauses of a lane whose server cannot be reached
-LOGIN_COOLING_S = (60, 300, 900, 3600)  # ... or does not accept the login
+COOLING_S = (5, 15, 60, 300)  # pauses of a lane whose server does not work
+ACCOUNT_COOLING_S = (60, 300, 900, 3600)  # ... or does not want the account's mail
+SAME_REFUSALS = 3  # so many messages refused in the same words are not about the messages
+OWN_REFUSALS = 3  # so often refused for its session, while others passed, a message is meant itself
 GROWTH_PAUSE_S = 10  # no further connection after one was refused
 AHEAD_S = 0.02  # claims are taken ahead for as much work as this
 PREPARED_AT_ONCE = 50  # messages of a lane that are being fetched: those behind wait for no slow server
@@ -6152,6 +6341,41 @@ class Composed(NamedTuple):
 
 
 @dataclass(eq=False, repr=False)
+class Turn:
+    """What the transactions of one message, one after the other, have shown so far."""
+
+    tried: set[str] = field(default_factory=set)  # recipients that had their word, for now or for good
+    refused: set[str] = field(default_factory=set)  # those refused for now: asked again while others are accepted
+    most: float = math.inf  # recipients that the server takes in one transaction
+    careful: bool = False  # it hangs up after too many errors
+
+    def served(self, left: Sequence[str], account: Account, offers: Offers) -> tuple[str, ...]:
+        """The recipients of the next transaction."""
+        most = min(account.max_recipients, self.most, offers.rcpt_max or math.inf)
+        domains = {one: one.rpartition("@")[2].lower() for one in left} if offers.rcpt_domain_max else {}
+        allowed = set(list(dict.fromkeys(domains.values()))[: offers.rcpt_domain_max])
+        return tuple([one for one in left if not domains or domains[one] in allowed][: int(min(most, len(left)))])
+
+    def learn(
+        self,
+        replies: Mapping[str, Reply],
+        before: Mapping[str, Any],
+        after: Mapping[str, RecipientOutcome],
+        accepted: int,
+    ) -> None:
+        """A transaction is over, and the message goes on at once with who is left."""
+        heard = {one for one in replies if after.get(one) is not before.get(one) and after[one] != UNTRIED}
+        waits = {one for one in replies if one in after and after[one].status is Status.DEFERRED}
+        self.refused |= heard & waits
+        if not accepted:
+            self.tried |= self.refused
+        if accepted and waits:
+            self.most = accepted
+        elif 0 < len(heard) < len(replies):
+            self.most, self.careful = len(heard), True
+
+
+@dataclass(eq=False, repr=False)
 class Lane:
     """The mail of one account on its way out."""
 
@@ -6178,6 +6402,10 @@ class Lane:
     recallable: set[asyncio.Task[Any]] = field(default_factory=set)  # work that ends when the lane is called back
     timer: asyncio.TimerHandle | None = None  # for when it has cooled, its limit ends, or an idle session is too old
     seconds_each: float = 0.1  # a transaction, smoothed
+    accepted: int = 0  # transactions, since it began
+    turned_away: dict[int, tuple[int, int]] = field(default_factory=dict)  # messages: times, and `accepted` at the last
+    refusal: object = None  # what the latest messages were told, one after the other
+    refused: set[int] = field(default_factory=set)  # those messages
     grows_at: float = -math.inf
 
     def __post_init__(self) -> None:
@@ -6210,7 +6438,8 @@ class Lane:
             session.usable
             and self.sessions[session] == self.generation
             and now - session.opened_at < self.account.ttl
-            and session.transactions < self.account.max_messages_per_connection
+            and session.transactions
+            < min(self.account.max_messages_per_connection, session.offers.mail_max or math.inf)
         )
 
     @property
@@ -6234,18 +6463,38 @@ class Lane:
             self.become(LaneState.UP)
         return True
 
-    def cool(self, signal: LaneSignal, reason: str, jitter: float) -> None:
-        """Leave the server alone for a while, longer each time; then one connection finds out.
+    def is_meant(self, seq: int) -> bool:
+        """A message was refused for its session; True when it is meant itself, since others pass."""
+        times, accepted = self.turned_away.get(seq, (0, -1))
+        times += self.accepted > accepted
+        self.turned_away[seq] = times, self.accepted
+        return times >= OWN_REFUSALS
 
-        After a refused login it does not count that sessions of before still work.
+    def hears_the_same(self, refusal: object, seq: int) -> bool:
+        """A message was refused; True when so many were before it, in the same words and with nothing accepted."""
+        if refusal != self.refusal:
+            self.refusal, self.refused = refusal, set()
+        self.refused.add(seq)
+        return self.refuses_all
+
+    @property
+    def refuses_all(self) -> bool:
+        return len(self.refused) >= SAME_REFUSALS
+
+    def cool(self, signal: LaneSignal, reason: str, jitter: float, asked_s: float | None = None) -> None:
+        """Leave the server alone for a while, longer each time or as it asked; then one connection finds out.
+
+        Where the account was refused it does not count that sessions of before still work.
         """
-        schedule_s = LOGIN_COOLING_S if signal is LaneSignal.LOGIN_REFUSED else COOLING_S
+        schedule_s = ACCOUNT_COOLING_S if signal is LaneSignal.ACCOUNT else COOLING_S
         pause_s = schedule_s[min(self.failures, len(schedule_s) - 1)] * (1 + 0.2 * jitter)
+        if asked_s is not None:
+            pause_s = asked_s * (1.1 + 0.1 * jitter)
         self.become(LaneState.COOLING, self.clock.monotonic() + pause_s)
         self.failures += 1
         self.reason = reason
         self.generation += 1
-        if signal is LaneSignal.LOGIN_REFUSED:
+        if signal is LaneSignal.ACCOUNT:
             self.believes = self.generation
 
     def end_pause(self) -> None:
@@ -6298,7 +6547,7 @@ class Dispatcher(Loop):
         self._slots = Shares(self.settings.max_concurrency)  # a transaction each
         self._tasks: set[asyncio.Task[None]] = set()
         self._asked = False  # run-now in test_mode: turn until nothing is left to do
-        self._cooled_may_go = False  # run-now: what waits for a server's next try is ready
+        self._cooled_may_go = True  # at the start, and at run-now: what waits for a server's next try is ready
         self._held_windows: dict[str, SendWindows] = {}  # of accounts that went with mail on the wire
 
     @property
@@ -6352,6 +6601,7 @@ class Dispatcher(Loop):
         lane = self.lanes[account_id]
         self._recall(lane)
         lane.failures, lane.believes, lane.limit = 0, lane.generation, lane.account.max_connections
+        lane.accepted, lane.refusal, lane.refused = 0, None, set()
         lane.become(LaneState.UP)
         lane.has_mail = True
         self._mark(lane)
@@ -6641,7 +6891,7 @@ class Dispatcher(Loop):
 
     async def _deliver(self, lane: Lane, claim: Claim, composed: Composed | None) -> None:
         """Bring one message to its disposition, or put it back untouched; it may take several transactions."""
-        tried, transacting = set[str](), False
+        turn, transacting = Turn(), False
         memory_bytes = composed.memory_bytes if composed is not None else 0
         try:
             if claim.deadline is not None and claim.deadline <= self.clock.wall():
@@ -6655,7 +6905,7 @@ class Dispatcher(Loop):
                 kept = {a: outcome for a, outcome in claim.recipients.items() if a in known or outcome.status != waits}
                 claim = claim._replace(recipients=kept or None)
             transacting = True
-            while (goes_on := await self._transact(lane, claim, composed, tried)) is not None:
+            while (goes_on := await self._transact(lane, claim, composed, turn)) is not None:
                 claim = goes_on
         except Exception as error:
             await self._fail_internally(lane, claim, error, in_doubt=transacting)
@@ -6663,44 +6913,41 @@ class Dispatcher(Loop):
             if memory_bytes:
                 self.memory.give_back(lane, memory_bytes)
 
-    async def _transact(self, lane: Lane, claim: Claim, composed: Composed, tried: set[str]) -> Claim | None:
-        """One transaction; the claim as it goes on at once with the recipients that are left, None: it is over.
-
-        `tried` are the recipients that had their word in this turn, for now or for good.
-        """
+    async def _transact(self, lane: Lane, claim: Claim, composed: Composed, turn: Turn) -> Claim | None:
+        """One transaction; the claim as it goes on at once with the recipients that are left, None: it is over."""
         generation, started_at = lane.generation, self.clock.wall()
         before = claim.recipients or {}
         final = {address for address, outcome in before.items() if outcome.status is not Status.DEFERRED}
-        left = [address for address in composed.envelope.recipients if address not in tried and address not in final]
+        left = [a for a in composed.envelope.recipients if a not in turn.tried and a not in final]
         replies: dict[str, Reply] = {}
         if (allowed := self.settings.allow_recipients) and not self.settings.redirect_to:  # addresses, and @domains
             refusal = Reply(Stage.RCPT, 550, "recipient not allowed here", "5.7.1", Cause.LOCAL)
             names = {address: address.lower() for address in left}
             domains = {address: "@" + name.rpartition("@")[2] for address, name in names.items()}
             replies = {a: refusal for a in left if names[a] not in allowed and domains[a] not in allowed}
-        served = () if replies else tuple(left[: lane.account.max_recipients])
+        session: Session | Reply | None = None
         name, reused = "", False
-        if served:
+        if left and not replies:
             session = await self._session(lane)
             if isinstance(session, Reply):
-                current = generation == lane.generation
-                if current and not login_refused(session) and (lane.connections or lane.first_is_in):
-                    # Others work: fewer connections will do.
-                    lane.limit, lane.grows_at = max(1, lane.busy - 1), self.clock.monotonic() + GROWTH_PAUSE_S
-                elif current or lane.state is LaneState.COOLING:
-                    await self._settle(lane, claim, Attempt(started_at, self.clock.wall(), {"": session}), generation)
-                    return None
+                if generation == lane.generation or lane.state is LaneState.COOLING:
+                    replies, left = {"": session}, []
             elif session is not None:
                 name, reused = session.name, session.transactions > 0
-                replies = await self._converse(lane, session, Envelope(composed.envelope.sender, served), composed)
+                served = turn.served(left, lane.account, session.offers)
+                envelope = Envelope(composed.envelope.sender, served)
+                replies = await self._converse(lane, session, envelope, composed, turn.careful)
             if not replies:  # it has not had its turn
                 await self._release(lane, claim)
                 return None
+        accepted = sum(reply.accepted for reply in replies.values())
+        if not accepted:
+            turn.tried |= turn.refused
         attempt = Attempt(started_at, self.clock.wall(), replies, name, reused)
-        goes_on = await self._settle(lane, claim, attempt, generation, [a for a in left if a not in replies])
+        untried = [a for a in left if a not in replies and a not in turn.tried]
+        goes_on = await self._settle(lane, claim, attempt, generation, untried, session)
         if goes_on is not None:
-            after = goes_on.recipients or {}
-            tried.update(a for a, outcome in after.items() if outcome is not before.get(a) and outcome != UNTRIED)
+            turn.learn(replies, before, goes_on.recipients or {}, accepted)
         return goes_on
 
     async def _session(self, lane: Lane) -> Session | Reply | None:
@@ -6750,11 +6997,14 @@ class Dispatcher(Loop):
         if session is not None:
             outcome = "ok"
             if isinstance(session, Reply):
-                outcome = "login_refused" if login_refused(session) else "failed"
+                refused = about(session, lane.account, relays=False).about is About.ACCOUNT
+                outcome = "login_refused" if refused else "failed"
             self.metrics.smtp_connects.labels(self.metrics.label(lane.account.id), outcome).inc()
         return session
 
-    async def _converse(self, lane: Lane, session: Session, envelope: Envelope, composed: Composed) -> dict[str, Reply]:
+    async def _converse(
+        self, lane: Lane, session: Session, envelope: Envelope, composed: Composed, careful: bool
+    ) -> dict[str, Reply]:
         """One SMTP transaction in its slot: a reply for each recipient, or none when the lane was called back
         before. The session is idle then, or gone."""
         await self._slots.take(lane, 1)
@@ -6762,7 +7012,7 @@ class Dispatcher(Loop):
         try:
             if lane.sessions[session] != lane.generation:
                 return {}
-            return await session.transact(envelope, composed.content, smtputf8=composed.smtputf8)
+            return await session.transact(envelope, composed.content, smtputf8=composed.smtputf8, careful=careful)
         finally:
             self._slots.give_back(lane, 1)
             now = self.clock.monotonic()
@@ -6776,27 +7026,71 @@ class Dispatcher(Loop):
     # -- what became of it
 
     async def _settle(
-        self, lane: Lane, claim: Claim, attempt: Attempt, generation: int, untried: Sequence[str] = ()
+        self,
+        lane: Lane,
+        claim: Claim,
+        attempt: Attempt,
+        generation: int,
+        untried: Sequence[str] = (),
+        session: Session | Reply | None = None,
     ) -> Claim | None:
         """Judge the attempt, tell the lane, record it; the claim where the message goes on at once."""
-        disposition = settle(claim, attempt, lane.account, self.clock.wall(), self.jitter(), untried)
+        disposition = self._judge(lane, claim, attempt, generation, untried, session)
+        if disposition.slot_used:
+            lane.accepted, lane.refusal, lane.refused = lane.accepted + 1, None, set()
+        if disposition.verdict.about is not About.MESSAGE and session in lane.idle:
+            lane.idle.remove(session)
+            self._part_with(lane, session)
         if disposition.lane is LaneSignal.UP:
-            if lane.failures and lane.works(generation):
+            if lane.failures and not lane.refuses_all and lane.works(generation):
                 self._spawn(self._let_go(lane))
+        elif disposition.lane is LaneSignal.FEWER:
+            lane.limit, lane.grows_at = max(1, lane.busy - 1), self.clock.monotonic() + GROWTH_PAUSE_S
+            await self._release(lane, claim)
+            return None
         elif disposition.lane is not LaneSignal.NONE and generation == lane.generation:
-            lane.cool(disposition.lane, disposition.error or "", self.jitter())
-            level, what = logging.WARNING, "account cooling down"
-            if disposition.lane is LaneSignal.LOGIN_REFUSED:
-                level, what = logging.ERROR, "an account cannot log in"
-            event(self.log, level, what, account=lane.account.id, until=lane.next_try_ts(), error=disposition.error)
-            self._recall(lane)
-            self._mark(lane)
+            self._cool(lane, disposition)
         if disposition.status is not Status.QUEUED or self._stopping or lane.deleted:
             await self._conclude(lane, claim, attempt, disposition)
             return None
         await self._record(Outcome(claim, attempt, disposition, sent=False))
         served = claim.served or disposition.slot_used
         return claim._replace(recipients=disposition.recipients, served=served)
+
+    def _judge(
+        self, lane: Lane, claim: Claim, attempt: Attempt, generation: int, untried: Sequence[str], session: object
+    ) -> Disposition:
+        """What becomes of the message, in the light of what the lane has seen with others."""
+        others = lane.first_is_in is not None or any(one is not session and one.usable for one in lane.sessions)
+        current, relays = generation == lane.generation, lane.accepted > 0
+        judged = functools.partial(
+            settle, claim, attempt, lane.account, self.clock.wall(), self.jitter(), untried, relays=relays
+        )
+        disposition, failure = judged(others=current and others), attempt.first_failure
+        if disposition.slot_used or failure is None:
+            return disposition
+        if disposition.verdict.about is About.SESSION and failure.stage not in BEFORE_MAIL and lane.is_meant(claim.seq):
+            return judged(by_code=True)
+        said = signature(failure) if disposition.verdict.about is About.MESSAGE else None
+        if said is None or not lane.hears_the_same(said, claim.seq):
+            return disposition
+        if (
+            not current or disposition.status is Status.QUEUED
+        ):  # it was under way when the lane began to cool, or is not over
+            disposition = held(claim, failure, disposition.verdict)
+        return disposition._replace(lane=LaneSignal.COOL, verdict=Verdict(About.ACCOUNT, SAME_TO_ALL))
+
+    def _cool(self, lane: Lane, disposition: Disposition) -> None:
+        """Leave the server alone; what is not on the wire comes back."""
+        verdict, what = disposition.verdict, "account cooling down"
+        lane.cool(disposition.lane, disposition.error or "", self.jitter(), verdict.pause_s)
+        if verdict.about is About.ACCOUNT:
+            what = "an account cannot log in" if verdict.cure == CHECK_LOGIN else "an account is refused"
+        level = logging.ERROR if verdict.about is About.ACCOUNT else logging.WARNING
+        error, cure = disposition.error, verdict.cure or None
+        event(self.log, level, what, account=lane.account.id, until=lane.next_try_ts(), error=error, cure=cure)
+        self._recall(lane)
+        self._mark(lane)
 
     async def _let_go(self, lane: Lane) -> None:
         """The server works again: what waited for it is ready at once."""
@@ -6806,6 +7100,8 @@ class Dispatcher(Loop):
 
     async def _conclude(self, lane: Lane, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
         """Record how the turn of a message ended; its slot, and its place on the wire, are free."""
+        if disposition.counted:
+            lane.turned_away.pop(claim.seq, None)
         if lane.deleted and disposition.status in (Status.QUEUED, Status.DEFERRED):
             disposition = given_up(disposition, "account deleted")
         elif disposition.status is Status.DEFERRED and disposition.deferred_ts is None:
@@ -9255,36 +9551,25 @@ def _start_problems(settings: Settings) -> Iterator[str]:
 
 # --- check --connect: what the servers say -------------------------------
 
-CONNECT_PATIENCE_S = 30.0  # for all that is said to one account's server
+CONNECT_PATIENCE_S = 30.0  # for all of one account's connecting and logging in
 
 
 def show_servers(settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]) -> bool:
-    """Ask the server of each account, those in the queue file too, to take mail; show what it offers; True: all do."""
-    tried = asyncio.run(_try_servers(settings, configured, environ))
-    rows, kinds = [row for row, _ in tried], ["error" if refusal else "sent" for _, refusal in tried]
+    """Log into each account, those in the queue file too, and show what its server offers; True: all work."""
+    rows = asyncio.run(_try_servers(settings, configured, environ))
+    failed = [str(account_id) for account_id, _, tls, *_ in rows if not tls]
     columns = ("ACCOUNT", "SERVER", "TLS", "AUTH", "SIZE", "SMTPUTF8", "PIPELINING", "RESULT")
+    kinds = ["error" if row[0] in failed else "sent" for row in rows]
     print("\n".join(["", *table(columns, rows, kinds)] if rows else ["There is no account to log into."]))
-    failed = [str(row[0]) for row, refusal in tried if refusal]
     if failed:
         complain(f"no mail can leave through {', '.join(failed)}")
     return not failed
 
 
-def own_address(account: Account) -> str:
-    """A sender that the server may know: the login name when it is an address, else a name at the server's domain; ""
-    (which RFC 5321 4.5.5 wants to be taken) where there is none."""
-    user, host = account.user or "", account.host.rstrip(".")
-    if user.isascii() and re.fullmatch(r"[^@\s<>]+@[^@\s<>]+", user):
-        return user
-    domain = host.partition(".")[2] if host.count(".") > 1 else host
-    local_part = user if re.fullmatch(r"[A-Za-z0-9_+-]+", user) else "postmaster"
-    return "" if ":" in host or "." not in host or host[-1].isdigit() else f"{local_part}@{domain}"
-
-
 async def _try_servers(
     settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]
-) -> list[tuple[tuple[object, ...], Reply | None]]:
-    """For each account, all at once: a row with what its server offers, and the refusal, if any, at which it ended."""
+) -> list[tuple[object, ...]]:
+    """A row for each account, all at once: what its server offers, or nothing and the reply that kept us out."""
     accounts = {account.id: account for account in configured}
     if await asyncio.to_thread(os.path.exists, settings.storage.db_path):  # and those that were added over HTTP
         file = QueueFile(settings.storage.db_path, SCHEMA, MIGRATIONS, observe_commit=lambda seconds: None)
@@ -9296,30 +9581,21 @@ async def _try_servers(
     pool = concurrent.futures.ThreadPoolExecutor(8, "check")
     agent = await delivery_agent(environ, InThread(pool))
 
-    async def tried(account: Account) -> tuple[tuple[object, ...], Reply | None]:
-        sender, offers, reply = own_address(account), None, None
+    async def tried(account: Account) -> tuple[object, ...]:
+        server = f"{account.host}:{account.port}"
         try:
             async with asyncio.timeout(CONNECT_PATIENCE_S):
                 session = await agent.open_session(account, name="check")
-                if isinstance(session, Session):
-                    offers, reply = session.offers, await session.probe(sender)
-                    await session.quit()
-                else:
-                    reply = session
         except TimeoutError:
-            text = f"no answer within {CONNECT_PATIENCE_S:g} s"
-            reply = local_reply(Stage.MAIL if offers else Stage.CONNECT, text, Cause.TIMEOUT)
-        result = f"logged in as {account.user}" if account.user else "connected"
-        result += f", takes mail from <{sender}>"
-        if not reply.accepted:
-            asked = f" (to mail from <{sender}>)" if reply.stage is Stage.MAIL else ""
-            result = f"{reply.stage}: {reply.words}{asked}"
-        shown: tuple[object, ...] = ("",) * 5
-        if offers:
-            size = size_in_words(offers.size_bytes) if offers.size_bytes else "any"
-            utf8, pipelining = ("yes" if offered else "no" for offered in (offers.smtputf8, offers.pipelining))
-            shown = (offers.tls or "none", " ".join(offers.auth).upper() or "none", size, utf8, pipelining)
-        return (account.id, f"{account.host}:{account.port}", *shown, result), None if reply.accepted else reply
+            session = local_reply(Stage.CONNECT, f"not logged in within {CONNECT_PATIENCE_S:g} s", Cause.TIMEOUT)
+        if isinstance(session, Reply):
+            return (account.id, server, *[""] * 5, f"{session.stage}: {session.words}")
+        await session.quit()
+        offers = session.offers
+        size = size_in_words(offers.size_bytes) if offers.size_bytes else "any"
+        utf8, pipelining = ("yes" if offered else "no" for offered in (offers.smtputf8, offers.pipelining))
+        auth, result = " ".join(offers.auth).upper(), f"logged in as {account.user}" if account.user else "connected"
+        return (account.id, server, offers.tls or "none", auth or "none", size, utf8, pipelining, result)
 
     try:
         return await asyncio.gather(*map(tried, accounts.values()))
@@ -9399,9 +9675,7 @@ SERVING = (
     DB,
     option("--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="any setting; repeatable"),
 )
-CONNECTING = option(
-    "--connect", action="store_true", help="ask the server of every account to take mail; show what it offers"
-)
+CONNECTING = option("--connect", action="store_true", help="log into every account; show what is offered")
 ASKING = (
     option("--url", help="http(s)://HOST:PORT or unix:/path; else MAILPROXY_URL, else by config.ini"),
     option("--token", help="better in MAILPROXY_TOKEN, or env:NAME, or file:/path: other users see options"),
