@@ -4996,6 +4996,17 @@ class Session(asyncio.Protocol):
             self._break_off(Cause.LOST, "aborted")
             raise
 
+    async def probe(self, sender: str) -> Reply:
+        """What the server says to mail from this sender; none follows."""
+        command = _Command(f"MAIL FROM:<{sender}>\r\n".encode(), Stage.MAIL)
+        answers = await self._ask(command.line, 1, self._timeout_s or REPLY_TIMEOUT_S)
+        if not answers:
+            return self._unanswered(Stage.MAIL)
+        if not 200 <= answers[0].code < 300:
+            return self._refusal(command, answers[0])
+        await self._ask(_RSET.line, 1, self._timeout_s or REPLY_TIMEOUT_S)
+        return server_reply(Stage.MAIL, answers[0].code, answers[0].lines)
+
     async def quit(self) -> None:
         """Say goodbye and close politely (close_notify under TLS), each within a few seconds."""
         await self._ask(b"QUIT\r\n", 1, QUIT_TIMEOUT_S)
@@ -9551,25 +9562,36 @@ def _start_problems(settings: Settings) -> Iterator[str]:
 
 # --- check --connect: what the servers say -------------------------------
 
-CONNECT_PATIENCE_S = 30.0  # for all of one account's connecting and logging in
+CONNECT_PATIENCE_S = 30.0  # for all that is said to one account's server
 
 
 def show_servers(settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]) -> bool:
-    """Log into each account, those in the queue file too, and show what its server offers; True: all work."""
-    rows = asyncio.run(_try_servers(settings, configured, environ))
-    failed = [str(account_id) for account_id, _, tls, *_ in rows if not tls]
+    """Ask the server of each account, those in the queue file too, to take mail; show what it offers; True: all do."""
+    tried = asyncio.run(_try_servers(settings, configured, environ))
+    rows, kinds = [row for row, _ in tried], ["error" if refusal else "sent" for _, refusal in tried]
     columns = ("ACCOUNT", "SERVER", "TLS", "AUTH", "SIZE", "SMTPUTF8", "PIPELINING", "RESULT")
-    kinds = ["error" if row[0] in failed else "sent" for row in rows]
     print("\n".join(["", *table(columns, rows, kinds)] if rows else ["There is no account to log into."]))
+    failed = [str(row[0]) for row, refusal in tried if refusal]
     if failed:
         complain(f"no mail can leave through {', '.join(failed)}")
     return not failed
 
 
+def own_address(account: Account) -> str:
+    """A sender that the server may know: the login name when it is an address, else a name at the server's domain; ""
+    (which RFC 5321 4.5.5 wants to be taken) where there is none."""
+    user, host = account.user or "", account.host.rstrip(".")
+    if user.isascii() and re.fullmatch(r"[^@\s<>]+@[^@\s<>]+", user):
+        return user
+    domain = host.partition(".")[2] if host.count(".") > 1 else host
+    local_part = user if re.fullmatch(r"[A-Za-z0-9_+-]+", user) else "postmaster"
+    return "" if ":" in host or "." not in host or host[-1].isdigit() else f"{local_part}@{domain}"
+
+
 async def _try_servers(
     settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]
-) -> list[tuple[object, ...]]:
-    """A row for each account, all at once: what its server offers, or nothing and the reply that kept us out."""
+) -> list[tuple[tuple[object, ...], Reply | None]]:
+    """For each account, all at once: a row with what its server offers, and the refusal, if any, at which it ended."""
     accounts = {account.id: account for account in configured}
     if await asyncio.to_thread(os.path.exists, settings.storage.db_path):  # and those that were added over HTTP
         file = QueueFile(settings.storage.db_path, SCHEMA, MIGRATIONS, observe_commit=lambda seconds: None)
@@ -9581,21 +9603,30 @@ async def _try_servers(
     pool = concurrent.futures.ThreadPoolExecutor(8, "check")
     agent = await delivery_agent(environ, InThread(pool))
 
-    async def tried(account: Account) -> tuple[object, ...]:
-        server = f"{account.host}:{account.port}"
+    async def tried(account: Account) -> tuple[tuple[object, ...], Reply | None]:
+        sender, offers, reply = own_address(account), None, None
         try:
             async with asyncio.timeout(CONNECT_PATIENCE_S):
                 session = await agent.open_session(account, name="check")
+                if isinstance(session, Session):
+                    offers, reply = session.offers, await session.probe(sender)
+                    await session.quit()
+                else:
+                    reply = session
         except TimeoutError:
-            session = local_reply(Stage.CONNECT, f"not logged in within {CONNECT_PATIENCE_S:g} s", Cause.TIMEOUT)
-        if isinstance(session, Reply):
-            return (account.id, server, *[""] * 5, f"{session.stage}: {session.words}")
-        await session.quit()
-        offers = session.offers
-        size = size_in_words(offers.size_bytes) if offers.size_bytes else "any"
-        utf8, pipelining = ("yes" if offered else "no" for offered in (offers.smtputf8, offers.pipelining))
-        auth, result = " ".join(offers.auth).upper(), f"logged in as {account.user}" if account.user else "connected"
-        return (account.id, server, offers.tls or "none", auth or "none", size, utf8, pipelining, result)
+            text = f"no answer within {CONNECT_PATIENCE_S:g} s"
+            reply = local_reply(Stage.MAIL if offers else Stage.CONNECT, text, Cause.TIMEOUT)
+        result = f"logged in as {account.user}" if account.user else "connected"
+        result += f", takes mail from <{sender}>"
+        if not reply.accepted:
+            asked = f" (to mail from <{sender}>)" if reply.stage is Stage.MAIL else ""
+            result = f"{reply.stage}: {reply.words}{asked}"
+        shown: tuple[object, ...] = ("",) * 5
+        if offers:
+            size = size_in_words(offers.size_bytes) if offers.size_bytes else "any"
+            utf8, pipelining = ("yes" if offered else "no" for offered in (offers.smtputf8, offers.pipelining))
+            shown = (offers.tls or "none", " ".join(offers.auth).upper() or "none", size, utf8, pipelining)
+        return (account.id, f"{account.host}:{account.port}", *shown, result), None if reply.accepted else reply
 
     try:
         return await asyncio.gather(*map(tried, accounts.values()))
@@ -9675,7 +9706,9 @@ SERVING = (
     DB,
     option("--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="any setting; repeatable"),
 )
-CONNECTING = option("--connect", action="store_true", help="log into every account; show what is offered")
+CONNECTING = option(
+    "--connect", action="store_true", help="ask the server of every account to take mail; show what it offers"
+)
 ASKING = (
     option("--url", help="http(s)://HOST:PORT or unix:/path; else MAILPROXY_URL, else by config.ini"),
     option("--token", help="better in MAILPROXY_TOKEN, or env:NAME, or file:/path: other users see options"),

@@ -5506,6 +5506,27 @@ def said_by(reply):
 smtp_modes = pytest.mark.parametrize("offers", ["PIPELINING", ""], ids=["pipelined", "in turn"])
 
 
+@pytest.mark.parametrize(
+    ("mail", "said", "commands"),
+    [
+        ("250 fine", "mail: 250 fine (server)", ["MAIL FROM:<me@x>", "RSET", "QUIT"]),
+        ("530 5.7.0 log in", "mail: 530 5.7.0 log in (server)", ["MAIL FROM:<me@x>", "QUIT"]),
+        ("421 busy", "mail: 421 busy (server)", ["MAIL FROM:<me@x>"]),
+        ("drop", "mail: 451 4.4.2 connection closed by the server (lost)", ["MAIL FROM:<me@x>"]),
+    ],
+)
+def test_a_server_can_be_asked_about_a_sender_without_a_mail(mail, said, commands):
+    async def story(open_session):
+        session = await open_session()
+        reply = await session.probe("me@x")
+        await session.quit()
+        return said_by(reply)
+
+    server = ScriptedServer({"MAIL": mail})
+
+    assert (with_smtp_server(server, story), server.heard[1:]) == (said, commands)
+
+
 # ----- replies and contents
 
 
@@ -10314,35 +10335,64 @@ def test_check_and_the_start_say_what_the_configuration_leaves_open(tmp_path: Pa
     assert '"mx.test:587" is not the name or the address of a server; its port is a setting' in with_port.sentence
 
 
-def test_check_connect_shows_what_each_server_offers(tmp_path: Path, ca: PrivateCA, here: Run) -> None:
+def test_check_connect_goes_as_far_as_mail_and_shows_what_each_server_offers_or_refuses(
+    tmp_path: Path, ca: PrivateCA, here: Run
+) -> None:
     with (
-        SmtpServer(certificate=ca.good(), accounts={"u": "hunter2"}, size_limit=35_000_000, pipelining=True) as good,
+        SmtpServer(
+            certificate=ca.good(), accounts={"u": "hunter2", "550@x.org": "s"}, size_limit=35_000_000, pipelining=True
+        ) as good,
         SmtpServer(certificate=ca.good(), accounts={"u": "other"}) as strict,
         SmtpServer(smtputf8=False) as plain,
         socket.create_server(("127.0.0.1", 0)) as silent,
     ):
-        login = {"user": "u", "password": "hunter2", "ca_file": ca.ca_file, "host": "localhost", "use_tls": "true"}
+        tls = {"ca_file": ca.ca_file, "host": "localhost", "use_tls": "true", "timeout": 30}
+        login = {"user": "u", "password": "hunter2", **tls}
         sections = {
-            "smtp": {**login, "port": good.port, "timeout": 30},
-            "account:strict": {**login, "port": strict.port, "timeout": 30},
+            "smtp": {**login, "port": good.port},
+            "account:strict": {**login, "port": strict.port},
+            "account:nobody": {**tls, "port": good.port},
+            "account:other": {**login, "user": "550@x.org", "password": "s", "port": good.port},
             "account:late": {"host": "127.0.0.1", "port": silent.getsockname()[1], "timeout": 1},
         }
         with Daemon(tmp_path, sections) as daemon:
             daemon.post("/account", {"id": "added", "host": plain.host, "port": plain.port})
             ended = here("check", "--connect", "--config", tmp_path / "config.ini")
+        right = ("--set", f"smtp.host={plain.host}", "--set", f"smtp.port={plain.port}")
+        all_right = here("check", "--connect", "--config", "/dev/null", "--db", tmp_path / "none.db", *right)
 
     assert ended.returncode == 1
-    assert ended.sentence == "mailproxy: no mail can leave through strict, late"
-    rows = printed_rows(ended.stdout, "ACCOUNT")
-    assert rows["default"] == {
-        "ACCOUNT": "default", "SERVER": f"localhost:{good.port}", "TLS": "TLSv1.3", "AUTH": "LOGIN PLAIN",
-        "SIZE": "35.0 MB", "SMTPUTF8": "yes", "PIPELINING": "yes", "RESULT": "logged in as u",
-    }  # fmt: skip
-    added = {"TLS": "none", "AUTH": "none", "SMTPUTF8": "no", "RESULT": "connected"}
+    assert ended.sentence == "mailproxy: no mail can leave through strict, nobody, other, late"
+    table, _, verdict = ended.stdout.rpartition("\n\n")
+    assert verdict == "This is not right yet.\n"
+    rows = printed_rows(table, "ACCOUNT")
+    offers = {"TLS": "TLSv1.3", "AUTH": "LOGIN PLAIN", "SIZE": "35.0 MB", "SMTPUTF8": "yes", "PIPELINING": "yes"}
+    server = {"SERVER": f"localhost:{good.port}", **offers}
+    assert rows["default"] == {"ACCOUNT": "default", **server, "RESULT": "logged in as u, takes mail from <>"}
+    said = "mail: 530 5.7.0 Authentication required (to mail from <>)"
+    assert rows["nobody"] == {"ACCOUNT": "nobody", **server, "RESULT": said}
+    assert rows["other"]["RESULT"] == "mail: 550 5.0.0 As the address asks (to mail from <550@x.org>)"
+    added = {"TLS": "none", "AUTH": "none", "SMTPUTF8": "no", "RESULT": "connected, takes mail from <>"}
     assert {name: rows["added"][name] for name in added} == added
     assert rows["strict"]["RESULT"].startswith("auth: 535 ")
     assert rows["late"]["RESULT"] == "connect: 451 4.4.1 no answer in time"
     assert "hunter2" not in ended.stdout
+    assert (all_right.returncode, all_right.stderr) == (0, "")
+    assert all_right.stdout.splitlines()[-1].startswith("The settings are right: mail goes out through default (")
+
+
+@pytest.mark.parametrize(
+    ("user", "host", "sender"),
+    [
+        ("me@example.com", "localhost", "me@example.com"), ("me", "smtp.example.com", "me@example.com"),
+        ("AD\\me", "example.com.", "postmaster@example.com"), (None, "mx.eu.example.com", "postmaster@eu.example.com"),
+        ("ü@example.com", "mail.example.com", "postmaster@example.com"), ("me", "127.0.0.1", ""), (None, "::1", ""),
+    ],
+)  # fmt: skip
+def test_the_sender_that_check_asks_about_is_the_login_name_or_fits_the_server(
+    user: Any, host: str, sender: str
+) -> None:
+    assert mailproxy.own_address(parsed_account(user=user, host=host)) == sender
 
 
 # --- reaching the daemon
