@@ -9568,12 +9568,12 @@ CONNECT_PATIENCE_S = 30.0  # for all that is said to one account's server
 def show_servers(settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]) -> bool:
     """Ask the server of each account, those in the queue file too, to take mail; show what it offers; True: all do."""
     tried = asyncio.run(_try_servers(settings, configured, environ))
-    rows, kinds = [row for row, _ in tried], ["error" if refusal else "sent" for _, refusal in tried]
+    rows, kinds = [row for row, _ in tried], ["sent" if cure is None else "error" for _, cure in tried]
     columns = ("ACCOUNT", "SERVER", "TLS", "AUTH", "SIZE", "SMTPUTF8", "PIPELINING", "RESULT")
     print("\n".join(["", *table(columns, rows, kinds)] if rows else ["There is no account to log into."]))
-    failed = [str(row[0]) for row, refusal in tried if refusal]
-    if failed:
-        complain(f"no mail can leave through {', '.join(failed)}")
+    failed = {str(row[0]): cure for row, cure in tried if cure is not None}
+    for account_id, cure in failed.items():
+        complain(f"no mail can leave through {account_id}{cure and f': {cure}'}")
     return not failed
 
 
@@ -9590,8 +9590,8 @@ def own_address(account: Account) -> str:
 
 async def _try_servers(
     settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]
-) -> list[tuple[tuple[object, ...], Reply | None]]:
-    """For each account, all at once: a row with what its server offers, and the refusal, if any, at which it ended."""
+) -> list[tuple[tuple[object, ...], str | None]]:
+    """For each account, all at once: a row with what its server offers, and when it was refused what to do, or ""."""
     accounts = {account.id: account for account in configured}
     if await asyncio.to_thread(os.path.exists, settings.storage.db_path):  # and those that were added over HTTP
         file = QueueFile(settings.storage.db_path, SCHEMA, MIGRATIONS, observe_commit=lambda seconds: None)
@@ -9603,7 +9603,7 @@ async def _try_servers(
     pool = concurrent.futures.ThreadPoolExecutor(8, "check")
     agent = await delivery_agent(environ, InThread(pool))
 
-    async def tried(account: Account) -> tuple[tuple[object, ...], Reply | None]:
+    async def tried(account: Account) -> tuple[tuple[object, ...], str | None]:
         sender, offers, reply = own_address(account), None, None
         try:
             async with asyncio.timeout(CONNECT_PATIENCE_S):
@@ -9618,7 +9618,10 @@ async def _try_servers(
             reply = local_reply(Stage.MAIL if offers else Stage.CONNECT, text, Cause.TIMEOUT)
         result = f"logged in as {account.user}" if account.user else "connected"
         result += f", takes mail from <{sender}>"
-        if not reply.accepted:
+        verdict = None if reply.accepted else about(reply, account, relays=False)
+        if verdict and verdict.about is About.MESSAGE and sender != account.user:  # it is only a guess
+            result, verdict = result.replace("takes", "not") + f": {reply.words}", None
+        elif verdict:
             asked = f" (to mail from <{sender}>)" if reply.stage is Stage.MAIL else ""
             result = f"{reply.stage}: {reply.words}{asked}"
         shown: tuple[object, ...] = ("",) * 5
@@ -9626,7 +9629,7 @@ async def _try_servers(
             size = size_in_words(offers.size_bytes) if offers.size_bytes else "any"
             utf8, pipelining = ("yes" if offered else "no" for offered in (offers.smtputf8, offers.pipelining))
             shown = (offers.tls or "none", " ".join(offers.auth).upper() or "none", size, utf8, pipelining)
-        return (account.id, f"{account.host}:{account.port}", *shown, result), None if reply.accepted else reply
+        return (account.id, f"{account.host}:{account.port}", *shown, result), verdict and verdict.cure
 
     try:
         return await asyncio.gather(*map(tried, accounts.values()))

@@ -10335,6 +10335,13 @@ def test_check_and_the_start_say_what_the_configuration_leaves_open(tmp_path: Pa
     assert '"mx.test:587" is not the name or the address of a server; its port is a setting' in with_port.sentence
 
 
+class PickySmtpServer(SmtpServer):
+    """Knows who may send."""
+
+    async def handle_MAIL(self, *_: Any) -> str:
+        return "553 5.7.1 Not an address of yours"
+
+
 def test_check_connect_goes_as_far_as_mail_and_shows_what_each_server_offers_or_refuses(
     tmp_path: Path, ca: PrivateCA, here: Run
 ) -> None:
@@ -10344,6 +10351,7 @@ def test_check_connect_goes_as_far_as_mail_and_shows_what_each_server_offers_or_
         ) as good,
         SmtpServer(certificate=ca.good(), accounts={"u": "other"}) as strict,
         SmtpServer(smtputf8=False) as plain,
+        PickySmtpServer() as picky,
         socket.create_server(("127.0.0.1", 0)) as silent,
     ):
         tls = {"ca_file": ca.ca_file, "host": "localhost", "use_tls": "true", "timeout": 30}
@@ -10353,6 +10361,7 @@ def test_check_connect_goes_as_far_as_mail_and_shows_what_each_server_offers_or_
             "account:strict": {**login, "port": strict.port},
             "account:nobody": {**tls, "port": good.port},
             "account:other": {**login, "user": "550@x.org", "password": "s", "port": good.port},
+            "account:picky": {"host": picky.host, "port": picky.port},
             "account:late": {"host": "127.0.0.1", "port": silent.getsockname()[1], "timeout": 1},
         }
         with Daemon(tmp_path, sections) as daemon:
@@ -10362,7 +10371,9 @@ def test_check_connect_goes_as_far_as_mail_and_shows_what_each_server_offers_or_
         all_right = here("check", "--connect", "--config", "/dev/null", "--db", tmp_path / "none.db", *right)
 
     assert ended.returncode == 1
-    assert ended.sentence == "mailproxy: no mail can leave through strict, nobody, other, late"
+    refused = "mailproxy: no mail can leave through "
+    login = f": {mailproxy.CHECK_LOGIN}\n"
+    assert ended.stderr == f"{refused}strict{login}{refused}nobody{login}{refused}other\n{refused}late\n"
     table, _, verdict = ended.stdout.rpartition("\n\n")
     assert verdict == "This is not right yet.\n"
     rows = printed_rows(table, "ACCOUNT")
@@ -10374,6 +10385,7 @@ def test_check_connect_goes_as_far_as_mail_and_shows_what_each_server_offers_or_
     assert rows["other"]["RESULT"] == "mail: 550 5.0.0 As the address asks (to mail from <550@x.org>)"
     added = {"TLS": "none", "AUTH": "none", "SMTPUTF8": "no", "RESULT": "connected, takes mail from <>"}
     assert {name: rows["added"][name] for name in added} == added
+    assert rows["picky"]["RESULT"] == "connected, not mail from <>: 553 5.7.1 Not an address of yours"
     assert rows["strict"]["RESULT"].startswith("auth: 535 ")
     assert rows["late"]["RESULT"] == "connect: 451 4.4.1 no answer in time"
     assert "hunter2" not in ended.stdout
