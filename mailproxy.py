@@ -314,9 +314,9 @@ class Claim(NamedTuple):
     priority: int
     message_id: str
     created_at: int
-    ready_at: float  # since when it could have gone
+    ready_at: float  # since when it could have gone; from then its age counts
     attempts: int
-    deadline: int | None  # given up when not delivered by then
+    expires_ts: int | None  # given up when not delivered by then
     recipients: dict[str, RecipientOutcome] | None  # settled in earlier attempts
     parts: int  # attachments and raw content to put in
     size_bytes: int  # of payload and contents together
@@ -2247,7 +2247,7 @@ def _retry_at(claim: Claim, account: Account, now: float, jitter: float) -> int:
 def _out_of_retries(claim: Claim, account: Account, now: float) -> bool:
     if account.max_retries and claim.attempts + 1 > account.max_retries:
         return True
-    return claim.deadline is not None and now >= claim.deadline
+    return now - claim.ready_at >= account.max_age_seconds
 
 
 # ======================================================================
@@ -3170,9 +3170,9 @@ CREATE TABLE messages (
     attempts     INTEGER NOT NULL DEFAULT 0,         -- transactions tried
     turn         INTEGER NOT NULL DEFAULT 0,         -- 0 never tried, 1 comes back for a retry
     deferral     TEXT,                               -- schedule, retry, in_doubt, connection, login, limit
-    ready_at     REAL NOT NULL,                      -- since when it could have gone
-    deadline     INTEGER,                            -- given up when not delivered by then
-    expires_ts   INTEGER,                            -- the client's own part of the deadline
+    ready_at     REAL NOT NULL,                      -- since when it could have gone; from then its age counts
+    deadline     INTEGER,                            -- given up when not delivered by then: expires_ts
+    expires_ts   INTEGER,                            -- as the client gave it
     batch_code   TEXT,
     message_id   TEXT NOT NULL,
     recipients   TEXT,                               -- JSON {address: [status, code, text]}
@@ -3318,7 +3318,6 @@ class Submission(NamedTuple):
     priority: int
     deferred_ts: int | None
     expires_ts: int | None
-    deadline: int | None
     batch_code: str | None
     message_id: str
     parts: int
@@ -3382,6 +3381,7 @@ class Queue:
         self._on_wire: dict[int, Claim] = {}  # changed in the writer's thread; in the loop's only to take claims out
         self._last_seq = 0
         self._last_report = 0
+        self._aged: dict[str, tuple[float, str]] = {}  # by account: what give_up_aged is asked for
         self.next_ts: float = 0  # no row is due, or to be given up, before that; 0: look
 
     @property
@@ -3393,6 +3393,10 @@ class Queue:
 
         def work(db: sqlite3.Connection) -> None:
             db.execute(SAY_IT_ANSWERS)
+            db.execute(  # earlier programs made one deadline of the age and expires_ts
+                "UPDATE messages SET deadline = expires_ts WHERE sent_ts IS NULL AND error_ts IS NULL "
+                "AND deadline IS NOT NULL AND deadline IS NOT expires_ts"
+            )
             seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").fetchone()
             report = db.execute("SELECT max(report_order) FROM messages WHERE report_order IS NOT NULL").fetchone()
             self._last_seq, self._last_report = seq[0] if seq else 0, report[0] or 0
@@ -3413,7 +3417,7 @@ class Queue:
         """Store each submission or say why not ("already sent", "in delivery"): None is stored, on disk."""
         verdicts = await self.file.write_together(self._accept_all, submissions)
         for submission in submissions:
-            self.next_ts = min(self.next_ts, submission.deferred_ts or math.inf, submission.deadline or math.inf)
+            self.next_ts = min(self.next_ts, submission.deferred_ts or math.inf, submission.expires_ts or math.inf)
         return verdicts
 
     def _accept_all(self, db: sqlite3.Connection, batches: Sequence[Sequence[Submission]]) -> list[list[str | None]]:
@@ -3443,10 +3447,10 @@ class Queue:
             waits = s.deferred_ts is not None and s.deferred_ts > now
             schedule = (s.deferred_ts, "schedule", s.deferred_ts) if waits else (None, None, now)
             size_bytes = len(s.payload) + (sum(map(len, s.contents.values())) if s.contents else 0)
-            rows.append((seq, *s[:3], at, at, *schedule, *s[4:10], size_bytes, s.id))
+            rows.append((seq, *s[:3], at, at, *schedule, s.expires_ts, *s[4:9], size_bytes, s.id))
         inserted = db.executemany(
             "INSERT OR IGNORE INTO messages (seq, id, account_id, priority, created_at, updated_at, deferred_ts, "
-            "deferral, ready_at, expires_ts, deadline, batch_code, message_id, parts, payload, size_bytes) "
+            "deferral, ready_at, deadline, expires_ts, batch_code, message_id, parts, payload, size_bytes) "
             "SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ? WHERE NOT EXISTS (SELECT 1 FROM sent_ids WHERE id = ?)",
             rows,
         ).rowcount
@@ -3493,7 +3497,7 @@ class Queue:
         ranked: list[tuple[int, int, bool, Claim]] = []
         for turn in (0, 1):
             rows = db.execute(
-                "SELECT seq, id, account_id, priority, message_id, created_at, ready_at, attempts, deadline, "
+                "SELECT seq, id, account_id, priority, message_id, created_at, ready_at, attempts, expires_ts, "
                 "recipients, parts, size_bytes, CASE WHEN size_bytes <= :small THEN payload END FROM messages "
                 "WHERE account_id = :account AND turn = :turn "
                 "AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL "
@@ -3511,7 +3515,7 @@ class Queue:
         """Put claims back untouched: they were never on the wire."""
         for claim in claims:
             self._on_wire.pop(claim.seq, None)
-            self.next_ts = min(self.next_ts, claim.deadline or math.inf)
+            self.next_ts = min(self.next_ts, claim.expires_ts or math.inf)
 
     async def record(self, outcome: Outcome) -> None:
         """Write what became of a claim; unless it goes on, it is off the wire then."""
@@ -3519,7 +3523,7 @@ class Queue:
         claim, disposition = outcome.claim, outcome.disposition
         if disposition.status is not Status.QUEUED:
             self._on_wire.pop(claim.seq, None)
-        self.next_ts = min(self.next_ts, disposition.deferred_ts or math.inf, claim.deadline or math.inf)
+        self.next_ts = min(self.next_ts, disposition.deferred_ts or math.inf, claim.expires_ts or math.inf)
 
     def _record_all(self, db: sqlite3.Connection, outcomes: Sequence[Outcome]) -> Sequence[None]:
         db.executemany(SETTLE, [self._settled(outcome.claim.seq, outcome.disposition) for outcome in outcomes])
@@ -3550,29 +3554,29 @@ class Queue:
         }  # fmt: skip
 
     async def catch_up(self) -> tuple[set[str], list[tuple[str, str, str]]]:
-        """Make the rows ready whose time has come, and end the pending ones whose deadline has passed; return the
-        accounts that got mail, and (id, account, error) of each message that ended."""
+        """Make the rows ready whose time has come, and end the pending ones that have expired or are too old; return
+        the accounts that got mail, and (id, account, error) of each message that ended."""
         values = {"now": self._now(), "most": CHUNK, "overdue": CHUNK + len(self._on_wire), "largest": LARGEST_INTEGER}
+        aged, self._aged = self._aged, {}
 
         def work(db: sqlite3.Connection) -> tuple[set[str], list[tuple[str, str, str]], float]:
             released = db.execute(
-                "UPDATE messages SET ready_at = deferred_ts, deferred_ts = NULL, deferral = NULL, "
-                "report_order = NULL WHERE seq IN (SELECT seq FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
+                "UPDATE messages SET deferred_ts = NULL, deferral = NULL, report_order = NULL WHERE seq IN "
+                "(SELECT seq FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
                 "AND deferred_ts IS NOT NULL AND deferred_ts <= :now ORDER BY deferred_ts LIMIT :most) "
                 "RETURNING account_id",
                 values,
             ).fetchall()
             rows = db.execute(
-                "SELECT seq, id, account_id, expires_ts <= :now, error, recipients FROM messages "
+                "SELECT seq, id, account_id, error, recipients FROM messages "
                 "WHERE sent_ts IS NULL AND error_ts IS NULL AND deadline IS NOT NULL AND deadline <= :now "
                 "ORDER BY deadline LIMIT :overdue",
                 values,
             ).fetchall()
             ended = []
-            for seq, id_, account_id, expired, error, recipients in rows:
+            for seq, id_, account_id, error, recipients in rows:
                 if seq not in self._on_wire:
-                    why = "expired: expires_ts has passed" if expired else "expired: max_age_seconds reached"
-                    why += f"; last: {error}" if error else ""
+                    why = "expired: expires_ts has passed" + (f"; last: {error}" if error else "")
                     self._give_up(db, seq, why, _recipients_of(recipients))
                     ended.append((id_, account_id, why))
             (next_ts,) = db.execute(  # text, in a damaged row, is larger than any number
@@ -3582,14 +3586,45 @@ class Queue:
                 "AND deadline IS NOT NULL AND (deadline > :now OR :more) AND deadline <= :largest) AS times",
                 {**values, "more": len(ended) >= CHUNK},
             ).fetchone()
+            for account_id, (before, last) in list(aged.items()):
+                why = f"expired: max_age_seconds reached; last: {last}"
+                found = list(itertools.islice(self._found_aged(db, account_id, before), max(0, CHUNK - len(ended))))
+                for seq, id_, recipients in found:
+                    self._give_up(db, seq, why, _recipients_of(recipients))
+                    ended.append((id_, account_id, why))
+                if len(ended) < CHUNK:
+                    del aged[account_id]
             return {row[0] for row in released}, ended, next_ts or math.inf
 
         self.next_ts, next_ts = math.inf, 0.0  # what changes meanwhile lowers it again
         try:
             accounts, ended, next_ts = await self.file.write(work)
         finally:
-            self.next_ts = min(self.next_ts, next_ts)
+            self._aged = aged | self._aged
+            self.next_ts = min(self.next_ts, 0 if self._aged else next_ts)
         return accounts, ended
+
+    def give_up_aged(self, account_id: str, before: float, last: str) -> None:
+        """The account's server cannot be used, as its `last` words say: have the next catch_up end what could have
+        gone before that moment, but for what is on the wire."""
+        self._aged[account_id] = before, last
+        self.next_ts = 0
+
+    def _found_aged(self, db: sqlite3.Connection, account_id: str, before: float) -> Iterator[Sequence[Any]]:
+        """(seq, id, recipients) of the account's mail that is ready, or waits for its server or its limit, and could
+        have gone before that moment. Each part of an index is read up to the first that was accepted later."""
+        columns = "SELECT created_at > :before, ready_at <= :before, seq, id, recipients, deferred_ts FROM messages "
+        pending = "WHERE account_id = :account AND sent_ts IS NULL AND error_ts IS NULL "
+        ready = "AND deferred_ts IS NULL AND turn = :one AND priority = :two ORDER BY seq"
+        held_back = "AND deferred_ts IS NOT NULL AND deferral = :one AND deferral IN ('limit', 'connection', 'login') ORDER BY seq"
+        parts = [(ready, turn, priority) for turn in (0, 1) for priority in range(4)]
+        for part, one, two in (*parts, *((held_back, deferral, 0) for deferral in HELD_BACK)):
+            values = {"account": account_id, "before": before, "one": one, "two": two}
+            for is_younger, is_aged, seq, id_, recipients, deferred_ts in db.execute(columns + pending + part, values):
+                if is_younger:
+                    break
+                if is_aged and (deferred_ts is not None or seq not in self._on_wire):
+                    yield seq, id_, recipients
 
     def _give_up(self, db: sqlite3.Connection, seq: int, why: str, recipients: Outcomes | None) -> None:
         """End a pending message: as sent when a server has it for some of its recipients."""
@@ -3603,8 +3638,8 @@ class Queue:
         return await self.file.write(lambda db: {row[0] for one in rows for row in db.execute(sql, one).fetchall()})
 
     async def move_times(self, step_s: int, since: int) -> None:
-        """The wall clock was set by so much: move what the daemon itself put off, and the counts of
-        sends, so that nothing comes earlier or later for it.
+        """The wall clock was set by so much: move what the daemon itself put off, the counts of sends, and
+        the ages of its mail, so that nothing comes earlier or later for it.
 
         What an earlier run put off, before `since`, may be right by the new clock (a machine that
         boots without knowing the time): it is moved only to where it comes earlier.
@@ -3614,6 +3649,8 @@ class Queue:
             "UPDATE messages SET deferred_ts = deferred_ts + :step WHERE sent_ts IS NULL AND error_ts IS NULL "
             "AND deferred_ts IS NOT NULL AND deferral <> 'schedule' AND deferred_ts + :step < :latest "
             "AND (updated_at >= :since OR :step < 0)",
+            "UPDATE messages SET ready_at = ready_at + :step WHERE sent_ts IS NULL AND error_ts IS NULL "
+            "AND ready_at >= :since AND deferral IS NOT 'schedule'",
             "UPDATE sends SET until_ts = until_ts + :step, minute = -(minute + :minutes)",  # no two are ever
             "UPDATE sends SET minute = -minute",  # the same on the way
             **values,
@@ -3666,14 +3703,10 @@ class Queue:
         return await self.file.write(work)
 
     async def retry(
-        self, ids: Sequence[str], deadline_of: Callable[[str], int | None]
+        self, ids: Sequence[str], accounts: Mapping[str, object]
     ) -> tuple[int, list[str], list[str], list[str]]:
         """Queue failed messages anew; recipients that are served stay served. Return how many, the ids not found,
-        those not failed, and those that have failed again.
-
-        `deadline_of` tells until when an account's message may be tried, counted from now; None: there is
-        no such account, and the message fails again.
-        """
+        those not failed, and those that have failed again, for their account is none of these."""
 
         def work(db: sqlite3.Connection) -> tuple[int, list[str], list[str], list[str]]:
             found, not_failed, of_no_account, now = _rows_of(db, ids), [], [], int(self._now())
@@ -3681,17 +3714,17 @@ class Queue:
                 if not is_failed:
                     not_failed.append(id_)
                     continue
-                deadline, outcomes = deadline_of(account_id), _recipients_of(recipients) or {}
+                outcomes = _recipients_of(recipients) or {}
                 served = {address: outcome for address, outcome in outcomes.items() if outcome.status is Status.SENT}
                 kept = as_json(served) if served else None
                 db.execute(
                     "UPDATE messages SET error_ts = NULL, error = NULL, attempts = 0, turn = 0, reported_ts = NULL, "
                     "report_order = NULL, ready_at = :now, updated_at = :now, deferred_ts = NULL, deferral = NULL, "
-                    "expires_ts = NULL, deadline = :deadline, recipients = :recipients "
+                    "expires_ts = NULL, deadline = NULL, recipients = :recipients "
                     "WHERE seq = :seq AND error_ts IS NOT NULL",
-                    {"now": now, "deadline": deadline, "seq": seq, "recipients": kept},
+                    {"now": now, "seq": seq, "recipients": kept},
                 )
-                if deadline is None:
+                if account_id not in accounts:
                     self._give_up(db, seq, "account not found", served)
                     of_no_account.append(id_)
             queued = len(found) - len(not_failed) - len(of_no_account)
@@ -6905,7 +6938,7 @@ class Dispatcher(Loop):
         turn, transacting = Turn(), False
         memory_bytes = composed.memory_bytes if composed is not None else 0
         try:
-            if claim.deadline is not None and claim.deadline <= self.clock.wall():
+            if claim.expires_ts is not None and claim.expires_ts <= self.clock.wall():
                 return await self._release(lane, claim)
             if composed is None:
                 made = self.compose(claim, claim.payload or "")
@@ -7100,6 +7133,7 @@ class Dispatcher(Loop):
         level = logging.ERROR if verdict.about is About.ACCOUNT else logging.WARNING
         error, cure = disposition.error, verdict.cure or None
         event(self.log, level, what, account=lane.account.id, until=lane.next_try_ts(), error=error, cure=cure)
+        self.queue.give_up_aged(lane.account.id, self.clock.wall() - lane.account.max_age_seconds, error or "")
         self._recall(lane)
         self._mark(lane)
 
@@ -7814,7 +7848,7 @@ class ControlPlane:
                     raise Rejected("duplicate id in this batch")
                 seen.add(id_)
                 message = parse_message(given, now=now, default_priority=default_priority)
-                good.append(submission_of(given, message, self._account(message.account_id), now))
+                good.append(submission_of(given, message, self._account(message.account_id)))
                 if message.unknown:
                     unknown[message.id] = message.unknown
             except Rejected as error:
@@ -7896,17 +7930,12 @@ class ControlPlane:
     async def retry_messages(self, request: Request) -> Response:
         """Give failed messages a new life."""
         ids = ids_of(await request.json_object())
-        queued, not_found, not_failed, of_no_account = await self.queue.retry(ids, self._deadline_of)
+        queued, not_found, not_failed, of_no_account = await self.queue.retry(ids, self.dispatcher.lanes)
         self.dispatcher.wake(self.dispatcher.lanes)
         self.reporter.ring()
         event(self.log, logging.INFO, "failed messages queued anew", messages=queued)
         answer = {"ok": True, "queued": queued, "not_found": not_found, "not_failed": not_failed}
         return json_response(answer | ({"account_not_found": of_no_account} if of_no_account else {}))
-
-    def _deadline_of(self, account_id: str) -> int | None:
-        """Until when a message that is submitted now may be tried; None when its account is gone."""
-        account = self._account(account_id)
-        return min(int(self.clock.wall()) + account.max_age_seconds, LARGEST_INTEGER) if account else None
 
     async def cleanup_messages(self, request: Request) -> Response:
         """Remove final messages that were reported longer ago than that."""
@@ -8038,12 +8067,11 @@ class ControlPlane:
             raise HttpError(409, f"this account comes from config.ini, section [{section}]; change it there")
 
 
-def submission_of(fields: Any, message: Message, account: Account | None, now: float) -> Submission:
+def submission_of(fields: Any, message: Message, account: Account | None) -> Submission:
     """A judged message as the queue stores it. Raises Rejected when its account is not there."""
     if account is None:
         raise Rejected("missing account configuration" if message.account_id == "default" else NOT_FOUND)
     payload, contents = stored_form(fields, message)
-    too_old_ts = min(int(max(now, message.deferred_ts or 0)) + account.max_age_seconds, LARGEST_INTEGER)
     bare, settled = fields.get("message_id"), message.message_id  # shown as the client wrote it, else in brackets
     as_given = not settled or (isinstance(bare, str) and bare.strip() == settled)
     return Submission(
@@ -8052,7 +8080,6 @@ def submission_of(fields: Any, message: Message, account: Account | None, now: f
         priority=message.priority,
         deferred_ts=message.deferred_ts,
         expires_ts=message.expires_ts,
-        deadline=min(too_old_ts, message.expires_ts or too_old_ts),
         batch_code=message.batch_code,
         message_id=settled if as_given else f"<{settled}>",
         parts=len(message.attachments) + (message.raw is not None),

@@ -1753,7 +1753,7 @@ def test_the_message_id_that_is_shown_and_kept_is_the_one_that_is_sent(fields: d
     fields = {**submission_fields(), **fields}
     message = mailproxy.parse_message(fields, now=NOON)
 
-    submission = mailproxy.submission_of(fields, message, parsed_account(), NOON)
+    submission = mailproxy.submission_of(fields, message, parsed_account())
 
     assert submission.message_id == shown
     assert shown.strip("<>") == message.message_id == "x.1@y.z"
@@ -2094,14 +2094,14 @@ NOT_FETCHED = ours("attachment", "Attachment fetch failed: 503")
 GONE = ours("attachment", "Attachment fetch failed: 404", 550)
 
 
-def claimed(attempts: int = 0, deadline: int | None = None, **settled: str) -> Any:
+def claimed(attempts: int = 0, age_s: int = 0, **settled: str) -> Any:
     """A claim; `settled` has the status of recipients that had their word in earlier attempts."""
     outcomes = {
         name: mailproxy.RecipientOutcome(STATUS(status), 250 if status == "sent" else 451, f"was {status}")
         for name, status in settled.items()
     }
     return mailproxy.Claim(
-        1, "m-1", "main", 2, "<m-1@example.com>", 0, 0.0, attempts, deadline, outcomes or None, 0, 100, "{}"
+        1, "m-1", "main", 2, "<m-1@example.com>", 0, SETTLED_AT - age_s, attempts, None, outcomes or None, 0, 100, "{}"
     )
 
 
@@ -2306,12 +2306,12 @@ def test_a_pause_follows_the_schedule_with_a_fifth_of_jitter_or_is_the_longer_on
         (claimed(attempts=0), 1, "deferred"),
         (claimed(attempts=1), 1, "error"),
         (claimed(attempts=500), 0, "deferred"),
-        (claimed(deadline=int(SETTLED_AT) + 1), 0, "deferred"),
-        (claimed(deadline=int(SETTLED_AT)), 0, "error"),
+        (claimed(age_s=431_999), 0, "deferred"),
+        (claimed(age_s=432_000), 0, "error"),
     ],
 )
 @pytest.mark.parametrize("reply", [GREYLISTED, NOT_FETCHED])
-def test_a_message_is_given_up_after_its_last_retry_and_at_its_deadline(
+def test_a_message_is_given_up_after_its_last_retry_and_when_it_is_too_old(
     reply: Any, claim: Any, max_retries: int, status: str
 ) -> None:
     disposition = settled({"a": reply}, claim, max_retries=max_retries)
@@ -3435,9 +3435,8 @@ def rig(tmp_path: Path) -> Iterator[QueueRig]:
 
 def submission(id_: str, **fields: Any) -> Any:
     given = {
-        "account_id": "main", "priority": 2, "deferred_ts": None, "expires_ts": None, "deadline": NOW + 432_000,
-        "batch_code": None, "message_id": f"<{id_}@example.com>", "parts": 0, "payload": '{"subject": "hello"}',
-        "contents": {},
+        "account_id": "main", "priority": 2, "deferred_ts": None, "expires_ts": None, "batch_code": None,
+        "message_id": f"<{id_}@example.com>", "parts": 0, "payload": '{"subject": "hello"}', "contents": {},
     }  # fmt: skip
     return mailproxy.Submission(id=id_, **{**given, **fields})
 
@@ -3574,11 +3573,10 @@ def test_states_are_reported_in_the_order_they_came_about_and_stamped_unless_the
     assert [(s.entry["id"], s.entry["status"]) for s in rig.unreported(10)] == [("b", "sent")]
 
 
-def test_a_message_past_its_deadline_is_given_up_unless_it_is_on_the_wire_and_sent_where_some_have_it(
+def test_a_message_that_has_expired_is_given_up_unless_it_is_on_the_wire_and_sent_where_some_have_it(
     rig: QueueRig,
 ) -> None:
-    rig.accepted(*(submission(id_, deadline=NOW + 5, expires_ts=NOW + 5) for id_ in ("on the wire", "partly")))
-    rig.accepted(submission("waits", deadline=NOW + 5))
+    rig.accepted(*(submission(id_, expires_ts=NOW + 5) for id_ in ("on the wire", "partly", "waits")))
     _, partly = rig.claimed(2)
     recipients = {
         "has@example.com": mailproxy.RecipientOutcome(SENT, 250, "ok"),
@@ -3589,10 +3587,37 @@ def test_a_message_past_its_deadline_is_given_up_unless_it_is_on_the_wire_and_se
 
     assert {entry[:2] for entry in rig.catch_up()[1]} == {("partly", "main"), ("waits", "main")}
 
-    assert "max_age_seconds" in rig.fields_of("waits")["error"]
+    assert rig.fields_of("waits")["error"] == "expired: expires_ts has passed"
     assert [rig.fields_of(id_)["status"] for id_ in ("on the wire", "partly", "waits")] == ["queued", "sent", "error"]
     served = {address: outcome["status"] for address, outcome in rig.fields_of("partly")["recipients"].items()}
     assert served == {"has@example.com": "sent", "waits@example.com": "error"}
+
+
+def test_what_is_too_old_is_given_up_piece_by_piece_when_its_server_cannot_be_used(
+    rig: QueueRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mailproxy, "CHUNK", 2)
+    old = [submission(id_, priority=n) for n, id_ in enumerate(("on the wire", "limit", "connection", "ready"))]
+    rig.accepted(*old, submission("other", account_id="other"), submission("late", deferred_ts=NOW + 50))
+    for claim in rig.claimed(3)[1:]:
+        rig.recorded(claim, DEFERRED, deferred_ts=NOW + 99, reason=claim.id)
+    rig.now += 60
+    rig.accepted(submission("young"))
+    rig.catch_up()
+
+    rig.queue.give_up_aged("main", NOW + 10, "550 gone")
+
+    ended = []
+    while rig.queue.next_ts <= rig.now:
+        ended.append(rig.catch_up()[1])
+    assert [len(some) for some in ended] == [2, 1]
+    why = "expired: max_age_seconds reached; last: 550 gone"
+    assert sorted(entry for some in ended for entry in some) == [
+        (id_, "main", why) for id_ in ("connection", "limit", "ready")
+    ]
+    assert rig.tallies()[0]["main"][:2] == (3, 0)
+    rig.now += 60
+    assert rig.catch_up()[1] == []
 
 
 def test_a_rate_limited_turn_is_deferred_and_those_behind_it_wait_untouched(rig: QueueRig) -> None:
@@ -3649,7 +3674,7 @@ def test_failed_messages_get_a_new_life(rig: QueueRig) -> None:
     for claim, status in zip(rig.claimed(), (ERROR, SENT), strict=True):
         rig.recorded(claim, status, error="550 no")
 
-    assert rig.retry(["failed", "sent", "unknown"], lambda account: NOW + 77) == (1, ["unknown"], ["sent"], [])
+    assert rig.retry(["failed", "sent", "unknown"], {"main": None}) == (1, ["unknown"], ["sent"], [])
 
     fields = rig.fields_of("failed")
     assert (fields["status"], fields["attempts"], fields["error"], fields["error_ts"]) == ("queued", 0, None, None)
@@ -3858,7 +3883,7 @@ def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(
         counted("let the cooled go", rig.let_go(["main"], ("connection", "login")))
         counted("let the limited go", rig.let_go(["main"], ("limit",)))
         counted("fail", rig.recorded(*rig.claimed(1), ERROR, error="no"))
-        counted("retry", rig.retry([another], lambda account: 2 * NOW))
+        counted("retry", rig.retry([another], {"main": None}))
         counted("look up", rig.look_up(id_))
         counted("delete", rig.delete([another]))
         counted("forget", rig.forget(3600))
@@ -8069,32 +8094,49 @@ def test_run_now_in_test_mode_brings_out_what_is_due_and_no_more(
         reports.wait_for_entry("next", "sent")
 
 
-def test_mail_that_is_too_old_ends_wherever_it_waits(tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver) -> None:
+def test_mail_is_given_up_for_its_age_only_after_a_try_and_expires_wherever_it_waits(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
     config = {
-        "delivery": {"max_age_seconds": 1},
-        "account:gone": {"host": smtp.host, "port": smtp.port},
-        "account:down": {"host": smtp.host, "port": free_port(), "max_age_seconds": 3},  # time for a try
-        "account:quiet": {"host": smtp.host, "port": smtp.port, "max_age_seconds": 60},
+        "delivery": {"max_age_seconds": 1, "retry_delays": 1},
+        **{f"account:{id_}": {"host": smtp.host, "port": smtp.port} for id_ in ("gone", "quiet")},
+        "account:down": {"host": smtp.host, "port": free_port()},
     }
     with SleepyDaemon(tmp_path, config, smtp=smtp, reports=reports) as daemon:
-        for account in ("gone", "quiet"):
+        ask(daemon, "/account", account_at("limited", smtp, limit_per_day=1))
+        for account in ("gone", "quiet", "down"):
             ask(daemon, f"/account/{account}/suspend")
-        daemon.submit(
-            letter("gone", account_id="gone"),
-            letter("down", account_id="down"),
-            letter("quiet", account_id="quiet", expires_ts=int(time.time()) + 2),
-            letter("kept", account_id="quiet"),
-        )
+            daemon.submit(
+                letter(f"{account}-later", account_id=account, deferred_ts=int(time.time()) + 3600),
+                letter(f"{account}-expires", account_id=account, expires_ts=int(time.time()) + 2),
+                *letters(account, 3, account_id=account),
+            )
+        daemon.submit(letter("refused", "temp@example.com", account_id="quiet"))
+        daemon.submit(*letters("limited", 3, account_id="limited"), letter("retried", "greylist1@example.com"))
         del daemon.config["account:gone"]
         daemon.write_config()
         daemon.signal(signal.SIGHUP)
+        daemon.wait_status("retried", "deferred")
+        daemon.signal(signal.SIGSTOP)
+        time.sleep(1)
+        daemon.signal(signal.SIGCONT)
 
-        errors = {id_: reports.wait_for_entry(id_, "error")["error"] for id_ in ("gone", "down", "quiet")}
-        assert errors["gone"] == "expired: max_age_seconds reached"
-        assert errors["quiet"] == "expired: expires_ts has passed"
-        assert errors["down"].startswith("expired: max_age_seconds reached; last: ")
-        assert "refused" in errors["down"]
-        assert daemon.message("kept")["status"] == "queued"
+        for account in ("gone", "quiet", "down"):
+            error = reports.wait_for_entry(f"{account}-expires", "error")["error"]
+            assert error == "expired: expires_ts has passed"
+        ask(daemon, "/account", account_at("limited", smtp))
+        for account in ("quiet", "down"):
+            ask(daemon, f"/account/{account}/activate")
+
+        wait_sent(daemon, "retried", *(f"{account}-{n}" for account in ("quiet", "limited") for n in range(3)))
+        assert "451" in reports.wait_for_entry("refused", "error")["error"]
+        assert smtp.visits["temp@example.com"] == 1
+        for n in range(3):
+            error = reports.wait_for_entry(f"down-{n}", "error")["error"]
+            assert error.startswith("expired: max_age_seconds reached; last: ")
+            assert "refused" in error
+        assert {daemon.message(f"gone-{n}")["status"] for n in range(3)} == {"queued"}
+        assert {daemon.message(f"{id_}-later")["status"] for id_ in ("gone", "quiet", "down")} == {"deferred"}
 
 
 def test_one_connection_keeps_to_priority_and_order_and_lets_retries_take_turns(
@@ -8192,6 +8234,18 @@ def test_a_clock_that_is_set_by_an_hour_neither_stops_mail_nor_lets_it_rush(tmp_
         assert daemon.status()["accounts"]["limited"]["limits_left"] == {"hour": 0}
 
 
+def test_a_clock_that_is_set_by_years_makes_no_mail_too_old(tmp_path: Path, smtp: SmtpServer) -> None:
+    config = {"delivery": {"retry_delays": 1, "send_interval_seconds": 0.1}}
+    with TwistedDaemon(tmp_path, config, smtp=smtp) as daemon:
+        daemon.submit(letter("m", "greylist2@example.com"))
+        daemon.wait_status("m", "deferred")
+
+        daemon.set_clock(10 * 365 * 24 * HOUR_S)
+        daemon.wait_status("m", "sent")
+
+        assert smtp.visits["greylist2@example.com"] == 3
+
+
 def test_hosts_whose_look_up_hangs_hold_up_nobody_else(tmp_path: Path, smtp: SmtpServer) -> None:
     with TwistedDaemon(tmp_path, smtp=smtp) as daemon:
         for number in range(60):
@@ -8279,7 +8333,7 @@ def test_staging_sends_everything_to_one_address_or_to_allowed_ones_only(tmp_pat
 
 def test_a_damaged_row_becomes_an_error_of_its_own(tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver) -> None:
     damage = {"m-1": "{cut off", "m-2": "[1, 2]", "m-3": '{"a@example.com": ["nonsense", 1, ""]}'}
-    columns = ("priority", "created_at", "deadline", "attempts", "ready_at", "parts", "deferred_ts")
+    columns = ("priority", "created_at", "expires_ts", "attempts", "ready_at", "parts", "deferred_ts")
     with SleepyDaemon(tmp_path, smtp=smtp, reports=reports) as daemon:
         ask(daemon, "/commands/suspend")
         daemon.submit(*letters("m", 6), letter("late", expires_ts=int(time.time()) + 1))
