@@ -102,7 +102,9 @@ def starter() -> Path:
     os.chmod(folder, 0o755)  # other users run it too
     py_compile.compile(str(PROGRAM), f"{folder}/compiled/mailproxy.pyc", doraise=True)
     script = Path(folder, "mailproxy.py")
-    lines = ("import sys", f"sys.path[0] = {folder + '/compiled'!r}", "import mailproxy", "sys.exit(mailproxy.main())")
+    shorter = "vars(mailproxy).update(json.loads(os.environ.get('PAUSES', '{}')))"  # constants, as JSON
+    imports = ("import json, os, sys", f"sys.path[0] = {folder + '/compiled'!r}", "import mailproxy")
+    lines = (*imports, shorter, "sys.exit(mailproxy.main())")
     script.write_text("\n".join(lines) + "\n")
     return script
 
@@ -237,6 +239,10 @@ class PrivateCA:
 #
 # Behind the word anything may follow: perm+7@, slow3.invoice@, 550-x@. A sender
 # such as 451@ gets that reply at MAIL.
+#
+# What a provider does whatever the address is a rule: it is asked before each reply (to EHLO, MAIL, RCPT and the
+# end of data, ".") and gives one, or None for the usual. "drop" cuts the connection; a 421, or words that end with
+# "Bye", close it afterwards.
 
 _MANNER = re.compile(r"(?P<word>[245]\d\d|[a-z]+)(?P<number>\d+)?(?P<milli>ms)?(?:[+.-].*)?")
 _REFUSALS = {"temp": "451 4.3.0 Try again later", "perm": "550 5.1.1 No such user here"}
@@ -276,6 +282,19 @@ class Received:
         return email.message_from_bytes(self.content, policy=email.policy.default)
 
 
+@dataclass
+class Visit:
+    """What one connection has seen so far, for the rule of a provider."""
+
+    number: int = 0  # of the connection; 0 until greeted
+    taken: int = 0  # messages
+    refused: int = 0  # commands, by the rule
+    recipients: int = 0  # RCPT commands of this transaction
+
+
+Rule = Callable[[str, Visit, str], Any]  # verb, visit, argument -> a reply or None, or a coroutine that ends so
+
+
 class _Line(SMTP):
     """One connection to the server, which is its event_handler."""
 
@@ -309,6 +328,7 @@ class SmtpServer:
     max_connections: int = 1_000  # at once, then 421 at the greeting
     smtputf8: bool = True
     pipelining: bool = False
+    rule: Rule | None = None  # of the provider, from now on
 
     host, port = "127.0.0.1", 0
     connections = 0  # ever greeted
@@ -319,6 +339,8 @@ class SmtpServer:
         self.received: list[Received] = []
         self.logins: list[tuple[str, bool]] = []  # user, accepted
         self.visits: Counter[str] = Counter()  # RCPT commands by address
+        self.heard: Counter[str] = Counter()  # what the rule was asked about, by verb
+        self.said: Counter[str] = Counter()  # what it said, by verb
         context = self.certificate.server_context() if self.certificate else None
         self._tls, starttls = (context, None) if self.implicit_tls else (None, context)
         self._options: dict[str, Any] = {
@@ -395,7 +417,7 @@ class SmtpServer:
                 self.refused += 1
                 return "421 4.7.0 Too many connections"
             self.connections += 1
-            line.number = self.connections
+            line.number, line.visit = self.connections, Visit(self.connections)
             self._lines[line.number] = line
             self.most_connections = max(self.most_connections, len(self._lines))
         return None
@@ -409,6 +431,8 @@ class SmtpServer:
 
     async def handle_EHLO(self, _line: Any, session: Any, _envelope: Any, hostname: str, words: list[str]) -> list[str]:
         session.host_name = hostname
+        if said := await self._ruled(_line, "EHLO", hostname):
+            return [said]
         if not self.accounts:
             words = [word for word in words if not word.startswith("250-AUTH")]
         if self.pipelining:
@@ -418,6 +442,9 @@ class SmtpServer:
     async def handle_MAIL(self, line: Any, session: Any, envelope: Any, address: str, options: list[str]) -> str:
         if self.accounts and not session.authenticated:
             return "530 5.7.0 Authentication required"
+        line.visit.recipients = 0
+        if said := await self._ruled(line, "MAIL", address):
+            return said
         word = Manner.of(address).word
         if word.isdigit():
             return await self._say(line, word)
@@ -428,6 +455,9 @@ class SmtpServer:
     async def handle_RCPT(self, line: Any, _session: Any, envelope: Any, address: str, _options: list[str]) -> str:
         with self._news:
             self.visits[address] += 1
+        line.visit.recipients += 1
+        if said := await self._ruled(line, "RCPT", address):
+            return said
         manner = Manner.of(address)
         if manner.word == "slowrcpt":
             await asyncio.sleep(manner.seconds)
@@ -445,6 +475,8 @@ class SmtpServer:
         return "250 2.1.5 Ok"
 
     async def handle_DATA(self, line: Any, _session: Any, envelope: Any) -> str:
+        if said := await self._ruled(line, ".", envelope.original_content.decode("latin-1")):
+            return said
         asked = {address: Manner.of(address) for address in envelope.rcpt_tos}
         await asyncio.sleep(max(m.seconds if m.word == "slow" else 0 for m in asked.values()))
         for address, manner in asked.items():
@@ -463,6 +495,7 @@ class SmtpServer:
         with self._news:
             self.received.append(received)
             self._news.notify_all()
+        line.visit.taken += 1
         if any(m.word == "dropdata" and self._still(address, m) for address, m in asked.items()):
             await self._hang_up(line)
         return f"250 2.0.0 Ok: queued as {len(self.received)}"
@@ -471,10 +504,24 @@ class SmtpServer:
         """Whether the address misbehaves this time: drop@ always does, drop1@ the first time."""
         return manner.number is None or self.visits[address] <= manner.number
 
-    async def _say(self, line: Any, code: str) -> str:
-        """The reply of an address such as 550@; 421 ends the connection (RFC 5321 3.8)."""
-        reply = f"{code} {code[0]}.0.0 As the address asks"
-        if code == "421":
+    async def _ruled(self, line: Any, verb: str, argument: str) -> str | None:
+        """What the provider's rule says in place of the usual reply."""
+        self.heard[verb] += 1
+        said = self.rule(verb, line.visit, argument) if self.rule else None
+        if inspect.isawaitable(said):
+            said = await said
+        if said is None:
+            return None
+        line.visit.refused += 1
+        self.said[verb] += 1
+        if said == "drop":
+            await self._hang_up(line)
+        return await self._say(line, said)
+
+    async def _say(self, line: Any, reply: str) -> str:
+        """The reply of an address such as 550@, or of a rule; 421 ends the connection (RFC 5321 3.8)."""
+        reply = f"{reply} {reply[0]}.0.0 As the address asks" if reply.isdigit() else reply
+        if reply.startswith("421") or reply.endswith("Bye"):
             line.transport.write(reply.encode() + b"\r\n")
             line.transport.close()
             await asyncio.Event().wait()  # ends when the connection does
@@ -8486,6 +8533,344 @@ def test_waiting_costs_no_processor_time(tmp_path: Path, smtp: SmtpServer, black
             time.sleep(0.5)
             assert cpu_seconds(daemon) - before < 0.08, command
         daemon.kill()
+
+
+# ======================================================================
+# PROVIDERS AS THEY ARE - what a reply is about, and what becomes of the mail
+# ======================================================================
+#
+# A test for each row: the server has a rule, the daemon comes as it is, only the pauses of its lanes are shorter.
+# Whether something was tried too often is counted, not timed.
+
+SHORT_PAUSES = {"COOLING_S": [0.3], "ACCOUNT_COOLING_S": [0.5]}
+
+
+@contextlib.contextmanager
+def providers(
+    folder: Path, reports: ReportReceiver, *rules: Rule | None, pauses: Any = None, delays: str = "3600", **account: Any
+) -> Iterator[tuple[SleepyDaemon, list[SmtpServer]]]:
+    """A daemon with an account, p0, p1 and so on, at a provider for each rule."""
+    environment = {"PAUSES": json.dumps({**SHORT_PAUSES, **(pauses or {})})}
+    config = {"delivery": {"retry_delays": delays}}
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(SmtpServer(pipelining=True, rule=rule, max_recipients=100)) for rule in rules]
+        daemon = stack.enter_context(SleepyDaemon(folder, config, reports=reports, environment=environment))
+        for number, server in enumerate(servers):
+            ask(daemon, "/account", account_at(f"p{number}", server, **account))
+        yield daemon, servers
+
+
+def mail_for(account: str, count: int, *to: str, **fields: Any) -> list[dict[str, Any]]:
+    return [letter(f"{account}-{n}", *to, account_id=account, **fields) for n in range(count)]
+
+
+def wait_all_settled(daemon: Daemon, timeout: float = 15) -> None:
+    """Until every message has had its end, and it was reported."""
+
+    def settled() -> bool:
+        status = daemon.status()
+        return status["pending"] == status["unreported"] == 0
+
+    wait_until(settled, lambda: f"the end of {daemon.status()}", timeout)
+
+
+def became(daemon: Daemon, account: str = "p0") -> Counter[tuple[str, int]]:
+    """How many messages of the account have which status and attempts."""
+    records = daemon.get(f"/messages?account_id={account}").json["messages"]
+    return Counter((record["status"], record["attempts"]) for record in records)
+
+
+def account_up(daemon: Daemon, account: str = "p0") -> float:
+    exposition = daemon.get("/metrics").content.decode()
+    return float(re.search(rf'mailproxy_account_up{{account="{account}"}} (\S+)', exposition)[1])
+
+
+def lines_of(daemon: Daemon, level: str, account: str = "p0") -> list[str]:
+    return [line for line in daemon.log.splitlines() if f" {level} " in line and f"account={account}" in line]
+
+
+def no_trouble(daemon: Daemon, reports: ReportReceiver, servers: list[SmtpServer], count: int) -> None:
+    """Every message went out once and at its first attempt; nobody was told of anything else."""
+    wait_all_settled(daemon)
+    for number, server in enumerate(servers):
+        assert became(daemon, f"p{number}") == {("sent", 1): count}
+        assert sorted(subjects(server)) == sorted(f"p{number}-{n}" for n in range(count))
+        assert (account_up(daemon, f"p{number}"), state_of(daemon, f"p{number}")) == (1, "up")
+    assert {entry["status"] for entry in reports.entries} == {"sent"}
+    assert not re.search(r"cooling| ERROR ", daemon.log)
+
+
+# -- about the session
+
+
+def test_a_connection_that_refuses_every_mail_takes_none_from_the_one_that_works(
+    tmp_path: Path, reports: ReportReceiver
+) -> None:
+    here: list[int] = []  # connections, in the order of their first MAIL
+
+    async def one_at_a_time(verb: str, visit: Visit, _: str) -> str | None:
+        if verb == "MAIL" and visit.number not in here:
+            here.append(visit.number)
+        if verb == "MAIL" and visit.number != here[0]:
+            return "432 4.3.2 Concurrent connections limit exceeded"
+        await asyncio.sleep(0.1 if verb == "." else 0)
+        return None
+
+    with providers(tmp_path, reports, one_at_a_time, max_connections=2) as (daemon, servers):
+        daemon.submit(*mail_for("p0", 20))
+
+        no_trouble(daemon, reports, servers, 20)
+        assert servers[0].said["MAIL"] <= 3
+
+
+def test_a_server_that_serves_three_at_a_time_gets_no_more_than_it_takes(
+    tmp_path: Path, reports: ReportReceiver
+) -> None:
+    served = most = 0
+
+    async def three(verb: str, _visit: Visit, _: str) -> str | None:
+        nonlocal served, most
+        if verb == "." and served == 3:
+            return "432 4.3.2 STOREDRV.ClientSubmit; sender thread limit exceeded"
+        if verb == ".":
+            served += 1
+            most = max(most, served)
+            await asyncio.sleep(0.1)
+            served -= 1
+        return None
+
+    with providers(tmp_path, reports, three) as (daemon, servers):
+        daemon.submit(*mail_for("p0", 60))
+
+        no_trouble(daemon, reports, servers, 60)
+        assert (most, servers[0].said["."] < 20) == (3, True), servers[0].said
+
+
+def test_so_many_messages_a_session_cost_a_new_connection_each_and_nothing_else(
+    tmp_path: Path, reports: ReportReceiver
+) -> None:
+    replies = (
+        "421 4.7.0 Too many messages in this connection", "451 4.7.0 Temporary server error", "452 4.4.5 Enough",
+        "550 This message has exceeded the max number of messages per session. IB510", "drop",
+    )  # fmt: skip
+
+    def five(reply: str, verb: str, visit: Visit, _: str) -> str | None:
+        return reply if verb == "MAIL" and visit.taken >= 5 else None
+
+    rules = [functools.partial(five, reply) for reply in replies]
+    with providers(tmp_path, reports, *rules, max_connections=1) as (daemon, servers):
+        for number in range(len(replies)):
+            daemon.submit(*mail_for(f"p{number}", 30))
+
+        no_trouble(daemon, reports, servers, 30)
+        for server in servers:
+            assert (server.connections, max(Counter(r.connection for r in server.received).values())) == (6, 5)
+
+
+def test_where_no_session_is_served_the_mail_waits_untouched_and_goes_once_one_is(
+    tmp_path: Path, reports: ReportReceiver
+) -> None:
+    def refuses(verb: str, _visit: Visit, _: str) -> str | None:
+        return "432 4.3.2 Concurrent connections limit exceeded" if verb == "MAIL" else None
+
+    with providers(tmp_path, reports, refuses) as (daemon, [server]):
+        daemon.submit(*mail_for("p0", 20))
+        daemon.wait_for_log("cooling")
+        assert daemon.status()["accounts"]["p0"]["reason"] == "432 4.3.2 Concurrent connections limit exceeded"
+        assert set(became(daemon)) <= {("queued", 0), ("deferred", 0)}
+        server.rule = None
+
+        wait_all_settled(daemon)
+        assert became(daemon) == {("sent", 1): 20}
+        assert {(e["status"], e["attempts"]) for e in reports.entries} == {("deferred", 0), ("sent", 1)}
+        assert (len(server.received), account_up(daemon), lines_of(daemon, "ERROR")) == (20, 1, [])
+
+
+def rate(limit: int, window_s: float) -> Rule:
+    """So many MAIL commands in any window, then 450."""
+    times: deque[float] = deque(maxlen=limit)
+
+    def rule(verb: str, _visit: Visit, _: str) -> str | None:
+        now = time.monotonic()
+        if verb == "MAIL" and len(times) == limit and now - times[0] < window_s:
+            return "450 4.7.1 Error: too much mail from 127.0.0.1"
+        if verb == "MAIL":
+            times.append(now)
+        return None
+
+    return rule
+
+
+def test_a_rate_limit_of_the_server_slows_the_mail_and_costs_few_refusals(
+    tmp_path: Path, reports: ReportReceiver
+) -> None:
+    pauses = {"COOLING_S": [0.05, 0.15, 0.6, 3]}  # a hundredth of the usual, and of a minute
+    with providers(tmp_path, reports, rate(10, 0.6), pauses=pauses) as (daemon, [server]):
+        daemon.submit(*mail_for("p0", 40))
+
+        wait_all_settled(daemon)
+        assert became(daemon) == {("sent", 1): 40}
+        assert (len(server.received), server.said["MAIL"] < 60, lines_of(daemon, "ERROR")) == (40, True, [])
+
+
+def test_a_server_that_says_how_long_to_wait_is_left_alone_for_so_long(tmp_path: Path, reports: ReportReceiver) -> None:
+    times: list[float] = []
+
+    def wait_a_second(verb: str, _visit: Visit, _: str) -> str | None:
+        times.extend([time.monotonic()] if verb == "MAIL" else [])
+        return "450 4.7.1 Too many messages. Try again in 1 seconds" if verb == "MAIL" and len(times) == 1 else None
+
+    with providers(tmp_path, reports, wait_a_second, pauses={"COOLING_S": [0.01]}, max_connections=1) as (daemon, _):
+        daemon.submit(*mail_for("p0", 3))
+
+        wait_all_settled(daemon)
+        assert became(daemon) == {("sent", 1): 3}
+        assert times[1] - times[0] >= 1
+
+
+# -- about the account
+
+ACCOUNT_REPLIES = [  # at which verb, the reply, a word of the cure
+    ("MAIL", "530 5.7.0 Authentication required", "user"),
+    ("MAIL", "530 5.7.57 Client not authenticated to send mail", "user"),
+    (".", "550 5.4.5 Daily user sending limit exceeded. For more information", "limit_per_day"),
+    (".", "554 5.2.0 STOREDRV.Submission.Exception:SubmissionQuotaExceededException; Failed", "limit_per_day"),
+    (".", "550 5.4.6 Unusual sending activity detected.", "blocked"),
+    (".", "550 5.1.8 Access denied, bad outbound sender", "blocked"),
+    ("RCPT", "554 5.7.1 <ok@example.com>: Relay access denied", "user"),
+    ("RCPT", "504 5.5.2 <foo>: Helo command rejected: need fully-qualified hostname", "hostname"),
+    (".", "554 5.7.0 Ask Joe at the office", ""),  # known by account_replies only
+]
+
+
+def test_what_a_server_says_of_the_account_never_touches_its_queue(tmp_path: Path, reports: ReportReceiver) -> None:
+    def refuse(at: str, reply: str, verb: str, _visit: Visit, _: str) -> str | None:
+        return reply if verb == at else None
+
+    rules = [functools.partial(refuse, at, reply) for at, reply, _ in ACCOUNT_REPLIES]
+    with providers(tmp_path, reports, *rules, account_replies="454 no, 554 5.7.0 ask joe") as (daemon, servers):
+        for number in range(len(rules)):
+            daemon.submit(*mail_for(f"p{number}", 20))
+        for number, (_, reply, cure) in enumerate(ACCOUNT_REPLIES):
+            account = f"p{number}"
+            errors = wait_until(lambda account=account: lines_of(daemon, "ERROR", account), f"a line about {reply}", 15)
+            assert (reply in errors[0], cure in errors[0].replace(reply, "")) == (True, True), errors
+            assert daemon.status()["accounts"][account]["reason"] == reply
+            assert account_up(daemon, account) == 0
+            assert set(became(daemon, account)) <= {("queued", 0), ("deferred", 0)}
+            servers[number].rule = None  # it changes its mind
+
+        wait_all_settled(daemon)
+        for number, (verb, reply, _) in enumerate(ACCOUNT_REPLIES):
+            account, server = f"p{number}", servers[number]
+            assert became(daemon, account) == {("sent", 1): 20}
+            assert sorted(subjects(server)) == sorted(f"{account}-{n}" for n in range(20))
+            assert account_up(daemon, account) == 1
+            first = server.said[verb] - (len(lines_of(daemon, "ERROR", account)) - 1)  # a line for each later try
+            assert 1 <= first <= 5, (reply, server.said)
+        deferred = [entry for entry in reports.entries if entry["status"] == "deferred"]
+        assert {entry["error"] for entry in deferred} == {reply for _, reply, _ in ACCOUNT_REPLIES}
+        assert {(e["status"], e["attempts"]) for e in reports.entries} == {("deferred", 0), ("sent", 1)}
+
+
+def test_relaying_denied_is_about_the_recipient_once_the_account_has_had_mail_accepted(
+    tmp_path: Path, reports: ReportReceiver
+) -> None:
+    def internal_only(verb: str, _visit: Visit, address: str) -> str | None:
+        return "554 5.7.1 Relay access denied" if verb == "RCPT" and "outside" in address else None
+
+    with providers(tmp_path, reports, internal_only) as (daemon, _):
+        daemon.submit(letter("inside", account_id="p0"))
+        wait_sent(daemon, "inside")
+        daemon.submit(*mail_for("p0", 6, "outside@example.com"), letter("next", account_id="p0"))
+
+        wait_all_settled(daemon)
+        assert became(daemon) == {("sent", 1): 2, ("error", 1): 6}
+
+
+@pytest.mark.parametrize("at", ["MAIL", "RCPT", "."])
+def test_the_same_refusal_to_every_message_stops_the_lane_before_the_queue_is_lost(
+    tmp_path: Path, reports: ReportReceiver, at: str
+) -> None:
+    counter = itertools.count(4711)
+
+    def unknown_words(verb: str, _visit: Visit, argument: str) -> str | None:
+        return f"554 5.7.1 Policy forbids {argument[:14]} (ref {next(counter)})" if verb == at else None
+
+    with providers(tmp_path, reports, unknown_words, max_connections=1) as (daemon, [server]):
+        daemon.submit(*(letter(f"m-{n}", f"ok+{n}@example.com", account_id="p0") for n in range(20)))
+        wait_until(lambda: lines_of(daemon, "ERROR"), "a line that says so", 15)
+        assert (account_up(daemon), "forbids" in daemon.status()["accounts"]["p0"]["reason"]) == (0, True)
+        server.rule = None
+
+        wait_all_settled(daemon)
+        lost = 2 + len(lines_of(daemon, "ERROR"))  # three, and one for each later try
+        assert lost <= 5
+        assert became(daemon) == {("error", 1): lost, ("sent", 1): 20 - lost}
+        assert (server.said[at], account_up(daemon), state_of(daemon, "p0")) == (lost, 1, "up")
+
+
+# -- about recipients
+
+
+def test_every_second_recipient_refused_for_now_is_served_at_once_all_the_same(
+    tmp_path: Path, reports: ReportReceiver
+) -> None:
+    def every_other(verb: str, visit: Visit, _: str) -> str | None:
+        return "451 4.3.0 One destination at a time" if verb == "RCPT" and visit.recipients % 2 == 0 else None
+
+    with providers(tmp_path, reports, every_other) as (daemon, servers):
+        recipients = [f"ok+{n}@example.com" for n in range(20)]
+        daemon.submit(*mail_for("p0", 1, *recipients))
+
+        wait_sent(daemon, "p0-0")
+        assert sorted(a for r in servers[0].received for a in r.recipients) == sorted(recipients)
+        assert len(servers[0].received) == 5
+        assert {entry["status"] for entry in reports.entries} <= {"sent"}
+        assert became(daemon) == {("sent", 1): 1}
+
+
+def test_greylisting_keeps_its_connection_and_its_schedule(tmp_path: Path, reports: ReportReceiver) -> None:
+    with providers(tmp_path, reports, None, delays="1, 3600", max_connections=1) as (daemon, [server]):
+        daemon.submit(*(letter(f"m-{n}", f"greylist1+{n}@example.com", account_id="p0") for n in range(10)))
+        wait_all_settled(daemon)
+        assert became(daemon) == {("sent", 2): 10}
+        assert set(server.visits.values()) == {2}
+
+        daemon.submit(letter("both", "ok@example.com", "greylist1+both@example.com", account_id="p0"))
+        assert daemon.wait_status("both", "sent")["attempts"] == 1
+        daemon.submit(letter("later", "ok+later@example.com", "greylist9@example.com", account_id="p0"))
+        assert daemon.wait_status("later", "deferred")["attempts"] == 1
+        assert server.visits["greylist9@example.com"] == 2
+        assert len(server.received_by("ok+later@example.com")) == 1
+        assert (server.connections, "cooling" in daemon.log) == (1, False)
+
+
+def test_a_tarpit_that_doubles_its_delay_costs_no_attempt(tmp_path: Path, reports: ReportReceiver) -> None:
+    async def tarpit(verb: str, visit: Visit, argument: str) -> str | None:
+        if verb != "RCPT" or "unknown" not in argument:
+            return None
+        await asyncio.sleep(0.02 * 2**visit.refused)
+        return "550 5.1.1 No such user"
+
+    with providers(tmp_path, reports, tarpit) as (daemon, [server]):
+        daemon.submit(*mail_for("p0", 1, *(f"unknown+{n}@example.com" for n in range(6)), "ok@example.com"))
+
+        wait_all_settled(daemon)
+        assert became(daemon) == {("sent", 1): 1}
+        assert (server.connections, server.heard["MAIL"]) == (1, 1)
+
+
+def test_150_recipients_at_a_server_that_takes_100_go_in_two_transactions(
+    tmp_path: Path, reports: ReportReceiver
+) -> None:
+    with providers(tmp_path, reports, None, max_recipients=150) as (daemon, [server]):
+        daemon.submit(*mail_for("p0", 1, *(f"ok+{n}@example.com" for n in range(150))))
+
+        wait_all_settled(daemon)
+        assert became(daemon) == {("sent", 1): 1}
+        assert [len(received.recipients) for received in server.received] == [100, 50]
+        assert server.heard["MAIL"] == 2
 
 
 # ======================================================================
