@@ -4834,11 +4834,30 @@ QUIT_TIMEOUT_S = 5.0
 LONGEST_REPLY_BYTES = 65_536
 CONTENT_PIECE_BYTES = 65_536  # of a content, between two looks at the server and at everybody else
 
-_ENHANCED_CODE = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s+|$)")  # RFC 3463
+_CODE = re.compile(r"(?:(\d{3})|#?([245]\.\d{1,3}\.\d{1,3}))(?:[\s:-]+|$)")  # enhanced: RFC 3463
 _REPLY_LINE = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
 _LIMIT = re.compile(r"(?i)(?<!\S)(MAILMAX|RCPTMAX|RCPTDOMAINMAX)=([1-9][0-9]{0,5})(?!\S)")  # RFC 9422 3
 _UNSPEAKABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _ANY_LINE_END = re.compile(rb"\r\n|\r|\n")
+
+# What a person does about it, for failures that are met again and again; the numbers are OpenSSL's.
+_OF_AN_AUTHORITY = "; name the certificate of its authority as ca_file (a file in PEM)"
+_OF_ANOTHER_NAME = "; set host to a name that is in it"
+_CERTIFICATE_CURES = {
+    18: "; name a copy of it (in PEM) as ca_file, or set verify_tls = false",
+    **dict.fromkeys((2, 19, 20, 21), _OF_AN_AUTHORITY),
+    **dict.fromkeys((62, 64), _OF_ANOTHER_NAME),
+}
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")  # by the version of OpenSSL
+_SPEAKS_IN_CLEAR = (
+    "; this port begins in clear: set implicit_tls = false (and start_tls, port 587 or 25), or port = 465"
+)
+_WAITS_FOR_TLS = "; a port that expects TLS from the first byte says nothing: set implicit_tls = true if it is one"
+_NO_STARTTLS = (
+    "the account requires TLS, but the server does not offer STARTTLS; where it speaks TLS from the first byte,"
+    " set that port and implicit_tls = true"
+)
+_SPEAKS_LMTP = "(this port speaks LMTP: set port, or host, to where the server speaks SMTP, mostly 587 or 25)"
 
 
 # ----- replies
@@ -4852,12 +4871,12 @@ def one_line(text: str) -> str:
 
 
 def server_reply(stage: Stage, code: int, lines: Iterable[str]) -> Reply:
-    """The server's own words; the enhanced code is believed when its class fits (RFC 2034 4)."""
+    """The server's own words, in which no line begins with a code: some say it twice, some on each line. The
+    enhanced code is believed when its class fits (RFC 2034 4)."""
     enhanced_code, texts = None, []
     for line in map(str.strip, lines):
-        found = _ENHANCED_CODE.match(line)
-        if found and line[0] == str(code)[0]:
-            enhanced_code = enhanced_code or found[1]
+        while (found := _CODE.match(line)) and (found[1] or found[2][0]) in (str(code), str(code)[0]):
+            enhanced_code = enhanced_code or found[2]
             line = line[found.end() :]
         texts.append(line)
     return Reply(stage, code, one_line(" ".join(texts)), enhanced_code)
@@ -4875,8 +4894,9 @@ def local_reply(stage: Stage, text: str, cause: Cause = Cause.LOCAL) -> Reply:
     return Reply(stage, code, one_line(text), enhanced_code, cause)
 
 
-def _reply_of_failure(stage: Stage, failure: Exception) -> Reply:
-    """A reply for what aiosmtplib, ssl or the network raised while a session was opened."""
+def _reply_of_failure(stage: Stage, failure: Exception, account: Account) -> Reply:
+    """A reply for what aiosmtplib, ssl or the network raised while a session was opened, with the cure if we know."""
+    in_clear = account.encryption != "implicit"
     if isinstance(failure, aiosmtplib.SMTPResponseException):
         if 400 <= failure.code < 600:
             return server_reply(stage, failure.code, failure.message.split("\n"))
@@ -4884,11 +4904,14 @@ def _reply_of_failure(stage: Stage, failure: Exception) -> Reply:
     while isinstance(failure.__cause__, OSError):
         failure = failure.__cause__
     if isinstance(failure, ssl.SSLCertVerificationError):
-        return local_reply(Stage.TLS, f"the server's certificate is not accepted: {failure.verify_message}")
+        cure = _CERTIFICATE_CURES.get(failure.verify_code, "")
+        return local_reply(Stage.TLS, f"the server's certificate is not accepted: {failure.verify_message}{cure}")
     if isinstance(failure, ssl.SSLError):
-        return local_reply(Stage.TLS, f"no TLS with the server: {failure.reason or failure}")
+        cure = "" if in_clear or failure.reason not in _NO_TLS else _SPEAKS_IN_CLEAR
+        return local_reply(Stage.TLS, f"no TLS with the server: {failure.reason or failure}{cure}")
     if isinstance(failure, (TimeoutError, ConnectionAbortedError)):  # the latter: a handshake took too long
-        return local_reply(stage, "no answer in time", Cause.TIMEOUT)
+        cure = _WAITS_FOR_TLS if in_clear and stage is Stage.CONNECT else ""
+        return local_reply(stage, f"no answer in time{cure}", Cause.TIMEOUT)
     if isinstance(failure, ConnectionError):
         reason = f": {failure.strerror}" if failure.strerror else ""
         return local_reply(stage, f"connection lost{reason}", Cause.LOST)
@@ -5220,23 +5243,24 @@ class Session(asyncio.Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """Who we are; the secret is a password or, with XOAUTH2, an access token."""
+    """Who we are; the secret is a password or an access token."""
 
     user: str
     secret: str = field(repr=False)
 
-    @property
-    def xoauth2(self) -> bytes:
-        return base64.b64encode(f"user={self.user}\x01auth=Bearer {self.secret}\x01\x01".encode())
-
     def scrubbed(self, reply: Reply) -> Reply:
-        """The reply of a server that may have repeated the credentials, without them."""
-        plain = base64.b64encode(f"\0{self.user}\0{self.secret}".encode())  # RFC 4616
-        encoded = base64.b64encode(self.secret.encode())
-        text = reply.text
-        for secret in (plain.decode(), self.xoauth2.decode(), encoded.decode(), self.secret):
-            text = text.replace(secret, "***") if secret else text
-        return reply._replace(text=text)
+        """The reply of a server that may have repeated the credentials, in base64 or not, without them."""
+        start = self.secret[:16]  # what follows may be cut off
+
+        def hidden(word: re.Match[str]) -> str:
+            with contextlib.suppress(ValueError):
+                return "***" if start.encode() in base64.b64decode(word[0] + "==") else word[0]
+            return word[0]
+
+        if not start:
+            return reply
+        text = re.sub(r"[A-Za-z0-9+/]+=*", hidden, reply.text)
+        return reply._replace(text=re.sub(re.escape(start) + r"\S*", "***", text))
 
 
 async def _connect(account: Account, in_thread: InThread) -> socket.socket | Reply:
@@ -5272,17 +5296,25 @@ async def _connect(account: Account, in_thread: InThread) -> socket.socket | Rep
     return local_reply(Stage.CONNECT, "; ".join(failures), cause)
 
 
-async def _say_hello(smtp: aiosmtplib.SMTP) -> None:
-    """EHLO, or HELO to a server that does not know it (RFC 5321 3.2)."""
+async def _say_hello(smtp: aiosmtplib.SMTP, greeting: str) -> None:
+    """EHLO, or HELO to a server that does not know it (RFC 5321 3.2); who knows neither may be one of LMTP."""
     try:
         await smtp.ehlo()
     except aiosmtplib.SMTPHeloError as refusal:
         if refusal.code < 500:
             raise
-        await smtp.helo()
+        try:
+            await smtp.helo()
+        except aiosmtplib.SMTPHeloError as last:
+            lmtp = re.search("(?i)lmtp|lhlo", f"{greeting} {refusal.message} {last.message}") is not None
+            if not lmtp and last.code in (500, 502):
+                with contextlib.suppress(aiosmtplib.SMTPException):
+                    lmtp = (await smtp.execute_command(b"LHLO", str(smtp.local_hostname).encode())).code == 250
+            hint = _SPEAKS_LMTP if lmtp else ""
+            raise aiosmtplib.SMTPHeloError(last.code, f"{last.message} {hint}") from None
 
 
-def _offers_of(smtp: aiosmtplib.SMTP) -> Offers:
+def _offers_of(smtp: aiosmtplib.SMTP, auth: Iterable[str]) -> Offers:
     size = smtp.esmtp_extensions.get("size", "")
     limits = {name.upper(): int(most) for name, most in _LIMIT.findall(smtp.esmtp_extensions.get("limits", ""))}
     encryption = smtp.get_transport_info("ssl_object")
@@ -5291,7 +5323,7 @@ def _offers_of(smtp: aiosmtplib.SMTP) -> Offers:
         pipelining=smtp.supports_extension("pipelining"),
         smtputf8=smtp.supports_extension("smtputf8"),
         eight_bit_mime=smtp.supports_extension("8bitmime"),
-        auth=tuple(smtp.server_auth_methods),
+        auth=tuple(auth),
         tls=encryption.version() if encryption is not None else None,
         mail_max=limits.get("MAILMAX"),
         rcpt_max=limits.get("RCPTMAX"),
@@ -5300,13 +5332,15 @@ def _offers_of(smtp: aiosmtplib.SMTP) -> Offers:
 
 
 async def _log_in(smtp: aiosmtplib.SMTP, account: Account, login: Login) -> None:
-    """One login with one method: a refused password is not tried again another way.
+    """One login with one method (RFC 4954): a refused password is not tried again another way.
 
     The method is the one asked for, or the best that both know: in clear one that hides the password comes first.
     """
     wanted = ["cram-md5", "plain", "login"]
-    if account.oauth2_token_url:
-        wanted = ["xoauth2"]
+    if account.auth == "oauthbearer":
+        wanted = ["oauthbearer"]
+    elif account.oauth2_token_url:
+        wanted = ["xoauth2", "oauthbearer"]
     elif account.auth != "auto":
         wanted = [account.auth]
     elif smtp.get_transport_info("sslcontext") is not None:
@@ -5315,18 +5349,35 @@ async def _log_in(smtp: aiosmtplib.SMTP, account: Account, login: Login) -> None
     method = next((method for method in wanted if method in offered), None)
     if method is None:
         names = f"only AUTH {', '.join(offered).upper()}" if offered else "no AUTH"
-        raise aiosmtplib.SMTPException(f"the server offers {names}; the account wants to log in ({account.auth})")
-    if method != "xoauth2":
-        speak = {"plain": smtp.auth_plain, "login": smtp.auth_login, "cram-md5": smtp.auth_crammd5}[method]
-        await speak(login.user, login.secret)
-        return
-    response = await smtp.execute_command(b"AUTH", b"XOAUTH2", login.xoauth2)
+        more = "; it may after STARTTLS: set start_tls = auto" if smtp.supports_extension("starttls") else ""
+        raise aiosmtplib.SMTPException(f"the server offers {names}; the account wants to log in ({account.auth}){more}")
+    plain, bearer = f"\0{login.user}\0{login.secret}", f"auth=Bearer {login.secret}\x01\x01"
+    name, place = login.user.replace("=", "=3D").replace(",", "=2C"), f"host={account.host}\x01port={account.port}"
+    initial, *answers = {
+        "plain": (plain, plain),  # RFC 4616
+        "login": (login.user, login.secret),
+        "cram-md5": ("", login.user),
+        "xoauth2": (f"user={login.user}\x01{bearer}", ""),  # a refusal is a challenge that says why
+        "oauthbearer": (f"n,a={name},\x01{place}\x01{bearer}", "\x01"),  # RFC 7628, the same
+    }[method]
+    command = (b"AUTH", method.upper().encode())
+    response = await smtp.execute_command(*command, *filter(None, [base64.b64encode(initial.encode())]))
+    if method == "login" and response.code // 10 == 50 and not response.message.startswith("5.7."):
+        response = await smtp.execute_command(*command)  # it wants the name on a line of its own
+        answers.insert(0, login.user)
     explanation = ""
-    if response.code == 334:  # a refusal, as a challenge that explains it, to be answered by an empty line
+    while response.code == 334 and answers:
+        challenge, answer = b"", answers.pop(0)
         with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
-            explanation = f"(status {json.loads(base64.b64decode(response.message))['status']})"
-        response = await smtp.execute_command(b"")
+            challenge = base64.b64decode(response.message)
+            explanation = f"(status {json.loads(challenge)['status']})"
+        if method == "cram-md5":  # RFC 2195
+            answer += f" {hmac.new(login.secret.encode(), challenge, 'md5').hexdigest()}"
+        response = await smtp.execute_command(base64.b64encode(answer.encode()))
     if response.code != 235:
+        other = next((name for name in ("plain", "login") if name in offered), None)
+        if method == "cram-md5" and other and response.code >= 500:
+            explanation = f"(to CRAM-MD5: if the password is right, auth = {other} would help)"
         raise aiosmtplib.SMTPAuthenticationError(response.code, f"{response.message} {explanation}")
 
 
@@ -5338,6 +5389,8 @@ def client_tls_context(account: Account) -> ssl.SSLContext:
             raise OSError(errno.EINVAL, "not a regular file", file)
     context = ssl.create_default_context(cafile=account.ca_file)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if account.ca_file:  # of Python 3.13 on defaults; private authorities rarely follow RFC 5280 to the letter
+        context.verify_flags = (context.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN) & ~ssl.VERIFY_X509_STRICT
     if not account.verify_tls:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -5440,7 +5493,8 @@ class TokenKeeper:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class DeliveryAgent:
-    """Opens sessions for all accounts; `hostname` is what we call ourselves, in ASCII."""
+    """Opens sessions for all accounts. `hostname` is our name in EHLO where an account has none; "": the address of
+    the connection (RFC 5321 4.1.1.1)."""
 
     hostname: str
     reveal: Callable[[Secret], str]
@@ -5473,10 +5527,11 @@ class DeliveryAgent:
         if isinstance(connection, Reply):
             return connection
         connected()
+        own = str(connection.getsockname()[0]).partition("%")[0]
         smtp = aiosmtplib.SMTP(
             hostname=account.host.removesuffix("."),
             sock=connection,
-            local_hostname=self.hostname,
+            local_hostname=account.hostname or self.hostname or (f"[IPv6:{own}]" if ":" in own else f"[{own}]"),
             timeout=account.timeout or CONNECT_TIMEOUT_S,
             use_tls=account.encryption == "implicit",
             start_tls=False,
@@ -5505,17 +5560,18 @@ class DeliveryAgent:
         """
         encryption, stage = account.encryption, Stage.CONNECT
         try:
-            await smtp.connect()
+            greeting = await smtp.connect()
             stage = Stage.EHLO
-            await _say_hello(smtp)
+            await _say_hello(smtp, greeting.message)
             offered = smtp.supports_extension("starttls")
             if encryption == "required" or (encryption == "auto" and offered):
                 stage = Stage.TLS
                 if not offered:
-                    raise aiosmtplib.SMTPException("the account requires TLS, but the server does not offer STARTTLS")
+                    raise aiosmtplib.SMTPException(_NO_STARTTLS)
                 await smtp.starttls()
                 stage = Stage.EHLO
-                await _say_hello(smtp)
+                await _say_hello(smtp, greeting.message)
+            methods = smtp.server_auth_methods
             if login is not None:
                 stage = Stage.AUTH
                 await may_log_in()
@@ -5524,13 +5580,19 @@ class DeliveryAgent:
                     return latest, None
                 login = latest
                 await _log_in(smtp, account, login)
-            return _offers_of(smtp), login
+                stage = Stage.EHLO
+                try:
+                    await smtp.ehlo()  # some servers offer more to who has logged in
+                except aiosmtplib.SMTPHeloError as refusal:
+                    if refusal.code == 421:
+                        raise
+            return _offers_of(smtp, methods), login
         except (aiosmtplib.SMTPException, OSError, ValueError) as failure:
             greeted = isinstance(failure, aiosmtplib.SMTPResponseException)
             greeted = greeted or isinstance(failure.__cause__, aiosmtplib.SMTPException)
             if stage is Stage.CONNECT and encryption == "implicit" and not greeted:
                 stage = Stage.TLS
-            reply = _reply_of_failure(stage, failure)
+            reply = _reply_of_failure(stage, failure, account)
             return login.scrubbed(reply) if login and stage is Stage.AUTH else reply, login
 
     async def _login(self, account: Account, user: str) -> Login | Reply:
@@ -8153,11 +8215,12 @@ def post_form(url: str, fields: Mapping[str, str], timeout_s: float) -> tuple[in
 
 async def delivery_agent(environ: Mapping[str, str], in_thread: InThread) -> DeliveryAgent:
     """Who opens SMTP sessions; `in_thread` is for calls that wait for the network."""
-    try:
+    hostname = ""
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(2):
             hostname = await in_thread(host_name)
-    except TimeoutError:
-        hostname = "localhost"
+    if "." not in hostname or "localhost" in hostname.lower().split("."):  # of no use to another machine
+        hostname = ""
     revealed = functools.partial(reveal, environ=environ)
     tokens = TokenKeeper(post_form=post_form, reveal=revealed, in_thread=in_thread, monotonic=time.monotonic)
     return DeliveryAgent(hostname=hostname, reveal=revealed, in_thread=in_thread, tokens=tokens)

@@ -5411,7 +5411,7 @@ class ScriptedServer:
     """
 
     def __init__(self, replies=None, offers="PIPELINING", tls=None, implicit_tls=None, deaf=False, injected=""):
-        self.replies = {"": "250 ok", "EHLO": "250-test", "DATA": "354 go", "AUTH": "235 ok", **(replies or {})}
+        self.replies = {"": "250 ok", "DATA": "354 go", "AUTH": "235 ok", **(replies or {})}
         self.replies = {verb: list(said) if isinstance(said, list) else said for verb, said in self.replies.items()}
         self.offers = offers.split(",") if offers else []
         self.tls, self.implicit_tls, self.deaf, self.injected = tls, implicit_tls, deaf, injected
@@ -5443,7 +5443,7 @@ class ScriptedServer:
         return self.lines.popleft()
 
     async def obey(self, reader, writer, command):
-        if command == "EHLO us" and "EHLO us" not in self.replies:
+        if command.startswith("EHLO ") and "EHLO us" not in self.replies:
             lines = ["test", *self.offers]
             writer.write("".join(f"250{'-' if line is not lines[-1] else ' '}{line}\r\n" for line in lines).encode())
             return
@@ -5497,10 +5497,14 @@ def no_form(url, fields, timeout_s):
     raise OSError("no token endpoint here")
 
 
-def smtp_agent(*, post_form=no_form, reveal=lambda secret: secret.given, end_of_data_timeout_s=1.0):
+def smtp_agent(*, post_form=no_form, reveal=lambda secret: secret.given, end_of_data_timeout_s=1.0, hostname="us"):
     tokens = mailproxy.TokenKeeper(post_form=post_form, reveal=reveal, in_thread=in_a_thread, monotonic=time.monotonic)
     return mailproxy.DeliveryAgent(
-        hostname="us", reveal=reveal, in_thread=in_a_thread, tokens=tokens, end_of_data_timeout_s=end_of_data_timeout_s
+        hostname=hostname,
+        reveal=reveal,
+        in_thread=in_a_thread,
+        tokens=tokens,
+        end_of_data_timeout_s=end_of_data_timeout_s,
     )
 
 
@@ -5519,7 +5523,7 @@ def with_smtp_server(server, story, agent=None, **account):
     """Run `story(open)` where open() is a session at the server, or the reply in its place."""
 
     async def main():
-        listening = await asyncio.start_server(server, "127.0.0.1", 0, ssl=server.implicit_tls)
+        listening = await asyncio.start_server(server, account.get("host", "127.0.0.1"), 0, ssl=server.implicit_tls)
         port = listening.sockets[0].getsockname()[1]
         using = agent or smtp_agent()
 
@@ -5610,6 +5614,9 @@ def test_a_server_can_be_asked_about_a_sender_without_a_mail(mail, said, command
         (550, ["4.1.1 wrong class"], "550 4.1.1 wrong class"),  # stays in the text
         (450, ["4.1 short"], "450 4.1 short"),
         (450, ["4.2.1"], "450 4.2.1"),
+        (550, ["550 5.1.1 no such", "550-5.1.1: user", "5.1.1"], "550 5.1.1 no such user"),  # some say it twice
+        (554, ["5.7.1 554 5.7.1 Relay denied", "554"], "554 5.7.1 Relay denied"),
+        (550, ["#5.1.0 Address rejected", "451 is not it"], "550 5.1.0 Address rejected 451 is not it"),
         (451, ["a\x00b\tc \x1b[31m\u202ered"], "451 a b c [31m red"),
         (451, ["  spaces  ", "", " here"], "451 spaces here"),
         (421, [], "421"),
@@ -6012,11 +6019,24 @@ LOGIN = {"user": "me", "password": mailproxy.Secret("pw"), "auth": "plain"}
         ({"GREETING": "421 4.7.0 too many"}, "", GREETED, "connect: 421 4.7.0 too many (server)"),
         ({"GREETING": "554-go\r\n554 away"}, "", GREETED, "connect: 554 go away (server)"),
         ({"GREETING": "drop"}, "", GREETED, "connect: 451 4.4.1 connection lost (lost)"),
-        ({"GREETING": "silence"}, "", GREETED, "connect: 451 4.4.1 no answer in time (timeout)"),
+        ({"GREETING": "silence"}, "", GREETED, "connect: 451 4.4.1 no answer in time; a port that expects TLS from"),
         ({"GREETING": "SSH-2.0-OpenSSH"}, "", GREETED, "connect: 451 4.5.0 the answer does not fit: Malformed SMTP"),
         ({"EHLO us": "421 not now"}, "", GREETED, "ehlo: 421 not now (server)"),
         ({"EHLO us": "silence"}, "", GREETED, "ehlo: 451 4.4.2 no answer in time (timeout)"),
         ({"EHLO us": "550 no", "HELO": "550 still no"}, "", GREETED, "ehlo: 550 still no (server)"),
+        (
+            {"EHLO us": "500 what?", "HELO": "500 what?"},
+            "",
+            GREETED,
+            "ehlo: 500 what? (this port speaks LMTP: set port",
+        ),
+        ({"EHLO us": "500 -", "HELO": "502 -", "LHLO": "500 -"}, "", GREETED, "ehlo: 502 - (server)"),
+        (
+            {"GREETING": "220 LMTP", "EHLO us": "503 -", "HELO": "503 -"},
+            "",
+            GREETED,
+            "ehlo: 503 - (this port speaks LM",
+        ),
         ({}, "", {"start_tls": "required"}, "tls: 454 4.7.5 the account requires TLS, but the server does not offer"),
         ({"STARTTLS": "454 4.7.0 not now"}, "STARTTLS", TLS, "tls: 454 4.7.0 not now (server)"),
         ({"STARTTLS": "drop"}, "STARTTLS", TLS, "tls: 454 4.7.5 connection lost (lost)"),
@@ -6024,6 +6044,13 @@ LOGIN = {"user": "me", "password": mailproxy.Secret("pw"), "auth": "plain"}
         ({"STARTTLS": "220 go\r\n250 in clear"}, "STARTTLS", TLS, "tls: "),  # no handshake follows
         ({}, "", LOGIN, "auth: 451 4.7.0 the server offers no AUTH; the account wants to log in (plain) (local)"),
         ({}, "AUTH X", LOGIN, "auth: 451 4.7.0 the server offers only AUTH X; the account wants to log in (plain)"),
+        (
+            {},
+            "STARTTLS",
+            LOGIN | {"start_tls": "never"},
+            "auth: 451 4.7.0 the server offers no AUTH; the account wants to "
+            "log in (plain); it may after STARTTLS: set start_tls = auto (local)",
+        ),
         ({"AUTH": "454 4.7.0 later"}, "AUTH PLAIN", LOGIN, "auth: 454 4.7.0 later (server)"),
         ({"AUTH": "421 bye"}, "AUTH PLAIN", LOGIN, "auth: 421 bye (server)"),
         ({"AUTH": "250 fine"}, "AUTH PLAIN", LOGIN, "auth: 451 4.5.0 the answer does not fit: 250 fine (local)"),
@@ -6038,6 +6065,50 @@ def test_an_opening_that_comes_to_nothing_is_a_reply_of_its_stage_and_never_mail
 
     assert said_by(reply).startswith(outcome)
     assert not any(line.startswith("MAIL") for line in server.heard)
+
+
+@pytest.mark.parametrize(
+    ("host", "account", "agents", "name"),
+    [
+        ("127.0.0.1", {"hostname": "of.account"}, "of.machine", "of.account"),
+        ("127.0.0.1", {}, "of.machine", "of.machine"),
+        ("127.0.0.1", {}, "", "[127.0.0.1]"),
+        ("::1", {}, "", "[IPv6:::1]"),
+    ],
+)
+def test_our_name_is_that_of_the_account_else_the_machines_else_the_address_of_the_connection(
+    host, account, agents, name
+):
+    server = ScriptedServer()
+
+    assert opened(server, smtp_agent(hostname=agents), host=host, **account) is None
+    assert server.heard[0] == f"EHLO {name}"
+
+
+@pytest.mark.parametrize(
+    ("machine", "name"),
+    [("box.example.com", "box.example.com"), ("box", ""), ("localhost", ""), ("LocalHost.localdomain", ""), (None, "")],
+)
+def test_a_machine_without_a_name_that_others_know_says_none(machine, name):
+    async def looked_up(call):
+        if machine is None:
+            raise TimeoutError
+        return machine
+
+    assert asyncio.run(mailproxy.delivery_agent({}, looked_up)).hostname == name
+
+
+def test_what_a_server_offers_after_the_login_counts_and_one_that_refuses_to_say_it_again_changes_nothing():
+    then = {"offers": ["SIZE 5000", "SMTPUTF8"]}, {"replies": {"EHLO us": "503 5.5.1 twice"}}
+    more, refusing = (LoginServer("PLAIN", after_login=after) for after in then)
+
+    taken = []
+    for server in (more, refusing):
+        transact(server, "a@x", user=server.user, password=mailproxy.Secret(server.secret))
+        taken.append((server.taken_to_offer.size_bytes, server.taken_to_offer.smtputf8, server.taken_to_offer.auth))
+
+    assert taken == [(5000, True, ("plain",)), (None, False, ("plain",))]
+    assert more.heard[2] == refusing.heard[2] == "EHLO us"
 
 
 def test_a_server_of_the_old_kind_is_greeted_by_helo():
@@ -6174,24 +6245,30 @@ class LoginServer(ScriptedServer):
 
     user, secret = "mé", "gehëim"
 
-    def __init__(self, methods, replies=None, echo=False, **fields):
+    def __init__(self, methods, replies=None, echo=False, bare="", after_login=None, **fields):
         super().__init__(replies, offers=f"AUTH {methods},PIPELINING", **fields)
-        self.logins, self.echo = [], echo
+        self.logins, self.echo, self.bare, self.after_login = [], echo, bare, after_login or {}
 
     async def obey(self, reader, writer, command):
         if not command.startswith("AUTH ") or command in self.replies:
             await super().obey(reader, writer, command)
             return
         _, method, *said = command.split()
+        if said and self.bare:
+            writer.write(f"{self.bare}\r\n".encode())
+            return
         right, told = await getattr(self, method.lower().replace("-", "_"))(reader, writer, *said)
         self.logins.append(method)
+        self.offers = self.after_login.get("offers", self.offers)
+        self.replies.update(self.after_login.get("replies", {}))
         refusal = f"535 5.7.8 refused {told}" if self.echo else "535 5.7.8 refused"
         writer.write((("235 2.7.0 ok" if right else refusal) + "\r\n").encode())
 
     async def plain(self, reader, writer, said):
         return base64.b64decode(said).decode() == f"\0{self.user}\0{self.secret}", said
 
-    async def login(self, reader, writer, said):
+    async def login(self, reader, writer, said=None):
+        said = said or base64.b64encode(await self.asked(reader, writer, "Username:"))
         password = await self.asked(reader, writer, "Password:")
         return (base64.b64decode(said).decode(), password.decode()) == (self.user, self.secret), password.decode()
 
@@ -6203,6 +6280,14 @@ class LoginServer(ScriptedServer):
         if base64.b64decode(said).decode() == f"user={self.user}\x01auth=Bearer {self.secret}\x01\x01":
             return True, said
         assert await self.asked(reader, writer, '{"status":"400","schemes":"Bearer"}') == b""
+        return False, said
+
+    async def oauthbearer(self, reader, writer, said):
+        gs2, host, port, token, *rest = base64.b64decode(said).decode().split("\x01")
+        assert (gs2, host, port.isascii(), rest) == ("n,a=m=3Dé=2C,", "host=127.0.0.1", True, ["", ""])
+        if token == f"auth=Bearer {self.secret}":
+            return True, said
+        assert await self.asked(reader, writer, '{"status":"invalid_token"}') == b"\x01"
         return False, said
 
     async def asked(self, reader, writer, challenge):
@@ -6222,8 +6307,41 @@ def test_each_method_is_one_login_with_a_password_in_utf_8_and_a_refusal_has_the
     reply = log_in_at(server, password=mailproxy.Secret(secret), auth=method)
 
     assert reply is None or (reply.stage, reply.cause) == ("auth", "server")
-    assert (reply and reply.words) == words
+    assert (reply and reply.words.partition(" (")[0]) == words
     assert server.logins == [method.upper()]
+
+
+@pytest.mark.parametrize(
+    ("bare", "words", "logins"),
+    [
+        ("501 5.5.4 syntax", None, ["LOGIN"]),
+        ("504 no", None, ["LOGIN"]),
+        ("501 5.7.0 failed", "501 5.7.0 failed", []),
+        ("535 5.7.8 who?", "535 5.7.8 who?", []),
+    ],
+)
+def test_auth_login_says_the_name_on_a_line_of_its_own_where_the_command_may_not_have_it(bare, words, logins):
+    server = LoginServer("LOGIN", bare=bare)
+
+    reply = log_in_at(server)
+
+    assert ((reply and reply.words), server.logins) == (words, logins)
+    assert sum(line.startswith("AUTH") for line in server.heard) == 1 + len(logins)
+
+
+@pytest.mark.parametrize(
+    ("methods", "hint"),
+    [
+        ("CRAM-MD5 LOGIN PLAIN", "refused (to CRAM-MD5: if the password is right, auth = plain would help)"),
+        ("CRAM-MD5 LOGIN", "refused (to CRAM-MD5: if the password is right, auth = login would help)"),
+        ("CRAM-MD5", "refused"),
+    ],
+)
+def test_a_refusal_of_cram_md5_says_which_other_method_would_help(methods, hint):
+    server = LoginServer(methods)
+
+    assert log_in_at(server, password=mailproxy.Secret("wrong")).text == hint
+    assert server.logins == ["CRAM-MD5"]
 
 
 @pytest.mark.parametrize(("encrypted", "method"), [(True, "PLAIN"), (False, "CRAM-MD5")])
@@ -6399,20 +6517,30 @@ def test_whatever_is_said_of_its_life_a_token_is_a_token_and_is_renewed_in_the_e
 
 
 @pytest.mark.parametrize(
-    ("tokens", "words", "logins"),
+    ("tokens", "status", "logins"),
     [
         ([LoginServer.secret], None, 1),
         (["revoked", LoginServer.secret], None, 2),  # a refused token is renewed once
-        (["wrong"], "535 5.7.8 refused (status 400)", 2),  # and the challenge says why
+        (["wrong"], ("400", "invalid_token"), 2),  # and the challenge says why
     ],
 )
-def test_xoauth2_logs_in_with_the_token(tokens, words, logins):
-    endpoint, server = TokenEndpoint(*map(token_granted, tokens)), LoginServer("PLAIN XOAUTH2")
+@pytest.mark.parametrize(
+    ("offered", "auth", "method"),
+    [
+        ("PLAIN XOAUTH2 OAUTHBEARER", "auto", "XOAUTH2"),
+        ("PLAIN OAUTHBEARER", "auto", "OAUTHBEARER"),
+        ("PLAIN XOAUTH2 OAUTHBEARER", "oauthbearer", "OAUTHBEARER"),
+    ],
+)
+def test_xoauth2_and_oauthbearer_log_in_with_the_token(offered, auth, method, tokens, status, logins):
+    endpoint, server = TokenEndpoint(*map(token_granted, tokens)), LoginServer(offered)
+    server.user = "mé" if method == "XOAUTH2" else "m=é,"
 
-    reply = log_in_at(server, smtp_agent(post_form=endpoint), **OAUTH2)
+    reply = log_in_at(server, smtp_agent(post_form=endpoint), auth=auth, **OAUTH2)
 
-    assert (reply and reply.words) == words
-    assert server.logins == ["XOAUTH2"] * logins
+    said = status and f"535 5.7.8 refused (status {status[method == 'OAUTHBEARER']})"
+    assert (reply and reply.words) == said
+    assert server.logins == [method] * logins
     assert len(endpoint.forms) == logins
 
 
