@@ -4852,7 +4852,7 @@ _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LO
 _SPEAKS_IN_CLEAR = (
     "; this port begins in clear: set implicit_tls = false (and start_tls, port 587 or 25), or port = 465"
 )
-_WAITS_FOR_TLS = "; a port that expects TLS from the first byte says nothing: set implicit_tls = true if it is one"
+_WAITS_FOR_TLS = "; if this port expects TLS from the first byte, set implicit_tls = true"
 _NO_STARTTLS = (
     "the account requires TLS, but the server does not offer STARTTLS; where it speaks TLS from the first byte,"
     " set that port and implicit_tls = true"

@@ -6019,7 +6019,12 @@ LOGIN = {"user": "me", "password": mailproxy.Secret("pw"), "auth": "plain"}
         ({"GREETING": "421 4.7.0 too many"}, "", GREETED, "connect: 421 4.7.0 too many (server)"),
         ({"GREETING": "554-go\r\n554 away"}, "", GREETED, "connect: 554 go away (server)"),
         ({"GREETING": "drop"}, "", GREETED, "connect: 451 4.4.1 connection lost (lost)"),
-        ({"GREETING": "silence"}, "", GREETED, "connect: 451 4.4.1 no answer in time; a port that expects TLS from"),
+        (
+            {"GREETING": "silence"},
+            "",
+            GREETED,
+            "connect: 451 4.4.1 no answer in time; if this port expects TLS from the",
+        ),
         ({"GREETING": "SSH-2.0-OpenSSH"}, "", GREETED, "connect: 451 4.5.0 the answer does not fit: Malformed SMTP"),
         ({"EHLO us": "421 not now"}, "", GREETED, "ehlo: 421 not now (server)"),
         ({"EHLO us": "silence"}, "", GREETED, "ehlo: 451 4.4.2 no answer in time (timeout)"),
@@ -6163,6 +6168,62 @@ def test_a_certificate_that_does_not_fit_is_a_reply_and_never_mail_but_for_who_d
     assert said_by(opened(refusing, **account)).startswith("tls: 454 4.7.5 the server's certificate is not accepted: ")
     assert "MAIL" not in str(refusing.heard)
     assert opened(server(), verify_tls=False, **account) is None
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A private authority and a server's certificate as most instructions make them: without key usage."""
+    needs("openssl")
+    folder = tmp_path_factory.mktemp("recipe")
+    for command in (
+        "req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -subj /CN=Ours -days 30 -config plain.cnf",
+        "req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=mail -config plain.cnf",
+        "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out server.pem -days 30 -extfile names.cnf",
+        "req -x509 -newkey rsa:2048 -nodes -keyout self.key -out self.pem -subj /CN=localhost -days 30"
+        " -addext subjectAltName=IP:127.0.0.1",
+    ):
+        (folder / "plain.cnf").write_text("[req]\ndistinguished_name = dn\nx509_extensions = ca\n[dn]\n[ca]\n"
+                                          "basicConstraints = CA:TRUE\n")  # fmt: skip
+        (folder / "names.cnf").write_text("subjectAltName = IP:127.0.0.1\n")
+        subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.usefixtures("quiet_loop")
+@pytest.mark.parametrize(
+    ("shown", "account", "outcome"),
+    [
+        ("server", {"ca_file": "ca.pem"}, None),
+        ("self", {"ca_file": "self.pem"}, None),
+        ("server", {"ca_file": "server.pem"}, None),  # also without its authority, which Python before 3.13 wanted
+        ("self", {}, "self-signed certificate; name a copy of it (in PEM) as ca_file, or set verify_tls = false"),
+        ("server", {}, "unable to get local issuer certificate; name the certificate of its authority as ca_file"),
+        ("server", {"ca_file": "self.pem"}, "unable to get local issuer certificate; name the certificate of its"),
+        ("server", {"ca_file": "ca.pem", "host": "localhost"}, "'localhost'.; set host to a name that is in it"),
+    ],
+)
+def test_a_private_authority_of_the_commonest_recipe_will_do_and_a_certificate_refused_says_what_to_do(
+    recipe, shown, account, outcome
+):
+    context = Certificate(recipe / f"{shown}.pem", recipe / f"{shown}.key").server_context()
+    server = ScriptedServer(implicit_tls=context)
+
+    reply = opened(
+        server,
+        implicit_tls=True,
+        **{name: str(recipe / said) if name == "ca_file" else said for name, said in account.items()},
+    )
+
+    assert (reply is None) == (outcome is None)
+    assert outcome is None or outcome in reply.text
+
+
+@pytest.mark.usefixtures("quiet_loop")
+def test_tls_spoken_to_a_port_in_clear_says_so():
+    reply = opened(ScriptedServer(), implicit_tls=True)
+
+    assert (reply.stage, reply.transient) == ("tls", True)
+    assert "this port begins in clear: set implicit_tls = false" in reply.text
 
 
 def test_words_injected_before_the_handshake_are_not_taken_for_the_servers(ca):
@@ -10954,7 +11015,7 @@ def test_check_connect_goes_as_far_as_mail_and_shows_what_each_server_offers_or_
     assert {name: rows["added"][name] for name in added} == added
     assert rows["picky"]["RESULT"] == "connected, not mail from <>: 553 5.7.1 Not an address of yours"
     assert rows["strict"]["RESULT"].startswith("auth: 535 ")
-    assert rows["late"]["RESULT"] == "connect: 451 4.4.1 no answer in time"
+    assert rows["late"]["RESULT"].startswith("connect: 451 4.4.1 no answer in time; if this port expects TLS from")
     assert "hunter2" not in ended.stdout
     assert (all_right.returncode, all_right.stderr) == (0, "")
     assert all_right.stdout.splitlines()[-1].startswith("The settings are right: mail goes out through default (")
