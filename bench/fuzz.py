@@ -555,6 +555,7 @@ class AccountTarget(JsonTarget):
         '"id"', '"host"', '"port"', '"user"', '"password"', '"use_tls"', '"implicit_tls"', '"start_tls"', '"auth"',
         '"oauth2"', '"token_url"', '"client_id"', '"client_secret"', '"refresh_token"', '"scope"', '"ttl"', '"timeout"',
         '"limit_per_minute"', '"retry_delays"', '"max_age_seconds"', '"ca_file"', "xoauth2", "required", "465",
+        '"account_replies"', '"hostname"', "550 5.4.5", "554 daily limit", "oauthbearer", "[192.0.2.1]", ":25",
     )  # fmt: skip
     seeds = tuple(
         json.dumps({"id": "x", "host": "mail.example.com", "port": 587, **more}).encode()
@@ -565,6 +566,8 @@ class AccountTarget(JsonTarget):
                 "token_url": "https://a/b", "client_id": "c", "client_secret": "s3cret", "scope": "s"}},
             {"start_tls": "required", "limit_per_minute": 5, "limit_behavior": "error", "retry_delays": "1,2"},
             {"oauth2_token_url": "https://a/b", "oauth2_client_id": "c", "oauth2_refresh_token": "s3cret"},
+            {"account_replies": ["554 5.7.0", "550 Daily Limit", "421"], "hostname": "mail.example.com", "timeout": None},
+            {"account_replies": "554, 550 5.4.5 quota", "hostname": "[192.0.2.1]", "limit_behavior": "reject"},
         )
     )  # fmt: skip
 
