@@ -585,12 +585,8 @@ SOCKET_PATH = Kind("a path of at most 103 bytes", lambda value: fit(value, len(o
 LISTENING_HOST = Kind("an address or a host name", lambda value: fit(value.strip("[]"), not re.search(r"[\s/]", value)))
 HOST = Kind("the name or the address of a server; its port is a setting of its own, port", _server)
 EHLO_NAME = Kind("a host name, or an address literal such as [192.0.2.1]", _ehlo_name)
-REPLIES = many(
-    "codes from 400 to 599, each with an enhanced code, words of the text, or both: 554 5.7.0, 550 daily limit",
-    _account_reply,
-    between="[,\n]",
-    least=0,
-)
+REPLY = "codes from 400 to 599, each with an enhanced code, words of the text, or both: 554 5.7.0, 550 daily limit"
+REPLIES = many(REPLY, _account_reply, between="[,\n]", least=0)
 HTTP_URL = Kind(
     "an http or https URL",
     lambda value: fit(url := value.strip(), http_target(url) and " " not in url and not flaw_of_line(url)),
@@ -708,9 +704,7 @@ class DeliverySettings(NamedTuple):
         2_592_000, integer(0), "How long the id of a sent message is refused a second time."
     )
     shutdown_timeout_seconds: float = row(30.0, seconds(0, 86_400), "How long transactions may finish when it stops.")
-    hostname: str | None = row(
-        None, EHLO_NAME, "Our name in EHLO. Left out: this machine's full name, else its address."
-    )
+    hostname: str | None = row(None, EHLO_NAME, "Our name in EHLO. Left out: the machine's full one, or its address.")
     redirect_to: str | None = row(None, MAIL_ADDRESS, "Staging: every mail goes here, its recipients in X-Original-To.")
     allow_recipients: tuple[str, ...] = row((), RECIPIENTS, "Staging: mail to others becomes an error. Empty: to all.")
 
@@ -756,9 +750,7 @@ class Account(NamedTuple):
     limit_per_minute: int | None = row(None, integer(0), "Most messages in any 60 seconds; 0: no limit.")
     limit_per_hour: int | None = row(None, integer(0), "Most messages in any hour.")
     limit_per_day: int | None = row(None, integer(0), "Most messages in any day.")
-    limit_behavior: str = row(
-        "defer", word("defer", "error", reject="error"), "What becomes of messages above a limit; reject means error."
-    )
+    limit_behavior: str = row("defer", word("defer", "error", reject="error"), "What becomes of mail above a limit.")
     account_replies: tuple[AccountReply, ...] = row(
         (), REPLIES, "Replies that are about the account: all its mail waits, whatever the code."
     )
@@ -9699,13 +9691,14 @@ async def _try_servers(
             async with asyncio.timeout(CONNECT_PATIENCE_S):
                 session = await agent.open_session(account, name="check")
                 if isinstance(session, Session):
-                    offers, reply = session.offers, await session.probe(sender)
+                    offers = session.offers
+                    reply = await session.probe(sender)
                     await session.quit()
                 else:
                     reply = session
         except TimeoutError:
             text = f"no answer within {CONNECT_PATIENCE_S:g} s"
-            reply = local_reply(Stage.MAIL if offers else Stage.CONNECT, text, Cause.TIMEOUT)
+            reply = reply or local_reply(Stage.MAIL if offers else Stage.CONNECT, text, Cause.TIMEOUT)
         result = f"logged in as {account.user}" if account.user else "connected"
         result += f", takes mail from <{sender}>"
         verdict = None if reply.accepted else about(reply, account, relays=False)
