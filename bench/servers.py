@@ -285,14 +285,14 @@ class Server:
     # tools
 
     def in_its_own_system(self, users: Sequence[str], laid: str, *command: object) -> Sequence[object]:
-        """The command in a mount namespace with these users, and what the script lays over compiled-in paths."""
+        """The command in namespaces with these users, and what the script lays over compiled-in paths; root."""
         lines = [f"{user}:x:{64001 + n}:{64001 + n}::/:/bin/false" for n, user in enumerate(users)]
         self.write("passwd", "\n".join([Path("/etc/passwd").read_text().rstrip(), *lines, ""]))
         groups = [f"{user}:x:{64001 + n}:" for n, user in enumerate(users)]
         self.write("group", "\n".join([Path("/etc/group").read_text().rstrip(), *groups, ""]))
         etc = f"mount --bind {self.folder}/passwd /etc/passwd; mount --bind {self.folder}/group /etc/group\n"
         script = self.write("system", f"{etc}{laid}\nexec {' '.join(map(str, command))}\n")
-        return ["unshare", "-m", "--propagation", "private", "sh", "-eu", script]
+        return ["unshare", "-m", "-p", "--fork", "--kill-child", "--propagation", "private", "sh", "-eu", script]
 
     def write(self, name: str, text: str, mode: int = 0o644) -> Path:
         path = self.folder / name
@@ -538,6 +538,51 @@ mail_log_path: "<stderr>"
 """
 
 
+class Courier(Server):
+    """Its folders are compiled in, too: /usr, /etc and /var/lib are overlaid with its own, for it alone."""
+
+    name = "Courier"
+    packages = (
+        "courier-mta", "courier-base", "courier-authlib", "courier-authdaemon", "courier-authlib-userdb",
+        "libcourier-unicode4", "libgdbm6", "libidn12", "libltdl7",
+    )  # fmt: skip
+    as_root = True
+
+    def version(self) -> str:
+        return self.debian_version("courier-mta")
+
+    def command(self) -> Sequence[object]:
+        facts = {"folder": self.folder, "root": self.root, "keep": self.keep, "port": self.port}
+        return self.in_its_own_system(("courier",), COURIER_SYSTEM.format(**facts), "sleep", "infinity")
+
+
+COURIER_SYSTEM = """\
+mkdir {folder}/over; mount -t tmpfs none {folder}/over
+for name in usr etc var/lib; do
+    mkdir -p {folder}/over/$name/upper {folder}/over/$name/work
+    mount -t overlay none -o lowerdir={root}/$name:/$name,upperdir={folder}/over/$name/upper,workdir={folder}/over/$name/work /$name
+done
+cp {folder}/passwd {folder}/group /etc/
+mount -t tmpfs none /run; mkdir -p /run/courier/authdaemon
+cd /var/lib/courier; mkdir -p allfilters filters msgq msgs track tmp; chmod 750 *; chmod 770 tmp
+chown -R courier:courier /run/courier /var/lib/courier /etc/courier
+cd /etc/courier
+echo courier.test > me; echo courier.test > defaultdomain; echo '<postmaster@courier.test>' > dsnfrom
+printf 'one.example\ntwo.example\n' | tee locals > esmtpacceptmailfor.dir/all
+echo '|{keep} "$RECIPIENT"' > aliasdir/.courier-default; chown courier:courier aliasdir/.courier-default
+echo "opt MIME=none" > bofh
+sed -i 's/^BOFHCHECKDNS=.*/BOFHCHECKDNS=0/' esmtpd
+ln -sf /usr/lib/courier/makedat /usr/bin/makedat
+makeacceptmailfor; makealiases; makesmtpaccess
+/usr/lib/courier/courier-authlib/authdaemond &
+(set -a; . /etc/courier/courierd; exec /usr/lib/courier/courier/courierd) &
+prefix=/usr exec_prefix=/usr sysconfdir=/etc/courier sbindir=/usr/sbin
+set -a; . /etc/courier/esmtpd; set +a
+/usr/sbin/couriertcpd -address=127.0.0.1 -access=/etc/courier/smtpaccess.dat -pid=/run/courier/esmtpd.pid \\
+    -maxprocs=40 -maxperc=40 -maxperip=40 -noidentlookup -nodnslookup -user=courier -group=courier \\
+    {port} /usr/lib/courier/courier/modules/esmtp/courieresmtpd"""
+
+
 class NodeSmtpServer(Server):
     name = "smtp-server"
 
@@ -641,7 +686,7 @@ threading.Event().wait()
 """
 
 
-SERVERS: list[type[Server]] = [Postfix, Exim, OpenSMTPD, Chasquid, Haraka, NodeSmtpServer, Aiosmtpd]
+SERVERS: list[type[Server]] = [Postfix, Exim, OpenSMTPD, Chasquid, Courier, Haraka, NodeSmtpServer, Aiosmtpd]
 
 
 # -- the run
