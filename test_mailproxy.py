@@ -13170,3 +13170,27 @@ def test_the_readme_lists_the_commands_as_their_table_has_them_and_mentions_no_o
     assert len(mentioned) > 8
     for words in mentioned:
         assert mailproxy.parsed(shlex.split(words))
+
+
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted(PROGRAM.with_name("docs").glob("*.md"))}
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_the_settings_in_the_docs_are_right_as_they_stand(
+    page: str, tmp_path: Path, here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in re.findall(r"\benv:(\w+)", DOCS[page]):
+        monkeypatch.setenv(name, "secret")
+    snippets = re.findall(r"^```ini\n(.*?)^```$", DOCS[page], re.MULTILINE | re.DOTALL)
+    in_tables = [re.findall(r"`([a-z_]+ = [^`]+)`", line) for line in DOCS[page].splitlines() if line.startswith("|")]
+    account = "[smtp]\nhost = smtp.example.com\nport = 25\n"
+
+    for snippet in [*snippets, *(account + "\n".join(row) for row in in_tables if row)]:
+        (tmp_path / "config.ini").write_text(snippet, encoding="utf-8")
+        checked = here("check", "--config", tmp_path / "config.ini", "--set", f"storage.db_path={tmp_path}/queue.db")
+        assert (checked.returncode, checked.stderr) == (0, ""), snippet
+        assert "mail goes out through" in checked.stdout, snippet
+
+
+def test_the_page_about_providers_shows_the_log_line_as_it_is() -> None:
+    assert f'cure="{mailproxy.QUOTA}"' in " ".join(DOCS["providers.md"].split())

@@ -616,7 +616,9 @@ new SMTPServer({{
 
 class Haraka(Server):
     name = "Haraka"
-    own: ClassVar[Mapping[str, str]] = {"raw, long line": "it breaks lines after max_data_line_length, 992 octets"}
+    own: ClassVar[Mapping[str, str]] = {
+        "raw, long line": "it breaks lines longer than its data_line_length, 992 octets"
+    }
 
     def obtain(self) -> None:
         self.module = self.npm("Haraka")
