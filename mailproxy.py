@@ -7216,6 +7216,8 @@ class Dispatcher(Loop):
         if disposition.status is Status.QUEUED:
             self.queue.release([claim])
             lane.has_mail = True
+        if disposition.reason == "limit" and lane.state is LaneState.UP:  # the account was replaced meanwhile
+            lane.become(LaneState.LIMITED, self.clock.monotonic())
 
     async def _record(self, outcome: Outcome) -> None:
         """Write the outcome, however long the storage refuses: it must not be forgotten."""
@@ -7387,7 +7389,7 @@ class Reporter(Loop):
         self._tried_up_to = 0  # report_order of the last state of a batch that failed
         self._empty_id = ""  # of an empty report that failed
         self._acknowledged: Sequence[State] = ()  # and not on disk yet
-        self._house_kept_at = -math.inf
+        self._house_kept_at, self._purged = -math.inf, 0
 
     # -- what others tell it
 
@@ -7515,11 +7517,12 @@ class Reporter(Loop):
             return True
         retention_s = self.delivery.delivery_report_retention_seconds
         purged = await self.queue.purge(retention_s, unreported_too=self.client.client_sync_url is None)
-        if purged:
-            event(self.log, logging.INFO, "final messages purged", messages=purged)
+        self._purged += purged
         if purged or await self.queue.forget(self.delivery.id_retention_seconds):
             return False
-        self._house_kept_at = now
+        if self._purged:
+            event(self.log, logging.INFO, "final messages purged", messages=self._purged)
+        self._house_kept_at, self._purged = now, 0
         return True
 
 
@@ -8166,7 +8169,7 @@ NOBODYS_NAME = re.compile(
     re.IGNORECASE,
 )
 OPEN_FILES = 65_536  # wanted; what the machine allows counts
-OWN_FILES = 300  # kept from the HTTP side, beside two for each SMTP connection: clients must not stop delivery
+HTTP_SHARE = 4  # one in so many of them, at most
 
 
 class SystemdNotifier:
@@ -8349,7 +8352,7 @@ class Daemon:
         return f"{'https' if context else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def _most_clients(self) -> int:
-        """How many HTTP connections there may be, so that file descriptors are left for everything else."""
+        """How many HTTP connections there may be: clients must not take the files that delivery needs."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         allowed = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
         if soft != resource.RLIM_INFINITY and soft < allowed:
@@ -8358,13 +8361,9 @@ class Daemon:
             except (OSError, ValueError):  # a sandbox forbids it
                 allowed = soft
         wanted = self.settings.server.max_connections
-        slots, lanes = self.settings.delivery.max_concurrency, self._dispatcher.lanes.values()
-        connections = (min(lane.account.max_connections, slots) for lane in lanes)
-        left = allowed - OWN_FILES - TURNED_AWAY - 2 * sum(connections)
-        if left >= wanted:
-            return wanted
-        most = max(left, min(wanted, allowed // 4))
-        event(self._log, logging.WARNING, "few files may be open: fewer HTTP connections", files=allowed, most=most)
+        most = min(wanted, allowed // HTTP_SHARE)
+        if most < wanted:
+            event(self._log, logging.WARNING, "few files may be open: fewer HTTP connections", files=allowed, most=most)
         return most
 
     async def _serve(self, where: str, started: Callable[[str], None]) -> int:

@@ -7923,6 +7923,27 @@ def test_an_opening_that_was_called_back_ends_before_its_login_though_its_cancel
     assert asyncio.run(called_back()) is None
 
 
+def test_what_an_old_limit_holds_back_while_the_account_is_replaced_goes_by_the_new_one(rig: QueueRig) -> None:
+    dispatcher = mailproxy.Dispatcher(
+        queue=rig.queue, settings=mailproxy.DeliverySettings(), clock=mailproxy.Clock(lambda: rig.now, lambda: rig.now),
+        jitter=lambda: 0, open_session=None, fetcher=None, memory=SimpleNamespace(), in_thread=None,
+        metrics=mailproxy.Metrics("test"), log=LOG, reports_due=lambda: None,
+    )  # type: ignore[arg-type] # fmt: skip
+    account = mailproxy.Account(id="main", host="mx.test", port=25, limit_per_day=1)
+    rig.accepted(submission("m"))
+
+    async def replaced() -> None:
+        dispatcher.add_lane(account, mailproxy.Standing([(int(rig.now), 1)], suspended=False, held_back=False))
+        await dispatcher.turn()  # it takes "m", to be held back
+        dispatcher.replace_account(account._replace(limit_per_day=None))
+        await dispatcher.drained()
+        await dispatcher.turn()
+        await dispatcher.drained()
+
+    rig.run(replaced())
+    assert rig.fields_of("m")["error"].startswith("internal error")  # it was tried: there is nothing to compose
+
+
 @pytest.mark.parametrize("greeting_s", [0.0, 0.3])
 def test_a_wrong_password_costs_one_login_a_try_even_where_the_refusal_takes_its_time(
     tmp_path: Path, greeting_s: float
@@ -9326,8 +9347,15 @@ def test_in_test_mode_the_upstream_is_called_at_run_now_alone(make_reporter: Any
 
 @pytest.mark.parametrize(("url", "kept_s", "until_s"), [(None, [90], 45), ("http://upstream.test/", [95, 60], 80)])
 def test_final_messages_are_purged_by_age_with_an_upstream_only_after_their_report(
-    make_reporter: Any, url: str | None, kept_s: list[float], until_s: float
+    make_reporter: Any,
+    url: str | None,
+    kept_s: list[float],
+    until_s: float,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    caplog.set_level(logging.INFO, "mailproxy")
+    monkeypatch.setattr(mailproxy, "CHUNK", 1)
     rig = make_reporter({"delivery_report_retention_seconds": 100}, client_sync_url=url)
     rig.fail("a", "b")
     rig.answers.extend([UNREACHABLE] * 4)
@@ -9339,6 +9367,9 @@ def test_final_messages_are_purged_by_age_with_an_upstream_only_after_their_repo
 
     assert rig.look_up("a") is None
     assert (rig.calls == []) == (url is None)
+    assert [record.fields for record in caplog.records if record.message == "final messages purged"] == [
+        {"messages": 2}
+    ]
 
 
 # -- against a real upstream
@@ -11920,7 +11951,8 @@ def test_strangers_who_open_connections_without_end_neither_stop_delivery_nor_fi
         return False
 
     with Daemon(tmp_path, smtp=smtp, token="t0ken", open_files=300) as daemon:
-        daemon.submit(mail("beside-them", deferred_ts=int(time.time()) + 2))
+        assert daemon.post("/account", {"id": "new", "host": smtp.host, "port": smtp.port}).status == 200
+        daemon.submit(mail("beside-them", account_id="new", deferred_ts=int(time.time()) + 2))
         with contextlib.ExitStack() as strangers:
             for _ in range(350):
                 stranger = strangers.enter_context(socket.socket())
