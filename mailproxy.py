@@ -4832,24 +4832,13 @@ _LIMIT = re.compile(r"(?i)(?<!\S)(MAILMAX|RCPTMAX|RCPTDOMAINMAX)=([1-9][0-9]{0,5
 _UNSPEAKABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _ANY_LINE_END = re.compile(rb"\r\n|\r|\n")
 
-# What a person does about it, for failures that are met again and again; the numbers are OpenSSL's.
-_OF_AN_AUTHORITY = "; name the certificate of its authority as ca_file (a file in PEM)"
-_OF_ANOTHER_NAME = "; set host to a name that is in it"
+# What a person does about a certificate that is not accepted, by the number that OpenSSL gives the reason.
 _CERTIFICATE_CURES = {
     18: "; name a copy of it (in PEM) as ca_file, or set verify_tls = false",
-    **dict.fromkeys((2, 19, 20, 21), _OF_AN_AUTHORITY),
-    **dict.fromkeys((62, 64), _OF_ANOTHER_NAME),
+    **dict.fromkeys((2, 19, 20, 21), "; name the certificate of its authority as ca_file (a file in PEM)"),
+    **dict.fromkeys((62, 64), "; set host to a name that is in it"),
 }
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")  # by the version of OpenSSL
-_SPEAKS_IN_CLEAR = (
-    "; this port begins in clear: set implicit_tls = false (and start_tls, port 587 or 25), or port = 465"
-)
-_WAITS_FOR_TLS = "; if this port expects TLS from the first byte, set implicit_tls = true"
-_NO_STARTTLS = (
-    "the account requires TLS, but the server does not offer STARTTLS; where it speaks TLS from the first byte,"
-    " set that port and implicit_tls = true"
-)
-_SPEAKS_LMTP = "(this port speaks LMTP: set port, or host, to where the server speaks SMTP, mostly 587 or 25)"
 
 
 # ----- replies
@@ -4888,7 +4877,7 @@ def local_reply(stage: Stage, text: str, cause: Cause = Cause.LOCAL) -> Reply:
 
 def _reply_of_failure(stage: Stage, failure: Exception, account: Account) -> Reply:
     """A reply for what aiosmtplib, ssl or the network raised while a session was opened, with the cure if we know."""
-    in_clear = account.encryption != "implicit"
+    implicit = account.encryption == "implicit"
     if isinstance(failure, aiosmtplib.SMTPResponseException):
         if 400 <= failure.code < 600:
             return server_reply(stage, failure.code, failure.message.split("\n"))
@@ -4899,11 +4888,13 @@ def _reply_of_failure(stage: Stage, failure: Exception, account: Account) -> Rep
         cure = _CERTIFICATE_CURES.get(failure.verify_code, "")
         return local_reply(Stage.TLS, f"the server's certificate is not accepted: {failure.verify_message}{cure}")
     if isinstance(failure, ssl.SSLError):
-        cure = "" if in_clear or failure.reason not in _NO_TLS else _SPEAKS_IN_CLEAR
-        return local_reply(Stage.TLS, f"no TLS with the server: {failure.reason or failure}{cure}")
+        text = f"no TLS with the server: {failure.reason or failure}"
+        if implicit and failure.reason in _NO_TLS:
+            text += "; this port begins in clear: set implicit_tls = false (and port 587 or 25), or port = 465"
+        return local_reply(Stage.TLS, text)
     if isinstance(failure, (TimeoutError, ConnectionAbortedError)):  # the latter: a handshake took too long
-        cure = _WAITS_FOR_TLS if in_clear and stage is Stage.CONNECT else ""
-        return local_reply(stage, f"no answer in time{cure}", Cause.TIMEOUT)
+        silent = "" if implicit or stage is not Stage.CONNECT else "; if TLS is expected here, set implicit_tls = true"
+        return local_reply(stage, f"no answer in time{silent}", Cause.TIMEOUT)
     if isinstance(failure, ConnectionError):
         reason = f": {failure.strerror}" if failure.strerror else ""
         return local_reply(stage, f"connection lost{reason}", Cause.LOST)
@@ -5246,13 +5237,14 @@ class Login:
 
         def hidden(word: re.Match[str]) -> str:
             with contextlib.suppress(ValueError):
-                return "***" if start.encode() in base64.b64decode(word[0] + "==") else word[0]
+                if start.encode() in base64.b64decode(word[0] + "=="):
+                    return "***"
             return word[0]
 
-        if not start:
-            return reply
-        text = re.sub(r"[A-Za-z0-9+/]+=*", hidden, reply.text)
-        return reply._replace(text=re.sub(re.escape(start) + r"\S*", "***", text))
+        if start:
+            text = re.sub(r"[A-Za-z0-9+/]+=*", hidden, reply.text)
+            reply = reply._replace(text=re.sub(re.escape(start) + r"\S*", "***", text))
+        return reply
 
 
 async def _connect(account: Account, in_thread: InThread) -> socket.socket | Reply:
@@ -5302,8 +5294,8 @@ async def _say_hello(smtp: aiosmtplib.SMTP, greeting: str) -> None:
             if not lmtp and last.code in (500, 502):
                 with contextlib.suppress(aiosmtplib.SMTPException):
                     lmtp = (await smtp.execute_command(b"LHLO", str(smtp.local_hostname).encode())).code == 250
-            hint = _SPEAKS_LMTP if lmtp else ""
-            raise aiosmtplib.SMTPHeloError(last.code, f"{last.message} {hint}") from None
+            hint = " (this port speaks LMTP: set host and port to where the server speaks SMTP)" if lmtp else ""
+            raise aiosmtplib.SMTPHeloError(last.code, last.message + hint) from None
 
 
 def _offers_of(smtp: aiosmtplib.SMTP, auth: Iterable[str]) -> Offers:
@@ -5559,7 +5551,10 @@ class DeliveryAgent:
             if encryption == "required" or (encryption == "auto" and offered):
                 stage = Stage.TLS
                 if not offered:
-                    raise aiosmtplib.SMTPException(_NO_STARTTLS)
+                    text = (
+                        "the account requires TLS, but the server does not offer STARTTLS; with TLS from the first byte"
+                    )
+                    raise aiosmtplib.SMTPException(f"{text} set implicit_tls = true, and its port")
                 await smtp.starttls()
                 stage = Stage.EHLO
                 await _say_hello(smtp, greeting.message)

@@ -6023,7 +6023,7 @@ LOGIN = {"user": "me", "password": mailproxy.Secret("pw"), "auth": "plain"}
             {"GREETING": "silence"},
             "",
             GREETED,
-            "connect: 451 4.4.1 no answer in time; if this port expects TLS from the",
+            "connect: 451 4.4.1 no answer in time; if TLS is expected here, set implicit_tls",
         ),
         ({"GREETING": "SSH-2.0-OpenSSH"}, "", GREETED, "connect: 451 4.5.0 the answer does not fit: Malformed SMTP"),
         ({"EHLO us": "421 not now"}, "", GREETED, "ehlo: 421 not now (server)"),
@@ -6033,7 +6033,7 @@ LOGIN = {"user": "me", "password": mailproxy.Secret("pw"), "auth": "plain"}
             {"EHLO us": "500 what?", "HELO": "500 what?"},
             "",
             GREETED,
-            "ehlo: 500 what? (this port speaks LMTP: set port",
+            "ehlo: 500 what? (this port speaks LMTP: set host",
         ),
         ({"EHLO us": "500 -", "HELO": "502 -", "LHLO": "500 -"}, "", GREETED, "ehlo: 502 - (server)"),
         (
@@ -11046,7 +11046,7 @@ def test_check_connect_goes_as_far_as_mail_and_shows_what_each_server_offers_or_
     assert {name: rows["added"][name] for name in added} == added
     assert rows["picky"]["RESULT"] == "connected, not mail from <>: 553 5.7.1 Not an address of yours"
     assert rows["strict"]["RESULT"].startswith("auth: 535 ")
-    assert rows["late"]["RESULT"].startswith("connect: 451 4.4.1 no answer in time; if this port expects TLS from")
+    assert rows["late"]["RESULT"].startswith("connect: 451 4.4.1 no answer in time; if TLS is expected here, set")
     assert "hunter2" not in ended.stdout
     assert (all_right.returncode, all_right.stderr) == (0, "")
     assert all_right.stdout.splitlines()[-1].startswith("The settings are right: mail goes out through default (")
