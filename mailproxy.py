@@ -698,7 +698,7 @@ class DeliverySettings(NamedTuple):
     max_connections_per_account: int = row(5, integer(1, 1000), "Most connections to the server of an account.")
     max_concurrency: int = row(100, integer(1, 10_000), "Most SMTP transactions at a time, all accounts together.")
     retry_delays: tuple[int, ...] = row(RETRY_DELAYS, DELAYS, "Pauses before the retries; the last one repeats.")
-    max_age_seconds: int = row(432_000, COUNT, "A message not delivered for so long becomes an error.")
+    max_age_seconds: int = row(432_000, COUNT, "A message so old becomes an error when a try fails.")
     max_retries: int = row(0, integer(0, 1_000_000), "Most attempts after the first; 0 goes on until max_age_seconds.")
     id_retention_seconds: int = row(
         2_592_000, integer(0), "How long the id of a sent message is refused a second time."
@@ -757,7 +757,9 @@ class Account(NamedTuple):
     hostname: str | None = row(None, EHLO_NAME, "Our name in EHLO.", else_of="hostname")
     batch_size: int = row(50, COUNT, "Most messages of one turn.", else_of="batch_size_per_account")
     retry_delays: tuple[int, ...] = row(RETRY_DELAYS, DELAYS, "Pauses before the retries.", else_of="retry_delays")
-    max_age_seconds: int = row(432_000, COUNT, "After which a message becomes an error.", else_of="max_age_seconds")
+    max_age_seconds: int = row(
+        432_000, COUNT, "A message so old becomes an error when a try fails.", else_of="max_age_seconds"
+    )
     max_retries: int = row(0, integer(0), "Most attempts after the first.", else_of="max_retries")
     source: str = "http"  # or "config"; no setting
 
@@ -3298,6 +3300,17 @@ LET_GO = (
     "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
     "AND sent_ts IS NULL AND error_ts IS NULL"
 )
+# An account's mail by age, in a part of an index each: whether it was accepted later than that, and whether it is so old.
+READY_BY_AGE = (
+    "SELECT created_at > :before, ready_at <= :before, seq, id, recipients, 0 FROM messages "
+    "WHERE account_id = :account AND turn = :turn AND priority = :priority "
+    "AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL ORDER BY seq"
+)
+HELD_BACK_BY_AGE = (
+    "SELECT created_at > :before, ready_at <= :before, seq, id, recipients, 1 FROM messages "
+    "WHERE account_id = :account AND deferral = :deferral AND deferral IN ('limit', 'connection', 'login') "
+    "AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NOT NULL ORDER BY seq"
+)
 # The value changes each time, for SQLite writes nothing where nothing changes.
 SAY_IT_ANSWERS = "INSERT INTO switches VALUES ('answers', 1) ON CONFLICT DO UPDATE SET value = 1 - switches.value"
 
@@ -3597,7 +3610,7 @@ class Queue:
         return accounts, ended
 
     def give_up_aged(self, account_id: str, before: float, last: str) -> None:
-        """The account's server cannot be used, as its `last` words say: have the next catch_up end what could have
+        """The account's server cannot be used, as its `last` words say: have the next turns end what could have
         gone before that moment, but for what is on the wire."""
         self._aged[account_id] = before, last
         self.next_ts = 0
@@ -3605,17 +3618,14 @@ class Queue:
     def _found_aged(self, db: sqlite3.Connection, account_id: str, before: float) -> Iterator[Sequence[Any]]:
         """(seq, id, recipients) of the account's mail that is ready, or waits for its server or its limit, and could
         have gone before that moment. Each part of an index is read up to the first that was accepted later."""
-        columns = "SELECT created_at > :before, ready_at <= :before, seq, id, recipients, deferred_ts FROM messages "
-        pending = "WHERE account_id = :account AND sent_ts IS NULL AND error_ts IS NULL "
-        ready = "AND deferred_ts IS NULL AND turn = :one AND priority = :two ORDER BY seq"
-        held_back = "AND deferred_ts IS NOT NULL AND deferral = :one AND deferral IN ('limit', 'connection', 'login') ORDER BY seq"
-        parts = [(ready, turn, priority) for turn in (0, 1) for priority in range(4)]
-        for part, one, two in (*parts, *((held_back, deferral, 0) for deferral in HELD_BACK)):
-            values = {"account": account_id, "before": before, "one": one, "two": two}
-            for is_younger, is_aged, seq, id_, recipients, deferred_ts in db.execute(columns + pending + part, values):
+        values = {"account": account_id, "before": before}
+        parts = [(READY_BY_AGE, {**values, "turn": turn, "priority": n}) for turn in (0, 1) for n in range(4)]
+        parts += [(HELD_BACK_BY_AGE, {**values, "deferral": deferral}) for deferral in HELD_BACK]
+        for sql, part in parts:
+            for is_younger, is_aged, seq, id_, recipients, held_back in db.execute(sql, part):
                 if is_younger:
                     break
-                if is_aged and (deferred_ts is not None or seq not in self._on_wire):
+                if is_aged and (held_back or seq not in self._on_wire):
                     yield seq, id_, recipients
 
     def _give_up(self, db: sqlite3.Connection, seq: int, why: str, recipients: Outcomes | None) -> None:

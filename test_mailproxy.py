@@ -3907,6 +3907,7 @@ def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(
 
         rig.run(rig.file.write(watch))
         rig.run(rig.file.read(watch))
+        rig.accepted(submission(f"of another account, {id_}", account_id="other"))
         steps[0] = 0
         counted("accept", rig.accepted(submission(id_, contents={0: b"content"})))
         (claim,) = counted("claim", rig.claimed(1))
@@ -3930,6 +3931,8 @@ def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(
         counted("let the cooled go", rig.let_go(["main"], ("connection", "login")))
         counted("let the limited go", rig.let_go(["main"], ("limit",)))
         counted("fail", rig.recorded(*rig.claimed(1), ERROR, error="no"))
+        rig.queue.give_up_aged("other", NOW - 1, "550 gone")
+        counted("give up aged", rig.catch_up())
         counted("retry", rig.retry([another], {"main": None}))
         counted("look up", rig.look_up(id_))
         counted("delete", rig.delete([another]))
