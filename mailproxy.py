@@ -4865,7 +4865,7 @@ def server_reply(stage: Stage, code: int, lines: Iterable[str]) -> Reply:
     """The server's own words, in which no line begins with a code: some say it twice, some on each line. The
     enhanced code is believed when its class fits (RFC 2034 4)."""
     enhanced_code, texts = None, []
-    for line in map(str.strip, lines):
+    for line in (line[:1_000].strip() for line in lines):
         while (found := _CODE.match(line)) and (found[1] or found[2][0]) in (str(code), str(code)[0]):
             enhanced_code = enhanced_code or found[2]
             line = line[found.end() :]
@@ -4900,7 +4900,7 @@ def _reply_of_failure(stage: Stage, failure: Exception, account: Account) -> Rep
     if isinstance(failure, ssl.SSLError):
         text = f"no TLS with the server: {failure.reason or failure}"
         if implicit and failure.reason in _NO_TLS:
-            text += "; this port begins in clear: set implicit_tls = false (and port 587 or 25), or port = 465"
+            text += "; this port begins in clear: set implicit_tls = false (start_tls encrypts then), or the port of TLS, mostly 465"
         return local_reply(Stage.TLS, text)
     if isinstance(failure, (TimeoutError, ConnectionAbortedError)):  # the latter: a handshake took too long
         silent = "" if implicit or stage is not Stage.CONNECT else "; if TLS is expected here, set implicit_tls = true"
@@ -5234,27 +5234,18 @@ class Session(asyncio.Protocol):
 # ----- opening a session: aiosmtplib's part
 
 
-@dataclass(frozen=True, slots=True)
-class Login:
-    """Who we are; the secret is a password or an access token."""
+def _scrubbed(reply: Reply, secret: str) -> Reply:
+    """The reply of a server that may have repeated a password or token, in base64 or not, without it."""
+    start = secret[:16]  # what follows may be cut off
 
-    user: str
-    secret: str = field(repr=False)
+    def hidden(word: re.Match[str]) -> str:
+        with contextlib.suppress(ValueError):
+            if start.encode() in base64.b64decode(word[0] + "=="):
+                return "***"
+        return word[0]
 
-    def scrubbed(self, reply: Reply) -> Reply:
-        """The reply of a server that may have repeated the credentials, in base64 or not, without them."""
-        start = self.secret[:16]  # what follows may be cut off
-
-        def hidden(word: re.Match[str]) -> str:
-            with contextlib.suppress(ValueError):
-                if start.encode() in base64.b64decode(word[0] + "=="):
-                    return "***"
-            return word[0]
-
-        if start:
-            text = re.sub(r"[A-Za-z0-9+/]+=*", hidden, reply.text)
-            reply = reply._replace(text=re.sub(re.escape(start) + r"\S*", "***", text))
-        return reply
+    text = re.sub(r"[A-Za-z0-9+/]+=*", hidden, reply.text)
+    return reply._replace(text=re.sub(re.escape(start) + r"\S*", "***", text))
 
 
 async def _connect(account: Account, in_thread: InThread) -> socket.socket | Reply:
@@ -5325,7 +5316,7 @@ def _offers_of(smtp: aiosmtplib.SMTP, auth: Iterable[str]) -> Offers:
     )
 
 
-async def _log_in(smtp: aiosmtplib.SMTP, account: Account, login: Login) -> None:
+async def _log_in(smtp: aiosmtplib.SMTP, account: Account, secret: str) -> None:
     """One login with one method (RFC 4954): a refused password is not tried again another way.
 
     The method is the one asked for, or the best that both know: in clear one that hides the password comes first.
@@ -5345,20 +5336,21 @@ async def _log_in(smtp: aiosmtplib.SMTP, account: Account, login: Login) -> None
         names = f"only AUTH {', '.join(offered).upper()}" if offered else "no AUTH"
         more = "; it may after STARTTLS: set start_tls = auto" if smtp.supports_extension("starttls") else ""
         raise aiosmtplib.SMTPException(f"the server offers {names}; the account wants to log in ({account.auth}){more}")
-    plain, bearer = f"\0{login.user}\0{login.secret}", f"auth=Bearer {login.secret}\x01\x01"
-    name, place = login.user.replace("=", "=3D").replace(",", "=2C"), f"host={account.host}\x01port={account.port}"
+    user = str(account.user)
+    plain, bearer = f"\0{user}\0{secret}", f"auth=Bearer {secret}\x01\x01"
+    name, place = user.replace("=", "=3D").replace(",", "=2C"), f"host={account.host}\x01port={account.port}"
     initial, *answers = {
         "plain": (plain, plain),  # RFC 4616
-        "login": (login.user, login.secret),
-        "cram-md5": ("", login.user),
-        "xoauth2": (f"user={login.user}\x01{bearer}", ""),  # a refusal is a challenge that says why
+        "login": (user, secret),
+        "cram-md5": ("", user),
+        "xoauth2": (f"user={user}\x01{bearer}", ""),  # a refusal is a challenge that says why
         "oauthbearer": (f"n,a={name},\x01{place}\x01{bearer}", "\x01"),  # RFC 7628, the same
     }[method]
     command = (b"AUTH", method.upper().encode())
     response = await smtp.execute_command(*command, *filter(None, [base64.b64encode(initial.encode())]))
     if method == "login" and response.code // 10 == 50 and not response.message.startswith("5.7."):
         response = await smtp.execute_command(*command)  # it wants the name on a line of its own
-        answers.insert(0, login.user)
+        answers.insert(0, user)
     explanation = ""
     while response.code == 334 and answers:
         challenge, answer = b"", answers.pop(0)
@@ -5366,7 +5358,7 @@ async def _log_in(smtp: aiosmtplib.SMTP, account: Account, login: Login) -> None
             challenge = base64.b64decode(response.message)
             explanation = f"(status {json.loads(challenge)['status']})"
         if method == "cram-md5":  # RFC 2195
-            answer += f" {hmac.new(login.secret.encode(), challenge, 'md5').hexdigest()}"
+            answer += f" {hmac.new(secret.encode(), challenge, 'md5').hexdigest()}"
         response = await smtp.execute_command(base64.b64encode(answer.encode()))
     if response.code != 235:
         other = next((name for name in ("plain", "login") if name in offered), None)
@@ -5511,9 +5503,9 @@ class DeliveryAgent:
 
         `connected` is called once there is a connection, `may_log_in` is awaited before each login.
         """
-        login = await self._login(account, account.user) if account.user else None
-        if isinstance(login, Reply):
-            return login
+        secret = await self._secret(account) if account.user else None
+        if isinstance(secret, Reply):
+            return secret
         context = await self._tls_context(account)
         if isinstance(context, Reply):
             return context
@@ -5533,75 +5525,68 @@ class DeliveryAgent:
         )
         offers: Offers | Reply | None = None
         try:
-            offers, login = await self._introduce(smtp, account, login, may_log_in)
+            offers, secret = await self._introduce(smtp, account, secret, may_log_in)
         finally:
             if not isinstance(offers, Offers) and smtp.transport is not None:
                 cast(asyncio.Transport, smtp.transport).abort()
         if isinstance(offers, Offers):
             transport = cast(asyncio.Transport, smtp.transport)  # of which aiosmtplib hears no more
             return Session(transport, name, offers, account.timeout, self.end_of_data_timeout_s)
-        if account.oauth2_token_url and login and offers.stage is Stage.AUTH and offers.permanent and not renewed:
-            self.tokens.invalidate(account, login.secret)
+        if account.oauth2_token_url and secret and offers.stage is Stage.AUTH and offers.permanent and not renewed:
+            self.tokens.invalidate(account, secret)
             return await self.open_session(account, name=name, connected=connected, may_log_in=may_log_in, renewed=True)
         return offers
 
     async def _introduce(
-        self, smtp: aiosmtplib.SMTP, account: Account, login: Login | None, may_log_in: Callable[[], Awaitable[object]]
-    ) -> tuple[Offers | Reply, Login | None]:
-        """Greeting, EHLO, TLS, login: what the server offers then, or the reply that says where it ended.
-
-        TLS is what the account says: a STARTTLS that fails is never followed by mail in clear (RFC 3207).
+        self, smtp: aiosmtplib.SMTP, account: Account, secret: str | None, may_log_in: Callable[[], Awaitable[object]]
+    ) -> tuple[Offers | Reply, str | None]:
+        """Greeting, EHLO, TLS, login: what the server offers then, or the reply that says where it ended; and the
+        secret shown. TLS is what the account says: a STARTTLS that fails is never followed by mail in clear (RFC 3207).
         """
         encryption, stage = account.encryption, Stage.CONNECT
         try:
-            greeting = await smtp.connect()
+            greeting = (await smtp.connect()).message
             stage = Stage.EHLO
-            await _say_hello(smtp, greeting.message)
+            await _say_hello(smtp, greeting)
             offered = smtp.supports_extension("starttls")
             if encryption == "required" or (encryption == "auto" and offered):
                 stage = Stage.TLS
                 if not offered:
-                    text = (
-                        "the account requires TLS, but the server does not offer STARTTLS; with TLS from the first byte"
-                    )
-                    raise aiosmtplib.SMTPException(f"{text} set implicit_tls = true, and its port")
+                    raise aiosmtplib.SMTPException("the account requires TLS, but the server does not offer STARTTLS")
                 await smtp.starttls()
                 stage = Stage.EHLO
-                await _say_hello(smtp, greeting.message)
+                await _say_hello(smtp, greeting)
             methods = smtp.server_auth_methods
-            if login is not None:
+            if secret is not None:
                 stage = Stage.AUTH
                 await may_log_in()
-                latest = await self._login(account, login.user) if account.oauth2_token_url else login
+                latest = await self._secret(account) if account.oauth2_token_url else secret
                 if isinstance(latest, Reply):  # no newer token
                     return latest, None
-                login = latest
-                await _log_in(smtp, account, login)
-                stage = Stage.EHLO
-                try:
-                    await smtp.ehlo()  # some servers offer more to who has logged in
-                except aiosmtplib.SMTPHeloError as refusal:
-                    if refusal.code == 421:
-                        raise
-            return _offers_of(smtp, methods), login
+                secret = latest
+                await _log_in(smtp, account, secret)
+                stage = Stage.EHLO  # once more: some servers offer more to who has logged in
+                hello = await smtp.execute_command(b"EHLO", str(smtp.local_hostname).encode())
+                if hello.code == 250:
+                    smtp.last_ehlo_response = hello
+            return _offers_of(smtp, methods), secret
         except (aiosmtplib.SMTPException, OSError, ValueError) as failure:
             greeted = isinstance(failure, aiosmtplib.SMTPResponseException)
             greeted = greeted or isinstance(failure.__cause__, aiosmtplib.SMTPException)
             if stage is Stage.CONNECT and encryption == "implicit" and not greeted:
                 stage = Stage.TLS
             reply = _reply_of_failure(stage, failure, account)
-            return login.scrubbed(reply) if login and stage is Stage.AUTH else reply, login
+            return _scrubbed(reply, secret) if secret and stage is Stage.AUTH else reply, secret
 
-    async def _login(self, account: Account, user: str) -> Login | Reply:
-        """The account's credentials, before the server is bothered."""
+    async def _secret(self, account: Account) -> str | Reply:
+        """The account's password, or its access token, before the server is bothered."""
         if account.oauth2_token_url:
-            token = await self.tokens.token(account)
-            return token if isinstance(token, Reply) else Login(user, token)
+            return await self.tokens.token(account)
         if account.password is None:
-            return Login(user, "")
+            return ""
         try:
             async with asyncio.timeout(account.timeout or CONNECT_TIMEOUT_S):
-                return Login(user, await self.in_thread(functools.partial(self.reveal, account.password)))
+                return await self.in_thread(functools.partial(self.reveal, account.password))
         except TimeoutError:
             return local_reply(Stage.AUTH, "the password cannot be read in time")
         except SecretUnavailable as failure:
