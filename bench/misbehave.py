@@ -266,7 +266,7 @@ MANNERS: dict[str, Manner] = {
     ),
     "errors-hang-up": Manner((Rule("any", ("",), errors(3)), UNKNOWN), to="r gone"),
     "errors-421": Manner(
-        (Rule("any", ("421 4.7.0 Error: too many errors",), errors(20)), UNKNOWN),
+        (Rule("any", ("421 4.7.0 Error: too many errors",), errors(20)), UNKNOWN._replace(replies=("550 Unrouteable address",))),
         to="r gone gone gone", recipients=(1, 2, 5, 30, 60),
     ),
     "tarpit": Manner((UNKNOWN,), {"timeout": 60}, to="r gone", recipients=(1, 2, 3), tarpit_s=0.1, late_s=120),
@@ -847,13 +847,13 @@ def waits_truly(record: Mapping[str, Any], truth: Truth) -> bool:
 
 
 def waits_s(key: str, run: Run) -> list[float]:
-    """How long those recipients waited whom nobody refused; until the time was over, where it took longer."""
+    """How long those recipients waited whom nobody refused for good; so far, where it was not over in time."""
     one, waits = run.accepted[key], []
     if any(recipient.startswith("odious") for recipient in one.recipients):
         return []
     for recipient in one.recipients:
-        if recipient.startswith("r"):
-            taken = run.truth.takings.get((key, recipient), ())
+        taken = run.truth.takings.get((key, recipient), ())
+        if taken or not refused_for_good(key, recipient, run.truth):
             waits.append((taken[0].at if taken else run.ends_at) - one.at)
     return waits
 
