@@ -9676,6 +9676,7 @@ async def _try_servers(
 
     async def tried(account: Account) -> tuple[tuple[object, ...], str | None]:
         sender, offers, reply = own_address(account), None, None
+        account = account._replace(timeout=min(account.timeout or 25.0, 25.0))  # what is said then helps more
         try:
             async with asyncio.timeout(CONNECT_PATIENCE_S):
                 session = await agent.open_session(account, name="check")
