@@ -1939,14 +1939,14 @@ ACCOUNT_ROWS = (
     AccountRow(  # Microsoft 365
         "", r"5\d\d 5\.7\.(30|139)", "basic authentication|SmtpClientAuthentication|client submission", CHECK_LOGIN
     ),
-    AccountRow(  # Postfix, Exchange, Mailgun; only while nothing was accepted (see about)
-        "r", r"[45]5\d", "relay access denied|relaying denied|unable to relay|relay(ing)? (is )?not (allowed|permitted)",
+    AccountRow(  # Postfix, Exchange, Mailgun, chasquid; only while nothing was accepted (see about)
+        "r", r"[45][05]\d", "relay access denied|relaying denied|unable to relay|relay(ing)? (is )?not (allowed|permitted)",
         CHECK_RELAY,
     ),
     AccountRow("mrd", r"550 5\.7\.[01]", "mail (relay|sending) denied|invalid credentials for relay", BLOCKED),  # Google
     AccountRow(  # Microsoft 365: of the mailbox
         "", r"5\d\d 5\.(1\.90|2\.[02])",
-        r"submission ?quota|daily limit for message recipients|STOREDRV\.Submission.*QuotaExceeded", QUOTA,
+        r"submission ?quota|daily limit for message recipients|STOREDRV\.Submission.{0,60}QuotaExceeded", QUOTA,
     ),
     AccountRow("", r"550 5\.7\.23[23]", "tenant", QUOTA),  # Microsoft 365
     AccountRow(  # Microsoft 365, Zoho
@@ -1962,7 +1962,7 @@ ACCOUNT_ROWS = (
         r"|^(\S+ )?Domain \S+ is not allowed to send", BLOCKED,
     ),
     AccountRow(  # Google, iCloud
-        "mrd", r"550 5\.(4\.5|7\.1)", "daily .*(sending|relay).*(limit|quota).* exceeded|exceeded your daily sending limit",
+        "mrd", r"550 5\.(4\.5|7\.1)", "daily .{0,60}(sending|relay).{0,60}(limit|quota).{0,60} exceeded|exceeded your daily sending limit",
         QUOTA,
     ),
     AccountRow("", "4[25]1", "maximum credits exceeded|exceeded your messaging limits", QUOTA),  # SendGrid, qmail
@@ -1983,9 +1983,9 @@ ACCOUNT_ROWS = (
         r"|reached your daily relay quota|max rcpt to daily limit|\b(messages?|sending|outgoing) quota (exceeded|reached)"
         r"|over message quota|err=(\w*limit_reached|plan_expired|usr_disabled)", QUOTA,
     ),
-    AccountRow(  # Postfix (said at RCPT by smtpd_delay_reject), Google; DNS lists; Aruba
+    AccountRow(  # Postfix (at RCPT: smtpd_delay_reject), Exim, Google; DNS lists; Aruba
         "cemr", r"[45]\d\d",
-        "helo command rejected|helo/ehlo argument|access denied, bad helo|client host rejected"
+        "helo command rejected|(helo|ehlo) argument|access denied, bad helo|client host rejected"
         r"|client host \[?\S+\]? blocked|cannot find your (reverse )?hostname|your ip.{0,40}(blocked|blacklist)"
         "|sospetto abuso", CHECK_NAME,
     ),
@@ -2000,8 +2000,9 @@ OF_THE_RECIPIENT = (
 )
 # Words for an unknown recipient that come without an enhanced code.
 UNKNOWN_RECIPIENT = (
-    r"(?i)\b(no such|unknown|invalid) (user|recipient|mailbox|address|person|local part)|mailbox unavailable"
-    r"|\b(user|recipient|mailbox|address|account)\b.{0,60}(unknown|not found|not exist|n.t exist|invalid|inactive|disabled)"
+    r"(?i)\b(no such|unknown|invalid|valid|no) (user|recipient|mailbox|address|person|local part|destination)|unrout"
+    r"|\b(user|recipient|mailbox|address|account|host)\b.{0,60}(unknown|not found|exist|valid|inactive|disabled|available)"
+    r"|recipient address rejected: (access denied|domain)|verif|our customer"
 )
 # Postfix, Exchange, GoDaddy, NetEase, Huawei, SparkPost, Emailit, Google, Stalwart, IONOS, msndr: whatever the code
 OF_THE_SESSION = (
@@ -2053,7 +2054,7 @@ def signature(reply: Reply) -> tuple[object, ...] | None:
         reply.transient or re.match(r"5\.[12]\.", code) or re.search(UNKNOWN_RECIPIENT, reply.text)
     ):
         return None
-    text = re.sub(r'<[^>]*>|"[^"]*"|\S*[\d@]\S*', "", reply.text)  # without what differs from one to the next
+    text = re.sub(r'<[^<>]*>|"[^"]*"|\S*[\d@]\S*', "", reply.text)  # without what differs from one to the next
     return reply.stage, reply.code, code, " ".join(text.split())
 
 
@@ -2125,7 +2126,9 @@ def settle(
     if failure is not None and failure.stage in (Stage.ATTACHMENT, Stage.COMPOSITION):
         return _settle_incomplete(claim, failure, account, now, jitter)
     relays = relays or any(reply.accepted for reply in replies.values())
-    said = {one: about(reply, account, relays=relays) for one, reply in replies.items() if not reply.accepted}
+    refusals = {one: reply for one, reply in replies.items() if not reply.accepted}
+    verdicts = {reply: about(reply, account, relays=relays) for reply in set(refusals.values())}
+    said = {one: verdicts[reply] for one, reply in refusals.items()}
     if by_code:
         said = {one: Verdict(About.MESSAGE) if it.about is About.SESSION else it for one, it in said.items()}
     verdict = min(said.values(), key=lambda it: list(About).index(it.about), default=Verdict(About.MESSAGE))
@@ -3345,6 +3348,7 @@ class Order(NamedTuple):
     account_id: str
     most: int
     retried_first: bool  # whose turn it is within a priority
+    passed_over: frozenset[int] = frozenset()  # but none of these
 
 
 class State(NamedTuple):
@@ -3497,7 +3501,9 @@ class Queue:
     def _ready(self, db: sqlite3.Connection, order: Order) -> list[Claim]:
         """The best ready messages that are not on the wire: by priority, and within one new and retried mail in turn."""
         on_wire = list(self._on_wire.values())  # a copy: the loop's thread may take some out meanwhile
-        taken = as_json([claim.seq for claim in on_wire if claim.account_id == order.account_id])
+        taken = as_json(
+            [claim.seq for claim in on_wire if claim.account_id == order.account_id] + list(order.passed_over)
+        )
         values = {"account": order.account_id, "most": order.most, "on_wire": taken, "small": SMALL_PAYLOAD_BYTES}
         ranked: list[tuple[int, int, bool, Claim]] = []
         for turn in (0, 1):
@@ -6491,7 +6497,9 @@ class Lane:
     timer: asyncio.TimerHandle | None = None  # for when it has cooled, its limit ends, or an idle session is too old
     seconds_each: float = 0.1  # a transaction, smoothed
     accepted: int = 0  # transactions, since it began
-    turned_away: dict[int, tuple[int, int]] = field(default_factory=dict)  # messages: times, and `accepted` at the last
+    aside: dict[int, int] = field(default_factory=dict)  # messages a new session was refused with, in which generation
+    aside_too: bool = False  # they have their turn, too, because there is nothing else
+    meant: collections.Counter[int] = field(default_factory=collections.Counter)  # how often others passed then
     refusal: object = None  # what the latest messages were told, one after the other
     refused: set[int] = field(default_factory=set)  # those messages
     grows_at: float = -math.inf
@@ -6551,12 +6559,18 @@ class Lane:
             self.become(LaneState.UP)
         return True
 
-    def is_meant(self, seq: int) -> bool:
-        """A message was refused for its session; True when it is meant itself, since others pass."""
-        times, accepted = self.turned_away.get(seq, (0, -1))
-        times += self.accepted > accepted
-        self.turned_away[seq] = times, self.accepted
-        return times >= OWN_REFUSALS
+    def others_pass(self, seq: int) -> None:
+        """A message was accepted while others wait aside. One of them has its turn now.
+
+        They were meant, unless the lane cooled because one after the other was refused.
+        """
+        self.aside.pop(seq, None)
+        for one, generation in self.aside.items():
+            self.meant[one] += generation == self.generation or len(self.aside) == 1
+            self.aside[one] = -1
+        if self.aside:
+            del self.aside[next(iter(self.aside))]
+        self.has_mail = True
 
     def hears_the_same(self, refusal: object, seq: int) -> bool:
         """A message was refused; True when so many were before it, in the same words and with nothing accepted."""
@@ -6802,7 +6816,10 @@ class Dispatcher(Loop):
                 room = lane.windows.room(now) if wants else 0
                 if room or (wants and not lane.windows.held):  # what is on the wire may yet give its slot back
                     most = min(wants, room) or lane.account.batch_size  # those are held back
-                    orders[lane] = Order(lane.account.id, most, lane.retried_first)
+                    orders[lane] = Order(
+                        lane.account.id, most, lane.retried_first, frozenset(() if lane.aside_too else lane.aside)
+                    )
+                    lane.aside_too = False
                     lane.has_mail = False  # a wake during the claim sets it again
                 due_at = min([lane.until, *(session.opened_at + lane.account.ttl for session in lane.idle)])
                 if due_at < math.inf:
@@ -6823,6 +6840,9 @@ class Dispatcher(Loop):
         for (lane, order), claims in zip(orders.items(), found, strict=True):
             lane.has_mail = lane.has_mail or len(claims) == order.most
             lane.retried_first ^= bool(len(claims) % 2)
+            if lane.aside and not claims:
+                lane.has_mail = lane.aside_too = bool(order.passed_over)
+                self._mark(lane)
             over_limit = len(claims) > lane.windows.room(self.clock.monotonic())
             if over_limit:
                 self._hold_back(lane, claims)
@@ -7126,6 +7146,9 @@ class Dispatcher(Loop):
         disposition = self._judge(lane, claim, attempt, generation, untried, session)
         if disposition.slot_used:
             lane.accepted, lane.refusal, lane.refused = lane.accepted + 1, None, set()
+            if lane.aside:
+                lane.others_pass(claim.seq)
+                self._mark(lane)
         if disposition.verdict.about is not About.MESSAGE and session in lane.idle:
             lane.idle.remove(session)
             self._part_with(lane, session)
@@ -7133,7 +7156,6 @@ class Dispatcher(Loop):
             if lane.failures and not lane.refuses_all and lane.works(generation):
                 self._spawn(self._let_go(lane))
         elif disposition.lane is LaneSignal.FEWER:
-            lane.limit, lane.grows_at = max(1, lane.busy - 1), self.clock.monotonic() + GROWTH_PAUSE_S
             await self._release(lane, claim)
             return None
         elif disposition.lane is not LaneSignal.NONE and generation == lane.generation:
@@ -7157,8 +7179,14 @@ class Dispatcher(Loop):
         disposition, failure = judged(others=current and others), attempt.first_failure
         if disposition.slot_used or failure is None:
             return disposition
-        if disposition.verdict.about is About.SESSION and failure.stage not in BEFORE_MAIL and lane.is_meant(claim.seq):
-            return judged(by_code=True)
+        if disposition.lane is LaneSignal.FEWER and claim.seq not in lane.meant:
+            lane.limit, lane.grows_at = max(1, lane.busy - 1), self.clock.monotonic() + GROWTH_PAUSE_S
+        if disposition.lane in (LaneSignal.FEWER, LaneSignal.COOL) and failure.stage not in BEFORE_MAIL:
+            if lane.meant[claim.seq] >= OWN_REFUSALS - 1 and failure.transient:
+                return judged(by_code=True)
+            if lane.accepted and not lane.failures and lane.generation not in lane.aside.values():
+                disposition = judged(others=True)  # whose trouble it is shows the next message
+            lane.aside[claim.seq] = generation
         said = signature(failure) if disposition.verdict.about is About.MESSAGE else None
         if said is None or not lane.hears_the_same(said, claim.seq):
             return disposition
@@ -7189,8 +7217,8 @@ class Dispatcher(Loop):
 
     async def _conclude(self, lane: Lane, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
         """Record how the turn of a message ended; its slot, and its place on the wire, are free."""
-        if disposition.counted:
-            lane.turned_away.pop(claim.seq, None)
+        if disposition.status in (Status.SENT, Status.ERROR):
+            lane.meant.pop(claim.seq, None)
         if lane.deleted and disposition.status in (Status.QUEUED, Status.DEFERRED):
             disposition = given_up(disposition, "account deleted")
         elif disposition.status is Status.DEFERRED and disposition.deferred_ts is None:
