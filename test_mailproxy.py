@@ -8826,7 +8826,7 @@ def test_a_connection_that_refuses_every_mail_takes_none_from_the_one_that_works
             here.append(visit.number)
         if verb == "MAIL" and visit.number != here[0]:
             return "432 4.3.2 Concurrent connections limit exceeded"
-        await asyncio.sleep(0.1 if verb == "." else 0)
+        await asyncio.sleep(0.05 if verb == "." else 0)
         return None
 
     with providers(tmp_path, reports, one_at_a_time, max_connections=2) as (daemon, servers):
@@ -8853,31 +8853,33 @@ def test_a_server_that_serves_three_at_a_time_gets_no_more_than_it_takes(
         return None
 
     with providers(tmp_path, reports, three) as (daemon, servers):
-        daemon.submit(*mail_for("p0", 60))
+        daemon.submit(*mail_for("p0", 45))
 
-        no_trouble(daemon, reports, servers, 60)
-        assert (most, servers[0].said["."] < 20) == (3, True), servers[0].said
+        no_trouble(daemon, reports, servers, 45)
+        assert (most, servers[0].said["."] < 15) == (3, True), servers[0].said
 
 
+@pytest.mark.parametrize(("most", "connections"), [(5, 1), (1, 4)])
 def test_so_many_messages_a_session_cost_a_new_connection_each_and_nothing_else(
-    tmp_path: Path, reports: ReportReceiver
+    tmp_path: Path, reports: ReportReceiver, most: int, connections: int
 ) -> None:
     replies = (
         "421 4.7.0 Too many messages in this connection", "451 4.7.0 Temporary server error", "452 4.4.5 Enough",
         "550 This message has exceeded the max number of messages per session. IB510", "drop",
     )  # fmt: skip
 
-    def five(reply: str, verb: str, visit: Visit, _: str) -> str | None:
-        return reply if verb == "MAIL" and visit.taken >= 5 else None
+    def full(reply: str, verb: str, visit: Visit, _: str) -> str | None:
+        return reply if verb == "MAIL" and visit.taken >= most else None
 
-    rules = [functools.partial(five, reply) for reply in replies]
-    with providers(tmp_path, reports, *rules, max_connections=1) as (daemon, servers):
+    rules = [functools.partial(full, reply) for reply in replies]
+    with providers(tmp_path, reports, *rules, max_connections=connections) as (daemon, servers):
         for number in range(len(replies)):
-            daemon.submit(*mail_for(f"p{number}", 30))
+            daemon.submit(*mail_for(f"p{number}", 20))
 
-        no_trouble(daemon, reports, servers, 30)
+        no_trouble(daemon, reports, servers, 20)
         for server in servers:
-            assert (server.connections, max(Counter(r.connection for r in server.received).values())) == (6, 5)
+            assert 20 / most <= server.connections < 20 / most + connections
+            assert max(Counter(received.connection for received in server.received).values()) == most
 
 
 def test_where_no_session_is_served_the_mail_waits_untouched_and_goes_once_one_is(
@@ -9023,6 +9025,27 @@ def test_the_same_refusal_to_every_message_stops_the_lane_before_the_queue_is_lo
         assert (server.said[at], account_up(daemon), state_of(daemon, "p0")) == (lost, 1, "up")
 
 
+# -- about the message
+
+
+def test_a_421_that_is_about_one_content_is_that_messages_and_no_others(
+    tmp_path: Path, reports: ReportReceiver
+) -> None:
+    def fears(verb: str, _visit: Visit, content: str) -> str | None:
+        return "421 4.7.0 Because of the nature of the content" if verb == "." and "poison" in content else None
+
+    with providers(tmp_path, reports, fears, max_connections=2) as (daemon, [server]):
+        good = mail_for("p0", 30, "slow50ms@example.com")
+        daemon.submit(*good[:5], letter("poison", account_id="p0"), *good[5:])
+
+        record = daemon.wait_status("poison", "deferred")
+        assert (record["attempts"], record["error"]) == (1, "421 4.7.0 Because of the nature of the content")
+        wait_until(lambda: daemon.status()["pending"] == 1, "the end of all others")
+        assert (became(daemon)["sent", 1], server.said["."] <= 10) == (30, True), server.said
+        assert (account_up(daemon), "cooling" in daemon.log) == (1, False)
+        assert {e["id"] for e in reports.entries if e["status"] == "deferred"} == {"poison"}
+
+
 # -- about recipients
 
 
@@ -9057,6 +9080,44 @@ def test_greylisting_keeps_its_connection_and_its_schedule(tmp_path: Path, repor
         assert server.visits["greylist9@example.com"] == 2
         assert len(server.received_by("ok+later@example.com")) == 1
         assert (server.connections, "cooling" in daemon.log) == (1, False)
+
+
+def strict(errors: int, last: str) -> Rule:
+    """Ends the session after so many recipients nobody knows."""
+
+    def rule(verb: str, visit: Visit, argument: str) -> str | None:
+        if verb == "RCPT" and visit.refused >= errors and last.startswith("421"):
+            return last
+        if verb == "RCPT" and "unknown" in argument:
+            return "550 5.1.1 No such user" + (last if visit.refused == errors - 1 and last == ". Bye" else "")
+        return None
+
+    return rule
+
+
+@pytest.mark.parametrize("last", [". Bye", "421 4.7.0 Error: too many errors"])
+def test_a_server_that_hangs_up_after_errors_costs_no_recipient_and_no_time(
+    tmp_path: Path, reports: ReportReceiver, last: str
+) -> None:
+    with providers(tmp_path, reports, strict(3, last), strict(20, last)) as (daemon, [server, patient]):
+        mixed = [f"{'unknown' if n % 2 else 'ok'}+{n}@example.com" for n in range(8)]
+        single = [letter(f"s-{n}", f"{'unknown' if n % 2 else 'ok'}@example.com", account_id="p0") for n in range(20)]
+        daemon.submit(*mail_for("p0", 20, *mixed), *single)
+        daemon.submit(*mail_for("p1", 1, *(f"unknown+{n}@example.com" for n in range(100)), "ok@example.com"))
+
+        wait_all_settled(daemon, 15)
+        for record in daemon.get("/messages?account_id=p0").json["messages"]:
+            if record["id"].startswith("p0"):
+                statuses = {address: outcome["status"] for address, outcome in record["recipients"].items()}
+                assert statuses == {address: "error" if "unknown" in address else "sent" for address in mixed}
+                assert record["error"].startswith("4 of 8 recipients refused: 550 5.1.1 No such user")
+        copies = Counter((r.message["Subject"], address) for r in server.received for address in r.recipients)
+        assert (len(copies), set(copies.values())) == (20 * 4 + 10, {1})
+        assert became(daemon) == {("sent", 1): 30, ("error", 1): 10}
+        record = daemon.message("p1-0")
+        assert Counter(outcome["code"] for outcome in record["recipients"].values()) == {550: 100, 250: 1}
+        assert (record["attempts"], len(patient.received), "cooling" in daemon.log) == (1, 1, False)
+        assert patient.connections <= 12
 
 
 def test_a_tarpit_that_doubles_its_delay_costs_no_attempt(tmp_path: Path, reports: ReportReceiver) -> None:
