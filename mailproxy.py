@@ -6745,13 +6745,17 @@ class Dispatcher(Loop):
         lane.generation += 1
         for work in lane.recallable:
             work.cancel()
-        while lane.ready:
-            claim, composed = lane.ready.popleft()
+        self._call_off(lane, list(lane.ready))
+        while lane.idle:
+            self._part_with(lane, lane.idle.pop())
+
+    def _call_off(self, lane: Lane, waiting: Iterable[tuple[Claim, Composed | None]]) -> None:
+        """Put back messages that wait for a connection."""
+        for claim, composed in waiting:
+            lane.ready.remove((claim, composed))
             if composed is not None:
                 self.memory.give_back(lane, composed.memory_bytes)
             self._spawn(self._release(lane, claim))
-        while lane.idle:
-            self._part_with(lane, lane.idle.pop())
 
     # -- the loop
 
@@ -6766,7 +6770,10 @@ class Dispatcher(Loop):
         if self._cooled_may_go:
             self.wake(await self.queue.let_go(list(self.lanes), ("connection", "login")))
             self._cooled_may_go = False
-        if self.queue.next_ts <= self.clock.wall():
+        now = self.clock.wall()
+        if self.queue.next_ts <= now:
+            for lane in self.lanes.values():
+                self._call_off(lane, [one for one in lane.ready if (one[0].expires_ts or math.inf) <= now])
             account_ids, ended = await self.queue.catch_up()
             self.wake(account_ids)
             for id_, account_id, why in ended:
@@ -6891,7 +6898,7 @@ class Dispatcher(Loop):
         """Fetch and compose a message beside the lane; no connection waits for it."""
         started_at, generation = self.clock.wall(), lane.generation
         try:
-            prepared = await self._unless_recalled(lane, self._put_together(lane, claim))
+            prepared = await self._unless_recalled(lane, claim.expires_ts, self._put_together(lane, claim))
             if isinstance(prepared, Reply):
                 attempt = Attempt(started_at, self.clock.wall(), {"": prepared})
                 await self._settle(lane, claim, attempt, generation)
@@ -6955,13 +6962,17 @@ class Dispatcher(Loop):
         content = compose(message, parts, date=claim.created_at)
         return Composed(content, Envelope(message.return_path, message.recipients), needs_smtputf8(message))
 
-    async def _unless_recalled(self, lane: Lane, work: Coroutine[Any, Any, T]) -> T | None:
-        """What the work gives, or None when the lane was called back meanwhile."""
-        task = asyncio.get_running_loop().create_task(work)
+    async def _unless_recalled(self, lane: Lane, expires_ts: int | None, work: Coroutine[Any, Any, T]) -> T | None:
+        """What the work gives, or None when the lane was called back, or its message has expired, meanwhile."""
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(work)
         lane.recallable.add(task)
+        timer = None if expires_ts is None else loop.call_later(expires_ts - self.clock.wall(), task.cancel)
         try:
             await asyncio.wait([task])
         finally:
+            if timer is not None:
+                timer.cancel()
             lane.recallable.discard(task)
             task.cancel()
         return None if task.cancelled() else task.result()
@@ -7002,8 +7013,6 @@ class Dispatcher(Loop):
         turn, transacting = Turn(), False
         memory_bytes = composed.memory_bytes if composed is not None else 0
         try:
-            if claim.expires_ts is not None and claim.expires_ts <= self.clock.wall():
-                return await self._release(lane, claim)
             if composed is None:
                 made = self.compose(claim, claim.payload or "")
                 assert isinstance(made, Composed)  # without parts there is nothing that cannot be fetched
@@ -7024,6 +7033,9 @@ class Dispatcher(Loop):
     async def _transact(self, lane: Lane, claim: Claim, composed: Composed, turn: Turn) -> Claim | None:
         """One transaction; the claim as it goes on at once with the recipients that are left, None: it is over."""
         generation, started_at = lane.generation, self.clock.wall()
+        if claim.expires_ts is not None and claim.expires_ts <= started_at:
+            await self._release(lane, claim)
+            return None
         before = claim.recipients or {}
         final = {address for address, outcome in before.items() if outcome.status is not Status.DEFERRED}
         left = [a for a in composed.envelope.recipients if a not in turn.tried and a not in final]
@@ -7036,7 +7048,7 @@ class Dispatcher(Loop):
         session: Session | Reply | None = None
         name, reused = "", False
         if left and not replies:
-            session = await self._session(lane)
+            session = await self._session(lane, claim.expires_ts)
             if isinstance(session, Reply):
                 if generation == lane.generation or lane.state is LaneState.COOLING:
                     replies, left = {"": session}, []
@@ -7058,8 +7070,8 @@ class Dispatcher(Loop):
             turn.learn(replies, before, goes_on.recipients or {}, accepted)
         return goes_on
 
-    async def _session(self, lane: Lane) -> Session | Reply | None:
-        """An idle session of the lane, or a new one; a reply says why there is none. None: called back.
+    async def _session(self, lane: Lane, expires_ts: int | None) -> Session | Reply | None:
+        """An idle session of the lane, or a new one; a reply says why there is none. None: called back, or expired.
 
         While no session is open, one connection goes first: the others may connect once its server answers,
         and log in once it is in.
@@ -7089,7 +7101,7 @@ class Dispatcher(Loop):
             lane.account, name=f"{lane.account.id}-{lane.opened}", connected=connected, may_log_in=may_log_in
         )
         try:
-            session = await self._unless_recalled(lane, opening)
+            session = await self._unless_recalled(lane, expires_ts, opening)
             if session is not None and not isinstance(session, Reply):
                 lane.sessions[session] = generation
                 if lane.first_is_in is not None:

@@ -7917,7 +7917,7 @@ def test_an_opening_that_was_called_back_ends_before_its_login_though_its_cancel
         dispatcher.add_lane(account, mailproxy.Standing((), suspended=False, held_back=False))
         lane = dispatcher.lanes["main"]
         lane.first_is_in = asyncio.Event()  # another one goes first
-        opening = asyncio.create_task(dispatcher._session(lane))
+        opening = asyncio.create_task(dispatcher._session(lane, None))
         for _ in range(3):
             await asyncio.sleep(0)
         dispatcher._recall(lane)
@@ -8397,6 +8397,31 @@ def test_mail_is_given_up_for_its_age_only_after_a_try_and_expires_wherever_it_w
             assert "refused" in error
         assert {daemon.message(f"gone-{n}")["status"] for n in range(3)} == {"queued"}
         assert {daemon.message(f"{id_}-later")["status"] for id_ in ("gone", "quiet", "down")} == {"deferred"}
+
+
+def test_what_waits_for_a_connection_or_an_attachment_expires_at_its_time(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver, black_hole: socket.socket
+) -> None:
+    config = {"smtp": {"max_connections": 1}, "attachments": {"allow_hosts": "127.0.0.1"}}
+    with SleepyDaemon(tmp_path, config, smtp=smtp, reports=reports) as daemon:
+        ask(daemon, "/account", account_at("hole", black_hole))
+        ask(daemon, "/account", account_at("other", smtp))
+        daemon.submit(*letters("quick", 40))
+        wait_still(daemon)
+        never = {"filename": "never", "url": f"http://127.0.0.1:{black_hole.getsockname()[1]}/"}
+        expires = {"expires_ts": int(time.time()) + 2}
+        daemon.submit(
+            letter("slow", "slow30@example.com", **expires),
+            *letters("behind", 3, **expires),
+            letter("connecting", account_id="hole", **expires),
+            letter("fetching", account_id="other", attachments=[never], **expires),
+        )
+
+        for id_ in ("behind-0", "behind-2", "connecting", "fetching"):
+            ended = reports.wait_for_entry(id_, "error", timeout=10)
+            assert (ended["error"], ended["attempts"]) == ("expired: expires_ts has passed", 0)
+        assert daemon.message("slow")["status"] == "queued"
+        daemon.kill()
 
 
 def test_one_connection_keeps_to_priority_and_order_and_lets_retries_take_turns(
