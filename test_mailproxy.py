@@ -7899,6 +7899,14 @@ def test_connections_grow_to_the_most_allowed_and_end_as_the_account_says(tmp_pa
         wait_until(lambda: daemon.status()["accounts"]["default"]["connections"] == 0, "the end of their life")
 
 
+def dispatcher_of(queue: Any, clock: Any, open_session: Any = None) -> Any:
+    return mailproxy.Dispatcher(
+        queue=queue, settings=mailproxy.DeliverySettings(), clock=clock, jitter=lambda: 0, open_session=open_session,
+        fetcher=None, memory=SimpleNamespace(), in_thread=None, metrics=mailproxy.Metrics("test"), log=LOG,
+        reports_due=lambda: None,
+    )  # type: ignore[arg-type] # fmt: skip
+
+
 def test_an_opening_that_was_called_back_ends_before_its_login_though_its_cancellation_was_swallowed() -> None:
     """As asyncio.wait_for of Python 3.11 does with one that comes together with the reply."""
 
@@ -7908,11 +7916,7 @@ def test_an_opening_that_was_called_back_ends_before_its_login_though_its_cancel
         await may_log_in()
 
     async def called_back() -> Any:
-        dispatcher = mailproxy.Dispatcher(
-            queue=None, settings=mailproxy.DeliverySettings(), clock=mailproxy.Clock(time.time, time.monotonic),
-            jitter=lambda: 0, open_session=open_session, fetcher=None, memory=None, in_thread=None, metrics=mailproxy.Metrics("test"),
-            log=LOG, reports_due=print,
-        )  # type: ignore[arg-type] # fmt: skip
+        dispatcher = dispatcher_of(None, mailproxy.Clock(time.time, time.monotonic), open_session=open_session)
         account = mailproxy.Account(id="main", host="mx.test", port=25)
         dispatcher.add_lane(account, mailproxy.Standing((), suspended=False, held_back=False))
         lane = dispatcher.lanes["main"]
@@ -7927,11 +7931,7 @@ def test_an_opening_that_was_called_back_ends_before_its_login_though_its_cancel
 
 
 def test_what_an_old_limit_holds_back_while_the_account_is_replaced_goes_by_the_new_one(rig: QueueRig) -> None:
-    dispatcher = mailproxy.Dispatcher(
-        queue=rig.queue, settings=mailproxy.DeliverySettings(), clock=mailproxy.Clock(lambda: rig.now, lambda: rig.now),
-        jitter=lambda: 0, open_session=None, fetcher=None, memory=SimpleNamespace(), in_thread=None,
-        metrics=mailproxy.Metrics("test"), log=LOG, reports_due=lambda: None,
-    )  # type: ignore[arg-type] # fmt: skip
+    dispatcher = dispatcher_of(rig.queue, mailproxy.Clock(lambda: rig.now, lambda: rig.now))
     account = mailproxy.Account(id="main", host="mx.test", port=25, limit_per_day=1)
     rig.accepted(submission("m"))
 
