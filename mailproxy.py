@@ -1929,7 +1929,7 @@ class AccountRow(NamedTuple):
 # and concurrent connection throttling for SMTP Authenticated Submission". Google: knowledge.workspace.google.com,
 # "Gmail SMTP errors and codes" and "SMTP relay service error messages". docs/providers.md has more.
 ACCOUNT_ROWS = (
-    AccountRow("", "53[0458]|526", "", CHECK_LOGIN),  # RFC 4954 6; Alibaba Cloud
+    AccountRow("", "53[058]|526", "", CHECK_LOGIN),  # RFC 4954 6 (534 is Courier's for a header too large); Alibaba Cloud
     AccountRow("cea", r"4\d\d", "too many (login attempts|auth failures)|too much fail", CHECK_LOGIN),  # Google, Oracle
     AccountRow(  # SendGrid, SMTP2GO, Orange: no login was made
         "mrd", "55[0134]",
@@ -2143,8 +2143,9 @@ def settle(
     settled = _settle_recipients(claim, attempt, account, now, jitter, untried, unheard)
     if verdict.about is About.ACCOUNT or (nobody and verdict.about is About.SESSION):
         blamed = next(replies[one] for one, it in said.items() if it is verdict)
-        recipients = claim.recipients if "" in replies else settled.recipients
-        return held(claim, blamed, verdict)._replace(recipients=recipients, slot_used=settled.slot_used)
+        if nobody and ("" in replies or not claim.recipients):
+            return held(claim, blamed, verdict)
+        return held(claim, blamed, verdict)._replace(recipients=settled.recipients, slot_used=settled.slot_used)
     return settled._replace(verdict=verdict)
 
 
@@ -6534,8 +6535,8 @@ class Lane:
             session.usable
             and self.sessions[session] == self.generation
             and now - session.opened_at < self.account.ttl
-            and session.transactions
-            < min(self.account.max_messages_per_connection, session.offers.mail_max or math.inf)
+            and session.transactions < (session.offers.mail_max or math.inf)
+            and session.transactions < self.account.max_messages_per_connection
         )
 
     @property
@@ -7054,7 +7055,7 @@ class Dispatcher(Loop):
                     replies, left = {"": session}, []
             elif session is not None:
                 name, reused = session.name, session.transactions > 0
-                served = turn.served(left, lane.account, session.offers)
+                served = turn.served(left, lane.account, session.offers) if len(left) > 1 else tuple(left)
                 envelope = Envelope(composed.envelope.sender, served)
                 replies = await self._converse(lane, session, envelope, composed, turn.careful)
             if not replies:  # it has not had its turn
@@ -7155,7 +7156,10 @@ class Dispatcher(Loop):
         session: Session | Reply | None = None,
     ) -> Claim | None:
         """Judge the attempt, tell the lane, record it; the claim where the message goes on at once."""
-        disposition = self._judge(lane, claim, attempt, generation, untried, session)
+        if attempt.first_failure is None:
+            disposition = settle(claim, attempt, lane.account, self.clock.wall(), 0, untried)
+        else:
+            disposition = self._judge(lane, claim, attempt, generation, untried, session)
         if disposition.slot_used:
             lane.accepted, lane.refusal, lane.refused = lane.accepted + 1, None, set()
             if lane.aside:
@@ -7183,13 +7187,11 @@ class Dispatcher(Loop):
         self, lane: Lane, claim: Claim, attempt: Attempt, generation: int, untried: Sequence[str], session: object
     ) -> Disposition:
         """What becomes of the message, in the light of what the lane has seen with others."""
+        current, failure = generation == lane.generation, cast(Reply, attempt.first_failure)
         others = lane.first_is_in is not None or any(one is not session and one.usable for one in lane.sessions)
-        current, relays = generation == lane.generation, lane.accepted > 0
-        judged = functools.partial(
-            settle, claim, attempt, lane.account, self.clock.wall(), self.jitter(), untried, relays=relays
-        )
-        disposition, failure = judged(others=current and others), attempt.first_failure
-        if disposition.slot_used or failure is None:
+        judged = functools.partial(settle, claim, attempt, lane.account, self.clock.wall(), self.jitter(), untried)
+        disposition = judged(relays=lane.accepted > 0, others=current and others)
+        if disposition.slot_used:
             return disposition
         if disposition.lane is LaneSignal.FEWER and claim.seq not in lane.meant:
             lane.limit, lane.grows_at = max(1, lane.busy - 1), self.clock.monotonic() + GROWTH_PAUSE_S
@@ -7197,14 +7199,12 @@ class Dispatcher(Loop):
             if lane.meant[claim.seq] >= OWN_REFUSALS - 1 and failure.transient:
                 return judged(by_code=True)
             if lane.accepted and not lane.failures and lane.generation not in lane.aside.values():
-                disposition = judged(others=True)  # whose trouble it is shows the next message
+                disposition = judged(others=True)  # the next message shows whose trouble it is
             lane.aside[claim.seq] = generation
         said = signature(failure) if disposition.verdict.about is About.MESSAGE else None
         if said is None or not lane.hears_the_same(said, claim.seq):
             return disposition
-        if (
-            not current or disposition.status is Status.QUEUED
-        ):  # it was under way when the lane began to cool, or is not over
+        if not current or disposition.status is Status.QUEUED:  # it began before the lane cools, or is not over
             disposition = held(claim, failure, disposition.verdict)
         return disposition._replace(lane=LaneSignal.COOL, verdict=Verdict(About.ACCOUNT, SAME_TO_ALL))
 

@@ -2231,6 +2231,7 @@ COOLED_WITH_SOME_SENT = ("deferred", "account", False, True, None, "login")
             "554 You've reached your daily relay quota",
         ),
         ({"a": word("mail", 530)}, REFUSED, "530 as told"),
+        ({"a": word("end-of-data", 534)}, FAILED, "534 as told"),
         (
             {"a": TAKEN, "b": word("rcpt", 450, "Mail send limit exceeded")},
             COOLED_WITH_SOME_SENT,
