@@ -2348,7 +2348,7 @@ class SendWindows:
 # that any server takes: header texts as encoded words (RFC 2047), file names by RFC 2231, bodies by RFC 2045.
 # Dot-stuffing belongs to the transport.
 
-LONGEST_LINE = 998  # octets without CRLF, RFC 5322 2.1.1
+LONGEST_LINE = 990  # octets without CRLF; RFC 5322 2.1.1 allows 998, but sendmail and Haraka break lines after 990
 SHORT_LINE = 78  # octets that a header line should not exceed; 76 with encoded words (RFC 2047 2)
 LONGEST_WORD = 900  # octets of a header's word that still fits a line beside the field's name
 BASE64_BLOCK = 57 * 1000  # octets encoded at a time; 57 make a line of 76 characters
@@ -2557,7 +2557,7 @@ def _text_entity(text: str, subtype: str) -> Entity:
 
 
 def has_short_lines(octets: bytes) -> bool:
-    """True when no line is longer than SMTP allows (RFC 5321 4.5.3.1.6); lines end with CRLF."""
+    """True when no line is longer than every server takes; lines end with CRLF."""
     return len(octets) <= LONGEST_LINE or all(
         max(map(len, lines.split(b"\r\n"))) <= LONGEST_LINE for lines in _complete_lines(octets)
     )

@@ -112,6 +112,10 @@ def long_lines(n: int) -> Case:
     return composed("long lines", n, body="x" * 2_000 + "\n" + "words " * 2_000 + "\n")
 
 
+def limit_lines(n: int) -> Case:
+    return composed("lines at the limit", n, body="".join("x" * length + "\n" for length in range(985, 985 + n % 15)))
+
+
 def empty(n: int) -> Case:
     return composed("empty", n, subject="", body="")
 
@@ -142,7 +146,7 @@ def raw_long_line(n: int) -> Case:
 
 
 KINDS = [
-    plain, html_and_text, utf8_headers, attachment, dots, long_lines, empty, several,
+    plain, html_and_text, utf8_headers, attachment, dots, long_lines, limit_lines, empty, several,
     raw_odd, raw_8bit, raw_utf8_header, raw_long_line,
 ]  # fmt: skip
 
@@ -653,7 +657,7 @@ exports.hook_queue = (next, connection) => {{
 
 class Aiosmtpd(Server):
     name = "aiosmtpd"
-    own: ClassVar[Mapping[str, str]] = {"raw, long line": "it takes lines of up to 1,000 octets only"}
+    own: ClassVar[Mapping[str, str]] = {"raw, long line": "it takes lines of up to 999 octets only"}
 
     def obtain(self) -> None:
         self.module = self.store / "pypi"
