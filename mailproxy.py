@@ -1965,23 +1965,18 @@ ACCOUNT_ROWS = (
         "mrd", r"550 5\.(4\.5|7\.1)", "daily .{0,60}(sending|relay).{0,60}(limit|quota).{0,60} exceeded|exceeded your daily sending limit",
         QUOTA,
     ),
-    AccountRow("", "4[25]1", "maximum credits exceeded|exceeded your messaging limits", QUOTA),  # SendGrid, qmail
-    AccountRow(  # Amazon SES, Mail.ru; NetEase, QQ, Alibaba; GoDaddy
-        "cmrd", r"4[35]\d|55\d",
-        r"throttling failure: daily message quota|ratelimit exceeded for mailbox|too frequently sending"
-        r"|(sender|domain|ip|connection) frequency limited|\b(MI:(SFQ|STC)|RP:(QRC|RCL|TRC)|WM:BL[IU]|IB(504|607|11[0-3]))\b",
-        QUOTA,
-    ),
-    AccountRow(  # IONOS, cPanel, Plesk, Shellrent, postfwd
-        "mrd", r"[45]5\d",
-        "mail send limit exceeded|exceeded the max (emails|defers and failures) per hour|number of allowed outgoing messages"
-        "|message count exceeded|number (messages|recipients) per hour exceeded", QUOTA,
-    ),
-    AccountRow(  # limits in words: Emailit, Webcentral, GoDaddy, Register.it, RedmaoMail, AuthSMTP, Qboxmail
-        "cmrd", r"4[345]\d|55\d",
-        r"\b(daily|hourly|monthly) (message|sending|email|relay)? ?(limit|quota) (has been )?(exceeded|reached)"
-        r"|reached your daily relay quota|max rcpt to daily limit|\b(messages?|sending|outgoing) quota (exceeded|reached)"
-        r"|over message quota|err=(\w*limit_reached|plan_expired|usr_disabled)", QUOTA,
+    AccountRow(
+        "", r"4[2345]\d|55\d",
+        "maximum credits exceeded|exceeded your messaging limits|over message quota"  # SendGrid, qmail, AuthSMTP
+        "|throttling failure: daily message quota|ratelimit exceeded for mailbox"  # Amazon SES, Mail.ru
+        "|too frequently sending|(sender|domain|ip|connection) frequency limited"  # Alibaba, QQ
+        r"|\b(MI:(SFQ|STC)|RP:(QRC|RCL|TRC)|WM:BL[IU]|IB(504|607|11[0-3]))\b"  # NetEase, GoDaddy
+        "|mail send limit exceeded|exceeded the max (emails|defers and failures) per hour"  # IONOS, cPanel
+        "|number of allowed outgoing messages|message count exceeded"  # Plesk, Shellrent
+        "|number (messages|recipients) per hour exceeded|max rcpt to daily limit"  # postfwd, Register.it
+        r"|\b(daily|hourly|monthly) (message|sending|email|relay)? ?(limit|quota) (has been )?(exceeded|reached)"  # Emailit
+        r"|reached your daily relay quota|\b(messages?|sending|outgoing) quota (exceeded|reached)"  # GoDaddy, RedmaoMail
+        r"|err=(\w*limit_reached|plan_expired|usr_disabled)", QUOTA,  # Qboxmail
     ),
     AccountRow(  # Postfix (at RCPT: smtpd_delay_reject), Exim, Google; DNS lists; Aruba
         "cemr", r"[45]\d\d",
@@ -2140,7 +2135,7 @@ def settle(
             return untouched(claim)._replace(lane=lane, verdict=verdict)
         if verdict.about is About.MESSAGE:  # lost by a new connection: that counts
             unheard = set()
-    settled = _settle_recipients(claim, attempt, account, now, jitter, untried, unheard)
+    settled = _settle_recipients(claim, attempt, account, now, jitter, [*unheard, *untried])
     if verdict.about is About.ACCOUNT or (nobody and verdict.about is About.SESSION):
         blamed = next(replies[one] for one, it in said.items() if it is verdict)
         if nobody and ("" in replies or not claim.recipients):
@@ -2193,46 +2188,38 @@ def _settle_incomplete(claim: Claim, failure: Reply, account: Account, now: floa
 
 
 def _settle_recipients(
-    claim: Claim,
-    attempt: Attempt,
-    account: Account,
-    now: float,
-    jitter: float,
-    untried: Sequence[str],
-    unheard: set[str],
+    claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, left: Sequence[str]
 ) -> Disposition:
-    """Each recipient has a reply of its own, but those `unheard`; the message is done when every one is final.
-
-    Who was refused for now, while others were accepted, is asked once more at once.
-    """
+    """Each recipient has a reply of its own but those `left` for another transaction; the message is done when every
+    one is final. Who was refused for now, while others were accepted, is asked once more at once."""
     replies = attempt.replies
     accepted = any(reply.accepted for reply in replies.values())
     in_doubt = any(reply.in_doubt for reply in replies.values())
     lane = LaneSignal.UP if any(reply.cause is Cause.SERVER for reply in replies.values()) else LaneSignal.NONE
-    outcomes, goes_on = dict(claim.recipients or {}), bool(untried or unheard)
+    outcomes, left = dict(claim.recipients or {}), list(left)
     for address, reply in replies.items():
         again = accepted and reply.stage is Stage.RCPT and (reply.transient or _too_many(reply))
-        goes_on = goes_on or again
-        if address in unheard or (again and _too_many(reply)):
-            outcomes.setdefault(address, UNTRIED)
+        if _too_many(reply) if again else address in left:
+            left.append(address)
             continue
+        left += [address] if again else []
         for_good = account.in_doubt == "error" if reply.in_doubt else reply.permanent
         status = Status.ERROR if for_good else Status.DEFERRED
         outcomes[address] = RecipientOutcome(Status.SENT if reply.accepted else status, reply.code, spoken(reply))
-    for address in untried:
+    for address in left:
         outcomes.setdefault(address, UNTRIED)
     disposition = Disposition(Status.QUEUED, lane, counted=False, slot_used=accepted or in_doubt, recipients=outcomes)
-    if goes_on:
+    if left:
         return disposition
     disposition = disposition._replace(counted=True)
-    left = [outcome for outcome in outcomes.values() if outcome.status is not Status.SENT]
-    left.sort(key=lambda outcome: (not outcome.text.startswith(IN_DOUBT), outcome.status is Status.ERROR))
-    waits = any(outcome.status is Status.DEFERRED for outcome in left)
+    refused = [outcome for outcome in outcomes.values() if outcome.status is not Status.SENT]
+    refused.sort(key=lambda outcome: (not outcome.text.startswith(IN_DOUBT), outcome.status is Status.ERROR))
+    waits = any(outcome.status is Status.DEFERRED for outcome in refused)
     if waits and not _out_of_retries(claim, account, now):
         reason, retry_at = "in_doubt" if in_doubt else "retry", _retry_at(claim, account, now, jitter)
-        return disposition._replace(status=Status.DEFERRED, error=left[0].text, deferred_ts=retry_at, reason=reason)
-    final = given_up(disposition, left[0].text if left else "")
-    return final if left else final._replace(recipients=None)
+        return disposition._replace(status=Status.DEFERRED, error=refused[0].text, deferred_ts=retry_at, reason=reason)
+    final = given_up(disposition, refused[0].text if refused else "")
+    return final if refused else final._replace(recipients=None)
 
 
 def _retry_at(claim: Claim, account: Account, now: float, jitter: float) -> int:
@@ -7066,7 +7053,7 @@ class Dispatcher(Loop):
             turn.tried |= turn.refused
         attempt = Attempt(started_at, self.clock.wall(), replies, name, reused)
         untried = [a for a in left if a not in replies and a not in turn.tried]
-        goes_on = await self._settle(lane, claim, attempt, generation, untried, session)
+        goes_on = await self._settle(lane, claim, attempt, generation, untried)
         if goes_on is not None:
             turn.learn(replies, before, goes_on.recipients or {}, accepted)
         return goes_on
@@ -7147,27 +7134,22 @@ class Dispatcher(Loop):
     # -- what became of it
 
     async def _settle(
-        self,
-        lane: Lane,
-        claim: Claim,
-        attempt: Attempt,
-        generation: int,
-        untried: Sequence[str] = (),
-        session: Session | Reply | None = None,
+        self, lane: Lane, claim: Claim, attempt: Attempt, generation: int, untried: Sequence[str] = ()
     ) -> Claim | None:
         """Judge the attempt, tell the lane, record it; the claim where the message goes on at once."""
         if attempt.first_failure is None:
             disposition = settle(claim, attempt, lane.account, self.clock.wall(), 0, untried)
         else:
-            disposition = self._judge(lane, claim, attempt, generation, untried, session)
+            disposition = self._judge(lane, claim, attempt, generation, untried)
         if disposition.slot_used:
             lane.accepted, lane.refusal, lane.refused = lane.accepted + 1, None, set()
             if lane.aside:
                 lane.others_pass(claim.seq)
                 self._mark(lane)
-        if disposition.verdict.about is not About.MESSAGE and session in lane.idle:
-            lane.idle.remove(session)
-            self._part_with(lane, session)
+        if disposition.verdict.about is not About.MESSAGE:
+            for session in [session for session in lane.idle if session.name == attempt.connection]:
+                lane.idle.remove(session)
+                self._part_with(lane, session)
         if disposition.lane is LaneSignal.UP:
             if lane.failures and not lane.refuses_all and lane.works(generation):
                 self._spawn(self._let_go(lane))
@@ -7184,11 +7166,13 @@ class Dispatcher(Loop):
         return claim._replace(recipients=disposition.recipients, served=served)
 
     def _judge(
-        self, lane: Lane, claim: Claim, attempt: Attempt, generation: int, untried: Sequence[str], session: object
+        self, lane: Lane, claim: Claim, attempt: Attempt, generation: int, untried: Sequence[str]
     ) -> Disposition:
         """What becomes of the message, in the light of what the lane has seen with others."""
         current, failure = generation == lane.generation, cast(Reply, attempt.first_failure)
-        others = lane.first_is_in is not None or any(one is not session and one.usable for one in lane.sessions)
+        others = lane.first_is_in is not None or any(
+            one.usable and one.name != attempt.connection for one in lane.sessions
+        )
         judged = functools.partial(settle, claim, attempt, lane.account, self.clock.wall(), self.jitter(), untried)
         disposition = judged(relays=lane.accepted > 0, others=current and others)
         if disposition.slot_used:

@@ -2256,6 +2256,38 @@ def test_what_becomes_of_a_message_after_one_attempt(replies: Any, verdict: Any,
     assert that.error == error
 
 
+ABOUT_ACCOUNT = """\
+mail 451 4.7.550 Access denied, please try again later
+rcpt 550 - Requested action not taken: mailbox unavailable Mail send limit exceeded.
+end-of-data 421 4.7.28 detected an unusual rate of mail originating from your address
+end-of-data 554 5.2.2 mailbox full; STOREDRV.Submission.Exception:QuotaExceededException.MapiExceptionShutoffQuotaExceeded
+auth 451 - Authentication failed: Maximum credits exceeded"""
+ABOUT_SESSION = """\
+mail 550 - This message has exceeded the max number of messages per session. IB510
+rcpt 450 4.7.1 Error: too many recipients from 192.0.2.1
+end-of-data 454 - Throttling failure: Maximum sending rate exceeded."""
+ABOUT_MESSAGE = """\
+mail 553 5.7.1 Sender address rejected: not owned by auth user
+rcpt 554 5.7.1 <a@example.org>: Recipient address rejected: Quota exceeded
+rcpt 550 5.1.1 <a>: user account suspended
+rcpt 421 4.7.1 Client host [192.0.2.1] blocked using grey.rbl; Greylisting in action
+rcpt 550 5.7.1 Recipient daily message limit exceeded
+end-of-data 432 4.3.2 STOREDRV.Deliver; recipient thread limit exceeded
+end-of-data 550 5.7.30 Gmail requires all large senders to authenticate with DKIM
+end-of-data 554 5.4.6 Message exceeded 50 hops
+end-of-data 534 - Message header size exceeds policy limit."""
+
+
+@pytest.mark.parametrize(
+    ("whose", "said"), [("account", ABOUT_ACCOUNT), ("session", ABOUT_SESSION), ("message", ABOUT_MESSAGE)]
+)
+def test_the_words_of_providers_say_what_a_reply_is_about(whose: str, said: str) -> None:
+    for line in said.splitlines():
+        stage, code, enhanced, text = line.split(" ", 3)
+        reply = word(stage, int(code), text, None if enhanced == "-" else enhanced)
+        assert mailproxy.about(reply, mailproxy.Account("main", "mx.test", 25), relays=False).about == whose, line
+
+
 @pytest.mark.parametrize(
     ("replies", "before", "left"),
     [
