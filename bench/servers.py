@@ -296,7 +296,7 @@ class Server:
         self.write("group", "\n".join([Path("/etc/group").read_text().rstrip(), *groups, ""]))
         etc = f"mount --bind {self.folder}/passwd /etc/passwd; mount --bind {self.folder}/group /etc/group\n"
         script = self.write("system", f"{etc}{laid}\nexec {' '.join(map(str, command))}\n")
-        return ["unshare", "-m", "-p", "--fork", "--kill-child", "--propagation", "private", "sh", "-eu", script]
+        return ["unshare", "-m", "-u", "-p", "--fork", "--kill-child", "--propagation", "private", "sh", "-eu", script]
 
     def write(self, name: str, text: str, mode: int = 0o644) -> Path:
         path = self.folder / name
@@ -542,6 +542,55 @@ mail_log_path: "<stderr>"
 """
 
 
+class Sendmail(Server):
+    name = "Sendmail"
+    packages = ("sendmail-bin", "sendmail-base", "sendmail-cf", "m4", "libwrap0", "liblockfile1")
+    as_root = True
+
+    def version(self) -> str:
+        return self.debian_version("sendmail-bin")
+
+    def command(self) -> Sequence[object]:
+        (self.folder / "queue").mkdir()
+        rules = self.root / "usr/share/sendmail/cf"
+        facts = {"rules": rules, "folder": self.folder, "port": self.port, "keep": self.keep}
+        source = self.write("sendmail.mc", SENDMAIL_MC.format(**facts))
+        made = subprocess.run(
+            [self.root / "usr/bin/m4", f"-D_CF_DIR_={rules}/", source],
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+        )
+        self.write("sendmail.cf", made.stdout)
+        self.write("hosts", "127.0.0.1 localhost mta.sendmail.test\n")
+        laid = f"hostname mta.sendmail.test; mount --bind {self.folder}/hosts /etc/hosts"  # it waits for a full name
+        program = self.root / "usr/libexec/sendmail/sendmail"
+        return self.in_its_own_system((), laid, program, "-C", self.folder / "sendmail.cf", "-bD", "-q1m")
+
+
+SENDMAIL_MC = """\
+include(`{rules}/m4/cf.m4')
+OSTYPE(`linux')
+define(`confDOMAIN_NAME', `sendmail.test')
+define(`QUEUE_DIR', `{folder}/queue')
+define(`confPID_FILE', `{folder}/pid')
+define(`STATUS_FILE', `{folder}/status')
+define(`ALIAS_FILE', `')
+define(`confDONT_BLAME_SENDMAIL', `GroupWritableDirPathSafe,RunProgramInUnsafeDirPath,RunWritableProgram')
+define(`confTO_IDENT', `0s')
+define(`SMART_HOST', `keep:there')
+FEATURE(`promiscuous_relay')
+FEATURE(`accept_unresolvable_domains')
+FEATURE(`no_default_msa')
+FEATURE(`nocanonify')
+DAEMON_OPTIONS(`Name=MTA, Addr=127.0.0.1, Port={port}')
+MAILER(`local')
+MAILER(`smtp')
+MAILER_DEFINITIONS
+Mkeep, P={keep}, F=nDFM8/u, L=0, U=65534:65534, T=DNS/RFC822/X-Unix, A=keep $u
+"""
+
+
 class Courier(Server):
     """Its folders are compiled in, too: /usr, /etc and /var/lib are overlaid with its own, for it alone."""
 
@@ -692,7 +741,7 @@ threading.Event().wait()
 """
 
 
-SERVERS: list[type[Server]] = [Postfix, Exim, OpenSMTPD, Chasquid, Courier, Haraka, NodeSmtpServer, Aiosmtpd]
+SERVERS: list[type[Server]] = [Postfix, Exim, OpenSMTPD, Chasquid, Courier, Sendmail, Haraka, NodeSmtpServer, Aiosmtpd]
 
 
 # -- the run
