@@ -7185,6 +7185,8 @@ class Dispatcher(Loop):
             if lane.accepted and not lane.failures and lane.generation not in lane.aside.values():
                 disposition = judged(others=True)  # the next message shows whose trouble it is
             lane.aside[claim.seq] = generation
+        if disposition.verdict.cure == CHECK_RELAY:  # perhaps only for this one's domain: another is the probe
+            lane.aside[claim.seq] = -1
         said = signature(failure) if disposition.verdict.about is About.MESSAGE else None
         if said is None or not lane.hears_the_same(said, claim.seq):
             return disposition
