@@ -667,6 +667,70 @@ new SMTPServer({{
 """
 
 
+class Dovecot(Server):
+    """Its submission service: a login, and then it speaks for the server behind it (here smtp-server)."""
+
+    name = "Dovecot"
+    packages = (
+        "dovecot-core", "dovecot-submissiond", "libexttextcat-2.0-0", "liblua5.3-0", "libsodium23", "libstemmer0d",
+    )  # fmt: skip
+    as_root = True
+    account: ClassVar[Mapping[str, object]] = {"user": "me@one.example", "password": "secret"}
+
+    def obtain(self) -> None:
+        self.behind = NodeSmtpServer(self.store)
+
+    def version(self) -> str:
+        return self.debian_version("dovecot-core")
+
+    def command(self) -> Sequence[object]:
+        self.behind.start(self.folder / "behind")
+        facts = {"folder": self.folder, "port": self.port, "behind": self.behind.port}
+        config = self.write("dovecot.conf", DOVECOT_CONF.format(**facts))
+        laid = f"mount -t overlay none -o lowerdir={self.root}/usr:/usr /usr\nmkdir {self.folder}/run"
+        return self.in_its_own_system(("dovecot", "dovenull"), laid, "/usr/sbin/dovecot", "-F", "-c", config)
+
+    def stop(self) -> None:
+        super().stop()
+        self.behind.stop()
+
+    def copies(self) -> Iterator[Copy]:
+        return self.behind.copies()
+
+
+DOVECOT_CONF = """\
+base_dir = {folder}/run
+state_dir = {folder}/run
+protocols = submission
+listen = 127.0.0.1
+log_path = /dev/stderr
+ssl = no
+disable_plaintext_auth = no
+auth_mechanisms = plain login
+hostname = dovecot.test
+mail_location = maildir:{folder}/run/mail
+passdb {{
+  driver = static
+  args = password=secret
+}}
+userdb {{
+  driver = static
+  args = uid=nobody gid=nogroup home=/tmp
+}}
+submission_relay_host = 127.0.0.1
+submission_relay_port = {behind}
+service submission-login {{
+  inet_listener submission {{
+    port = {port}
+  }}
+  chroot =
+}}
+service anvil {{
+  chroot =
+}}
+"""
+
+
 class Haraka(Server):
     name = "Haraka"
     own: ClassVar[Mapping[str, str]] = {
@@ -741,7 +805,18 @@ threading.Event().wait()
 """
 
 
-SERVERS: list[type[Server]] = [Postfix, Exim, OpenSMTPD, Chasquid, Courier, Sendmail, Haraka, NodeSmtpServer, Aiosmtpd]
+SERVERS: list[type[Server]] = [
+    Postfix,
+    Exim,
+    OpenSMTPD,
+    Chasquid,
+    Courier,
+    Sendmail,
+    Haraka,
+    NodeSmtpServer,
+    Dovecot,
+    Aiosmtpd,
+]
 
 
 # -- the run
