@@ -7158,7 +7158,7 @@ class Dispatcher(Loop):
             return None
         elif disposition.lane is not LaneSignal.NONE and generation == lane.generation:
             self._cool(lane, disposition)
-        if disposition.status is not Status.QUEUED or self._stopping or lane.deleted:
+        if disposition.status is not Status.QUEUED or self._stopping or lane.deleted or lane.state is LaneState.COOLING:
             await self._conclude(lane, claim, attempt, disposition)
             return None
         await self._record(Outcome(claim, attempt, disposition, sent=False))
@@ -7190,7 +7190,7 @@ class Dispatcher(Loop):
         said = signature(failure) if disposition.verdict.about is About.MESSAGE else None
         if said is None or not lane.hears_the_same(said, claim.seq):
             return disposition
-        if not current or disposition.status is Status.QUEUED:  # it began before the lane cools, or is not over
+        if not current:  # it began before the lane cooled
             disposition = held(claim, failure, disposition.verdict)
         return disposition._replace(lane=LaneSignal.COOL, verdict=Verdict(About.ACCOUNT, SAME_TO_ALL))
 
@@ -7264,7 +7264,11 @@ class Dispatcher(Loop):
         if disposition.status is Status.SENT:
             self.metrics.messages_sent.labels(label).inc()
             self.metrics.queue_wait_seconds.labels(label).observe(max(0.0, self.clock.wall() - claim.ready_at))
-            if self.log_deliveries:
+            if disposition.error is not None:
+                self._say(
+                    claim, "message sent to some", logging.WARNING, connection=connection, error=disposition.error
+                )
+            elif self.log_deliveries:
                 self._say(claim, "message sent", connection=connection, recipients=len(attempt.replies))
         elif disposition.status is Status.ERROR:
             self.metrics.messages_failed.labels(label).inc()

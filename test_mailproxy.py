@@ -7731,8 +7731,10 @@ def test_what_the_server_does_decides_about_the_message(tmp_path: Path, reports:
         SleepyDaemon(tmp_path, config, smtp=smtp, reports=reports) as daemon,
     ):
         ask(daemon, "/account", account_at("careful", smtp, in_doubt="error"))
+        ask(daemon, "/account", account_at("one by one", smtp, in_doubt="error", max_recipients=1))
         daemon.submit(*(letter(to, to) for to in stories), letter("large", body="x" * 30_000))
         daemon.submit(letter("doubt", "dropdata@example.com", account_id="careful"))
+        daemon.submit(letter("some", "ok@example.com", "dropdata+2@example.com", account_id="one by one"))
 
         for to, (status, attempts, error) in stories.items():
             record = daemon.wait_status(to, status)
@@ -7740,6 +7742,9 @@ def test_what_the_server_does_decides_about_the_message(tmp_path: Path, reports:
             assert reports.wait_for_entry(to, status)["error"] == record["error"]
         assert daemon.wait_status("large", "error")["error"].startswith("message of 31")
         assert daemon.wait_status("doubt", "error")["error"].startswith("in doubt: ")
+        words = "1 of 2 recipients refused or in doubt: connection"
+        assert daemon.wait_status("some", "sent")["error"].startswith(words)
+        assert words in daemon.wait_for_log("message sent to some message=some")
         assert len(smtp.received_by("dropdata@example.com")) == 1
         assert smtp.visits["perm@example.com"] == 1
         assert len(smtp.received_by("dropdata1@example.com")) == 2
