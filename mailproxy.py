@@ -3914,9 +3914,12 @@ def _recipients_of(column: str | None) -> Outcomes | None:
 
 
 def _with_recipients(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its column of recipients as people see it."""
-    outcomes = _recipients_of(row["recipients"])
-    row["recipients"] = outcomes and {address: outcome._asdict() for address, outcome in outcomes.items()}
+    """The row with its column of recipients as people see it: the code stands beside the text, not in it."""
+    outcomes, shown = _recipients_of(row["recipients"]), {}
+    for address, outcome in (outcomes or {}).items():
+        code = rf"^({IN_DOUBT})?{outcome.code}(?: [245]\.\d+\.\d+)?(?: |$)"
+        shown[address] = {**outcome._asdict(), "text": re.sub(code, r"\1", str(outcome.text))}
+    row["recipients"] = shown or outcomes
     return row
 
 
