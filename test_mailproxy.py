@@ -7887,9 +7887,8 @@ def test_a_lane_whose_server_is_down_waits_and_leaves_its_other_mail_alone_until
         ask(daemon, "/commands/run-now")
         wait_until(lambda: daemon.log.count("account cooling down") >= 2, "a longer pause than the test takes")
         wait_still(daemon)
-        daemon.restart()
         smtp.start()
-        ask(daemon, "/commands/run-now")
+        daemon.restart()  # what waited for the server is tried at the start
         assert daemon.wait_status("m-0", "sent", timeout=10)["attempts"] == 1
         smtp.wait_for(30)
 
@@ -8172,6 +8171,17 @@ def test_a_lane_has_one_connection_until_that_is_there_and_after_cooling_until_i
         growth.append(rig.free)
         rig.now += mailproxy.GROWTH_PAUSE_S
     assert growth == [0, 1, 2, 2]
+
+
+def test_a_transaction_has_the_recipients_that_the_server_takes_at_a_time() -> None:
+    left = ["a@x.test", "b@y.test", "c@X.test", "d@z.test"]
+    account = mailproxy.Account("main", "mail.example.com", 25, max_recipients=3)
+    offers = mailproxy.Offers(None, True, False, True, (), None)
+
+    for offered, most, served in (({}, math.inf, "abc"), ({"rcpt_max": 2}, 9, "ab"), ({"rcpt_domain_max": 1}, 9, "ac"),
+                                  ({"rcpt_domain_max": 2}, 2, "ab"), ({"rcpt_domain_max": 9}, 1, "a")):  # fmt: skip
+        got = mailproxy.Turn(most=most).served(left, account, offers._replace(**offered))
+        assert "".join(address[0] for address in got) == served
 
 
 @pytest.mark.parametrize(("signal", "heals"), [("cool", True), ("account", False)])
