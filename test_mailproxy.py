@@ -8847,6 +8847,10 @@ def providers(
         yield daemon, servers
 
 
+def refuses(at: str, reply: str) -> Rule:
+    return lambda verb, _visit, _argument: reply if verb == at else None
+
+
 def mail_for(account: str, count: int, *to: str) -> list[dict[str, Any]]:
     return [letter(f"{account}-{n}", *to, account_id=account) for n in range(count)]
 
@@ -8946,13 +8950,11 @@ def test_so_many_messages_a_session_cost_a_new_connection_each_and_nothing_else(
 
 
 def test_where_no_session_is_served_mail_waits_untouched_until_one_is(tmp_path: Path, reports: ReportReceiver) -> None:
-    def refuses(verb: str, _visit: Visit, _: str) -> str | None:
-        return "432 4.3.2 Concurrent connections limit exceeded" if verb == "MAIL" else None
-
-    with providers(tmp_path, reports, refuses) as (daemon, [server]):
+    reply = "432 4.3.2 Concurrent connections limit exceeded"
+    with providers(tmp_path, reports, refuses("MAIL", reply)) as (daemon, [server]):
         daemon.submit(*mail_for("p0", 20))
         daemon.wait_for_log("cooling")
-        assert daemon.status()["accounts"]["p0"]["reason"] == "432 4.3.2 Concurrent connections limit exceeded"
+        assert daemon.status()["accounts"]["p0"]["reason"] == reply
         assert set(became(daemon)) <= {("queued", 0), ("deferred", 0)}
         server.rule = None
 
@@ -9018,10 +9020,7 @@ ACCOUNT_REPLIES = [  # at which verb, the reply, a word of the cure
 
 
 def test_what_a_server_says_of_the_account_never_touches_its_queue(tmp_path: Path, reports: ReportReceiver) -> None:
-    def refuse(at: str, reply: str, verb: str, _visit: Visit, _: str) -> str | None:
-        return reply if verb == at else None
-
-    rules = [functools.partial(refuse, at, reply) for at, reply, _ in ACCOUNT_REPLIES]
+    rules = [refuses(at, reply) for at, reply, _ in ACCOUNT_REPLIES]
     with providers(tmp_path, reports, *rules, account_replies="454 no, 554 5.7.0 ask joe") as (daemon, servers):
         for number in range(len(rules)):
             daemon.submit(*mail_for(f"p{number}", 20))
