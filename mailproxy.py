@@ -1376,7 +1376,8 @@ def parse_mailboxes(value: object, field: str, *, exactly_one: bool = False) -> 
     found: list[Mailbox] = []
     for text in value if isinstance(value, list) and not exactly_one else (value,):
         if not isinstance(text, str):
-            raise Rejected(f"invalid {field}: must be addresses, in a list or in one string")
+            wanted = "one address in a string" if exactly_one else "addresses, in a list or in one string"
+            raise Rejected(f"invalid {field}: must be {wanted}")
         if (usual := _USUAL_MAILBOX.fullmatch(text)) and len(usual[2]) <= LONGEST_ADDRESS:
             found.append(Mailbox((usual[1] or "").strip(), usual[2]))
         else:
@@ -7322,6 +7323,7 @@ class Dispatcher(Loop):
 # nothing is locked, so the upstream may submit from inside it.
 
 GATHER_S = 0.1  # so long the first new state waits, for a burst to share a call
+REST_S = 0.3  # so long after a call that took all there was, for a steady stream of results to share calls
 REPORT_PAUSES_S = (1, 5, 30, 60, 300)  # after calls that failed
 EAGER_PAUSES_S = (0, 0, 1, 2, 5, 15, 60)  # before calls the upstream asks for, while they bring nothing
 ANSWER_BYTES = 1_048_576  # of an acknowledgement; a larger one is not looked into
@@ -7406,6 +7408,7 @@ class Reporter(Loop):
         self._pass_is_open = False  # test_mode: from run-now until all that came of it is reported
         self._next_at, self._why = -math.inf, Why.ASKED  # the next call; monotonic
         self._not_before = -math.inf  # next_sync_after: no empty calls before
+        self._rests_until = -math.inf
         self._failures = 0
         self._eager_calls = 0  # calls the upstream asked for, in a row, that brought nothing
         self._submissions_seen = 0
@@ -7467,7 +7470,7 @@ class Reporter(Loop):
         again = [state for state in states if state.report_order <= self._tried_up_to]
         if again or not 0 < len(states) < most:
             return again or states
-        await asyncio.sleep(GATHER_S)
+        await asyncio.sleep(max(GATHER_S, self._rests_until - self.clock.monotonic()))
         return await self.queue.unreported(most)
 
     async def _answer_to(self, states: Sequence[State]) -> Acknowledgement:
@@ -7514,6 +7517,7 @@ class Reporter(Loop):
         if self._failures:
             event(self.log, logging.INFO, "the upstream takes reports again")
         self._acknowledged = states
+        self._rests_until = now + REST_S if 0 < len(states) < self.client.report_batch_size else -math.inf
         self._failures, self._tried_up_to, self._empty_id = 0, 0, ""
         if answer.next_sync_after is not None:
             self._not_before = now + answer.next_sync_after - self.clock.wall()

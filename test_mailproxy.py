@@ -9556,6 +9556,17 @@ def test_a_burst_makes_few_calls_in_order(daemon: Daemon, reports: ReportReceive
     assert [entry["id"] for entry in reports.acknowledged] == failed
 
 
+def test_a_steady_stream_of_results_makes_few_calls(daemon: Daemon, reports: ReportReceiver) -> None:
+    reports.wait_for(lambda r: r.calls)
+    began = time.monotonic()
+    for n in range(30):
+        daemon.submit(mail(f"m-{n}", to="perm@example.com"))
+        time.sleep(0.05)
+    reports.wait_for(lambda r: len(r.acknowledged) == 30)
+
+    assert len(reports.calls) <= 4 + (time.monotonic() - began) / 0.3
+
+
 def test_without_an_acknowledgement_nothing_is_stamped_and_run_now_tries_at_once(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -9835,6 +9846,7 @@ REJECTED: list[tuple[str, Any, str]] = [
     *(("id", id_, "invalid id:") for id_ in (7, "x" * 256, "two\nlines", "\ud83d")),
     *((name, None, f"missing {name}") for name in ("from", "to", "subject", "body")),
     *(("subject", value, "invalid subject:") for value in ("two\r\nBcc: x@example.com", "half an emoji \ud83d")),
+    ("from", ["a@example.com"], "invalid from: must be one address in a string"),
     ("to", ["no address"], "invalid to:"), ("account_id", "nobody", "account not found"),
     *(("priority", value, "invalid priority") for value in (1.5, 1e308, -1)),
     ("deferred_ts", 2**63, "invalid deferred_ts"), ("expires_ts", 1, "invalid expires_ts"),
