@@ -6489,7 +6489,7 @@ class Lane:
     timer: asyncio.TimerHandle | None = None  # for when it has cooled, its limit ends, or an idle session is too old
     seconds_each: float = 0.1  # a transaction, smoothed
     accepted: int = 0  # transactions, since it began
-    aside: dict[int, int] = field(default_factory=dict)  # messages a new session was refused with, in which generation
+    aside: dict[int, float] = field(default_factory=dict)  # messages a new session was refused with: wall-clock time
     aside_too: bool = False  # they have their turn, too, because there is nothing else
     meant: collections.Counter[int] = field(default_factory=collections.Counter)  # how often others passed then
     refusal: object = None  # what the latest messages were told, one after the other
@@ -6551,17 +6551,15 @@ class Lane:
             self.become(LaneState.UP)
         return True
 
-    def others_pass(self, seq: int) -> None:
-        """A message was accepted while others wait aside. One of them has its turn now.
-
-        They were meant, unless the lane cooled because one after the other was refused.
-        """
+    def others_pass(self, seq: int, began_at: float) -> None:
+        """A message was accepted while others wait aside: those refused before that began are meant themselves.
+        One of them has its turn now."""
         self.aside.pop(seq, None)
-        for one, generation in self.aside.items():
-            self.meant[one] += generation == self.generation or len(self.aside) == 1
-            self.aside[one] = -1
-        if self.aside:
-            del self.aside[next(iter(self.aside))]
+        shown = [one for one, refused_at in self.aside.items() if refused_at < began_at]
+        self.meant.update(shown)
+        self.aside.update(dict.fromkeys(shown, math.inf))
+        if next_one := next((one for one, refused_at in self.aside.items() if refused_at == math.inf), None):
+            del self.aside[next_one]
         self.has_mail = True
 
     def hears_the_same(self, refusal: object, seq: int) -> bool:
@@ -6588,6 +6586,8 @@ class Lane:
         self.failures += 1
         self.reason = reason
         self.generation += 1
+        if len(self.aside) > 1:  # one after the other was refused: none of them was meant
+            self.aside = dict.fromkeys(self.aside, math.inf)
         if signal is LaneSignal.ACCOUNT:
             self.believes = self.generation
 
@@ -7148,7 +7148,7 @@ class Dispatcher(Loop):
         if disposition.slot_used:
             lane.accepted, lane.refusal, lane.refused = lane.accepted + 1, None, set()
             if lane.aside:
-                lane.others_pass(claim.seq)
+                lane.others_pass(claim.seq, attempt.started_at)
                 self._mark(lane)
         if disposition.verdict.about is not About.MESSAGE:
             for session in [session for session in lane.idle if session.name == attempt.connection]:
@@ -7186,11 +7186,11 @@ class Dispatcher(Loop):
         if disposition.lane in (LaneSignal.FEWER, LaneSignal.COOL) and failure.stage not in BEFORE_MAIL:
             if lane.meant[claim.seq] >= OWN_REFUSALS - 1 and failure.transient:
                 return judged(by_code=True)
-            if lane.accepted and not lane.failures and lane.generation not in lane.aside.values():
+            if lane.accepted and not lane.failures and set(lane.aside.values()) <= {math.inf}:
                 disposition = judged(others=True)  # the next message shows whose trouble it is
-            lane.aside[claim.seq] = generation
+            lane.aside[claim.seq] = attempt.ended_at
         if disposition.verdict.cure == CHECK_RELAY:  # perhaps only for this one's domain: another is the probe
-            lane.aside[claim.seq] = -1
+            lane.aside[claim.seq] = math.inf
         said = signature(failure) if disposition.verdict.about is About.MESSAGE else None
         if said is None or not lane.hears_the_same(said, claim.seq):
             return disposition
