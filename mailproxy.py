@@ -1926,11 +1926,11 @@ class AccountRow(NamedTuple):
     cure: str
 
 
-# Microsoft 365: learn.microsoft.com, "Email non-delivery report and SMTP errors in Exchange Online", and "Message storage
-# and concurrent connection throttling for SMTP Authenticated Submission". Google: knowledge.workspace.google.com,
+# Microsoft 365: learn.microsoft.com, "Email non-delivery report and SMTP errors in Exchange Online", "Message storage and
+# concurrent connection throttling for SMTP Authenticated Submission". Google: knowledge.workspace.google.com,
 # "Gmail SMTP errors and codes" and "SMTP relay service error messages". docs/providers.md has more.
 ACCOUNT_ROWS = (
-    AccountRow("", "53[058]|526", "", CHECK_LOGIN),  # RFC 4954 6 (534 is Courier's for a header too large); Alibaba Cloud
+    AccountRow("", "53[058]|526", "", CHECK_LOGIN),  # RFC 4954 6; Alibaba Cloud (534: Courier, header too large)
     AccountRow("cea", r"4\d\d", "too many (login attempts|auth failures)|too much fail", CHECK_LOGIN),  # Google, Oracle
     AccountRow(  # SendGrid, SMTP2GO, Orange: no login was made
         "mrd", "55[0134]",
@@ -1941,10 +1941,12 @@ ACCOUNT_ROWS = (
         "", r"5\d\d 5\.7\.(30|139)", "basic authentication|SmtpClientAuthentication|client submission", CHECK_LOGIN
     ),
     AccountRow(  # Postfix, Exchange, Mailgun, chasquid; only while nothing was accepted (see about)
-        "r", r"[45][05]\d", "relay access denied|relaying denied|unable to relay|relay(ing)? (is )?not (allowed|permitted)",
-        CHECK_RELAY,
+        "r", r"[45][05]\d",
+        "relay access denied|relaying denied|unable to relay|relay(ing)? (is )?not (allowed|permitted)", CHECK_RELAY,
     ),
-    AccountRow("mrd", r"550 5\.7\.[01]", "mail (relay|sending) denied|invalid credentials for relay", BLOCKED),  # Google
+    AccountRow(  # Google
+        "mrd", r"550 5\.7\.[01]", "mail (relay|sending) denied|invalid credentials for relay", BLOCKED
+    ),
     AccountRow(  # Microsoft 365: of the mailbox
         "", r"5\d\d 5\.(1\.90|2\.[02])",
         r"submission ?quota|daily limit for message recipients|STOREDRV\.Submission.{0,60}QuotaExceeded", QUOTA,
@@ -1963,8 +1965,8 @@ ACCOUNT_ROWS = (
         r"|^(\S+ )?Domain \S+ is not allowed to send", BLOCKED,
     ),
     AccountRow(  # Google, iCloud
-        "mrd", r"550 5\.(4\.5|7\.1)", "daily .{0,60}(sending|relay).{0,60}(limit|quota).{0,60} exceeded|exceeded your daily sending limit",
-        QUOTA,
+        "mrd", r"550 5\.(4\.5|7\.1)",
+        "daily .{0,60}(sending|relay).{0,60}(limit|quota).{0,60} exceeded|exceeded your daily sending limit", QUOTA,
     ),
     AccountRow(
         "", r"4[2345]\d|55\d",
@@ -1975,9 +1977,9 @@ ACCOUNT_ROWS = (
         "|mail send limit exceeded|exceeded the max (emails|defers and failures) per hour"  # IONOS, cPanel
         "|number of allowed outgoing messages|message count exceeded"  # Plesk, Shellrent
         "|number (messages|recipients) per hour exceeded|max rcpt to daily limit"  # postfwd, Register.it
-        r"|\b(daily|hourly|monthly) (message|sending|email|relay)? ?(limit|quota) (has been )?(exceeded|reached)"  # Emailit
-        r"|reached your daily relay quota|\b(messages?|sending|outgoing) quota (exceeded|reached)"  # GoDaddy, RedmaoMail
-        r"|err=(\w*limit_reached|plan_expired|usr_disabled)", QUOTA,  # Qboxmail
+        r"|\b(daily|hourly|monthly) (message|sending|email|relay)? ?(limit|quota) (has been )?(exceeded|reached)"
+        r"|\b(messages?|sending|outgoing) quota (exceeded|reached)|your daily relay quota"  # RedmaoMail, GoDaddy
+        r"|err=(\w*limit_reached|plan_expired|usr_disabled)", QUOTA,  # Qboxmail; above: Emailit, Webcentral
     ),
     AccountRow(  # Postfix (at RCPT: smtpd_delay_reject), Exim, Google; DNS lists; Aruba
         "cemr", r"[45]\d\d",
@@ -1997,13 +1999,13 @@ OF_THE_RECIPIENT = (
 # Words for an unknown recipient that come without an enhanced code.
 UNKNOWN_RECIPIENT = (
     r"(?i)\b(no such|unknown|invalid|valid|no) (user|recipient|mailbox|address|person|local part|destination)|unrout"
-    r"|\b(user|recipient|mailbox|address|account|host)\b.{0,60}(unknown|not found|exist|valid|inactive|disabled|available)"
-    r"|recipient address rejected: (access denied|domain)|verif|our customer"
+    r"|\b(user|recipient|mailbox|address|account|host)\b.{0,60}(unknown|not found|exist|valid|inactive|disabled)"
+    r"|mailbox.{0,60}available|recipient address rejected: (access denied|domain)|verif|our customer"
 )
 # Postfix, Exchange, GoDaddy, NetEase, Huawei, SparkPost, Emailit, Google, Stalwart, IONOS, msndr: whatever the code
 OF_THE_SESSION = (
-    r"(?i)too many messages in this connection|messages per session|IB510|MI:DMC|RP:DRC|submission rate|too much mail from"
-    r"|(sender thread|concurrent connections?) limit|number of sessions exceeds|too many recipients from"
+    r"(?i)too many messages in this connection|messages per session|IB510|MI:DMC|RP:DRC|submission rate"
+    r"|too much mail from|(sender thread|concurrent connections?) limit|number of sessions exceeds|too many recipients from"
     r"|too many (AUTH commands|new TLS sessions|sessions|connections)|sending rate exceeded|per second limit"
     r"|peak smtp relay limit|rate limit (exceeded|reached)|try again in \d+ seconds"
 )
