@@ -9094,7 +9094,7 @@ def test_a_421_about_one_content_is_only_that_messages(tmp_path: Path, reports: 
         record = daemon.wait_status("poison", "deferred")
         assert (record["attempts"], record["error"]) == (1, "421 4.7.0 Because of the nature of the content")
         wait_until(lambda: daemon.status()["pending"] == 1, "the end of all others")
-        assert (became(daemon)["sent", 1], server.said["."] <= 6) == (30, True), server.said
+        assert (became(daemon)["sent", 1], server.said["."] <= 12) == (30, True), server.said
         assert (account_up(daemon), "cooling" in daemon.log) == (1, False)
         assert {e["id"] for e in reports.entries if e["status"] == "deferred"} == {"poison"}
 
