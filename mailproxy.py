@@ -1926,8 +1926,8 @@ class AccountRow(NamedTuple):
     cure: str
 
 
-# Microsoft 365: learn.microsoft.com, "Email non-delivery report and SMTP errors in Exchange Online", "Message storage and
-# concurrent connection throttling for SMTP Authenticated Submission". Google: knowledge.workspace.google.com,
+# Microsoft 365: learn.microsoft.com, "Email non-delivery report and SMTP errors in Exchange Online", "Message storage
+# and concurrent connection throttling for SMTP Authenticated Submission". Google: knowledge.workspace.google.com,
 # "Gmail SMTP errors and codes" and "SMTP relay service error messages". docs/providers.md has more.
 ACCOUNT_ROWS = (
     AccountRow("", "53[058]|526", "", CHECK_LOGIN),  # RFC 4954 6; Alibaba Cloud (534: Courier, header too large)
@@ -2005,7 +2005,7 @@ UNKNOWN_RECIPIENT = (
 # Postfix, Exchange, GoDaddy, NetEase, Huawei, SparkPost, Emailit, Google, Stalwart, IONOS, msndr: whatever the code
 OF_THE_SESSION = (
     r"(?i)too many messages in this connection|messages per session|IB510|MI:DMC|RP:DRC|submission rate"
-    r"|too much mail from|(sender thread|concurrent connections?) limit|number of sessions exceeds|too many recipients from"
+    r"|too (much mail|many recipients) from|(sender thread|concurrent connections?) limit|number of sessions exceeds"
     r"|too many (AUTH commands|new TLS sessions|sessions|connections)|sending rate exceeded|per second limit"
     r"|peak smtp relay limit|rate limit (exceeded|reached)|try again in \d+ seconds"
 )
