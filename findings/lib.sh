@@ -1,0 +1,90 @@
+# shellcheck shell=bash
+# What the findings share: programs in a temporary folder, run on loopback.
+# Exit 0: they did what the head of the script shows (lines indented by five); 1: something else; 2: they cannot be run.
+set -euo pipefail
+export LC_ALL=C
+script=$(realpath "$0") dir=$(mktemp -d) server=
+chmod 755 "$dir"
+cd "$dir"
+trap cleaned_up EXIT
+
+cleaned_up() {
+    { kill -KILL "$server" && wait "$server"; } 2>/dev/null || true
+    rm -rf "$dir"
+}
+
+cannot() {
+    echo "cannot be run: $*" >&2
+    exit 2
+}
+
+# obtain COMMAND ...: gets a package
+obtain() { "$@" >obtained 2>&1 || cannot "$*: $(tail -3 obtained)"; }
+
+# debian PACKAGE=VERSION ...: unpacks them into root/
+debian() {
+    obtain apt-get download "$@"
+    for deb in ./*.deb; do dpkg-deb -x "$deb" root; done
+}
+
+free_port() { python3 -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])'; }
+
+# start COMMAND ...: runs a server until the script ends
+start() {
+    "$@" >log 2>&1 &
+    server=$!
+}
+
+# start_as_installed COMMANDS: in namespaces with root/ laid over /usr, /etc and /var/lib; outside nothing changes
+start_as_installed() {
+    [ "$(id -u)" = 0 ] || cannot "needs root, for namespaces"
+    mkdir -p over root/usr root/etc root/var/lib
+    cat >system.sh <<SYSTEM
+mount -t tmpfs none over
+for name in usr etc var/lib; do
+    mkdir -p over/\$name/upper over/\$name/work
+    mount -t overlay none -o lowerdir=root/\$name:/\$name,upperdir=over/\$name/upper,workdir=over/\$name/work /\$name
+done
+mount -t tmpfs none /run
+mount -t tmpfs none /var/spool
+user() { echo "\$1:x:\$2:\$2::/:/bin/false" >>/etc/passwd; echo "\$1:x:\$2:" >>/etc/group; }
+$1
+SYSTEM
+    start unshare --mount --uts --pid --fork --kill-child --propagation private sh -eu system.sh
+}
+
+# client PORT: runs the Python of standard input with smtp connected, and compares what it prints with the head of the script;
+# say(LINE) prints a command and its reply, heard(CODE, TEXT) a reply
+client() {
+    { echo "$CLIENT" && cat; } >client.py
+    timeout 100 python3 client.py "$1" >seen 2>&1 || [ $? = 1 ] || cannot "$(cat seen); the server's log: $(tail -5 log)"
+    if diff <(sed -n 's/^#     //p' "$script") seen >differences; then
+        echo "as it was: ${script##*/}"
+    else
+        echo "changed (<: was, >: is): ${script##*/}"
+        cat differences
+        exit 1
+    fi
+}
+
+CLIENT='
+import smtplib, sys, time
+
+for second in range(30):
+    try:
+        smtp = smtplib.SMTP("127.0.0.1", int(sys.argv[1]), "client.example", timeout=60)
+        break
+    except OSError as error:
+        why = error
+        time.sleep(1)
+else:
+    print("the server does not greet:", why)
+    sys.exit(2)
+
+def heard(code, text):
+    print(*(f"S: {code} {part}" for part in text.decode().split("\n")), sep="\n")
+
+def say(line):
+    print("C: " + line)
+    heard(*smtp.docmd(line))
+'
