@@ -1,9 +1,9 @@
 #!/bin/bash
 # Exim 4.96 (Debian 12, default settings) answers 501 to an EHLO name with an underscore.
 #
-# By RFC 5321 (4.1.2) it may, but names of containers have underscores, most servers take them, and a program that greets with
-# the name of its machine can send nothing here. The 501 is about the name, not about a message: greet with another one or with
-# the address; the server's side of it is `helo_allow_chars = _`.
+# By RFC 5321 (4.1.2) it may, but names of containers have underscores; chasquid, Courier, Haraka, OpenSMTPD and Sendmail take
+# them. A program that greets with the name of its machine can send nothing here. The 501 is about the name, not about a
+# message: greet with another name or the address in brackets. In Exim `helo_allow_chars = _` allows it.
 #
 #     C: EHLO web_1.example
 #     S: 501 Syntactically invalid EHLO argument(s)
