@@ -705,6 +705,7 @@ class DeliverySettings(NamedTuple):
     )
     shutdown_timeout_seconds: float = row(30.0, seconds(0, 86_400), "How long transactions may finish when it stops.")
     hostname: str | None = row(None, EHLO_NAME, "Our name in EHLO. Left out: the machine's full one, or its address.")
+    chunking: bool = row(True, BOOLEAN, "Small mail by BDAT, in one round trip, to servers that offer CHUNKING.")
     redirect_to: str | None = row(None, MAIL_ADDRESS, "Staging: every mail goes here, its recipients in X-Original-To.")
     allow_recipients: tuple[str, ...] = row((), RECIPIENTS, "Staging: mail to others becomes an error. Empty: to all.")
 
@@ -4825,9 +4826,9 @@ def md5_refusal(attachment: Attachment, file: BinaryIO, encoded_md5: str = "") -
 # ======================================================================
 #
 # The only room that knows aiosmtplib: it connects, turns to TLS and logs in with it, then takes the connection
-# over for the transactions, which use PIPELINING where it is offered (RFC 5321, 2920; the reader of aiosmtplib
-# loses the second reply of a packet). Its invariant: whatever a server does, mail gets replies, never an
-# exception; and a connection that did one thing out of order is not believed again.
+# over for the transactions, which use PIPELINING and CHUNKING where they are offered (RFC 5321, 2920, 3030; the
+# reader of aiosmtplib loses the second reply of a packet). Its invariant: whatever a server does, mail gets replies,
+# never an exception; and a connection that did one thing out of order is not believed again.
 
 CONNECT_TIMEOUT_S = 60.0  # to connect, and for each reply up to the login
 REPLY_TIMEOUT_S = 300.0  # to MAIL and RCPT (RFC 5321 4.5.3.2)
@@ -4835,12 +4836,16 @@ DATA_TIMEOUT_S = 120.0  # to DATA; for each piece of a content
 QUIT_TIMEOUT_S = 5.0
 LONGEST_REPLY_BYTES = 65_536
 CONTENT_PIECE_BYTES = 65_536  # of a content, between two looks at the server and at everybody else
+LARGEST_CHUNK_BYTES = 65_536  # of a content that is sent before the server wants it,
+FRESH_S = 1.0  # when its latest word is no older: the connection may be dead
 
 _CODE = re.compile(r"(?:(\d{3})|#?([245]\.\d{1,3}\.\d{1,3}))(?:[\s:-]+|$)")  # enhanced: RFC 3463
 _REPLY_LINE = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
 _LIMIT = re.compile(r"(?i)(?<!\S)(MAILMAX|RCPTMAX|RCPTDOMAINMAX)=([1-9][0-9]{0,5})(?!\S)")  # RFC 9422 3
 _UNSPEAKABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _ANY_LINE_END = re.compile(rb"\r\n|\r|\n")
+_NO_BDAT = re.compile(r"50[0-4]\b|5\d\d 5\.5\.[124]\b")  # the command, not the content, is refused
+_CLOSED = (Cause.LOST, "connection closed by the server")
 
 # What a person does about a certificate that is not accepted, by the number that OpenSSL gives the reason.
 _CERTIFICATE_CURES = {
@@ -4937,6 +4942,13 @@ def data_pieces(content: bytes) -> Iterator[tuple[bytes, bool]]:
         start = end
 
 
+def chunk_of(content: bytes) -> bytes:
+    """A content as BDAT carries it (RFC 3030): line ends CRLF, the last one too, and nothing else changed."""
+    content = content if content.endswith((b"\n", b"\r")) or not content else content + b"\r\n"
+    as_it_is = content.count(b"\n") == content.count(b"\r\n") == content.count(b"\r")
+    return content if as_it_is else _ANY_LINE_END.sub(b"\r\n", content)
+
+
 class Answer(NamedTuple):
     """One reply as it came: its code and the lines of its text."""
 
@@ -4956,6 +4968,7 @@ class Offers(NamedTuple):
     eight_bit_mime: bool
     auth: tuple[str, ...]
     tls: str | None  # "TLSv1.3"; None: in clear
+    chunking: bool = False
     mail_max: int | None = None  # messages of a session, recipients and domains of a transaction (RFC 9422)
     rcpt_max: int | None = None
     rcpt_domain_max: int | None = None
@@ -4989,7 +5002,8 @@ class Session(asyncio.Protocol):
         self.opened_at = time.monotonic()
         self.broken: tuple[Cause, str] | None = None  # why nothing that it still says is believed
         self._timeout_s, self._end_of_data_timeout_s = timeout_s, end_of_data_timeout_s  # the first: of other replies
-        self._clean = True  # no transaction is open at the server
+        self.bdat: bool | None = None  # the server knows it; False: gets it wrong
+        self._clean, self._chunked = True, False  # no transaction is open at the server; the latest was by BDAT
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._unread = b""  # an unfinished line
@@ -4997,6 +5011,7 @@ class Session(asyncio.Protocol):
         self._reply_bytes = 0
         self._answers: list[Answer] = []
         self._expected = 0
+        self._heard_at, self._unsent = self._loop.time(), False  # when it broke, not all had been sent
         self._patience_s, self._deadline = 0.0, 0.0  # for the next answer
         self._watchdog: asyncio.TimerHandle | None = None
         self._paused = False
@@ -5010,10 +5025,11 @@ class Session(asyncio.Protocol):
         return self.broken is None
 
     async def transact(
-        self, envelope: Envelope, content: bytes, *, smtputf8: bool, careful: bool = False
+        self, envelope: Envelope, content: bytes, *, smtputf8: bool, careful: bool = False, chunking: bool = False
     ) -> dict[str, Reply]:
         """Offer one message to the server: a reply for each recipient, whatever happens. What was answered before
-        a connection ended is kept. A careful one says DATA only after the replies to RCPT, and not for nobody."""
+        a connection ended is kept. A careful one says DATA only after the replies to RCPT, and not for nobody. With
+        `chunking` a small content goes by BDAT where that will do; no reply: the server does not know it."""
         addresses = " ".join((envelope.sender, *envelope.recipients))
         smtputf8 = smtputf8 or not addresses.isascii()
         refusal = None
@@ -5039,7 +5055,14 @@ class Session(asyncio.Protocol):
         recipients = [_Command(f"RCPT TO:<{one}>\r\n".encode(), Stage.RCPT, one) for one in envelope.recipients]
         commands = [_Command(f"{mail}\r\n".encode(), Stage.MAIL), *recipients, _DATA]
         self.transactions += 1
+        chunking = chunking and self.offers.chunking and self.offers.pipelining and not careful and self._clean
+        chunking = chunking and self._loop.time() - self._heard_at <= FRESH_S and len(content) <= LARGEST_CHUNK_BYTES
+        chunk = chunk_of(content) if chunking else b""
+        self._chunked = chunking and len(chunk) <= min(LARGEST_CHUNK_BYTES, self.offers.size_bytes or math.inf)
         try:
+            if self._chunked:
+                commands[-1] = _Command(b"BDAT %d LAST\r\n%b" % (len(chunk), chunk), Stage.END_OF_DATA)
+                return await self._transact_by_chunk(envelope, commands)
             return await self._transact(envelope, content, commands if self._clean else [_RSET, *commands], careful)
         except BaseException:
             self._break_off(Cause.LOST, "aborted")
@@ -5101,6 +5124,40 @@ class Session(asyncio.Protocol):
         elif go_ahead:  # for nobody: an empty content ends it (RFC 2920 3.1)
             await self._ask(b".\r\n", 1, self._timeout_s or REPLY_TIMEOUT_S)
         return {one: refusals.get(one) or cast(Reply, verdict) for one in envelope.recipients}
+
+    async def _transact_by_chunk(self, envelope: Envelope, commands: list[_Command]) -> dict[str, Reply]:
+        """The commands in one packet, the last of them with the content. Without its reply whoever was not refused is
+        in doubt, unless the server closed the connection without any (they come in order), or not all was sent."""
+        self._clean = False
+        packet, patience_s = b"".join([one.line for one in commands]), self._timeout_s or REPLY_TIMEOUT_S
+        answers = await self._ask(packet, len(commands), patience_s)
+        final = server_reply(Stage.END_OF_DATA, *answers[-1]) if len(answers) == len(commands) else None
+        refusals: dict[str, Reply] = {}  # of single recipients
+        verdict: Reply | None = None  # the reply for all others
+        for command, answer in zip(commands[:-1], answers, strict=False):
+            if answer.code >= 400 and verdict is None:
+                reply = server_reply(command.stage, *answer)
+                if command.recipient is None or answer.code == 421:
+                    verdict = reply
+                else:
+                    refusals[command.recipient] = reply
+        left = verdict is None and len(refusals) < len(envelope.recipients)
+        unknown = final is not None and left and _NO_BDAT.match(final.words) is not None
+        misfits = [answer for answer in answers if 300 <= answer.code < 400]
+        misfits += answers[-1:] if unknown or (final is not None and final.accepted and not left) else []
+        if misfits:
+            self._break_off(Cause.LOCAL, f"the answer does not fit: {misfits[0]}")
+        if misfits or not (final or verdict or self.bdat):
+            self.bdat = False  # or it may be BDAT that ended the connection
+        if left and not unknown:
+            verdict, stage = final, Stage.END_OF_DATA
+            if self._unsent or (self.broken == _CLOSED and not answers):
+                stage = Stage.DATA if answers else Stage.MAIL
+            if final is None or misfits or (self.broken is not None and self.broken[0] is Cause.LOCAL):
+                verdict = self._unanswered(stage)
+            self._clean = cast(Reply, verdict).accepted
+            self.bdat = self._clean or self.bdat
+        return {} if unknown else {one: refusals.get(one) or cast(Reply, verdict) for one in envelope.recipients}
 
     async def _send_content(self, content: bytes) -> Reply:
         """The server's reply to the content, which is in doubt once its end is written."""
@@ -5164,7 +5221,9 @@ class Session(asyncio.Protocol):
         """End the connection at once, if it has not ended."""
         if self.broken is not None:
             return
-        self.broken = (cause, text)
+        self.broken, self._unsent = (cause, text), self._transport.get_write_buffer_size() > 0
+        if self._chunked and cause is not Cause.LOST:
+            self.bdat = False
         if self._watchdog is not None:
             self._watchdog.cancel()
         self._transport.abort()
@@ -5175,6 +5234,7 @@ class Session(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Read lines; the last one of a reply has no hyphen behind its code (RFC 5321 4.2.1)."""
         *lines, self._unread = (self._unread + data).split(b"\n")
+        self._heard_at = self._loop.time()
         for line in lines:
             found = _REPLY_LINE.fullmatch(line.rstrip(b"\r"))
             self._reply_bytes += len(line)
@@ -5191,7 +5251,9 @@ class Session(asyncio.Protocol):
             if asked_for := self._expected > 0:
                 self._answers.append(answer)
                 self._expected -= 1
-                self._deadline = self._loop.time() + self._patience_s
+                if self._chunked and self._expected == 1:  # the one to the content
+                    self._patience_s = self._end_of_data_timeout_s
+                self._deadline = self._heard_at + self._patience_s
             if answer.code == 421:  # nothing follows, asked for or not (RFC 5321 3.8)
                 return self._break_off(Cause.LOST, f"the server ended the session: {answer}")
             if not asked_for:
@@ -5203,10 +5265,10 @@ class Session(asyncio.Protocol):
         return None
 
     def eof_received(self) -> None:
-        self._break_off(Cause.LOST, "connection closed by the server")
+        self._break_off(*_CLOSED)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._break_off(Cause.LOST, f"connection lost: {exc}" if exc else "connection lost")
+        self._break_off(*((Cause.LOST, f"connection lost: {exc}") if exc else _CLOSED))
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -5313,6 +5375,7 @@ def _offers_of(smtp: aiosmtplib.SMTP, auth: Iterable[str]) -> Offers:
         mail_max=limits.get("MAILMAX"),
         rcpt_max=limits.get("RCPTMAX"),
         rcpt_domain_max=limits.get("RCPTDOMAINMAX"),
+        chunking=smtp.supports_extension("chunking"),
     )
 
 
@@ -6436,6 +6499,7 @@ class Turn:
     refused: set[str] = field(default_factory=set)  # those refused for now: asked again while others are accepted
     most: float = math.inf  # recipients that the server takes in one transaction
     careful: bool = False  # it hangs up after too many errors
+    chunking: bool = True  # at the first attempt
 
     def served(self, left: Sequence[str], account: Account, offers: Offers) -> tuple[str, ...]:
         """The recipients of the next transaction."""
@@ -6490,6 +6554,7 @@ class Lane:
     recallable: set[asyncio.Task[Any]] = field(default_factory=set)  # work that ends when the lane is called back
     timer: asyncio.TimerHandle | None = None  # for when it has cooled, its limit ends, or an idle session is too old
     seconds_each: float = 0.1  # a transaction, smoothed
+    bdat: bool | None = None  # its server knows it; False: gets it wrong
     accepted: int = 0  # transactions, since it began
     aside: dict[int, float] = field(default_factory=dict)  # messages a new session was refused with: wall-clock time
     aside_too: bool = False  # they have their turn, too, because there is nothing else
@@ -6697,7 +6762,7 @@ class Dispatcher(Loop):
         lane = self.lanes[account_id]
         self._recall(lane)
         lane.failures, lane.believes, lane.limit = 0, lane.generation, lane.account.max_connections
-        lane.accepted, lane.refusal, lane.refused = 0, None, set()
+        lane.accepted, lane.refusal, lane.refused, lane.bdat = 0, None, set(), None
         lane.become(LaneState.UP)
         lane.has_mail = True
         self._mark(lane)
@@ -6998,13 +7063,15 @@ class Dispatcher(Loop):
             self._mark(lane)
 
     def _part_with(self, lane: Lane, session: Session) -> None:
-        del lane.sessions[session]
+        if lane.sessions.pop(session) == lane.generation and session.bdat is False and lane.bdat is not False:
+            lane.bdat, why = False, session.broken and session.broken[1]
+            event(self.log, logging.WARNING, "no CHUNKING with this server", account=lane.account.id, error=why)
         if session.usable:
             self._spawn(session.quit())
 
     async def _deliver(self, lane: Lane, claim: Claim, composed: Composed | None) -> None:
         """Bring one message to its disposition, or put it back untouched; it may take several transactions."""
-        turn, transacting = Turn(), False
+        turn, transacting = Turn(chunking=not claim.attempts), False
         memory_bytes = composed.memory_bytes if composed is not None else 0
         try:
             if composed is None:
@@ -7050,8 +7117,8 @@ class Dispatcher(Loop):
                 name, reused = session.name, session.transactions > 0
                 served = turn.served(left, lane.account, session.offers) if len(left) > 1 else tuple(left)
                 envelope = Envelope(composed.envelope.sender, served)
-                replies = await self._converse(lane, session, envelope, composed, turn.careful)
-            if not replies:  # it has not had its turn
+                replies = await self._converse(lane, session, envelope, composed, turn)
+            if not replies:  # it has not had its turn, or is to have it by DATA
                 await self._release(lane, claim)
                 return None
         accepted = sum(reply.accepted for reply in replies.values())
@@ -7117,19 +7184,22 @@ class Dispatcher(Loop):
         return session
 
     async def _converse(
-        self, lane: Lane, session: Session, envelope: Envelope, composed: Composed, careful: bool
+        self, lane: Lane, session: Session, envelope: Envelope, composed: Composed, turn: Turn
     ) -> dict[str, Reply]:
         """One SMTP transaction in its slot: a reply for each recipient, or none when the lane was called back
-        before. The session is idle then, or gone."""
+        before, or the server does not know BDAT. The session is idle then, or gone."""
         await self._slots.take(lane, 1)
         begun = self.clock.monotonic()
         try:
             if lane.sessions[session] != lane.generation:
                 return {}
-            return await session.transact(envelope, composed.content, smtputf8=composed.smtputf8, careful=careful)
+            chunking = turn.chunking and self.settings.chunking and lane.bdat is not False
+            session.bdat, content, utf8 = session.bdat or lane.bdat, composed.content, composed.smtputf8
+            return await session.transact(envelope, content, smtputf8=utf8, careful=turn.careful, chunking=chunking)
         finally:
             self._slots.give_back(lane, 1)
             now = self.clock.monotonic()
+            lane.bdat = True if session.bdat and lane.bdat is None else lane.bdat
             lane.seconds_each += (max(now - begun, 0.0005) - lane.seconds_each) / 4
             self.metrics.smtp_transaction_seconds.labels(self.metrics.label(lane.account.id)).observe(now - begun)
             if lane.keeps(session, now) and self._may_go(lane):

@@ -315,6 +315,15 @@ class _Line(SMTP):
     def eof_received(self) -> bool | None:
         return super().eof_received() if self.number else None
 
+    async def smtp_BDAT(self, size: str) -> None:
+        server, envelope = self.event_handler, self.envelope
+        envelope.content = envelope.original_content = await self._reader.readexactly(int(size.split()[0]))
+        said = await server._ruled(self, "BDAT", size)
+        if said is None and envelope.rcpt_tos:
+            said = await server.handle_DATA(self, self.session, envelope)
+        self._set_post_data_state()
+        await self.push(said or "503 5.5.1 For nobody")
+
 
 @dataclass(kw_only=True, eq=False)
 class SmtpServer:
@@ -328,6 +337,7 @@ class SmtpServer:
     max_connections: int = 1_000  # at once, then 421 at the greeting
     smtputf8: bool = True
     pipelining: bool = False
+    chunking: bool = False  # and pipelining
     rule: Rule | None = None  # of the provider, from now on
 
     host, port = "127.0.0.1", 0
@@ -435,8 +445,8 @@ class SmtpServer:
             return [said]
         if not self.accounts:
             words = [word for word in words if not word.startswith("250-AUTH")]
-        if self.pipelining:
-            words.insert(-1, "250-PIPELINING")
+        if self.pipelining or self.chunking:
+            words[-1:-1] = ["250-PIPELINING", "250-CHUNKING"][: 1 + self.chunking]
         return words
 
     async def handle_MAIL(self, line: Any, session: Any, envelope: Any, address: str, options: list[str]) -> str:
@@ -5442,7 +5452,7 @@ class ScriptedServer:
     """An SMTP server that does as it is told, for one session after the other.
 
     `replies` maps the beginning of a command ("." for the end of data) to what is said; a list
-    gives one for each time. "drop" closes, "silence" says nothing any more, "trickle TEXT" says it
+    gives one for each time. "drop" closes, "reset" rudely, "silence" says nothing any more, "trickle TEXT" says it
     one byte at a time; a text with line breaks is sent as it is.
     """
 
@@ -5488,6 +5498,10 @@ class ScriptedServer:
             await writer.start_tls(self.tls)
             self.offers = [offer for offer in self.offers if offer != "STARTTLS"]
             return
+        if command.startswith("BDAT "):
+            await self.take_chunk(reader, int(command.split()[1]))
+            await self.speak(writer, "BDAT", "250 2.0.0 queued as 1")
+            return
         said = await self.speak(writer, command, None)
         if command == "QUIT":
             raise ConnectionError
@@ -5507,13 +5521,22 @@ class ScriptedServer:
         self.contents.append(b"".join(lines))
         await self.speak(writer, ".", "250 2.0.0 queued as 1")
 
+    async def take_chunk(self, reader, size):
+        heard = b"".join([line + b"\n" for line in self.lines]) + self.rest
+        self.packets.append(await reader.readexactly(max(0, size - len(heard))))
+        self.contents.append((heard + self.packets[-1])[:size])
+        *lines, self.rest = heard[size:].split(b"\n")
+        self.lines = collections.deque(lines)
+
     async def speak(self, writer, command, otherwise):
         known = [verb for verb in self.replies if command.startswith(verb)]
         said = self.replies[max(known, key=len)] if otherwise is None or max(known, key=len) else otherwise
         if isinstance(said, list):
             said = said.pop(0) if len(said) > 1 else said[0]
-        if said == "drop":
+        if said in ("drop", "reset"):
             await asyncio.sleep(0.01)  # what was said before arrives
+            if said == "reset":
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0" + bytes(4))
             raise ConnectionError
         if said == "silence":
             await self.never.wait()
@@ -5578,13 +5601,12 @@ def with_smtp_server(server, story, agent=None, **account):
     return asyncio.run(main())
 
 
-def transact(
-    server, *recipients, content=b"Subject: x\r\n\r\nhello\r\n", times=1, agent=None, careful=False, **account
-):
+def transact(server, *recipients, content=b"Subject: x\r\n\r\nhello\r\n", times=1, agent=None, **account):
     """Run the transaction in a session; the replies of the last one, and whether the session is usable.
 
-    The server keeps the replies of each (`outcomes`), and what it was taken to offer.
+    The server keeps the replies of each (`outcomes`), what it was taken to offer, and whether it knows `bdat`.
     """
+    asked = {name: account.pop(name) for name in ("careful", "chunking") if name in account}
 
     async def story(open_session):
         session = await open_session()
@@ -5592,9 +5614,9 @@ def transact(
         server.taken_to_offer, server.outcomes = session.offers, []
         for _ in range(times):
             envelope = mailproxy.Envelope("from@x", recipients)
-            replies = await session.transact(envelope, content, smtputf8=False, careful=careful)
+            replies = await session.transact(envelope, content, smtputf8=False, **asked)
             server.outcomes.append(replies)
-        usable = session.usable
+        usable, server.bdat = session.usable, session.bdat
         await session.quit()
         return replies, usable
 
@@ -5859,6 +5881,127 @@ def test_the_limits_that_a_server_announces_are_known(offer, limits):
     transact(server, "a@x")
 
     assert server.taken_to_offer[-3:] == limits
+
+
+# ----- transactions by BDAT
+
+CHUNKING = "PIPELINING,CHUNKING,SIZE 100000,8BITMIME,SMTPUTF8"
+
+
+@pytest.mark.parametrize(
+    ("content", "sent"),
+    [
+        (b"", b""), (b".\r\n..\r\n.a\r\n", b".\r\n..\r\n.a\r\n"),
+        (b"a\n.\nb\rc", b"a\r\n.\r\nb\r\nc\r\n"), (b"\xff\r", b"\xff\r\n"),
+        (b"x" * 65_534, b"x" * 65_534 + b"\r\n"),
+    ],
+    ids=range(5),
+)  # fmt: skip
+def test_a_small_message_is_one_packet_where_chunking_and_pipelining_are_offered(content, sent):
+    server = ScriptedServer(offers=CHUNKING)
+
+    transact(server, "a@x", "ü@x", content=content, times=2, chunking=True)
+
+    options = f"SIZE={len(content)}{'' if content.isascii() else ' BODY=8BITMIME'} SMTPUTF8"
+    commands = f"MAIL FROM:<from@x> {options}\r\nRCPT TO:<a@x>\r\nRCPT TO:<ü@x>\r\nBDAT {len(sent)} LAST\r\n"
+    assert b"".join(server.packets[1:-1]) == (commands.encode() + sent) * 2
+    assert [replies["a@x"].words for replies in server.outcomes] == ["250 2.0.0 queued as 1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("offers", "content", "fresh_s", "asked"),
+    [
+        (CHUNKING, b"a\r\n", 1, {"careful": True}), (CHUNKING, b"a\r\n", 1, {"chunking": False}),
+        (CHUNKING, b"a\r\n", 0, {}),  # it may be dead
+        (CHUNKING, b"x" * 65_535, 1, {}),
+        (CHUNKING, b"\n" * 32_769, 1, {}),  # grows to more
+        ("PIPELINING", b"a\r\n", 1, {}), ("CHUNKING", b"a\r\n", 1, {}), ("PIPELINING,CHUNKING,SIZE 2", b"a\n", 1, {}),
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_a_content_that_is_large_or_may_not_be_wanted_goes_by_data(monkeypatch, offers, content, fresh_s, asked):
+    monkeypatch.setattr(mailproxy, "FRESH_S", fresh_s)
+    server = ScriptedServer(offers=offers)
+
+    replies, _ = transact(server, "a@x", content=content, **{"chunking": True, **asked})
+
+    assert (replies["a@x"].accepted, "DATA" in server.heard, "BDAT" in str(server.heard)) == (True, True, False)
+
+
+NO_ANSWER, NO_FIT = "end-of-data: 451 4.4.2 no answer within 0.5 s", "end-of-data: 451 4.4.2 the answer does not fit"
+DOUBT, CLOSED, TOO_MANY = (
+    "end-of-data: 451 4.4.2 conn",
+    "451 4.4.2 connection closed",
+    "end-of-data: 451 4.4.2 a reply th",
+)
+
+
+@pytest.mark.parametrize(
+    ("replies", "outcome", "usable", "by_data"),
+    [
+        # the first refusal counts, and for each recipient its own; the content's is for the others
+        ({"MAIL": "450 no", "RCPT": "503 who?", "BDAT": "503 who?"}, {"a": "mail: 450 no (server)"}, True, False),
+        ({"RCPT TO:<b": "550 who?"}, {"a": AS_1, "b": "rcpt: 550 who? (server)"}, True, False),
+        ({"RCPT": "550 who?", "BDAT": "503 5.5.1 nobody"}, dict.fromkeys("ab", "rcpt: 550 who? (server)"), True, False),
+        ({"RCPT TO:<b": "450 who?", "BDAT": "554 5.6.0 no"},
+         {"a": "end-of-data: 554 5.6.0 no (server)", "b": "rcpt: 450 who? (server)"}, True, False),
+        # a 421 is the last word: what was to come after it was not taken
+        ({"MAIL": "421 bye"}, {"a": "mail: 421 bye (server)"}, False, False),
+        ({"RCPT TO:<a": "550 no", "RCPT TO:<b": "421 bye"},
+         {"a": "rcpt: 550 no (server)", **dict.fromkeys("bc", "rcpt: 421 bye (server)")}, False, False),
+        ({"BDAT": "421 bye"}, {"a": "end-of-data: 421 bye (server)"}, False, False),
+        ({"BDAT": "250 ok\r\n421 bye"}, {"a": "end-of-data: 250 ok (server)"}, False, False),
+        # replies come in order: a server that closes without any has not taken the content
+        ({"MAIL": "drop"}, {"a": f"mail: {CLOSED}"}, False, True),
+        ({"MAIL": "550 no", "RCPT": "drop"}, {"a": "mail: 550 no (server)"}, False, False),
+        # else it may have, for those who were not refused
+        *(({"RCPT TO:<a": "550 no", at: "drop"}, {"a": "rcpt: 550 no (server)", "b": DOUBT}, False, True)
+          for at in ("RCPT TO:<b", "BDAT")),
+        ({"RCPT": "550 no", "BDAT": "drop"}, {"a": "rcpt: 550 no (server)"}, False, True),
+        ({"BDAT": ["250 2.0.0 queued as 1", "drop"]}, {"a": DOUBT}, False, False),  # it does know BDAT
+        *(({verb: "reset"}, dict.fromkeys("ab", DOUBT), False, True) for verb in ("MAIL", "RCPT TO:<b", "BDAT")),
+        *(({verb: "silence"}, {"a": NO_ANSWER}, False, True) for verb in ("MAIL", "RCPT", "BDAT")),
+        # nobody knows what a reply is for when one does not fit, or they are too many
+        *(({verb: "334 go"}, {"a": NO_FIT}, False, True) for verb in ("MAIL", "RCPT", "BDAT")),
+        *(({"BDAT": f"{said}\r\n250 ok"}, {"a": TOO_MANY}, False, True) for said in ("250 ok", "554 no")),
+        ({"MAIL": "550 no"}, {"a": "mail: 550 no (server)"}, False, True),  # and yet it took the content?
+        ({"RCPT": "550 no"}, {"a": "rcpt: 550 no (server)"}, False, True),
+        # BDAT is not known: nothing was taken
+        *(({"BDAT": said}, {}, False, True) for said in ("500 5.5.2 a\r\n500 b", "501 a", "502 a", "503 a", "504 a")),
+        ({"BDAT": "554 5.5.1 what?"}, {}, False, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_server_says_to_a_chunk_becomes_a_reply_for_each_recipient(replies, outcome, usable, by_data):
+    server, times = ScriptedServer(replies, CHUNKING), 2 if isinstance(replies.get("BDAT"), list) else 1
+    agent = smtp_agent(end_of_data_timeout_s=0.5)
+
+    came, still_usable = transact(server, *(outcome or "a"), times=times, agent=agent, chunking=True, timeout=0.5)
+
+    assert {one: said_by(reply)[: len(outcome[one])] for one, reply in came.items()} == outcome
+    assert [reply.in_doubt for reply in came.values()] == ["end-of-data: 451" in said for said in outcome.values()]
+    assert (still_usable, server.bdat is False) == (usable, by_data)
+
+
+def test_a_chunk_of_which_a_part_was_not_sent_is_not_in_doubt():
+    async def story(open_session):
+        session = await open_session()
+        session._transport.pause_reading()
+        session._transport.write(b"NOOP\r\n" * 1_000_000)  # more than the network takes before its answers are read
+        return await session.transact(mailproxy.Envelope("from@x", ["a@x"]), b"x", smtputf8=False, chunking=True)
+
+    replies = with_smtp_server(ScriptedServer(offers=CHUNKING), story, timeout=0.3)
+
+    assert said_by(replies["a@x"]) == "mail: 451 4.4.2 no answer within 0.3 s (timeout)"
+
+
+def test_after_a_refused_chunk_the_session_is_reset_and_asked_first():
+    server = ScriptedServer({"BDAT": "554 5.6.0 no"}, CHUNKING)
+
+    transact(server, "a@x", times=2, chunking=True)
+
+    assert [replies["a@x"].code for replies in server.outcomes] == [554, 250]
+    assert server.heard[-5:] == ["RSET", "MAIL FROM:<from@x> SIZE=21", "RCPT TO:<a@x>", "DATA", "QUIT"]
 
 
 # ----- servers that misbehave
@@ -8820,6 +8963,28 @@ def test_waiting_costs_no_processor_time(tmp_path: Path, smtp: SmtpServer, black
             time.sleep(0.5)
             assert cpu_seconds(daemon) - before < 0.08, command
         daemon.kill()
+
+
+def test_a_server_that_knows_no_bdat_has_mail_by_data_until_its_account_is_replaced(tmp_path: Path) -> None:
+    with (
+        SmtpServer(chunking=True, rule=lambda verb, *_: "500 5.5.1 What?" if verb == "BDAT" else None) as server,
+        SleepyDaemon(tmp_path, {"smtp": {"max_connections": 1}}, smtp=server) as daemon,
+    ):
+        daemon.submit(*letters("ignorant", 3))
+        sent = wait_sent(daemon, *(f"ignorant-{n}" for n in range(3)))
+        assert (server.heard["BDAT"], {record["attempts"] for record in sent}) == (1, {1})
+        assert "account=default error=" in daemon.wait_for_log("no CHUNKING with this server")
+
+        server.rule = None
+        daemon.config["delivery"]["retry_delays"] = 1
+        for number, (section, *setting) in enumerate([("smtp", "timeout", 50), ("delivery", "chunking", "false")], 1):
+            daemon.config[section].update([setting])
+            daemon.write_config()
+            daemon.signal(signal.SIGHUP)
+            wait_until(lambda: daemon.log.count("configuration read again") == number, "the configuration")  # noqa: B023
+            daemon.submit(letter(section), letter(f"{section} again", "lost1@example.com"))
+            wait_sent(daemon, section, f"{section} again")
+            assert server.heard["BDAT"] == 3  # the second attempt goes by DATA
 
 
 # ======================================================================
