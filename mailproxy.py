@@ -2915,7 +2915,7 @@ class _Wish(NamedTuple):
 
 
 class QueueFile:
-    """The file. `schema` makes a new one; `migrations` are the steps that bring older ones to the same version."""
+    """The file. `schema` makes a new one; `migrations` bring one of version 1, 2, ... to the same, the newest version."""
 
     def __init__(
         self,
@@ -2988,7 +2988,7 @@ class QueueFile:
             raise ConfigurationError(f"The queue {self.path} has {names} names (hard links); remove all but one.")
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
-        """Bring the schema up to date; each step and its version number are one commit."""
+        """Bring the schema up to date; that and the version number are one commit."""
         newest = len(self._migrations) + 1
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > newest:
@@ -2996,9 +2996,9 @@ class QueueFile:
                 f"The queue {self.path} was written by a newer mailproxy (schema {version}, this one knows "
                 f"{newest}); start that one, or restore a backup."
             )
-        steps = list(enumerate(self._migrations, 2))[version - 1 :] if version else [(newest, self._schema)]
-        for number, script in steps:
-            connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
+        if version < newest:
+            script = self._migrations[version - 1] if version else self._schema
+            connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {newest}; COMMIT;")
 
     async def close(self) -> None:
         """Finish what was asked, then close both connections and let go of the lock."""
@@ -3160,12 +3160,12 @@ CREATE TABLE messages (
     turn         INTEGER NOT NULL DEFAULT 0,         -- 0 never tried, 1 comes back for a retry
     deferral     TEXT,                               -- schedule, retry, in_doubt, connection, login, limit
     ready_at     REAL NOT NULL,                      -- since when it could have gone; from then its age counts
-    deadline     INTEGER,                            -- given up when not delivered by then: expires_ts
-    expires_ts   INTEGER,                            -- as the client gave it
+    expires_ts   INTEGER,                            -- given up when not delivered by then
     batch_code   TEXT,
     message_id   TEXT NOT NULL,
     recipients   TEXT,                               -- JSON {address: [status, code, text]}
     parts        INTEGER NOT NULL,                   -- attachments and raw content to put in
+    addressees   INTEGER NOT NULL DEFAULT 1,         -- recipients of the envelope
     size_bytes   INTEGER NOT NULL,                   -- payload and contents together
     payload      TEXT NOT NULL                       -- as submitted, JSON, without the contents
 );
@@ -3176,8 +3176,9 @@ CREATE INDEX messages_waiting ON messages (deferred_ts)
 CREATE INDEX messages_held_back ON messages (account_id, deferral)
     WHERE deferred_ts IS NOT NULL AND deferral IN ('limit', 'connection', 'login');
 CREATE INDEX messages_pending ON messages (seq) WHERE sent_ts IS NULL AND error_ts IS NULL;
-CREATE INDEX messages_deadline ON messages (deadline)
-    WHERE sent_ts IS NULL AND error_ts IS NULL AND deadline IS NOT NULL;
+CREATE INDEX messages_by_age ON messages (account_id, ready_at) WHERE sent_ts IS NULL AND error_ts IS NULL;
+CREATE INDEX messages_expiring ON messages (expires_ts)
+    WHERE sent_ts IS NULL AND error_ts IS NULL AND expires_ts IS NOT NULL;
 CREATE INDEX messages_unreported ON messages (report_order) WHERE report_order IS NOT NULL;
 CREATE INDEX messages_reported ON messages (reported_ts)
     WHERE report_order IS NULL AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL);
@@ -3204,6 +3205,8 @@ END;
 CREATE TRIGGER remember_sent AFTER DELETE ON messages WHEN old.sent_ts IS NOT NULL BEGIN
     INSERT INTO sent_ids VALUES (old.id, old.sent_ts) ON CONFLICT DO UPDATE SET sent_ts = excluded.sent_ts;
 END;
+CREATE TABLE suspended_batches (batch_code TEXT PRIMARY KEY) WITHOUT ROWID;
+-- Above: what is new in version 3.
 CREATE TABLE sends (                                 -- n messages sent in a minute, the last not after until_ts
     account_id TEXT NOT NULL, minute INTEGER NOT NULL, until_ts INTEGER NOT NULL, n INTEGER NOT NULL,
     PRIMARY KEY (account_id, minute)
@@ -3233,23 +3236,34 @@ CREATE TABLE suspensions (account_id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE switches (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 """
 
-# The steps from each older schema to the next; PRAGMA user_version is 1 for the first. A step that uses a part of
-# SCHEMA gets a copy of its own when that part changes.
-MIGRATIONS = (
-    f"""  -- to version 2: a place is never given twice by AUTOINCREMENT, slots are held in memory only, sends by the minute
+# What brings a file of version 1, 2, ... to the newest one. The rows are copied into new tables, which are those of
+# SCHEMA; PRAGMA user_version is 1 for the first.
+NEWEST, OLDER = SCHEMA.split("-- Above: what is new in version 3.\n")
+COPY_MESSAGES = f"""
 DROP INDEX messages_ready; DROP INDEX messages_waiting; DROP INDEX messages_held_back; DROP INDEX messages_pending;
 DROP INDEX messages_deadline; DROP INDEX messages_unreported; DROP INDEX messages_reported;
-DROP INDEX messages_unreported_final; DROP TRIGGER tally_update; DROP TRIGGER tally_delete;
-DROP TRIGGER remember_seq; DROP TRIGGER remember_sent;
-ALTER TABLE messages RENAME TO messages_1;
-ALTER TABLE sends RENAME TO sends_1;
-{SCHEMA.partition("-- Above")[0]}
-INSERT INTO messages SELECT * FROM messages_1;
+DROP INDEX messages_unreported_final; DROP TRIGGER tally_update; DROP TRIGGER tally_delete; DROP TRIGGER remember_sent;
+ALTER TABLE messages RENAME TO messages_old;
+{NEWEST}
+INSERT INTO messages SELECT seq, id, account_id, priority, created_at, updated_at, deferred_ts, sent_ts, error_ts, error,
+    reported_ts, report_order, attempts, turn, deferral, ready_at, expires_ts, batch_code, message_id, recipients, parts,
+    1, size_bytes, payload FROM messages_old ORDER BY seq;
 DELETE FROM sqlite_sequence WHERE name = 'messages';
+"""  # noqa: S608 - constants only
+MIGRATIONS = (
+    f"""
+DROP TRIGGER remember_seq;
+ALTER TABLE sends RENAME TO sends_old;
+{COPY_MESSAGES} {OLDER.partition("-- Above")[0]}
 INSERT INTO sqlite_sequence SELECT 'messages', coalesce(max(seq), 0) FROM
     (SELECT seq FROM last_gone UNION ALL SELECT max(seq) FROM messages);
-INSERT INTO sends SELECT account_id, until_ts / 60, max(until_ts), sum(n) FROM sends_1 GROUP BY 1, 2;
-DROP TABLE messages_1; DROP TABLE sends_1; DROP TABLE last_gone; DROP TABLE holds;
+INSERT INTO sends SELECT account_id, until_ts / 60, max(until_ts), sum(n) FROM sends_old GROUP BY 1, 2;
+DROP TABLE messages_old; DROP TABLE sends_old; DROP TABLE last_gone; DROP TABLE holds;
+""",  # noqa: S608 - constants only
+    f"""
+{COPY_MESSAGES}
+INSERT INTO sqlite_sequence SELECT 'messages', seq FROM sqlite_sequence WHERE name = 'messages_old';
+DROP TABLE messages_old;
 """,  # noqa: S608 - constants only
 )
 
@@ -3321,6 +3335,7 @@ class Submission(NamedTuple):
     batch_code: str | None
     message_id: str
     parts: int
+    addressees: int
     payload: str
     contents: Mapping[int, bytes]
 
@@ -3394,10 +3409,6 @@ class Queue:
 
         def work(db: sqlite3.Connection) -> None:
             db.execute(SAY_IT_ANSWERS)
-            db.execute(  # earlier programs made one deadline of the age and expires_ts
-                "UPDATE messages SET deadline = expires_ts WHERE sent_ts IS NULL AND error_ts IS NULL "
-                "AND deadline IS NOT NULL AND deadline IS NOT expires_ts"
-            )
             seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").fetchone()
             report = db.execute("SELECT max(report_order) FROM messages WHERE report_order IS NOT NULL").fetchone()
             self._last_seq, self._last_report = seq[0] if seq else 0, report[0] or 0
@@ -3448,11 +3459,11 @@ class Queue:
             waits = s.deferred_ts is not None and s.deferred_ts > now
             schedule = (s.deferred_ts, "schedule", s.deferred_ts) if waits else (None, None, now)
             size_bytes = len(s.payload) + (sum(map(len, s.contents.values())) if s.contents else 0)
-            rows.append((seq, *s[:3], at, at, *schedule, s.expires_ts, *s[4:9], size_bytes, s.id))
+            rows.append((seq, *s[:3], at, at, *schedule, *s[4:10], size_bytes, s.id))
         inserted = db.executemany(
             "INSERT OR IGNORE INTO messages (seq, id, account_id, priority, created_at, updated_at, deferred_ts, "
-            "deferral, ready_at, deadline, expires_ts, batch_code, message_id, parts, payload, size_bytes) "
-            "SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ? WHERE NOT EXISTS (SELECT 1 FROM sent_ids WHERE id = ?)",
+            "deferral, ready_at, expires_ts, batch_code, message_id, parts, addressees, payload, "
+            "size_bytes) SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ? WHERE NOT EXISTS (SELECT 1 FROM sent_ids WHERE id = ?)",
             rows,
         ).rowcount
         stored = [True] * len(rows)
@@ -3572,8 +3583,8 @@ class Queue:
             ).fetchall()
             rows = db.execute(
                 "SELECT seq, id, account_id, error, recipients FROM messages "
-                "WHERE sent_ts IS NULL AND error_ts IS NULL AND deadline IS NOT NULL AND deadline <= :now "
-                "ORDER BY deadline LIMIT :overdue",
+                "WHERE sent_ts IS NULL AND error_ts IS NULL AND expires_ts IS NOT NULL AND expires_ts <= :now "
+                "ORDER BY expires_ts LIMIT :overdue",
                 values,
             ).fetchall()
             ended = []
@@ -3585,8 +3596,8 @@ class Queue:
             (next_ts,) = db.execute(  # text, in a damaged row, is larger than any number
                 "SELECT min(ts) FROM (SELECT min(deferred_ts) AS ts FROM messages WHERE sent_ts IS NULL "
                 "AND error_ts IS NULL AND deferred_ts IS NOT NULL AND deferred_ts <= :largest "
-                "UNION ALL SELECT min(deadline) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
-                "AND deadline IS NOT NULL AND (deadline > :now OR :more) AND deadline <= :largest) AS times",
+                "UNION ALL SELECT min(expires_ts) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
+                "AND expires_ts IS NOT NULL AND (expires_ts > :now OR :more) AND expires_ts <= :largest) AS times",
                 {**values, "more": len(ended) >= CHUNK},
             ).fetchone()
             for account_id, (before, last) in list(aged.items()):
@@ -3720,7 +3731,7 @@ class Queue:
                 db.execute(
                     "UPDATE messages SET error_ts = NULL, error = NULL, attempts = 0, turn = 0, reported_ts = NULL, "
                     "report_order = NULL, ready_at = :now, updated_at = :now, deferred_ts = NULL, deferral = NULL, "
-                    "expires_ts = NULL, deadline = NULL, recipients = :recipients "
+                    "expires_ts = NULL, recipients = :recipients "
                     "WHERE seq = :seq AND error_ts IS NOT NULL",
                     {"now": now, "seq": seq, "recipients": kept},
                 )
@@ -8239,6 +8250,7 @@ def submission_of(fields: Any, message: Message, account: Account | None) -> Sub
         batch_code=message.batch_code,
         message_id=settled if as_given else f"<{settled}>",
         parts=len(message.attachments) + (message.raw is not None),
+        addressees=len(message.recipients),
         payload=payload,
         contents=contents,
     )

@@ -29,6 +29,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import lzma
 import math
 import operator
 import os
@@ -3413,9 +3414,9 @@ def test_a_second_process_is_refused_and_told_why(tmp_path: Path, name: str, wor
             second.open()
 
 
-def test_a_file_is_migrated_step_by_step_or_left_as_it_was_and_a_newer_one_is_refused(tmp_path: Path) -> None:
+def test_a_file_is_migrated_in_one_step_or_left_as_it_was_and_a_newer_one_is_refused(tmp_path: Path) -> None:
     newest = "CREATE TABLE t (x, y DEFAULT 7, z DEFAULT 8)"
-    steps = ("ALTER TABLE t ADD COLUMN y DEFAULT 7", "ALTER TABLE t ADD COLUMN z DEFAULT 8")
+    steps = ("ALTER TABLE t ADD COLUMN y DEFAULT 7; ALTER TABLE t ADD COLUMN z DEFAULT 8", "SELECT nonsense")
     with queue_file(tmp_path, "CREATE TABLE t (x)") as (file, run):
         run(file.write(insert(1)))
 
@@ -3526,7 +3527,8 @@ def rig(tmp_path: Path) -> Iterator[QueueRig]:
 def submission(id_: str, **fields: Any) -> Any:
     given = {
         "account_id": "main", "priority": 2, "deferred_ts": None, "expires_ts": None, "batch_code": None,
-        "message_id": f"<{id_}@example.com>", "parts": 0, "payload": '{"subject": "hello"}', "contents": {},
+        "message_id": f"<{id_}@example.com>", "parts": 0, "addressees": 1, "payload": '{"subject": "hello"}',
+        "contents": {},
     }  # fmt: skip
     return mailproxy.Submission(id=id_, **{**given, **fields})
 
@@ -3879,11 +3881,13 @@ PRAGMA user_version = 1;
 """
 
 
-def test_a_queue_of_version_1_goes_on_as_the_newest_one(tmp_path: Path) -> None:
-    def definitions(of: QueueRig) -> dict[str, str]:
-        rows = of.sql("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
-        return {name: re.sub(r"--.*|\s", "", sql) for name, sql in rows}
+def definitions(of: QueueRig) -> dict[str, str]:
+    """What the file consists of, by name."""
+    rows = of.sql("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
+    return {name: re.sub(r"--.*|\s", "", sql) for name, sql in rows}
 
+
+def test_a_queue_of_version_1_goes_on_as_the_newest_one(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db:
         db.executescript(QUEUE_OF_VERSION_1)
     (tmp_path / "new").mkdir()
@@ -3891,7 +3895,7 @@ def test_a_queue_of_version_1_goes_on_as_the_newest_one(tmp_path: Path) -> None:
         new, rig = QueueRig(tmp_path / "new", runner.run), QueueRig(tmp_path, runner.run)
 
         assert definitions(rig) == definitions(new)
-        assert rig.sql("PRAGMA user_version") == new.sql("PRAGMA user_version") == [(2,)]
+        assert rig.sql("PRAGMA user_version") == new.sql("PRAGMA user_version") == [(3,)]
         assert rig.tallies()[0]["main"] == (1, 2, 2)
         assert rig.standing("main") == mailproxy.Standing([(NOW + 2, 2)], suspended=True, held_back=False)
         assert (rig.switch("active"), list(rig.accounts())) == (True, ["main"])
@@ -3906,6 +3910,35 @@ def test_a_queue_of_version_1_goes_on_as_the_newest_one(tmp_path: Path) -> None:
         assert [attempt["code"] for attempt in rig.look_up("retry")[1]] == [451]
         for one in (rig, new):
             runner.run(one.file.close())
+
+
+# Written by the last program of version 2 itself, of messages in every state, with delivery suspended at the end.
+QUEUE_OF_VERSION_2 = PROGRAM.with_name("testdata") / "queue_of_version_2.db.xz"
+
+
+def test_a_queue_that_was_written_by_version_2_is_all_there(rig: QueueRig, smtp: SmtpServer, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "queue.db").write_bytes(lzma.decompress(QUEUE_OF_VERSION_2.read_bytes()))
+    with contextlib.closing(sqlite3.connect(tmp_path / "old" / "queue.db")) as db:
+        columns = [row[1] for row in db.execute("PRAGMA table_info(messages)") if row[1] != "deadline"]
+        others = ("contents", "attempts", "accounts", "suspensions", "sends", "sent_ids", "tallies", "sqlite_sequence")
+        everything = [f"SELECT {', '.join(columns)} FROM messages", *(f"SELECT * FROM {name}" for name in others)]  # noqa: S608
+        before = [db.execute(sql).fetchall() for sql in everything]
+
+    old = QueueRig(tmp_path / "old", rig.run)
+
+    assert [old.sql(sql) for sql in everything] == before
+    assert list(map(len, before)) == [13, 3, 9, 4, 1, 3, 1, 5, 1]
+    assert definitions(old) == definitions(rig)
+    assert (old.sql("PRAGMA user_version"), old.sql("PRAGMA integrity_check")) == ([(3,)], [("ok",)])
+    rig.run(old.file.close())
+    with Daemon(tmp_path / "old", smtp=smtp, config={"delivery": {"retry_delays": 1}}) as daemon:
+        for account_id in ("paused", "limited", "careful", "away"):
+            account = {"id": account_id, "host": smtp.host, "port": smtp.port}
+            assert daemon.post("/account", account).status == 200
+        assert (daemon.post("/account/paused/activate").status, daemon.post("/commands/activate").status) == (200, 200)
+        for id_ in ("limited", "raw", "queued", "held back"):
+            daemon.wait_status(id_, "sent")
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
@@ -4020,7 +4053,7 @@ def backlog(*, scheduled: int, sent: int, ready_of_another: int) -> Callable[[sq
         ):
             db.execute(
                 "INSERT INTO messages (id, account_id, priority, created_at, updated_at, deferred_ts, sent_ts, "
-                "reported_ts, ready_at, deadline, message_id, parts, size_bytes, payload) "
+                "reported_ts, ready_at, expires_ts, message_id, parts, size_bytes, payload) "
                 "WITH RECURSIVE count(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM count WHERE n < :n) "
                 "SELECT :kind || n, :account, 2, :now, :now, :deferred, :final, :final, :now, 3 * :now, '', 0, 2, '{}' "
                 "FROM count",

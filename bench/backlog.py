@@ -85,7 +85,7 @@ def multiply(db: Path, rows: Rows) -> None:
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("PRAGMA cache_size = -500000")
         connection.execute("BEGIN")
-        later = {"deferred_ts": "deferred_ts + n % 1000000", "deadline": "deadline + n % 1000000"}
+        later = {"deferred_ts": "deferred_ts + n % 1000000", "expires_ts": "expires_ts + n % 1000000"}
         copy_message(connection, "scheduled", rows.scheduled, later)
         earlier = {"sent_ts": "sent_ts - n % 100000", "reported_ts": "reported_ts - n % 100000"}
         copy_message(connection, "sent", rows.sent, earlier)
