@@ -3,8 +3,8 @@
     python3 bench/chaos.py [--rounds 100] [--seed 1] [--smtp] [--reports] [--clients 4] [--program FILE]
 
 Clients submit without pause. In each round the daemon is killed with SIGKILL at a random moment (also while
-it starts), SQLite checks a copy of the file, and it is started again. With --smtp the SMTP server is killed
-and started again now and then as well; with --reports the receiver of the reports is at times down, slow,
+it starts), SQLite checks a copy of the file, and it is started again. The SMTP server offers PIPELINING, and in every
+second round CHUNKING (RFC 3030): then a message is one write. With --smtp it is killed and started again now and then as well; with --reports the receiver of the reports is at times down, slow,
 answers 500 or not at all, or dies with its answer half out. At the end all is mended and must settle. Then:
 
   - every id that got a 200 was delivered at least once (or, where the server refused it for ever, never), and
@@ -37,10 +37,10 @@ from typing import NamedTuple
 import load
 import rig
 from rig import Companion, Daemon
-from sinks import DIES, HANGS, REFUSES, SLOW, TAKES, Manner, serve_reports, serve_smtp
+from sinks import DIES, HANGS, NO_CHUNKING, REFUSES, SLOW, TAKES, Manner, serve_reports, serve_smtp
 
 CONNECTIONS = 8
-SMTP_MANNER = Manner(message_s=0.003, refuses=True)
+SMTP_MANNER = Manner(message_s=0.003, chunking=True, refuses=True)
 SETTLE_S = 600.0
 SHOWN_OFFENDERS = 20
 
@@ -61,6 +61,7 @@ class Delivery(NamedTuple):
 
     at_ns: int
     message_id: str
+    command: str  # DATA or BDAT
 
 
 class Evidence(NamedTuple):
@@ -214,7 +215,7 @@ def run(plan: Plan, folder: Path, tell: Callable[[str], None] = print) -> Verdic
         troubles = Troubles(plan, sink, receiver)
         for thread in (*clients, troubles):
             thread.start()
-        kills_ns, damage = kill_again_and_again(plan, daemon, folder, tell)
+        kills_ns, damage = kill_again_and_again(plan, daemon, sink, folder, tell)
         enough.set()
         for client in clients:
             client.join(60)
@@ -237,7 +238,7 @@ def run(plan: Plan, folder: Path, tell: Callable[[str], None] = print) -> Verdic
 
 
 def kill_again_and_again(
-    plan: Plan, daemon: Daemon, folder: Path, tell: Callable[[str], None]
+    plan: Plan, daemon: Daemon, sink: Companion, folder: Path, tell: Callable[[str], None]
 ) -> tuple[list[int], list[str]]:
     """The rounds; returns when the kills were, and what integrity_check found."""
     dice = random.Random(f"{plan.seed}/kills")
@@ -248,6 +249,7 @@ def kill_again_and_again(
         daemon.kill()
         if (said := rig.integrity(daemon.db, folder)) != "ok":
             damage.append(f"round {number}: {said}")
+        sink.numbers[Companion.MODE] = NO_CHUNKING * (number % 2)
         kills_ns.append(time.monotonic_ns())  # by now the SMTP server has read what the dead one sent
         daemon.launch()
         if dice.random() < 0.8:  # else the next kill may come while it starts
@@ -272,8 +274,8 @@ def settled(daemon: Daemon) -> int | None:
 def read_deliveries(log: Path) -> dict[str, list[Delivery]]:
     deliveries: dict[str, list[Delivery]] = defaultdict(list)
     for line in lines_of(log):
-        at_ns, key, message_id = line.split()
-        deliveries[key].append(Delivery(int(at_ns), message_id))
+        at_ns, key, message_id, command = line.split()
+        deliveries[key].append(Delivery(int(at_ns), message_id, command))
     return deliveries
 
 
@@ -319,6 +321,7 @@ def judged(evidence: Evidence, unanswered: int) -> Verdict:
     counts = {
         "accepted": len(accepted),
         "delivered": len(deliveries),
+        "delivered by BDAT": sum(any(taken.command == "BDAT" for taken in each) for each in deliveries.values()),
         "delivered without an answered submission": len(deliveries.keys() - accepted),
         "doubled": sum(map(len, at_kills.values())),
         "most doubled at one kill": max(map(len, at_kills.values()), default=0),

@@ -109,7 +109,7 @@ def serve_mail() -> int:
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: SmtpSession(Manner(), lambda _: None, set()), "127.0.0.1", 0)
+        server = await loop.create_server(lambda: SmtpSession(Manner(), lambda *_: None, set()), "127.0.0.1", 0)
         ready.append(server.sockets[0].getsockname()[1])
         await server.serve_forever()
 

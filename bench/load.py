@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import smtplib
+import ssl
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -252,25 +253,40 @@ class BareClient(asyncio.Protocol):
         await self._answered
 
 
-ENVELOPE = [f"MAIL FROM:<{SENDER}>\r\n".encode(), f"RCPT TO:<{RECIPIENT}>\r\n".encode(), b"DATA\r\n"]
+ENVELOPE = [f"MAIL FROM:<{SENDER}>\r\n".encode(), f"RCPT TO:<{RECIPIENT}>\r\n".encode()]
+COMMANDS, PIPELINED, CHUNKED = "a command at a time", "pipelined", "chunked"
 
 
-def run_bare_smtp(port: int, count: int, connections: int, pipelined: bool) -> Sent:
-    """A bare asyncio client: the envelope in one write (RFC 2920), or a command at a time."""
-    content = mail_bytes() + b".\r\n"
-    groups = [(b"".join(ENVELOPE), 3)] if pipelined else [(command, 1) for command in ENVELOPE]
+def groups_of(way: str) -> list[tuple[bytes, int]]:
+    """One transaction: what is written at once (RFC 2920, RFC 3030), and how many replies that has."""
+    content, data = mail_bytes(), b"DATA\r\n"
+    if way == CHUNKED:
+        return [(b"%b%bBDAT %d LAST\r\n%b" % (*ENVELOPE, len(content), content), 3)]
+    commands = [(command, 1) for command in (*ENVELOPE, data)]
+    return [*([(b"".join(ENVELOPE) + data, 3)] if way == PIPELINED else commands), (content + b".\r\n", 1)]
+
+
+def run_bare_smtp(port: int, count: int, connections: int, way: str, ca_file: str | None = None) -> Sent:
+    """A bare asyncio client with kept connections; with a CA file it says STARTTLS."""
+    groups = groups_of(way)
 
     async def connected() -> BareClient:
         loop = asyncio.get_running_loop()
         _, client = await loop.create_connection(BareClient, "127.0.0.1", port)
         await client.hear()
         await client.say(b"EHLO bench.example\r\n", 1)
+        if ca_file:
+            await client.say(b"STARTTLS\r\n", 1)
+            context = ssl.create_default_context(cafile=ca_file)
+            secured = await loop.start_tls(client.transport, client, context, server_hostname="127.0.0.1")
+            assert secured is not None
+            client.transport = secured
+            await client.say(b"EHLO bench.example\r\n", 1)
         return client
 
     async def send(client: BareClient) -> None:
         for group, replies in groups:
             await client.say(group, replies)
-        await client.say(content, 1)
 
     async def run() -> Sent:
         clients = await asyncio.gather(*(connected() for _ in range(connections)))

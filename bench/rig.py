@@ -222,6 +222,15 @@ def integrity(db: Path, scratch: Path) -> str:
         return "; ".join(row[0] for row in connection.execute("PRAGMA integrity_check"))
 
 
+def self_signed(target: Path) -> Path:
+    """A certificate for 127.0.0.1 and its key, in one file that is made (openssl is needed)."""
+    command = "openssl req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -days 2 -subj /CN=127.0.0.1"
+    names = ("-addext", "subjectAltName=IP:127.0.0.1")
+    files = ("-keyout", target, "-out", target)
+    subprocess.run([*command.split(), *names, *files], check=True, stderr=subprocess.DEVNULL)
+    return target
+
+
 # -- companions: sinks and receivers that must not take our processor's turn
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sqlite3
+import ssl
 import time
 from collections.abc import Callable, MutableSequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,24 +29,33 @@ class Manner(NamedTuple):
 
     greeting_s: float = 0.0
     auth_s: float = 0.0
-    message_s: float = 0.0  # from the final dot to its answer
+    message_s: float = 0.0  # from the end of the content to its answer
     pipelining: bool = True
+    chunking: bool = False
+    certificate: str | None = None  # file of it and its key (PEM): STARTTLS is offered
     refuses: bool = False  # recipients gone...@ are refused for ever, later...@ the first time
 
 
-class SmtpSession(asyncio.Protocol):
-    """One connection of the sink: takes what comes, in order, also when it comes pipelined."""
+NO_CHUNKING = 1  # numbers[MODE] of the SMTP server: connections made from now on are not offered it
+Keep = Callable[[bytes, bytes], None]  # a content, and the command it came by
 
-    def __init__(self, manner: Manner, keep: Callable[[bytes], None], put_off: set[bytes]) -> None:
-        self._manner, self._keep, self._put_off = manner, keep, put_off
-        self._heard = bytearray()
-        self._in_content = self._pausing = False
+
+class SmtpSession(asyncio.Protocol):
+    """One connection of the sink: takes what comes, in order, also when it comes pipelined, and answers each piece
+    that it reads by one write. Each chunk is taken for the last one."""
+
+    def __init__(self, manner: Manner, keep: Keep, put_off: set[bytes], context: ssl.SSLContext | None = None) -> None:
+        self._manner, self._keep, self._put_off, self._context = manner, keep, put_off, context
+        self._heard, self._replies = bytearray(), bytearray()
+        self._content_by, self._chunk_bytes = b"", 0  # what comes is content: by DATA, BDAT
+        self._pausing = False
         self._recipients = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self._say(b"220 sink.test ESMTP\r\n", self._manner.greeting_s)
+        self._go_on()
 
     def data_received(self, piece: bytes) -> None:
         self._heard += piece
@@ -53,58 +63,84 @@ class SmtpSession(asyncio.Protocol):
 
     def _say(self, reply: bytes, after_s: float = 0.0) -> None:
         if not after_s:
-            self._transport.write(reply)
+            self._replies += reply
             return
         self._pausing = True
         asyncio.get_running_loop().call_later(after_s, self._say_at_last, reply)
 
     def _say_at_last(self, reply: bytes) -> None:
         self._pausing = False
-        self._transport.write(reply)
+        self._say(reply)
         self._go_on()
 
     def _go_on(self) -> None:
-        while not self._pausing and (self._take_content() if self._in_content else self._take_command()):
-            pass
+        """Take what is there, up to where the client has to wait."""
+        at = 0
+        while not self._pausing and (end := self._taken(at)):
+            at = end
+        del self._heard[:at]
+        if self._replies:
+            self._transport.write(bytes(self._replies))
+            self._replies.clear()
 
-    def _take_content(self) -> bool:
-        """True when a whole message was there."""
-        end = self._heard.find(b"\r\n.\r\n")
-        if end < 0:
-            return False
-        content = bytes(self._heard[: end + 2])
-        del self._heard[: end + 5]
-        self._in_content = False
-        self._keep(content)
-        self._say(b"250 2.0.0 taken\r\n", self._manner.message_s)
-        return True
+    def _taken(self, at: int) -> int:
+        """Take the command or content that begins there; return where it ends, 0 when that has not come yet."""
+        if self._content_by == b"BDAT":
+            end = after = at + self._chunk_bytes
+            if end > len(self._heard):
+                return 0
+        else:
+            end = self._heard.find(b"\r\n.\r\n" if self._content_by else b"\r\n", at)
+            if end < 0:
+                return 0
+            end, after = (end + 2, end + 5) if self._content_by else (end, end + 2)
+        taken = bytes(self._heard[at:end])
+        if not self._content_by:
+            self._obey(taken)
+        elif self._recipients:
+            self._keep(taken, self._content_by)
+            self._content_by = b""
+            self._say(b"250 2.0.0 taken\r\n", self._manner.message_s)
+        else:  # a chunk that came too soon
+            self._content_by = b""
+            self._say(b"554 5.5.1 no valid recipients\r\n")
+        return after
 
-    def _take_command(self) -> bool:
-        """True when a whole line was there."""
-        end = self._heard.find(b"\r\n")
-        if end < 0:
-            return False
-        line = bytes(self._heard[:end])
-        del self._heard[: end + 2]
+    def _obey(self, line: bytes) -> None:
         verb = line[:4].upper()
-        if verb == b"AUTH":
-            self._say(b"235 2.7.0 welcome\r\n", self._manner.auth_s)
+        if verb == b"BDAT":
+            self._content_by, self._chunk_bytes = verb, int(line.split()[1])
         elif verb == b"RCPT":
             self._say(self._verdict(line))
+        elif verb == b"AUTH":
+            self._say(b"235 2.7.0 welcome\r\n", self._manner.auth_s)
+        elif verb == b"STAR" and self._context:
+            self._pausing = True
+            self._turning = asyncio.get_running_loop().create_task(self._turn_to_tls(self._context))
         else:
             self._say(self._answer(verb))
-        return True
+
+    async def _turn_to_tls(self, context: ssl.SSLContext) -> None:
+        self._transport.write(b"220 2.0.0 go on\r\n")
+        loop = asyncio.get_running_loop()
+        secured = await loop.start_tls(self._transport, self, context, server_side=True)
+        assert secured is not None
+        self._transport, self._context, self._pausing = secured, None, False
+        self._go_on()
 
     def _answer(self, verb: bytes) -> bytes:
         if verb == b"EHLO":
-            pipelining = b"250-PIPELINING\r\n" if self._manner.pipelining else b""
-            login = b"250-AUTH PLAIN LOGIN\r\n" if self._manner.auth_s else b""
-            return b"250-sink.test\r\n" + pipelining + login + b"250-8BITMIME\r\n250 SMTPUTF8\r\n"
+            offers = {
+                b"PIPELINING": self._manner.pipelining, b"CHUNKING": self._manner.chunking,
+                b"STARTTLS": self._context, b"AUTH PLAIN LOGIN": self._manner.auth_s,
+            }  # fmt: skip
+            lines = (b"250-%b\r\n" % offer for offer, made in offers.items() if made)
+            return b"250-sink.test\r\n" + b"".join(lines) + b"250-8BITMIME\r\n250 SMTPUTF8\r\n"
         if verb == b"MAIL":
             self._recipients = 0
         if verb == b"DATA":
-            self._in_content = self._recipients > 0
-            return b"354 go on\r\n" if self._in_content else b"554 5.5.1 no valid recipients\r\n"
+            self._content_by = verb if self._recipients else b""
+            return b"354 go on\r\n" if self._recipients else b"554 5.5.1 no valid recipients\r\n"
         return b"221 2.0.0 bye\r\n" if verb == b"QUIT" else b"250 2.0.0 ok\r\n"
 
     def _verdict(self, line: bytes) -> bytes:
@@ -118,23 +154,31 @@ class SmtpSession(asyncio.Protocol):
 
 
 def serve_smtp(numbers: Numbers, manner: Manner, log_path: str | None = None) -> None:
-    """Count the messages; with a log, write a line for each: when, X-Bench-Id, Message-ID."""
+    """Count the messages; with a log, write a line for each: when, X-Bench-Id, Message-ID, DATA or BDAT."""
     log = -1 if log_path is None else os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    context = None
+    if manner.certificate:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(manner.certificate)
 
-    def keep(content: bytes) -> None:
+    def keep(content: bytes, command: bytes) -> None:
         if log >= 0:
-            os.write(log, _log_line(content))
+            os.write(log, _log_line(content, command))
         numbers[Companion.LAST_NS] = time.monotonic_ns()
         numbers[Companion.COUNT] += 1
 
+    def session() -> SmtpSession:
+        chunking = manner.chunking and numbers[Companion.MODE] != NO_CHUNKING
+        return SmtpSession(manner._replace(chunking=chunking), keep, put_off, context)
+
     put_off: set[bytes] = set()
-    _serve(numbers, lambda: SmtpSession(manner, keep, put_off))
+    _serve(numbers, session)
 
 
-def _log_line(content: bytes) -> bytes:
+def _log_line(content: bytes, command: bytes) -> bytes:
     """One write, so that a kill leaves a whole line or none."""
     key, message_id = header(content, b"X-Bench-Id"), header(content, b"Message-ID")
-    return b"%d %s %s\n" % (time.monotonic_ns(), key, message_id)
+    return b"%d %s %s %s\n" % (time.monotonic_ns(), key, message_id, command)
 
 
 def header(content: bytes, name: bytes) -> bytes:
