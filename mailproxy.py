@@ -536,6 +536,13 @@ def _address(value: str, local_part: str = r"[^@\s]+") -> str:
     return f"{parts[1]}@{a_labels(parts[2])}" if parts else fit(value, fits=False)
 
 
+def _alias(value: str) -> str:
+    """A bare local name, a colon, and the address that it stands for."""
+    name, colon, address = value.partition(":")
+    fit(name.strip(), colon and re.fullmatch(r"\s*[^@\s]+\s*", name))
+    return f"{name.strip().lower()}: {_address(address.strip())}"
+
+
 def _server(value: str) -> str:
     """The name of a host in A-labels, or an address; what has a colon in it is IPv6, never a port."""
     host = a_labels(value.strip())
@@ -577,10 +584,8 @@ LABEL = Kind(
 )
 BOOLEAN = Kind("true or false (or yes, no, on, off, 1, 0)", _boolean, "boolean", (bool, int))
 PATH = TEXT._replace(words="a path")
-READABLE_FILE = Kind(
-    "the path of a file that can be read",
-    lambda value: fit(value, os.access(value, os.R_OK) and not os.path.isdir(value)),
-)
+READABLE_FILE = PATH._replace(words="the path of a file that can be read")
+ABSOLUTE_PATH = Kind("an absolute path", lambda value: fit(TEXT.parse(value), value.startswith("/")))
 SOCKET_PATH = Kind("a path of at most 103 bytes", lambda value: fit(value, len(os.fsencode(value)) <= SUN_PATH))
 LISTENING_HOST = Kind("an address or a host name", lambda value: fit(value.strip("[]"), not re.search(r"[\s/]", value)))
 HOST = Kind("the name or the address of a server; its port is a setting of its own, port", _server)
@@ -603,6 +608,7 @@ SECRET = Kind(
 SECRETS = many("secrets, each itself, env:NAME or file:/path", SECRET.parse, secret=True)
 DELAYS = many("whole seconds", integer(0, LONGEST_S).parse, "integer")
 MAIL_ADDRESS = Kind("a mail address", _address)
+ALIASES = many("pairs such as root: ops@example.com", _alias, between="[,\n]")
 RECIPIENTS = many("mail addresses or @domains", lambda value: _address(value, r"[^@\s]*").lower())
 HOSTS = many("host names, addresses or networks, not URLs", _host_or_network)
 PRIORITY = Kind(
@@ -614,6 +620,10 @@ PRIORITY = Kind(
 
 RETRY_DELAYS = (60, 300, 900, 3600, 7200)
 NEEDED: Any = object()  # the default of what has none
+
+
+def attribute_of(key: str) -> str:
+    return "from_" if key == "from" else key  # which is a word of Python
 
 
 class Setting(NamedTuple):
@@ -628,7 +638,7 @@ class Setting(NamedTuple):
     else_of: str = ""  # of an account: the setting of [delivery] that stands in for it
 
     def of(self, settings: Settings) -> Any:
-        return getattr(getattr(settings, self.section), self.key)
+        return getattr(getattr(settings, self.section), attribute_of(self.key))
 
 
 def row(default: T, kind: Kind, meaning: str, *, at_start: bool = False, else_of: str = "") -> T:
@@ -683,6 +693,17 @@ class SchedulerSettings(NamedTuple):
     """Whether mail goes out at all."""
 
     active: bool = fixed(True, BOOLEAN, "Deliver from the start. What suspend and activate last said wins over it.")
+
+
+class SendmailSettings(NamedTuple):
+    """What bare local names mean to sendmail(8), and where it keeps mail while the daemon is away."""
+
+    domain: str | None = row(None, EHLO_NAME, "Completes them. Left out: /etc/mailname, else the host's full name.")
+    from_: str | None = row(None, MAIL_ADDRESS, "The sender instead of one that is a bare local name.")
+    aliases: tuple[str, ...] = row((), ALIASES, "Recipients instead of bare local names: root: ops@example.com, ...")
+    spool: str | None = row(
+        None, ABSOLUTE_PATH, "Directory (mode 1733; made where it is missing) of mail that the daemon takes in."
+    )
 
 
 class DeliverySettings(NamedTuple):
@@ -824,6 +845,7 @@ class Settings(NamedTuple):
     server: ServerSettings
     client: ClientSettings
     scheduler: SchedulerSettings
+    sendmail: SendmailSettings
     delivery: DeliverySettings
     attachments: AttachmentSettings
     s3: S3Settings
@@ -839,8 +861,8 @@ class Settings(NamedTuple):
 
 CLASSES: Mapping[str, type[Any]] = MappingProxyType({  # in the order in which they are printed
     "storage": StorageSettings, "server": ServerSettings, "client": ClientSettings, "scheduler": SchedulerSettings,
-    "smtp": Account, "delivery": DeliverySettings, "attachments": AttachmentSettings, "s3": S3Settings,
-    "logging": LoggingSettings,
+    "sendmail": SendmailSettings, "smtp": Account, "delivery": DeliverySettings, "attachments": AttachmentSettings,
+    "s3": S3Settings, "logging": LoggingSettings,
 })  # fmt: skip
 
 
@@ -849,7 +871,7 @@ def rows_of(section: str, kind: Any) -> tuple[Setting, ...]:
     declared = kind._field_defaults
     defaults = (one.default if isinstance(one, Setting) else one for one in declared.values())
     kind.__new__.__defaults__ = tuple(default for default in defaults if default is not NEEDED)
-    rows = {key: one for key, one in declared.items() if isinstance(one, Setting)}
+    rows = {key.removesuffix("_"): one for key, one in declared.items() if isinstance(one, Setting)}
     return tuple(one._replace(section=section, key=key) for key, one in rows.items())
 
 
@@ -875,6 +897,7 @@ def as_written(value: object) -> str:
 
 # --- reading: file, environment, command line ----------------------------
 
+SYSTEM_CONFIG = "/etc/mailproxy/config.ini"
 ENVIRONMENT_OF_THE_CLIENT = ("MAILPROXY_CONFIG", "MAILPROXY_URL", "MAILPROXY_TOKEN")
 AWS_VARIABLES = {  # that stand in for what [s3] leaves out; the first one wins
     "AWS_ACCESS_KEY_ID": "access_key_id", "AWS_SECRET_ACCESS_KEY": "secret_access_key",
@@ -957,7 +980,7 @@ def _in_file(path: str) -> Iterator[tuple[str, str, str, str]]:
 def read_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
     """All settings, each judged for itself: what a client of the daemon needs; `overrides` are the command line's,
     by "section.key". Blocking: reads a file. Raises ConfigurationError."""
-    usual = (path for path in ("./config.ini", "/etc/mailproxy/config.ini") if os.path.exists(path))
+    usual = (path for path in ("./config.ini", SYSTEM_CONFIG) if os.path.exists(path))
     path = config or environ.get("MAILPROXY_CONFIG") or next(usual, None)
     variables = {f"MAILPROXY_{row.section}_{row.key}".upper(): row for rows in TABLE.values() for row in rows}
     written = list(_in_file(path)) if path else []  # later ones win
@@ -992,7 +1015,7 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     accounts: dict[str, dict[str, str]] = {}
     for (section, key), value in values.items():
         if section in SECTIONS:
-            sections[section][key] = value
+            sections[section][attribute_of(key)] = value
         elif value:
             account_id = "default" if section == "smtp" else section.removeprefix("account:")
             accounts.setdefault(account_id, {})[key] = value
@@ -1101,6 +1124,10 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     Raises ConfigurationError."""
     settings = read_settings(config, environ, overrides)
     check_listening(settings, api_tokens(settings, environ))
+    for row in SETTINGS_TABLE:  # files that the clients of the daemon need not be able to read
+        path = row.of(settings) if row.kind is READABLE_FILE else None
+        if path and (os.path.isdir(path) or not os.access(path, os.R_OK)):
+            raise _complaint(settings, row.section, row.key, f'"{path}" is not {row.kind.words}')
     client = settings.client  # its credentials: readable, and fit for a header
     for row in TABLE["client"]:
         secret = getattr(client, row.key)
@@ -1123,6 +1150,62 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
         if getattr(settings.server, key) and not getattr(settings.server, needed):
             raise _complaint(settings, "server", key, f"needs {needed} beside it")
     return settings
+
+
+# --- names without a domain ----------------------------------------------
+
+MAILNAME = "/etc/mailname"
+
+
+def host_name() -> str:
+    """The name of this host, with its domain where that is known. Blocking: may ask the name service."""
+    name = socket.gethostname()
+    full_name = name if "." in name else socket.getfqdn(name)
+    try:
+        return _ehlo_name(full_name if full_name.startswith(f"{name}.") else name)
+    except ValueError:
+        return "localhost"
+
+
+def is_full_name(host: str) -> bool:
+    """True for a name that means something to another machine."""
+    return "." in host and "localhost" not in host.lower().split(".")
+
+
+class LocalNames(NamedTuple):
+    """What bare local names mean, such as root, as [sendmail] has it."""
+
+    domain: str  # "" where this host has none
+    host: str
+    sender: str | None
+    aliases: Mapping[str, tuple[str, ...]]
+
+    def sender_of(self, name: str) -> str:
+        """The address of a sender: as it is, or completed."""
+        return name if "@" in name else self.sender or f"{name}@{self.domain or self.host}"
+
+    def recipients(self, name: str) -> list[str]:
+        """The addresses that a recipient means; mail to a mere host name would become an error that nobody is told."""
+        if "@" in name:
+            return [name]
+        if not self.domain and name.lower() not in self.aliases:
+            raise Rejected(
+                f"invalid to: this host has no domain: set aliases ({name}: address) or domain in [sendmail]"
+            )
+        return list(self.aliases.get(name.lower(), (f"{name}@{self.domain}",)))
+
+
+def local_names(sendmail: SendmailSettings) -> LocalNames:
+    """Blocking: reads /etc/mailname, and may ask the name service."""
+    aliases: dict[str, tuple[str, ...]] = {}
+    for alias in sendmail.aliases:
+        name, _, address = alias.partition(": ")
+        aliases[name] = (*aliases.get(name, ()), address)
+    domain, host = sendmail.domain, host_name()
+    if domain is None:
+        with contextlib.suppress(OSError, ValueError), open(MAILNAME) as file:
+            domain = _ehlo_name(file.readline(1000))
+    return LocalNames(domain or (host if is_full_name(host) else ""), host, sendmail.from_, aliases)
 
 
 # --- accounts ------------------------------------------------------------
@@ -1534,16 +1617,17 @@ def _decoded_content(value: object, field: str) -> bytes:
     raise Rejected(f"invalid {field}: is not base64")
 
 
-_END_OF_HEADER = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
+_END_OF_HEADER = re.compile(rb"(?>\r{0,2}\n|\r){2}")
 HEADER_FIELD = re.compile(rb"[!-9;-~]+[ \t]*:")
 
 
 def with_crlf(text: bytes) -> bytes:
-    """The same text with every line end CRLF, bare CR and LF included (RFC 5321 2.3.8)."""
+    """The same text with every line end CRLF, bare CR, bare LF and CR CR LF included (RFC 5321 2.3.8)."""
     line_ends = text.count(b"\r\n")
     if text.count(b"\r") == text.count(b"\n") == line_ends:
         return text
-    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+    text = text.replace(b"\r\r\n", b"\n").replace(b"\r\n", b"\n")
+    return text.replace(b"\r", b"\n").replace(b"\n", b"\r\n")
 
 
 def split_raw(raw: bytes) -> tuple[list[bytes], bytes]:
@@ -8302,15 +8386,6 @@ class SystemdNotifier:
             sender.sendto(state.encode(), self._address)
 
 
-def host_name() -> str:
-    """The name of this host, with its domain where that is known. Blocking: may ask the name service."""
-    name = socket.gethostname()
-    full_name = name if "." in name else socket.getfqdn(name)
-    if not full_name.startswith(f"{name}."):
-        full_name = name
-    return full_name if _DOMAIN.fullmatch(full_name) else "localhost"
-
-
 def post_form(url: str, fields: Mapping[str, str], timeout_s: float) -> tuple[int, bytes]:
     """POST a form to a token endpoint (RFC 6749 3.2); redirects are not followed. Blocking."""
     headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
@@ -8325,8 +8400,7 @@ async def delivery_agent(environ: Mapping[str, str], in_thread: InThread) -> Del
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(2):
             hostname = await in_thread(host_name)
-    if "." not in hostname or "localhost" in hostname.lower().split("."):  # of no use to another machine
-        hostname = ""
+    hostname = hostname if is_full_name(hostname) else ""
     revealed = functools.partial(reveal, environ=environ)
     tokens = TokenKeeper(post_form=post_form, reveal=revealed, in_thread=in_thread, monotonic=time.monotonic)
     return DeliveryAgent(hostname=hostname, reveal=revealed, in_thread=in_thread, tokens=tokens)

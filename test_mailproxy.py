@@ -1283,7 +1283,9 @@ VALUES = [
     ("client", "client_sync_url", "http://127.0.0.1:9/x?y=1", "http://127.0.0.1:9/x?y=1"),
     ("client", "client_sync_user", "100% ; # mine", "100% ; # mine"),
     ("s3", "addressing", "Virtual", "virtual"),
-]
+    ("sendmail", "aliases", "Root: ops@b.example,\n  www-data :Web@Bücher.example",
+        ("root: ops@b.example", "www-data: Web@xn--bcher-kva.example")),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("section", "key", "text", "value"), VALUES)
@@ -1326,6 +1328,8 @@ WRONG_VALUES = [
     ("client client_sync_token", ["file:/"], "{} is not a regular file"),
     ("client client_sync_token", ["two words"], "must be ASCII without spaces"),
     ("client client_sync_secret", ["whsec_?", "whsec_"], "after whsec_ there must be"),
+    ("sendmail aliases", ["root", "root: ops", "a@b: c@d", ": a@b"], "is not a list of pairs such as root: ops@"),
+    ("sendmail spool", ["spool"], '"{}" is not an absolute path'),
     ("smtp port", ["0"], '"{}" is not a whole number from 1 to 65535'),
     ("account:a start_tls", ["often"], '"{}" is not one of auto, required, never'),
 ]
@@ -1530,6 +1534,31 @@ def test_what_only_a_restart_can_change_is_named(tmp_path):
     assert differ == ["storage.db_path", "server.port", "server.unix_socket"]
     assert (in_force.server, in_force.logging.level) == (old.server, "info")
     assert mailproxy.renewed(old, old) == (old, [])
+
+
+def test_bare_local_names_are_completed_by_sendmail_domain_from_and_aliases(tmp_path, monkeypatch):
+    def names(text: str) -> mailproxy.LocalNames:
+        return mailproxy.local_names(loaded(tmp_path, f"[sendmail]\n{text}").sendmail)
+
+    named = names("domain = a.test\nfrom = no-reply@a.test\naliases = root: x@b.test, root: y@b.test\n")
+    assert named.recipients("ROOT") == ["x@b.test", "y@b.test"]
+    assert named.recipients("jo") == ["jo@a.test"]
+    assert named.recipients("root@c.test") == ["root@c.test"]
+    assert (named.sender_of("root"), named.sender_of("a@b")) == ("no-reply@a.test", "a@b")
+
+    mailname = tmp_path / "mailname"
+    mailname.write_text("m.test\n")
+    monkeypatch.setattr(mailproxy, "MAILNAME", str(mailname))
+    assert (names("").recipients("jo"), names("").sender_of("jo")) == (["jo@m.test"], "jo@m.test")
+
+    mailname.unlink()
+    monkeypatch.setattr(mailproxy.socket, "gethostname", lambda: "vm")
+    monkeypatch.setattr(mailproxy.socket, "getfqdn", lambda name: "vm.h.test")
+    assert names("").recipients("jo") == ["jo@vm.h.test"]
+    monkeypatch.setattr(mailproxy.socket, "getfqdn", lambda name: "localhost")
+    assert names("").sender_of("jo") == "jo@vm"
+    with pytest.raises(mailproxy.Rejected, match="this host has no domain: set aliases"):
+        names("").recipients("jo")
 
 
 # config.ini and the table of the README are printed from the table of settings:
@@ -2905,7 +2934,7 @@ def composed_raw(octets, **fields):
             id="byte for byte",
         ),
         (  # but for every Bcc, line ends, and what it lacks
-            b"bcc: x@y.org,\n z@y.org\nSubject: x\nBCC : a@b.org\nTo: c@d.org\r\r\nbody\rmore\nBcc: kept in the body\n",
+            b"bcc: x@y.org,\n z@y.org\nSubject: x\nBCC : a@b.org\nTo: c@d.org\r\r\n\rbody\rmore\nBcc: kept in the body\n",
             b"Subject: x\r\nTo: c@d.org\r\nDate: Tue, 14 Nov 2023 22:13:20 +0000\r\nMessage-ID: <new@example.com>\r\n"
             b"\r\nbody\r\nmore\r\nBcc: kept in the body\r\n",
         ),
