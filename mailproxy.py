@@ -654,7 +654,9 @@ def fixed(default: T, kind: Kind, meaning: str) -> T:
 class StorageSettings(NamedTuple):
     """Where the queue lives."""
 
-    db_path: str = fixed("./mailproxy.db", PATH, "File of the queue. Its directory must exist.")
+    db_path: str = fixed(
+        "", PATH, "File of the queue, its directory must exist. Left out: mailproxy.db beside this file."
+    )
 
 
 class ServerSettings(NamedTuple):
@@ -663,6 +665,9 @@ class ServerSettings(NamedTuple):
     host: str = fixed("127.0.0.1", LISTENING_HOST, "Address to listen on. Other than loopback it needs an api_token.")
     port: int = fixed(8000, integer(0, 65_535), "TCP port; 0 takes a free one.")
     unix_socket: str | None = fixed(None, SOCKET_PATH, "Listen on this Unix socket (mode 0660) instead of TCP.")
+    submit_socket: str | None = fixed(
+        None, SOCKET_PATH, "Besides, any local user may submit on this Unix socket (mode 0666), and nothing else."
+    )
     api_token: tuple[Secret, ...] = row((), SECRETS, "What clients must send; several are for when it is changed.")
     tls_cert: str | None = fixed(None, READABLE_FILE, "Certificate chain (PEM) to speak HTTPS; needs tls_key.")
     tls_key: str | None = fixed(None, READABLE_FILE, "Private key (PEM) of tls_cert.")
@@ -682,7 +687,9 @@ class ClientSettings(NamedTuple):
     client_sync_user: str | None = row(None, TEXT, "User of HTTP basic authentication.")
     client_sync_password: Secret | None = row(None, SECRET, "Password of HTTP basic authentication.")
     client_sync_token: Secret | None = row(None, SECRET, "Bearer token; wins over user and password.")
-    client_sync_secret: Secret | None = row(None, SECRET, "Signs reports as Standard Webhooks; after whsec_ base64.")
+    client_sync_secret: Secret | None = row(
+        None, SECRET, "Signs reports as Standard Webhooks: base64, with or without whsec_."
+    )
     sync_interval_seconds: float = row(300.0, seconds(0.05), "Called at least this often, also with nothing to report.")
     report_batch_size: int = row(1000, integer(1, 100_000), "Most entries of one report.")
     timeout_seconds: float = row(30.0, seconds(0.05, 3600), "Time for the whole call.")
@@ -906,6 +913,9 @@ AWS_VARIABLES = {  # that stand in for what [s3] leaves out; the first one wins
 }  # fmt: skip
 
 
+QUEUE_NAME = "mailproxy.db"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     import difflib
 
@@ -938,7 +948,7 @@ def _value(origin: str, section: str, key: str, text: str) -> Any:
         raise ConfigurationError(f"{where}: goes on over several lines; is the next line indented by mistake?")
     if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
         raise ConfigurationError(f"{where}: holds a control character")
-    if not text and (row.default in (None, ()) or row.section == "smtp"):
+    if not text and (row.default in (None, (), "") or row.section == "smtp"):
         return "" if row.section == "smtp" else row.default
     if not text:
         raise ConfigurationError(f"{where}: is empty; it must be {row.kind.words}")
@@ -1019,6 +1029,14 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
         elif value:
             account_id = "default" if section == "smtp" else section.removeprefix("account:")
             accounts.setdefault(account_id, {})[key] = value
+    if not sections["storage"].get("db_path"):
+        beside, here = os.path.join(os.path.dirname(path or ""), QUEUE_NAME), os.path.abspath(QUEUE_NAME)
+        is_here = os.path.exists(here) and not os.path.exists(beside)
+        sections["storage"]["db_path"] = here if is_here else os.path.abspath(beside)
+        if is_here:
+            warnings.append(
+                f"the queue is {here}: there is none beside {path}; move it there, or set db_path in [storage]"
+            )
     if "host" not in accounts.get("default", {"host": ""}):
         del accounts["default"]
         warnings.append("[smtp] has no host: there is no default account")
@@ -1057,15 +1075,11 @@ def check_listening(settings: Settings, tokens: tuple[str, ...]) -> None:
 
 
 def webhook_key(secret: str) -> bytes:
-    """The key of a webhook secret: what whsec_ stands before is base64 (Standard Webhooks),
-    anything else is taken as it is. Raises ValueError."""
-    if not secret.startswith("whsec_"):
-        return secret.encode()
-    encoded = secret.removeprefix("whsec_").rstrip("=")
-    key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
-    if not key:
-        raise ValueError("empty")
-    return key
+    """The key of a webhook secret: base64, with or without whsec_ before it (Standard Webhooks). Raises ValueError."""
+    encoded = secret.removeprefix("whsec_")
+    padding = "=" * (-len(encoded) % 4) if encoded != secret else ""  # without whsec_ it might be a plain word
+    key = base64.b64decode(encoded + padding, validate=True)
+    return fit(key, key)
 
 
 SECRET_FILE_MAX_BYTES = 65_536
@@ -1141,7 +1155,8 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
                 try:
                     webhook_key(text)
                 except ValueError:
-                    raise _complaint(settings, "client", row.key, "after whsec_ there must be base64") from None
+                    problem = "must be base64, with or without whsec_ before it: openssl rand -base64 32 makes one"
+                    raise _complaint(settings, "client", row.key, problem) from None
     if client.client_sync_password and not client.client_sync_user:
         raise _complaint(settings, "client", "client_sync_password", "needs client_sync_user beside it")
     if ":" in (client.client_sync_user or ""):
@@ -4463,6 +4478,7 @@ def write_within(max_bytes: int, pieces: Iterable[bytes], file: BinaryIO, what: 
 FETCHES_PER_HOST = 4  # at a time: a slow server holds up its own messages, not the pool of threads
 KEPT_FILES = 100  # at most: each is a file descriptor
 KEEP_S = 30.0  # at most, how long what was fetched serves other messages
+LONGEST_RETRY_AFTER_S = 3600.0
 MAX_NAME_CHARACTERS = 200
 LASTING_FILE_ERRORS = (
     errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
@@ -4565,12 +4581,15 @@ def complete(attachment: Attachment, content: bytes, filename: str, told: str) -
 
 
 def retry_after_s(header: str, now: float) -> float | None:
-    """The pause a Retry-After header asks for: seconds or a date (RFC 9110 10.2.3)."""
+    """The pause a Retry-After header asks for, at most an hour: seconds or a date (RFC 9110 10.2.3, 5.6.7)."""
     header = header.strip()
-    if header.isascii() and header.isdigit():
-        return float(header[:9])
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - now)
+        if re.fullmatch("[0-9]+", header):
+            asked_s = float(header)
+        else:
+            moment = email.utils.parsedate_to_datetime(header)
+            asked_s = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now
+        return min(max(asked_s, 0.0), LONGEST_RETRY_AFTER_S)
     except (ValueError, OverflowError):
         return None
 
@@ -5791,6 +5810,11 @@ ABSOLUTE_FORM = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
 BAD_ESCAPE = re.compile(r"%(?:00|(?![0-9A-Fa-f]{2}))")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+# One word, an address, or a domain that nobody can register (RFC 6761, RFC 8375, and .internal)
+NOBODYS_NAME = re.compile(
+    r"([^.]*|[0-9.]+|\[.*\]|(.*\.)?(localhost|local|internal|home\.arpa|test|invalid|example(\.(com|net|org))?)\.?)(:[0-9]*)?",
+    re.IGNORECASE,
+)
 
 KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
@@ -6035,6 +6059,19 @@ def request_id_in(head: bytes) -> str:
     """The client's own id of a request, understood or not, else a new one."""
     line = REQUEST_ID_LINE.search(head)
     return line[1].decode() if line else f"{random.getrandbits(64):016x}"  # names a request, protects nothing
+
+
+def is_foreign(request: Request, scheme: str) -> bool:
+    """True for what a page of another site may have a browser send to the loopback address of its reader.
+
+    Its Origin (RFC 6454 7) is not ours, Sec-Fetch-Site says so, or it asks by a name that anybody can own and let
+    point here (DNS rebinding). Over a Unix socket only a proxy passes such requests on: its names and TLS are its own.
+    """
+    headers, over_unix = request.headers, request.peer == "unix"
+    host, origin = headers.get("host", ""), headers.get("origin")
+    own = origin is None or origin.lower() in [f"{one}://{host.lower()}" for one in (scheme, "https")[: 1 + over_unix]]
+    is_nobodys = over_unix or NOBODYS_NAME.fullmatch(host)
+    return not (own and is_nobodys) or headers.get("sec-fetch-site", "").lower() in ("cross-site", "same-site")
 
 
 def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
@@ -6340,9 +6377,10 @@ class HttpServer:
     observe: Callable[[Request, int, float], None]  # learns of every answer: request, status, seconds
     in_thread: InThread
     log_failure: Callable[[Request, Exception], None]  # what a handler raised; the client gets a bare 500
+    foreign: Callable[[Request], bool] = lambda request: False  # a page of another site sent it: 403 on any path
     stopping: bool = False
     _listeners: list[asyncio.Server] = field(default_factory=list)
-    _unix_sockets: list[str] = field(default_factory=list)
+    _unix_sockets: dict[str, int] = field(default_factory=dict)  # and their inodes
     _connections: dict[asyncio.Task[None], ServedConnection] = field(default_factory=dict)
 
     def __post_init__(self, routes: Sequence[Route]) -> None:
@@ -6372,7 +6410,7 @@ class HttpServer:
         os.chmod(path, mode)  # before anybody can connect
         await listener.start_serving()
         self._keep(listener)
-        self._unix_sockets.append(path)
+        self._unix_sockets[path] = os.stat(path).st_ino
 
     def _keep(self, listener: asyncio.Server) -> None:
         """What asyncio calls backlog is also how many it accepts in one step; the kernel may let more of them wait."""
@@ -6384,9 +6422,10 @@ class HttpServer:
     async def stop(self, grace_s: float) -> None:
         """Stops listening, answers the requests in progress within `grace_s`, then cuts what is left."""
         self.stopping = True
-        for path in self._unix_sockets:
+        for path, inode in self._unix_sockets.items():
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                if os.stat(path).st_ino == inode:  # else somebody else listens there now
+                    os.unlink(path)
         for listener in self._listeners:
             listener.close()
         for task, connection in self._connections.items():
@@ -6399,7 +6438,7 @@ class HttpServer:
                 task.cancel()
 
     def admit(self, request: Request, segments: tuple[str, ...]) -> Route:
-        """The row for a request; otherwise 401 before 404 and 405, so that a stranger learns nothing."""
+        """The row for a request; otherwise 403 or 401 before 404 and 405, so that a stranger learns nothing."""
         methods = self._rows.get(segments, {})
         if not methods and any(segments[2:3]):
             request.parameters = {"id": segments[2]}
@@ -6409,6 +6448,9 @@ class HttpServer:
             route = methods.get("GET")
         if methods:
             request.route = next(iter(methods.values())).pattern
+        if self.foreign(request):
+            sentence = "a page of another site is refused here: set api_token in [server], or ask 127.0.0.1 yourself"
+            raise HttpError(403, sentence, code="foreign_origin")
         if not (route and route.public) and not self.authorised(request):
             sentence = "Invalid or missing API token"
             raise HttpError(401, sentence, headers={"WWW-Authenticate": "Bearer"}, detail=sentence)
@@ -7505,6 +7547,7 @@ class Acknowledgement(NamedTuple):
     queued: int = 0
     next_sync_after: float | None = None  # wall-clock seconds
     remarks: tuple[tuple[str, str], ...] = ()  # for the log: field and value
+    retry_after_s: float | None = None  # the pause it asked for
 
 
 def webhook_signature(key: bytes, message_id: str, timestamp: int, body: bytes) -> str:
@@ -7658,7 +7701,11 @@ class Reporter(Loop):
             return Acknowledgement("timeout" if late else "unreachable", str(failure))
         except SecretUnavailable as failure:
             return Acknowledgement("other", str(failure))
-        return parse_acknowledgement(answer.status, answer.body)
+        said = parse_acknowledgement(answer.status, answer.body)
+        if answer.status in (429, 503):
+            asked_s = retry_after_s(answer.headers.get("retry-after", ""), self.clock.wall())
+            said = said._replace(retry_after_s=asked_s)
+        return said
 
     async def _stamp(self) -> None:
         """Note what the upstream has taken; tried again before any further call if it cannot be written."""
@@ -7671,6 +7718,8 @@ class Reporter(Loop):
         now, asked = self.clock.monotonic(), self._why is Why.ASKED  # run-now came meanwhile
         if answer.problem is not None:
             pause_s: float = REPORT_PAUSES_S[min(self._failures, len(REPORT_PAUSES_S) - 1)]
+            if answer.retry_after_s is not None:
+                pause_s = max(answer.retry_after_s, REPORT_PAUSES_S[0])
             pause_s = min(pause_s, self._eager_pause_s()) if asked else pause_s
             self._failures += 1
             self._tried_up_to = states[-1].report_order if states else 0
@@ -7886,7 +7935,7 @@ def operation_of(row: Route) -> dict[str, object]:
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall("{(.+?)}", row.pattern)
     ]
-    statuses = {400, 408, 413, 431, 503, *row.refusals}
+    statuses = {400, 403, 408, 413, 431, 503, *row.refusals}
     statuses |= {status for status, may_be in ((401, not row.public), (404, parameters), (415, row.body)) if may_be}
     for name, (kind, words) in row.query.items():
         schema = json_schema(kind.json)
@@ -8358,13 +8407,9 @@ def ids_of(fields: Mapping[str, object]) -> list[str]:
 # because a proxy that looks alive and delivers nothing is the worst of all.
 
 WORK_THREADS = 4
-# One word, an address, or a domain that nobody can register (RFC 6761, RFC 8375, and .internal)
-NOBODYS_NAME = re.compile(
-    r"([^.]*|[0-9.]+|\[.*\]|(.*\.)?(localhost|local|internal|home\.arpa|test|invalid|example(\.(com|net|org))?)\.?)(:[0-9]*)?",
-    re.IGNORECASE,
-)
 OPEN_FILES = 65_536  # wanted; what the machine allows counts
 HTTP_SHARE = 4  # one in so many of them, at most
+LOCAL_SHARE = 10  # one in so many of these connections, and besides them, over submit_socket
 
 
 class SystemdNotifier:
@@ -8513,28 +8558,34 @@ class Daemon:
 
     async def _listen(self) -> str:
         """Open the HTTP side; return where it is, as a URL."""
-        server = self.settings.server
-        self._http = HttpServer(
-            self._control.routes(),
-            limits=server._replace(max_connections=self._most_clients()),
-            authorised=self._authorised,
-            observe=self._observe_request,
-            in_thread=self._work,
-            log_failure=self._log_failure,
+        server, routes = self.settings.server, self._control.routes()
+        limits = server._replace(max_connections=self._most_clients())
+        http_server = functools.partial(
+            HttpServer, observe=self._observe_request, in_thread=self._work, log_failure=self._log_failure
         )
+        self._http = http_server(routes, limits=limits, authorised=self._authorised, foreign=self._is_foreign)
+        submission = [row for row in routes if row.pattern == "/commands/add-messages"]
+        local_limits = server._replace(max_connections=math.ceil(limits.max_connections / LOCAL_SHARE))
+        self._local = http_server(submission, limits=local_limits, authorised=lambda request: True)
+        place, host_and_port = server.unix_socket or f"{server.host}:{server.port}", None
         try:
             if server.unix_socket is not None:
                 await self._http.start_unix(server.unix_socket)
-                return f"unix:{server.unix_socket}"
-            context = server_tls_context(server)
-            addresses = await self._http.start_tcp(server.host, server.port, context)
+            else:
+                context = server_tls_context(server)
+                host_and_port, *_ = await self._http.start_tcp(server.host, server.port, context)
+            if server.submit_socket is not None:
+                place = server.submit_socket
+                await self._local.start_unix(place, 0o666)
+                event(self._log, logging.INFO, "any local user may submit", at=f"unix:{place}")
         except OSError as error:
-            place = server.unix_socket or f"{server.host}:{server.port}"
             raise ConfigurationError(
                 f"Cannot listen on {place}: {error.strerror or error}; choose another address or port."
             ) from error
-        host, port = addresses[0]
-        return f"{'https' if context else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        if host_and_port is None:
+            return f"unix:{server.unix_socket}"
+        host, port = host_and_port
+        return f"{'https' if server.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def _most_clients(self) -> int:
         """How many HTTP connections there may be: clients must not take the files that delivery needs."""
@@ -8585,7 +8636,7 @@ class Daemon:
         on_the_wire = self._queue.in_delivery
         event(self._log, logging.INFO, "stopping", on_the_wire=on_the_wire, timeout_seconds=timeout_s)
         self._dispatcher.drain()
-        closing = asyncio.create_task(self._http.stop(max(timeout_s, 5)))
+        closing = asyncio.gather(*(server.stop(max(timeout_s, 5)) for server in (self._http, self._local)))
         drained = asyncio.create_task(self._dispatcher.drained())
         if not await self._ends(drained, timeout_s):
             event(self._log, logging.WARNING, "cut off while delivering", on_the_wire=self._queue.in_delivery)
@@ -8594,11 +8645,12 @@ class Daemon:
         self._reporter.stop()
         await self._ends(asyncio.create_task(asyncio.wait(loops)), 5)  # a report may be under way
         await self._ends(closing, None)  # it has a deadline of its own
-        for task in (closing, *loops):
+        ends: list[asyncio.Future[Any]] = [closing, *loops]
+        for task in ends:
             task.cancel()
-        await asyncio.gather(closing, *loops, return_exceptions=True)
+        await asyncio.gather(*ends, return_exceptions=True)
 
-    async def _ends(self, task: asyncio.Task[Any], within_s: float | None) -> bool:
+    async def _ends(self, task: asyncio.Future[Any], within_s: float | None) -> bool:
         """Wait for a task, but not when the daemon is told a second time to stop; True when it has ended."""
         hurried = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({task, hurried}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
@@ -8678,7 +8730,7 @@ class Daemon:
             try:
                 key = webhook_key(self._reveal(client.client_sync_secret))
             except ValueError:
-                raise SecretUnavailable("client_sync_secret is not base64 after whsec_ any more") from None
+                raise SecretUnavailable("client_sync_secret is not base64 any more") from None
             timestamp = int(self._clock.wall())
             headers |= {"webhook-id": report_id, "webhook-timestamp": str(timestamp)}
             headers["webhook-signature"] = webhook_signature(key, report_id, timestamp, body)
@@ -8690,26 +8742,26 @@ class Daemon:
             return HttpAnswer(200, {}, b"", url)
 
     def _authorised(self, request: Request) -> bool:
-        """True with one of the tokens, compared in constant time.
+        """True with one of the tokens, compared in constant time, or when none is configured."""
+        if not self._tokens:
+            return True
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        bearer = bearer.strip() if scheme.lower() == "bearer" else ""
+        given = [word.encode("latin-1") for word in (request.headers.get("x-api-token", ""), bearer)]
+        matches = [hmac.compare_digest(word, token) for word in given for token in self._tokens]
+        return any(matches) or self._refuse(request, "a request without a valid token")  # all of them were compared
 
-        When none is configured, true for all but pages in a browser, which could otherwise send what looks like
-        curl to the loopback address of whoever reads them: these have an Origin (RFC 6454 7), or are asked for by a
-        name that anybody can own and let point here (DNS rebinding), in which case a GET has no Origin.
-        """
-        headers = request.headers
-        if self._tokens:
-            scheme, _, bearer = headers.get("authorization", "").partition(" ")
-            bearer = bearer.strip() if scheme.lower() == "bearer" else ""
-            given = [word.encode("latin-1") for word in (headers.get("x-api-token", ""), bearer)]
-            matches = [hmac.compare_digest(word, token) for word in given for token in self._tokens]
-            allowed = any(matches)  # all of them were compared
-        else:
-            is_nobodys = request.peer == "unix" or NOBODYS_NAME.fullmatch(headers.get("host", ""))
-            allowed = bool(is_nobodys) and "origin" not in headers
-        if not allowed:
-            self._metrics.auth_failures.inc()
-            event(self._log, logging.WARNING, "a request without a valid token", peer=request.peer, request=request.id)
-        return allowed
+    def _is_foreign(self, request: Request) -> bool:
+        """True for a page of another site, where no token is asked for that it cannot have."""
+        scheme = "https" if self.settings.server.tls_cert else "http"
+        return (
+            not self._tokens and is_foreign(request, scheme) and not self._refuse(request, "a request of another site")
+        )
+
+    def _refuse(self, request: Request, what: str) -> bool:
+        self._metrics.auth_failures.inc()
+        event(self._log, logging.WARNING, what, peer=request.peer, request=request.id)
+        return False
 
     def _observe_request(self, request: Request, status: int, seconds: float) -> None:
         self._metrics.http_requests(request.route, request.method, status).inc()

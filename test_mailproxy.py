@@ -1240,7 +1240,11 @@ def test_the_command_line_wins_over_the_environment_over_the_file_over_the_defau
     environ = {"MAILPROXY_SERVER_PORT": "1002", "MAILPROXY_SERVER_MAX_BATCH": "8", "MAILPROXY_DELIVERY_MAX_RETRIES": ""}
     all_three = loaded(tmp_path, text, environ, server__port="1003")
 
-    assert (nothing.server.host, nothing.server.port, nothing.storage.db_path) == ("127.0.0.1", 8000, "./mailproxy.db")
+    assert (nothing.server.host, nothing.server.port, nothing.storage.db_path) == (
+        "127.0.0.1",
+        8000,
+        f"{tmp_path}/mailproxy.db",
+    )
     assert nothing.delivery.retry_delays == (60, 300, 900, 3600, 7200)
     assert nothing.attachments.max_attachment_bytes == 25 * 1024 * 1024
     assert (nothing.client.client_sync_url, dict(nothing.accounts)) == (None, {})
@@ -1306,7 +1310,6 @@ WRONG_VALUES = [
     ("server api_token", ["env:NOT_SET"], "{} is not set"),
     ("server api_token", ["file:/nowhere"], "{} cannot be read: No such file"),
     ("server api_token", ["tökén"], "a token must be ASCII"),
-    ("storage db_path", [""], "is empty; it must be a path"),
     ("scheduler active", ["maybe"], '"{}" is not true or false'),
     ("delivery send_interval_seconds", ["0", "nan", "inf", "1.2.3"], "is not a number of seconds from 0.01"),
     ("delivery retry_delays", ["1,soon", ","], '"{}" is not a list of whole seconds'),
@@ -1327,9 +1330,11 @@ WRONG_VALUES = [
     ("client client_sync_password", ["x"], "needs client_sync_user"),
     ("client client_sync_token", ["file:/"], "{} is not a regular file"),
     ("client client_sync_token", ["two words"], "must be ASCII without spaces"),
-    ("client client_sync_secret", ["whsec_?", "whsec_"], "after whsec_ there must be"),
+    ("client client_sync_secret", ["whsec_?", "whsec_", "whsec_A", "hunter2", "open sesame"], "must be base64, with"),
+    ("client client_sync_secret", ["YWI-", "YQ", "whsec_whsec_YQ==", "YQ==YQ==", "whsec_Yé=="], "must be base64, with"),
     ("sendmail aliases", ["root", "root: ops", "a@b: c@d", ": a@b"], "is not a list of pairs such as root: ops@"),
     ("sendmail spool", ["spool"], '"{}" is not an absolute path'),
+    ("server submit_socket", ["/x" * 60], "is not a path of at most 103 bytes"),
     ("smtp port", ["0"], '"{}" is not a whole number from 1 to 65535'),
     ("account:a start_tls", ["often"], '"{}" is not one of auto, required, never'),
 ]
@@ -1343,7 +1348,7 @@ def test_a_wrong_value_is_refused_with_file_section_key_and_what_it_should_be(tm
 
     assert sentence.startswith(f"{tmp_path}/config.ini: [{section}] {key}: ")
     assert problem.format(text) in sentence
-    assert not any(secret in sentence for secret in ("two words", "tökén"))
+    assert not any(secret in sentence for secret in ("two words", "tökén", "hunter2", "sesame", "YQ"))
 
 
 OF_THE_FILE, OF_THE_ENVIRONMENT = "[server]\nport = http\n", {"MAILPROXY_SERVER_PORT": "x"}
@@ -1414,6 +1419,38 @@ def test_what_is_likely_a_mistake_is_a_warning(tmp_path, text, environ, warnings
     assert ("default" in settings.accounts, settings.warnings) == (False, told)
 
 
+def test_the_queue_lies_beside_the_config_file_unless_one_lies_in_the_working_directory_from_before(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    beside, here, other = (
+        tmp_path / "etc" / "mailproxy.db",
+        tmp_path / "run" / "mailproxy.db",
+        tmp_path / "run" / "config.ini",
+    )
+
+    def found(text: str = "", config: str | None = "../etc/config.ini", **environ: str) -> tuple[str, Sequence[str]]:
+        written(tmp_path / "etc", text)
+        settings = mailproxy.load_settings(config, environ, {})
+        return settings.storage.db_path, settings.warnings
+
+    assert found() == found("[storage]\ndb_path =\n") == (str(beside), ())
+    assert found(config=None) == (str(here), ())
+    assert found(config=None, MAILPROXY_CONFIG="../etc/config.ini") == (str(beside), ())
+    here.touch()
+    path, (warning,) = found()
+    assert path == str(here)
+    assert f"the queue is {here}: there is none beside ../etc/config.ini" in warning
+    assert found("[storage]\ndb_path = ./mine.db\n") == ("./mine.db", ())  # of the working directory, as any path
+    assert found(MAILPROXY_STORAGE_DB_PATH="/x/mine.db") == ("/x/mine.db", ())
+    other.touch()
+    assert found(config=None) == (str(here), ())
+    beside.touch()
+    assert found() == (str(beside), ())
+
+
 def test_accounts_are_handed_on_as_they_were_written_also_where_a_secret_is_missing(tmp_path):
     text = (
         "[smtp]\nhost = a.example\nport: 25\npassword = env:NO\n[s3]\nsecret_access_key = file:/no\n"
@@ -1462,7 +1499,8 @@ def test_a_secret_is_itself_or_in_the_environment_or_in_a_file_without_its_last_
     assert mailproxy.reveal(mailproxy.Secret("env:X"), {"X": "s3cret"}) == "s3cret"
     assert mailproxy.reveal(mailproxy.Secret("environment"), {}) == "environment"
     assert mailproxy.webhook_key("whsec_" + base64.b64encode(key).decode()) == key
-    assert mailproxy.webhook_key("plain tëxt") == "plain tëxt".encode()
+    for written in ("whsec_YWI=", "whsec_YWI", "YWI="):
+        assert mailproxy.webhook_key(written) == b"ab"
 
 
 @pytest.mark.parametrize(
@@ -1506,7 +1544,7 @@ def test_no_secret_is_in_what_is_described_or_printed(tmp_path):
     text = (
         "[server]\napi_token = hunter2a, env:TOKEN\n"
         "[client]\nclient_sync_url = http://127.0.0.1/x?key=hunter2b\nclient_sync_user = me\n"
-        "client_sync_password = hunter2c\nclient_sync_secret = hunter2d\n"
+        "client_sync_password = hunter2c\nclient_sync_secret = hunter2dhunter2d\n"
         "[smtp]\nhost = a\npassword = hunter2e\n[account:x]\nhost = b\npassword = file:/run/x\n"
         "oauth2_client_secret = hunter2f\noauth2_refresh_token = hunter2g\n[s3]\nsecret_access_key = hunter2h\n"
     )
@@ -9498,8 +9536,8 @@ class ReporterRig(QueueRig):
         answer = self.answers.popleft() if self.answers else {}
         if isinstance(answer, Exception):
             raise answer
-        status, body = answer if isinstance(answer, tuple) else (200, answer)
-        return mailproxy.HttpAnswer(status, {}, json.dumps(body).encode(), "http://upstream.test/")
+        status, body, *headers = answer if isinstance(answer, tuple) else (200, answer)
+        return mailproxy.HttpAnswer(status, *(headers or [{}]), json.dumps(body).encode(), "http://upstream.test/")
 
     def pass_time(self, seconds: float) -> None:
         """Let the reporter turn whenever it wants to, for so long."""
@@ -9604,6 +9642,43 @@ def test_run_now_ends(make_reporter: Any, answers: list[Any], times: list[float]
     rig.pass_time(0)
 
     assert rig.times() == times
+
+
+def busy(retry_after: str, status: int = 503) -> Any:
+    return status, {}, {"retry-after": retry_after}
+
+
+def test_the_pause_an_upstream_asks_for_is_kept_and_ended_by_run_now(make_reporter: Any) -> None:
+    rig = make_reporter()
+    answers = {"7": 7, " 007 ": 7, "0": 1, "3600": 3600, "3601": 3600, "9" * 400: 3600, "garbage": 1, "": 1, "-5": 1, "1.5": 1}
+    answers |= {"7, 8": 1, "٣": 1, "Mon, 99 Foo 2026 25:00:00 GMT": 1, "Sun, 06 Nov 99999 08:49:37 GMT": 1}
+    answers |= {"Sun, 06 Nov 1994 08:49:37 GMT": 1, "Sat, 06 Nov 2094 08:49:37 GMT": 3600}
+    soon = ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"]  # RFC 9110 5.6.7
+    for retry_after, pause_s in [*answers.items(), *((form, 20) for form in soon)]:
+        retry_after = datetime.datetime.fromtimestamp(rig.now + 20, datetime.UTC).strftime(retry_after)
+        rig.calls.clear()
+        rig.answers.extend([busy(retry_after), {}])
+        rig.reporter.run_now()
+        began = rig.monotonic
+
+        rig.pass_time(pause_s)
+
+        assert [round(at - began) for at, *_ in rig.calls] == [0, pause_s], retry_after
+
+    rig.calls.clear()
+    rig.fail("a")
+    rig.answers.extend([UNREACHABLE, UNREACHABLE, busy("2", 429), busy("100", 500), busy("100", 200), busy("100")])
+    began = rig.monotonic
+    rig.reporter.run_now()
+    rig.pass_time(80)
+    assert [round(at - began) for at, *_ in rig.calls] == [0, 1, 6, 8, 68]  # of a 500 it is not heard, nor of a 200
+    rig.fail("b")
+    rig.pass_time(20)
+    rig.fail("c")
+    rig.pass_time(20)
+    rig.reporter.run_now()
+    rig.pass_time(0)
+    assert rig.told()[4:] == [["a"], ["b"], ["b"], ["c"]]
 
 
 def test_run_now_during_a_call_that_fails_is_not_forgotten(make_reporter: Any) -> None:
@@ -9801,7 +9876,7 @@ def test_without_an_acknowledgement_nothing_is_stamped_and_run_now_tries_at_once
         *(Answer(close=True), Answer(delay=30), Answer(status=500), Answer(body={"ok": False})),
         Answer(status=302, headers={"Location": "/elsewhere"}),
     ]
-    config = {"client": {"timeout_seconds": 2, "client_sync_secret": "open sesame"}}
+    config = {"client": {"timeout_seconds": 2, "client_sync_secret": "b3BlbiBzZXNhbWU="}}
     with Daemon(tmp_path, config, smtp=smtp, reports=reports) as daemon:
         reports.wait_for(lambda r: r.calls)
         reports.answers.extend(refusals)
@@ -9862,6 +9937,62 @@ def test_the_upstream_is_told_who_calls_and_can_verify_it(tmp_path: Path, report
         assert "pässwort" not in daemon.log
 
 
+VERIFY_JS = """
+const { Webhook } = require("standardwebhooks");
+const { secret, content, headers } = JSON.parse(require("fs").readFileSync(0));
+const verified = (text) => { try { return new Webhook(secret).verify(text, headers); } catch (error) { return error.message; } };
+console.log(JSON.stringify([verified(content), verified(content + " ")]));
+"""
+
+
+def verified_by_pypi(secret: str, content: str, headers: Mapping[str, str]) -> list[Any]:
+    webhook = pytest.importorskip("standardwebhooks").Webhook(secret)
+    with pytest.raises(Exception, match="No matching signature found") as refused:
+        webhook.verify(content + " ", headers)
+    return [webhook.verify(content, headers), str(refused.value)]
+
+
+@pytest.fixture(scope="session")
+def webhooks_of_npm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """The verdicts of the official library on a call, and on one with another content."""
+    needs("node", "npm")
+    folder = tmp_path_factory.mktemp("npm")
+    command = ["npm", "install", "--no-audit", "--no-fund", "--prefer-offline", "standardwebhooks@1"]
+    installed = subprocess.run(command, cwd=folder, capture_output=True, timeout=100)
+    if installed.returncode and not os.environ.get("REQUIRE_TEST_SERVERS"):
+        pytest.skip("npm cannot install what this needs")
+
+    def verified(secret: str, content: str, headers: Mapping[str, str]) -> list[Any]:
+        call = json.dumps({"secret": secret, "content": content, "headers": headers})
+        options = {"cwd": folder, "capture_output": True, "text": True, "timeout": 30}
+        run = subprocess.run(["node", "-e", VERIFY_JS], input=call, **options)
+        assert run.returncode == 0, run.stderr
+        return list(json.loads(run.stdout))
+
+    return verified
+
+
+def test_the_official_libraries_verify_a_call_whose_id_is_the_same_over_retries(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver, webhooks_of_npm: Callable[..., list[Any]]
+) -> None:
+    secret = base64.b64encode(b"\xfb\xff a key of 25 bytes \xfe\xff!").decode()
+    reports.answers.append(Answer())
+    reports.answers.append(Answer(status=429, headers={"Retry-After": "1"}))
+    with Daemon(tmp_path, {"client": {"client_sync_secret": secret}}, smtp=smtp, reports=reports) as daemon:
+        daemon.submit(mail("für-Ännchen", subject="ö"))
+        wait_until(lambda: daemon.message("für-Ännchen")["reported_ts"], "the stamp")
+
+    tried = [call for call in reports.calls if call.entries]
+    assert len(tried) == 2
+    assert len({call.headers["webhook-id"] for call in tried}) == 1
+    for call, verified in itertools.product(tried, (verified_by_pypi, webhooks_of_npm)):
+        given = {name.lower(): value for name, value in call.headers.items()}
+        for prefix in ("", "whsec_"):
+            report, refusal = verified(prefix + secret, call.content.decode(), given)
+            assert report["delivery_report"][0]["id"] == "für-Ännchen"
+            assert "No matching signature found" in refusal
+
+
 def test_a_secret_that_cannot_be_read_any_more_costs_no_report(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -9874,7 +10005,7 @@ def test_a_secret_that_cannot_be_read_any_more_costs_no_report(
         daemon.submit(mail())
         daemon.wait_for_log("report not acknowledged")
 
-        secret.write_text("another one")
+        secret.write_text("YW5vdGhlciBvbmU=")
         daemon.post("/commands/run-now")
 
         reports.wait_for_entry("m-1", "sent")
@@ -12318,20 +12449,49 @@ def test_strangers_who_open_connections_without_end_neither_stop_delivery_nor_fi
         assert len(daemon.log) < 5000
 
 
-def test_without_a_token_a_page_in_a_browser_is_a_stranger(quiet: Daemon) -> None:
-    """What it sends to loopback looks like curl, but for its Origin, or the name it was asked for by."""
-    body = json.dumps({"messages": [mail()]}).encode()
-    for origin in ("https://evil.example", "null"):
-        headers = {"Origin": origin, "Content-Type": "application/x-www-form-urlencoded"}
-        assert quiet.post("/commands/add-messages", body, headers=headers).status == 401
-        assert quiet.post("/commands/activate", headers={"Origin": origin}).status == 401
-    for host in ("evil.example.co", "127.0.0.1.evil.co:8000", "LOCALHOST.evil.co."):
-        assert quiet.get("/messages", headers={"Host": host}).status == 401
-    for host in ("localhost:8000", "mailproxy", "127.0.0.2:80", "[::1]:8000", "mail.internal", "a.example"):
-        assert quiet.get("/messages", headers={"Host": host}).status == 200
+FOREIGN = [
+    *(
+        {"Origin": origin}
+        for origin in ("https://evil.example", "null", "", "https://{own}", "http://localhost:{port}")
+    ),
+    {"Origin": "http://{own}, http://evil.example"},
+    *({"Origin": "http://{own}", "Sec-Fetch-Site": site} for site in ("cross-site", "same-site", "Cross-Site")),
+    *({"Host": host} for host in ("evil.example.co", "127.0.0.1.evil.co:8000", "LOCALHOST.evil.co.")),
+    {"Host": "evil.example.co:8000", "Origin": "http://evil.example.co:8000"},
+]
+OUR_OWN = [
+    *({"Host": host} for host in ("localhost:8000", "mailproxy", "127.0.0.2:80", "[::1]:8000", "mail.internal", "a.example")),
+    *({"Origin": "http://{own}", "Sec-Fetch-Site": site} for site in ("same-origin", "none", "")),
+    *({"Origin": f"http://{host}", "Host": host.upper()} for host in ("localhost", "[::1]:8000")),
+]  # fmt: skip
 
-    assert quiet.status()["pending"] == 0
-    assert quiet.status()["active"] is False
+
+def test_without_a_token_a_page_of_another_site_is_refused_on_any_path(quiet: Daemon, tmp_path: Path) -> None:
+    """What it sends to loopback looks like curl, but for its Origin, where it comes from, or the name it was asked for."""
+
+    def sent(to: Daemon, method: str, path: str, headers: Mapping[str, str], body: Any = None) -> tuple[int, Any]:
+        own = {name: value.format(own=f"127.0.0.1:{to.port}", port=to.port) for name, value in headers.items()}
+        answer = to.request(method, path, body, own)
+        return answer.status, answer.json.get("code") if answer.status >= 400 else None
+
+    body = json.dumps({"messages": [mail()]}).encode()
+    for headers in FOREIGN:
+        form = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
+        assert sent(quiet, "POST", "/commands/add-messages", form, body) == (403, "foreign_origin"), headers
+        for path in ("/messages", "/health", "/ready", "/metrics", "/", "/nowhere"):
+            assert sent(quiet, "GET", path, headers) == (403, "foreign_origin"), (path, headers)
+        assert sent(quiet, "OPTIONS", "/commands/activate", headers) == (403, "foreign_origin")
+    for headers in OUR_OWN:
+        assert sent(quiet, "GET", "/messages", headers)[0] == 200, headers
+        assert sent(quiet, "GET", "/nowhere", headers)[0] == 404, headers
+
+    assert (quiet.status()["pending"], quiet.status()["active"]) == (0, False)
+    assert "a request of another site" in quiet.log
+    (tmp_path / "guarded").mkdir()
+    with Daemon(tmp_path / "guarded", token="t0ken") as guarded:  # which no page of another site has
+        for headers in FOREIGN:
+            assert sent(guarded, "GET", "/messages", headers)[0] == 200, headers
+            assert sent(guarded, "GET", "/messages", {**headers, "X-API-Token": "x"})[0] == 401, headers
 
 
 def test_an_account_whose_certificate_is_a_pipe_stops_itself_alone(tmp_path: Path, smtp: SmtpServer) -> None:
@@ -12544,6 +12704,50 @@ def test_over_a_unix_socket_the_api_is_the_same_for_those_the_mode_lets_in(tmp_p
             assert asked(line, "POST", "/commands/add-messages", {"messages": [mail()]})[1]["queued"] == 1
             assert asked(line, "GET", "/status")[1]["pending"] == 1
     assert not path.exists()
+
+
+def test_any_local_user_may_submit_on_the_submit_socket_and_nothing_else() -> None:
+    needs("root", "curl")
+
+    def sent_by_nobody(path: str, *arguments: str) -> tuple[int, Any]:
+        command = [
+            "curl",
+            "-sS",
+            "-w",
+            " %{http_code}",
+            "--unix-socket",
+            str(submit),
+            f"http://localhost{path}",
+            *arguments,
+        ]
+        run = subprocess.run(command, user="nobody", capture_output=True, text=True, timeout=30)
+        content, _, status = run.stdout.rpartition(" ")
+        return int(status), json.loads(content) if content else run.stderr
+
+    with open_folder("mailproxy-submit-") as folder:
+        submit, api = folder / "submit.sock", folder / "api.sock"
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(submit))
+        with listening_daemon(folder, unix_socket=api, api_token="t0ken", submit_socket=submit):
+            assert (stat.S_IMODE(submit.stat().st_mode), stat.S_IMODE(api.stat().st_mode)) == (0o666, 0o660)
+            submission = json.dumps({"messages": [mail("by-nobody"), mail("", "x")]})
+            status, answer = sent_by_nobody("/commands/add-messages", "-d", submission)
+            assert (status, answer["queued"], len(answer["rejected"])) == (200, 1, 1)
+            assert sent_by_nobody("/commands/add-messages", "-d", "{")[0] == 400
+            for path in ("/", "/health", "/status", "/messages", "/message/by-nobody", "/accounts", "/metrics"):
+                assert sent_by_nobody(path)[0] == 404, path
+            for path in ("run-now", "suspend", "delete-messages", "retry-messages", "../commands/activate"):
+                assert sent_by_nobody(f"/commands/{path}", "-d", '{"ids": ["by-nobody"]}')[0] == 404, path
+            other = ("--port", "0", "--set", f"server.submit_socket={submit}")
+            with open_folder("mailproxy-second-") as elsewhere, running("serve", *other, cwd=elsewhere) as second:
+                assert second.wait(20) == 2
+                assert f"Cannot listen on {submit}: another process listens there" in second.stderr.read()
+            submit.rename(folder / "moved.sock")  # as one that takes its place would do
+            with socket.socket(socket.AF_UNIX) as living:
+                living.bind(str(submit))
+                living.listen()
+                assert sent_by_nobody("/status")[0] == 0
+        assert (submit.exists(), api.exists()) == (True, False)
 
 
 # ======================================================================

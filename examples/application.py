@@ -175,10 +175,7 @@ def is_signed(headers: Message, body: bytes, now: float) -> bool:
 
 
 def key_of(secret: str) -> bytes:
-    if not secret.startswith("whsec_"):
-        return secret.encode()
-    encoded = secret.removeprefix("whsec_").rstrip("=")
-    return base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+    return base64.b64decode(secret.removeprefix("whsec_"), validate=True)
 
 
 class Application(http.server.BaseHTTPRequestHandler):
