@@ -9650,7 +9650,18 @@ def busy(retry_after: str, status: int = 503) -> Any:
 
 def test_the_pause_an_upstream_asks_for_is_kept_and_ended_by_run_now(make_reporter: Any) -> None:
     rig = make_reporter()
-    answers = {"7": 7, " 007 ": 7, "0": 1, "3600": 3600, "3601": 3600, "9" * 400: 3600, "garbage": 1, "": 1, "-5": 1, "1.5": 1}
+    answers = {
+        "7": 7,
+        " 007 ": 7,
+        "0": 1,
+        "3600": 3600,
+        "3601": 3600,
+        "9" * 400: 3600,
+        "garbage": 1,
+        "": 1,
+        "-5": 1,
+        "1.5": 1,
+    }
     answers |= {"7, 8": 1, "٣": 1, "Mon, 99 Foo 2026 25:00:00 GMT": 1, "Sun, 06 Nov 99999 08:49:37 GMT": 1}
     answers |= {"Sun, 06 Nov 1994 08:49:37 GMT": 1, "Sat, 06 Nov 2094 08:49:37 GMT": 3600}
     soon = ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"]  # RFC 9110 5.6.7
