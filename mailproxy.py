@@ -1408,6 +1408,7 @@ RAW_CONTENT = -1  # where a raw message stands among the contents; attachments c
 LONGEST_ADDRESS = 254  # octets, RFC 5321 4.5.3.1.3 less the angle brackets
 LONGEST_LOCAL_PART = 64  # octets, RFC 5321 4.5.3.1.1
 LONGEST_DOMAIN = 255  # octets, RFC 5321 4.5.3.1.2
+LONGEST_SUBJECT = 10_000  # characters: of a longer one encoded words are not decoded
 LONGEST_MESSAGE_ID = 900  # octets: a header line has 998 at most (RFC 5322 2.1.1)
 
 # --- text and numbers -----------------------------------------------------
@@ -1465,7 +1466,6 @@ _MAILBOX = re.compile(
          ) \s*+ (?: , [\s,]*+ | \Z )""",
     re.VERBOSE,
 )
-_LONGEST_TO_DECODE = 500  # characters: longer texts are not looked through for encoded words
 
 
 def parse_mailboxes(value: object, field: str, *, exactly_one: bool = False) -> tuple[Mailbox, ...]:
@@ -1503,9 +1503,9 @@ def _mailboxes_of(text: str, field: str) -> Iterator[Mailbox]:
         yield Mailbox(_decoded(name, field), parse_addr_spec(found["angle"], field))
 
 
-def _decoded(text: str, field: str) -> str:
-    """A header text as its reader would see it; what cannot be decoded stays as it is."""
-    if "=?" not in text or len(text) > _LONGEST_TO_DECODE:
+def _decoded(text: str, field: str, *, longest: int = 500) -> str:
+    """A header text as its reader would see it; what cannot be decoded, or is longer than that, stays as it is."""
+    if "=?" not in text or len(text) > longest:
         return text
     try:
         decoded = str(make_header(decode_header(text)))
@@ -1634,6 +1634,7 @@ def _decoded_content(value: object, field: str) -> bytes:
 
 _END_OF_HEADER = re.compile(rb"(?>\r{0,2}\n|\r){2}")
 HEADER_FIELD = re.compile(rb"[!-9;-~]+[ \t]*:")
+_SUBJECT = re.compile(rb"(?i)(?:\A|[\r\n])subject[ \t]*:((?:[^\r\n]|(?:\r{0,2}\n|\r)[ \t])*+)")
 
 
 def with_crlf(text: bytes) -> bytes:
@@ -1661,6 +1662,18 @@ def split_raw(raw: bytes) -> tuple[list[bytes], bytes]:
 def field_name(field: bytes) -> bytes:
     """The name of a header field, in small letters."""
     return field.partition(b":")[0].rstrip(b" \t").lower()
+
+
+def subject_of_raw(raw: bytes) -> str:
+    """The subject of a complete message as its reader sees it, on one line; "" when there is none."""
+    end = _END_OF_HEADER.search(raw)
+    found = _SUBJECT.search(raw, 0, end.start() if end else len(raw))
+    folded = found[1].decode("utf-8", "replace") if found else ""
+    text = NOT_FOR_ONE_LINE.sub(" ", re.sub("[\r\n]+", "", folded)).strip()
+    try:
+        return _decoded(text, "subject", longest=LONGEST_SUBJECT)
+    except Rejected:
+        return text
 
 
 def _raw_message(given: object) -> tuple[bytes, str | None]:
@@ -3014,20 +3027,22 @@ class _Wish(NamedTuple):
 
 
 class QueueFile:
-    """The file. `schema` makes a new one; `migrations` bring one of version 1, 2, ... to the same, the newest version."""
+    """The file. `schema` makes a new one; `migrations`, which may use the SQL `functions` of one argument, bring one of
+    version 1, 2, ... to the same, the newest version."""
 
     def __init__(
         self,
         path: str,
         schema: str,
         migrations: Sequence[str] = (),
+        functions: Sequence[Callable[[Any], str | None]] = (),
         *,
         observe_commit: Callable[[float], None],
         observe_refusal: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = os.path.realpath(path)
         self.refuses = False  # a commit failed; cleared by the next that has something to write and succeeds
-        self._schema, self._migrations = schema, migrations
+        self._schema, self._migrations, self._functions = schema, migrations, functions
         self._observe_commit, self._observe_refusal = observe_commit, observe_refusal
         self._open = False
         self._undo = contextlib.ExitStack()  # what open() did
@@ -3097,6 +3112,8 @@ class QueueFile:
             )
         if version < newest:
             script = self._migrations[version - 1] if version else self._schema
+            for function in self._functions:
+                connection.create_function(function.__name__, 1, function)
             connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {newest}; COMMIT;")
 
     async def close(self) -> None:
@@ -3256,7 +3273,7 @@ CREATE TABLE messages (
     reported_ts  INTEGER,                            -- the upstream acknowledged the latest state
     report_order INTEGER,                            -- place among the states not acknowledged
     attempts     INTEGER NOT NULL DEFAULT 0,         -- transactions tried
-    turn         INTEGER NOT NULL DEFAULT 0,         -- 0 never tried, 1 comes back for a retry
+    turn         INTEGER NOT NULL DEFAULT 0,         -- 1: comes back for a retry; 2 more: its batch is suspended
     deferral     TEXT,                               -- schedule, retry, in_doubt, connection, login, limit
     ready_at     REAL NOT NULL,                      -- since when it could have gone; from then its age counts
     expires_ts   INTEGER,                            -- given up when not delivered by then
@@ -3265,6 +3282,8 @@ CREATE TABLE messages (
     recipients   TEXT,                               -- JSON {address: [status, code, text]}
     parts        INTEGER NOT NULL,                   -- attachments and raw content to put in
     addressees   INTEGER NOT NULL DEFAULT 1,         -- recipients of the envelope
+    sought       TEXT,                               -- what a search looks at: see sought()
+    subject      TEXT,                               -- where the payload does not tell it: of a raw message
     size_bytes   INTEGER NOT NULL,                   -- payload and contents together
     payload      TEXT NOT NULL                       -- as submitted, JSON, without the contents
 );
@@ -3278,6 +3297,9 @@ CREATE INDEX messages_pending ON messages (seq) WHERE sent_ts IS NULL AND error_
 CREATE INDEX messages_by_age ON messages (account_id, ready_at) WHERE sent_ts IS NULL AND error_ts IS NULL;
 CREATE INDEX messages_expiring ON messages (expires_ts)
     WHERE sent_ts IS NULL AND error_ts IS NULL AND expires_ts IS NOT NULL;
+CREATE INDEX messages_sought ON messages (seq, created_at, sought);
+CREATE INDEX messages_refused ON messages (seq)
+    WHERE error IS NOT NULL AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL);
 CREATE INDEX messages_unreported ON messages (report_order) WHERE report_order IS NOT NULL;
 CREATE INDEX messages_reported ON messages (reported_ts)
     WHERE report_order IS NULL AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL);
@@ -3346,7 +3368,9 @@ ALTER TABLE messages RENAME TO messages_old;
 {NEWEST}
 INSERT INTO messages SELECT seq, id, account_id, priority, created_at, updated_at, deferred_ts, sent_ts, error_ts, error,
     reported_ts, report_order, attempts, turn, deferral, ready_at, expires_ts, batch_code, message_id, recipients, parts,
-    1, size_bytes, payload FROM messages_old ORDER BY seq;
+    1, sought_of_payload(payload), NULL, size_bytes, payload FROM messages_old ORDER BY seq;
+UPDATE messages SET subject = subject_of_raw(content) FROM contents WHERE contents.seq = messages.seq AND position = -1;
+UPDATE messages SET sought = sought || casefold(subject) WHERE subject IS NOT NULL;
 DELETE FROM sqlite_sequence WHERE name = 'messages';
 """  # noqa: S608 - constants only
 MIGRATIONS = (
@@ -3370,6 +3394,7 @@ SMALL_PAYLOAD_BYTES = 65_536  # larger ones are read under the memory budget
 HELD_BACK = ("limit", "connection", "login")  # deferrals that end when the account can be used again
 CHUNK = 500  # rows of one commit in work that may touch many
 STRETCH = 5_000  # rows looked at in one go by what must pass over others
+READING_S = 0.02  # of one piece of a listing: deliveries read large messages by the same connection
 PAGE_BYTES = 1_048_576  # of payloads in one page of a listing
 
 Outcomes: TypeAlias = dict[str, RecipientOutcome]  # by address
@@ -3378,26 +3403,43 @@ STATUS_OF_ROW = (
     "CASE WHEN sent_ts IS NOT NULL THEN 'sent' WHEN error_ts IS NOT NULL THEN 'error' "
     "WHEN deferred_ts > :now THEN 'deferred' ELSE 'queued' END"
 )
+CLAIM_COLUMNS = (
+    "seq, id, account_id, priority, message_id, created_at, ready_at, attempts, expires_ts, recipients, parts, "
+    "size_bytes, CASE WHEN size_bytes <= :small THEN payload END"
+)
 RECORD_COLUMNS = (
     f"seq, id, account_id, priority, {STATUS_OF_ROW} AS status, created_at, updated_at, deferred_ts, sent_ts, "
-    "error_ts, error, reported_ts, batch_code, attempts, message_id, recipients, size_bytes, payload"
+    "error_ts, error, reported_ts, batch_code, attempts, message_id, recipients, subject, size_bytes, payload"
 )
 RECORD_OF_ID = f"SELECT {RECORD_COLUMNS} FROM messages WHERE id = :id"  # noqa: S608 - constants only
-PAGE_OF_RECORDS = (
-    f"SELECT {RECORD_COLUMNS} FROM messages WHERE seq BETWEEN :first AND :last "  # noqa: S608 - constants only
-    "AND (NOT :active_only OR (sent_ts IS NULL AND error_ts IS NULL)) "
+# The indexes that a listing may go along, in the order of acceptance; that of searches spares it all other rows.
+ALONG = {
+    "all": "NOT INDEXED WHERE ",
+    "sought": "INDEXED BY messages_sought WHERE ",
+    "pending": "INDEXED BY messages_pending WHERE sent_ts IS NULL AND error_ts IS NULL AND ",
+    "refused": "INDEXED BY messages_refused WHERE error IS NOT NULL AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND ",
+}
+CHOSEN = (
+    "seq BETWEEN :first AND :last AND created_at BETWEEN :since AND :until AND (:to IS NULL OR instr(sought, :to)) "
+    "AND (:subject IS NULL OR instr(substr(sought, instr(sought, char(9))), :subject)) "
+    "AND (NOT :refused OR recipients IS NOT NULL) AND (NOT :active_only OR (sent_ts IS NULL AND error_ts IS NULL)) "
     "AND (:account_id IS NULL OR account_id = :account_id) AND (:batch_code IS NULL OR batch_code = :batch_code) "
     f"AND (:status IS NULL OR {STATUS_OF_ROW} = :status) ORDER BY seq"
 )
+PAGE_OF_RECORDS = {
+    (order, way): f"SELECT {RECORD_COLUMNS} FROM messages {ALONG[way]} {CHOSEN} {order} LIMIT :most"  # noqa: S608
+    for order in ("asc", "desc")
+    for way in ALONG
+}
 FIRST_OF_PAGE = {
-    "asc": "SELECT min(seq) FROM messages WHERE seq > :after",
-    "desc": "SELECT max(seq) FROM messages WHERE seq < :after",
+    "asc": {way: f"SELECT min(seq) FROM messages {ALONG[way]} seq > :after" for way in ALONG},  # noqa: S608
+    "desc": {way: f"SELECT max(seq) FROM messages {ALONG[way]} seq < :after" for way in ALONG},  # noqa: S608
 }
 # What the end of a turn makes of a pending message.
 SETTLE = (
     "UPDATE OR FAIL messages SET sent_ts = :sent, error_ts = :failed, error = :error, updated_at = :now, "
     "deferred_ts = :deferred, deferral = :deferral, attempts = attempts + :counted, "
-    "turn = CASE WHEN :counted = 1 THEN 1 ELSE turn END, "  # a damaged column of recipients is not lost by a deferral
+    "turn = CASE WHEN :counted = 1 THEN turn | 1 ELSE turn END, "  # a damaged column of recipients is not lost by a deferral
     "recipients = CASE WHEN :deferred IS NULL THEN :recipients ELSE coalesce(:recipients, recipients) END, "
     "reported_ts = CASE WHEN :place IS NULL THEN reported_ts END, report_order = coalesce(:place, report_order) "
     "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL"
@@ -3407,6 +3449,12 @@ LET_GO = (
     "WHERE account_id = :id AND deferral IN (SELECT value FROM json_each(:deferrals)) "
     "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
     "AND sent_ts IS NULL AND error_ts IS NULL"
+)
+# 2 suspends messages of a batch, 0 lets them go.
+SUSPEND = (
+    "UPDATE messages SET turn = turn & 1 | :suspended WHERE seq IN (SELECT seq FROM messages INDEXED BY messages_pending "
+    "WHERE seq BETWEEN :first AND :last AND sent_ts IS NULL AND error_ts IS NULL AND batch_code = :batch_code "
+    "AND turn & 2 <> :suspended ORDER BY seq LIMIT :most) RETURNING seq"
 )
 # An account's mail by age, in a part of an index each: whether it was accepted later than that, and whether it is so old.
 READY_BY_AGE = (
@@ -3435,6 +3483,8 @@ class Submission(NamedTuple):
     message_id: str
     parts: int
     addressees: int
+    sought: str
+    subject: str | None
     payload: str
     contents: Mapping[int, bytes]
 
@@ -3496,6 +3546,7 @@ class Queue:
         self._on_wire: dict[int, Claim] = {}  # changed in the writer's thread; in the loop's only to take claims out
         self._last_seq = 0
         self._last_report = 0
+        self.suspended_batches: set[str] = set()
         self._aged: dict[str, tuple[float, str]] = {}  # by account: what give_up_aged is asked for
         self.next_ts: float = 0  # no row is due, or to be given up, before that; 0: look
 
@@ -3511,8 +3562,11 @@ class Queue:
             seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").fetchone()
             report = db.execute("SELECT max(report_order) FROM messages WHERE report_order IS NOT NULL").fetchone()
             self._last_seq, self._last_report = seq[0] if seq else 0, report[0] or 0
+            self.suspended_batches.update(row[0] for row in db.execute("SELECT batch_code FROM suspended_batches"))
 
         await self.file.write(work)
+        for batch_code in self.suspended_batches:  # the last run may have ended amid this
+            await self._mark_batch(batch_code, 2)
 
     async def _do(self, *statements: str, **values: object) -> int:
         """Run statements as one piece of work; return the number of rows that the last one changed."""
@@ -3558,11 +3612,13 @@ class Queue:
             waits = s.deferred_ts is not None and s.deferred_ts > now
             schedule = (s.deferred_ts, "schedule", s.deferred_ts) if waits else (None, None, now)
             size_bytes = len(s.payload) + (sum(map(len, s.contents.values())) if s.contents else 0)
-            rows.append((seq, *s[:3], at, at, *schedule, *s[4:10], size_bytes, s.id))
+            turn = 2 if s.batch_code in self.suspended_batches else 0
+            rows.append((seq, *s[:3], at, at, *schedule, turn, *s[4:12], size_bytes, s.id))
         inserted = db.executemany(
             "INSERT OR IGNORE INTO messages (seq, id, account_id, priority, created_at, updated_at, deferred_ts, "
-            "deferral, ready_at, expires_ts, batch_code, message_id, parts, addressees, payload, "
-            "size_bytes) SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ? WHERE NOT EXISTS (SELECT 1 FROM sent_ids WHERE id = ?)",
+            "deferral, ready_at, turn, expires_ts, batch_code, message_id, parts, addressees, sought, subject, payload, "
+            "size_bytes) SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ? "
+            "WHERE NOT EXISTS (SELECT 1 FROM sent_ids WHERE id = ?)",
             rows,
         ).rowcount
         stored = [True] * len(rows)
@@ -3610,8 +3666,7 @@ class Queue:
         ranked: list[tuple[int, int, bool, Claim]] = []
         for turn in (0, 1):
             rows = db.execute(
-                "SELECT seq, id, account_id, priority, message_id, created_at, ready_at, attempts, expires_ts, "
-                "recipients, parts, size_bytes, CASE WHEN size_bytes <= :small THEN payload END FROM messages "
+                f"SELECT {CLAIM_COLUMNS} FROM messages "  # noqa: S608 - constants only
                 "WHERE account_id = :account AND turn = :turn "
                 "AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL "
                 "AND seq NOT IN (SELECT value FROM json_each(:on_wire)) ORDER BY priority, seq LIMIT :most",
@@ -3828,11 +3883,12 @@ class Queue:
                 served = {address: outcome for address, outcome in outcomes.items() if outcome.status is Status.SENT}
                 kept = as_json(served) if served else None
                 db.execute(
-                    "UPDATE messages SET error_ts = NULL, error = NULL, attempts = 0, turn = 0, reported_ts = NULL, "
+                    "UPDATE messages SET error_ts = NULL, error = NULL, attempts = 0, reported_ts = NULL, "
+                    "turn = CASE WHEN batch_code IN (SELECT value FROM json_each(:suspended)) THEN 2 ELSE 0 END, "
                     "report_order = NULL, ready_at = :now, updated_at = :now, deferred_ts = NULL, deferral = NULL, "
                     "expires_ts = NULL, recipients = :recipients "
                     "WHERE seq = :seq AND error_ts IS NOT NULL",
-                    {"now": now, "seq": seq, "recipients": kept},
+                    {"now": now, "seq": seq, "recipients": kept, "suspended": as_json(list(self.suspended_batches))},
                 )
                 if account_id not in accounts:
                     self._give_up(db, seq, "account not found", served)
@@ -3879,35 +3935,53 @@ class Queue:
         )
         return record, [_with_recipients(row) for row in attempts]
 
+    async def as_claim(self, id_: str) -> Claim | None:
+        """A message as claim() hands it out, but without its payload, and not taken out; or None."""
+        sql = f"SELECT {CLAIM_COLUMNS} FROM messages WHERE id = :id"  # noqa: S608 - constants only
+        rows = await self._ask(sql, id=id_, small=0)
+        return _claim_of(list(rows[0].values())) if rows else None
+
     async def page(
-        self, after: int | None, most: int, *, order: str = "asc", active_only: bool = False, **only: str
+        self, after: int | None, most: int, *, order: str = "asc", active_only: bool = False, **only: Any
     ) -> tuple[list[Record], int | None]:
         """Up to `most` records in the order of acceptance after a seq (None: from the start), or with "desc" newest
-        first before it, and the seq to go on from (None: end); `only` has the status, account_id, batch_code wanted.
+        first before it, and the seq to go on from (None: end); `only` has the status, account_id, batch_code wanted, a
+        recipient `to`, a part of the `subject`, `since`, `until`, `refused`.
 
-        A page looks at a bounded stretch of the table, so it may be short, or empty, before the end.
+        A page ends after some milliseconds, so it may be short, or empty, before the end.
         """
         newest_first = order == "desc"
         if after is None:
             after = LARGEST_INTEGER if newest_first else 0
-        pending = " AND sent_ts IS NULL AND error_ts IS NULL" if active_only else ""
-        anything = dict.fromkeys(("status", "account_id", "batch_code"))
-        values = {**anything, **only, "active_only": active_only, "after": after, "now": self._now(), "most": most}
+        anything = dict.fromkeys(("status", "account_id", "batch_code", "to", "subject"))
+        values = {**anything, "since": 0, "until": LARGEST_INTEGER, "refused": False, **only}
+        values |= {"active_only": active_only, "now": self._now()}
+        way = "all"
+        if values["refused"] or values["status"] == Status.ERROR:
+            way = "refused"
+        elif values["to"] or values["subject"]:
+            way = "sought"
+            values["to"] = values["to"] and f"\n{values['to'].casefold()}\n"
+            values["subject"] = values["subject"] and values["subject"].casefold()
+        elif active_only or values["status"] in (Status.QUEUED, Status.DEFERRED):
+            way = "pending"
+        elif "since" in only or "until" in only:
+            way = "sought"
 
         def work(db: sqlite3.Connection) -> tuple[list[Record], int | None]:
-            first = db.execute(FIRST_OF_PAGE[order] + pending, values).fetchone()[0]
-            if first is None:
-                return [], None
-            last = first + (1 - STRETCH if newest_first else STRETCH - 1)
-            stretch = {"first": min(first, last), "last": max(first, last)}
-            cursor = db.execute(PAGE_OF_RECORDS + (" DESC" if newest_first else "") + " LIMIT :most", values | stretch)
-            records, size_bytes = [], 0
-            for row in map(dict, cursor):
-                size_bytes += len(row["payload"])
-                records.append(_record(row))
-                if len(records) == most or size_bytes > PAGE_BYTES:
-                    return records, records[-1].seq
-            return records, last
+            records, size_bytes, at, ends_at = list[Record](), 0, after, time.monotonic() + READING_S
+            while time.monotonic() < ends_at:
+                first = db.execute(FIRST_OF_PAGE[order][way], {"after": at}).fetchone()[0]
+                if first is None:
+                    return records, None
+                at = first + (1 - STRETCH if newest_first else STRETCH - 1)
+                values.update(first=min(first, at), last=max(first, at), most=most - len(records))
+                for row in map(dict, db.execute(PAGE_OF_RECORDS[order, way], values)):
+                    size_bytes += len(row["payload"])
+                    records.append(_record(row))
+                    if len(records) == most or size_bytes > PAGE_BYTES:
+                        return records, records[-1].seq
+            return records, at
 
         return await self.file.read(work)
 
@@ -3975,6 +4049,38 @@ class Queue:
         ended = "DELETE FROM suspensions WHERE account_id = :id"
         await self._do(ended, LET_GO, id=account_id, deferrals=as_json(HELD_BACK))
 
+    async def suspend_batch(self, batch_code: str) -> bool:
+        """Keep a batch, and what is submitted to it later, from being claimed; True when some of it is claimed now."""
+        added = "INSERT INTO suspended_batches VALUES (:batch_code) ON CONFLICT DO NOTHING"
+        await self._do(added, batch_code=batch_code)
+        self.suspended_batches.add(batch_code)  # before the rows are looked at: those to come are marked
+        return await self._mark_batch(batch_code, 2)
+
+    async def activate_batch(self, batch_code: str) -> None:
+        """End the suspension of a batch; should it be broken off, a restart begins with the batch suspended."""
+        self.suspended_batches.discard(batch_code)
+        await self._mark_batch(batch_code, 0)
+        await self._do("DELETE FROM suspended_batches WHERE batch_code = :batch_code", batch_code=batch_code)
+
+    async def _mark_batch(self, batch_code: str, suspended: int) -> bool:
+        """Have the pending messages of a batch in the part of the index that claims look at (0), or in the other (2);
+        True when some are on the wire. Each commit changes few rows: nobody waits for it for long."""
+        values = {"batch_code": batch_code, "suspended": suspended, "most": CHUNK}
+        after, on_wire = cast(int | None, 0), False
+
+        def work(db: sqlite3.Connection) -> tuple[list[int], int | None]:
+            first = db.execute(FIRST_OF_PAGE["asc"]["pending"], {"after": after}).fetchone()[0]
+            if first is None:
+                return [], None
+            last = first + STRETCH - 1
+            changed = [row[0] for row in db.execute(SUSPEND, {**values, "first": first, "last": last}).fetchall()]
+            return changed, max(changed) if len(changed) == CHUNK else last
+
+        while after is not None:
+            changed, after = await self.file.write(work)
+            on_wire = on_wire or not self._on_wire.keys().isdisjoint(changed)
+        return on_wire
+
     async def switch(self, name: str) -> bool | None:
         """A switch as it was last set, None when it never was."""
         rows = await self._ask("SELECT value FROM switches WHERE name = :name", name=name)
@@ -4002,6 +4108,23 @@ def _rows_of(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, Sequence[A
     look_up = "SELECT id, seq, error_ts IS NOT NULL, account_id, recipients FROM messages WHERE id = :id"
     found = [db.execute(look_up, {"id": id_}).fetchone() for id_ in ids]
     return {row[0]: row[1:] for row in found if row}
+
+
+def sought(recipients: Iterable[str], subject: str) -> str:
+    """What a search looks at: a line for each recipient, and the subject after a tab; folded, so that case is nothing."""
+    return "\n".join(("", *recipients, f"\t{subject}")).casefold()
+
+
+def sought_of_payload(payload: str) -> str | None:
+    """The same of a stored payload; None when it cannot be read."""
+    with contextlib.suppress(ValueError, AttributeError, Rejected):
+        fields = json.loads(payload)
+        mailboxes = (mailbox for name in ("to", "cc", "bcc") for mailbox in parse_mailboxes(fields.get(name), name))
+        return sought((mailbox.address for mailbox in mailboxes), str(fields.get("subject", "")))
+    return None
+
+
+USED_BY_MIGRATIONS = (sought_of_payload, subject_of_raw, str.casefold)
 
 
 def _claim_of(row: Sequence[Any]) -> Claim:
@@ -4039,12 +4162,14 @@ def _with_recipients(row: dict[str, Any]) -> dict[str, Any]:
 
 def _record(row: dict[str, Any]) -> Record:
     """A record; without the payload that was submitted when it cannot be read any more."""
-    seq, size_bytes, column = row.pop("seq"), row.pop("size_bytes"), row.pop("payload")
+    seq, size_bytes, column, subject = (row.pop(name) for name in ("seq", "size_bytes", "payload", "subject"))
     try:
         payload = json.loads(column)
     except ValueError:
         payload = None
-    return Record(seq, _with_recipients(row), payload if isinstance(payload, dict) else {}, size_bytes)
+    payload = payload if isinstance(payload, dict) else {}
+    row["subject"] = payload.get("subject") if subject is None else subject
+    return Record(seq, _with_recipients(row), payload, size_bytes)
 
 
 def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
@@ -5858,7 +5983,7 @@ class Request:
     path: str  # as sent, without the query
     route: str  # the pattern of its route, or "unmatched"
     parameters: dict[str, str]  # the id in the path, decoded
-    query: dict[str, str]  # decoded; the last one of a name counts
+    query: dict[str, list[str]]  # decoded
     headers: dict[str, str]  # names in lower case; repeated ones joined by ", "
     body: bytes
     id: str
@@ -6074,7 +6199,7 @@ def is_foreign(request: Request, scheme: str) -> bool:
     return not (own and is_nobodys) or headers.get("sec-fetch-site", "").lower() in ("cross-site", "same-site")
 
 
-def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
+def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, list[str]]]:
     """The path as sent, its decoded segments, and the query, of a target (RFC 9112 3.2.1, 3.2.2)."""
     if origin := ABSOLUTE_FORM.match(target):
         target = "/" + target[origin.end() :].removeprefix("/")
@@ -6087,7 +6212,7 @@ def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
             if BAD_ESCAPE.search(target):
                 raise ValueError
             segments = [urllib.parse.unquote(segment, errors="strict") for segment in segments]
-        fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict")) if query else {}
+        fields = urllib.parse.parse_qs(query, keep_blank_values=True, errors="strict") if query else {}
     except ValueError:
         reason = "a % in the path or query is not followed by the hexadecimal digits of UTF-8 without NUL"
         raise HttpError(400, reason) from None
@@ -6924,8 +7049,13 @@ class Dispatcher(Loop):
 
     def suspend(self) -> None:
         self.active = False
+        self.recall()
+
+    def recall(self) -> None:
+        """Call back what is not on the wire yet; what may go all the same is claimed anew."""
         for lane in self.lanes.values():
             self._recall(lane)
+        self.wake(self.lanes)
 
     def activate(self) -> None:
         self.active = True
@@ -7094,7 +7224,7 @@ class Dispatcher(Loop):
         """Fetch and compose a message beside the lane; no connection waits for it."""
         started_at, generation = self.clock.wall(), lane.generation
         try:
-            prepared = await self._unless_recalled(lane, claim.expires_ts, self._put_together(lane, claim))
+            prepared = await self._unless_recalled(lane, claim.expires_ts, self.put_together(lane, claim))
             if isinstance(prepared, Reply):
                 attempt = Attempt(started_at, self.clock.wall(), {"": prepared})
                 await self._settle(lane, claim, attempt, generation)
@@ -7112,8 +7242,8 @@ class Dispatcher(Loop):
             lane.preparing -= 1
             self._mark(lane)
 
-    async def _put_together(self, lane: Lane, claim: Claim) -> Composed | Reply:
-        """A large message, or one with parts, put together in a thread; the lane has memory for it then.
+    async def put_together(self, lane: object, claim: Claim) -> Composed | Reply:
+        """A message put together in a thread, as large ones and those with parts are; the lane has memory for it then.
 
         What it refers to is fetched first: a slow server keeps no memory from other messages.
         """
@@ -7133,7 +7263,7 @@ class Dispatcher(Loop):
         finally:
             self.memory.give_back(lane, taken_bytes - kept_bytes)
 
-    async def _fetched(self, lane: Lane, claim: Claim) -> Sequence[Fetched | None] | Reply:
+    async def _fetched(self, lane: object, claim: Claim) -> Sequence[Fetched | None] | Reply:
         """What the message refers to, or the reply that says why it cannot be fetched."""
         taken_bytes = await self.memory.take(lane, 0 if claim.payload else claim.size_bytes)
         try:
@@ -7780,7 +7910,10 @@ class Reporter(Loop):
 MAX_IDS = 100_000  # of one command that names messages
 LOOP_PATIENCE_S = 10.0  # by which a loop, or the storage, may be late
 LISTING_LIMIT = 10_000
+LONGEST_PIECE = 1_000  # characters of what is searched for
+LISTING_PATIENCE_S = 0.7  # a listing with a limit ends then, wherever it is: the client may go on from there
 ALL_REJECTED = "all messages rejected"
+NO_MESSAGE = "there is no message with this id"
 NO_ACCOUNT = "there is no account with this id"
 NOT_FOUND = "account not found"
 
@@ -7800,13 +7933,25 @@ def stored_accounts(
 
 QueryFields = Mapping[str, tuple[Kind, str]]  # what a value must be, and what it is for
 
+ADDRESSEE = Kind("a mail address", lambda value: parse_mailboxes(value, "to", exactly_one=True)[0].address)
+PIECE = Kind(
+    f"1 to {LONGEST_PIECE} characters on one line",
+    lambda value: fit(TEXT.parse(value), 1 <= len(value) <= LONGEST_PIECE),
+)
+MOMENT = integer(0, 9_999_999_999, "a time in whole Unix seconds")
 STATUS = word(*(status.value for status in Status))
+BATCH: QueryFields = {"batch_code": (PIECE, "Only this batch, and what is submitted to it later.")}
 CONTENT: QueryFields = {"content": (BOOLEAN, "With the contents of inline attachments, and raw messages.")}
 LISTING: QueryFields = {
     "active_only": (BOOLEAN, "Only messages that are not final."),
     "status": (STATUS, "Only messages of this status."),
     "account_id": (TEXT, "Only messages of this account."),
     "batch_code": (TEXT, "Only messages with this label."),
+    "to": (ADDRESSEE, "Only messages to this recipient, in to, cc, bcc or the envelope of a raw message."),
+    "subject": (PIECE, "Only messages with this in their subject, without regard to case."),
+    "since": (MOMENT, "Only messages accepted then or later."),
+    "until": (MOMENT, "Only messages accepted then or before."),
+    "refused": (BOOLEAN, "Only messages that some or all of their recipients were refused for good."),
     "order": (word("asc", "desc"), "desc: newest first."),
     "limit": (integer(1, LISTING_LIMIT), f"At most so many, 1 to {LISTING_LIMIT}; left out: all."),
     "after": (integer(0)._replace(json="string"), "Go on there: the `next` of an answer."),
@@ -7814,15 +7959,16 @@ LISTING: QueryFields = {
 }
 
 
-def asked(query: Mapping[str, str], fields: QueryFields) -> dict[str, Any]:
+def asked(query: Mapping[str, Sequence[str]], fields: QueryFields) -> dict[str, Any]:
     """The values of the fields that a query has; HttpError 400 names one that is bad. Others are ignored."""
     values = {}
-    for name, (kind, _) in fields.items():
-        if name in query:
-            try:
-                values[name] = kind.parse(query[name])
-            except ValueError:
-                raise HttpError(400, f"{name}: must be {kind.words}") from None
+    for name in fields.keys() & query.keys():
+        kind, (given, *more) = fields[name][0], query[name]
+        try:
+            values[name] = fit(kind.parse(given), not more)
+        except (ValueError, Rejected):
+            wanted = "given only once" if more else kind.words
+            raise HttpError(400, f"{name}: must be {wanted}", code="bad_field") from None
     return values
 
 
@@ -7838,7 +7984,7 @@ ANSWERS: Mapping[str, str] = {
     "Health": "ok: boolean, status: string",
     "Status": (
         "ok: boolean, active: boolean, version: string, pending: integer, deferred: integer, in_delivery: integer, "
-        "unreported: integer, oldest_pending_ts: time | null, accounts: AccountStatus{}"
+        "unreported: integer, oldest_pending_ts: time | null, suspended_batches: string[], accounts: AccountStatus{}"
     ),
     "AccountStatus": (
         "state: 'up' | 'probing' | 'cooling' | 'limited' | 'suspended' | 'account not found', reason: string | null, "
@@ -7857,7 +8003,7 @@ ANSWERS: Mapping[str, str] = {
         f"id: string, account_id: string, priority: integer, status: {STATUS.json}, created_at: time, "
         "updated_at: time, deferred_ts: time | null, sent_ts: time | null, error_ts: time | null, "
         "error: string | null, reported_ts: time | null, batch_code: string | null, attempts: integer, "
-        "message_id: string | null, recipients: RecipientOutcome{} | null, message: object"
+        "message_id: string | null, recipients: RecipientOutcome{} | null, subject: string | null, message: object"
     ),
     "RecipientOutcome": "status: 'sent' | 'error' | 'deferred', code: integer, text: string",
     "Attempt": (
@@ -7878,6 +8024,7 @@ GIVEN: Mapping[str, Mapping[str, Field]] = {
     "Attachment": ATTACHMENT_FIELDS,
     "S3Object": S3_FIELDS,
     "MessageIds": {"ids": Field("string[]", f"At most {MAX_IDS}.", required=True)},
+    "WhichBatch": {"batch_code": Field("string", BATCH["batch_code"][1])},
     "Age": {"older_than_seconds": Field("integer", "Left out: the configured retention.")},
     "Account": ACCOUNT_FIELDS,
     "OAuth2": OAUTH2_FIELDS,
@@ -7940,8 +8087,8 @@ def operation_of(row: Route) -> dict[str, object]:
     for name, (kind, words) in row.query.items():
         schema = json_schema(kind.json)
         parameters.append({"name": name, "in": "query", "description": words, "schema": schema})
-    content_type = "text/plain" if row.answer == "string" else "application/json"
-    responses = {"200": {"description": "done", "content": {content_type: {"schema": json_schema(row.answer)}}}}
+    content_type, answer = (row.answer, "string") if "/" in row.answer else ("application/json", row.answer)
+    responses = {"200": {"description": "done", "content": {content_type: {"schema": json_schema(answer)}}}}
     for status in sorted(statuses):
         content = {"application/json": {"schema": json_schema("Problem")}}
         responses[str(status)] = {"description": http.client.responses[status], "content": content}
@@ -7986,17 +8133,18 @@ class ControlPlane:
             Route("GET", "/health", self.check_health, public=True, answer="Health"),
             Route("GET", "/ready", self.check_ready, public=True, answer="Done"),
             Route("GET", "/status", self.get_status, answer="Status"),
-            Route("GET", "/metrics", self.get_metrics, answer="string"),
+            Route("GET", "/metrics", self.get_metrics, answer="text/plain"),
             Route("GET", "/openapi.json", self.get_openapi, answer="object"),
             Route("POST", "/commands/add-messages", self.submit_messages, answer="Submitted", body="Batch"),
             Route("POST", "/commands/run-now", self.run_now, answer="Done"),
-            Route("POST", "/commands/suspend", self.suspend, answer="Switched"),
-            Route("POST", "/commands/activate", self.activate, answer="Switched"),
+            Route("POST", "/commands/suspend", self.suspend, answer="Switched", body="WhichBatch?", query=BATCH),
+            Route("POST", "/commands/activate", self.activate, answer="Switched", body="WhichBatch?", query=BATCH),
             Route("POST", "/commands/delete-messages", self.delete_messages, answer="Removed", body="MessageIds"),
             Route("POST", "/commands/cleanup-messages", self.cleanup_messages, answer="CleanedUp", body="Age?"),
             Route("POST", "/commands/retry-messages", self.retry_messages, answer="Retried", body="MessageIds"),
             Route("GET", "/messages", self.list_messages, answer="Messages", query=LISTING),
             Route("GET", "/message/{id}", self.get_message, answer="MessageHistory", query=CONTENT),
+            Route("GET", "/message/{id}/eml", self.get_eml, answer="message/rfc822", refusals=[502]),
             Route("GET", "/accounts", self.list_accounts, answer="Accounts"),
             Route("POST", "/account", self.put_account, answer="AccountSet", body="Account", refusals=[409]),
             Route("DELETE", "/account/{id}", self.delete_account, answer="AccountRemoved", refusals=[409]),
@@ -8056,6 +8204,7 @@ class ControlPlane:
                 "in_delivery": self.queue.in_delivery,
                 "unreported": sum(tally.unreported for tally in tallies.values()),
                 "oldest_pending_ts": oldest_ts,
+                "suspended_batches": sorted(self.queue.suspended_batches),
                 "accounts": accounts,
             }
         )
@@ -8184,11 +8333,11 @@ class ControlPlane:
         return json_response({"ok": True})
 
     async def suspend(self, request: Request) -> Response:
-        """Deliver nothing, also after a restart; submission and reporting go on."""
+        """Deliver nothing, or nothing of a batch, also after a restart; submission and reporting go on."""
         return await self._switch(request, active=False)
 
     async def activate(self, request: Request) -> Response:
-        """Deliver again."""
+        """Deliver again, or a batch again."""
         return await self._switch(request, active=True)
 
     async def suspend_account(self, request: Request) -> Response:
@@ -8200,9 +8349,16 @@ class ControlPlane:
         return await self._switch(request, active=True)
 
     async def _switch(self, request: Request, *, active: bool) -> Response:
-        await request.json_object()
-        account_id = request.parameters.get("id")
-        if account_id is not None:
+        fields, account_id = await request.json_object(), request.parameters.get("id")
+        batch_code = None if account_id is not None else batch_in(request.query, fields)
+        if batch_code is not None:
+            async with self._one_at_a_time:
+                if active:
+                    await self.queue.activate_batch(batch_code)
+                    self.dispatcher.wake(self.dispatcher.lanes)
+                elif await self.queue.suspend_batch(batch_code):
+                    self.dispatcher.recall()
+        elif account_id is not None:
             async with self._one_at_a_time:
                 if self._account(account_id) is None:
                     raise HttpError(404, NO_ACCOUNT)
@@ -8218,7 +8374,8 @@ class ControlPlane:
                 self.dispatcher.activate()
             else:
                 self.dispatcher.suspend()
-        event(self.log, logging.INFO, "delivery activated" if active else "delivery suspended", account=account_id)
+        what = "delivery activated" if active else "delivery suspended"
+        event(self.log, logging.INFO, what, account=account_id, batch=batch_code)
         return json_response({"ok": True, "active": active})
 
     async def delete_messages(self, request: Request) -> Response:
@@ -8259,6 +8416,7 @@ class ControlPlane:
     ) -> AsyncGenerator[bytes, None]:
         """The answer piece by piece: one page of rows in memory, however many there are."""
         before, shown, last = b'{"ok": true, "messages": [', 0, 0
+        ends_at = math.inf if limit == math.inf else self.clock.monotonic() + LISTING_PATIENCE_S
         while True:
             most = 1 if content else int(min(200, limit - shown + 1))  # one more shows whether it goes on
             records, after = await self.queue.page(after, most, **chosen)
@@ -8268,9 +8426,9 @@ class ControlPlane:
                     return
                 yield before + await self._shown(record, content)
                 before, shown, last = b",\n", shown + 1, record.seq
-            if after is None:
+            if after is None or self.clock.monotonic() >= ends_at:
                 break
-        yield (b"" if shown else before) + b'], "next": null}\n'
+        yield (b"" if shown else before) + b'], "next": %b}\n' % (b"null" if after is None else b'"%d"' % after)
 
     async def _shown(self, record: Record, with_contents: bool) -> bytes:
         """A message as JSON, with its contents as it was submitted; a large one is put together in a thread."""
@@ -8287,10 +8445,28 @@ class ControlPlane:
         with_contents = asked(request.query, CONTENT).get("content", False)
         found = await self.queue.look_up(request.parameters["id"])
         if found is None:
-            raise HttpError(404, "there is no message with this id")
+            raise HttpError(404, NO_MESSAGE)
         record, attempts = found
         shown = await self._shown(record, with_contents)
         return Response(200, b'{"ok": true, "message": %b, "attempts": %b}\n' % (shown, as_json(attempts).encode()))
+
+    async def get_eml(self, request: Request) -> Response:
+        """A message as it goes on the wire; what has to be fetched is fetched now."""
+        claim = await self.queue.as_claim(request.parameters["id"])
+        if claim is None:
+            raise HttpError(404, NO_MESSAGE)
+        return Response(200, self._eml(claim), "message/rfc822")
+
+    async def _eml(self, claim: Claim) -> AsyncGenerator[bytes, None]:
+        """The pieces of a message; its share of the memory is given back when the client has them."""
+        composed = await self.dispatcher.put_together(self, claim)
+        if isinstance(composed, Reply):
+            raise HttpError(502, spoken(composed), code="attachment_unavailable")
+        try:
+            for start in range(0, len(composed.content), JSON_AT_ONCE_BYTES):
+                yield composed.content[start : start + JSON_AT_ONCE_BYTES]
+        finally:
+            self.dispatcher.memory.give_back(self, composed.memory_bytes)
 
     async def list_accounts(self, request: Request) -> Response:
         """Accounts, without their secrets."""
@@ -8372,6 +8548,8 @@ def submission_of(fields: Any, message: Message, account: Account | None) -> Sub
     if account is None:
         raise Rejected("missing account configuration" if message.account_id == "default" else NOT_FOUND)
     payload, contents = stored_form(fields, message)
+    recipients = message.recipients
+    subject = message.subject if message.raw is None else subject_of_raw(message.raw)
     bare, settled = fields.get("message_id"), message.message_id  # shown as the client wrote it, else in brackets
     as_given = not settled or (isinstance(bare, str) and bare.strip() == settled)
     return Submission(
@@ -8383,10 +8561,21 @@ def submission_of(fields: Any, message: Message, account: Account | None) -> Sub
         batch_code=message.batch_code,
         message_id=settled if as_given else f"<{settled}>",
         parts=len(message.attachments) + (message.raw is not None),
-        addressees=len(message.recipients),
+        addressees=len(recipients),
+        sought=sought(recipients, subject),
+        subject=subject if message.raw is not None or subject != fields["subject"] else None,
         payload=payload,
         contents=contents,
     )
+
+
+def batch_in(query: Mapping[str, Sequence[str]], fields: Mapping[str, object]) -> str | None:
+    """The batch that a command is about, by its query or its body."""
+    given = [fields["batch_code"]] if fields.get("batch_code") is not None else []
+    if not all(isinstance(code, str) for code in given):
+        raise HttpError(400, "batch_code: must be a string", code="bad_field")
+    both = list({*query.get("batch_code", ()), *map(str, given)})
+    return asked({"batch_code": both}, BATCH)["batch_code"] if both else None
 
 
 def ids_of(fields: Mapping[str, object]) -> list[str]:
@@ -8479,6 +8668,7 @@ class Daemon:
                 settings.storage.db_path,
                 SCHEMA,
                 MIGRATIONS,
+                USED_BY_MIGRATIONS,
                 observe_commit=self._metrics.storage_commit_seconds.observe,
                 observe_refusal=self._metrics.storage_commit_failures.inc,
             ),
@@ -9912,7 +10102,7 @@ async def _try_servers(
     """For each account, all at once: a row with what its server offers, and when it was refused what to do, or ""."""
     accounts = {account.id: account for account in configured}
     if await asyncio.to_thread(os.path.exists, settings.storage.db_path):  # and those that were added over HTTP
-        file = QueueFile(settings.storage.db_path, SCHEMA, MIGRATIONS, observe_commit=lambda seconds: None)
+        file = QueueFile(settings.storage.db_path, SCHEMA, observe_commit=lambda seconds: None)
         try:
             stored = stored_accounts(await Queue(file, now=time.time).accounts(), settings.delivery, complain)
         finally:
