@@ -4030,7 +4030,7 @@ def test_pages_cover_every_message_once(rig: QueueRig, monkeypatch: pytest.Monke
 
 
 # One row, what was handed in, one row for each account.
-SHORT_SCANS = ("SCAN CONSTANT ROW", "SCAN sqlite_sequence", "SCAN json_each", "SCAN tallies")
+SHORT_SCANS = ("SCAN CONSTANT ROW", "SCAN sqlite_sequence", "SCAN json_each", "SCAN tallies", "SCAN suspended_batches")
 
 
 def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(rig: QueueRig) -> None:
@@ -10125,7 +10125,7 @@ def test_health_ready_and_status_are_true_and_to_be_asked_costs_one_commit_a_sec
     default = status["accounts"].pop("default")
     assert status == {
         "ok": True, "active": False, "version": mailproxy.__version__, "pending": 0, "deferred": 0,
-        "in_delivery": 0, "unreported": 0, "oldest_pending_ts": None, "accounts": {},
+        "in_delivery": 0, "unreported": 0, "oldest_pending_ts": None, "suspended_batches": [], "accounts": {},
     }  # fmt: skip
     assert (default["state"], default["reason"], default["until"], default["connections"]) == ("up", None, None, 0)
 
