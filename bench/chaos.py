@@ -3,9 +3,10 @@
     python3 bench/chaos.py [--rounds 100] [--seed 1] [--smtp] [--reports] [--clients 4] [--program FILE]
 
 Clients submit without pause. In each round the daemon is killed with SIGKILL at a random moment (also while
-it starts), SQLite checks a copy of the file, and it is started again. The SMTP server offers PIPELINING, and in every
-second round CHUNKING (RFC 3030): then a message is one write. With --smtp it is killed and started again now and then as well; with --reports the receiver of the reports is at times down, slow,
-answers 500 or not at all, or dies with its answer half out. At the end all is mended and must settle. Then:
+it starts), SQLite checks a copy of the file, and it is started again. The SMTP server offers PIPELINING, and in
+every second round CHUNKING (RFC 3030), by which a message is one write. With --smtp it is killed and started
+again now and then as well; with --reports the receiver of the reports is at times down, slow, answers 500 or
+not at all, or dies with its answer half out. At the end all is mended and must settle. Then:
 
   - every id that got a 200 was delivered at least once (or, where the server refused it for ever, never), and
     reported at least once in its final state, in a report that was acknowledged;

@@ -22,7 +22,8 @@ Rows:
     provider    a burst of 100 to a server that takes 300 ms to connect, 200 ms to log in, 100 ms for a message,
                 cold, 16 connections; beside aiosmtplib, and smtplib one by one (all 100 of them, once)
     request     what the caller waits: a post to us, or smtplib to that server
-    million     a queue file with 1,000,000 scheduled, 200,000 sent and 100,000 ready messages beside an empty one
+    million     a queue file with 1,000,000 scheduled, 200,000 sent and 100,000 ready messages beside an empty one; a search
+                through all of them, and posts beside searches
     memory      resident memory: idle, and the peak while 40 messages with 10 MB attached go through, submitted in base64
                 and fetched from 40 URLs
     loop        the longest answer time of GET /health, asked every 5 ms, while 25 MB messages are composed and 60 MB
@@ -45,8 +46,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -404,6 +407,34 @@ class Large(NamedTuple):
         self.daemon.wait_for_status(lambda status: status["in_delivery"] == 0, 60)
         return Taken(count / (ended - began))
 
+    def search_s(self) -> float:
+        """The longest search: it looks at all rows and finds none."""
+        began = time.monotonic()
+        answer = self.daemon.ask("GET", "/messages?to=nobody@receiver.example&limit=100")
+        if answer.get("messages") != []:
+            raise rig.BenchError(f"a search found what is not there: {str(answer)[:500]}")
+        return time.monotonic() - began
+
+    @contextlib.contextmanager
+    def searching(self) -> Iterator[None]:
+        """One search after the other, meanwhile."""
+        enough = threading.Event()
+
+        def search() -> None:
+            while not enough.is_set():
+                self.search_s()
+
+        with ThreadPoolExecutor(1) as thread:
+            searches = thread.submit(search)
+            try:
+                yield
+            finally:
+                enough.set()
+            searches.result()
+
+    def post_p99_s(self, count: int) -> float:
+        return measured_posts(self.bench, self.daemon, count, 1).p99_s
+
     def report_rate(self) -> Taken:
         """What the deliveries left to be reported, from run-now to the last entry."""
         waiting = self.daemon.status()["unreported"]
@@ -433,6 +464,7 @@ def million_rows(bench: Bench) -> Iterable[Line]:
             Large(bench, full, sink, receiver, has_backlog=True),
             Large(bench, empty, sink, receiver, has_backlog=False),
         )
+        yield from search_lines(bench, Large(bench, full, sink, receiver, has_backlog=True))
         yield Line(
             "memory, that file, after these runs", f"{full.rss_mib():.0f} MiB", "",
             f"{empty.rss_mib():.0f} MiB empty file", goal="45 MiB",
@@ -463,6 +495,23 @@ def large_lines(bench: Bench, full: Large, empty: Large) -> Iterable[Line]:
             bare = [taken.figure for taken in results[f"{name} empty"]]
             line = compared(f"{title}, that file", unit or "/s", results[f"{name} full"], bare, loop, goal="ratio 0.9")
             yield line._replace(ceiling=f"{line.ceiling} empty file")
+
+
+def search_lines(bench: Bench, large: Large) -> Iterable[Line]:
+    def p99_beside_searches() -> Taken:
+        with large.searching():
+            return Taken(large.post_p99_s(count))
+
+    count = bench.of(2000)
+    searches = Spread.of(large.search_s() for _ in range(5))
+    what = "search for a recipient, first page, nobody found, that file"
+    yield Line(what, f"{rig.rounded(searches.median)} s", searches.shown(), goal="1 s")
+    results, loop = rig.interleaved(
+        bench.rounds, {"ours": p99_beside_searches, "bare": lambda: large.post_p99_s(count)}
+    )
+    what = "p99 of posts, 1 connection, beside such searches"
+    line = compared(what, " s", results["ours"], results["bare"], loop, goal="ratio 1.5")
+    yield line._replace(ceiling=f"{line.ceiling} without")
 
 
 # -- memory, the event loop, start
