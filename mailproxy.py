@@ -321,7 +321,9 @@ class Claim(NamedTuple):
     parts: int  # attachments and raw content to put in
     size_bytes: int  # of payload and contents together
     payload: str | None  # JSON as stored; None when it is large and still to be read
+    addressees: int = 1  # recipients of its envelope that are not settled
     served: bool = False  # a transaction of this very turn has reached a server
+    slots: int | None = None  # recipients its account's limits let it have now; None: they count it as one message
 
 
 # --- URLs ---------------------------------------------------------------------
@@ -780,6 +782,7 @@ class Account(NamedTuple):
     limit_per_hour: int | None = row(None, integer(0), "Most messages in any hour.")
     limit_per_day: int | None = row(None, integer(0), "Most messages in any day.")
     limit_behavior: str = row("defer", word("defer", "error", reject="error"), "What becomes of mail above a limit.")
+    limit_counts: str = row("messages", word("messages", "recipients"), "What the limits count.")
     account_replies: tuple[AccountReply, ...] = row(
         (), REPLIES, "Replies that are about the account: all its mail waits, whatever the code."
     )
@@ -2260,6 +2263,13 @@ def settle(
     return settled._replace(verdict=verdict)
 
 
+def slots_used(claim: Claim, attempt: Attempt, disposition: Disposition) -> int:
+    """What an attempt has used of the slots of a claim whose account's limits count recipients."""
+    if not attempt.replies and disposition.slot_used:  # nobody knows
+        return claim.slots or 0
+    return sum(reply.accepted or reply.in_doubt for reply in attempt.replies.values())
+
+
 def untouched(claim: Claim) -> Disposition:
     """Nothing has become of the message: it is as ready as before."""
     return Disposition(Status.QUEUED, LaneSignal.NONE, counted=False, slot_used=False, recipients=claim.recipients)
@@ -2382,9 +2392,9 @@ class _Window:
             self._counted -= self._buckets.popleft()[1]
         return self._counted
 
-    def opens_at(self, now: float, held: int, limit: int) -> float:
-        """When fewer than `limit` are left of those counted and held."""
-        too_many = self.counted(now) + held - limit + 1
+    def opens_at(self, now: float, held: int, limit: int, n: int) -> float:
+        """When there is room for n more beside those counted and held."""
+        too_many = self.counted(now) + held - limit + n
         if too_many <= 0:
             return now
         for end, n in self._buckets:
@@ -2398,7 +2408,7 @@ class _Window:
 
 
 class SendWindows:
-    """How many messages one account may still send, and when the next may go.
+    """How many messages (or recipients: whatever is counted) one account may still send, and when the next may go.
 
     A message is held before its transaction and afterwards either counted or given back;
     held ones take room, so that no number of connections exceeds a limit. `counted` is what
@@ -2423,9 +2433,9 @@ class SendWindows:
         """The number of messages that may start now."""
         return min(self.left(now).values(), default=sys.maxsize)
 
-    def opens_at(self, now: float) -> float:
-        """The earliest moment with room, as far as is known: held messages as if sent now."""
-        moments = (self._windows[name].opens_at(now, self.held, limit) for name, limit in self.limits.items())
+    def opens_at(self, now: float, n: int = 1) -> float:
+        """The earliest moment with room for n, as far as is known: held messages as if sent now."""
+        moments = (self._windows[name].opens_at(now, self.held, limit, n) for name, limit in self.limits.items())
         return max(moments, default=now)
 
     def give_back(self, n: int = 1) -> None:
@@ -3405,7 +3415,7 @@ STATUS_OF_ROW = (
 )
 CLAIM_COLUMNS = (
     "seq, id, account_id, priority, message_id, created_at, ready_at, attempts, expires_ts, recipients, parts, "
-    "size_bytes, CASE WHEN size_bytes <= :small THEN payload END"
+    "size_bytes, CASE WHEN size_bytes <= :small THEN payload END, addressees"
 )
 RECORD_COLUMNS = (
     f"seq, id, account_id, priority, {STATUS_OF_ROW} AS status, created_at, updated_at, deferred_ts, sent_ts, "
@@ -3495,7 +3505,7 @@ class Outcome(NamedTuple):
     claim: Claim
     attempt: Attempt
     disposition: Disposition
-    sent: bool  # it counts as sent for the rate limits
+    sent: int  # slots of the rate limits that it has used
 
 
 class Order(NamedTuple):
@@ -3700,7 +3710,10 @@ class Queue:
             "?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [_timeline_entry(outcome) for outcome in outcomes if outcome.attempt.replies],  # else nothing was tried
         )
-        for account_id, n in collections.Counter(one.claim.account_id for one in outcomes if one.sent).items():
+        sends = collections.Counter[str]()
+        for one in outcomes:
+            sends[one.claim.account_id] += one.sent
+        for account_id, n in (+sends).items():
             db.execute(
                 "INSERT INTO sends VALUES (:account, :until / 60, :until, :n) ON CONFLICT (account_id, minute) "
                 "DO UPDATE SET until_ts = excluded.until_ts, n = sends.n + excluded.n",
@@ -4131,10 +4144,13 @@ def _claim_of(row: Sequence[Any]) -> Claim:
     """A claim of a row; a damaged one has no payload, and so fails by itself when it is composed: what was sent,
     and to whom, must not be guessed."""
     recipients = _recipients_of(row[9])
-    numbers = (*row[3:4], *row[5:8], row[8] or 0, *row[10:12])
+    numbers = (*row[3:4], *row[5:8], row[8] or 0, *row[10:12], row[13])
     if (recipients is None) != (row[9] is None) or not all(isinstance(number, int | float) for number in numbers):
         return Claim(row[0], row[1], row[2], 0, "", 0, 0.0, 0, None, None, 0, 0, "")
-    return Claim._make((*row[:9], recipients, *row[10:], False))
+    left = row[13]
+    if recipients:  # at least one is left, whatever an earlier program counted
+        left = max(1, left - sum(outcome.status is not Status.DEFERRED for outcome in recipients.values()))
+    return Claim._make((*row[:9], recipients, *row[10:13], left, False, None))
 
 
 def _recipients_of(column: str | None) -> Outcomes | None:
@@ -7176,11 +7192,7 @@ class Dispatcher(Loop):
             if lane.aside and not claims:
                 lane.has_mail = lane.aside_too = bool(order.passed_over)
                 self._mark(lane)
-            over_limit = len(claims) > lane.windows.room(self.clock.monotonic())
-            if over_limit:
-                self._hold_back(lane, claims)
-            lane.windows.held += len(claims)
-            for claim in () if over_limit else claims:
+            for claim in self._fitting(lane, claims):
                 if claim.payload is not None and not claim.parts and claim.size_bytes <= COMPOSED_INLINE_BYTES:
                     lane.ready.append((claim, None))
                 else:
@@ -7189,13 +7201,35 @@ class Dispatcher(Loop):
                     self._mark(lane)  # it takes no connection yet: another may come
             self._start_work(lane)
 
-    def _hold_back(self, lane: Lane, claims: Sequence[Claim]) -> None:
-        """The rate limit is reached: these messages wait until the window opens, or fail."""
+    def _fitting(self, lane: Lane, claims: list[Claim]) -> list[Claim]:
+        """Those of the claims that the limits of the account have room for, held from now on. When the first of them
+        does not fit, and nothing on the wire may yet give its slots back, all are held back; else the rest returns."""
+        windows, account, needed = lane.windows, lane.account, [1] * len(claims)
+        if account.limit_counts == "recipients":  # a message to more than may ever go at once goes in parts, or fails
+            most = min(account.limits.values(), default=sys.maxsize)
+            most = most if account.limit_behavior == "defer" else sys.maxsize
+            claims = [claim._replace(slots=min(claim.addressees, most)) for claim in claims]
+            needed = [claim.slots or 1 for claim in claims]
+        room, waits = windows.room(self.clock.monotonic()), windows.held > 0
+        fitting = sum(together <= room for together in itertools.accumulate(needed))
+        if claims and not (fitting or waits):
+            self._hold_back(lane, claims, needed[0])
+            windows.held += sum(needed)
+            return []
+        windows.held += sum(needed[:fitting])
+        if claims[fitting:]:
+            self.queue.release(claims[fitting:])
+            lane.has_mail = True
+        return claims[:fitting]
+
+    def _hold_back(self, lane: Lane, claims: Sequence[Claim], needed: int) -> None:
+        """The rate limit leaves less than is needed: these messages wait until the window opens, or fail."""
         account_id, now, wall = lane.account.id, self.clock.monotonic(), self.clock.wall()
         left = lane.windows.left(now)
-        reached = [f"{lane.account.limits[name]} per {name}" for name in left if left[name] == min(left.values())]
+        what = "" if claims[0].slots is None else " recipients"
+        reached = [f"{lane.account.limits[name]}{what} per {name}" for name in left if left[name] < needed]
         why = "rate limit reached: " + ", ".join(reached)
-        opens_at, fails = lane.windows.opens_at(now), lane.account.limit_behavior == "error"
+        opens_at, fails = lane.windows.opens_at(now, needed), lane.account.limit_behavior == "error"
         if not fails and lane.state not in RESTING:
             lane.become(LaneState.LIMITED, opens_at)
         self.metrics.rate_limited.labels(account_id).inc(len(claims))
@@ -7309,7 +7343,7 @@ class Dispatcher(Loop):
             now = self.clock.wall()
             await self._conclude(lane, claim, Attempt(now, now, {}), untouched(claim))
             return
-        lane.windows.give_back()
+        lane.windows.give_back(1 if claim.slots is None else claim.slots)
         self.queue.release([claim])  # at once: the account may be deleted during any wait
         lane.has_mail = True
         self._mark(lane)
@@ -7361,7 +7395,7 @@ class Dispatcher(Loop):
     async def _transact(self, lane: Lane, claim: Claim, composed: Composed, turn: Turn) -> Claim | None:
         """One transaction; the claim as it goes on at once with the recipients that are left, None: it is over."""
         generation, started_at = lane.generation, self.clock.wall()
-        if claim.expires_ts is not None and claim.expires_ts <= started_at:
+        if claim.slots == 0 or (claim.expires_ts is not None and claim.expires_ts <= started_at):
             await self._release(lane, claim)
             return None
         before = claim.recipients or {}
@@ -7383,7 +7417,7 @@ class Dispatcher(Loop):
             elif session is not None:
                 name, reused = session.name, session.transactions > 0
                 served = turn.served(left, lane.account, session.offers) if len(left) > 1 else tuple(left)
-                envelope = Envelope(composed.envelope.sender, served)
+                envelope = Envelope(composed.envelope.sender, served[: claim.slots])
                 replies = await self._converse(lane, session, envelope, composed, turn)
             if not replies:  # it has not had its turn, or is to have it by DATA
                 await self._release(lane, claim)
@@ -7504,9 +7538,15 @@ class Dispatcher(Loop):
         if disposition.status is not Status.QUEUED or self._stopping or lane.deleted or lane.state is LaneState.COOLING:
             await self._conclude(lane, claim, attempt, disposition)
             return None
-        await self._record(Outcome(claim, attempt, disposition, sent=False))
+        used, slots = 0, claim.slots
+        if slots is not None:
+            used = slots_used(claim, attempt, disposition)
+            slots -= used
+            if used:
+                lane.windows.count(self.clock.monotonic(), used)
+        await self._record(Outcome(claim, attempt, disposition, sent=used))
         served = claim.served or disposition.slot_used
-        return claim._replace(recipients=disposition.recipients, served=served)
+        return claim._replace(recipients=disposition.recipients, served=served, slots=slots)
 
     def _judge(
         self, lane: Lane, claim: Claim, attempt: Attempt, generation: int, untried: Sequence[str]
@@ -7564,13 +7604,15 @@ class Dispatcher(Loop):
             disposition = given_up(disposition, "account deleted")
         elif disposition.status is Status.DEFERRED and disposition.deferred_ts is None:
             disposition = disposition._replace(deferred_ts=lane.next_try_ts())
-        used = claim.served or disposition.slot_used
+        used, slots = int(claim.served or disposition.slot_used), 1
+        if claim.slots is not None:
+            used, slots = slots_used(claim, attempt, disposition), claim.slots
         await self._record(Outcome(claim, attempt, disposition, sent=used))
         self._tell(claim, attempt, disposition)
         if used:
-            lane.windows.count(self.clock.monotonic())
-        else:
-            lane.windows.give_back()
+            lane.windows.count(self.clock.monotonic(), used)
+        if used < slots:
+            lane.windows.give_back(slots - used)
             self._mark(lane)
         if disposition.status is Status.QUEUED:
             self.queue.release([claim])

@@ -2084,18 +2084,26 @@ def test_json_and_config_ini_say_the_same_account() -> None:
         user="u", password="p", use_tls=True, verify_tls=False, ttl=10, timeout=2.5, limit_per_hour=100,
         retry_delays=[60, 300], max_connections=3, auth="xoauth2", max_retries=4, limit_per_day=None,
         account_replies=["550 daily limit", 554, "451 4.7.1"], limit_behavior="error", hostname="[192.0.2.1]",
+        implicit_tls=True, start_tls="required", ca_file="/ca", client_cert="/c", client_key="/k", limit_per_minute=7,
+        max_messages_per_connection=9, max_recipients=2, in_doubt="error", limit_counts="recipients", batch_size=8,
+        max_age_seconds=99,
         oauth2={"token_url": "https://x.org/t", "client_id": "c", "client_secret": "s", "scope": "mail"},
     )  # fmt: skip
     from_ini = parsed_account(
         port="587", user="u", password="p", use_tls="yes", verify_tls="False", ttl="10", timeout="2.5",
         limit_per_hour="100", retry_delays="60, 300", max_connections="3", auth="XOAUTH2", max_retries="4",
         account_replies="550 daily limit, 554\n451 4.7.1", limit_behavior="Reject", hostname="192.0.2.1",
+        implicit_tls="on", start_tls="Required", ca_file="/ca", client_cert="/c", client_key="/k", limit_per_minute="7",
+        max_messages_per_connection="9", max_recipients="2", in_doubt="Error", limit_counts="Recipients",
+        batch_size="8", max_age_seconds="99",
         limit_per_day="", oauth2_token_url="https://x.org/t", oauth2_client_id="c", oauth2_client_secret="s",
         oauth2_scope="mail",
     )  # fmt: skip
 
     assert from_json == from_ini
-    assert from_json.limits == {"hour": 100}
+    alike = [name for name, value in parsed_account()._asdict().items() if getattr(from_json, name) == value]
+    assert alike == ["id", "host", "port", "oauth2_refresh_token", "limit_per_day", "source"]  # all others were told
+    assert from_json.limits == {"minute": 7, "hour": 100}
     assert from_json.retry_delays == (60, 300)
     assert from_json.account_replies == ((550, None, "daily limit"), (554, None, ""), (451, "4.7.1", ""))
     assert mailproxy.account_fields(from_json)["account_replies"] == ["550 daily limit", "554", "451 4.7.1"]
@@ -2146,7 +2154,7 @@ INVALID_ACCOUNT_FIELDS: dict[str, list[Any]] = {
         {"token_url": "https://x", "client_id": "c", "refresh_token": "r", "client_secret": False},
     ],
     "ttl": [0], "timeout": [-1, "1e9", float("inf")], "max_connections": [0], "limit_per_minute": [-1],
-    "limit_per_day": [1.5], "limit_behavior": ["drop"], "in_doubt": ["x"], "retry_delays": [[], "60, x", [-1], 60],
+    "limit_per_day": [1.5], "limit_behavior": ["drop"], "limit_counts": ["bytes", 1, [], True], "in_doubt": ["x"], "retry_delays": [[], "60, x", [-1], 60],
     "batch_size": [0], "max_age_seconds": [0], "max_recipients": [0], "max_retries": [-1], "client_key": ["/k"],
     "hostname": ["a b", "a_b", "-a.example", "a..b", "[a]", "a" * 64, 5],
     "account_replies": [550, ["550", "daily"], "250", "600 x", "5500", "550 5.7", "550 4.7.1", "550 5.7.x", "550 1", [None]],
@@ -2553,6 +2561,17 @@ def test_a_window_opens_when_its_oldest_bucket_has_left_it(limits, sent, held, o
     assert windows.room(opens_at - 0.001) == 0
     if sent:
         assert windows.room(opens_at) > 0
+
+
+def test_a_window_has_room_for_several_when_so_many_have_left_it():
+    windows = mailproxy.SendWindows({"minute": 5, "hour": 6})
+    windows.held += 5
+    for moment, n in ((1000.0, 2), (1010.0, 1), (1020.0, 1)):
+        windows.count(moment, n)
+
+    assert [windows.opens_at(1030.0, n) for n in (1, 2, 3)] == [1060, 4620, 4620]  # one is still held
+    windows.limits = {"minute": 5}
+    assert [windows.opens_at(1030.0, n) for n in (1, 2, 3, 4, 5)] == [1060, 1060, 1070, 1080, 1090]
 
 
 def test_a_clock_that_goes_back_a_little_loses_no_message():
@@ -8611,6 +8630,79 @@ def test_slots_come_back_when_nothing_was_sent_and_a_limit_may_fail_what_comes_u
         states = {"error": 8, "deferred": 9, "sent": 3}
         wait_until(lambda: counted("account_id=default", "status") == states, "each in its place")
         assert (state_of(daemon), len(smtp.received)) == ("limited", 5)
+
+
+COUNTS_RECIPIENTS = {"limit_counts": "recipients", "max_connections": 8}
+
+
+def accepted_by(server: SmtpServer) -> int:
+    return sum(len(received.recipients) for received in list(server.received))
+
+
+def counted_sends(daemon: Daemon) -> int:
+    with daemon.db() as db:
+        return int(db.execute("SELECT coalesce(sum(n), 0) FROM sends WHERE account_id = 'main'").fetchone()[0])
+
+
+def test_a_limit_that_counts_recipients_is_exact_over_connections_and_restarts(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    to = ("slow10ms.a@example.com", "slow10ms.b@example.com")
+    with SleepyDaemon(tmp_path) as daemon:
+        ask(daemon, "/account", account_at("main", smtp, limit_per_minute=11, **COUNTS_RECIPIENTS))
+        daemon.submit(*[letter(f"m-{n}", *to, account_id="main") for n in range(20)])
+
+        limited = wait_until(
+            lambda: next(iter(daemon.get("/messages?status=deferred").json["messages"]), None), "the limit"
+        )
+        wait_still(daemon)
+        assert (accepted_by(smtp), counted_sends(daemon)) == (10, 10)  # one more has no room for both
+        assert (limited["error"], limited["attempts"]) == ("rate limit reached: 11 recipients per minute", 0)
+        assert daemon.status()["accounts"]["main"]["limits_left"] == {"minute": 1}
+        daemon.restart()
+        daemon.submit(letter("one", account_id="main", priority=0), letter("two", *to, account_id="main"))
+        ask(daemon, "/account", account_at("main", smtp, limit_per_minute=11, **COUNTS_RECIPIENTS))
+        wait_until(lambda: state_of(daemon, "main") == "limited", "the limit")
+        wait_still(daemon)
+        assert (accepted_by(smtp), counted_sends(daemon), subjects(smtp)[-1]) == (11, 11, "one")
+
+        daemon.kill()
+        daemon.start()
+        ask(daemon, "/account", account_at("main", smtp, limit_per_minute=13))  # messages: those to two as well
+        wait_until(lambda: state_of(daemon, "main") == "limited", "the limit")
+        assert (accepted_by(smtp), counted_sends(daemon)) == (15, 13)
+
+
+def test_the_slots_of_refused_recipients_come_back_and_a_message_beyond_the_whole_limit_goes_in_parts(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    everybody = [f"ok.{n}@example.com" for n in range(7)]
+    with SleepyDaemon(tmp_path) as daemon:
+        limited = account_at("main", smtp, limit_per_day=6, **COUNTS_RECIPIENTS)
+        ask(daemon, "/account", limited)
+        ask(daemon, "/account", {**limited, "id": "strict", "limit_behavior": "reject"})
+        refused = ("ok@example.com", "perm@example.com", "550@example.com")
+        daemon.submit(*[letter(f"m-{n}", *refused, account_id="main") for n in range(8)])
+        wait_until(lambda: state_of(daemon, "main") == "limited", "the limit")
+        wait_still(daemon)
+        assert (accepted_by(smtp), daemon.status()["accounts"]["main"]["limits_left"]) == (4, {"day": 2})
+
+        daemon.submit(letter("many", *everybody, account_id="main", priority=0))
+        daemon.submit(letter("too-many", *everybody, account_id="strict"))
+        daemon.submit(letter("some", *refused, *everybody[:3], account_id="strict"))
+        assert daemon.wait_status("too-many", "error")["error"] == "rate limit reached: 6 recipients per day"
+        assert daemon.wait_status("some", "sent")["error"].startswith("2 of 6 recipients refused")
+        assert daemon.status()["accounts"]["strict"]["limits_left"] == {"day": 2}
+        for parts in (6, 7):
+            daemon.stop()
+            with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
+                db.execute("DELETE FROM sends")  # a day passes
+            daemon.start()
+            ask(daemon, "/account", limited)
+            wait_until(lambda: sum(smtp.visits[one] for one in everybody) == 3 + parts, "the next part")  # noqa: B023
+        assert daemon.wait_status("many", "sent")["error"] is None
+        parts_of_many = [received for received in smtp.received if received.message["Subject"] == "many"]
+        assert [len(received.recipients) for received in parts_of_many] == [6, 1]
 
 
 def test_when_the_window_opens_those_that_waited_go_first(tmp_path: Path, smtp: SmtpServer) -> None:
