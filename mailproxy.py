@@ -4709,7 +4709,7 @@ def is_gzip_file(attachment: Attachment, headers: Mapping[str, str]) -> bool:
     location = attachment.s3.key if attachment.s3 else attachment.location.partition("?")[0]
     name = attachment.filename or disposition_filename(headers.get("content-disposition", "")) or location
     types = media_type(attachment.content_type), media_type(headers.get("content-type")), guessed_type(name)
-    return any(type_ in ("application/gzip", "application/x-gzip", "application/x-tgz") for type_ in types)
+    return any(word in type_ for type_ in types for word in ("gzip", "tgz", "compressed-tar"))
 
 
 def complete(attachment: Attachment, content: bytes, filename: str, told: str) -> Attachment:
@@ -4909,7 +4909,13 @@ class AttachmentFetcher:
 
     async def fetch(self, attachment: Attachment) -> Fetched | Reply:
         """One attachment that is elsewhere, or why it cannot be fetched. Who asks while a fetch is under way joins it."""
-        key = (attachment.source, attachment.location, attachment.s3, attachment.content_md5)
+        key = (
+            attachment.source,
+            attachment.location,
+            attachment.s3,
+            attachment.content_md5,
+            is_gzip_file(attachment, {}),
+        )
         task, until = self._fetches.pop(key, (None, 0.0))
         outcome = "fetched"
         if task is not None and until > self.monotonic():
@@ -5052,7 +5058,10 @@ class AttachmentFetcher:
             return failed_fetch(refusal, 451, retry_after_s(headers.get("retry-after", ""), self.now()))
         if answer.status not in (200, 203):
             return failed_fetch(refusal, 550 if answer.status in (404, 410) else 554)
-        if attachment.content_md5 and (mismatch := md5_refusal(attachment, file, answer.encoded_md5)):
+        other_md5 = answer.encoded_md5
+        if attachment.content_md5 and "gzip" in headers.get("content-encoding", "").lower() and not other_md5:
+            other_md5 = undone_md5(file, self.settings.max_attachment_bytes)
+        if attachment.content_md5 and (mismatch := md5_refusal(attachment, file, other_md5)):
             return mismatch
         if "content-disposition" in headers:
             name = disposition_filename(headers["content-disposition"]) or name
@@ -5066,12 +5075,23 @@ class AttachmentFetcher:
         return Fetched(file, size_bytes, name, content_type, keep_s)
 
 
-def md5_refusal(attachment: Attachment, file: BinaryIO, encoded_md5: str = "") -> Reply | None:
+def undone_md5(file: BinaryIO, max_bytes: int) -> str:
+    """The MD5 of what a file is once its gzip is undone, "" when that is too large or cannot be. Blocks."""
+    file.seek(0)
+    digest, pieces = hashlib.md5(usedforsecurity=False), iter(lambda: file.read(BODY_PIECE_BYTES), b"")
+    with contextlib.suppress(zlib.error, http.client.IncompleteRead, TooLarge):
+        into = types.SimpleNamespace(write=digest.update)
+        write_within(max_bytes, _inflated(pieces, lambda piece: None), cast(BinaryIO, into), file)
+        return digest.hexdigest()
+    return ""
+
+
+def md5_refusal(attachment: Attachment, file: BinaryIO, other_md5: str = "") -> Reply | None:
     """Why the content is not the one that was announced, before or after its content encoding was undone. Blocks."""
     file.seek(0)
     digest = hashlib.file_digest(cast(io.BytesIO, file), lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     announced = attachment.content_md5 or ""
-    if announced.lower() in (digest, encoded_md5):
+    if announced.lower() in (digest, other_md5):
         return None
     return failed_fetch(f"its MD5 is {digest}, not {announced} as announced", 554)
 

@@ -554,6 +554,7 @@ class Answer:
     body: Any = field(default_factory=lambda: {"ok": True})  # JSON; bytes go out as they are
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0  # seconds before it
+    before: bytes = b""  # informational answers
     close: bool = False  # hangs up instead
 
     @property
@@ -646,6 +647,7 @@ class _ReportRequest(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):
             if answer.close:
                 return self.connection.shutdown(socket.SHUT_RDWR)
+            self.wfile.write(answer.before)
             self.send_response(answer.status)
             for name, value in {"Content-Type": "application/json", **answer.headers}.items():
                 self.send_header(name, value)
@@ -4859,6 +4861,9 @@ def test_a_forbidden_address_and_a_wrong_scheme_fail():
     assert_failed(fetched(from_url("ftp://h/x")), transient=False, saying="not a valid http or https URL")
 
 
+GZIP_TYPES = ("x-gzip", "gzip", "GZIP; x=y", "x-tgz", "x-compressed-tar", "gzip-compressed", "tar+gzip")
+
+
 @pytest.mark.parametrize(
     ("path", "filename", "headers", "is_undone"),
     [
@@ -4868,7 +4873,7 @@ def test_a_forbidden_address_and_a_wrong_scheme_fail():
         ("/report.csv.gz?x=1", "report.csv", [], True),
         ("/download?id=7", "backup.tar.gz", [], False),
         ("/download?id=7", "backup.TGZ", ["Content-Type: application/x-tar"], False),
-        ("/download", "", ["Content-Type: application/x-gzip"], False),
+        *(("/download", "", [f"Content-Type: application/{type_}"], False) for type_ in GZIP_TYPES),
         ("/download", "", ['Content-Disposition: attachment; filename="a.txt.gz"'], False),
     ],
 )
@@ -4879,9 +4884,31 @@ def test_gzip_is_undone_but_not_of_a_file_that_is_itself_one(path, filename, hea
 
     parts = [fetched_from(answer, path, filename, {"content_md5": md5}) for md5 in (None, *forms)]
 
-    plain, with_md5_of_decoded, with_md5_of_encoded = parts
-    assert plain.content == with_md5_of_encoded.content == (b"hello" if is_undone else content)
-    assert isinstance(with_md5_of_decoded, Reply) is not is_undone
+    assert [part.content for part in parts] == [b"hello" if is_undone else content] * 3
+    assert_failed(fetched_from(answer, path, filename, {"content_md5": "0" * 32}), transient=False, saying="its MD5 is")
+
+
+@pytest.mark.parametrize("broken", [b"no gzip", gzip.compress(b"hello")[:-9], gzip.compress(bytes(2000))])
+def test_the_md5_of_a_gzip_file_that_cannot_be_undone_or_is_too_large_then_is_that_of_its_bytes(broken):
+    answer, limits = answered(broken, ["Content-Encoding: gzip"]), {"max_attachment_bytes": 1000}
+    right = fetched_from(answer, "/a.gz", "", {"content_md5": hashlib.md5(broken).hexdigest()}, **limits)
+    wrong = fetched_from(answer, "/a.gz", "", {"content_md5": hashlib.md5(bytes(2000)).hexdigest()}, **limits)
+
+    assert right.content == broken
+    assert_failed(wrong, transient=False, saying="its MD5 is")
+
+
+def test_in_a_burst_the_same_url_is_a_gzip_file_to_one_message_and_a_text_to_another():
+    content = gzip.compress(b"hello", mtime=0)
+    with scripted(answered(content, ["Content-Encoding: gzip"])) as server:
+        fetcher = a_fetcher()
+
+        async def burst():
+            names = ("a.csv", "a.csv.gz", "b.csv", "b.tgz")
+            return [(await part_of(fetcher, from_url(server.url(), name))).content for name in names]
+
+        assert asyncio.run(burst()) == [b"hello", content] * 2
+        assert server.connections == 2
 
 
 def test_content_and_what_is_fetched_are_judged_alike():
@@ -10003,8 +10030,9 @@ def test_without_an_acknowledgement_nothing_is_stamped_and_run_now_tries_at_once
 
 def test_whatever_a_2xx_says_it_acknowledges(relay: Relay) -> None:
     remarks = {"error": ["strange is strange"], "not_found": ["strange"], "sent": []}
+    informational = b"".join(b"HTTP/1.1 %d Wait\r\nX: y\r\n\r\n" % status for status in (100, 102, 103, 102, 199))
     for id_, body in (("remarks", remarks), ("megabytes", b"thanks " * 500_000)):
-        relay.reports.answers.append(Answer(status=202, body=body))
+        relay.reports.answers.append(Answer(status=202, body=body, before=informational))
         relay.daemon.submit(mail(id_))
         wait_until(lambda: relay.daemon.message(id_)["reported_ts"], "the stamp")  # noqa: B023
 
