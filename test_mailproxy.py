@@ -4888,7 +4888,7 @@ def test_gzip_is_undone_but_not_of_a_file_that_is_itself_one(path, filename, hea
     assert_failed(fetched_from(answer, path, filename, {"content_md5": "0" * 32}), transient=False, saying="its MD5 is")
 
 
-@pytest.mark.parametrize("broken", [b"no gzip", gzip.compress(b"hello")[:-9], gzip.compress(bytes(2000))])
+@pytest.mark.parametrize("broken", [b"no gzip", gzip.compress(b"hello")[:-9], gzip.compress(bytes(2000))], ids=range(3))
 def test_the_md5_of_a_gzip_file_that_cannot_be_undone_or_is_too_large_then_is_that_of_its_bytes(broken):
     answer, limits = answered(broken, ["Content-Encoding: gzip"]), {"max_attachment_bytes": 1000}
     right = fetched_from(answer, "/a.gz", "", {"content_md5": hashlib.md5(broken).hexdigest()}, **limits)
