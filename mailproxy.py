@@ -1410,8 +1410,8 @@ RAW_CONTENT = -1  # where a raw message stands among the contents; attachments c
 
 LONGEST_ADDRESS = 254  # octets, RFC 5321 4.5.3.1.3 less the angle brackets
 LONGEST_LOCAL_PART = 64  # octets, RFC 5321 4.5.3.1.1
-LONGEST_DOMAIN = 255  # octets, RFC 5321 4.5.3.1.2
 LONGEST_SUBJECT = 10_000  # characters: of a longer one encoded words are not decoded
+LATEST_TIME = 9_999_999_999  # Unix seconds: the year 2286; what is above it was meant in milliseconds
 LONGEST_MESSAGE_ID = 900  # octets: a header line has 998 at most (RFC 5322 2.1.1)
 
 # --- text and numbers -----------------------------------------------------
@@ -1443,10 +1443,10 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
-def _timestamp(value: object, field: str) -> int:
-    if type(value) is int and 0 <= value <= LARGEST_INTEGER:
+def _timestamp(value: object, field: str, now: float | None) -> int:
+    if type(value) is int and 0 <= value <= (LARGEST_INTEGER if now is None else LATEST_TIME):
         return value
-    raise Rejected(f"invalid {field}: must be a time in whole Unix seconds")
+    raise Rejected(f"invalid {field}: must be a time in whole Unix seconds, not milliseconds")
 
 
 # --- addresses ------------------------------------------------------------
@@ -1458,8 +1458,7 @@ _PLAIN_ADDRESS = re.compile(_PLAIN)
 _USUAL_MAILBOX = re.compile(rf"(?:([\w .'&\-]*+)<)?({_PLAIN})(?(1)>)")  # spares most the general way
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 _QUOTED = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
-_UTF8_ATEXT = r'[^\x00- "(),.:;<>@\[\\\]\x7f]'  # RFC 6532 3.2
-_DOT_ATOM = re.compile(rf"{_UTF8_ATEXT}+(?:\.{_UTF8_ATEXT}+)*")
+_DOTTED = re.compile(r'\.*[^\x00- "(),.:;<>@\[\\\]\x7f][^\x00- "(),:;<>@\[\\\]\x7f]*')  # RFC 6532 3.2, or nearly
 _QUOTED_STRING = re.compile(_QUOTED)
 _QUOTED_PAIR = re.compile(r"\\(.)")
 _MAILBOX = re.compile(
@@ -1518,19 +1517,18 @@ def _decoded(text: str, field: str, *, longest: int = 500) -> str:
 
 
 def parse_addr_spec(text: str, field: str) -> str:
-    """A bare address, its domain in A-labels; the local part may be UTF-8 (RFC 6531)."""
+    """A bare address, its domain in A-labels; the local part may be UTF-8 (RFC 6531), or for `addr_spec`."""
     address = text.strip()
     if _PLAIN_ADDRESS.fullmatch(address) and len(address) <= LONGEST_ADDRESS:
         return address
     local_part, at, domain = address.rpartition("@")
-    shape = _QUOTED_STRING if local_part.startswith('"') else _DOT_ATOM
+    shape = _QUOTED_STRING if local_part.startswith('"') else _DOTTED
     if not at or not shape.fullmatch(local_part) or not local_part.isprintable():
         raise Rejected(f"invalid {field}: {_shown(address)} is not an address")
-    if len(local_part.encode()) > LONGEST_LOCAL_PART:
+    if len(addr_spec(local_part + at).encode()) > LONGEST_LOCAL_PART + 1:
         raise Rejected(f"invalid {field}: the part before the @ has more than {LONGEST_LOCAL_PART} octets")
-    if len(domain) > LONGEST_DOMAIN:
-        raise Rejected(f"invalid {field}: a domain has at most {LONGEST_DOMAIN} octets")
     try:
+        fit(domain, len(domain) <= LONGEST_ADDRESS)  # what is longer takes long to encode
         if not domain.startswith("["):
             domain = fit(labels := a_labels(domain), _DOMAIN.fullmatch(labels))  # RFC 5890
         else:
@@ -1544,6 +1542,14 @@ def parse_addr_spec(text: str, field: str) -> str:
     address = f"{local_part}@{domain}"
     if len(address.encode()) > LONGEST_ADDRESS:
         raise Rejected(f"invalid {field}: an address has at most {LONGEST_ADDRESS} octets")
+    return address
+
+
+def addr_spec(address: str) -> str:
+    """An address as mail has it: `a..b@`, `a.@` and `.a@`, which some providers gave out, in quotes (RFC 5321 4.1.2)."""
+    if (".." in address or ".@" in address or address.startswith(".")) and not address.startswith('"'):
+        local_part, _, domain = address.rpartition("@")
+        return f'"{local_part}"@{domain}'
     return address
 
 
@@ -1626,18 +1632,14 @@ def decode_base64(text: str) -> bytes:
     return decoded.getvalue()
 
 
-def _decoded_content(value: object, field: str) -> bytes:
-    try:
-        if isinstance(value, str):
-            return decode_base64(value)
-    except ValueError:
-        pass
+def _decoded_content(value: Any, field: str) -> bytes:
+    with contextlib.suppress(ValueError):
+        return decode_base64(fit(value, isinstance(value, str)))
     raise Rejected(f"invalid {field}: is not base64")
 
 
-_END_OF_HEADER = re.compile(rb"(?>\r{0,2}\n|\r){2}")
+_NOT_FOLDED = re.compile(rb"\r\n(?![ \t])")
 HEADER_FIELD = re.compile(rb"[!-9;-~]+[ \t]*:")
-_SUBJECT = re.compile(rb"(?i)(?:\A|[\r\n])subject[ \t]*:((?:[^\r\n]|(?:\r{0,2}\n|\r)[ \t])*+)")
 
 
 def with_crlf(text: bytes) -> bytes:
@@ -1651,15 +1653,8 @@ def with_crlf(text: bytes) -> bytes:
 
 def split_raw(raw: bytes) -> tuple[list[bytes], bytes]:
     """The header fields of a complete message, folded as they are, and its body."""
-    end = _END_OF_HEADER.search(raw)
-    header, body = (raw[: end.start()], raw[end.end() :]) if end else (raw, b"")
-    fields: list[bytes] = []
-    for line in with_crlf(header).removesuffix(b"\r\n").split(b"\r\n"):
-        if fields and line[:1] in (b" ", b"\t"):
-            fields[-1] += b"\r\n" + line
-        else:
-            fields.append(line)
-    return fields, body
+    header, _, body = with_crlf(raw).partition(b"\r\n\r\n")
+    return _NOT_FOLDED.split(header.removesuffix(b"\r\n")), body
 
 
 def field_name(field: bytes) -> bytes:
@@ -1669,9 +1664,8 @@ def field_name(field: bytes) -> bytes:
 
 def subject_of_raw(raw: bytes) -> str:
     """The subject of a complete message as its reader sees it, on one line; "" when there is none."""
-    end = _END_OF_HEADER.search(raw)
-    found = _SUBJECT.search(raw, 0, end.start() if end else len(raw))
-    folded = found[1].decode("utf-8", "replace") if found else ""
+    found = next((field for field in split_raw(raw)[0] if field_name(field) == b"subject"), b"")
+    folded = found.partition(b":")[2].decode("utf-8", "replace")
     text = NOT_FOR_ONE_LINE.sub(" ", re.sub("[\r\n]+", "", folded)).strip()
     try:
         return _decoded(text, "subject", longest=LONGEST_SUBJECT)
@@ -1701,7 +1695,8 @@ def _raw_message(given: object) -> tuple[bytes, str | None]:
 
 _SOURCES = ("content", "url", "s3", "storage_path")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~\-]+"  # RFC 2045 5.1
-CONTENT_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})((?:\s*;\s*{_TOKEN}=(?:{_TOKEN}|{_QUOTED}))*)\s*;?")
+_VALUE = rf'(?:{_TOKEN}|"(?:[ !#-\[\]-~]|\\[ -~])*+")'
+CONTENT_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})((?: *; *{_TOKEN}={_VALUE})*) *;?")  # all of it printable ASCII
 _FETCH_MODES = {
     "endpoint": Source.ENDPOINT, "http_url": Source.URL, "base64": Source.CONTENT, "filesystem": Source.FILESYSTEM,
 }  # fmt: skip
@@ -1727,7 +1722,7 @@ def _attachments(value: object, contents: Mapping[int, bytes] | None) -> tuple[A
         content_md5 = _text(given, "content_md5", field).strip()
         inline, filename = given.get("inline"), _text(given, "filename", field)
         type_found = CONTENT_TYPE.fullmatch(content_type)
-        if content_type and not (type_found and len(content_type) <= 255 and content_type.isascii()):
+        if content_type and not (type_found and len(content_type) <= 255):
             raise Rejected(f"invalid {field}: content_type must be like application/pdf")
         if content_id.startswith("<") and content_id.endswith(">"):
             content_id = content_id[1:-1]
@@ -1738,15 +1733,8 @@ def _attachments(value: object, contents: Mapping[int, bytes] | None) -> tuple[A
         if not (inline is None or isinstance(inline, bool)):
             raise Rejected(f"invalid {field}: inline must be true or false")
         media_type = type_found[1].lower() + type_found[2] if type_found else None
-        described = Attachment(
-            filename,
-            content_type=media_type,
-            content_id=content_id or None,
-            inline=bool(inline),
-            content_md5=content_md5.lower() or None,
-            **source,
-        )
-        found.append(described)
+        source |= {"content_type": media_type, "content_id": content_id or None, "inline": bool(inline)}
+        found.append(Attachment(filename, content_md5=content_md5.lower() or None, **source))
     return tuple(found)
 
 
@@ -1834,7 +1822,7 @@ def parse_message(
     own_id = None if own_id is None else _message_id(own_id, "message_id")
     for known_id in (id_in_content, message_id):  # whoever has the last word comes last
         own_id = own_id if known_id is None else known_id
-    if expires_ts is not None and _timestamp(expires_ts, "expires_ts") <= (-1 if now is None else now):
+    if expires_ts is not None and _timestamp(expires_ts, "expires_ts", now) <= (-1 if now is None else now):
         raise Rejected("invalid expires_ts: lies in the past")
     usual_fields = "raw" not in content and fields.keys() <= MESSAGE_FIELDS.keys()
     return Message(
@@ -1847,7 +1835,7 @@ def parse_message(
         return_path=return_path,
         message_id=f"{new_id()}@{sender.address.rpartition('@')[2]}" if own_id is None else own_id,
         priority=default_priority if priority is None else judged(PRIORITY, priority, "priority"),
-        deferred_ts=None if deferred_ts is None else _timestamp(deferred_ts, "deferred_ts"),
+        deferred_ts=None if deferred_ts is None else _timestamp(deferred_ts, "deferred_ts", now),
         expires_ts=expires_ts,
         batch_code=None if batch_code is None else line_of(batch_code, "batch_code"),
         unknown=() if usual_fields else _unknown_fields(fields, "raw" in content),
@@ -1900,7 +1888,7 @@ def _content_of(fields: Mapping[str, Any], contents: Mapping[int, bytes] | None)
     subject, given, attachments, reply_to = get("subject"), get("headers"), get("attachments"), get("reply_to")
     if subject is None:
         raise Rejected("missing subject")
-    subject = line_of(subject.replace("\t", " ") if isinstance(subject, str) else subject, "subject")
+    subject = line_of(subject if contents is None else subject.replace("\t", " "), "subject")  # once, tabs were taken
     text, html = _bodies_of(fields)
     reply_to = () if reply_to is None else parse_mailboxes(reply_to, "reply_to")
     headers, special = ((), {}) if given is None else _extra_headers(given)
@@ -2481,7 +2469,9 @@ class Entity(NamedTuple):
 
 
 def compose(message: Message, parts: Sequence[Attachment], *, date: float) -> bytes:
-    """The message as it goes onto the wire, with CRLF line ends; `date` (Unix seconds) is its Date."""
+    """The message as it goes onto the wire, with CRLF line ends; its Date is `date` (Unix seconds), or a later time
+    that it was scheduled for."""
+    date = max(date, message.deferred_ts or 0)
     if message.raw is not None:
         return _completed(message, message.raw, date)
     entity = _message_body(message, parts)
@@ -2504,19 +2494,18 @@ def _completed(message: Message, raw: bytes, date: float) -> bytes:
         added.append(time.strftime(f"Date: {DATE_FORMAT}", time.gmtime(date)))
     if b"message-id" not in names and message.message_id:
         added.append(f"Message-ID: <{message.message_id}>")
-    return b"\r\n".join([*kept, *(line.encode() for line in added), b"", with_crlf(body)])
+    return b"\r\n".join([*kept, *(line.encode() for line in added), b"", body])
 
 
-def needs_smtputf8(message: Message) -> bool:
-    """True when an address has a local part that is not ASCII (RFC 6531 3.1)."""
-    mailboxes = (message.sender, *message.to, *message.cc, *message.bcc, *message.reply_to)
-    shown = mailboxes if message.raw is None else (*message.to, *message.cc, *message.bcc)
-    return not (message.return_path.isascii() and all(mailbox.address.isascii() for mailbox in shown))
+def has_utf8_header(content: bytes) -> bool:
+    """True when the header of a composed message is not ASCII, but UTF-8 (RFC 6532)."""
+    header = content[: content.find(b"\r\n\r\n")]
+    return not header.isascii() and "\ufffd" not in header.decode("utf-8", "replace")
 
 
 def redirect(message: Message, address: str) -> Message:
     """The same message to that address only, its recipients told in X-Original-To."""
-    headers = (*message.headers, ("X-Original-To", ", ".join(message.recipients)))
+    headers = (*message.headers, ("X-Original-To", ", ".join(map(addr_spec, message.recipients))))
     return message._replace(to=(Mailbox("", address),), cc=(), bcc=(), headers=headers)
 
 
@@ -2574,6 +2563,7 @@ def _address_header(name: str, mailboxes: Sequence[Mailbox]) -> str:
     for display_name, address in mailboxes:
         if words:
             words[-1] += ","
+        address = addr_spec(address)
         if not display_name:
             words.append(f" {address}")
         elif len(display_name) > 60 or not _SHORT_TEXT.fullmatch(display_name) or "=?" in display_name:
@@ -2587,18 +2577,28 @@ def _address_header(name: str, mailboxes: Sequence[Mailbox]) -> str:
 
 
 def _encoded_words(text: str, *, beside: int) -> Iterator[str]:
-    """The text as encoded words (RFC 2047), none of them ending within a character.
+    """The text as encoded words (RFC 2047), cut at a space where that will do, and never within a character.
 
-    45 octets take 72 characters (75 at most, RFC 2047 2); the first word leaves room for so many beside it.
+    45 octets take 72 characters (75 at most, RFC 2047 2); the first word leaves room for so many beside it. Some
+    readers decode what several words hold as one text: only the last of them may end with the padding of base64.
     """
     octets = text.encode()
-    start, room = 0, max(8, (SHORT_LINE - 2 - len(" =?utf-8?b??=") - beside) // 4 * 3)
+    start, room = 0, max(9, min(45, (SHORT_LINE - 2 - len(" =?utf-8?b??=") - beside) // 4 * 3))
     while start < len(octets):
-        end = min(start + (45 if start else min(room, 45)), len(octets))
-        while end < len(octets) and octets[end] & 0xC0 == 0x80:
-            end -= 1
-        yield f" =?utf-8?b?{binascii.b2a_base64(octets[start:end], newline=False).decode()}?="
-        start = end
+        encoding, end = "b", 0 if len(octets) - start > room else len(octets)
+        for cut in () if end else range(start + room, start, -3):
+            if octets[cut] & 0xC0 != 0x80:
+                end = end or cut
+                if b" " in octets[cut - 1 : cut + 1]:
+                    end = cut
+                    break
+        if end:
+            encoded = binascii.b2a_base64(octets[start:end], newline=False).decode()
+        else:  # all the cuts are in the middle of characters: one character less, and they are not
+            encoding, end = "q", next(at for at in range(start + 1, start + 5) if octets[at] & 0xC0 != 0x80)
+            encoded = "".join(f"={octet:02X}" for octet in octets[start:end])
+        yield f" =?utf-8?{encoding}?{encoded}?="
+        start, room = end, 45
 
 
 def _folded(name: str, words: Sequence[str]) -> str:
@@ -2686,6 +2686,10 @@ def _complete_lines(octets: bytes) -> Iterator[bytes]:
         start = end
 
 
+# b2a_qp counts a blank at the end of a line as one octet, and writes three.
+_BLANK_BEYOND_76 = re.compile(rb"=(?=(?:20|09)\r)(?<=[^\n]{75})")
+
+
 def _quoted_printable(octets: bytes) -> Iterator[bytes]:
     """RFC 2045 6.7; a line that is very long in several steps, each but the last ended by a soft line break."""
     for lines in _complete_lines(octets):
@@ -2694,9 +2698,9 @@ def _quoted_printable(octets: bytes) -> Iterator[bytes]:
             stop = start + TEXT_BLOCK
             if lines[stop - 1 : stop + 1] == b"\r\n":
                 stop -= 1
-            yield binascii.b2a_qp(lines[start:stop] + b"\r\n")[:-2] + b"=\r\n"
+            yield _BLANK_BEYOND_76.sub(b"=\r\n=", binascii.b2a_qp(lines[start:stop] + b"~\r\n"))[:-3] + b"=\r\n"
             start = stop
-        yield binascii.b2a_qp(lines[start:])
+        yield _BLANK_BEYOND_76.sub(b"=\r\n=", binascii.b2a_qp(lines[start:]))
 
 
 def _base64_lines(octets: bytes) -> Iterator[bytes]:
@@ -2710,7 +2714,9 @@ def _base64_lines(octets: bytes) -> Iterator[bytes]:
 # --- attachments ----------------------------------------------------------
 
 _NOT_IN_FILE_NAMES = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]")
-_PLAIN_FILE_NAME = re.compile(r"[ !#-\[\]-~]{1,60}")
+_PLAIN_FILE_NAME = re.compile(rf"(?!.*=\?)[ !#-\[\]-~]{{1,{LONGEST_WORD}}}")
+_PLACE_TO_FOLD, _FOLDED = re.compile(r"(.{20,60}[^ ]) (?=[^ ])"), "\\1\r\n "
+_HAS_NAME = re.compile(r";\s*name\*?(?:0\*?)?=", re.IGNORECASE)
 
 
 def _attached(part: Attachment) -> Entity:
@@ -2723,10 +2729,11 @@ def _attached(part: Attachment) -> Entity:
     elif media_type.startswith(("message/", "multipart/")):
         content_type = "application/octet-stream"
     disposition = "inline" if part.inline else "attachment"
+    file_name, name = _file_name(part.filename)
     header = [
-        f"Content-Type: {content_type}",
+        f"Content-Type: {content_type}{'' if _HAS_NAME.search(content_type) else name}",
         f"Content-Transfer-Encoding: {encoding}",
-        f"Content-Disposition: {disposition};\r\n {_file_name(part.filename)}",
+        f"Content-Disposition: {disposition};\r\n {file_name}",
     ]
     if part.content_id:
         header.append(f"Content-ID: <{part.content_id}>")
@@ -2736,22 +2743,24 @@ def _attached(part: Attachment) -> Entity:
 def _content_type_of(part: Attachment) -> tuple[str, str]:
     """What the client says, else what the source said (which may be anything); and its type/subtype only."""
     content_type = part.content_type or ""
-    if not (CONTENT_TYPE.fullmatch(content_type) and content_type.isprintable() and len(content_type) < 500):
+    if not (CONTENT_TYPE.fullmatch(content_type) and len(content_type) < 500):
         content_type = "application/octet-stream"
     return content_type, content_type.partition(";")[0].strip().lower()
 
 
-def _file_name(name: str) -> str:
-    """The filename parameter, without path separators; in UTF-8 by RFC 2231 where it must be."""
+def _file_name(name: str) -> tuple[str, str]:
+    """The filename parameter, without path separators, by RFC 2231 where it must be; then also a name in encoded words,
+    which is for readers older than that."""
     safe = _NOT_IN_FILE_NAMES.sub("_", name).strip() or "attachment"
     if _PLAIN_FILE_NAME.fullmatch(safe):
-        return f'filename="{safe}"'
+        return f'filename="{safe if len(safe) <= 64 else _PLACE_TO_FOLD.sub(_FOLDED, safe)}"', ""
+    for_old_readers = ';\r\n name="{}"'.format("\r\n".join(_encoded_words(safe, beside=len("name="))).lstrip())
     encoded = urllib.parse.quote(safe, safe="", errors="replace")
     if len(encoded) <= 600:  # in one piece, as all readers know it
-        return f"filename*=utf-8''{encoded}"
+        return f"filename*=utf-8''{encoded}", for_old_readers
     pieces = re.findall(r"(?:%..|[^%]){1,60}", encoded)
     pieces[0] = f"utf-8''{pieces[0]}"
-    return ";\r\n ".join(f"filename*{i}*={piece}" for i, piece in enumerate(pieces))
+    return ";\r\n ".join(f"filename*{i}*={piece}" for i, piece in enumerate(pieces)), for_old_readers
 
 
 # ======================================================================
@@ -5320,14 +5329,16 @@ class Session(asyncio.Protocol):
             refusal = local_reply(Stage.MAIL, self.broken[1], Cause.LOST)
         if refusal is not None:
             return dict.fromkeys(envelope.recipients, refusal)
-        mail = f"MAIL FROM:<{envelope.sender}>"
+        mail = f"MAIL FROM:<{addr_spec(envelope.sender)}>"
         if self.offers.size_bytes is not None:
             mail += f" SIZE={len(content)}"
-        if self.offers.eight_bit_mime and not content.isascii():  # without the offer it goes as it is
-            mail += " BODY=8BITMIME"
+        if not content.isascii():
+            if self.offers.eight_bit_mime:  # without the offer it goes as it is
+                mail += " BODY=8BITMIME"
+            smtputf8 = smtputf8 or (self.offers.smtputf8 and has_utf8_header(content))
         if smtputf8:
             mail += " SMTPUTF8"
-        recipients = [_Command(f"RCPT TO:<{one}>\r\n".encode(), Stage.RCPT, one) for one in envelope.recipients]
+        recipients = [_Command(f"RCPT TO:<{addr_spec(a)}>\r\n".encode(), Stage.RCPT, a) for a in envelope.recipients]
         commands = [_Command(f"{mail}\r\n".encode(), Stage.MAIL), *recipients, _DATA]
         self.transactions += 1
         chunking = chunking and self.offers.chunking and self.offers.pipelining and not careful and self._clean
@@ -5345,7 +5356,7 @@ class Session(asyncio.Protocol):
 
     async def probe(self, sender: str) -> Reply:
         """What the server says to mail from this sender; none follows."""
-        command = _Command(f"MAIL FROM:<{sender}>\r\n".encode(), Stage.MAIL)
+        command = _Command(f"MAIL FROM:<{addr_spec(sender)}>\r\n".encode(), Stage.MAIL)
         answers = await self._ask(command.line, 1, self._timeout_s or REPLY_TIMEOUT_S)
         if not answers:
             return self._unanswered(Stage.MAIL)
@@ -7340,7 +7351,9 @@ class Dispatcher(Loop):
         if redirect_to is not None:
             message = redirect(message, redirect_to)
         content = compose(message, parts, date=claim.created_at)
-        return Composed(content, Envelope(message.return_path, message.recipients), needs_smtputf8(message))
+        return Composed(
+            content, Envelope(message.return_path, message.recipients), message.raw is None and not content.isascii()
+        )
 
     async def _unless_recalled(self, lane: Lane, expires_ts: int | None, work: Coroutine[Any, Any, T]) -> T | None:
         """What the work gives, or None when the lane was called back, or its message has expired, meanwhile."""
@@ -7438,6 +7451,9 @@ class Dispatcher(Loop):
                 name, reused = session.name, session.transactions > 0
                 served = turn.served(left, lane.account, session.offers) if len(left) > 1 else tuple(left)
                 envelope = Envelope(composed.envelope.sender, served[: claim.slots])
+                if not session.offers.eight_bit_mime and not composed.content.isascii():
+                    what = "8-bit content goes as it is to a server without 8BITMIME"
+                    event(self.log, logging.WARNING, what, account=lane.account.id, message=claim.id)
                 replies = await self._converse(lane, session, envelope, composed, turn)
             if not replies:  # it has not had its turn, or is to have it by DATA
                 await self._release(lane, claim)

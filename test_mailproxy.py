@@ -1758,13 +1758,13 @@ INVALID_FIELDS: dict[str, list[Any]] = {
     "to": [
         5, {"a@b.com": 1}, [5], ["a@b.com", None], "Team: a@b.com, c@d.com;", "undisclosed-recipients:;", "a b@c.com",
         "<a@b.com", '"open <a@b.com>', "a@b.com c@d.com", "a@b@c.com", "@c.com", "a@", "a@-b.com", "a@b..com",
-        ".a@b.com", "a..b@c.com", "a@[1.2.3]", "<a@[IPv6:::1% x]>", "a@[1.2.3.4", "a@b.com\n", "a@b.com\x00",
+        ".@b.com", "..@b.com", f"{'a' * 61}..@b.com", "<a..b>", "a@[1.2.3]", "<a@[IPv6:::1% x]>", "a@[1.2.3.4", "a@b.com\n", "a@b.com\x00",
         f"{'x' * 65}@b.com", f"{'é' * 33}@b.com", "a@" + ".".join(["x" * 60] * 5),
         f"{'x' * 60}@{'.'.join(['y' * 60] * 3)}.{'z' * 30}", "a@" + "x" * 64 + ".com", "a\u2028@b.com", "a@\u200b.com",
         "\u00a0@b.com", "=?utf-8?q?a=0D=0ABcc=3A?= <a@b.com>",
     ],
     "cc": ["nobody"], "bcc": [7], "reply_to": ["x"], "return_path": ["x", "a@b.com, c@d.com"],
-    "subject": [5, "a\r\nBcc: x", "a\u2028b", "a\0", "\ud83d", "a\x85b", "a\x0bb"],
+    "subject": [5, "a\tb", "a\r\nBcc: x", "a\u2028b", "a\0", "\ud83d", "a\x85b", "a\x0bb"],
     "body": [5, "a\0b", "a\ud800", ["x"]], "text": ["twice"], "html": [5, "a\0"], "content_type": ["markdown", 1],
     "headers": [
         [], "X: y", {"X Y": "z"}, {"": "z"}, {"X:": "z"}, {"X-É": "z"}, {"X": True}, {"X": {"a": 1}}, {"X": [["a"]]},
@@ -1774,8 +1774,8 @@ INVALID_FIELDS: dict[str, list[Any]] = {
         {"Date": ["Fri, 21 Nov 1997 09:55:06 -0600"] * 2}, {"Subject": "a", "subject": "b"}, {"Reply-To": "nobody"},
     ],
     "message_id": ["x", "a b@c", "a@é", "<a@b", 5, "a@" + "b" * 1000, "@b", "a@", "a@b\nX: y"],
-    "priority": [4, -1, 1.0, 1e308, True, "urgent", 10**30, [1]], "deferred_ts": [-1, 1.5, 2**63, "5", False],
-    "expires_ts": [NOON - 1, int(NOON), 1e20, 1], "batch_code": [5, "a\nb", "\ud800"],
+    "priority": [4, -1, 1.0, 1e308, True, "urgent", 10**30, [1]], "deferred_ts": [-1, 1.5, 2**63, 10**10, "5", False],
+    "expires_ts": [NOON - 1, int(NOON), 1e20, 1, 10**10], "batch_code": [5, "a\nb", "\ud800"],
     "raw": [
         5, "?", as_base64(b"no header"), as_base64(b""), as_base64(b"\r\nA: b\r\n\r\n"), as_base64(b"A: b\r\n\r\nx\0y"),
         as_base64(b"From me\r\nA: b\r\n\r\n"), as_base64(b" A: b\r\n\r\n"),
@@ -1815,7 +1815,9 @@ MAILBOXES = [
     ("a@straße.example", "|a@xn--strae-oqa.example"), ("a@bücher。example", "|a@xn--bcher-kva.example"),
     ("a@xn--bcher-kva.example", "|a@xn--bcher-kva.example"), ("a@localhost", "|a@localhost"),
     ("a@[127.0.0.1]", "|a@[127.0.0.1]"), ("Ann <a@[IPv6:2001:db8::1]>", "Ann|a@[IPv6:2001:db8::1]"), ("",), (None,),
-    (LONGEST, f"|{LONGEST}"),
+    (LONGEST, f"|{LONGEST}"), ("a..b@c.com", "|a..b@c.com"), ("a.@c.com, .a@c.com", "|a.@c.com", "|.a@c.com"),
+    ("Ann <a..@bücher.example>", "Ann|a..@xn--bcher-kva.example"), (["é..@c.com"], "|é..@c.com"),
+    (f"{'a' * 60}..@c.com", f"|{'a' * 60}..@c.com"),
 ]  # fmt: skip
 
 
@@ -1845,8 +1847,8 @@ BECOMES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"body": None, "text": "y"}, {"text": "y", "html": None}),
     ({"body": None, "html": "y"}, {"text": None, "html": "y"}),
     ({"body": None, "text": "x", "html": "y"}, {"text": "x", "html": "y"}), ({"subject": ""}, {"subject": ""}),
-    ({"subject": "a\tb"}, {"subject": "a b"}),
-    ({"headers": {"X-One": "a", "X-Null": None, "X-None": []}}, {"headers": (("X-One", "a"),)}),
+    ({"headers": {"X-One": "a\tb", "X-Null": None, "X-None": []}}, {"headers": (("X-One", "a b"),)}),
+    ({"deferred_ts": 9_999_999_999, "expires_ts": None}, {"deferred_ts": 9_999_999_999, "expires_ts": None}),
     ({"headers": {"X-Two": [1, "b", 2.5]}}, {"headers": (("X-Two", "1"), ("X-Two", "b"), ("X-Two", "2.5"))}),
     (
         {"headers": HEADERS_THAT_ARE_FIELDS, "reply_to": "c@d.com", "message_id": "other@y"},
@@ -1886,6 +1888,33 @@ def test_the_message_id_that_is_shown_and_kept_is_the_one_that_is_sent(fields: d
     assert shown.strip("<>") == message.message_id == "x.1@y.z"
 
 
+def test_times_in_milliseconds_are_refused_and_what_was_taken_before_that_was_so_can_still_be_read_back() -> None:
+    before = submission_fields(expires_ts=1_700_000_000_000, deferred_ts=1_700_000_000_000, subject="a\tb")
+
+    assert "milliseconds" in reason_to_refuse(expires_ts=1_700_000_000_000)
+    assert "milliseconds" in reason_to_refuse(deferred_ts=1_700_000_000_000)
+    message = mailproxy.parse_message(before, now=None, contents={}, message_id="old@example.com")
+    assert (message.deferred_ts, message.expires_ts, message.subject) == (1_700_000_000_000, 1_700_000_000_000, "a b")
+
+
+LINE_BREAKS = ("\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
+
+
+@pytest.mark.parametrize("line_break", LINE_BREAKS, ids=ascii)
+def test_a_line_break_in_any_value_of_a_header_and_in_any_address_is_invalid(line_break: str) -> None:
+    values = ("{}a@b.com", "a@b.com{}", "a@b{}.com", "Ann{}Lee <a@b.com>", "<a@b.com{}>", '"Ann{}" <a@b.com>')
+    fields = ("from", "from_name", "to", "cc", "bcc", "reply_to", "return_path", "subject", "message_id")
+    parts = ("filename", "content_type", "content_id", "content_md5")
+
+    for value in (value.format(line_break) for value in values):
+        wrong: list[tuple[str, Any]] = [(name, value) for name in fields]
+        wrong += [("headers", {name: value}) for name in ("X-A", "Subject", "Reply-To", "Message-ID", "Date")]
+        wrong += [("headers", {value: "x"}), ("headers", {"X-A": ["x", value]}), ("to", ["c@d.com", value])]
+        wrong += [("attachments", [{**ONE_FILE, name: f"a/b; c=d{value}"}]) for name in parts]
+        for name, given_value in wrong:
+            assert reason_to_refuse(**{name: given_value}).startswith(f"invalid {name}: "), (name, given_value)
+
+
 def test_the_batch_serves_for_a_priority_and_time_limits_that_passed_do_not_spoil_what_is_read_back() -> None:
     fields = submission_fields(expires_ts=5, deferred_ts=4)
 
@@ -1909,6 +1938,19 @@ def test_a_raw_message_keeps_its_message_id_and_what_is_beside_it_means_nothing(
     assert (message.raw, message.message_id) == (raw, message_id)
     assert message.unknown == ("subject", "body", "attachments")
     assert (message.subject, message.text, message.attachments) == ("", None, ())
+
+
+@pytest.mark.parametrize("line", [b" x", b"A: b", b"Bcc: a@b.com,", b" <a@b.com>,"], ids=repr)
+def test_a_raw_header_of_300_000_lines_costs_no_more_than_its_length(line: bytes) -> None:
+    raw = b"\n".join([b"To: a@b.com,", *[line] * 300_000, b"", b"body"])
+    started = time.process_time()
+
+    message = parsed_submission(raw=as_base64(raw))
+    composed = mailproxy.compose(message, (), date=SENT_AT)
+
+    assert time.process_time() - started < 3
+    assert composed.endswith(b"\r\nMessage-ID: <new@example.com>\r\n\r\nbody")
+    assert composed.count(b"\r\n") == (300_004 if b"Bcc" not in line else 4)
 
 
 # --- attachments ----------------------------------------------------------
@@ -2765,6 +2807,7 @@ def test_what_is_accepted_is_composed_and_reads_back_as_it_was_meant(to, reply_t
     octets = composed_submission(**people, **bodies, headers={"X-Tag": tag}, subject=subject)
 
     message = read_by_a_client(octets)
+    assert octets.isascii()
     assert mailboxes_read(octets, "To") == to
     assert mailboxes_read(octets, "Reply-To") == reply_to
     assert message["Subject"] == subject
@@ -2791,7 +2834,7 @@ def test_what_is_accepted_is_composed_and_reads_back_as_it_was_meant(to, reply_t
     "subject",
     ["", " ", "Größe", "a  b", " a ", "=?utf-8?q?x?=", "word " * 60, "x" * 5000, "日本語" * 400, "a" * 71,
      "a" * 68, "plain then ünusual then plain again " * 5, "😀" * 50, "e\u0301" * 80, "a" + " " * 3000 + "b",
-     "?=", "=? ?="],
+     "?=", "=? ?=", "a" + "日本" * 30, "aé" * 40, "é 😀" * 30, "aa😀" + "é日 " * 30],
     ids=lambda text: ascii(text[:12]),
 )  # fmt: skip
 def test_every_subject_arrives_as_it_was_written(subject):
@@ -2802,6 +2845,27 @@ def test_header_lines_are_short_even_when_they_are_encoded():
     octets = composed_submission(subject="Grüße " * 30, to=[f"Jürgen {i} <j{i}@example.org>" for i in range(40)])
 
     assert max(map(len, octets.partition(b"\r\n\r\n")[0].split(b"\r\n"))) <= 76
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from("ab é日😀"), min_size=60, max_size=150))
+def test_encoded_words_end_with_a_character_and_before_the_last_one_without_padding_rather_at_a_space(text):
+    words = [word.strip() for word in mailproxy._encoded_words(text, beside=9)]
+
+    assert str(make_header(decode_header("\r\n ".join(words)))) == text
+    assert max(map(len, words)) <= 75
+    assert all(decode_header(word)[0][0].decode() for word in words)  # each one by itself
+    assert not any("=?=" in word for word in words[:-1])
+
+
+def test_an_encoded_subject_is_cut_at_its_spaces():
+    subject = "Überraschend viele schöne grüne Bäume stehen dieses Jahr in voller Blüte, überall"
+
+    header = composed_submission(subject=subject).partition(b"Subject: ")[2].partition(b"\r\nDate")[0]
+
+    first, second, *_ = [decode_header(word)[0][0].decode() for word in header.decode().split()]
+    assert " " in (first[-1], second[0])
+    assert len(first) > 20
 
 
 def test_extra_headers_replace_what_would_be_generated():
@@ -2847,8 +2911,21 @@ def test_a_local_part_in_utf_8_goes_out_as_it_is_and_needs_smtputf8():
     octets = mailproxy.compose(unusual, (), date=SENT_AT)
 
     assert "\r\nTo: =?utf-8?b?SsO2cmc=?= <jörg@xn--bcher-kva.example>\r\n".encode() in octets
-    assert mailproxy.needs_smtputf8(unusual)
-    assert not mailproxy.needs_smtputf8(plain)
+    assert mailproxy.has_utf8_header(octets)
+    assert mailproxy.compose(plain, (), date=SENT_AT).isascii()
+
+
+def test_local_parts_with_dots_where_none_may_stand_are_quoted():
+    octets = composed_submission(to="Ann <a..b@x.org>, .c@x.org", cc="d.@x.org", reply_to='"e."@x.org')
+
+    lines = octets.split(b"\r\n")
+    assert lines[1:4] == [b'To: Ann <"a..b"@x.org>, ".c"@x.org', b'Cc: "d."@x.org', b'Reply-To: "e."@x.org']
+
+
+def test_the_date_of_a_scheduled_message_is_its_time():
+    for deferred_ts, date in ((int(SENT_AT) - 9, SENT_AT), (int(SENT_AT) + 9, SENT_AT + 9)):
+        for octets in (composed_submission(deferred_ts=deferred_ts), composed_raw(b"A: b", deferred_ts=deferred_ts)):
+            assert email.message_from_bytes(octets, policy=email.policy.default)["Date"].datetime.timestamp() == date
 
 
 def test_a_message_is_the_same_bytes_on_every_attempt():
@@ -2871,6 +2948,10 @@ def test_a_message_is_the_same_bytes_on_every_attempt():
         (". \n.\n..\nFrom me \n \t\n" + "é" + "x " * 2000, "quoted-printable"),
         pytest.param("Grüße, x = y\t. and so on " * 20_000, "quoted-printable", id="a very long line"),
         pytest.param("x" * 65_535 + "\n" + "y" * 200_000, "quoted-printable", id="a line end at a step"),
+        pytest.param(
+            "".join("é" + "x" * n + b + "\n" for n in range(200) for b in " \t"), "quoted-printable", id="blanks"
+        ),
+        pytest.param("é" + "".join("x" * n + " =" for n in range(2000)), "quoted-printable", id="steps"),
     ],
 )
 def test_text_goes_in_the_plainest_encoding_that_keeps_it(text, encoding):
@@ -2878,8 +2959,8 @@ def test_text_goes_in_the_plainest_encoding_that_keeps_it(text, encoding):
 
     message = read_by_a_client(octets)
     assert message["Content-Transfer-Encoding"] == encoding
-    assert encoding == "7bit" or max(map(len, octets.split(b"\r\n"))) <= 78
-    assert text_read(message) == f"{text}\n"
+    assert encoding == "7bit" or max(map(len, octets.split(b"\r\n"))) <= 76
+    assert text_read(message).removesuffix("\n") == text.removesuffix("\n")
 
 
 def test_html_with_its_pictures_beside_the_text_and_before_the_attachments():
@@ -2923,11 +3004,43 @@ def attachment_read(content=b"x", **fields):
         ("100%;a=b'c.pdf", "100%;a=b'c.pdf"),
         ("ü" * 250 + ".pdf", "ü" * 250 + ".pdf"),
         ("x" * 240 + ".pdf", "x" * 240 + ".pdf"),
+        ("a =?utf-8?q?b?= c.pdf", "a =?utf-8?q?b?= c.pdf"),
+        ("a  b c " * 30 + ".pdf", "a  b c " * 30 + ".pdf"),
+        ("日本 " * 60, ("日本 " * 60).strip()),
     ],
     ids=lambda name: ascii(name[:12]),
 )
 def test_file_names_arrive_as_they_are_but_for_path_separators(name, arrives_as):
     assert attachment_read(filename=name).get_filename() == arrives_as
+
+
+LONG_NAME = "Minutes of the annual general meeting of the members, second part, with all annexes and votes.pdf"
+
+
+@pytest.mark.parametrize(
+    ("filename", "content_type", "written", "name"),
+    [
+        ("a.pdf", "application/pdf", 'filename="a.pdf"', None),
+        ("x" * 200, "application/pdf", f'filename="{"x" * 200}"', None),
+        (LONG_NAME, "application/pdf", f'filename="{LONG_NAME}"', None),
+        ("Größe.pdf", "application/pdf", "filename*=utf-8''Gr%C3%B6%C3%9Fe.pdf", "Größe.pdf"),
+        ("=?a?q?b?=", "a/b", "filename*=utf-8''%3D%3Fa%3Fq%3Fb%3F%3D", "=?a?q?b?="),
+        ("Größe.pdf", "a/b; Name=own.pdf", "filename*=utf-8''Gr%C3%B6%C3%9Fe.pdf", "own.pdf"),
+        ("日本" * 30, "a/b", f"filename*=utf-8''{urllib.parse.quote('日本' * 30)}", "日本" * 30),
+    ],
+    ids=lambda value: ascii(value)[:12],
+)
+def test_a_file_name_is_quoted_where_it_is_ascii_and_old_readers_find_any_other_as_name(
+    filename, content_type, written, name
+):
+    octets = composed_submission(attachments=[attachment_fields(filename=filename, content_type=content_type)])
+
+    header = octets.rpartition(b"\r\n\r\n")[0].rpartition(b"\r\n\r\n")[0].rpartition(b"Content-Type:")[2].decode()
+    part = email.message_from_string(f"Content-Type:{header}\r\n\r\n")  # by the older rules
+    shown = part.get_param("name")
+    assert written in re.sub(r"\r\n(?= )", "", header)
+    assert " " not in filename or max(map(len, header.split("\r\n"))) <= 76
+    assert (shown and str(make_header(decode_header(shown)))) == name
 
 
 @pytest.mark.parametrize("content_type", ["text/x\r\nX-Evil: y", "nonsense", "", "multipart/mixed", "a/" + "b" * 999])
@@ -5899,6 +6012,18 @@ def test_mail_says_what_the_server_offered_to_hear():
     assert server.heard[1:3] == ["MAIL FROM:<from@x> SIZE=4 BODY=8BITMIME SMTPUTF8", "RCPT TO:<ü@x>"]
 
 
+@pytest.mark.parametrize("header", ["Subject: ü\r\n", "Subject: u\r\n"])
+@pytest.mark.parametrize("offers", ["8BITMIME,SMTPUTF8", "8BITMIME", ""])
+def test_a_header_in_utf_8_is_said_to_be_so_where_the_server_knows_it(header, offers):
+    server = ScriptedServer(offers=offers)
+
+    transact(server, "a..b@x", ".@x", content=f"{header}\r\nü\r\n".encode())
+
+    options = " BODY=8BITMIME" if offers else ""
+    options += " SMTPUTF8" if "SMTPUTF8" in offers and "ü" in header else ""
+    assert server.heard[1:4] == [f"MAIL FROM:<from@x>{options}", 'RCPT TO:<"a..b"@x>', 'RCPT TO:<"."@x>']
+
+
 AS_1 = "end-of-data: 250 2.0.0 queued as 1 (server)"
 
 
@@ -8044,6 +8169,42 @@ def test_what_the_server_does_decides_about_the_message(tmp_path: Path, reports:
         assert len(smtp.received_by("dropdata1@example.com")) == 2
         assert "in doubt" in daemon.wait_for_log("message deferred message=dropdata1@example.com")
         assert state_of(daemon) == "up"
+
+
+def test_what_not_every_server_takes_goes_out_as_the_server_can_take_it(
+    tmp_path: Path, reports: ReportReceiver
+) -> None:
+    def plain(verb: str, _visit: Visit, _argument: str) -> str | None:
+        return "250 plain.test" if verb == "EHLO" else None
+
+    subjects = {"Subject: ü".encode(): {"SMTPUTF8"}, "Subject: ü".encode("latin-1"): set(), b"Subject: u": set()}
+    dotted = {"return_path": "b..o@example.com", "to": ["a..b@example.com", "perm@example.com"]}
+    with (
+        SmtpServer() as modern,
+        SmtpServer(rule=plain) as old,
+        Daemon(tmp_path, smtp=modern, reports=reports) as daemon,
+    ):
+        ask(daemon, "/account", account_at("old", old))
+        raw = {f"raw {number}": as_base64(subject + b"\r\n\r\n\xfc\r\n") for number, subject in enumerate(subjects)}
+        daemon.submit(*(letter(name, raw=content) for name, content in raw.items()), letter("dotted", **dotted))
+        daemon.submit(*(letter(f"{name} old", raw=content, account_id="old") for name, content in raw.items()))
+        daemon.submit(letter("later", deferred_ts=(later := int(time.time()) + 2)))
+        recipients = reports.wait_for_entry("dotted", "sent")["recipients"]
+        old.wait_for(3)
+        received = modern.wait_for(5)
+        warnings = [line for line in daemon.log.splitlines() if "without 8BITMIME" in line]
+
+    by_first_line = {one.content.partition(b"\r\n")[0]: one for one in received}
+    for subject, options in subjects.items():
+        said = {option for option in by_first_line[subject].options if not option.startswith("SIZE=")}
+        assert said == {"BODY=8BITMIME", *options}
+    assert {one.content.partition(b"\r\n")[0] for one in old.received} == subjects.keys()
+    assert all(b"\r\n\r\n\xfc\r\n" in one.content for one in old.received)
+    assert {re.search(r'message="(.*?)"', line)[1] for line in warnings} == {f"{name} old" for name in raw}
+    by_subject = {one.message["Subject"]: one for one in received}
+    assert (by_subject["dotted"].sender, by_subject["dotted"].recipients) == ("b..o@example.com", ["a..b@example.com"])
+    assert recipients["a..b@example.com"]["status"] == "sent"
+    assert by_subject["later"].message["Date"].datetime.timestamp() == later
 
 
 def test_many_recipients_are_split_and_who_was_accepted_is_never_sent_to_again(
@@ -10431,8 +10592,9 @@ def test_the_largest_numbers_break_nothing(judge: Daemon) -> None:
     fields = {"max_age_seconds": most, "limit_per_day": most, "batch_size": most, "max_retries": most}
     assert judge.post("/account", {"id": "large", **NOWHERE, **fields}).status == 200
 
-    assert submitted(judge, mail("l", account_id="large", deferred_ts=most, expires_ts=most)).json["queued"] == 1
-    assert judge.message("l")["deferred_ts"] == most
+    last = 9_999_999_999
+    assert submitted(judge, mail("l", account_id="large", deferred_ts=last, expires_ts=last)).json["queued"] == 1
+    assert judge.message("l")["deferred_ts"] == last
     assert judge.delete("/account/large").json == {"ok": True, "failed": 1}
 
 
