@@ -57,6 +57,7 @@ import enum
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import hmac
 import http.client
@@ -382,6 +383,7 @@ def http_target(url: str) -> HttpTarget:
 
 # JSON as it is stored, answered and reported; built once, for json.dumps builds an encoder for each call.
 as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False).encode
+read_json = json.JSONDecoder().raw_decode  # of what as_json wrote: (value, length)
 
 
 def basic_authorization(user: str, password: str) -> str:
@@ -1644,6 +1646,8 @@ HEADER_FIELD = re.compile(rb"[!-9;-~]+[ \t]*:")
 
 def with_crlf(text: bytes) -> bytes:
     """The same text with every line end CRLF, bare CR, bare LF and CR CR LF included (RFC 5321 2.3.8)."""
+    if b"\r" not in text:
+        return text.replace(b"\n", b"\r\n")
     line_ends = text.count(b"\r\n")
     if text.count(b"\r") == text.count(b"\n") == line_ends:
         return text
@@ -2368,12 +2372,13 @@ class _Window:
         self._counted = 0
 
     def add(self, moment: float, n: int) -> None:
-        self._counted = self.counted(moment) + n
-        end = self._end_of_grain(moment)
-        if self._buckets and self._buckets[-1][0] >= end:  # the same bucket, or a clock that went back
-            end, before = self._buckets.pop()
-            n += before
-        self._buckets.append((end, n))
+        if self._buckets and moment <= self._buckets[-1][0]:  # the same bucket, or a clock that went back
+            end, before = self._buckets[-1]
+            self._buckets[-1] = end, before + n
+        else:
+            self.counted(moment)
+            self._buckets.append((self._end_of_grain(moment), n))
+        self._counted += n
 
     def counted(self, now: float) -> int:
         while self._buckets and self._buckets[0][0] + self._length_s <= now:
@@ -2476,6 +2481,8 @@ def compose(message: Message, parts: Sequence[Attachment], *, date: float) -> by
         return _completed(message, message.raw, date)
     entity = _message_body(message, parts)
     header = "\r\n".join([*_message_header(message, date), *entity.header])
+    if not parts:
+        return b"".join([f"{header}\r\n\r\n".encode(), *entity.body])
     base64_octets = sum(len(part.content) for part in parts) * 11 // 8  # rather more
     composed = io.BytesIO(bytes(base64_octets))  # to grow is to copy; its getvalue() is no copy
     composed.write(f"{header}\r\n\r\n".encode())
@@ -2491,7 +2498,7 @@ def _completed(message: Message, raw: bytes, date: float) -> bytes:
     names = {field_name(field) for field in kept}
     added = [_extra_header(name, value) for name, value in message.headers]
     if b"date" not in names:
-        added.append(time.strftime(f"Date: {DATE_FORMAT}", time.gmtime(date)))
+        added.append(_date_header(date))
     if b"message-id" not in names and message.message_id:
         added.append(f"Message-ID: <{message.message_id}>")
     return b"\r\n".join([*kept, *(line.encode() for line in added), b"", body])
@@ -2527,12 +2534,17 @@ def _message_header(message: Message, date: float) -> Iterator[str]:
         yield _address_header("Reply-To", message.reply_to)
     yield _text_header("Subject", message.subject)
     if not any(name.lower() == "date" for name, _ in message.headers):
-        yield time.strftime(f"Date: {DATE_FORMAT}", time.gmtime(date))
+        yield _date_header(date)
     if message.message_id:
         yield f"Message-ID: <{message.message_id}>"
     yield "MIME-Version: 1.0"
     for name, value in message.headers:
         yield _extra_header(name, value)
+
+
+@functools.lru_cache(maxsize=64)  # many messages come in a second
+def _date_header(date: float) -> str:
+    return time.strftime(f"Date: {DATE_FORMAT}", time.gmtime(date))
 
 
 def _extra_header(name: str, value: str) -> str:
@@ -2671,9 +2683,9 @@ def _text_entity(text: str, subtype: str) -> Entity:
 
 def has_short_lines(octets: bytes) -> bool:
     """True when no line is longer than every server takes; lines end with CRLF."""
-    return len(octets) <= LONGEST_LINE or all(
-        max(map(len, lines.split(b"\r\n"))) <= LONGEST_LINE for lines in _complete_lines(octets)
-    )
+    if len(octets) <= TEXT_BLOCK:
+        return max(map(len, octets.split(b"\r\n"))) <= LONGEST_LINE
+    return all(max(map(len, lines.split(b"\r\n"))) <= LONGEST_LINE for lines in _complete_lines(octets))
 
 
 def _complete_lines(octets: bytes) -> Iterator[bytes]:
@@ -2974,6 +2986,9 @@ class Metrics:
         durations = timer("http_request_seconds", "Time to answer an HTTP request.", ["route"], buckets=REQUESTS_S)
         self.http_requests = functools.cache(requests.labels)
         self.http_request_seconds = functools.cache(durations.labels)
+        self.sent = functools.cache(self.messages_sent.labels)
+        self.waits = functools.cache(self.queue_wait_seconds.labels)
+        self.transactions = functools.cache(self.smtp_transaction_seconds.labels)
         self.auth_failures = counter("auth_failures", "HTTP requests with a missing or wrong token.")
         self.storage_commit_seconds = timer(
             "storage_commit_seconds", "Duration of commits to the queue file.", buckets=COMMITS_S
@@ -3009,6 +3024,8 @@ class Metrics:
     def forget(self, account_id: str) -> None:
         """End the series of an account that is gone."""
         self.accounts.discard(account_id)
+        for kept in (self.sent, self.waits, self.transactions):
+            kept.cache_clear()
         for instrument in (
             self.messages_accepted, self.messages_sent, self.messages_failed, self.messages_deferred,
             self.rate_limited, self.queue_wait_seconds, self.smtp_connects, self.smtp_transaction_seconds,
@@ -3026,7 +3043,7 @@ class Metrics:
 # ======================================================================
 #
 # One thread owns the only writing connection. Whatever waits when it is free is
-# written in one transaction, each piece of work inside a savepoint of its own,
+# written in one transaction, each of several pieces of work inside a savepoint of its own,
 # and answered after the COMMIT: one fsync (journal_mode WAL, synchronous FULL)
 # pays for many callers. Callers who want the same kind of work share one piece.
 # A second thread owns a read-only connection, so that no listing holds up a
@@ -3034,6 +3051,7 @@ class Metrics:
 
 BUSY_TIMEOUT_MS = 3000  # another process holds the write lock: refuse after this
 CHECKPOINT_PAGES = 4000  # of the WAL (16 MB): then it is copied into the file, which takes some milliseconds
+MOST_GATHERED = 64  # pieces of work that wait: then they are written
 MISTAKES = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
 
 
@@ -3167,9 +3185,14 @@ class QueueFile:
         self._waiting.append(_Wish(work, item, answer))
         return answer
 
-    def _hand_over(self) -> None:
-        """Give the writer all that waits; while it is at work more gathers, for its next commit."""
-        if self._waiting and not self._at_work:
+    def _hand_over(self, seen: int = 0) -> None:
+        """Give the writer all that waits, once a turn of the loop brings nothing more; while it is at work more
+        gathers, for its next commit."""
+        if self._at_work or not self._waiting:
+            return
+        if seen < len(self._waiting) < MOST_GATHERED:
+            asyncio.get_running_loop().call_soon(self._hand_over, len(self._waiting))
+        else:
             self._at_work, self._waiting = self._waiting, []
             self._writer.submit(self._commit, self._at_work)
 
@@ -3185,19 +3208,23 @@ class QueueFile:
             changes = connection.total_changes
             connection.execute("BEGIN IMMEDIATE")
             for piece in pieces:
-                connection.execute("SAVEPOINT piece")
+                if not (by_itself := len(pieces) == 1):
+                    connection.execute("SAVEPOINT piece")
                 try:
                     results = piece[0].work(connection, [wish.item for wish in piece])
                     answers += list(zip(piece, results, strict=True))
                 except Exception as error:
                     if isinstance(error, sqlite3.Error) and not isinstance(error, MISTAKES):
                         raise
-                    connection.execute("ROLLBACK TO piece")
+                    connection.execute("ROLLBACK" if by_itself else "ROLLBACK TO piece")
+                    if by_itself:
+                        connection.execute("BEGIN IMMEDIATE")
                     if len(piece) > 1:
                         pieces += [[wish] for wish in piece]  # which come last in this very loop
                     else:
                         answers.append((piece[0], error))
-                connection.execute("RELEASE piece")
+                if not by_itself:
+                    connection.execute("RELEASE piece")
             connection.execute("COMMIT")
         except Exception as error:
             self.refuses = True
@@ -3454,6 +3481,15 @@ FIRST_OF_PAGE = {
     "asc": {way: f"SELECT min(seq) FROM messages {ALONG[way]} seq > :after" for way in ALONG},  # noqa: S608
     "desc": {way: f"SELECT max(seq) FROM messages {ALONG[way]} seq < :after" for way in ALONG},  # noqa: S608
 }
+READY = (
+    "WHERE account_id = :account AND turn = :turn AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL "
+    "AND seq NOT IN (SELECT value FROM json_each(:on_wire)) ORDER BY priority, seq LIMIT :most"
+)
+STATE_COLUMNS = (
+    "report_order, id, account_id, priority, sent_ts, error_ts, error, deferred_ts, attempts, message_id, batch_code, "
+    "recipients, CASE WHEN sent_ts IS NOT NULL THEN 'sent' WHEN error_ts IS NOT NULL THEN 'error' ELSE 'deferred' END"
+)
+STATE_FIELDS = (*STATE_COLUMNS.split(", ")[:-1], "status")
 # What the end of a turn makes of a pending message.
 SETTLE = (
     "UPDATE OR FAIL messages SET sent_ts = :sent, error_ts = :failed, error = :error, updated_at = :now, "
@@ -3463,6 +3499,19 @@ SETTLE = (
     "reported_ts = CASE WHEN :place IS NULL THEN reported_ts END, report_order = coalesce(:place, report_order) "
     "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL"
 )
+# The same for those sent to all, as nearly all are; :places is JSON {seq: place in the order of reports}.
+SETTLE_SENT = (
+    "UPDATE OR FAIL messages SET sent_ts = :now, error = NULL, updated_at = :now, deferred_ts = NULL, deferral = NULL, "
+    "attempts = attempts + 1, turn = 1, recipients = NULL, reported_ts = NULL, report_order = json_each.value "
+    "FROM json_each(:places) "
+    "WHERE seq = CAST(json_each.key AS INTEGER) AND sent_ts IS NULL AND error_ts IS NULL"
+)
+# One statement for so many rows: between two of them other threads of Python may want to run, which costs more.
+INSERT_ATTEMPTS = [
+    "INSERT OR FAIL INTO attempts VALUES "
+    + ", ".join(["(?, (SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = ?)" + ", ?" * 9 + ")"] * rows)
+    for rows in range(17)
+]
 LET_GO = (
     "UPDATE messages SET deferred_ts = NULL, deferral = NULL, report_order = NULL "
     "WHERE account_id = :id AND deferral IN (SELECT value FROM json_each(:deferrals)) "
@@ -3684,15 +3733,8 @@ class Queue:
         values = {"account": order.account_id, "most": order.most, "on_wire": taken, "small": SMALL_PAYLOAD_BYTES}
         ranked: list[tuple[int, int, bool, Claim]] = []
         for turn in (0, 1):
-            rows = db.execute(
-                f"SELECT {CLAIM_COLUMNS} FROM messages "  # noqa: S608 - constants only
-                "WHERE account_id = :account AND turn = :turn "
-                "AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL "
-                "AND seq NOT IN (SELECT value FROM json_each(:on_wire)) ORDER BY priority, seq LIMIT :most",
-                {**values, "turn": turn},
-            )
             places = collections.Counter[int]()
-            for claim in map(_claim_of, rows.fetchall()):
+            for claim in map(_claim_of, _rows(db, CLAIM_COLUMNS, READY, values | {"turn": turn})):
                 ranked.append((claim.priority, places[claim.priority], bool(turn) != order.retried_first, claim))
                 places[claim.priority] += 1
         ranked.sort(key=lambda entry: entry[:3])
@@ -3713,12 +3755,17 @@ class Queue:
         self.next_ts = min(self.next_ts, disposition.deferred_ts or math.inf, claim.expires_ts or math.inf)
 
     def _record_all(self, db: sqlite3.Connection, outcomes: Sequence[Outcome]) -> Sequence[None]:
-        db.executemany(SETTLE, [self._settled(outcome.claim.seq, outcome.disposition) for outcome in outcomes])
-        db.executemany(
-            "INSERT OR FAIL INTO attempts VALUES (?, (SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = ?), "
-            "?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [_timeline_entry(outcome) for outcome in outcomes if outcome.attempt.replies],  # else nothing was tried
-        )
+        places: dict[int, int] = {}
+        for claim, _, disposition, _ in outcomes:
+            if disposition.status is Status.SENT and disposition.error is None and disposition.recipients is None:
+                self._last_report = places[claim.seq] = self._last_report + 1
+            else:
+                db.execute(SETTLE, self._settled(claim.seq, disposition))
+        if places:
+            db.execute(SETTLE_SENT, {"now": int(self._now()), "places": as_json(places)})
+        tried = [_timeline_entry(outcome) for outcome in outcomes if outcome.attempt.replies]
+        for some in (tried[start : start + 16] for start in range(0, len(tried), 16)):
+            db.execute(INSERT_ATTEMPTS[len(some)], list(itertools.chain.from_iterable(some)))
         sends = collections.Counter[str]()
         for one in outcomes:
             sends[one.claim.account_id] += one.sent
@@ -3858,14 +3905,10 @@ class Queue:
 
     async def unreported(self, most: int) -> list[State]:
         """The oldest states the upstream has not acknowledged, in the order they came about."""
-        rows = await self._ask(
-            "SELECT report_order, id, account_id, priority, CASE WHEN sent_ts IS NOT NULL THEN 'sent' "
-            "WHEN error_ts IS NOT NULL THEN 'error' ELSE 'deferred' END AS status, sent_ts, error_ts, error, "
-            "deferred_ts, attempts, message_id, batch_code, recipients FROM messages WHERE report_order IS NOT NULL "
-            "ORDER BY report_order LIMIT :most",
-            most=most,
-        )
-        return [State(row.pop("report_order"), _with_recipients(row)) for row in rows]
+        which = "WHERE report_order IS NOT NULL ORDER BY report_order LIMIT :most"
+        rows = await self.file.read(lambda db: list(_rows(db, STATE_COLUMNS, which, {"most": most})))
+        states = [dict(zip(STATE_FIELDS, row, strict=True)) for row in rows]
+        return [State(row.pop("report_order"), _with_recipients(row)) for row in states]
 
     async def acknowledge(self, states: Sequence[State]) -> int:
         """Stamp the states the upstream has taken, unless they changed meanwhile; return their number."""
@@ -4147,6 +4190,16 @@ def sought_of_payload(payload: str) -> str | None:
 
 
 USED_BY_MIGRATIONS = (sought_of_payload, subject_of_raw, str.casefold)
+
+
+def _rows(db: sqlite3.Connection, columns: str, which: str, values: Mapping[str, object]) -> Iterable[Sequence[Any]]:
+    """All these rows at once, as one JSON text: for each by itself the threads would hand the interpreter over."""
+    rows = f"FROM (SELECT * FROM messages {which})"  # noqa: S608 - constants only
+    try:
+        (text,) = db.execute(f"SELECT json_group_array(json_array({columns})) {rows}", values).fetchone()
+        return cast(list[Sequence[Any]], read_json(text)[0])
+    except (sqlite3.OperationalError, ValueError):  # a damaged one, that is no JSON
+        return db.execute(f"SELECT {columns} {rows}", values)
 
 
 def _claim_of(row: Sequence[Any]) -> Claim:
@@ -6739,6 +6792,8 @@ class Shares:
     async def take(self, lane: object, amount: int) -> int:
         """Wait until the lane may have so much more, and return it: all but what is kept for others, at most."""
         amount = min(amount, self.total - self.total // KEPT_SHARE)
+        if not self.waiting and self._fits(lane, amount):
+            return amount
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting[granted] = lane, amount
         self._grant()
@@ -6763,15 +6818,21 @@ class Shares:
         for granted, (lane, amount) in list(self.waiting.items()):
             if self.used >= self.total and not self.small:
                 return
-            has = self.of.get(lane, 0)
-            kept = self.total // KEPT_SHARE if has and not self.alone else 0
-            fits = self.used + amount + kept <= self.total or amount <= (0 if has else self.small)
-            if not fits or lane in passed_over:
+            if granted.done():  # its task was cancelled, and takes it out
+                continue
+            if lane in passed_over or not self._fits(lane, amount):
                 passed_over.add(lane)
-            elif not granted.done():  # else its task was cancelled, and takes it out
+            else:
                 del self.waiting[granted]
-                self.used, self.of[lane] = self.used + amount, has + amount
                 granted.set_result(None)
+
+    def _fits(self, lane: object, amount: int) -> bool:
+        """Give the lane so much if it may have it now."""
+        has = self.of.get(lane, 0)
+        kept = self.total // KEPT_SHARE if has and not self.alone else 0
+        if fits := self.used + amount + kept <= self.total or amount <= (0 if has else self.small):
+            self.used, self.of[lane] = self.used + amount, has + amount
+        return fits
 
 
 # ----- lanes
@@ -7344,16 +7405,15 @@ class Dispatcher(Loop):
         """The message with its contents and what was fetched, by the rules of the house; or the reply that says
         what of it cannot be had. Blocks where there are parts."""
         message_id, redirect_to = claim.message_id.strip("<>"), self.settings.redirect_to
-        message = parse_message(json.loads(payload), now=None, contents=contents or {}, message_id=message_id)
+        message = parse_message(read_json(payload)[0], now=None, contents=contents or {}, message_id=message_id)
         parts = self.fetcher.parts(message.attachments, fetched) if message.attachments else ()
         if isinstance(parts, Reply):
             return parts
         if redirect_to is not None:
             message = redirect(message, redirect_to)
         content = compose(message, parts, date=claim.created_at)
-        return Composed(
-            content, Envelope(message.return_path, message.recipients), message.raw is None and not content.isascii()
-        )
+        smtputf8 = message.raw is None and not content.isascii()
+        return Composed(content, Envelope(message.return_path, message.recipients), smtputf8)
 
     async def _unless_recalled(self, lane: Lane, expires_ts: int | None, work: Coroutine[Any, Any, T]) -> T | None:
         """What the work gives, or None when the lane was called back, or its message has expired, meanwhile."""
@@ -7538,7 +7598,7 @@ class Dispatcher(Loop):
             now = self.clock.monotonic()
             lane.bdat = True if session.bdat and lane.bdat is None else lane.bdat
             lane.seconds_each += (max(now - begun, 0.0005) - lane.seconds_each) / 4
-            self.metrics.smtp_transaction_seconds.labels(self.metrics.label(lane.account.id)).observe(now - begun)
+            self.metrics.transactions(self.metrics.label(lane.account.id)).observe(now - begun)
             if lane.keeps(session, now) and self._may_go(lane):
                 lane.idle.append(session)
             else:
@@ -7683,8 +7743,8 @@ class Dispatcher(Loop):
     def _tell(self, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
         label, connection = self.metrics.label(claim.account_id), attempt.connection or None
         if disposition.status is Status.SENT:
-            self.metrics.messages_sent.labels(label).inc()
-            self.metrics.queue_wait_seconds.labels(label).observe(max(0.0, self.clock.wall() - claim.ready_at))
+            self.metrics.sent(label).inc()
+            self.metrics.waits(label).observe(max(0.0, self.clock.wall() - claim.ready_at))
             if disposition.error is not None:
                 self._say(
                     claim, "message sent to some", logging.WARNING, connection=connection, error=disposition.error
@@ -10097,7 +10157,9 @@ def serve(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = reload()
     configure_logging(settings.logging.level, settings.logging.format, journal=stderr_is_journal(environ))
     share_one_heap()
-    sys.setswitchinterval(0.001)  # a busy thread soon lets the event loop run: an answer waits for it several times
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+    sys.setswitchinterval(0.005)  # a busy thread soon lets the event loop run: an answer waits for it several times
     try:
         status = asyncio.run(Daemon(settings, environ, reload=reload).run())
     except MailproxyError:
