@@ -3508,7 +3508,7 @@ SETTLE_SENT = (
 )
 # One statement for so many rows: between two of them other threads of Python may want to run, which costs more.
 INSERT_ATTEMPTS = [
-    "INSERT OR FAIL INTO attempts VALUES "
+    "INSERT OR FAIL INTO attempts VALUES "  # noqa: S608 - constants only
     + ", ".join(["(?, (SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = ?)" + ", ?" * 9 + ")"] * rows)
     for rows in range(17)
 ]
