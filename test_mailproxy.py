@@ -4164,7 +4164,14 @@ def test_pages_cover_every_message_once(rig: QueueRig, monkeypatch: pytest.Monke
 
 
 # One row, what was handed in, one row for each account.
-SHORT_SCANS = ("SCAN CONSTANT ROW", "SCAN sqlite_sequence", "SCAN json_each", "SCAN tallies", "SCAN (subquery", "SCAN suspended_batches")
+SHORT_SCANS = (
+    "SCAN CONSTANT ROW",
+    "SCAN sqlite_sequence",
+    "SCAN json_each",
+    "SCAN tallies",
+    "SCAN (subquery",
+    "SCAN suspended_batches",
+)
 
 
 def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(rig: QueueRig) -> None:
