@@ -1445,8 +1445,8 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
-def _timestamp(value: object, field: str, now: float | None) -> int:
-    if type(value) is int and 0 <= value <= (LARGEST_INTEGER if now is None else LATEST_TIME):
+def _timestamp(value: object, field: str, latest: int) -> int:
+    if type(value) is int and 0 <= value <= latest:
         return value
     raise Rejected(f"invalid {field}: must be a time in whole Unix seconds, not milliseconds")
 
@@ -1802,16 +1802,15 @@ def _text(given: Mapping[str, object], key: str, field: str) -> str:
 def parse_message(
     fields: object,
     *,
-    now: float | None,
     default_priority: int = 2,
     contents: Mapping[int, bytes] | None = None,
     message_id: str | None = None,
     new_id: Callable[[], str] = lambda: f"{random.getrandbits(128):032x}",  # nobody needs to be unable to guess it
 ) -> Message:
-    """A submission judged and normalised, or Rejected with the reason.
+    """A submission judged and normalised, or Rejected with the reason. Its expires_ts may have passed.
 
-    Read back from the queue, a payload comes with `now` None (its time may have passed), the
-    `contents` that stored_form took out of it, and the `message_id` it was given at first.
+    Read back from the queue, a payload comes with the `contents` that stored_form took out of it, and the
+    `message_id` it was given at first.
     """
     if not isinstance(fields, dict):
         raise Rejected("invalid message: must be an object")
@@ -1826,8 +1825,7 @@ def parse_message(
     own_id = None if own_id is None else _message_id(own_id, "message_id")
     for known_id in (id_in_content, message_id):  # whoever has the last word comes last
         own_id = own_id if known_id is None else known_id
-    if expires_ts is not None and _timestamp(expires_ts, "expires_ts", now) <= (-1 if now is None else now):
-        raise Rejected("invalid expires_ts: lies in the past")
+    latest = LATEST_TIME if contents is None else LARGEST_INTEGER
     usual_fields = "raw" not in content and fields.keys() <= MESSAGE_FIELDS.keys()
     return Message(
         id=client_id,
@@ -1839,8 +1837,8 @@ def parse_message(
         return_path=return_path,
         message_id=f"{new_id()}@{sender.address.rpartition('@')[2]}" if own_id is None else own_id,
         priority=default_priority if priority is None else judged(PRIORITY, priority, "priority"),
-        deferred_ts=None if deferred_ts is None else _timestamp(deferred_ts, "deferred_ts", now),
-        expires_ts=expires_ts,
+        deferred_ts=None if deferred_ts is None else _timestamp(deferred_ts, "deferred_ts", latest),
+        expires_ts=None if expires_ts is None else _timestamp(expires_ts, "expires_ts", latest),
         batch_code=None if batch_code is None else line_of(batch_code, "batch_code"),
         unknown=() if usual_fields else _unknown_fields(fields, "raw" in content),
         **content,
@@ -1986,6 +1984,18 @@ def restored_fields(payload: Mapping[str, Any], contents: Mapping[int, bytes]) -
             else:
                 kept[i] = {**kept[i], "content": encoded}
     return fields
+
+
+def content_of(payload: str, contents: Mapping[int, bytes], priority: int) -> Message | None:
+    """What a payload in its stored form says, for a comparison: a Message-ID that was made up is no difference.
+    None: it cannot be understood any more."""
+    try:
+        fields = json.loads(payload)
+        message = parse_message(fields, contents=contents, default_priority=priority, new_id=lambda: "")
+    except (Rejected, ValueError):
+        return None
+    headers = sorted(((name.lower(), text) for name, text in message.headers), key=lambda header: header[0])
+    return message._replace(headers=tuple(headers), unknown=())
 
 
 # ======================================================================
@@ -3369,8 +3379,10 @@ CREATE TRIGGER tally_delete AFTER DELETE ON messages BEGIN
     DELETE FROM contents WHERE seq = old.seq;
     DELETE FROM attempts WHERE seq = old.seq;
 END;
-CREATE TRIGGER remember_sent AFTER DELETE ON messages WHEN old.sent_ts IS NOT NULL BEGIN
-    INSERT INTO sent_ids VALUES (old.id, old.sent_ts) ON CONFLICT DO UPDATE SET sent_ts = excluded.sent_ts;
+CREATE TRIGGER remember_sent AFTER DELETE ON messages
+    WHEN old.sent_ts IS NOT NULL OR old.recipients LIKE '%["sent"%' BEGIN
+    INSERT INTO sent_ids VALUES (old.id, coalesce(old.sent_ts, old.updated_at))
+        ON CONFLICT DO UPDATE SET sent_ts = excluded.sent_ts;
 END;
 CREATE TABLE suspended_batches (batch_code TEXT PRIMARY KEY) WITHOUT ROWID;
 -- Above: what is new in version 3.
@@ -3395,7 +3407,7 @@ CREATE TABLE attempts (                              -- the timeline of a messag
 CREATE TRIGGER forget_old_attempts AFTER INSERT ON attempts WHEN new.number > 100 BEGIN
     DELETE FROM attempts WHERE seq = new.seq AND number <= new.number - 100;
 END;
--- Of purged messages, which are never sent again.
+-- Of messages that were sent, to some at least, and are gone.
 CREATE TABLE sent_ids (id TEXT PRIMARY KEY, sent_ts INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX sent_ids_by_age ON sent_ids (sent_ts);
 CREATE TABLE accounts (id TEXT PRIMARY KEY, definition TEXT NOT NULL) WITHOUT ROWID;
@@ -3436,6 +3448,8 @@ DROP TABLE messages_old;
 """,  # noqa: S608 - constants only
 )
 
+KNOWN = "known"  # the same submission is there already, or was sent and is gone
+UNDECIDED = "undecided"
 SMALL_PAYLOAD_BYTES = 65_536  # larger ones are read under the memory budget
 HELD_BACK = ("limit", "connection", "login")  # deferrals that end when the account can be used again
 CHUNK = 500  # rows of one commit in work that may touch many
@@ -3535,6 +3549,13 @@ HELD_BACK_BY_AGE = (
     "WHERE account_id = :account AND deferral = :deferral AND deferral IN ('limit', 'connection', 'login') "
     "AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NOT NULL ORDER BY seq"
 )
+# A failed message gets a new life.
+QUEUE_ANEW = (
+    "UPDATE messages SET error_ts = NULL, error = NULL, attempts = 0, reported_ts = NULL, "
+    "turn = CASE WHEN batch_code IN (SELECT value FROM json_each(:suspended)) THEN 2 ELSE 0 END, "
+    "report_order = NULL, ready_at = :ready_at, updated_at = :now, deferred_ts = :deferred, deferral = :deferral, "
+    "expires_ts = :expires, recipients = :recipients WHERE seq = :seq AND error_ts IS NOT NULL"
+)
 # The value changes each time, for SQLite writes nothing where nothing changes.
 SAY_IT_ANSWERS = "INSERT INTO switches VALUES ('answers', 1) ON CONFLICT DO UPDATE SET value = 1 - switches.value"
 
@@ -3555,6 +3576,11 @@ class Submission(NamedTuple):
     subject: str | None
     payload: str
     contents: Mapping[int, bytes]
+    flaw: str | None = None  # why it cannot be stored; but it may be known
+    once: bool = False  # what is in doubt is not sent again
+
+
+Compared: TypeAlias = tuple[Submission, int | None, bool]  # the row of its id, and whether that says the same
 
 
 class Outcome(NamedTuple):
@@ -3647,28 +3673,85 @@ class Queue:
     # -- submission
 
     async def accept(self, submissions: Sequence[Submission]) -> list[str | None]:
-        """Store each submission or say why not ("already sent", "in delivery"): None is stored, on disk."""
-        verdicts = await self.file.write_together(self._accept_all, submissions)
-        for submission in submissions:
-            self.next_ts = min(self.next_ts, submission.deferred_ts or math.inf, submission.expires_ts or math.inf)
-        return verdicts
+        """Store each submission or say why not: None is stored, KNOWN changes nothing; both are on disk.
+
+        What came again is compared on the reading connection, and decided in the writer's thread if its row is
+        still the same then.
+        """
+        verdicts = list(await self.file.write_together(self._accept_all, submissions))
+        while True:
+            for submission in submissions:
+                self.next_ts = min(self.next_ts, submission.deferred_ts or math.inf, submission.expires_ts or math.inf)
+            left = [n for n, verdict in enumerate(verdicts) if verdict == UNDECIDED]
+            if not left:
+                return verdicts
+            compared = [await self.file.read(functools.partial(_compared, submissions[n])) for n in left]
+            for n, verdict in zip(left, await self.file.write_together(self._decide_all, compared), strict=True):
+                verdicts[n] = verdict
 
     def _accept_all(self, db: sqlite3.Connection, batches: Sequence[Sequence[Submission]]) -> list[list[str | None]]:
-        """The verdicts on the submissions of several callers. Most ids are new: it looks only at those that are not."""
+        """The verdicts on the submissions of several callers. Most ids are new: those that are not stay undecided."""
         submissions = list(itertools.chain.from_iterable(batches))
-        stored = zip(submissions, self._insert(db, submissions), strict=True)
-        verdicts = iter([None if new else self._replace(db, submission) for submission, new in stored])
+        stored = iter(self._insert(db, [submission for submission in submissions if submission.flaw is None]))
+        verdicts = iter([None if one.flaw is None and next(stored) else UNDECIDED for one in submissions])
         return [list(itertools.islice(verdicts, len(batch))) for batch in batches]
 
-    def _replace(self, db: sqlite3.Connection, submission: Submission) -> str | None:
-        """Store a submission whose id is known already, or say why not."""
-        row = db.execute("SELECT seq FROM messages WHERE id = ? AND sent_ts IS NULL", (submission.id,)).fetchone()
-        if row is None:
+    def _decide_all(self, db: sqlite3.Connection, batches: Sequence[Sequence[Compared]]) -> list[list[str | None]]:
+        return [[self._decide(db, *compared) for compared in batch] for batch in batches]
+
+    def _decide(self, db: sqlite3.Connection, submission: Submission, seq: int | None, is_same: bool) -> str | None:
+        """The verdict on a submission that was compared with that row (None: there was none)."""
+        look_up = "SELECT seq, sent_ts IS NOT NULL, error_ts IS NOT NULL, recipients FROM messages WHERE id = :id"
+        found = db.execute(look_up, {"id": submission.id}).fetchone()
+        if (found[0] if found else None) != seq:
+            return UNDECIDED
+        if seq is None:
+            gone = db.execute("SELECT 1 FROM sent_ids WHERE id = :id", {"id": submission.id}).fetchone()
+            return KNOWN if gone else submission.flaw or self._store(db, submission)
+        _, is_sent, has_failed, recipients = found
+        outcomes = _recipients_of(recipients)
+        if is_same and not has_failed:
+            return KNOWN
+        if submission.flaw is not None:
+            return submission.flaw
+        if is_same:
+            self._queue_anew(db, seq, outcomes or {}, submission.deferred_ts, submission.expires_ts, submission.once)
+            return None
+        some_have_it = bool(recipients) and (
+            not outcomes or any(one.status is Status.SENT for one in outcomes.values())
+        )
+        if is_sent or some_have_it:  # or may have it, where the column is damaged
             return "already sent"
-        if row[0] in self._on_wire:
+        if seq in self._on_wire and not has_failed:
             return "in delivery"
-        db.execute("DELETE FROM messages WHERE seq = :seq AND sent_ts IS NULL", {"seq": row[0]})
+        db.execute("DELETE FROM messages WHERE seq = :seq AND sent_ts IS NULL", {"seq": seq})
+        return self._store(db, submission)
+
+    def _store(self, db: sqlite3.Connection, submission: Submission) -> str | None:
         return None if self._insert(db, [submission])[0] else "already sent"
+
+    def _queue_anew(
+        self, db: sqlite3.Connection, seq: int, outcomes: Outcomes,
+        deferred_ts: int | None = None, expires_ts: int | None = None, once: bool = False,
+    ) -> Outcomes | None:  # fmt: skip
+        """Give a failed message a new life; return its recipients, of whom those served stay so, and with `once`
+        those in doubt. When nobody is left it ends again."""
+        now = self._now()
+        done = {
+            address: outcome for address, outcome in outcomes.items()
+            if outcome.status is Status.SENT or (once and outcome.text.startswith(IN_DOUBT))
+        }  # fmt: skip
+        recipients = {address: done.get(address, UNTRIED) for address in outcomes} if done else None
+        waits = deferred_ts if deferred_ts is not None and deferred_ts > now else None
+        values = {
+            "seq": seq, "now": int(now), "ready_at": waits or now, "deferred": waits, "expires": expires_ts,
+            "deferral": "schedule" if waits else None, "recipients": as_json(recipients) if recipients else None,
+            "suspended": as_json(list(self.suspended_batches)),
+        }  # fmt: skip
+        db.execute(QUEUE_ANEW, values)
+        if recipients == done:
+            self._give_up(db, seq, next(iter(done.values())).text, recipients)
+        return recipients
 
     def _insert(self, db: sqlite3.Connection, submissions: Sequence[Submission]) -> Sequence[bool]:
         """Store the submissions whose ids were never seen before; tell which."""
@@ -3939,24 +4022,14 @@ class Queue:
         those not failed, and those that have failed again, for their account is none of these."""
 
         def work(db: sqlite3.Connection) -> tuple[int, list[str], list[str], list[str]]:
-            found, not_failed, of_no_account, now = _rows_of(db, ids), [], [], int(self._now())
+            found, not_failed, of_no_account = _rows_of(db, ids), [], []
             for id_, (seq, is_failed, account_id, recipients) in found.items():
                 if not is_failed:
                     not_failed.append(id_)
                     continue
-                outcomes = _recipients_of(recipients) or {}
-                served = {address: outcome for address, outcome in outcomes.items() if outcome.status is Status.SENT}
-                kept = as_json(served) if served else None
-                db.execute(
-                    "UPDATE messages SET error_ts = NULL, error = NULL, attempts = 0, reported_ts = NULL, "
-                    "turn = CASE WHEN batch_code IN (SELECT value FROM json_each(:suspended)) THEN 2 ELSE 0 END, "
-                    "report_order = NULL, ready_at = :now, updated_at = :now, deferred_ts = NULL, deferral = NULL, "
-                    "expires_ts = NULL, recipients = :recipients "
-                    "WHERE seq = :seq AND error_ts IS NOT NULL",
-                    {"now": now, "seq": seq, "recipients": kept, "suspended": as_json(list(self.suspended_batches))},
-                )
+                outcomes = self._queue_anew(db, seq, _recipients_of(recipients) or {})
                 if account_id not in accounts:
-                    self._give_up(db, seq, "account not found", served)
+                    self._give_up(db, seq, "account not found", outcomes)
                     of_no_account.append(id_)
             queued = len(found) - len(not_failed) - len(of_no_account)
             return queued, [id_ for id_ in ids if id_ not in found], not_failed, of_no_account
@@ -4166,6 +4239,18 @@ class Queue:
         )
         counted = [(row["until_ts"], row["n"]) for row in sends]
         return Standing(counted, bool(found["suspended"]), bool(found["held_back"]))
+
+
+def _compared(submission: Submission, db: sqlite3.Connection) -> Compared:
+    """A submission beside the row that has its id."""
+    rows = db.execute("SELECT seq, payload, priority FROM messages WHERE id = :id", {"id": submission.id}).fetchall()
+    if not rows:
+        return submission, None, False
+    ((seq, payload, priority),) = rows
+    contents = dict(db.execute("SELECT position, content FROM contents WHERE seq = :seq", {"seq": seq}).fetchall())
+    given, stored = (submission.payload, submission.contents, submission.priority), (payload, contents, priority)
+    is_same = given == stored or ((meaning := content_of(*given)) is not None and meaning == content_of(*stored))
+    return submission, seq, is_same
 
 
 def _rows_of(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, Sequence[Any]]:
@@ -6058,12 +6143,20 @@ LINGER_PAUSE_S = 2.0
 TURNED_AWAY = 100  # connections over the limit that are answered 503 at one time; more are closed without a word
 
 
+PROBLEMS: Mapping[int, str] = {  # the code of a failure for programs, where no other is given
+    400: "bad_request", 401: "unauthorized", 403: "foreign_origin", 404: "not_found", 405: "method_not_allowed",
+    408: "timeout", 409: "conflict", 413: "too_large", 415: "unsupported_media_type", 429: "busy",
+    431: "headers_too_large", 500: "internal", 501: "bad_request", 502: "attachment_unavailable",
+    503: "storage_unavailable", 505: "version_not_supported",
+}  # fmt: skip
+
+
 class HttpError(MailproxyError):
-    """An answer that says no: status, one sentence, further headers and members of its JSON."""
+    """An answer that says no: status, one sentence, further headers and members of its JSON (`code`: a fixed word)."""
 
     def __init__(self, status: int, error: str, headers: Mapping[str, str] = NO_HEADERS, **extra: Any) -> None:
         super().__init__(error)
-        self.status, self.error, self.headers, self.extra = status, error, headers, extra
+        self.status, self.error, self.headers, self.extra = status, error, headers, {"code": PROBLEMS[status], **extra}
 
     def response(self) -> Response:
         """The one place where a failure becomes JSON."""
@@ -6164,21 +6257,21 @@ def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, objec
     try:
         content = STRICT_JSON.decode(body.decode())
     except RecursionError:
-        raise HttpError(400, f"the JSON is nested deeper than {JSON_DEPTH} levels") from None
+        raise HttpError(400, f"the JSON is nested deeper than {JSON_DEPTH} levels", code="bad_json") from None
     except ValueError as error:  # says where; after a semicolon, what a programmer of Python could do
-        raise HttpError(400, f"the body is not JSON: {str(error).partition(';')[0]}") from None
+        raise HttpError(400, f"the body is not JSON: {str(error).partition(';')[0]}", code="bad_json") from None
     if not isinstance(content, dict):
-        raise HttpError(400, "the body is not a JSON object")
+        raise HttpError(400, "the body is not a JSON object", code="bad_json")
     if len(body) > JSON_AT_ONCE_BYTES or body.count(b"{") + body.count(b"[") > JSON_DEPTH:
         level: list[Any] = [content]  # code which walks through deeper nesting might run out of stack
         for _ in range(JSON_DEPTH):
             members = (outer.values() if isinstance(outer, dict) else outer for outer in level)
             level = [inner for inner in itertools.chain.from_iterable(members) if isinstance(inner, dict | list)]
         if level:
-            raise HttpError(400, f"the JSON is nested deeper than {JSON_DEPTH} levels")
+            raise HttpError(400, f"the JSON is nested deeper than {JSON_DEPTH} levels", code="bad_json")
     for name, value in content.items():
         if name != judged and (half := HALF_A_PAIR.search(as_json({name: value}))):
-            raise HttpError(400, f"{name} holds half a surrogate pair (\\u{ord(half[0]):04x})")
+            raise HttpError(400, f"{name} holds half a surrogate pair (\\u{ord(half[0]):04x})", code="bad_json")
     return content
 
 
@@ -6243,7 +6336,7 @@ def unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(fields) == len(pairs):
         return fields
     twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
-    raise HttpError(400, f"the JSON has the field {twice[:80]!r} twice in one object")
+    raise HttpError(400, f"the JSON has the field {twice[:80]!r} twice in one object", code="bad_json")
 
 
 def finite_number(text: str) -> float | int:
@@ -6379,14 +6472,14 @@ class ServedConnection:
         request = Request("other", "", "unmatched", {}, {}, {}, b"", "", self.peer, self.server.in_thread)
         try:
             if self.turned_away:
-                raise HttpError(503, "too many connections", headers={"Retry-After": "1"})
+                raise HttpError(503, "too many connections", code="busy", headers={"Retry-After": "1"})
             response = await self._response_to(request, began_at + self.server.limits.head_timeout_seconds)
             if not isinstance(response.body, bytes):  # what fails up to here can still be told by a status
                 opening = await anext(response.body, b"")
         except HttpError as error:
             response = error.response()
         except Rejected as error:
-            response = HttpError(400, str(error)).response()
+            response = HttpError(400, str(error), code="bad_field").response()
         except StorageUnavailable as error:
             response = HttpError(503, str(error), headers={"Retry-After": "1"}).response()
         except ClientGone:
@@ -7405,7 +7498,7 @@ class Dispatcher(Loop):
         """The message with its contents and what was fetched, by the rules of the house; or the reply that says
         what of it cannot be had. Blocks where there are parts."""
         message_id, redirect_to = claim.message_id.strip("<>"), self.settings.redirect_to
-        message = parse_message(read_json(payload)[0], now=None, contents=contents or {}, message_id=message_id)
+        message = parse_message(read_json(payload)[0], contents=contents or {}, message_id=message_id)
         parts = self.fetcher.parts(message.attachments, fetched) if message.attachments else ()
         if isinstance(parts, Reply):
             return parts
@@ -8054,6 +8147,12 @@ ALL_REJECTED = "all messages rejected"
 NO_MESSAGE = "there is no message with this id"
 NO_ACCOUNT = "there is no account with this id"
 NOT_FOUND = "account not found"
+NO_DEFAULT = "missing account configuration"
+TWICE = "duplicate id in this batch"
+REJECTIONS: Mapping[str, str] = {  # the code of a reason that is about no field alone
+    NOT_FOUND: "unknown_account", NO_DEFAULT: "no_account", TWICE: "duplicate_id",
+    "already sent": "already_sent", "in delivery": "in_delivery",
+}  # fmt: skip
 
 
 def stored_accounts(
@@ -8118,7 +8217,7 @@ def asked(query: Mapping[str, Sequence[str]], fields: QueryFields) -> dict[str, 
 
 ANSWERS: Mapping[str, str] = {
     "Done": "ok: boolean",
-    "Problem": "ok: boolean, error: string, detail?: string | object, rejected?: Rejection[]",
+    "Problem": "ok: boolean, error: string, code: ProblemCode, detail?: string | object, rejected?: Rejection[]",
     "Health": "ok: boolean, status: string",
     "Status": (
         "ok: boolean, active: boolean, version: string, pending: integer, deferred: integer, in_delivery: integer, "
@@ -8128,8 +8227,8 @@ ANSWERS: Mapping[str, str] = {
         "state: 'up' | 'probing' | 'cooling' | 'limited' | 'suspended' | 'account not found', reason: string | null, "
         "since: time | null, until: time | null, connections: integer, pending: integer, limits_left?: integer{}"
     ),
-    "Submitted": "ok: boolean, queued: integer, rejected: Rejection[], warnings?: Warning[]",
-    "Rejection": "id: string | null, reason: string",
+    "Submitted": "ok: boolean, queued: integer, rejected: Rejection[], known?: string[], warnings?: Warning[]",
+    "Rejection": "id: string | null, reason: string, code: RejectionCode, field?: string",
     "Warning": "id: string, unknown: string[]",
     "Switched": "ok: boolean, active: boolean",
     "Removed": "ok: boolean, removed: integer, not_found: string[], in_delivery: string[]",
@@ -8152,6 +8251,10 @@ ANSWERS: Mapping[str, str] = {
     "Accounts": "ok: boolean, accounts: ShownAccount[]",
     "AccountSet": "ok: boolean, warnings?: Warning[]",
     "AccountRemoved": "ok: boolean, failed: integer",
+}
+WORDS: Mapping[str, Kind] = {
+    "ProblemCode": word(*dict.fromkeys(("bad_json", "bad_field", "all_rejected", "busy", *PROBLEMS.values()))),
+    "RejectionCode": word("missing_field", "invalid_field", *REJECTIONS.values()),
 }
 GIVEN: Mapping[str, Mapping[str, Field]] = {
     "Batch": {
@@ -8198,7 +8301,7 @@ def named_schemas() -> dict[str, object]:
         name: field._replace(required=False) for name, field in ACCOUNT_FIELDS.items() if name not in SECRET_FIELDS
     }
     shown["source"] = Field("'http' | 'config'", "Where it was defined.")
-    schemas: dict[str, object] = {}
+    schemas: dict[str, object] = {name: json_schema(kind.json) for name, kind in WORDS.items()}
     for name, given in {**GIVEN, "ShownAccount": shown}.items():
         properties = {}
         for key, one in given.items():  # null means left out, everywhere
@@ -8296,18 +8399,17 @@ class ControlPlane:
 
     async def check_ready(self, request: Request) -> Response:
         """Readiness: the storage answers, both loops turn."""
-        problem = self.stalled_loop()
+        if problem := self.stalled_loop():
+            raise HttpError(503, problem, code="internal")
         # Anybody may ask, so it is tried once a second at most.
-        if problem is None and (self.queue.file.refuses or self.clock.monotonic() >= self._wrote_at + 1):
+        if self.queue.file.refuses or self.clock.monotonic() >= self._wrote_at + 1:
             try:
                 async with asyncio.timeout(LOOP_PATIENCE_S):
                     await self.queue.answers()
                 self._wrote_at = self.clock.monotonic()
-            except (StorageUnavailable, TimeoutError) as error:
-                problem = str(error) or "the queue file does not answer"
-        if problem is None:
-            return json_response({"ok": True})
-        return json_response({"ok": False, "error": problem}, 503)
+            except TimeoutError:
+                raise HttpError(503, "the queue file does not answer") from None
+        return json_response({"ok": True})
 
     def stalled_loop(self) -> str | None:
         """Which loop does not turn, in a sentence, or None."""
@@ -8388,26 +8490,35 @@ class ControlPlane:
     async def submit_messages(self, request: Request) -> Response:
         """Submit messages; each is judged by itself, and what is accepted is on disk."""
         judged, rejected, unknown = await self._judged(request)
-        lanes = self.dispatcher.lanes  # an account may be gone meanwhile
-        good = [one for one in judged if one.account_id in lanes]
-        rejected += [{"id": one.id, "reason": NOT_FOUND} for one in judged if one.account_id not in lanes]
-        verdicts = list(zip(good, await self.queue.accept(good) if good else (), strict=True))
-        rejected += [{"id": one.id, "reason": reason} for one, reason in verdicts if reason is not None]
-        accepted = [one for one, reason in verdicts if reason is None]
-        self._tell_of_submissions(accepted, rejected)
-        if rejected and not accepted:
+        queued, known = await self.store(judged, rejected)
+        if rejected and not (queued or known):
             detail = {"error": ALL_REJECTED, "rejected": rejected}
-            raise HttpError(400, ALL_REJECTED, rejected=rejected, detail=detail)
-        answer = {"ok": True, "queued": len(accepted), "rejected": rejected}
-        warnings = [{"id": one.id, "unknown": unknown[one.id]} for one in accepted if one.id in unknown]
-        return json_response({**answer, "warnings": warnings} if warnings else answer)
+            raise HttpError(400, ALL_REJECTED, code="all_rejected", rejected=rejected, detail=detail)
+        answer: dict[str, object] = {"ok": True, "queued": queued, "rejected": rejected}
+        refused = {entry["id"] for entry in rejected} if unknown and rejected else ()
+        warnings = [{"id": id_, "unknown": names} for id_, names in unknown.items() if id_ not in refused]
+        return json_response(
+            {**answer, **({"known": known} if known else {}), **({"warnings": warnings} if warnings else {})}
+        )
+
+    async def store(self, judged: Sequence[Submission], rejected: list[dict[str, object]]) -> tuple[int, list[str]]:
+        """Store what was judged; return how many are queued, and the ids that are known. What is refused is added to
+        `rejected`; everybody is told."""
+        lanes = self.dispatcher.lanes  # an account may be gone meanwhile
+        judged = [one if one.account_id in lanes or one.flaw else one._replace(flaw=NOT_FOUND) for one in judged]
+        verdicts = list(zip(judged, await self.queue.accept(judged) if judged else (), strict=True))
+        accepted = [one for one, verdict in verdicts if verdict is None]
+        known = [one.id for one, verdict in verdicts if verdict == KNOWN]
+        rejected += [rejection(one.id, verdict) for one, verdict in verdicts if verdict not in (None, KNOWN)]
+        self._tell_of_submissions(accepted, known, rejected)
+        return len(accepted), known
 
     async def _judged(self, request: Request) -> Judged:
         """The messages of a batch, judged. What they were read from is let go when this returns."""
         fields = await request.json_object(judged="messages")
         messages = fields.get("messages")
         if not isinstance(messages, list):
-            raise HttpError(400, "messages: must be a list of messages")
+            raise HttpError(400, "messages: must be a list of messages", code="bad_field")
         most = self.settings().server.max_batch
         if len(messages) > most:
             raise HttpError(413, f"messages: at most {most} in one batch, these are {len(messages)}")
@@ -8432,21 +8543,25 @@ class ControlPlane:
                 with contextlib.suppress(Rejected):
                     id_ = line_of(given.get("id"), "id", most=LONGEST_ID) if isinstance(given, dict) else None
                 if id_ is not None and id_ in seen:
-                    raise Rejected("duplicate id in this batch")
+                    raise Rejected(TWICE)
                 seen.add(id_)
-                message = parse_message(given, now=now, default_priority=default_priority)
-                good.append(submission_of(given, message, self._account(message.account_id)))
+                message = parse_message(given, default_priority=default_priority)
+                good.append(submission_of(given, message, self._account(message.account_id), now))
                 if message.unknown:
                     unknown[message.id] = message.unknown
             except Rejected as error:
-                rejected.append({"id": id_, "reason": str(error)})
+                rejected.append(rejection(id_, str(error)))
             except Exception as error:  # a bug of ours must not spoil the batch
                 event(self.log, logging.ERROR, "a submission made mailproxy fail", message=id_, exc_info=error)
-                rejected.append({"id": id_, "reason": "invalid message: it could not be understood"})
+                rejected.append(rejection(id_, "invalid message: it could not be understood"))
         return good, rejected, unknown
 
-    def _tell_of_submissions(self, accepted: Sequence[Submission], rejected: Sequence[Mapping[str, object]]) -> None:
+    def _tell_of_submissions(
+        self, accepted: Sequence[Submission], known: Sequence[str], rejected: Sequence[Mapping[str, object]]
+    ) -> None:
         self.reporter.submissions += len(accepted)
+        if any(submission.once for submission in accepted):  # one that failed may have ended again
+            self.reporter.ring()
         by_account: dict[str, int] = {}
         for submission in accepted:
             by_account[submission.account_id] = by_account.get(submission.account_id, 0) + 1
@@ -8458,6 +8573,8 @@ class ControlPlane:
         if self.log.isEnabledFor(level):
             for submission in accepted:
                 event(self.log, level, "message accepted", message=submission.id, account=submission.account_id)
+            for id_ in known:
+                event(self.log, level, "message known", message=id_)
         if rejected:
             self.metrics.messages_rejected.inc(len(rejected))
             for entry in rejected:
@@ -8533,14 +8650,15 @@ class ControlPlane:
         return json_response(answer | ({"account_not_found": of_no_account} if of_no_account else {}))
 
     async def cleanup_messages(self, request: Request) -> Response:
-        """Remove final messages that were reported longer ago than that."""
+        """Remove final messages that were reported (without an upstream: final) longer ago than that."""
         age_s = (await request.json_object()).get("older_than_seconds")
         if age_s is None:
             age_s = self.settings().delivery.delivery_report_retention_seconds
         if type(age_s) is not int or not 0 <= age_s < 2**53:
-            raise HttpError(400, "older_than_seconds: must be a whole number of seconds, 0 or more")
+            raise HttpError(400, "older_than_seconds: must be a whole number of seconds, 0 or more", code="bad_field")
         removed = 0
-        while some := await self.queue.purge(age_s, unreported_too=False):
+        nobody_asks = self.reporter.client.client_sync_url is None
+        while some := await self.queue.purge(age_s, unreported_too=nobody_asks):
             removed += some
         event(self.log, logging.INFO, "messages cleaned up", messages=removed)
         return json_response({"ok": True, "removed": removed})
@@ -8681,10 +8799,24 @@ class ControlPlane:
             raise HttpError(409, f"this account comes from config.ini, section [{section}]; change it there")
 
 
-def submission_of(fields: Any, message: Message, account: Account | None) -> Submission:
-    """A judged message as the queue stores it. Raises Rejected when its account is not there."""
-    if account is None:
-        raise Rejected("missing account configuration" if message.account_id == "default" else NOT_FOUND)
+def rejection(id_: str | None, reason: str | None) -> dict[str, object]:
+    """An entry of `rejected`: for programs, a code beside the reason, and the field that is meant."""
+    reason = str(reason)
+    if code := REJECTIONS.get(reason):
+        field = {TWICE: "id", NOT_FOUND: "account_id"}.get(reason)
+    else:
+        kind, _, name = reason.partition(":")[0].partition(" ")
+        code, field = f"{kind}_field", None if name == "message" else name
+    return {"id": id_, "reason": reason, "code": code, **({"field": field} if field else {})}
+
+
+def submission_of(fields: Any, message: Message, account: Account | None, now: float) -> Submission:
+    """A judged message as the queue stores it; one that is too late, or whose account is not there, may be known."""
+    flaw = None
+    if message.expires_ts is not None and message.expires_ts <= now:
+        flaw = "invalid expires_ts: lies in the past"
+    elif account is None:
+        flaw = NO_DEFAULT if message.account_id == "default" else NOT_FOUND
     payload, contents = stored_form(fields, message)
     recipients = message.recipients
     subject = message.subject if message.raw is None else subject_of_raw(message.raw)
@@ -8704,6 +8836,8 @@ def submission_of(fields: Any, message: Message, account: Account | None) -> Sub
         subject=subject if message.raw is not None or subject != fields["subject"] else None,
         payload=payload,
         contents=contents,
+        flaw=flaw,
+        once=account is not None and account.in_doubt == "error",
     )
 
 
@@ -8720,7 +8854,7 @@ def ids_of(fields: Mapping[str, object]) -> list[str]:
     """The messages that a command names, each once."""
     ids = fields.get("ids")
     if not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
-        raise HttpError(400, "ids: must be a list of message ids")
+        raise HttpError(400, "ids: must be a list of message ids", code="bad_field")
     if len(ids) > MAX_IDS:
         raise HttpError(413, f"ids: at most {MAX_IDS} in one call")
     return list(dict.fromkeys(ids))

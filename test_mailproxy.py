@@ -1690,7 +1690,7 @@ def submission_fields(**fields: Any) -> dict[str, Any]:
 
 
 def parsed_submission(**fields: Any) -> mailproxy.Message:
-    return mailproxy.parse_message(submission_fields(**fields), now=NOON, new_id=lambda: "new")
+    return mailproxy.parse_message(submission_fields(**fields), new_id=lambda: "new")
 
 
 def reason_to_refuse(**fields: Any) -> str:
@@ -1705,7 +1705,7 @@ def as_base64(content: bytes) -> str:
 
 def test_a_plain_submission_becomes_a_message_with_all_defaults_settled() -> None:
     message = parsed_submission()
-    ids = {mailproxy.parse_message(submission_fields(), now=NOON).message_id for _ in range(50)}
+    ids = {mailproxy.parse_message(submission_fields()).message_id for _ in range(50)}
 
     assert (message.id, message.account_id, message.priority) == ("m-1", "default", 2)
     assert message.sender == mailproxy.Mailbox("", "a@example.com")
@@ -1713,7 +1713,7 @@ def test_a_plain_submission_becomes_a_message_with_all_defaults_settled() -> Non
     assert (message.text, message.html, message.subject) == ("Hi\n", None, "Hello")
     assert message.return_path == "a@example.com"
     assert message.message_id == "new@example.com"
-    assert message.unknown == mailproxy.parse_message({**submission_fields(), "colour": None}, now=NOON).unknown == ()
+    assert message.unknown == mailproxy.parse_message({**submission_fields(), "colour": None}).unknown == ()
     assert parsed_submission(name="x", tenant_id=5).unknown == ("name", "tenant_id")
     assert len(ids) == 50
     assert all(message_id.endswith("@example.com") for message_id in ids)
@@ -1775,7 +1775,7 @@ INVALID_FIELDS: dict[str, list[Any]] = {
     ],
     "message_id": ["x", "a b@c", "a@é", "<a@b", 5, "a@" + "b" * 1000, "@b", "a@", "a@b\nX: y"],
     "priority": [4, -1, 1.0, 1e308, True, "urgent", 10**30, [1]], "deferred_ts": [-1, 1.5, 2**63, 10**10, "5", False],
-    "expires_ts": [NOON - 1, int(NOON), 1e20, 1, 10**10], "batch_code": [5, "a\nb", "\ud800"],
+    "expires_ts": [NOON, 1e20, -1, "5", 10**10], "batch_code": [5, "a\nb", "\ud800"],
     "raw": [
         5, "?", as_base64(b"no header"), as_base64(b""), as_base64(b"\r\nA: b\r\n\r\n"), as_base64(b"A: b\r\n\r\nx\0y"),
         as_base64(b"From me\r\nA: b\r\n\r\n"), as_base64(b" A: b\r\n\r\n"),
@@ -1796,7 +1796,7 @@ def test_a_submission_that_is_no_object_or_has_a_name_that_is_no_unicode_is_refu
 
     assert reason.encode().startswith(b"invalid '\\ud800': ")
     with pytest.raises(mailproxy.Rejected, match=r"^invalid message: "):
-        mailproxy.parse_message(["id"], now=NOON)
+        mailproxy.parse_message(["id"])
 
 
 LONGEST = f"{'x' * 64}@{'y' * 60}.{'y' * 60}.{'y' * 60}.{'z' * 6}"
@@ -1880,9 +1880,9 @@ def test_a_field_becomes_what_the_message_has(fields: dict[str, Any], expected: 
 )
 def test_the_message_id_that_is_shown_and_kept_is_the_one_that_is_sent(fields: dict[str, Any], shown: str) -> None:
     fields = {**submission_fields(), **fields}
-    message = mailproxy.parse_message(fields, now=NOON)
+    message = mailproxy.parse_message(fields)
 
-    submission = mailproxy.submission_of(fields, message, parsed_account())
+    submission = mailproxy.submission_of(fields, message, parsed_account(), NOON)
 
     assert submission.message_id == shown
     assert shown.strip("<>") == message.message_id == "x.1@y.z"
@@ -1893,7 +1893,7 @@ def test_times_in_milliseconds_are_refused_and_what_was_taken_before_that_was_so
 
     assert "milliseconds" in reason_to_refuse(expires_ts=1_700_000_000_000)
     assert "milliseconds" in reason_to_refuse(deferred_ts=1_700_000_000_000)
-    message = mailproxy.parse_message(before, now=None, contents={}, message_id="old@example.com")
+    message = mailproxy.parse_message(before, contents={}, message_id="old@example.com")
     assert (message.deferred_ts, message.expires_ts, message.subject) == (1_700_000_000_000, 1_700_000_000_000, "a b")
 
 
@@ -1918,7 +1918,7 @@ def test_a_line_break_in_any_value_of_a_header_and_in_any_address_is_invalid(lin
 def test_the_batch_serves_for_a_priority_and_time_limits_that_passed_do_not_spoil_what_is_read_back() -> None:
     fields = submission_fields(expires_ts=5, deferred_ts=4)
 
-    message = mailproxy.parse_message(fields, now=None, message_id="old@example.com", default_priority=0)
+    message = mailproxy.parse_message(fields, message_id="old@example.com", default_priority=0)
 
     assert (message.expires_ts, message.deferred_ts, message.message_id) == (5, 4, "old@example.com")
     assert message.priority == 0
@@ -2033,10 +2033,10 @@ def test_usual_mailboxes_are_understood_as_the_general_way_does(name: str, addre
 
 def stored_and_read_back(fields: dict[str, Any]) -> tuple[Any, ...]:
     """The message, the one that is read back, its payload and contents, and the fields restored from them."""
-    message = mailproxy.parse_message(fields, now=NOON)
+    message = mailproxy.parse_message(fields)
     payload, contents = mailproxy.stored_form(fields, message)
     kept = json.loads(payload)
-    again = mailproxy.parse_message(kept, now=None, contents=contents, message_id=message.message_id)
+    again = mailproxy.parse_message(kept, contents=contents, message_id=message.message_id)
     return message, again, (payload, contents), mailproxy.restored_fields(kept, contents)
 
 
@@ -2061,7 +2061,7 @@ def test_a_payload_is_kept_without_contents_and_read_back_as_the_same_message() 
     raw_message, raw_again, _, raw_restored = stored_and_read_back(raw)
 
     assert (again, raw_again, raw_restored) == (message, raw_message, raw)
-    assert mailproxy.parse_message(restored, now=NOON).attachments == message.attachments
+    assert mailproxy.parse_message(restored).attachments == message.attachments
     assert restored["attachments"][0] == files[0]
     assert restored["attachments"][2] == {"filename": "c", "storage_path": "base64:Yw==", "fetch_mode": "base64"}
     assert "YQ==" not in payload
@@ -2080,7 +2080,7 @@ def test_whatever_json_is_submitted_it_is_accepted_or_rejected_and_never_breaks_
     whole = {**submission_fields(), **fields}
 
     try:
-        mailproxy.parse_message(whole, now=NOON)
+        mailproxy.parse_message(whole)
     except mailproxy.Rejected as rejected:
         str(rejected).encode()
     else:
@@ -2725,7 +2725,7 @@ def composed_submission(**fields: Any) -> bytes:
     """The bytes of a submission with these fields, its attachments as if they had been fetched."""
     whole = {"id": "m-1", "from": "a@example.com", "to": ["b@example.org"], "subject": "Hello", "body": "Hi\n"}
     given_fields = {name: value for name, value in {**whole, **fields}.items() if value is not None}
-    message = mailproxy.parse_message(given_fields, now=None, new_id=lambda: "new")
+    message = mailproxy.parse_message(given_fields, new_id=lambda: "new")
     parts = [one._replace(content_type=one.content_type or "application/octet-stream") for one in message.attachments]
     return mailproxy.compose(message, parts, date=SENT_AT)
 
@@ -2905,8 +2905,8 @@ def test_a_bcc_is_in_no_header(content_type):
 
 def test_a_local_part_in_utf_8_goes_out_as_it_is_and_needs_smtputf8():
     fields = {"id": "1", "from": "a@b.org", "to": "Jörg <jörg@bücher.example>", "subject": "ü", "body": "x"}
-    unusual = mailproxy.parse_message(fields, now=None)
-    plain = mailproxy.parse_message({**fields, "to": "j@bücher.example"}, now=None)
+    unusual = mailproxy.parse_message(fields)
+    plain = mailproxy.parse_message({**fields, "to": "j@bücher.example"})
 
     octets = mailproxy.compose(unusual, (), date=SENT_AT)
 
@@ -3046,7 +3046,7 @@ def test_a_file_name_is_quoted_where_it_is_ascii_and_old_readers_find_any_other_
 @pytest.mark.parametrize("content_type", ["text/x\r\nX-Evil: y", "nonsense", "", "multipart/mixed", "a/" + "b" * 999])
 def test_what_a_server_calls_an_attachment_cannot_harm_the_header(content_type):
     fields = {"id": "1", "from": "a@b.org", "to": "c@d.org", "subject": "", "body": ""}
-    message = mailproxy.parse_message({**fields, "attachments": [{"url": "http://x"}]}, now=None)
+    message = mailproxy.parse_message({**fields, "attachments": [{"url": "http://x"}]})
     part = message.attachments[0]._replace(filename="a\r\nX-Evil: y\0.bin", content_type=content_type, content=b"x")
 
     (arrived,) = read_by_a_client(mailproxy.compose(message, [part], date=SENT_AT)).iter_attachments()
@@ -3132,7 +3132,7 @@ def test_no_complete_message_that_is_accepted_hides_a_bcc_from_us(pieces):
 @pytest.mark.parametrize("given_raw", [None, base64.b64encode(b"To: real@example.org\r\n\r\nx").decode()])
 def test_staging_sends_everything_to_one_address_and_tells_the_real_ones(given_raw):
     fields = {"id": "1", "from": "a@b.org", "to": "real@x.org", "cc": "c@x.org", "bcc": "d@x.org", "subject": "s"}
-    message = mailproxy.parse_message({**fields, "body": "x", "raw": given_raw}, now=None)
+    message = mailproxy.parse_message({**fields, "body": "x", "raw": given_raw})
 
     redirected = mailproxy.redirect(message, "test@staging.org")
 
@@ -3794,9 +3794,9 @@ def test_submissions_that_wait_together_are_stored_in_one_go_and_each_judged_alo
 
     verdicts = rig.run(all_at_once())
 
-    assert verdicts == [[None, "already sent"], [None, "in delivery"], [], [None, None], [None, None]]
+    assert verdicts == [[None, "already sent"], [None, "in delivery"], [], [None, None], ["known", None]]
     order = [row[0] for row in rig.sql("SELECT id FROM messages ORDER BY seq")]
-    assert order == ["sent", "on the wire", "newer", "waits", "failed", "deferred", "new"]
+    assert order == ["sent", "on the wire", "new", "newer", "waits", "failed", "deferred"]
     assert rig.tallies()[0]["main"] == (6, 0, 1)
     for id_ in order:
         record, attempts = rig.look_up(id_)
@@ -3848,7 +3848,7 @@ def test_only_final_reported_messages_are_purged_and_what_was_sent_is_remembered
 
     assert [rig.purge(50, unreported_too=too) for too in (False, False, True)] == [2, 0, 1]
     assert rig.sql("SELECT id FROM messages ORDER BY seq") == [("deferred",), ("waiting",)]
-    assert rig.accept([submission("sent"), submission("failed")]) == ["already sent", None]
+    assert rig.accept([submission("sent"), submission("failed")]) == ["known", None]
     rig.now += 1000
     assert rig.forget(1000) == 2
     assert rig.accept([submission("sent")]) == [None]
@@ -4106,8 +4106,8 @@ def test_a_queue_of_version_1_goes_on_as_the_newest_one(tmp_path: Path) -> None:
         assert rig.standing("main") == mailproxy.Standing([(NOW + 2, 2)], suspended=True, held_back=False)
         assert (rig.switch("active"), list(rig.accounts())) == (True, ["main"])
         assert [state.entry["id"] for state in rig.unreported(10)] == ["sent", "retry"]
-        verdicts = rig.accept([submission("sent"), submission("purged"), submission("new")])
-        assert verdicts == ["already sent", "already sent", None]
+        verdicts = rig.accept([submission("sent", payload="{}"), submission("purged"), submission("new")])
+        assert verdicts == ["known", "known", None]
         assert rig.sql("SELECT max(seq) FROM messages") == [(7 + 2,)]  # 6 was given to one that was deleted
         rig.now += 120
         assert rig.catch_up() == ({"main"}, [])
@@ -4213,7 +4213,8 @@ def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(
         counted("purge", rig.purge(3600, unreported_too=True))
         counted("let go", rig.let_go(["main"], ("limit",)))
         counted("accept another", rig.accepted(submission(another)))
-        counted("replace", rig.accepted(submission(another)))
+        counted("known", rig.accept([submission(another)]))
+        counted("replace", rig.accepted(submission(another, payload="{}")))
         limited = {"deferred_ts": int(rig.now) + 60, "reason": "limit", "counted": False}
         counted("defer limited", rig.recorded(*rig.claimed(1), DEFERRED, **limited))
         counted("standing", rig.standing("main"))
@@ -7423,7 +7424,7 @@ async def test_a_path_or_method_that_is_not_there_is_404_or_405_or_without_a_tok
 
         assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer"), head
         sentence = "Invalid or missing API token"
-        assert answer.json == {"ok": False, "error": sentence, "detail": sentence}
+        assert answer.json == {"ok": False, "error": sentence, "code": "unauthorized", "detail": sentence}
 
 
 @served()
@@ -7670,7 +7671,7 @@ async def test_a_stream_is_sent_in_chunks_and_one_that_fails_is_seen_to_be_cut(s
 async def test_a_handler_says_no_in_its_own_words_and_one_that_fails_is_a_500_that_tells_nothing(service):
     no = await service.answer_to(http_request("GET", "/no"))
     assert (no.status, no.headers["retry-after"]) == (409, "5")
-    assert no.json == {"ok": False, "error": "no", "rejected": [1]}
+    assert no.json == {"ok": False, "error": "no", "code": "conflict", "rejected": [1]}
     assert not service.failures
 
     reader, writer = await service.connect()
@@ -10524,13 +10525,19 @@ def test_each_message_is_judged_alone_and_rejected_with_its_reason(
     message = value if field == "no object" else {**mail(), field: value}
 
     alone = submitted(judge, message)
-    among = submitted(judge, mail("good-1", deferred_ts=FAR), message, mail("good-2", deferred_ts=FAR))
+    good = [mail(f"{number} beside {reason} {value!r:.40}", deferred_ts=FAR) for number in (1, 2)]
+    among = submitted(judge, good[0], message, good[1])
 
     rejected = alone.json["rejected"]
     assert rejected[0]["id"] == (None if field in ("id", "no object") else "m-1")
     assert rejected[0]["reason"].startswith(reason)
+    if field == "account_id":
+        assert (rejected[0]["code"], rejected[0]["field"]) == ("unknown_account", field)
+    else:
+        kind = f"{reason.split()[0]}_field"
+        assert (rejected[0]["code"], rejected[0].get("field", "no object")) == (kind, field)
     refused = {"error": "all messages rejected", "rejected": rejected}
-    assert (alone.status, alone.json) == (400, {"ok": False, **refused, "detail": refused})
+    assert (alone.status, alone.json) == (400, {"ok": False, **refused, "code": "all_rejected", "detail": refused})
     assert (among.status, among.json) == (200, {"ok": True, "queued": 2, "rejected": rejected})
 
 
@@ -10588,10 +10595,11 @@ def test_in_a_batch_null_means_left_out_its_priority_wins_and_the_second_of_an_i
     assert empty.json == {"ok": True, "queued": 0, "rejected": []}
     assert [judge.message(id_)["priority"] for id_ in ("odd", "p-1", "p-2")] == [2, 3, 0]
     assert (twice.status, twice.json["queued"]) == (200, 1)
-    assert twice.json["rejected"] == [{"id": "twin", "reason": "duplicate id in this batch"}]
+    duplicate = {"reason": "duplicate id in this batch", "code": "duplicate_id", "field": "id"}
+    assert twice.json["rejected"] == [{"id": "twin", **duplicate}]
     assert judge.message("twin")["message"]["subject"] == "first"
     assert bad_first.status == 400
-    assert bad_first.json["rejected"][1] == {"id": "twin-2", "reason": "duplicate id in this batch"}
+    assert bad_first.json["rejected"][1] == {"id": "twin-2", **duplicate}
 
 
 def test_the_largest_numbers_break_nothing(judge: Daemon) -> None:
@@ -10651,10 +10659,13 @@ def test_the_same_id_again_replaces_what_was_not_sent_and_a_retry_takes_only_wha
         wait_until(lambda id_=id_: daemon.message(id_)["reported_ts"], "the report")
     daemon.post("/commands/suspend")
 
-    again = submitted(daemon, mail("back"), mail("bad"), mail("good")).json
+    again = submitted(daemon, mail("back"), mail("bad"), mail("good", subject="Anything else")).json
     retried = daemon.post("/commands/retry-messages", {"ids": ["lost", "good", "later", "nobody", "lost"]}).json
 
-    assert (again["queued"], again["rejected"]) == (2, [{"id": "good", "reason": "already sent"}])
+    assert (again["queued"], again["rejected"]) == (
+        2,
+        [{"id": "good", "reason": "already sent", "code": "already_sent"}],
+    )
     assert (retried["ok"], retried["queued"], retried["not_found"]) == (True, 1, ["nobody"])
     assert sorted(retried["not_failed"]) == ["good", "later"]
     for id_ in ("back", "bad", "lost"):
@@ -10669,13 +10680,150 @@ def test_the_same_id_again_replaces_what_was_not_sent_and_a_retry_takes_only_wha
     assert smtp.visits["perm@example.com"] == 3
 
 
+A_FILE = {"filename": "a.bin", "content": as_base64(b"\0\xff\xfe")}
+A_PLACE = {"filename": "b", "url": "https://files.example.com/b"}
+RAW_A, RAW_B = (as_base64(f"Subject: {name}\r\n\r\nHello.\r\n".encode()) for name in "ab")
+SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [  # what was submitted, and what is the same
+    ({}, {"priority": "medium", "account_id": "default", "content_type": "plain", "cc": None, "deferred_ts": None}),
+    ({"priority": "high"}, {"priority": 1}), ({"to": ["a@example.com", "B <b@example.com>"]}, {"to": "a@example.com,B <b@example.com>"}),
+    ({"html": True}, {"content_type": "text/html"}), ({"text": "Hello.", "body": None}, {}),
+    ({"from_name": "Me"}, {"from": "Me <me@example.com>"}), ({"return_path": "me@example.com"}, {}), ({"colour": "red"}, {"colour": 5}),
+    ({"headers": {"X-A": 5, "X-B": ["b", "c"]}}, {"headers": {"x-b": ["b", "c"], "x-a": "5"}}),
+    ({"headers": {"Subject": "hello"}, "subject": ""}, {}), ({"message_id": "<a@b>"}, {"message_id": "a@b"}),
+    ({"attachments": [A_FILE]}, {"attachments": [{**A_FILE, "content": "AP/ +\n"}]}), ({"attachments": []}, {}),
+    ({"attachments": [A_FILE]}, {"attachments": [{"filename": "a.bin", "storage_path": "base64:AP_-", "inline": False}]}),
+    ({"attachments": [A_PLACE, A_FILE]}, {"attachments": [{**A_PLACE, "content_type": None}, A_FILE]}),
+    ({"raw": RAW_A}, {"raw": RAW_A.rstrip("="), "subject": "means nothing"}),
+]  # fmt: skip
+OTHER: list[tuple[dict[str, Any], dict[str, Any]]] = [  # what was submitted, and what is not the same
+    *(({}, {name: value}) for name, value in {"subject": "Hello", "body": "hello", "priority": 3, "batch_code": "b", "expires_ts": FAR,
+      "deferred_ts": FAR, "to": "b@example.com", "cc": "b@example.com", "reply_to": "b@example.com", "from_name": "Me",
+      "return_path": "<>", "html": True, "headers": {"X-A": "b"}, "message_id": "a@b", "attachments": [A_FILE]}.items()),
+    ({"attachments": [A_FILE]}, {"attachments": [{**A_FILE, "content": as_base64(b"\0\xff\xff")}]}),
+    ({"attachments": [A_FILE]}, {"attachments": [{**A_FILE, "filename": "b.bin"}]}),
+    ({"attachments": [A_PLACE]}, {"attachments": [{**A_PLACE, "url": "https://files.example.com/c"}]}),
+    ({"attachments": [A_PLACE]}, {"attachments": [{"filename": "b", "s3": {"bucket": "files", "key": "b"}}]}),
+    ({"headers": {"X-A": ["b", "c"]}}, {"headers": {"X-A": ["c", "b"]}}), ({"raw": RAW_A}, {"raw": RAW_B}), ({"raw": RAW_A}, {}),
+]  # fmt: skip
+
+
+def test_the_same_content_again_is_known_however_it_is_written_and_other_content_replaces_it(judge: Daemon) -> None:
+    first, again = (
+        [{**mail(f"again-{number}"), **fields} for number, fields in enumerate(part)]
+        for part in zip(*SAME, *OTHER, strict=True)
+    )
+    same, other = ([one["id"] for one in part] for part in (again[: len(SAME)], again[len(SAME) :]))
+    judge.submit(*first)
+    before = [judge.message(id_) for id_ in same]
+
+    answer = submitted(judge, *again)
+    once_more = submitted(judge, *again, default_priority=None)
+    alone = submitted(judge, again[0])
+
+    assert (answer.status, answer.json["rejected"], answer.json["queued"]) == (200, [], len(OTHER))
+    assert answer.json["known"] == same
+    assert [judge.message(id_) for id_ in same] == before
+    assert (once_more.json["queued"], once_more.json["known"]) == (0, same + other)
+    assert (alone.status, alone.json) == (200, {"ok": True, "queued": 0, "rejected": [], "known": ["again-0"]})
+
+
+def test_a_submission_that_is_repeated_succeeds_whatever_became_of_it_and_nobody_gets_it_twice(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    some = {"to": ["ok@example.com", "some@example.com"], "cc": "temp@example.com"}
+    refused = ["ok@example.com", "perm@example.com"]
+    with Daemon(tmp_path, smtp=smtp) as daemon:
+        assert daemon.post("/account", {"id": "web", "host": smtp.host, "port": smtp.port}).status == 200
+        soon = int(time.time()) + 2
+        mails = [
+            *({**mail("some"), **some}, {**mail("refused"), "to": refused}, mail("purged"), mail("deleted")),
+            *(mail("gone", account_id="web"), mail("late", expires_ts=soon), {**mail("forgotten"), **some}),
+            *(mail("failed", "550@example.com"), mail("expired", deferred_ts=FAR, expires_ts=soon)),
+            mail("waits", deferred_ts=FAR, expires_ts=FAR),
+        ]  # fmt: skip
+        daemon.submit(*mails[2:4])
+        for id_ in ("purged", "deleted"):
+            daemon.wait_status(id_, "sent")
+        assert daemon.post("/commands/delete-messages", {"ids": ["deleted"]}).json["removed"] == 1
+        assert daemon.post("/commands/cleanup-messages", {"older_than_seconds": 0}).json["removed"] == 1
+        daemon.submit(*mails[:2], *mails[4:])
+        ends = {"some": "deferred", "forgotten": "deferred", "failed": "error", "expired": "error", "waits": "deferred"}
+        for one in (*mails[:2], *mails[4:]):
+            daemon.wait_status(one["id"], ends.get(one["id"], "sent"))
+        assert daemon.delete("/account/web").status == 200
+        assert daemon.post("/commands/delete-messages", {"ids": ["forgotten"]}).json["removed"] == 1
+        daemon.kill()
+        daemon.start()
+        copies = len(smtp.received)
+
+        again = submitted(daemon, *mails).json
+        wait_until(lambda: smtp.visits["550@example.com"] == 2, "the second try")
+        daemon.wait_status("failed", "error")
+        others = submitted(daemon, *({**one, "subject": "Another"} for one in mails)).json
+
+        past = {"reason": "invalid expires_ts: lies in the past", "code": "invalid_field", "field": "expires_ts"}
+        assert (again["queued"], again["rejected"]) == (1, [{"id": "expired", **past}])
+        assert again["known"] == [one["id"] for one in mails if one["id"] not in ("failed", "expired")]
+        assert others["known"] == ["purged", "deleted", "forgotten"]
+        assert {entry["id"]: entry["code"] for entry in others["rejected"]} == {
+            **dict.fromkeys(("some", "refused"), "already_sent"), "gone": "unknown_account",
+            **dict.fromkeys(("late", "expired"), "invalid_field"),
+        }  # fmt: skip
+        assert others["queued"] == 2
+        wait_until(lambda: smtp.visits["550@example.com"] == 3, "the third try")
+        daemon.wait_status("failed", "error")
+        assert len(smtp.received) == copies
+
+
+def test_who_is_in_doubt_gets_a_failed_message_again_only_where_the_account_or_the_content_says_so(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    config = {"delivery": {"max_retries": 1, "retry_delays": 0}, "smtp": {"in_doubt": "error"}}
+    with Daemon(tmp_path, config, smtp=smtp, reports=reports) as daemon:
+        daemon.submit(mail("doubt", "dropdata@example.com"))
+        first = daemon.wait_status("doubt", "error")
+        wait_until(lambda: daemon.message("doubt")["reported_ts"], "the report")
+        assert submitted(daemon, mail("doubt", "dropdata@example.com")).json["queued"] == 1
+        reports.wait_for(lambda all_of_them: len(all_of_them.entries_of("doubt")) == 2)
+        again = daemon.message("doubt")
+
+        assert (again["status"], again["error"], again["recipients"]) == ("error", first["error"], first["recipients"])
+        assert "in doubt" in again["error"]
+        assert smtp.visits["dropdata@example.com"] == 1
+        submitted(daemon, mail("doubt", "dropdata@example.com", subject="Another"))
+        reports.wait_for(lambda all_of_them: len(all_of_them.entries_of("doubt")) == 3)
+        assert smtp.visits["dropdata@example.com"] == 2
+
+
+def test_however_often_a_message_is_submitted_while_it_is_delivered_it_goes_out_once(
+    daemon: Daemon, smtp: SmtpServer
+) -> None:
+    def submit_often(name: str) -> set[int]:
+        return {
+            submitted(daemon, *(mail(f"often-{n}", "slow50ms@example.com", subject=subject) for n in range(20))).status
+            for _ in range(6)
+            for subject in ("hello", name)
+        }
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        statuses = set().union(*threads.map(submit_often, "abcd"))
+
+    assert statuses <= {200, 400}
+    for n in range(20):
+        daemon.wait_status(f"often-{n}", "sent")
+    ids = Counter(received.message["Message-ID"] for received in smtp.received)
+    assert (len(smtp.received), set(ids.values())) == (20, {1})
+
+
 def test_what_is_on_the_wire_is_neither_replaced_nor_deleted(relay: Relay) -> None:
     daemon, smtp, _ = relay
     daemon.submit(mail("slow", to="slow2@example.com"))
     wait_until(lambda: smtp.visits["slow2@example.com"], "the transaction")
 
     assert daemon.status()["in_delivery"] == 1
-    assert submitted(daemon, mail("slow")).json["rejected"] == [{"id": "slow", "reason": "in delivery"}]
+    in_delivery = {"id": "slow", "reason": "in delivery", "code": "in_delivery"}
+    assert submitted(daemon, mail("slow")).json["rejected"] == [in_delivery]
+    assert submitted(daemon, mail("slow", to="slow2@example.com")).json["known"] == ["slow"]
     assert daemon.post("/commands/delete-messages", {"ids": ["slow", "nobody"]}).json == {
         "ok": True, "removed": 0, "not_found": ["nobody"], "in_delivery": ["slow"]
     }  # fmt: skip
