@@ -733,7 +733,7 @@ class DeliverySettings(NamedTuple):
     max_age_seconds: int = row(432_000, COUNT, "A message so old becomes an error when a try fails.")
     max_retries: int = row(0, integer(0, 1_000_000), "Most attempts after the first; 0 goes on until max_age_seconds.")
     id_retention_seconds: int = row(
-        2_592_000, integer(0), "How long the id of a sent message is refused a second time."
+        2_592_000, integer(0), "How long the id of a sent message that is gone stays known."
     )
     shutdown_timeout_seconds: float = row(30.0, seconds(0, 86_400), "How long transactions may finish when it stops.")
     hostname: str | None = row(None, EHLO_NAME, "Our name in EHLO. Left out: the machine's full one, or its address.")
@@ -9520,13 +9520,12 @@ def complain(sentence: object) -> None:
 # takes its Bcc out, and adds Date and Message-ID.
 
 BATCH_MESSAGES = 200  # of one submission
-THROUGH_BEFORE = ("already sent", "in delivery")  # how the daemon refuses what it has from an earlier run
 NOT_THE_CONTENT = ("account_id", "priority", "deferred_ts", "expires_ts", "batch_code")
 COLUMNS = MESSAGE_FIELDS.keys() - {"raw"}
 
 
 def submit(client: Client, messages: Sequence[Mapping[str, object]], *, show: bool) -> dict[str | None, str]:
-    """Submit some messages; return the reasons of those that were refused, by id.
+    """Submit some messages; return by id the reasons of those that were refused, and KNOWN of those from an earlier run.
 
     Raises CommandFailed when none of them was even judged.
     """
@@ -9537,7 +9536,9 @@ def submit(client: Client, messages: Sequence[Mapping[str, object]], *, show: bo
     if show:
         print(answer.text.rstrip("\n"))
     fields = answer.fields if "rejected" in answer.fields else answer.granted()
-    return {entry["id"]: entry["reason"] for entry in fields["rejected"]}
+    return {entry["id"]: entry["reason"] for entry in fields["rejected"]} | dict.fromkeys(
+        fields.get("known", ()), KNOWN
+    )
 
 
 def send(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -9562,7 +9563,7 @@ def send(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         draft = Draft.of(_file_content(args.file))
         fields = {"raw": draft.in_base64(), "to": draft.recipients(), "from": next(iter(draft.addresses("from")), None)}
     refusal = "; ".join(submit(client, [{**fields, **given, "id": id_}], show=args.json).values())
-    if refusal and refusal not in THROUGH_BEFORE:
+    if refusal not in ("", KNOWN):
         raise CommandFailed(f"the message was refused: {refusal}")
     if not args.json:
         print(f"{id_}: {refusal or 'queued'}")
@@ -9604,7 +9605,7 @@ def send_csv(client: Client, path: str, common: Mapping[str, Any], *, show_answe
             if len(batch) < BATCH_MESSAGES and size_bytes < 8_388_608 and number < len(rows):
                 continue
             for id_, reason in (submit(client, batch, show=show_answers) if batch else {}).items():
-                if reason in THROUGH_BEFORE:
+                if reason == KNOWN:
                     before += 1
                 else:
                     refusals.append(f"{path} line {lines.get(id_ or '', '?')}, {id_}: {reason}")
@@ -9725,7 +9726,7 @@ def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
             ends = (b".\n", b".\r\n", b".") if call.dot_ends else ()
             content = b"".join(itertools.takewhile(lambda line: line not in ends, stdin))
         fields = sendmail_fields(call, content, login_name(), host_name())
-        for reason in submit(client, [fields], show=False).values():
+        for reason in set(submit(client, [fields], show=False).values()) - {KNOWN}:
             status = os.EX_NOUSER if reason.startswith(("invalid to", "missing to")) else os.EX_DATAERR
             if reason.startswith(("account not found", "missing account configuration")):
                 status = os.EX_CONFIG

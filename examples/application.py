@@ -56,7 +56,6 @@ TIMEOUT_S = 10
 BATCH = 500  # messages of one submission; mailproxy takes 1,000
 SYNC_BODY_BYTES = 16 * 1024 * 1024
 TOLERANCE_S = 300  # a signature that is older, or comes from the future, is not taken
-ALREADY_THERE = ("already sent", "in delivery")  # rejected, because an earlier submission did arrive
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS mail (
@@ -102,8 +101,7 @@ def submit_new_mail() -> int:
     taken = 0
     while batch := new_mail():
         answer = post("/commands/add-messages", {"messages": [message(mail) for mail in batch]})
-        rejected = {entry["id"]: entry["reason"] for entry in answer["rejected"]}
-        refused = {key: reason for key, reason in rejected.items() if not reason.startswith(ALREADY_THERE)}
+        refused = {entry["id"]: entry["reason"] for entry in answer["rejected"]}  # what it has already is in `known`
         note_submission([mail["id"] for mail in batch], refused)
         taken += len(batch) - len(refused)
     return taken
@@ -139,7 +137,7 @@ def post(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
     except urllib.error.HTTPError as error:
         with error:
             words = error.read()
-        if error.code == 400 and b'"rejected"' in words:  # each message was judged, and none was good
+        if b'"all_rejected"' in words:  # each message was judged, and none was good
             return dict(json.loads(words))
         raise OSError(f"mailproxy answers {error.code}: {words.decode(errors='replace')[:500]}") from None
     except (http.client.HTTPException, ValueError) as error:

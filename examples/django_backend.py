@@ -40,7 +40,7 @@ TRIES = 3  # of one submission whose answer does not come
 PAUSE_S = 0.2
 BATCH = 500  # most messages of one submission; mailproxy takes 1,000
 BATCH_BYTES = 32 * 1024 * 1024  # ... and its most bytes, a single large message apart; mailproxy takes 64 MiB
-ALREADY_THERE = ("already sent", "in delivery")  # rejected, because an earlier submission did arrive
+ALREADY_THERE = ("already_sent", "in_delivery")  # with other bytes: Django writes a message anew for each sending
 
 
 class MailproxyError(OSError):
@@ -126,8 +126,7 @@ def submit(messages: Sequence[dict[str, Any]]) -> dict[str, str]:
             time.sleep(PAUSE_S)
     if "rejected" not in answer:
         raise MailproxyError(f"mailproxy takes nothing: {answer.get('error')}")
-    rejected = {entry["id"]: entry["reason"] for entry in answer["rejected"]}
-    return {key: reason for key, reason in rejected.items() if not reason.startswith(ALREADY_THERE)}
+    return {entry["id"]: entry["reason"] for entry in answer["rejected"] if entry["code"] not in ALREADY_THERE}
 
 
 def post(body: bytes) -> dict[str, Any]:
