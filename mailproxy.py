@@ -9520,12 +9520,13 @@ def complain(sentence: object) -> None:
 # takes its Bcc out, and adds Date and Message-ID.
 
 BATCH_MESSAGES = 200  # of one submission
+THROUGH_BEFORE = (KNOWN, "already sent", "in delivery")  # what the daemon says of rows from an earlier run
 NOT_THE_CONTENT = ("account_id", "priority", "deferred_ts", "expires_ts", "batch_code")
 COLUMNS = MESSAGE_FIELDS.keys() - {"raw"}
 
 
 def submit(client: Client, messages: Sequence[Mapping[str, object]], *, show: bool) -> dict[str | None, str]:
-    """Submit some messages; return by id the reasons of those that were refused, and KNOWN of those from an earlier run.
+    """Submit some messages; return by id why they were refused, or KNOWN where the daemon had them already.
 
     Raises CommandFailed when none of them was even judged.
     """
@@ -9536,9 +9537,8 @@ def submit(client: Client, messages: Sequence[Mapping[str, object]], *, show: bo
     if show:
         print(answer.text.rstrip("\n"))
     fields = answer.fields if "rejected" in answer.fields else answer.granted()
-    return {entry["id"]: entry["reason"] for entry in fields["rejected"]} | dict.fromkeys(
-        fields.get("known", ()), KNOWN
-    )
+    reasons = {entry["id"]: entry["reason"] for entry in fields["rejected"]}
+    return reasons | dict.fromkeys(fields.get("known", ()), KNOWN)
 
 
 def send(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -9605,7 +9605,7 @@ def send_csv(client: Client, path: str, common: Mapping[str, Any], *, show_answe
             if len(batch) < BATCH_MESSAGES and size_bytes < 8_388_608 and number < len(rows):
                 continue
             for id_, reason in (submit(client, batch, show=show_answers) if batch else {}).items():
-                if reason == KNOWN:
+                if reason in THROUGH_BEFORE:
                     before += 1
                 else:
                     refusals.append(f"{path} line {lines.get(id_ or '', '?')}, {id_}: {reason}")
