@@ -3476,10 +3476,9 @@ def test_work_that_raises_is_undone_alone_and_the_others_are_in_the_file(tmp_pat
         raise KeyError("two")
 
     with queue_file(tmp_path) as (file, run):
-        results = run(all_of(file, insert(1), insert_and_raise, insert(3), insert(1)))
+        results = run(all_of(file, insert_and_raise, insert(1), insert_and_raise, insert(3), insert(1)))
 
-        assert isinstance(results[1], KeyError)
-        assert isinstance(results[3], sqlite3.IntegrityError)
+        assert [type(results[i]) for i in (0, 2, 4)] == [KeyError, KeyError, sqlite3.IntegrityError]
         assert not file.refuses
         assert rows_of(tmp_path) == [1, 3]
 
@@ -3804,6 +3803,24 @@ def test_submissions_that_wait_together_are_stored_in_one_go_and_each_judged_alo
         assert record.payload["subject"] == ("first" if kept else "hello")
         assert (record.fields["attempts"], record.fields["error"]) == ((1, "as told") if kept else (0, None))
         assert len(attempts) == kept
+
+
+@pytest.mark.parametrize("longest", [20, 100_000])
+def test_of_many_submissions_those_that_are_known_already_are_found_wherever_they_stand(
+    rig: QueueRig, longest: int
+) -> None:
+    known = (0, 31, 32, 50, 74)
+    rig.accepted(*(submission(f"m{i}") for i in known))
+    for claim in rig.claimed():
+        rig.recorded(claim, SENT)
+
+    verdicts = rig.accept([submission(f"m{i}", payload=f'{{"n": "{i:0{longest}}"}}') for i in range(75)])
+
+    assert verdicts == ["already sent" if i in known else None for i in range(75)]
+    assert rig.tallies()[0]["main"] == (70, 0, 5)
+    assert [(claim.id, int(json.loads(claim.payload or '{"n": -1}')["n"])) for claim in rig.claimed()] == [
+        (f"m{i}", i if longest == 20 else -1) for i in range(75) if i not in known
+    ]
 
 
 def test_contents_live_and_die_with_the_submission_that_was_stored_whose_place_is_never_given_twice(
@@ -4166,6 +4183,7 @@ def test_pages_cover_every_message_once(rig: QueueRig, monkeypatch: pytest.Monke
 # One row, what was handed in, one row for each account.
 SHORT_SCANS = (
     "SCAN CONSTANT ROW",
+    "SCAN new",
     "SCAN sqlite_sequence",
     "SCAN json_each",
     "SCAN tallies",
