@@ -68,6 +68,7 @@ import json
 import logging
 import math
 import mimetypes
+import operator
 import os
 import random
 import re
@@ -4119,7 +4120,7 @@ class Queue:
 
         def work(db: sqlite3.Connection) -> tuple[list[Record], int | None]:
             records, size_bytes, at, ends_at = list[Record](), 0, after, time.monotonic() + READING_S
-            while time.monotonic() < ends_at:
+            while at == after or time.monotonic() < ends_at:
                 first = db.execute(FIRST_OF_PAGE[order][way], {"after": at}).fetchone()[0]
                 if first is None:
                     return records, None
@@ -8854,11 +8855,10 @@ def submission_of(fields: Any, message: Message, account: Account | None, now: f
 
 def batch_in(query: Mapping[str, Sequence[str]], fields: Mapping[str, object]) -> str | None:
     """The batch that a command is about, by its query or its body."""
-    given = [fields["batch_code"]] if fields.get("batch_code") is not None else []
-    if not all(isinstance(code, str) for code in given):
-        raise HttpError(400, "batch_code: must be a string", code="bad_field")
-    both = list({*query.get("batch_code", ()), *map(str, given)})
-    return asked({"batch_code": both}, BATCH)["batch_code"] if both else None
+    given = query.get("batch_code", ())
+    if (code := fields.get("batch_code")) is not None:
+        given = [*given, code if isinstance(code, str) else ""]
+    return asked({"batch_code": given}, BATCH)["batch_code"] if given else None
 
 
 def ids_of(fields: Mapping[str, object]) -> list[str]:
@@ -9266,7 +9266,7 @@ def server_tls_context(server: ServerSettings) -> ssl.SSLContext | None:
 # ======================================================================
 #
 # What the commands below share; all of it blocks. A Client asks one daemon and tells a refusal from its absence.
-# Tables fit the terminal and never cut an id; nothing that came from outside reaches it unescaped.
+# Tables fit the terminal; nothing that came from outside reaches it unescaped.
 
 CLIENT_PATIENCE_S = 60.0  # for each step of a request to the daemon
 CLOCK = "%Y-%m-%d %H:%M:%S"
@@ -9307,6 +9307,15 @@ class Client(NamedTuple):
 
     def ask(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> DaemonAnswer:
         """One request. Raises CommandFailed when no daemon answers, ConfigurationError for what is no URL."""
+        status, text = self.fetch(method, path, fields)
+        with contextlib.suppress(ValueError):
+            answered = json.loads(text)
+            if isinstance(answered, dict) and "ok" in answered:
+                return DaemonAnswer(status, text.decode("utf-8", "backslashreplace"), answered)
+        raise CommandFailed(f"{self.url} answers (HTTP {status}), but not as mailproxy does")
+
+    def fetch(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> tuple[int, bytes]:
+        """The same, for the status and the bytes of the answer, whatever they are."""
         daemon = daemon_target(self.url)
         body = None if fields is None else json.dumps(fields).encode()
         headers = {} if body is None else {"Content-Type": "application/json"}
@@ -9322,16 +9331,11 @@ class Client(NamedTuple):
                 with contextlib.suppress(BrokenPipeError):  # too large: the answer says so
                     connection.request(method, prefix + path, body, headers)
                 response = connection.getresponse()
-                text = response.read().decode("utf-8", "backslashreplace")
+                return response.status, response.read()
         except OSError as error:
             raise CommandFailed(f"cannot reach {self.url}: {_why_unreachable(error)}") from None
         except http.client.HTTPException:
             raise CommandFailed(f"{self.url} does not answer as an HTTP server does") from None
-        with contextlib.suppress(ValueError):
-            answered = json.loads(text)
-            if isinstance(answered, dict) and "ok" in answered:
-                return DaemonAnswer(response.status, text, answered)
-        raise CommandFailed(f"{self.url} answers (HTTP {response.status}), but not as mailproxy does")
 
     def _connection(self, daemon: HttpTarget) -> http.client.HTTPConnection:
         """Not connected yet. TLS is verified by name, or against the very certificate that config.ini names."""
@@ -9417,31 +9421,37 @@ def text_width(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def cut(text: str, width: int) -> str:
-    """The text, cut where it is wider than this."""
+def cut(text: str, width: int, *, middle: bool = False) -> str:
+    """The text without its end, or without its middle, where it is wider than this."""
     if text_width(text) <= width:
         return text
-    text = text[:width]
-    while text and text_width(text) >= width:
-        text = text[:-1]
-    return text + "…"
+    tail = text[-(width - 1) // 2 :] if middle and width > 2 else ""
+    head = text[: width - len(tail)]
+    while head and text_width(head) + text_width(tail) >= width:
+        head = head[:-1]
+    return f"{head}…{tail}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], kinds: Sequence[str] = ()) -> list[str]:
     """Lines of aligned columns, those of the rows in the colours of their kinds.
 
-    Where they are too wide for the terminal the widest columns are cut, then the lines; the id never.
+    Where they are too wide for the terminal, long ids and addresses lose their middle and texts their end, the widest
+    first; then the last column its end, for it says why; then the lines.
     """
     width = output_width()
     cells = [[_escaped("" if cell is None else str(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(map(text_width, column)) for column in zip(*cells, strict=True)]
-    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths[1:]) > 8:
-        widths[widths.index(max(widths[1:]), 1)] -= 1
+    for least, last_least in ((16, widths[-1]), (16, 24), (8, 24), (8, 8)):
+        floors = [*[least] * (len(widths) - 1), last_least]
+        while sum(widths) + 2 * (len(widths) - 1) > width and any(map(operator.gt, widths, floors)):
+            above = [columns if columns > floor else 0 for columns, floor in zip(widths, floors, strict=True)]
+            widths[above.index(max(above))] -= 1
     lines = []
     for row, kind in itertools.zip_longest(cells, ("", *kinds), fillvalue=""):
-        fitted = [cut(cell, columns) for cell, columns in zip(row, widths, strict=True)]
+        names = [i < len(row) - 1 and ("@" in cell or " " not in cell) for i, cell in enumerate(row)]
+        fitted = [cut(cell, columns, middle=name) for cell, columns, name in zip(row, widths, names, strict=True)]
         padded = [cell + " " * (columns - text_width(cell)) for cell, columns in zip(fitted, widths, strict=True)]
-        lines.append(paint(cut("  ".join(padded).rstrip(), max(width, widths[0] + 1)), kind))
+        lines.append(paint(cut("  ".join(padded).rstrip(), width), kind))
     return lines
 
 
@@ -10123,6 +10133,7 @@ def _status_in_words(status: dict[str, Any]) -> list[str]:
         ("deferred", status["deferred"]),
         ("in delivery", status["in_delivery"]),
         ("unreported", status["unreported"]),
+        ("suspended batches", ", ".join(status.get("suspended_batches", ()))),
         ("version", status["version"]),
     )
     accounts = []
@@ -10163,7 +10174,7 @@ def _message_in_words(answer: dict[str, Any]) -> list[str]:
         ("account", record["account_id"]),
         ("from", payload.get("from")),
         *((key, ", ".join(_as_list(payload.get(key)))) for key in ("to", "cc", "bcc")),
-        ("subject", payload.get("subject")),
+        ("subject", record["subject"]),
         ("message-id", record["message_id"]),
         ("batch", record["batch_code"]),
         ("priority", record["priority"]),
@@ -10185,9 +10196,11 @@ def _message_in_words(answer: dict[str, Any]) -> list[str]:
 
 
 def _messages_in_words(answer: dict[str, Any]) -> list[str]:
-    rows = [_message_row(record, time.time()) for record in answer["messages"]]
-    columns = ("ID", "STATUS", "ACCOUNT", "TO", "SUBJECT", "ATTEMPTS", "ACCEPTED", "REMARK")
-    return table(columns, rows, [row[1] for row in rows]) if rows else ["no messages"]
+    rows: list[Sequence[Any]] = [("ID", "STATUS", "ACCOUNT", "TO", "SUBJECT", "ATTEMPTS", "ACCEPTED", "REMARK")]
+    rows += [_message_row(record, time.time()) for record in answer["messages"]]
+    if output_width() < 100:  # the reason needs their place
+        rows = [(*row[:2], *row[3:5], *row[6:]) for row in rows]
+    return table(rows[0], rows[1:], [row[1] for row in rows[1:]]) if rows[1:] else ["no messages"]
 
 
 def _message_row(record: Mapping[str, Any], now: float) -> tuple[Any, ...]:
@@ -10195,7 +10208,7 @@ def _message_row(record: Mapping[str, Any], now: float) -> tuple[Any, ...]:
     id_, status, payload = record["id"], record["status"], record["message"]
     recipients = [address for key in ("to", "cc", "bcc") for address in _as_list(payload.get(key))]
     to = f"{recipients[0]} +{len(recipients) - 1}" if len(recipients) > 1 else "".join(recipients)
-    subject, accepted = payload.get("subject", "(raw)"), relative(record["created_at"], now)
+    subject, accepted = record["subject"], relative(record["created_at"], now)
     due = f"due {relative(record['deferred_ts'], now)}" if status == Status.DEFERRED else ""
     remark = joined(": ", due, record["error"])
     return (id_, status, record["account_id"], to, subject, record["attempts"], accepted, remark)
@@ -10207,6 +10220,7 @@ def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, obje
     A daemon that goes away is waited for.
     """
     newest = _page(client, {**filters, "order": "desc", "limit": FOLLOWED_MESSAGES})
+    filters = {**filters, "order": "asc"}
     cursor = args.after or newest["next"] or "0"
     known: dict[str, object] | None = None  # how the messages were at the last look
     away = False
@@ -10255,7 +10269,16 @@ def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Ma
     client = find_daemon(environ, args.url, args.token, args.config)
     id_, account = (urllib.parse.quote(getattr(args, name, None) or "", safe="") for name in ("id", "account"))
     method, path = request.format(id=id_, place=f"account/{account}" if account else "commands").split(" ")
+    if "last" in args and args.last:
+        args.order, args.limit = "desc", args.last
     filters = {name: value for name, value in vars(args).items() if name in LISTING and value is not None}
+    if account and "batch_code" in filters:
+        raise ConfigurationError("--account and --batch do not go together: suspend one, then the other")
+    if "eml" in args and args.eml:
+        status, content = client.fetch(method, f"{path}/eml")
+        if status == 200:
+            sys.stdout.buffer.write(content)
+            return 0
     if "follow" in args and args.follow:
         _follow(client, args, filters)
     if filters:
@@ -10265,7 +10288,12 @@ def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Ma
         print(answer.text.rstrip("\n"))
     fields = answer.granted()
     if not args.json:
+        while fields.get("next") and len(fields["messages"]) < args.limit:  # a search may take more than one answer
+            more = {"after": fields["next"], "limit": args.limit - len(fields["messages"])}
+            page = _page(client, {**filters, **more})
+            fields = {**page, "messages": fields["messages"] + page["messages"]}
         whose = f" of account {args.account}" if account else ""
+        whose = f" of batch {filters['batch_code']}" if "batch_code" in filters else whose
         print(words.format(whose=whose, **fields) if isinstance(words, str) else "\n".join(words(fields)))
         if fields.get("next"):
             print(f"There are more: --after {fields['next']} shows the next ones.", file=sys.stderr)
@@ -10492,6 +10520,16 @@ def option(*names: str, **how: Any) -> Option:
     return names, how
 
 
+def _moment(text: str) -> int:
+    """So long ago (90s, 30min, 1h, 2d, 1w), a date and time of the local clock, or Unix seconds."""
+    units = {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+    with contextlib.suppress(ValueError, OverflowError):
+        if found := re.fullmatch(rf"([0-9]+) ?({'|'.join(units)})", text):
+            return max(0, int(time.time()) - int(found[1]) * units[found[2]])
+        return int(text) if text.isdecimal() else int(datetime.fromisoformat(text).timestamp())
+    raise ConfigurationError(f'"{text}" is no time: write 30min, 1h, 2d, 1w, 2026-01-31, "2026-01-31 14:00"')
+
+
 def _listing_limit(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= LISTING_LIMIT:
         raise ConfigurationError(f"--limit must be a number from 1 to {LISTING_LIMIT}; see mailproxy messages --help")
@@ -10521,6 +10559,13 @@ FILTERS = (
     option("--status", choices=[str(status) for status in Status], help="those in this state"),
     option("--account-id", "--account", metavar="ID", help="those of this account"),
     option("--batch-code", "--batch", metavar="CODE", help="those with this batch_code"),
+    option("--to", metavar="ADDRESS", help="those to this recipient, in to, cc or bcc"),
+    option("--subject", metavar="TEXT", help="those with this in their subject, in any case"),
+    option("--since", type=_moment, metavar="TIME", help="accepted since then: 30min, 1h, 2d, 1w ago, or a date"),
+    option("--until", type=_moment, metavar="TIME", help="accepted until then"),
+    option("--refused", action="store_const", const="true", help="those that some or all recipients were refused"),
+    option("--order", choices=["asc", "desc"], help="desc: newest first"),
+    option("--last", type=_listing_limit, metavar="N", help="the newest N, newest first"),
     option("--limit", type=_listing_limit, default=50, metavar="N", help="at most N (%(default)s)"),
     option("--after", metavar="CURSOR", help="go on where an earlier list ended"),
     option("--follow", action="store_true", help="go on with what comes and changes, until Ctrl-C"),
@@ -10553,8 +10598,14 @@ BACKING_UP = (
     CONFIG,
     DB,
 )
-ONE_ACCOUNT = (option("--account", metavar="ID", help="only this account; else all delivery"),)
-ID = (option("id", metavar="ID", help="id of the message"),)
+WHAT_RESTS = (
+    option("--account", metavar="ID", help="only this account; else all delivery"),
+    option("--batch-code", "--batch", metavar="CODE", help="only this batch, and what is submitted to it later"),
+)
+ID = (
+    option("id", metavar="ID", help="id of the message"),
+    option("--eml", action="store_true", help="the message as it goes on the wire"),
+)
 IDS = (option("ids", metavar="ID", nargs="+", help="id of a message"),)
 SUSPENDED = "delivery{whose} is suspended; submission and reports go on"
 
@@ -10585,8 +10636,8 @@ COMMANDS = (
     asks("message", "GET /message/{id}", _message_in_words, ID, "one message, and every attempt to deliver it"),
     asks("accounts", "GET /accounts", _accounts_in_words, (), "list the accounts mail goes out by"),
     asks("run-now", "POST /commands/run-now", "dispatch and reporting are awake", (), "deliver and report at once"),
-    asks("suspend", "POST /{place}/suspend", SUSPENDED, ONE_ACCOUNT, "stop delivery; submission and reports go on"),
-    asks("activate", "POST /{place}/activate", "delivery{whose} is active", ONE_ACCOUNT, "take delivery up again"),
+    asks("suspend", "POST /{place}/suspend", SUSPENDED, WHAT_RESTS, "stop delivery; submission and reports go on"),
+    asks("activate", "POST /{place}/activate", "delivery{whose} is active", WHAT_RESTS, "take delivery up again"),
     asks("retry", "POST /commands/retry-messages", "{queued} queued anew", IDS, "queue failed messages anew"),
     asks("delete", "POST /commands/delete-messages", "{removed} removed", IDS, "remove messages, whatever their state"),
 )
@@ -10607,10 +10658,14 @@ mailproxy backup --config /etc/mailproxy/config.ini --force nightly.db
 mailproxy status --json | jq .pending
 mailproxy messages --status error
 mailproxy messages --active --account billing --limit 1000
+mailproxy messages --to ann@example.net --since 1d
+mailproxy messages --refused --last 20
 mailproxy messages --follow
 mailproxy messages --status error --json | jq -r '.messages[].id' | xargs mailproxy retry
 mailproxy message invoice-4711
+mailproxy message invoice-4711 --eml > invoice.eml
 mailproxy suspend --account billing
+mailproxy suspend --batch newsletter-7
 mailproxy activate --account billing
 mailproxy retry invoice-4711 invoice-4712
 mailproxy delete invoice-4711"""

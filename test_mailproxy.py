@@ -4253,6 +4253,11 @@ def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(
     alone = steps_in_the_life_of("alone")
     rig.page(None, 10, active_only=True)
     rig.page(None, 10, status="sent", order="desc")
+    for query in ({"to": "a@b"}, {"subject": "x", "since": 1}, {"until": 5}, {"refused": True}, {"status": "error"}):
+        rig.page(None, 10, **query)
+        rig.page(None, 10, order="desc", **query)
+    rig.suspend_batch("none")
+    rig.activate_batch("none")
     rig.fail_orphans("main", 0, "account deleted")
     hot = [statement for statement in statements if statement.startswith(("SELECT", "INSERT", "UPDATE", "DELETE"))]
     plans = {(statement, row[3]) for statement in hot for row in rig.sql(f"EXPLAIN QUERY PLAN {statement}")}
@@ -4264,6 +4269,35 @@ def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(
     assert not [plan for plan in plans if "TEMP B-TREE" in plan[1] or scans_without_an_end(*plan)]
     assert all(alone.values())
     assert beside_a_backlog == {what: pytest.approx(n, rel=0.1, abs=20) for what, n in alone.items()}
+
+
+def test_a_suspended_batch_costs_a_claim_nothing_and_what_was_broken_off_is_finished(rig: QueueRig) -> None:
+    rig.accepted(*[submission(f"b-{n}", batch_code="b", priority=0) for n in range(3_000)], submission("other"))
+    steps = [0]
+
+    def count(db: sqlite3.Connection) -> None:
+        db.set_progress_handler(lambda: steps.__setitem__(0, steps[0] + 1), 1)
+
+    assert rig.suspend_batch("b") is False
+    rig.run(rig.file.write(count))
+    assert ids(rig.claimed()) == ["other"]
+    assert steps[0] < 300
+    assert rig.sql("SELECT count(*) FROM messages WHERE turn = 2") == [(3_000,)]
+
+    rig.run(rig.file.write(lambda db: db.execute("UPDATE messages SET turn = 0 WHERE seq > 2000")))  # broken off
+    rig.load()
+    assert rig.claimed() == []
+    rig.activate_batch("b")
+    claims = rig.claimed(3_000)
+    assert ids(claims) == [f"b-{n}" for n in range(3_000)]
+    assert rig.suspend_batch("b") is True  # some of it is on the wire
+    rig.recorded(claims[0], DEFERRED, deferred_ts=int(rig.now) + 1, reason="retry")
+    rig.queue.release(claims[1:])
+    rig.now += 2
+    rig.catch_up()
+    assert rig.claimed() == []
+    rig.activate_batch("b")
+    assert ids(rig.claimed(2)) == ["b-1", "b-0"]  # in turn: new, come back
 
 
 def scans_without_an_end(statement: str, step: str) -> bool:
@@ -10897,6 +10931,171 @@ def test_a_listing_holds_what_the_filters_ask_for_in_the_order_of_acceptance(
     assert listed(shelf, query) == [f"m-{n}" for n in numbers]
 
 
+# -- finding
+
+
+def in_raw(header: str) -> str:
+    return base64.b64encode(f"{header}\r\n\r\nHello.\r\n".encode("utf-8", "surrogateescape")).decode()
+
+
+BERLIN = "Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=\r\n =?utf-8?q?_aus?= Berlin"
+TO_BE_FOUND = [
+    mail("plain", "Ann <Ann.Smith@Example.NET>", subject="Your order 4711"),
+    mail("cc", "ok@example.com", cc="x@y.example, ann.smith@example.net", subject="STRASSE 5"),
+    mail("bcc", "ok@example.com", bcc=["ann.smith@example.net"], subject="Die Straße"),
+    mail("raw", "ann.smith@example.net", raw=in_raw(BERLIN), subject=None, body=None),
+    mail("other", "joann.smith@example.net", subject="mail of ann.smith@example.net"),
+    mail("idn", "ok@bücher.example", subject="x", headers={"Subject": "Instead 100%_*?"}),
+    mail("some", cc="perm@example.com", subject="y"),
+    mail("none", "perm@example.com", subject="order"),
+    mail("bare", "ok@example.com", raw=in_raw("X: y"), subject=None, body=None),
+]
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon that has sent what could be sent, and has some more that waits."""
+    with SmtpServer() as server, Daemon(tmp_path_factory.mktemp("findings"), smtp=server) as running:
+        running.submit(*TO_BE_FOUND)
+        wait_until(lambda: not running.status()["pending"], "the deliveries")
+        running.post("/commands/suspend")
+        with sqlite3.connect(str(running.config["storage"]["db_path"]), timeout=30) as db:
+            db.execute("UPDATE messages SET created_at = 1000 * seq")
+        expired = mail("expired", "ok@example.com", expires_ts=int(time.time()) + 1, subject="z")
+        running.submit(expired, mail("waits", "ann.smith@example.net", subject="ORDER", batch_code="b"))
+        running.wait_status("expired", "error")
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("query", "ids"),
+    [
+        ("to=ann.smith@example.net", "plain cc bcc raw waits"), ("to=ANN.SMITH@EXAMPLE.NET", "plain cc bcc raw waits"),
+        ("to=Ann%20%3Cann.smith@example.net%3E&order=desc&limit=2", "waits raw"), ("to=smith@example.net", ""),
+        ("to=ok@xn--bcher-kva.example", "idn"), ("to=OK@B%C3%9CCHER.example", "idn"), ("to=perm@example.com", "some none"),
+        ("subject=order", "plain none waits"), ("subject=stra%C3%9Fe", "cc bcc"), ("subject=strasse", "cc bcc"),
+        ("subject=%C3%BC%C3%9Fe%20AUS%20b", "raw"), ("subject=ann.smith", "other"), ("subject=100%25_*?", "idn"),
+        ("subject=r%204&to=ann.smith@example.net", "plain"), ("subject=order&active_only=1", "waits"),
+        ("subject=order&status=error", "none"), ("to=ann.smith@example.net&batch_code=b", "waits"),
+        ("since=8000&until=9000", "none bare"), ("until=1999", "plain"), ("since=9001", "expired waits"),
+        ("since=9001&active_only=1", "waits"), ("since=1000&until=4000&to=ann.smith@example.net&order=desc", "raw bcc cc plain"),
+        ("refused=1", "some none"), ("refused=true&order=desc", "none some"), ("refused=1&subject=y", "some"),
+        ("refused=0&since=9001", "expired waits"), ("status=error", "none expired"), ("refused=1&since=7001", "none"),
+    ],
+)  # fmt: skip
+def test_messages_are_found_by_recipient_subject_time_and_refusal(findings: Daemon, query: str, ids: str) -> None:
+    assert listed(findings, query) == ids.split()
+
+
+@pytest.mark.parametrize(
+    "way", ["to=ann.smith@example.net", "subject=r", "since=2000&until=8000", "refused=1", "order=asc"]
+)
+def test_a_cursor_works_in_both_directions(findings: Daemon, way: str) -> None:
+    there, back = listed(findings, way), listed(findings, f"{way}&order=desc")
+    cursor, seen = "", []
+    while cursor is not None:
+        page = findings.get(f"/messages?{way}&limit=1{cursor and f'&after={cursor}'}").json
+        seen += [record["id"] for record in page["messages"]]
+        cursor = page["next"]
+        if cursor:
+            assert listed(findings, f"{way}&order=desc&after={cursor}") == seen[-2::-1]
+
+    assert seen == there == back[::-1]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "to=", "to=ann", "to=a@b.example,c@d.example", "to=" + "x" * 300 + "@example.net", "to=a@b%0A.example",
+        "subject=", "subject=" + "x" * 1001, "subject=a%0Ab", "since=", "since=1d", "since=-1", "since=1.5",
+        "since=1764340000000", "until=yesterday", "until=99999999999999999999", "refused=", "refused=2", "refused=maybe",
+        "order=", "order=down", "after=", "after=x", "after=-1", "limit=", "limit=0", "limit=10001", "status=lost",
+        "to=a@b.example&to=a@b.example", "subject=a&subject=b", "since=1&since=1", "refused=1&refused=1", "limit=1&limit=2",
+        "order=asc&order=asc", "content=1&content=1",
+    ],
+)  # fmt: skip
+def test_a_bad_field_of_a_query_is_named(shelf: Daemon, query: str) -> None:
+    answer = shelf.get(f"/messages?{query}")
+
+    assert (answer.status, answer.json["code"]) == (400, "bad_field")
+    assert answer.json["error"].startswith(query.partition("=")[0] + ": must be ")
+
+
+def test_a_search_ends_in_time_and_goes_on_from_there(rig: QueueRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailproxy, "STRETCH", 3)
+    monkeypatch.setattr(mailproxy, "READING_S", 0.0)
+    rig.accepted(*[submission(f"m-{n}", sought=f"\nto@example.com\n\t{n}") for n in range(10)])
+
+    for order, found in (("asc", ["m-8"]), ("desc", ["m-8"])):
+        after, seen, pages = None, [], 0
+        while pages == 0 or after is not None:
+            records, after = rig.page(after, 50, order=order, subject="8")
+            seen, pages = seen + [record.fields["id"] for record in records], pages + 1
+        assert (seen, pages) == (found, 5)
+
+
+def test_the_subject_of_a_raw_message_is_told_as_its_reader_sees_it(findings: Daemon) -> None:
+    records = findings.get("/messages").json["messages"]
+
+    subjects = {record["id"]: record["subject"] for record in records}
+    assert (subjects["raw"], subjects["bare"]) == ("Grüße aus Berlin", "")
+    assert (subjects["idn"], subjects["plain"]) == ("Instead 100%_*?", "Your order 4711")
+    assert findings.message("raw")["subject"] == "Grüße aus Berlin"
+
+
+# -- the message itself
+
+
+def test_a_message_is_shown_as_it_goes_on_the_wire(quiet: Daemon, smtp: SmtpServer) -> None:
+    file = {"filename": "a.txt", "content": base64.b64encode(b"x" * 400_000).decode()}
+    in_header = in_raw("Subject: =?utf-8?q?x?=\nBcc: hidden@example.com\nTo: ok@example.com")
+    quiet.submit(
+        mail("one", bcc="hidden@example.com", attachments=[file]), mail("raw/ü", raw=in_header, subject=None, body=None)
+    )
+    answers = [quiet.get(f"/message/{id_}/eml") for id_ in ("one", "raw%2F%C3%BC")]
+    time.sleep(1.1)  # what takes its time from the clock would differ
+
+    quiet.post("/commands/activate")
+    received = {one.message["Message-ID"]: one.content for one in smtp.wait_for(2)}
+
+    for answer in answers:
+        assert (answer.status, answer.headers["Content-Type"]) == (200, "message/rfc822")
+        message = email.message_from_bytes(answer.content, policy=email.policy.default)
+        assert answer.content == received[message["Message-ID"]]
+        assert b"hidden@" not in answer.content
+    assert quiet.get("/message/one/eml").content == answers[0].content
+    assert quiet.request("HEAD", "/message/one/eml").content == b""
+    nobody = quiet.get("/message/nobody/eml")
+    assert (nobody.status, nobody.json["code"]) == (404, "not_found")
+    quiet.config["delivery"] = {"redirect_to": "staging@example.org"}
+    quiet.write_config()
+    quiet.restart()
+    redirected = email.message_from_bytes(quiet.get("/message/one/eml").content, policy=email.policy.default)
+    assert (redirected["To"], redirected["X-Original-To"]) == (
+        "staging@example.org",
+        "ok@example.com, hidden@example.com",
+    )
+
+
+def test_what_a_message_refers_to_is_fetched_when_it_is_shown_or_the_reason_why_not_is_told(tmp_path: Path) -> None:
+    config = {"smtp": NOWHERE, "scheduler": {"active": "false"}, "attachments": {"base_dir": str(tmp_path / "files"),
+        "memory_budget_bytes": 10_000_000}}  # fmt: skip
+    (tmp_path / "files").mkdir()
+    with Daemon(tmp_path, config) as daemon:
+        daemon.submit(mail("m", attachments=[{"filename": "a.bin", "storage_path": str(tmp_path / "files" / "a.bin")}]))
+        gone = daemon.get("/message/m/eml")
+        assert (gone.status, gone.json["code"]) == (502, "attachment_unavailable")
+        assert gone.json["error"].startswith("Attachment fetch failed: ")
+
+        (tmp_path / "files" / "a.bin").write_bytes(os.urandom(3_000_000))
+        sizes = [len(daemon.get("/message/m/eml").content) for _ in range(8)]  # many times the budget
+        assert sizes == [sizes[0]] * 8
+        assert sizes[0] > 4_000_000
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            at_once = list(pool.map(lambda _: len(daemon.get("/message/m/eml").content), range(12)))
+        assert at_once == [sizes[0]] * 12
+
+
 @pytest.mark.parametrize("order", ["asc", "desc"])
 @pytest.mark.parametrize(("limit", "pages"), [(5, 2), (10, 1), (11, 1), (9, 2), (1, 10)])
 def test_next_is_null_exactly_at_the_end(shelf: Daemon, limit: int, pages: int, order: str) -> None:
@@ -11077,6 +11276,82 @@ def test_a_replaced_account_delivers_as_it_says_now_and_suspensions_hold_also_af
         assert daemon.post("/account/idle/activate").json == {"ok": True, "active": True}
         daemon.wait_status("kept", "sent")
         assert daemon.delete("/account/web%2F1").status == 200
+
+
+def test_a_suspended_batch_rests_and_nothing_else_does(daemon: Daemon, smtp: SmtpServer) -> None:
+    def arrived() -> list[str]:
+        return sorted(one.message["Subject"] for one in smtp.received)
+
+    def titled(id_: str, **fields: Any) -> dict[str, Any]:
+        return mail(id_, subject=id_, **fields)
+
+    expires = int(time.time()) + 4
+    daemon.submit(titled("back", to="greylist1@example.com", batch_code="b"))
+    daemon.submit(titled("bad", to="perm@example.com", batch_code="b"))
+    daemon.wait_status("back", "deferred")
+    daemon.wait_status("bad", "error")
+    assert daemon.post("/commands/suspend?batch_code=b").json == {"ok": True, "active": False}
+    daemon.submit(
+        titled("later", batch_code="b"), titled("other", batch_code="c"), titled("bare"),
+        titled("scheduled", batch_code="b", deferred_ts=int(time.time()) + 1),
+        titled("expires", batch_code="b", expires_ts=expires),
+    )  # fmt: skip
+    assert daemon.post("/commands/retry-messages", {"ids": ["bad"]}).json["queued"] == 1
+    daemon.post("/commands/run-now")
+    daemon.wait_status("bare", "sent")
+    daemon.wait_status("other", "sent")
+    wait_until(lambda: daemon.message("scheduled")["status"] == "queued", "its time")
+
+    for restarted in (False, True):
+        status = daemon.status()
+        assert (status["active"], status["suspended_batches"]) == (True, ["b"])
+        states = [daemon.message(id_)["status"] for id_ in ("back", "bad", "later", "scheduled")]
+        assert (states, arrived()) == (["deferred", *["queued"] * 3], ["bare", "other"])
+        if not restarted:
+            assert daemon.wait_status("expires", "error")["error_ts"] == expires
+            daemon.restart()
+            daemon.post("/account/default/suspend")
+
+    assert daemon.post("/commands/activate", {"batch_code": "b"}).json == {"ok": True, "active": True}
+    assert daemon.status()["suspended_batches"] == []
+    daemon.submit(titled("last", batch_code="b"))
+    assert arrived() == ["bare", "other"]
+    daemon.post("/account/default/activate")
+    for id_ in ("later", "scheduled", "last"):
+        daemon.wait_status(id_, "sent")
+    daemon.wait_status("bad", "error")
+    assert arrived() == ["bare", "last", "later", "other", "scheduled"]
+
+
+def test_what_is_claimed_of_a_batch_comes_back_when_it_is_suspended(daemon: Daemon, smtp: SmtpServer) -> None:
+    daemon.submit(*[mail(f"m-{n}", "slow100ms@example.com", batch_code="b") for n in range(200)])
+    wait_until(lambda: len(smtp.received) > 3, "the first ones")
+
+    daemon.post("/commands/suspend", {"batch_code": "b"})
+    on_the_wire = 5
+    seen = len(smtp.received)
+    daemon.submit(mail("other", "ok@example.com"))
+    daemon.wait_status("other", "sent")
+    wait_until(lambda: not daemon.status()["in_delivery"], "the end of what was on the wire")
+
+    assert len(smtp.received) <= seen + on_the_wire + 1
+    assert daemon.status()["pending"] > 150
+
+
+@pytest.mark.parametrize(
+    ("query", "body"),
+    [
+        ("?batch_code=", None), ("", {"batch_code": ""}), ("", {"batch_code": 7}), ("", {"batch_code": ["b"]}),
+        ("", {"batch_code": {}}), ("", {"batch_code": True}), ("?batch_code=b&batch_code=b", None), ("", {"batch_code": "x" * 1001}),
+        ("?batch_code=b", {"batch_code": "c"}), ("", {"batch_code": "a\nb"}),
+    ],
+)  # fmt: skip
+def test_a_bad_batch_code_suspends_nothing(shelf: Daemon, query: str, body: Any) -> None:
+    for command in ("suspend", "activate"):
+        answer = shelf.post(f"/commands/{command}{query}", body)
+        assert (answer.status, answer.json["code"]) == (400, "bad_field")
+        assert answer.json["error"].startswith("batch_code: ")
+    assert (shelf.status()["suspended_batches"], shelf.status()["active"]) == ([], False)
 
 
 def test_the_undelivered_mail_of_a_deleted_account_becomes_reported_errors_also_when_it_is_retried(
