@@ -9425,10 +9425,9 @@ def cut(text: str, width: int, *, middle: bool = False) -> str:
     """The text without its end, or without its middle, where it is wider than this."""
     if text_width(text) <= width:
         return text
-    tail = text[-(width - 1) // 2 :] if middle and width > 2 else ""
-    head = text[: width - len(tail)]
-    while head and text_width(head) + text_width(tail) >= width:
-        head = head[:-1]
+    head, tail = text[:width], text[-(width // 2) :] if middle and width > 1 else ""
+    while text_width(head) + text_width(tail) >= width:
+        head, tail = (head, tail[1:]) if text_width(head) < text_width(tail) else (head[:-1], tail)
     return f"{head}…{tail}"
 
 
@@ -9441,7 +9440,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], kinds: Sequen
     width = output_width()
     cells = [[_escaped("" if cell is None else str(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(map(text_width, column)) for column in zip(*cells, strict=True)]
-    for least, last_least in ((16, widths[-1]), (16, 24), (8, 24), (8, 8)):
+    for least, last_least in ((16, widths[-1]), (16, 60), (8, 60), (8, 8)):
         floors = [*[least] * (len(widths) - 1), last_least]
         while sum(widths) + 2 * (len(widths) - 1) > width and any(map(operator.gt, widths, floors)):
             above = [columns if columns > floor else 0 for columns, floor in zip(widths, floors, strict=True)]
