@@ -12071,7 +12071,7 @@ def test_the_help_teaches_with_examples_that_are_true_and_needs_little(here: Run
         assert f"examples:\n  mailproxy {command.name}" in ended.stdout
 
     for example in mailproxy.EXAMPLES.splitlines():
-        words = shlex.split(re.split(r" \| | && | < ", example)[0])
+        words = shlex.split(re.split(r" \| | && | [<>] ", example)[0])
         assert words[0] == "mailproxy"
         assert mailproxy.parsed(words[1:])[0].name == words[1]
 
