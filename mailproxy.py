@@ -1179,19 +1179,16 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
 MAILNAME = "/etc/mailname"
 
 
-def host_name() -> str:
-    """The name of this host, with its domain where that is known. Blocking: may ask the name service."""
+def full_host_name() -> str:
+    """The name of this host with its domain, "" where it has none that means something elsewhere. Blocking: may ask the
+    name service."""
     name = socket.gethostname()
     full_name = name if "." in name else socket.getfqdn(name)
+    is_full = full_name.startswith(f"{name}.") or "." in name
     try:
-        return _ehlo_name(full_name if full_name.startswith(f"{name}.") else name)
+        return _ehlo_name(full_name) if is_full and "localhost" not in full_name.lower().split(".") else ""
     except ValueError:
-        return "localhost"
-
-
-def is_full_name(host: str) -> bool:
-    """True for a name that means something to another machine."""
-    return "." in host and "localhost" not in host.lower().split(".")
+        return ""
 
 
 class LocalNames(NamedTuple):
@@ -1200,7 +1197,7 @@ class LocalNames(NamedTuple):
     domain: str  # "" where this host has none
     host: str
     sender: str | None
-    aliases: Mapping[str, tuple[str, ...]]
+    aliases: Mapping[str, list[str]]
 
     def sender_of(self, name: str) -> str:
         """The address of a sender: as it is, or completed."""
@@ -1214,20 +1211,19 @@ class LocalNames(NamedTuple):
             raise Rejected(
                 f"invalid to: this host has no domain: set aliases ({name}: address) or domain in [sendmail]"
             )
-        return list(self.aliases.get(name.lower(), (f"{name}@{self.domain}",)))
+        return self.aliases.get(name.lower()) or [f"{name}@{self.domain}"]
 
 
 def local_names(sendmail: SendmailSettings) -> LocalNames:
     """Blocking: reads /etc/mailname, and may ask the name service."""
-    aliases: dict[str, tuple[str, ...]] = {}
-    for alias in sendmail.aliases:
-        name, _, address = alias.partition(": ")
-        aliases[name] = (*aliases.get(name, ()), address)
-    domain, host = sendmail.domain, host_name()
+    aliases: dict[str, list[str]] = {}
+    for name, _, address in (alias.partition(": ") for alias in sendmail.aliases):
+        aliases.setdefault(name, []).append(address)
+    domain = sendmail.domain
     if domain is None:
         with contextlib.suppress(OSError, ValueError), open(MAILNAME) as file:
             domain = _ehlo_name(file.readline(1000))
-    return LocalNames(domain or (host if is_full_name(host) else ""), host, sendmail.from_, aliases)
+    return LocalNames(domain or full_host_name(), socket.gethostname(), sendmail.from_, aliases)
 
 
 # --- accounts ------------------------------------------------------------
@@ -8882,6 +8878,8 @@ WORK_THREADS = 4
 OPEN_FILES = 65_536  # wanted; what the machine allows counts
 HTTP_SHARE = 4  # one in so many of them, at most
 LOCAL_SHARE = 10  # one in so many of these connections, and besides them, over submit_socket
+SPOOL_PAUSE_S = 2.0  # between two looks into it
+SPOOL_TURN = 1000  # files of one look
 
 
 class SystemdNotifier:
@@ -8903,6 +8901,29 @@ class SystemdNotifier:
             sender.sendto(state.encode(), self._address)
 
 
+def spooled_files(spool: str) -> list[str]:
+    """The oldest files in the spool, which is made where it is missing; a dot begins the name of what is not whole, or
+    set aside. Blocking. Raises OSError."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(spool)
+        os.chmod(spool, 0o1733)  # whatever the umask
+    with os.scandir(spool) as entries:
+        return sorted(itertools.islice((entry.path for entry in entries if entry.name[0] != "."), SPOOL_TURN))
+
+
+def spooled_content(path: str, most_bytes: int) -> bytes:
+    """A file of a directory that all may write to: links are not followed. Blocking. Raises OSError, Rejected."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode) or about.st_nlink != 1 or about.st_size > most_bytes:
+            raise Rejected(f"is not a regular file with one name and at most {most_bytes} bytes (max_body_bytes)")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(most_bytes)
+    finally:
+        os.close(descriptor)
+
+
 def post_form(url: str, fields: Mapping[str, str], timeout_s: float) -> tuple[int, bytes]:
     """POST a form to a token endpoint (RFC 6749 3.2); redirects are not followed. Blocking."""
     headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
@@ -8916,8 +8937,7 @@ async def delivery_agent(environ: Mapping[str, str], in_thread: InThread) -> Del
     hostname = ""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(2):
-            hostname = await in_thread(host_name)
-    hostname = hostname if is_full_name(hostname) else ""
+            hostname = await in_thread(full_host_name)
     revealed = functools.partial(reveal, environ=environ)
     tokens = TokenKeeper(post_form=post_form, reveal=revealed, in_thread=in_thread, monotonic=time.monotonic)
     return DeliveryAgent(hostname=hostname, reveal=revealed, in_thread=in_thread, tokens=tokens)
@@ -9081,7 +9101,7 @@ class Daemon:
             asyncio.create_task(self._reporter.run(), name="reporter"),
         }
         watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
-        renewing = asyncio.create_task(self._renew(), name="renewal")
+        beside = [asyncio.create_task(self._renew()), asyncio.create_task(self._take_spool())]
         asked = asyncio.create_task(self._stopping.wait(), name="stop")
         event(self._log, logging.INFO, "mailproxy listens", at=where, version=__version__, pid=os.getpid())
         accounts = [lane.account for lane in self._dispatcher.lanes.values()]
@@ -9098,7 +9118,8 @@ class Daemon:
             event(self._log, logging.CRITICAL, "a loop ended", loop=task.get_name(), exc_info=failure)
         status = 0 if self._stopping.is_set() else 1
         asked.cancel()
-        renewing.cancel()
+        for task in beside:
+            task.cancel()
         await self._drain(loops)
         watchdog.cancel()
         return status
@@ -9129,6 +9150,35 @@ class Daemon:
         await asyncio.wait({task, hurried}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()
         return task.done()
+
+    # -- the spool of sendmail
+
+    async def _take_spool(self) -> None:
+        """Submit what sendmail could not, and remove it: cut off in between, it is known by its id the next time."""
+        while True:
+            spool, most_bytes = self.settings.sendmail.spool or "", self.settings.server.max_body_bytes
+            try:
+                for path in await self._work(functools.partial(spooled_files, spool)) if spool else ():
+                    await self._take_file(path, most_bytes)
+                await asyncio.sleep(SPOOL_PAUSE_S)
+            except (OSError, StorageUnavailable) as error:
+                event(self._log, logging.ERROR, "the spool cannot be used", spool=spool, error=str(error))
+                await asyncio.sleep(10 * SPOOL_PAUSE_S)
+
+    async def _take_file(self, path: str, most_bytes: int) -> None:
+        try:
+            body = await self._work(lambda: spooled_content(path, most_bytes))
+            request = Request("POST", path, "spool", {}, {}, {}, body, "spool", "spool", self._work)
+            await self._control.submit_messages(request)
+            os.unlink(path)
+        except (StorageUnavailable, FileNotFoundError):
+            raise
+        except Exception as error:  # whatever somebody put there must not stop the others
+            rejected = error.extra.get("rejected") if isinstance(error, HttpError) else None
+            reason = rejected[0]["reason"] if rejected else str(error)
+            aside = f"{os.path.dirname(path)}/.refused-{secrets.token_hex(8)}"
+            os.rename(path, aside)
+            event(self._log, logging.ERROR, "a file of the spool was set aside", file=path, now=aside, reason=reason)
 
     async def _feed_watchdog(self) -> None:
         """Tell systemd that we live, as long as both loops turn."""
@@ -9583,7 +9633,8 @@ def send(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     fields: dict[str, Any] = {}
     if args.file:  # a complete message, and the envelope that its headers name
         draft = Draft.of(_file_content(args.file))
-        fields = {"raw": draft.in_base64(), "to": draft.recipients(), "from": next(iter(draft.addresses("from")), None)}
+        sender, recipients = draft.envelope(strictly=given.keys().isdisjoint(("to", "cc", "bcc")))
+        fields = {"raw": draft.in_base64(), "from": sender, "to": recipients}
     refusal = "; ".join(submit(client, [{**fields, **given, "id": id_}], show=args.json).values())
     if refusal not in ("", KNOWN):
         raise CommandFailed(f"the message was refused: {refusal}")
@@ -9717,106 +9768,57 @@ def csv_message(row: Mapping[str, str | None], common: Mapping[str, Any], known:
     return {**message, "id": id_}
 
 
-# --- sendmail ------------------------------------------------------------
+# --- header fields of addresses, and drafts ------------------------------
 
-# The options of one word: letters alone, then perhaps one with a value, attached or as the next word.
-# What follows d and q in the same word is theirs, and means nothing here.
-_SENDMAIL_WORD = re.compile(r"-(?P<flags>[^ABCDFLMNOPRVXbefhoprdq]*)(?P<letter>.?)(?P<value>.*)", re.DOTALL)
-_NOBODY = re.compile(r"([^<>@:;]*:\s*;)?")  # nothing, or an empty group (RFC 5322 3.4)
-_NO_ADDRESS = re.compile(r'\([^()]*\)|[^,;:<>"]*:')  # a comment, the name of a group, a route (RFC 5322 4.4)
-_DRAFT = re.compile(  # a From line of mbox, what looks like a header, a blank line or none, the body
-    rb"(?:>?From [^\n]*\n)?((?:[!-9;-~]+[ \t]*:[^\n]*(?:\n|\Z)(?:[ \t][^\n]*(?:\n|\Z))*)*)(?:\r?\n)?(.*)", re.DOTALL
+_TOKEN_OF_ADDRESSES = re.compile(
+    rb'[ \t\r\n]++|(?P<comment>\()|(?P<q>"[^"\\]*+(?:\\.[^"\\]*+)*+")|(?P<d>\[[^\[\]\\]*+\])|(?P<special>[.,:;<>@])'
+    rb'|(?P<a>[^\x00- "(),.:;<>@\[\\\]\x7f]++)',
+    re.DOTALL,
 )
+_OF_COMMENT = re.compile(rb"[^()\\]*+(?:\\.[^()\\]*+)*+([()])", re.DOTALL)  # up to where one begins or ends
+_ADDR_SPEC = r"\.*+[aq](?:\.++[aq])*+\.*+(?:@(?:a(?:\.a)*+|d))?"  # or a bare local name
+_OF_ADDRESS_LIST = (
+    re.compile(  # of words (a, q), domain literals (d) and specials: a comma, a group's name or end, a mailbox
+        rf",|[aq][aq.]*+:|;(?=,|\Z)|(?:(?:[aq][aq.]*+)?<(?:@[ad.@,]*+:)?((?:{_ADDR_SPEC})?)>|({_ADDR_SPEC}))(?=[,;]|\Z)"
+    )
+)
+_DRAFT = re.compile(  # a From line of mbox, what looks like a header, a blank line or none, the body
+    rb"(?:>?From [^\n]*\n)?((?:[!-9;-~]+[ \t]*:[^\n]*(?:\n|\Z)(?:[ \t][^\n]*(?:\n|\Z))*)*)(?:\r\n)?(.*)", re.DOTALL
+)
+OF_RECIPIENTS = (b"to", b"cc", b"bcc", b"resent-to", b"resent-cc", b"resent-bcc")
+OF_SENDERS = (b"from", b"sender", b"resent-from", b"resent-sender")
 
 
-class SendmailCall(NamedTuple):
-    """What one call of sendmail asks for."""
-
-    recipients: tuple[str, ...]
-    sender: str | None  # "" is the null sender
-    full_name: str
-    recipients_in_header: bool
-    dot_ends: bool
-
-
-def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Queue a message from standard input through the daemon; the exit status is one of sysexits.h."""
-    try:
-        call = sendmail_call(words)
-        client = find_daemon(environ)
-        with open(0, "rb", closefd=False) as stdin:  # up to its end, or to a line with only a dot
-            ends = (b".\n", b".\r\n", b".") if call.dot_ends else ()
-            content = b"".join(itertools.takewhile(lambda line: line not in ends, stdin))
-        fields = sendmail_fields(call, content, login_name(), host_name())
-        for reason in set(submit(client, [fields], show=False).values()) - {KNOWN}:
-            status = os.EX_NOUSER if reason.startswith(("invalid to", "missing to")) else os.EX_DATAERR
-            if reason.startswith(("account not found", "missing account configuration")):
-                status = os.EX_CONFIG
-            raise CommandFailed(f"the message was refused: {reason}", status)
-        return os.EX_OK
-    except MailproxyError as error:
-        complain(error)
-        if isinstance(error, ConfigurationError):
-            return os.EX_CONFIG
-        return error.status if isinstance(error, CommandFailed) else os.EX_TEMPFAIL
-
-
-def sendmail_call(words: Sequence[str]) -> SendmailCall:
-    """The options of sendmail(8), in any order with the recipients; those that mean nothing here pass.
-
-    Raises CommandFailed.
-    """
-    recipients: list[str] = []
-    options: dict[str, str] = {}  # by letter; -o options by both letters
-    left = deque(words)
-    while left:
-        word = left.popleft()
-        found = _SENDMAIL_WORD.fullmatch(word)
-        if word == "--":
-            recipients += left
-            break
-        if found is None or word == "-":
-            recipients.append(word)
-        elif not word.startswith("--"):
-            flags, letter, value = found.groups()
-            options |= dict.fromkeys(flags, "")
-            if letter and letter not in "dq":
-                if not value and not left:
-                    raise CommandFailed(f"-{letter} needs a value", os.EX_USAGE)
-                value = value or left.popleft()
-                options[f"o{value}" if letter == "o" else letter] = value
-    if options.get("b", "m") != "m":
-        raise CommandFailed(f"-b{options['b']} is not for a client: `mailproxy --help` shows the commands", os.EX_USAGE)
-    if not recipients and "t" not in options:
-        raise CommandFailed("no recipient: name one on the command line, or use -t", os.EX_USAGE)
-    sender = options.get("f", options.get("r"))
-    if sender is not None:  # it may stand in angle brackets or beside a name
-        sender = email.utils.parseaddr(sender)[1] or sender.strip().strip("<>")
-    dot_ends = "i" not in options and "oi" not in options
-    return SendmailCall(tuple(recipients), sender, options.get("F", ""), "t" in options, dot_ends)
-
-
-def sendmail_fields(call: SendmailCall, content: bytes, login: str, host: str) -> dict[str, object]:
-    """The submission that a call of sendmail means: raw, its header complete. Raises CommandFailed."""
-    draft = Draft.of(content)
-    recipients = [address for word in call.recipients for address in _addresses_in(word, os.EX_NOUSER)]
-    if call.recipients_in_header:
-        recipients += draft.recipients()
-    if not recipients:
-        raise CommandFailed("no recipient in the header of the message", os.EX_USAGE)
-    draft = draft.qualified(host)
-    author = Mailbox(call.full_name, _qualified(call.sender or login, host))
-    authors = draft.addresses("from")
-    if not authors:
-        others = [field for field in draft.header if field_name(field) != b"from"]
-        draft = draft._replace(header=[_address_header("From", (author,)).encode(), *others])
-    fields: dict[str, object] = {
-        "id": f"sendmail-{secrets.token_hex(8)}",
-        "from": author.address if call.sender or not authors else authors[0],
-        "to": [_qualified(address, host) for address in recipients],
-        "raw": draft.in_base64(),
-    }
-    return {**fields, "return_path": "<>"} if call.sender == "" else fields
+def read_addresses(text: bytes) -> list[tuple[str, slice]] | None:
+    """The addresses in a header field of mailboxes and groups (RFC 5322 3.4, 4.4), and where their local parts stand;
+    "" for <>. None where it cannot be read whole. Linear, whatever it is given."""
+    kinds, tokens, at = "", [], 0
+    while at < len(text):
+        token = _TOKEN_OF_ADDRESSES.match(text, at)
+        depth = 1 if token and token.lastgroup == "comment" else 0
+        while token and depth:
+            token = _OF_COMMENT.match(text, token.end())
+            depth += 1 if token and token[1] == b"(" else -1
+        if token is None:
+            return None
+        if token.lastgroup:
+            kinds += token[0].decode() if token.lastgroup == "special" else token.lastgroup
+            tokens.append(token)
+        at = token.end()
+    found, at, groups = [], 0, 0
+    while at < len(kinds):
+        element = _OF_ADDRESS_LIST.match(kinds, at)
+        groups += {":": 1, ";": -1}.get(element[0][-1], 0) if element else 0
+        if element is None or groups not in (0, 1):
+            return None
+        if element.lastindex:
+            first, end = element.span(element.lastindex)
+            local_end = kinds.find("@", first, end) if "@" in element[element.lastindex] else end
+            address = b"".join(token[0] for token in tokens[first:end]).replace(b"\r\n", b"")
+            local_part = slice(tokens[first].start(), tokens[local_end - 1].end())
+            found.append((address.decode("utf-8", "surrogateescape"), local_part))
+        at = element.end()
+    return None if groups else found
 
 
 class Draft(NamedTuple):
@@ -9827,60 +9829,122 @@ class Draft(NamedTuple):
 
     @classmethod
     def of(cls, content: bytes) -> Draft:
-        """The header is what looks like one; the body begins at a blank line, or where it ends."""
-        found = _DRAFT.fullmatch(content)
-        header, body = found.groups() if found else (b"", content)
-        return cls(split_raw(header)[0] if header else [], body)
+        """The header is what looks like one; the body begins at a blank line, or where it ends. NUL bytes go."""
+        found = _DRAFT.fullmatch(with_crlf(content.replace(b"\0", b"")))
+        assert found
+        return cls(split_raw(found[1])[0] if found[1] else [], found[2])
 
     def in_base64(self) -> str:
         return base64.b64encode(b"\r\n".join([*self.header, b"", self.body])).decode()
 
-    def addresses(self, *names: str, strictly: bool = False) -> list[str]:
-        """The bare addresses in header fields of these names, each once. Raises CommandFailed rather than drop a field."""
-        found: dict[str, None] = {}
+    def envelope(self, *, strictly: bool) -> tuple[str | None, list[str]]:
+        """Sender and recipients: those of the newest resent block, which stands before older ones (RFC 5322 3.6.6),
+        else the header's. "" is the null sender; None: nobody who can be read.
+
+        Raises CommandFailed, when it is strict, for a field of recipients that cannot be read whole.
+        """
+        block: dict[bytes, bytes] = {}
         for line in self.header:
-            if field_name(line).decode() in names:
-                found |= dict.fromkeys(_addresses_in(_field_text(line), os.EX_DATAERR, strictly=strictly))
-        return list(found)
+            name = field_name(line)
+            if name in block or (block.keys() & set(OF_RECIPIENTS) and not name.startswith(b"resent-")):
+                break
+            if name.startswith(b"resent-"):
+                block[name] = line
+        resent = [line for name, line in block.items() if name in OF_RECIPIENTS]
+        recipients: dict[str, None] = {}
+        for line in resent or [line for line in self.header if field_name(line) in OF_RECIPIENTS[:3]]:
+            read = read_addresses(line.partition(b":")[2])
+            if read is None and strictly:
+                shown = line[:200].decode("utf-8", "replace")
+                raise CommandFailed(f"the addresses of this header field cannot be read: {shown}", os.EX_DATAERR)
+            recipients |= dict.fromkeys(address for address, _ in read or () if address)
+        authors = [block.get(b"resent-sender", b""), block.get(b"resent-from", b"")]
+        for line in authors if block else (line for line in self.header if field_name(line) == b"from"):
+            if read := read_addresses(line.partition(b":")[2]):
+                return read[0][0], list(recipients)
+        return None, list(recipients)
 
-    def recipients(self) -> list[str]:
-        """Whom the header names; of a message that was resent (RFC 5322 3.6.6) only the new ones."""
-        resent = self.addresses("resent-to", "resent-cc", "resent-bcc", strictly=True)
-        return resent or self.addresses("to", "cc", "bcc", strictly=True)
-
-    def qualified(self, host: str) -> Draft:
-        """The same, bare local names in its address fields completed."""
-        header = []
+    def completed(self, names: LocalNames, author: Mailbox) -> Draft:
+        """The same with a From, if it has none, and with bare local names made addresses where they stand."""
+        header = [] if b"from" in map(field_name, self.header) else [_address_header("From", (author,)).encode()]
         for line in self.header:
-            of_addresses = field_name(line) in (b"from", b"sender", b"reply-to", b"to", b"cc", b"bcc")
-            mailboxes = email.utils.getaddresses([_field_text(line)]) if of_addresses else []
-            complete = [Mailbox(_decoded(name, "header"), _qualified(a, host)) for name, a in mailboxes if a]
-            bare = complete and not all("@" in address for _, address in mailboxes)
-            header.append(_address_header(line.partition(b":")[0].decode(), complete).encode() if bare else line)
-        return self._replace(header=header)
+            of_sender, start = field_name(line) in OF_SENDERS, line.index(b":") + 1
+            if of_sender or field_name(line) in (*OF_RECIPIENTS, b"reply-to"):
+                for name, place in reversed(read_addresses(line[start:]) or ()):
+                    if name and "@" not in name:
+                        full = names.sender_of(name) if of_sender else f"{name}@{names.domain or names.host}"
+                        whole = full.encode("utf-8", "surrogateescape")
+                        line = line[: start + place.start] + whole + line[start + place.stop :]
+            header.append(line)
+        return Draft(header, self.body)
 
 
-def _field_text(field: bytes) -> str:
-    """What a header field says, unfolded."""
-    return re.sub(r"\r\n(?=[ \t])", "", field.partition(b":")[2].decode("utf-8", "replace")).strip()
+# --- sendmail ------------------------------------------------------------
+
+# As getopt(3) has them: the letters that have a value, and every other character.
+_SENDMAIL_OPTIONS = "".join(c + ":" * (c in "ABCDFLMNOPRVXbefhopr") for c in map(chr, range(33, 127)) if c not in "-:")
 
 
-def _addresses_in(text: str, status: int, *, strictly: bool = True) -> list[str]:
-    """The addresses of a list, maybe of an empty group. Raises CommandFailed where there are none.
+class SendmailCall(NamedTuple):
+    """What one call of sendmail asks for."""
 
-    Strictly: also where reading them would lose a word, because a comma or a quote is missing.
+    recipients: tuple[str, ...]
+    sender: str | None  # "" is the null sender
+    full_name: str
+    recipients_in_header: bool
+    dot_ends: bool
+    mode: str = "m"  # m: take a message; s: speak SMTP; p: list the queue; i, q: nothing
+
+
+def sendmail_call(words: Sequence[str]) -> SendmailCall:
+    """The options of sendmail(8), in any order with the recipients; those that mean nothing here pass.
+
+    Raises CommandFailed.
     """
-    mailboxes = email.utils.getaddresses([text])
-    addresses = [address for _, address in mailboxes if address]
-    read = re.findall(r"\w+", " ".join(f"{name} {address}" for name, address in mailboxes))
-    lost = set(re.findall(r"\w+", _NO_ADDRESS.sub("", text))) - set(read)
-    if (strictly and lost) or not (addresses or _NOBODY.fullmatch(text)):
-        raise CommandFailed(f"these are no addresses as mail knows them: {text[:200]}", status)
-    return addresses
+    import getopt
+
+    end = words.index("--") if "--" in words else len(words)
+    short = [word[:2] if word[:2] in ("-d", "-q") else word for word in words[:end] if word[:2] != "--"]
+    try:
+        found, recipients = getopt.gnu_getopt([*short, *words[end:]], _SENDMAIL_OPTIONS)
+    except getopt.GetoptError as error:
+        raise CommandFailed(str(error), os.EX_USAGE) from None
+    options = {f"o{value}" if name == "-o" else name[1:]: value for name, value in found}
+    mode, wants_none = options.get("b", "m"), not recipients and "t" not in options
+    if mode == "m" and wants_none:
+        mode = "q" if "q" in options else ""
+    if mode not in tuple("mspiq"):
+        refused = f"-b{mode} is not for a client" if mode else "no recipient: name one on the command line, or use -t"
+        raise CommandFailed(refused, os.EX_USAGE)
+    sender = options.get("f", options.get("r"))
+    if sender is not None:  # it may stand in angle brackets or beside a name
+        read = read_addresses(os.fsencode(sender))
+        sender = sender.strip() if read is None else "".join(address for address, _ in read[:1])
+    dot_ends = not options.keys() & {"i", "oi"}
+    return SendmailCall(tuple(recipients), sender, options.get("F", ""), "t" in options, dot_ends, mode)
 
 
-def _qualified(address: str, host: str) -> str:
-    return address if "@" in address else f"{address}@{host}"
+def sendmail_fields(call: SendmailCall, content: bytes, login: str, names: LocalNames) -> dict[str, object]:
+    """The submission that a call of sendmail means: raw, its header complete. Raises CommandFailed."""
+    draft, recipients = Draft.of(content), []
+    for word in call.recipients:
+        read = read_addresses(os.fsencode(word))
+        if not read:
+            raise CommandFailed(f"this is no address as mail knows it: {word[:200]}", os.EX_NOUSER)
+        recipients += [address for address, _ in read]
+    named, in_header = draft.envelope(strictly=call.recipients_in_header and not recipients)
+    recipients += in_header if call.recipients_in_header else []
+    if not recipients:
+        raise CommandFailed("no recipient in the header of the message", os.EX_USAGE)
+    try:
+        to = [address for name in recipients for address in names.recipients(name)]
+    except Rejected as error:
+        raise CommandFailed(f"the message was refused: {error}", os.EX_CONFIG) from None
+    sender = call.sender if call.sender is not None else login if named is None else named
+    author = Mailbox("".join(filter(str.isprintable, call.full_name)), names.sender_of(call.sender or login))
+    raw, from_ = draft.completed(names, author).in_base64(), names.sender_of(sender or named or login)
+    fields: dict[str, object] = {"id": f"sendmail-{secrets.token_hex(8)}", "from": from_, "to": to, "raw": raw}
+    return fields if sender else {**fields, "return_path": "<>"}
 
 
 def login_name() -> str:
@@ -9891,6 +9955,41 @@ def login_name() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         return "nobody"
+
+
+def config_of_sendmail(environ: Mapping[str, str]) -> str:
+    """Its config.ini, which is never that of the caller's directory. Blocking."""
+    return environ.get("MAILPROXY_CONFIG") or (SYSTEM_CONFIG if os.path.exists(SYSTEM_CONFIG) else os.devnull)
+
+
+def submit_or_keep(settings: Settings, environ: Mapping[str, str], fields: Mapping[str, object]) -> str | None:
+    """Hand a message of this machine over, or keep it for the daemon; the reason where it is refused.
+
+    By submit_socket where there is one: not everybody may read the token. Blocking. Raises ConfigurationError where
+    that may not be, and CommandFailed.
+    """
+    local, spool = settings.server.submit_socket, settings.sendmail.spool
+    try:
+        by_socket = local and not environ.get("MAILPROXY_URL")
+        client = Client(f"unix:{local}") if by_socket else find_daemon(environ, config=config_of_sendmail(environ))
+        return next(iter(set(submit(client, [fields], show=False).values()) - {KNOWN}), None)
+    except MailproxyError as error:
+        if spool is None or (isinstance(error, CommandFailed) and error.status != os.EX_TEMPFAIL):
+            raise
+    try:
+        content = json.dumps({"messages": [fields]}).encode()
+        if len(content) > settings.server.max_body_bytes:
+            raise CommandFailed("the message is larger than max_body_bytes of [server]", os.EX_UNAVAILABLE)
+        with tempfile.NamedTemporaryFile(prefix=".", dir=spool, delete=False) as file:
+            os.fchmod(file.fileno(), 0o644)  # the daemon is another user; nobody else can list the spool
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.rename(file.name, f"{spool}/{time.time_ns():020}-{secrets.token_hex(8)}")
+            os.fsync(file.fileno())  # of its new name, too: the spool cannot be opened
+        return None
+    except OSError as error:
+        raise CommandFailed(f"the daemon is away, and the spool {spool} cannot be written: {error.strerror}") from None
 
 
 # ======================================================================
@@ -10303,6 +10402,44 @@ def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Ma
     return 1 if left_out else 0
 
 
+# --- sendmail ------------------------------------------------------------
+
+AS_CALLED: Mapping[str, tuple[str, ...]] = {
+    "sendmail": ("sendmail",), "mailq": ("sendmail", "-bp"), "newaliases": ("sendmail", "-bi"),
+}  # fmt: skip
+NO_SUCH_MAIL = ("invalid to", "missing to")
+NO_WAY_OUT = ("account not found", "missing account configuration")
+
+
+def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    """What sendmail(8) is called for; the exit status is one of sysexits.h."""
+    try:
+        call, config = sendmail_call(words), config_of_sendmail(environ)
+        if call.mode == "m":
+            settings = read_settings(config, environ, {})
+            with open(0, "rb", closefd=False) as stdin:  # up to its end, or to a line with only a dot
+                lines = itertools.takewhile(lambda line: not call.dot_ends or line.rstrip(b"\r\n") != b".", stdin)
+                content = b"".join(lines)
+            fields = sendmail_fields(call, content, login_name(), local_names(settings.sendmail))
+            if reason := submit_or_keep(settings, environ, fields):
+                status = os.EX_CONFIG if reason.startswith(NO_WAY_OUT) else os.EX_DATAERR
+                status = os.EX_NOUSER if reason.startswith(NO_SUCH_MAIL) else status
+                raise CommandFailed(f"the message was refused: {reason}", status)
+        elif call.mode == "p":
+            client = find_daemon(environ, config=config)
+            queue = client.ask("GET", f"/messages?active_only=1&limit={LISTING_LIMIT}").granted()
+            print("\n".join(_messages_in_words(queue) if queue["messages"] else ["Mail queue is empty"]))
+        return os.EX_OK
+    except MailproxyError as error:
+        complain(error)
+        if isinstance(error, ConfigurationError):
+            return os.EX_CONFIG
+        return error.status if isinstance(error, CommandFailed) else os.EX_TEMPFAIL
+    except OSError as error:
+        complain(error.strerror or error)
+        return os.EX_IOERR
+
+
 # --- serve and check -----------------------------------------------------
 
 
@@ -10590,6 +10727,7 @@ AS_SENDMAIL = (
     option("-i", action="store_true", help="a line with only a dot does not end the message; so does -oi"),
     option("-f", metavar="ADDRESS", help="envelope sender; else that of the header From, else login@host"),
     option("-F", metavar="NAME", help="full name for the header From where there is none"),
+    option("-b", metavar="MODE", help="p: list the queue, as mailq does; i, as newaliases: do nothing"),
 )
 BACKING_UP = (
     option("file", metavar="FILE", help="what to write"),
@@ -10719,8 +10857,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a subject need not fit the terminal's characters
     words = list(sys.argv[1:] if argv is None else argv)
-    if argv is None and os.path.basename(sys.argv[0]) == "sendmail":
-        words.insert(0, "sendmail")
+    if argv is None:
+        words[:0] = AS_CALLED.get(os.path.basename(sys.argv[0]), ())
     try:
         status = 0 if words else 2
         match words:

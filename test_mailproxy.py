@@ -70,6 +70,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import aiosmtplib
+import dkim
 import hypothesis
 import hypothesis.strategies as st
 import prometheus_client
@@ -78,8 +79,8 @@ import pytest
 from aiosmtpd.smtp import SMTP, AuthResult
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import HealthCheck, given, settings
 
@@ -12813,81 +12814,204 @@ def test_a_csv_that_is_cut_off_says_how_to_go_on_and_sends_nothing_twice(
 
 # --- sendmail
 
-HOST = mailproxy.host_name()
-
 
 def test_the_options_of_sendmail_are_understood() -> None:
     for words, call in [
-        ("-t -i", ((), None, "", True, False)),  # PHP's mail()
-        ("-t -i -fshop@a.test", ((), "shop@a.test", "", True, False)),
-        ("-FCronDaemon -i -odi -oem -oi -t -f root", ((), "root", "CronDaemon", True, False)),  # cronie
-        ("-i -FCronDaemon -B8BITMIME -oem root", (("root",), None, "CronDaemon", False, False)),  # Debian's cron
-        ("-oem -oi -f me@a.test -- x@c.test -y", (("x@c.test", "-y"), "me@a.test", "", False, False)),  # mutt
-        ("-i -f me@a.test x@c.test y@c.test", (("x@c.test", "y@c.test"), "me@a.test", "", False, False)),
-        ("-bm -ti", ((), None, "", True, False)),
-        ("-tfme@a.test", ((), "me@a.test", "", True, True)),
-        ("x@c.test -r me@a.test", (("x@c.test",), "me@a.test", "", False, True)),
-        ("-N success,delay -R hdrs -V id -h 3 -X /tmp/l -L tag x@c.test", (("x@c.test",), None, "", False, True)),
-        ("-O a=b -p x -v -q15m -G x@c.test", (("x@c.test",), None, "", False, True)),
-        ("-f <> x@c.test", (("x@c.test",), "", "", False, True)),
-        ("-f '' x@c.test", (("x@c.test",), "", "", False, True)),
-        ("--read-envelope-from -t", ((), None, "", True, True)),
+        ("-t -i", ((), None, "", True, False, "m")),  # PHP's mail()
+        ("-t -i -fshop@a.test", ((), "shop@a.test", "", True, False, "m")),
+        ("-FCronDaemon -i -odi -oem -oi -t -f root", ((), "root", "CronDaemon", True, False, "m")),  # cronie
+        ("-i -FCronDaemon -B8BITMIME -oem root", (("root",), None, "CronDaemon", False, False, "m")),  # Debian's cron
+        ("-oem -oi -f me@a.test -- x@c.test -y", (("x@c.test", "-y"), "me@a.test", "", False, False, "m")),  # mutt
+        ("-i -f me@a.test x@c.test y@c.test", (("x@c.test", "y@c.test"), "me@a.test", "", False, False, "m")),
+        ("-bm -ti", ((), None, "", True, False, "m")),
+        ("-tfme@a.test", ((), "me@a.test", "", True, True, "m")),
+        ("x@c.test -r me@a.test", (("x@c.test",), "me@a.test", "", False, True, "m")),
+        ("-N success,delay -R hdrs -V id -h 3 -X /tmp/l -L tag x@c.test", (("x@c.test",), None, "", False, True, "m")),
+        ("-O a=b -p x -v -q15m -G x@c.test", (("x@c.test",), None, "", False, True, "m")),
+        ("-f <> x@c.test", (("x@c.test",), "", "", False, True, "m")),
+        ("-f '' x@c.test", (("x@c.test",), "", "", False, True, "m")),
+        ("-f 'N (\\) <me@a.test>' x@c.test", (("x@c.test",), "N (\\) <me@a.test>", "", False, True, "m")),
+        ("-f 'N <me@a.test>' x@c.test", (("x@c.test",), "me@a.test", "", False, True, "m")),
+        ("--read-envelope-from -t", ((), None, "", True, True, "m")),
+        ("-bs -oi", ((), None, "", False, False, "s")),
+        ("-bp -Ac", ((), None, "", False, True, "p")),
+        ("-bi", ((), None, "", False, True, "i")),
+        ("-q1h -v", ((), None, "", False, True, "q")),
     ]:
-        assert mailproxy.sendmail_call(shlex.split(words)) == call
+        assert mailproxy.sendmail_call(shlex.split(words)) == call, words
 
 
-def test_sendmail_completes_the_header_knows_the_envelope_and_refuses_recipients_it_would_lose_one_of() -> None:
-    def fields_of(words: list[str], content: str) -> dict[str, Any]:
-        return mailproxy.sendmail_fields(mailproxy.sendmail_call(words), content.encode(), "root", "vm.test")
+ADDRESS_LISTS = [  # what they say by RFC 5322; None: nothing that can be read whole
+    ("", []),
+    (" ,, (nobody) ", []),
+    ("a@b", ["a@b"]),
+    ("root", ["root"]),
+    ("J\udcff <a@b>, \udcff@b", ["a@b", "\udcff@b"]),  # which is no UTF-8
+    ('"Doe, J." <j@d>,\r\n\tMary Q. Smith <m@s> , x@[192.0.2.1]', ["j@d", "m@s", "x@[192.0.2.1]"]),
+    ("=?utf-8?q?J=C3=B6?= <jo@d>, Jö <jö@d>", ["jo@d", "jö@d"]),
+    ('"john \\" doe"@d, a..b.@docomo.test', ['"john \\" doe"@d', "a..b.@docomo.test"]),
+    ("a@b, undisclosed-recipients:;", ["a@b"]),
+    ("all: N <x@c> (N), y@c;, z", ["x@c", "y@c", "z"]),
+    ("MAILER-DAEMON <>", [""]),
+    # RFC 5322 A.5, A.6.1, A.6.3
+    ("Pete(A nice \\) chap) <pete(his account)@silly.test(his host)>", ["pete@silly.test"]),
+    ("A Group(Some people)\r\n     :Chris Jones <c@(Chris's host.)public.example>,\r\n         joe@example.org,\r\n"
+     "  John <jdoe@one.test> (my dear friend); (the end of the group)",
+     ["c@public.example", "joe@example.org", "jdoe@one.test"]),
+    ("(Empty list)(start)Hidden recipients  :(nobody(that I know))  ;", []),
+    ("Joe Q. Public <john.q.public@example.com>", ["john.q.public@example.com"]),
+    ("Mary Smith <@node.test:mary@example.net>, , jdoe@test  . example", ["mary@example.net", "jdoe@test.example"]),
+    ("John Doe <jdoe@machine(comment).  example>", ["jdoe@machine.example"]),
+    # not whole
+    *((text, None) for text in (
+        "Cron Daemon", "d@e.example c@b.example", "a@b; c@d", "x@c N <y@c>", 'o"brien@c', "a@b, <c@d", "a@b>", "(a@b",
+        "a@", "@b", "a@b@c", "undisclosed-recipients:", "a: b: c@d;;", "a: b@c; d@e", "a@b:", "a@b\x01", "[1.2.3.4]",
+        ":" * 1000, "a" + ":" * 1000, "(" * 100_000, "<" * 100_000, "a " * 100_000, "a." * 100_000 + ":",
+    )),
+    ("(" * 100_000 + ")" * 100_000 + "a@b", ["a@b"]),
+    ("a@b," * 100_000, ["a@b"] * 100_000),
+]  # fmt: skip
 
+
+@pytest.mark.parametrize(("text", "addresses"), ADDRESS_LISTS, ids=lambda given: ascii(given)[:30])
+def test_a_list_of_addresses_is_read_whole_or_not_at_all_in_linear_time(text: str, addresses: list[str] | None) -> None:
+    began = time.process_time()
+    spots = mailproxy.read_addresses(text.encode("utf-8", "surrogateescape"))
+
+    assert (None if spots is None else [address for address, _ in spots]) == addresses
+    assert time.process_time() - began < 5
+
+
+NAMES = mailproxy.LocalNames("vm.test", "vm", None, {})
+
+
+def fields_of(words: str, content: bytes | str, names: mailproxy.LocalNames = NAMES) -> dict[str, Any]:
+    given = content if isinstance(content, bytes) else content.encode()
+    return mailproxy.sendmail_fields(mailproxy.sendmail_call(shlex.split(words)), given, "root", names)
+
+
+UNTOUCHED = [  # fields that go byte for byte
+    "From: Cron Daemon", "From: MAILER-DAEMON <>", "From:", "To: a@b.test, undisclosed-recipients:;",
+    "To: d@e.test c@b.test", "To: a@b.test; c", "Cc: " + ":" * 1000, "X-Other: root", "To: \xff root",
+    "From: Pete(A nice \\) chap) <pete(his account)@silly.test(his host)>", 'Reply-To:"Doe, J."   <j@d.test>  ',
+    "Sender:\r\n a@b.test\r\n\t(folded)", "Subject: " + "(" * 10_000, "To : a@b.test",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", UNTOUCHED, ids=lambda line: line[:30])
+def test_a_header_field_that_has_no_bare_name_or_cannot_be_read_whole_goes_byte_for_byte(line: str) -> None:
+    field = line.encode("latin-1")
+    other = b"" if line.startswith("From") else b"From: a@b.test\r\n"
+
+    raw = base64.b64decode(fields_of("x@c.test", other + field + b"\r\n\r\nbody\r\n")["raw"])
+
+    assert raw == other + field + b"\r\n\r\nbody\r\n"
+
+
+def test_sendmail_completes_the_header_where_bare_names_stand_and_nothing_else() -> None:
     for content, header, body in [
-        ("Hello\n", "From: CronDaemon <root@vm.test>\r\n", "Hello\n"),
+        ("Hello\n", "From: CronDaemon <root@vm.test>\r\n", "Hello\r\n"),
         ("", "From: CronDaemon <root@vm.test>\r\n", ""),
-        ("\nHello\n", "From: CronDaemon <root@vm.test>\r\n", "Hello\n"),
-        ("Subject: s\nHello\n", "From: CronDaemon <root@vm.test>\r\nSubject: s\r\n", "Hello\n"),
+        ("\nHello\n", "From: CronDaemon <root@vm.test>\r\n", "Hello\r\n"),
+        ("Subject: s\nHello\n", "From: CronDaemon <root@vm.test>\r\nSubject: s\r\n", "Hello\r\n"),
         ("From: a@b.test\r\nX: 1\r\n 2\r\n\r\nb\r\n", "From: a@b.test\r\nX: 1\r\n 2\r\n", "b\r\n"),
         ("From me Mon Jan 1\nFrom: a@b.test\n\nb", "From: a@b.test\r\n", "b"),
-        ("From: root (Cron D)\nTo: a, x@y.z\n\nb", "From: Cron D <root@vm.test>\r\nTo: a@vm.test, x@y.z\r\n", "b"),
-        ("From: =?utf-8?q?J=C3=B6?= <jo>\n\n", "From: =?utf-8?b?SsO2?= <jo@vm.test>\r\n", ""),
-    ]:
-        raw = base64.b64decode(fields_of(["-FCronDaemon", "x@c.test"], content)["raw"])
-        assert raw.decode() == f"{header}\r\n{body}"
+        ("From: root (Cron D)\nTo: a, x@y.z\n\nb", "From: root@vm.test (Cron D)\r\nTo: a@vm.test, x@y.z\r\n", "b"),
+        ("From: =?utf-8?q?J=C3=B6?= <jo>\n\n", "From: =?utf-8?q?J=C3=B6?= <jo@vm.test>\r\n", ""),
+        ("From: a@b.test\nCc: all:x ( (y) ),\n N <z>;\n\n",
+         "From: a@b.test\r\nCc: all:x@vm.test ( (y) ),\r\n N <z@vm.test>;\r\n", ""),
+        ("From: a@b.test\rTo: x@c.test\r\rone\rtwo", "From: a@b.test\r\nTo: x@c.test\r\n", "one\r\ntwo"),
+        ("From: a@b.test\r\r\nTo: b\r\nCc: c\n\r\r\none\0\r\r\n", "From: a@b.test\r\nTo: b@vm.test\r\nCc: c@vm.test\r\n", "one\r\n"),
+    ]:  # fmt: skip
+        assert base64.b64decode(fields_of("-FCronDaemon x@c.test", content)["raw"]).decode() == f"{header}\r\n{body}"
+    named = NAMES._replace(sender="cron@h.test", aliases={"root": ["ops@h.test"]})
+    cron = fields_of("-FCron root", "From: root (Cron Daemon)\nTo: root\n\n", named)
+    assert (cron["from"], cron["to"]) == ("cron@h.test", ["ops@h.test"])
+    assert base64.b64decode(cron["raw"]) == b"From: cron@h.test (Cron Daemon)\r\nTo: root@vm.test\r\n\r\n"
+    assert b'From: "Evil Bcc: x" <root@vm.test>\r\n' in base64.b64decode(
+        fields_of("-F 'Evil\n Bcc: x' x@c.test", "x")["raw"]
+    )
+
+
+RESENT = "Resent-From: me\nResent-Bcc: b@c.test\nResent-To: y@c.test\n"
+
+
+def test_the_envelope_is_that_of_the_options_else_of_the_newest_resent_block_else_of_the_header() -> None:
     for words, header, *envelope in [
         ("x@c.test", "From: a@b.test", "a@b.test", None, ["x@c.test"]),
         ("-f bounce x@c.test", "From: a@b.test", "bounce@vm.test", None, ["x@c.test"]),
         ("root", "Subject: s", "root@vm.test", None, ["root@vm.test"]),
         ("-f <> x@c.test", "From: a@b.test", "a@b.test", "<>", ["x@c.test"]),
+        ("x@c.test", "From: MAILER-DAEMON <>", "root@vm.test", "<>", ["x@c.test"]),
+        ("x@c.test", "From: Cron Daemon", "root@vm.test", None, ["x@c.test"]),
+        ("-f a@b.test x@c.test", "From: ((((", "a@b.test", None, ["x@c.test"]),
         ("-t", "To: x@c.test\nCc: N <y@c.test>\nBcc: z", "root@vm.test", None, ["x@c.test", "y@c.test", "z@vm.test"]),
         ("-t w@c.test", "To: x@c.test", "root@vm.test", None, ["w@c.test", "x@c.test"]),
+        ("-t w@c.test", "To: x y\nCc: v@c.test", "root@vm.test", None, ["w@c.test", "v@c.test"]),
         ("-t", "To: x@c.test\nResent-To: y@c.test", "root@vm.test", None, ["y@c.test"]),
+        ("-t", f"{RESENT}From: a@b.test\nTo: x@c.test", "me@vm.test", None, ["b@c.test", "y@c.test"]),
+        (
+            "-t",
+            f"Resent-From: r@b.test\nResent-To: z@c.test\nResent-Sender: s@b.test\n{RESENT}",
+            "s@b.test",
+            None,
+            ["z@c.test"],
+        ),
+        ("-t", f"Resent-From: r@b.test\nResent-Cc: z@c.test\nReceived: x\n{RESENT}", "r@b.test", None, ["z@c.test"]),
+        ("w@c.test", f"Resent-From: a b\n{RESENT}From: a@b.test", "root@vm.test", None, ["w@c.test"]),
         ("w@c.test", "To: x@c.test", "root@vm.test", None, ["w@c.test"]),
         ("x@c.test,y@c.test", "To: z@c.test", "root@vm.test", None, ["x@c.test", "y@c.test"]),
         ("-t", "To: all: N <x@c.test> (N), y@c.test;", "root@vm.test", None, ["x@c.test", "y@c.test"]),
     ]:
-        fields = fields_of(words.split(), f"{header}\n\nbody\n")
-        assert [fields["from"], fields.get("return_path"), fields["to"]] == envelope
+        fields = fields_of(words, f"{header}\n\nbody\n")
+        assert [fields["from"], fields.get("return_path"), fields["to"]] == envelope, (words, header)
     for text in "root admin", "x@c.test y@c.test", 'o"brien@c.test', "x@c.test N <y@c.test>":
-        for words, content, status in (["-t"], f"To: {text}\n\n", os.EX_DATAERR), ([text], "", os.EX_NOUSER):
-            with pytest.raises(mailproxy.CommandFailed, match="no addresses") as refusal:
+        for words, content, status in ("-t", f"To: {text}\n\n", os.EX_DATAERR), (shlex.quote(text), "", os.EX_NOUSER):
+            with pytest.raises(mailproxy.CommandFailed, match="address") as refusal:
                 fields_of(words, content)
             assert refusal.value.status == status
+    with pytest.raises(mailproxy.CommandFailed, match="this host has no domain: set aliases") as refusal:
+        fields_of("root", "", NAMES._replace(domain=""))
+    assert refusal.value.status == os.EX_CONFIG
 
 
-def test_sendmail_sends_by_the_config_ini_of_the_daemon(tmp_path: Path, smtp: SmtpServer) -> None:
-    content = b"To: x@c.test\nBcc: admin\nSubject: Gr\xc3\xbc\xc3\x9fe\n\nfirst\n.\nsecond\n"
-    link = tmp_path / "sendmail"
-    link.symlink_to(STARTER)
-    with Daemon(tmp_path, {"server": {"port": free_port()}}, smtp=smtp, token="sesame"):
-        for words in [link, "-t", "-i"], [STARTER, "sendmail", "-t", "-f", "shop@a.test"]:
-            ended = subprocess.run(
-                [sys.executable, *words], input=content, cwd=tmp_path, env=_plain_environment(), capture_output=True
-            )
-            assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
-        smtp.wait_for(2)
+SESAME = {"MAILPROXY_TOKEN": "sesame"}
+
+
+@pytest.fixture
+def local(tmp_path: Path, smtp: SmtpServer) -> Iterator[Daemon]:
+    """A daemon that local users submit to, and MAILPROXY_CONFIG in `environment` for those who do."""
+    config = {"server": {"submit_socket": tmp_path / "submit"}, "sendmail": {"domain": "vm.test"}}
+    config["sendmail"] |= {"aliases": "admin: ops@c.test", "spool": tmp_path / "spool"}
+    with Daemon(tmp_path, config, smtp=smtp, token="sesame", environment=HASTE) as daemon:
+        yield daemon
+
+
+HASTE = {"PAUSES": json.dumps({"SPOOL_PAUSE_S": 0.05})}
+
+
+def sendmail_of(daemon: Daemon, *words: object, stdin: bytes = b"", folder: Path | None = None) -> Ended:
+    """Call sendmail as programs on the machine of the daemon do."""
+    environment = {"MAILPROXY_CONFIG": str(daemon.folder / "config.ini")}
+    return run_command("sendmail", *words, stdin=stdin, environment=environment, folder=folder)
+
+
+def test_sendmail_goes_by_the_configuration_of_the_daemon_never_by_that_of_the_callers_folder(
+    local: Daemon, smtp: SmtpServer, tmp_path: Path
+) -> None:
+    content = b"To: x@c.test\nBcc: admin\nSubject: Gr\xc3\xbc\xc3\x9fe\n\nfirst\n.\nsec\0ond\n"
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "config.ini").write_text("[database]\nhost = 10.0.0.1\n")
+
+    for words in ["-t", "-i"], ["-t", "-f", "shop@a.test"]:
+        assert sendmail_of(local, *words, stdin=content, folder=app) == (0, "", "")
+    smtp.wait_for(2)
+    assert run_command("sendmail", "x@c.test", folder=app).returncode == os.EX_TEMPFAIL  # nobody listens
 
     whole, cut = sorted(smtp.received_by("x@c.test"), key=lambda mail: len(mail.content), reverse=True)
-    assert whole.recipients == ["x@c.test", f"admin@{HOST}"]
-    assert whole.sender == whole.message["From"] == f"{mailproxy.login_name()}@{HOST}"
+    assert whole.recipients == ["x@c.test", "ops@c.test"]
+    assert whole.sender == whole.message["From"] == f"{mailproxy.login_name()}@vm.test"
     assert whole.message["Date"]
     assert whole.message["Message-ID"]
     assert "Subject: Grüße\r\n".encode() in whole.content
@@ -12897,17 +13021,39 @@ def test_sendmail_sends_by_the_config_ini_of_the_daemon(tmp_path: Path, smtp: Sm
     assert cut.content.endswith(b"\r\n\r\nfirst\r\n")
 
 
+def test_by_the_names_mailq_and_newaliases_sendmail_lists_the_queue_and_does_nothing(
+    local: Daemon, tmp_path: Path
+) -> None:
+    def called(name: str, *words: str) -> tuple[int, str, str]:
+        link = tmp_path / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(STARTER)
+        config = {"MAILPROXY_CONFIG": str(local.folder / "config.ini"), "MAILPROXY_URL": url_of(local), **SESAME}
+        command, environment = [sys.executable, link, *words], _plain_environment() | config
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return ended.returncode, ended.stdout, ended.stderr
+
+    assert called("mailq") == (0, "Mail queue is empty\n", "")
+    local.submit(mail("m1", to="temp@c.test"))
+    assert called("mailq")[1].splitlines()[1].startswith("m1 ")
+    assert called("sendmail", "-bp")[1].splitlines()[1].startswith("m1 ")
+    for words in ["newaliases"], ["sendmail", "-bi"], ["sendmail", "-q"], ["sendmail", "-q30m", "-v"]:
+        assert called(*words) == (0, "", "")
+    assert called("sendmail", "-bd")[0] == os.EX_USAGE
+
+
 def test_sendmail_has_the_exit_status_of_sysexits(strict_daemon: Daemon) -> None:
-    rightly = {"MAILPROXY_URL": url_of(strict_daemon), "MAILPROXY_TOKEN": "sesame"}
+    rightly = {"MAILPROXY_URL": url_of(strict_daemon), **SESAME}
     for words, content, wrongly, status in [
         ("-t", b"Subject: nobody\n\n", {}, os.EX_USAGE),
+        ("-t", b"To: d@e.test c@b.test\n\n", {}, os.EX_DATAERR),
         ("", b"", {}, os.EX_USAGE),
-        ("-bs", b"", {}, os.EX_USAGE),
         ("-f", b"", {}, os.EX_USAGE),
-        ("x@c.test", b"NUL \0", {}, os.EX_DATAERR),
         ("'nobody at all@'", b"x", {}, os.EX_NOUSER),
+        ("x@-.test", b"x", {}, os.EX_NOUSER),
         ("x@c.test", b"x", {"MAILPROXY_TOKEN": "salami"}, os.EX_NOPERM),
         ("x@c.test", b"x", {"MAILPROXY_URL": "nonsense"}, os.EX_CONFIG),
+        ("x@c.test", b"x", {"MAILPROXY_CONFIG": "/nowhere.ini"}, os.EX_CONFIG),
         ("x@c.test", b"x", {"MAILPROXY_URL": "http://127.0.0.1:9"}, os.EX_TEMPFAIL),
         ("x@c.test", b"x", {}, os.EX_CONFIG),  # there is no account
         ("x@c.test", b"x" * 300_000, {}, os.EX_UNAVAILABLE),
@@ -12915,6 +13061,153 @@ def test_sendmail_has_the_exit_status_of_sysexits(strict_daemon: Daemon) -> None
         ended = run_command("sendmail", *shlex.split(words), environment=rightly | wrongly, stdin=content)
         assert (words, ended.returncode, ended.stdout) == (words, status, "")
         assert ended.sentence.startswith("mailproxy: ")
+
+
+def test_signed_messages_verify_after_sendmail(local: Daemon, smtp: SmtpServer, tmp_path: Path) -> None:
+    needs("openssl")
+    key = rsa.generate_private_key(65_537, 2048)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())
+    public = base64.b64encode(key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
+    signer = PrivateCA(tmp_path).issue("signer", usage=ExtendedKeyUsageOID.EMAIL_PROTECTION)
+    header = b'From: "A,  B" <a@b.test>\r\nTo: x@c.test,  undisclosed-recipients:;\r\nReply-To: some body\r\n'
+    header += b"Subject: =?utf-8?q?Gr=C3=BC?=\r\n\tfolded\r\nDate: Mon, 1 Jan 2024 00:00:00 +0000\r\n"
+    header += b"Message-ID: <1@b.test>\r\n"
+    body = b"\r\n.\r\nFrom here\r\n\r\n.dot  \r\n\r\n\r\n"
+    fields = [b"From", b"To", b"Reply-To", b"Subject", b"Date", b"Message-ID"]
+
+    signature = dkim.sign(
+        header + body, b"s", b"b.test", private, include_headers=fields, canonicalize=(b"simple", b"simple")
+    )
+    assert sendmail_of(local, "-t", "-i", stdin=(signature + header + body).replace(b"\r\n", b"\n")).returncode == 0
+    (tmp_path / "body").write_bytes(b"Hello\r\n.\r\nyou\r\n")
+    sign = [
+        "openssl",
+        "smime",
+        "-sign",
+        "-signer",
+        signer.cert,
+        "-inkey",
+        signer.key,
+        "-in",
+        tmp_path / "body",
+        "-text",
+    ]
+    signed = subprocess.run(sign, capture_output=True, check=True).stdout
+    assert sendmail_of(local, "-i", "x@c.test", stdin=b"From: a@b.test\nSubject: s\n" + signed).returncode == 0
+
+    by_dkim, by_smime = sorted(smtp.wait_for(2), key=lambda mail: b"DKIM" not in mail.content)
+    assert dkim.verify(by_dkim.content, dnsfunc=lambda name, timeout=5: b"v=DKIM1; k=rsa; p=" + public)
+    (tmp_path / "received").write_bytes(by_smime.content)
+    verify = ["openssl", "smime", "-verify", "-in", tmp_path / "received", "-CAfile", tmp_path / "ca.pem"]
+    verified = subprocess.run(verify, capture_output=True)
+    assert verified.returncode == 0, verified.stderr
+    assert b"Hello\r\n.\r\nyou\r\n" in verified.stdout
+
+
+def as_user(number: int) -> list[str]:
+    """What runs a command as another user."""
+    return ["setpriv", f"--reuid={number}", f"--regid={number}", "--clear-groups"]
+
+
+@contextlib.contextmanager
+def installed_daemon(smtp: SmtpServer) -> Iterator[Daemon]:
+    """A daemon as the head of the unit installs it: under a user of its own, its token readable by that user only, its
+    state in a directory that others may walk through."""
+    with open_folder("mailproxy-installed-") as folder:
+        for name in "state", "run":
+            (folder / name).mkdir(mode=0o711)
+            os.chown(folder / name, NOBODY, NOBODY)
+        daemon = Daemon(folder, smtp=smtp, token="sesame", environment=HASTE)
+        daemon.config["storage"]["db_path"] = folder / "state" / "mailproxy.db"
+        daemon.config["server"] |= {"api_token": f"file:{folder}/token", "submit_socket": folder / "run" / "submit"}
+        daemon.config["sendmail"] = {"domain": "vm.test", "spool": folder / "state" / "spool"}
+        (folder / "token").write_text("sesame")
+        (folder / "token").chmod(0o400)
+        os.chown(folder / "token", NOBODY, NOBODY)
+        daemon._limits = as_user(NOBODY)
+        try:
+            yield daemon
+        finally:
+            daemon.__exit__()
+
+
+def test_an_ordinary_user_sends_while_the_daemon_is_up_is_away_and_is_back_each_mail_once(smtp: SmtpServer) -> None:
+    needs("root", "setpriv")
+    with installed_daemon(smtp) as daemon:
+        spool = daemon.folder / "state" / "spool"
+
+        def send(subject: str, **environment: str) -> None:
+            command = [*as_user(65_534), sys.executable, STARTER, "sendmail", "-t"]
+            content = f"To: x@c.test\nSubject: {subject}\n\nbody\n".encode()
+            config = {"MAILPROXY_CONFIG": str(daemon.folder / "config.ini"), **environment}
+            outside = {"cwd": "/", "env": _plain_environment() | config, "umask": 0o077}
+            ended = subprocess.run(command, input=content, capture_output=True, **outside)
+            assert (ended.returncode, ended.stderr) == (0, b"")
+
+        daemon.start()
+        send("by the socket")
+        smtp.wait_for(1)
+        assert (spool.stat().st_mode & 0o7777, spool.stat().st_uid) == (0o1733, NOBODY)
+        send("by the spool, taken at once", MAILPROXY_SERVER_SUBMIT_SOCKET="/nowhere")
+        smtp.wait_for(2)
+        daemon.stop()
+        send("first, while it is away")
+        send("second, while it is away")
+        assert len(list(spool.iterdir())) == 2
+        daemon.start()
+        smtp.wait_for(4)
+        wait_until(lambda: not list(spool.iterdir()), "an empty spool")
+        daemon.restart()
+        send("by the socket again")
+
+        subjects = [received.message["Subject"] for received in smtp.wait_for(5)]
+        assert Counter(subjects).most_common(1)[0][1] == 1, subjects
+        assert smtp.received[0].sender == "nobody@vm.test"
+        assert "ERROR" not in daemon.log
+
+
+def test_nothing_in_the_spool_harms_the_daemon_or_anybodys_files(smtp: SmtpServer) -> None:
+    needs("root", "setpriv")
+    with installed_daemon(smtp) as daemon:
+        daemon.config["server"]["max_body_bytes"] = 100_000
+        daemon.start()
+        spool, theirs = daemon.folder / "state" / "spool", daemon.folder / "theirs"
+        daemon.stop()
+        good = json.dumps({"messages": [mail("mine")]})
+        theirs.write_text(json.dumps({"messages": [mail("theirs")]}))
+        theirs.chmod(0o644)
+        before = theirs.stat()
+
+        (spool / "1-symbolic-link").symlink_to(theirs)
+        os.link(theirs, spool / "2-hard-link")
+        os.mkfifo(spool / "3-pipe", 0o666)
+        (spool / "4-folder").mkdir(0o777)
+        (spool / "5-too-large").write_text(f'{{"messages": [{json.dumps(mail("large", body="x" * 100_000))}]}}')
+        (spool / "6-half").write_text(good[:-9])
+        (spool / "7-closed").write_text(good)
+        (spool / ("8-long-name" * 23)).write_text("x")
+        (spool / "9-no-account").write_text(json.dumps({"messages": [mail("lost", account_id="none")]}))
+        (spool / ".being-written").write_text(json.dumps({"messages": [mail("half")]}))
+        for file in spool.iterdir():
+            if file.name[0] in "34567":
+                os.chown(file, 65_534, 65_534)
+        (spool / "7-closed").chmod(0o600)
+        (spool / "a-good-one").write_text(good)
+        daemon.start()
+
+        (received,) = smtp.wait_for(1)
+        wait_until(lambda: all(file.name[0] == "." for file in spool.iterdir()), "a spool that was looked through")
+        assert [record["id"] for record in daemon.get("/messages").json["messages"]] == ["mine"]
+        for number, reason in [
+            ("1-", "Too many levels of symbolic links"), ("2-", "not a regular file with one name"),
+            ("3-", "not a regular"), ("4-", "not a regular"), ("5-", "max_body_bytes"),
+            ("6-", "JSON"), ("7-", "Permission denied"), ("8-", "JSON"), ("9-", "account not found"),
+        ]:  # fmt: skip
+            assert reason in daemon.wait_for_log(f"spool/{number}")
+        assert (spool / ".being-written").exists()
+        after = theirs.stat()
+        assert (after.st_mtime, after.st_mode, after.st_uid) == (before.st_mtime, before.st_mode, before.st_uid)
+        assert received.recipients == ["ok@example.com"]
 
 
 @pytest.mark.parametrize(
@@ -12926,32 +13219,35 @@ def test_sendmail_has_the_exit_status_of_sysexits(strict_daemon: Daemon) -> None
         ("mutt", """echo Grüße >text; echo "set sendmail='$SENDMAIL -oem -oi' from=me@a.test use_envelope_from copy=no" >rc
            LC_ALL=C.UTF-8 mutt -n -F rc -s 'From mutt' -a text -- x@c.test <text""",
          "me@a.test", "From mutt", "Grüße"),
-        ("sh", """{ printf 'From: root (Cron Daemon)\nTo: x@c.test\nSubject: Cron <root@vm> backup\n\n'; echo disk full
+        ("sh", """{ printf 'From: root (Cron Daemon)\nTo: x@c.test\nSubject: Cron <root@vm> backup\n\n'; printf 'disk\\000 full'
            } | $SENDMAIL -i -FCronDaemon -B8BITMIME -oem x@c.test""",  # with the words of Debian's cron
-         f"{mailproxy.login_name()}@{HOST}", "Cron <root@vm> backup", "disk full"),
+         f"{mailproxy.login_name()}@vm.test", "Cron <root@vm> backup", "disk full"),
+        ("mailx", """echo "set sendmail=$SENDMAIL" >.mailrc; echo Hello | mailx -s 'From mailx' x@c.test""",
+         f"{mailproxy.login_name()}@vm.test", "From mailx", "Hello"),
         ("git", """printf '%s\n' 'From 0123 Mon Sep 17 00:00:00 2001' 'From: A <a@b.test>' 'Subject: [PATCH] x' \
            'Date: Mon, 1 Jan 2024 00:00:00 +0000' '' 'the patch' >0001.patch
            git send-email --smtp-server="$SENDMAIL" --to=x@c.test --from='A <a@b.test>' --suppress-cc=all \\
            --confirm=never 0001.patch""",
          "a@b.test", "[PATCH] x", "the patch"),
     ],
-    ids=["php", "mutt", "sh", "git"],
+    ids=["php", "mutt", "sh", "mailx", "git"],
 )  # fmt: skip
 def test_programs_that_know_sendmail_send_through_it(
-    program: str, script: str, sender: str, subject: str, body: str, daemon: Daemon, smtp: SmtpServer
+    program: str, script: str, sender: str, subject: str, body: str, local: Daemon, smtp: SmtpServer
 ) -> None:
     needs(program)
     if program == "git":
         needs(f"{subprocess.getoutput('git --exec-path')}/git-send-email")
-    wrapper = daemon.folder / "sendmail"
+    wrapper = local.folder / "sendmail"
     wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {STARTER} sendmail "$@"\n')
     wrapper.chmod(0o755)
     environment = {
-        **_plain_environment(), "MAILPROXY_URL": url_of(daemon), "SENDMAIL": str(wrapper), "HOME": str(daemon.folder),
+        **_plain_environment(), "SENDMAIL": str(wrapper), "HOME": str(local.folder),
+        "MAILPROXY_CONFIG": str(local.folder / "config.ini"),
         **{f"GIT_{who}_{what}": "a@b.test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
     }  # fmt: skip
     ended = subprocess.run(
-        ["sh", "-ec", script], cwd=daemon.folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True
+        ["sh", "-ec", script], cwd=local.folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True
     )
     assert ended.returncode == 0, ended.stderr
     (mail,) = smtp.wait_for(1)
