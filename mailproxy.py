@@ -577,10 +577,11 @@ def _account_reply(value: str) -> AccountReply:
 
 
 def _host_or_network(value: str) -> str:
-    """A host name as it is; what looks like an address or a network must be one."""
+    """A host name in A-labels; what looks like an address or a network must be one."""
+    value = value.removeprefix("[").removesuffix("]")
     if "/" in value or ":" in value or re.fullmatch(r"[0-9.]+", value):
         ipaddress.ip_network(value, strict=False)
-    return value
+    return fit(a_labels(value).rstrip("."), value.strip("."))
 
 
 COUNT, BYTES, PERIOD = integer(1), integer(1, words="a whole number of bytes"), seconds(0.01)
@@ -660,9 +661,7 @@ def fixed(default: T, kind: Kind, meaning: str) -> T:
 class StorageSettings(NamedTuple):
     """Where the queue lives."""
 
-    db_path: str = fixed(
-        "", PATH, "File of the queue, its directory must exist. Left out: mailproxy.db beside this file."
-    )
+    db_path: str = fixed("", PATH, "File of the queue. Left out: mailproxy.db beside this file.")
 
 
 class ServerSettings(NamedTuple):
@@ -671,9 +670,7 @@ class ServerSettings(NamedTuple):
     host: str = fixed("127.0.0.1", LISTENING_HOST, "Address to listen on. Other than loopback it needs an api_token.")
     port: int = fixed(8000, integer(0, 65_535), "TCP port; 0 takes a free one.")
     unix_socket: str | None = fixed(None, SOCKET_PATH, "Listen on this Unix socket (mode 0660) instead of TCP.")
-    submit_socket: str | None = fixed(
-        None, SOCKET_PATH, "Besides, any local user may submit on this Unix socket (mode 0666), and nothing else."
-    )
+    submit_socket: str | None = fixed(None, SOCKET_PATH, "Here (mode 0666) any local user may submit, and only that.")
     api_token: tuple[Secret, ...] = row((), SECRETS, "What clients must send; several are for when it is changed.")
     tls_cert: str | None = fixed(None, READABLE_FILE, "Certificate chain (PEM) to speak HTTPS; needs tls_key.")
     tls_key: str | None = fixed(None, READABLE_FILE, "Private key (PEM) of tls_cert.")
@@ -693,9 +690,7 @@ class ClientSettings(NamedTuple):
     client_sync_user: str | None = row(None, TEXT, "User of HTTP basic authentication.")
     client_sync_password: Secret | None = row(None, SECRET, "Password of HTTP basic authentication.")
     client_sync_token: Secret | None = row(None, SECRET, "Bearer token; wins over user and password.")
-    client_sync_secret: Secret | None = row(
-        None, SECRET, "Signs reports as Standard Webhooks: base64, with or without whsec_."
-    )
+    client_sync_secret: Secret | None = row(None, SECRET, "Signs reports (Standard Webhooks): base64, or whsec_base64.")
     sync_interval_seconds: float = row(300.0, seconds(0.05), "Called at least this often, also with nothing to report.")
     report_batch_size: int = row(1000, integer(1, 100_000), "Most entries of one report.")
     timeout_seconds: float = row(30.0, seconds(0.05, 3600), "Time for the whole call.")
@@ -725,9 +720,7 @@ class DeliverySettings(NamedTuple):
     send_interval_seconds: float = row(0.5, seconds(0.01, 3600), "Longest sleep of the dispatcher, which mail wakes.")
     test_mode: bool = fixed(False, BOOLEAN, "Deliver and report only at run-now.")
     default_priority: int = row(2, PRIORITY, "Priority of messages that have none.")
-    delivery_report_retention_seconds: int = row(
-        604_800, integer(0), "Final, reported messages are purged after this time."
-    )
+    delivery_report_retention_seconds: int = row(604_800, integer(0), "How long final, reported messages are kept.")
     batch_size_per_account: int = row(50, integer(1, 100_000), "Most messages an account has in one turn.")
     max_connections_per_account: int = row(5, integer(1, 1000), "Most connections to the server of an account.")
     max_concurrency: int = row(100, integer(1, 10_000), "Most SMTP transactions at a time, all accounts together.")
@@ -776,10 +769,7 @@ class Account(NamedTuple):
     max_messages_per_connection: int = row(100, COUNT, "Most messages over one connection.")
     max_recipients: int = row(100, COUNT, "Most recipients of one transaction; more are split over several.")
     timeout: float | None = row(
-        None,
-        seconds(0.001),
-        "Seconds for the connection and each reply. Left out: as RFC 5321 4.5.3.2 has it, 60 to connect and log in, "
-        "300 for MAIL and RCPT, 120 for DATA. The reply to the content is given 600 in any case.",
+        None, seconds(0.001), "Of the connection and each reply but the last (600). Left out: RFC 5321's, 60 to 300."
     )
     in_doubt: str = row("retry", word("retry", "error"), "What to do when the last reply never came.")
     limit_per_minute: int | None = row(None, integer(0), "Most messages in any 60 seconds; 0: no limit.")
@@ -787,15 +777,11 @@ class Account(NamedTuple):
     limit_per_day: int | None = row(None, integer(0), "Most messages in any day.")
     limit_behavior: str = row("defer", word("defer", "error", reject="error"), "What becomes of mail above a limit.")
     limit_counts: str = row("messages", word("messages", "recipients"), "What the limits count.")
-    account_replies: tuple[AccountReply, ...] = row(
-        (), REPLIES, "Replies that are about the account: all its mail waits, whatever the code."
-    )
+    account_replies: tuple[AccountReply, ...] = row((), REPLIES, "Those that stop all its mail, whatever the code.")
     hostname: str | None = row(None, EHLO_NAME, "Our name in EHLO.", else_of="hostname")
     batch_size: int = row(50, COUNT, "Most messages of one turn.", else_of="batch_size_per_account")
     retry_delays: tuple[int, ...] = row(RETRY_DELAYS, DELAYS, "Pauses before the retries.", else_of="retry_delays")
-    max_age_seconds: int = row(
-        432_000, COUNT, "A message so old becomes an error when a try fails.", else_of="max_age_seconds"
-    )
+    max_age_seconds: int = row(432_000, COUNT, "So old, mail ends when a try fails.", else_of="max_age_seconds")
     max_retries: int = row(0, integer(0), "Most attempts after the first.", else_of="max_retries")
     source: str = "http"  # or "config"; no setting
 
@@ -826,9 +812,7 @@ class AttachmentSettings(NamedTuple):
     max_attachment_bytes: int = row(25 * 2**20, BYTES, "Largest attachment.")
     max_message_bytes: int = row(35 * 2**20, BYTES, "Most bytes of all attachments of a message.")
     memory_budget_bytes: int = fixed(100 * 2**20, BYTES, "Memory for all messages being put together at a time.")
-    cache_bytes: int = fixed(
-        25 * 2**20, integer(0, words="a whole number of bytes"), "Fetched files kept on disk for a burst; 0: none."
-    )
+    cache_bytes: int = fixed(25 * 2**20, integer(0), "Bytes of fetched files kept on disk for a burst; 0: none.")
     allow_hosts: tuple[str, ...] = row((), HOSTS, "Where attachments may come from although it is not public.")
     base_dir: str | None = row(None, PATH, "Where attachments with fetch_mode filesystem lie. Left out: refused.")
 
@@ -918,9 +902,6 @@ AWS_VARIABLES = {  # that stand in for what [s3] leaves out; the first one wins
     "AWS_SESSION_TOKEN": "session_token", "AWS_ENDPOINT_URL_S3": "endpoint",
     "AWS_REGION": "region", "AWS_DEFAULT_REGION": "region",
 }  # fmt: skip
-
-
-QUEUE_NAME = "mailproxy.db"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -1037,13 +1018,11 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
             account_id = "default" if section == "smtp" else section.removeprefix("account:")
             accounts.setdefault(account_id, {})[key] = value
     if not sections["storage"].get("db_path"):
-        beside, here = os.path.join(os.path.dirname(path or ""), QUEUE_NAME), os.path.abspath(QUEUE_NAME)
+        beside, here = (os.path.abspath(f"{folder}mailproxy.db") for folder in (re.sub("[^/]*$", "", path or ""), ""))
         is_here = os.path.exists(here) and not os.path.exists(beside)
-        sections["storage"]["db_path"] = here if is_here else os.path.abspath(beside)
+        sections["storage"]["db_path"] = here if is_here else beside
         if is_here:
-            warnings.append(
-                f"the queue is {here}: there is none beside {path}; move it there, or set db_path in [storage]"
-            )
+            warnings.append(f"the queue is {here}, not {beside}: move it there, or set db_path in [storage]")
     if "host" not in accounts.get("default", {"host": ""}):
         del accounts["default"]
         warnings.append("[smtp] has no host: there is no default account")
@@ -1112,8 +1091,6 @@ def reveal(secret: Secret, environ: Mapping[str, str]) -> str:
         raise SecretUnavailable(f"{secret.given} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise SecretUnavailable(f"{secret.given} is not UTF-8 text") from None
-    except ValueError:
-        raise SecretUnavailable("file: with a path that no file can have") from None
     if len(content) > SECRET_FILE_MAX_BYTES:
         raise SecretUnavailable(f"{secret.given} is larger than {SECRET_FILE_MAX_BYTES} bytes")
     if not text:
@@ -4445,17 +4422,11 @@ class AddressPolicy:
     def __init__(self, allow_hosts: Sequence[str]) -> None:
         self._networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
         self._names: set[str] = set()
-        for allowed in map(str.strip, allow_hosts):
+        for allowed in allow_hosts:
             try:
-                self._networks.append(ipaddress.ip_network(allowed.strip("[]"), strict=False))
-                continue
+                self._networks.append(ipaddress.ip_network(allowed, strict=False))
             except ValueError:
-                name = ""
-            with contextlib.suppress(UnicodeError):
-                name = a_labels(allowed).lower().rstrip(".")
-            if not name or "/" in name:
-                raise ConfigurationError(f"[attachments] allow_hosts: {allowed!r} is not a host or a network")
-            self._names.add(name)
+                self._names.add(allowed.lower())
 
     def permitted(self, host: str, addresses: Sequence[Address]) -> Sequence[Address]:
         """Those of the host's addresses that are allowed. Raises HttpFailure when it has others only."""
@@ -8070,11 +8041,9 @@ class Reporter(Loop):
             return Acknowledgement("timeout" if late else "unreachable", str(failure))
         except SecretUnavailable as failure:
             return Acknowledgement("other", str(failure))
-        said = parse_acknowledgement(answer.status, answer.body)
-        if answer.status in (429, 503):
-            asked_s = retry_after_s(answer.headers.get("retry-after", ""), self.clock.wall())
-            said = said._replace(retry_after_s=asked_s)
-        return said
+        asked = answer.headers.get("retry-after", "") if answer.status in (429, 503) else ""
+        pause_s = retry_after_s(asked, self.clock.wall())
+        return parse_acknowledgement(answer.status, answer.body)._replace(retry_after_s=pause_s)
 
     async def _stamp(self) -> None:
         """Note what the upstream has taken; tried again before any further call if it cannot be written."""

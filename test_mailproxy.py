@@ -1321,7 +1321,11 @@ WRONG_VALUES = [
     ("delivery redirect_to", ["nobody"], '"{}" is not a mail address'),
     ("delivery allow_recipients", ["a@b, c"], "is not a list of mail addresses or @domains"),
     ("delivery max_retries", ["1\n  2"], "goes on over several lines"),
-    ("attachments allow_hosts", ["10.0.0.0/33", "http://files.example/"], "is not a list of host names"),
+    (
+        "attachments allow_hosts",
+        ["10.0.0.0/33", "http://files.example/", "ü" * 64, "[1::2::3]", "."],
+        "is not a list of host names",
+    ),
     ("logging level", ["loud"], '"{}" is not one of debug, info, warning, error'),
     ("client client_sync_url", ["ftp://x/"], '"{}" is not an http:// or https:// URL'),
     ("client client_sync_url", ["//x/", "http://x:99999/"], "is not an http:// or https:// URL"),
@@ -1445,7 +1449,7 @@ def test_the_queue_lies_beside_the_config_file_unless_one_lies_in_the_working_di
     here.touch()
     path, (warning,) = found()
     assert path == str(here)
-    assert f"the queue is {here}: there is none beside ../etc/config.ini" in warning
+    assert f"the queue is {here}, not {beside}: move it there" in warning
     assert found("[storage]\ndb_path = ./mine.db\n") == ("./mine.db", ())  # of the working directory, as any path
     assert found(MAILPROXY_STORAGE_DB_PATH="/x/mine.db") == ("/x/mine.db", ())
     other.touch()
@@ -1516,7 +1520,6 @@ def test_a_secret_is_itself_or_in_the_environment_or_in_a_file_without_its_last_
         ("file:{}/empty", "is empty"),
         ("file:{}/latin", "is not UTF-8 text"),
         ("file:{}/large", "is larger than 65536 bytes"),
-        ("file:/a\0b", "a path that no file can have"),
     ],
 )
 def test_a_secret_that_cannot_be_read_is_named_by_its_reference(tmp_path, reference, problem):
@@ -4647,18 +4650,16 @@ PUBLIC_ADDRESSES = """
 
 def is_permitted(host, address, *allowed):
     try:
-        return bool(mailproxy.AddressPolicy(allowed).permitted(host, [(socket.AF_INET, (address, 80))]))
+        policy = mailproxy.AddressPolicy(mailproxy.HOSTS.parse(", ".join(allowed)) if allowed else ())
+        return bool(policy.permitted(host, [(socket.AF_INET, (address, 80))]))
     except mailproxy.HttpFailure:
         return False
 
 
-def test_only_a_public_address_is_let_through_and_what_is_no_network_or_host_stops_the_start():
+def test_only_a_public_address_is_let_through():
     every = f"{FORBIDDEN_ADDRESSES} {PUBLIC_ADDRESSES}".split()
 
     assert [address for address in every if is_permitted("host.example", address)] == PUBLIC_ADDRESSES.split()
-    for neither in ("10.0.0.0/33", "ü" * 64):
-        with pytest.raises(mailproxy.ConfigurationError, match=f"allow_hosts: '{neither}'"):
-            mailproxy.AddressPolicy([neither])
 
 
 @hypothesis.given(st.ip_addresses())
@@ -10394,7 +10395,7 @@ def test_the_upstream_may_use_every_endpoint_from_inside_the_call(relay: Relay) 
 
 
 def test_a_purged_message_is_remembered_as_sent(daemon: Daemon, reports: ReportReceiver) -> None:
-    daemon.submit(mail("gone"), mail("bad", to="perm@example.com"), mail("later", deferred_ts=2**40))
+    daemon.submit(mail("gone"), mail("bad", to="perm@example.com"), mail("later", deferred_ts=9_000_000_000))
     wait_until(lambda: reports.entries_of("gone") and reports.entries_of("bad"), "the reports")
     wait_until(lambda: daemon.status()["unreported"] == 0, "the stamps")
     kept = daemon.post("/commands/cleanup-messages", {"older_than_seconds": 3_600}).json
