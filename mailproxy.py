@@ -513,22 +513,14 @@ def seconds(low: float, high: float = LONGEST_S) -> Kind:
     return Kind(f"a number of seconds from {low:g}{most}", parse, "number", (int, float))
 
 
-def many(
-    words: str,
-    parse: Callable[[str], object],
-    json: str = "string",
-    *,
-    secret: bool = False,
-    between: str = r"[,\s]",
-    least: int = 1,
-) -> Kind:
-    """A list of what `parse` reads, with commas or white space between, or a list of JSON."""
+def many(words: str, read: Callable[[str], Any], json: str = "string", between: str = r"[,\s]", least: int = 1) -> Kind:
+    """A list of what `read` takes, with commas or white space between, or a list of JSON."""
 
     def parse_all(value: str) -> tuple[object, ...]:
-        items = tuple(parse(item) for item in re.split(between, value) if item.strip())
+        items = tuple(read(item) for item in re.split(between, value) if item.strip())
         return fit(items, len(items) >= least)
 
-    return Kind(f"a list of {words}", parse_all, f"string | {json}[]", secret=secret, many=True)
+    return Kind(f"a list of {words}", parse_all, f"string | {json}[]", many=True)
 
 
 def _boolean(value: str) -> bool:
@@ -586,9 +578,7 @@ def _host_or_network(value: str) -> str:
 
 COUNT, BYTES, PERIOD = integer(1), integer(1, words="a whole number of bytes"), seconds(0.01)
 TEXT = Kind("text on one line", lambda value: fit(value, not flaw_of_line(value)))
-LABEL = Kind(
-    f"1 to {LONGEST_ID} characters on one line", lambda value: fit(TEXT.parse(value), 1 <= len(value) <= LONGEST_ID)
-)
+LABEL = Kind("1 to 255 characters on one line", lambda value: fit(TEXT.parse(value), 0 < len(value) <= LONGEST_ID))
 BOOLEAN = Kind("true or false (or yes, no, on, off, 1, 0)", _boolean, "boolean", (bool, int))
 PATH = TEXT._replace(words="a path")
 READABLE_FILE = PATH._replace(words="the path of a file that can be read")
@@ -600,9 +590,9 @@ EHLO_NAME = Kind("a host name, or an address literal such as [192.0.2.1]", _ehlo
 REPLY = "codes from 400 to 599, each with an enhanced code, words of the text, or both: 554 5.7.0, 550 daily limit"
 REPLIES = many(REPLY, _account_reply, between="[,\n]", least=0)
 HTTP_URL = Kind(
-    "an http or https URL",
-    lambda value: fit(url := value.strip(), http_target(url) and " " not in url and not flaw_of_line(url)),
+    "an http or https URL", lambda value: fit(value.strip(), http_target(value) and len(value.split()) == 1)
 )
+URL = Kind("an http or https URL", lambda value: fit(url := value.strip(), http_target(url) and len(url.split()) == 1))
 URL = Kind(
     "an http:// or https:// URL without user and password in it",
     lambda value: fit(value, not http_target(value).authorization and re.fullmatch(r"[!-\[\]-~]+", value)),
@@ -612,7 +602,7 @@ SECRET = Kind(
     lambda value: Secret(fit(TEXT.parse(value), value not in ("env:", "file:"))),
     secret=True,
 )
-SECRETS = many("secrets, each itself, env:NAME or file:/path", SECRET.parse, secret=True)
+SECRETS = many("secrets, each itself, env:NAME or file:/path", SECRET.parse)._replace(secret=True)
 DELAYS = many("whole seconds", integer(0, LONGEST_S).parse, "integer")
 MAIL_ADDRESS = Kind("a mail address", _address)
 ALIASES = many("pairs such as root: ops@example.com", _alias, between="[,\n]")
@@ -8846,7 +8836,6 @@ def ids_of(fields: Mapping[str, object]) -> list[str]:
 WORK_THREADS = 4
 OPEN_FILES = 65_536  # wanted; what the machine allows counts
 HTTP_SHARE = 4  # one in so many of them, at most
-LOCAL_SHARE = 10  # one in so many of these connections, and besides them, over submit_socket
 SPOOL_PAUSE_S = 2.0  # between two looks into it
 SPOOL_TURN = 1000  # files of one look
 
@@ -9027,8 +9016,8 @@ class Daemon:
         )
         self._http = http_server(routes, limits=limits, authorised=self._authorised, foreign=self._is_foreign)
         submission = [row for row in routes if row.pattern == "/commands/add-messages"]
-        local_limits = server._replace(max_connections=math.ceil(limits.max_connections / LOCAL_SHARE))
-        self._local = http_server(submission, limits=local_limits, authorised=lambda request: True)
+        fewer = limits._replace(max_connections=math.ceil(limits.max_connections / 10))
+        self._local = http_server(submission, limits=fewer, authorised=lambda request: True)
         place, host_and_port = server.unix_socket or f"{server.host}:{server.port}", None
         try:
             if server.unix_socket is not None:
@@ -9241,23 +9230,19 @@ class Daemon:
         bearer = bearer.strip() if scheme.lower() == "bearer" else ""
         given = [word.encode("latin-1") for word in (request.headers.get("x-api-token", ""), bearer)]
         matches = [hmac.compare_digest(word, token) for word in given for token in self._tokens]
-        return any(matches) or self._refuse(request, "a request without a valid token")  # all of them were compared
+        return any(matches)  # all of them were compared
 
     def _is_foreign(self, request: Request) -> bool:
         """True for a page of another site, where no token is asked for that it cannot have."""
-        scheme = "https" if self.settings.server.tls_cert else "http"
-        return (
-            not self._tokens and is_foreign(request, scheme) and not self._refuse(request, "a request of another site")
-        )
-
-    def _refuse(self, request: Request, what: str) -> bool:
-        self._metrics.auth_failures.inc()
-        event(self._log, logging.WARNING, what, peer=request.peer, request=request.id)
-        return False
+        return not self._tokens and is_foreign(request, "https" if self.settings.server.tls_cert else "http")
 
     def _observe_request(self, request: Request, status: int, seconds: float) -> None:
         self._metrics.http_requests(request.route, request.method, status).inc()
         self._metrics.http_request_seconds(request.route).observe(seconds)
+        if status in (401, 403):
+            self._metrics.auth_failures.inc()
+            what = "a request without a valid token" if status == 401 else "a request of another site"
+            event(self._log, logging.WARNING, what, peer=request.peer, request=request.id)
         if self._log.isEnabledFor(logging.DEBUG):
             about: dict[str, Any] = {"method": request.method, "path": request.path[:200], "peer": request.peer}
             about |= {"request": request.id, "status": status, "seconds": seconds}
