@@ -589,10 +589,7 @@ HOST = Kind("the name or the address of a server; its port is a setting of its o
 EHLO_NAME = Kind("a host name, or an address literal such as [192.0.2.1]", _ehlo_name)
 REPLY = "codes from 400 to 599, each with an enhanced code, words of the text, or both: 554 5.7.0, 550 daily limit"
 REPLIES = many(REPLY, _account_reply, between="[,\n]", least=0)
-HTTP_URL = Kind(
-    "an http or https URL", lambda value: fit(value.strip(), http_target(value) and len(value.split()) == 1)
-)
-URL = Kind("an http or https URL", lambda value: fit(url := value.strip(), http_target(url) and len(url.split()) == 1))
+HTTP_URL = Kind("an http or https URL", lambda value: fit(value.strip(), http_target(value) and not value.split()[1:]))
 URL = Kind(
     "an http:// or https:// URL without user and password in it",
     lambda value: fit(value, not http_target(value).authorization and re.fullmatch(r"[!-\[\]-~]+", value)),
