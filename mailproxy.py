@@ -2944,6 +2944,9 @@ class Metrics:
         self.messages_rejected = counter("messages_rejected", "Messages refused at submission.")
         self.messages_sent = counter("messages_sent", "Messages a server took over.", account)
         self.messages_failed = counter("messages_failed", "Messages given up.", account)
+        self.messages_partly_refused = counter(
+            "messages_partly_refused", "Messages sent to some recipients only.", account
+        )
         self.messages_deferred = counter("messages_deferred", "Times a message was put off, by the cause.", by_reason)
         self.rate_limited = counter("rate_limited", "Times a message met a limit of its account.", account)
         self.queue_wait_seconds = timer("queue_wait_seconds", "Time from ready to sent.", account, buckets=WAITS_S)
@@ -2986,7 +2989,10 @@ class Metrics:
     def know(self, account_id: str) -> None:
         """Begin the counters of an account at 0, before the first event; not its histograms, which are many series."""
         self.accounts.add(account_id)
-        for counter in (self.messages_accepted, self.messages_sent, self.messages_failed, self.rate_limited):
+        for counter in (
+            self.messages_accepted, self.messages_sent, self.messages_failed, self.messages_partly_refused,
+            self.rate_limited,
+        ):  # fmt: skip
             counter.labels(account_id)
         for reason in DEFERRAL_REASONS:
             self.messages_deferred.labels(account_id, reason)
@@ -2999,11 +3005,20 @@ class Metrics:
         for kept in (self.sent, self.waits, self.transactions):
             kept.cache_clear()
         for instrument in (
-            self.messages_accepted, self.messages_sent, self.messages_failed, self.messages_deferred,
-            self.rate_limited, self.queue_wait_seconds, self.smtp_connects, self.smtp_transaction_seconds,
+            self.messages_accepted, self.messages_sent, self.messages_failed, self.messages_partly_refused,
+            self.messages_deferred, self.rate_limited, self.queue_wait_seconds, self.smtp_connects, self.smtp_transaction_seconds,
             self.account_up, self.smtp_connections,
         ):  # fmt: skip
             instrument.remove_by_labels({"account": account_id})
+
+    def count_ended(self, label: str, disposition: Disposition) -> None:
+        """A message is final: sent, to some of its recipients at least, or failed."""
+        if disposition.status is Status.ERROR:
+            self.messages_failed.labels(label).inc()
+            return
+        self.sent(label).inc()
+        if disposition.error is not None:
+            self.messages_partly_refused.labels(label).inc()
 
     def label(self, account_id: str) -> str:
         """The label of an account; one for all that do not exist (any more)."""
@@ -3845,13 +3860,13 @@ class Queue:
             "counted": int(disposition.counted),
         }  # fmt: skip
 
-    async def catch_up(self) -> tuple[set[str], list[tuple[str, str, str]]]:
+    async def catch_up(self) -> tuple[set[str], list[tuple[str, str, Disposition]]]:
         """Make the rows ready whose time has come, and end the pending ones that have expired or are too old; return
-        the accounts that got mail, and (id, account, error) of each message that ended."""
+        the accounts that got mail, and (id, account, how) of each message that ended."""
         values = {"now": self._now(), "most": CHUNK, "overdue": CHUNK + len(self._on_wire), "largest": LARGEST_INTEGER}
         aged, self._aged = self._aged, {}
 
-        def work(db: sqlite3.Connection) -> tuple[set[str], list[tuple[str, str, str]], float]:
+        def work(db: sqlite3.Connection) -> tuple[set[str], list[tuple[str, str, Disposition]], float]:
             released = db.execute(
                 "UPDATE messages SET deferred_ts = NULL, deferral = NULL, report_order = NULL WHERE seq IN "
                 "(SELECT seq FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
@@ -3869,8 +3884,7 @@ class Queue:
             for seq, id_, account_id, error, recipients in rows:
                 if seq not in self._on_wire:
                     why = "expired: expires_ts has passed" + (f"; last: {error}" if error else "")
-                    self._give_up(db, seq, why, _recipients_of(recipients))
-                    ended.append((id_, account_id, why))
+                    ended.append((id_, account_id, self._give_up(db, seq, why, _recipients_of(recipients))))
             (next_ts,) = db.execute(  # text, in a damaged row, is larger than any number
                 "SELECT min(ts) FROM (SELECT min(deferred_ts) AS ts FROM messages WHERE sent_ts IS NULL "
                 "AND error_ts IS NULL AND deferred_ts IS NOT NULL AND deferred_ts <= :largest "
@@ -3882,8 +3896,7 @@ class Queue:
                 why = f"expired: max_age_seconds reached; last: {last}"
                 found = list(itertools.islice(self._found_aged(db, account_id, before), max(0, CHUNK - len(ended))))
                 for seq, id_, recipients in found:
-                    self._give_up(db, seq, why, _recipients_of(recipients))
-                    ended.append((id_, account_id, why))
+                    ended.append((id_, account_id, self._give_up(db, seq, why, _recipients_of(recipients))))
                 if len(ended) < CHUNK:
                     del aged[account_id]
             return {row[0] for row in released}, ended, next_ts or math.inf
@@ -3915,10 +3928,12 @@ class Queue:
                 if is_aged and (held_back or seq not in self._on_wire):
                     yield seq, id_, recipients
 
-    def _give_up(self, db: sqlite3.Connection, seq: int, why: str, recipients: Outcomes | None) -> None:
+    def _give_up(self, db: sqlite3.Connection, seq: int, why: str, recipients: Outcomes | None) -> Disposition:
         """End a pending message: as sent when a server has it for some of its recipients."""
         waits = Disposition(Status.DEFERRED, LaneSignal.NONE, counted=False, slot_used=False, recipients=recipients)
-        db.execute(SETTLE, self._settled(seq, given_up(waits, why)))
+        ended = given_up(waits, why)
+        db.execute(SETTLE, self._settled(seq, ended))
+        return ended
 
     async def let_go(self, account_ids: Iterable[str], deferrals: Sequence[str] = HELD_BACK) -> set[str]:
         """Make messages ready that wait for one of these reasons; return which of the accounts got mail."""
@@ -4129,25 +4144,25 @@ class Queue:
             "DELETE FROM accounts WHERE id = :id", "DELETE FROM suspensions WHERE account_id = :id", id=account_id
         )
 
-    async def fail_orphans(self, account_id: str, after: int, why: str) -> tuple[int, int | None]:
-        """End a deleted account's undelivered messages among the next ones after a seq; return how many,
+    async def fail_orphans(self, account_id: str, after: int, why: str) -> tuple[list[Disposition], int | None]:
+        """End a deleted account's undelivered messages among the next ones after a seq; return how each did,
         and the seq to go on from (None: done).
 
         One that is deferred is not on the wire, even if the loop has not been told yet that this is on disk.
         """
 
-        def work(db: sqlite3.Connection) -> tuple[int, int | None]:
+        def work(db: sqlite3.Connection) -> tuple[list[Disposition], int | None]:
             rows = db.execute(
                 "SELECT seq, account_id, recipients, deferred_ts FROM messages WHERE seq > :after AND "
                 "sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT :most",
                 {"after": after, "most": STRETCH},
             ).fetchall()
-            failed = 0
-            for seq, owner, recipients, deferred_ts in rows:
-                if owner == account_id and (seq not in self._on_wire or deferred_ts is not None):
-                    self._give_up(db, seq, why, _recipients_of(recipients))
-                    failed += 1
-            return failed, rows[-1][0] if len(rows) == STRETCH else None
+            ended = [
+                self._give_up(db, seq, why, _recipients_of(recipients))
+                for seq, owner, recipients, deferred_ts in rows
+                if owner == account_id and (seq not in self._on_wire or deferred_ts is not None)
+            ]
+            return ended, rows[-1][0] if len(rows) == STRETCH else None
 
         return await self.file.write(work)
 
@@ -7269,9 +7284,10 @@ class Dispatcher(Loop):
                 self._call_off(lane, [one for one in lane.ready if (one[0].expires_ts or math.inf) <= now])
             account_ids, ended = await self.queue.catch_up()
             self.wake(account_ids)
-            for id_, account_id, why in ended:
-                self.metrics.messages_failed.labels(self.metrics.label(account_id)).inc()
-                event(self.log, logging.WARNING, "message given up", message=id_, account=account_id, error=why)
+            for id_, account_id, how in ended:
+                self.metrics.count_ended(self.metrics.label(account_id), how)
+                what = "message given up" if how.status is Status.ERROR else "message sent to some"
+                event(self.log, logging.WARNING, what, message=id_, account=account_id, error=how.error)
                 self.reports_due()
         if self.active:
             await self._look_after_lanes()
@@ -7802,7 +7818,7 @@ class Dispatcher(Loop):
     def _tell(self, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
         label, connection = self.metrics.label(claim.account_id), attempt.connection or None
         if disposition.status is Status.SENT:
-            self.metrics.sent(label).inc()
+            self.metrics.count_ended(label, disposition)
             self.metrics.waits(label).observe(max(0.0, self.clock.wall() - claim.ready_at))
             if disposition.error is not None:
                 self._say(
@@ -7811,7 +7827,7 @@ class Dispatcher(Loop):
             elif self.log_deliveries:
                 self._say(claim, "message sent", connection=connection, recipients=len(attempt.replies))
         elif disposition.status is Status.ERROR:
-            self.metrics.messages_failed.labels(label).inc()
+            self.metrics.count_ended(label, disposition)
             self._say(claim, "message failed", logging.WARNING, connection=connection, error=disposition.error)
         elif disposition.status is Status.DEFERRED:
             self.metrics.messages_deferred.labels(label, disposition.reason).inc()
@@ -8715,7 +8731,7 @@ class ControlPlane:
     async def delete_account(self, request: Request) -> Response:
         """Remove an account; its undelivered messages become errors."""
         # Should the storage refuse in between, the account is gone and the same call again ends the rest of them.
-        account_id, failed = request.parameters["id"], 0
+        account_id, ended = request.parameters["id"], list[Disposition]()
         after: int | None = 0
         async with self._one_at_a_time:
             self._refuse_configured(account_id)
@@ -8725,10 +8741,12 @@ class ControlPlane:
                 self.dispatcher.remove_lane(account_id)
             while after is not None:
                 some, after = await self.queue.fail_orphans(account_id, after, "account deleted")
-                failed += some
-        if not (known or failed):
+                ended += some
+        if not (known or ended):
             raise HttpError(404, NO_ACCOUNT)
-        self.metrics.messages_failed.labels(self.metrics.label(account_id)).inc(failed)
+        for how in ended:
+            self.metrics.count_ended(self.metrics.label(account_id), how)
+        failed = sum(how.status is Status.ERROR for how in ended)
         self.reporter.ring()
         event(self.log, logging.INFO, "account deleted", account=account_id, failed=failed)
         return json_response({"ok": True, "failed": failed})

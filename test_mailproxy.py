@@ -3931,8 +3931,8 @@ def test_what_is_too_old_is_given_up_piece_by_piece_when_its_server_cannot_be_us
         ended.append(rig.catch_up()[1])
     assert [len(some) for some in ended] == [2, 1]
     why = "expired: max_age_seconds reached; last: 550 gone"
-    assert sorted(entry for some in ended for entry in some) == [
-        (id_, "main", why) for id_ in ("connection", "limit", "ready")
+    assert sorted((id_, account, how.status, how.error) for some in ended for id_, account, how in some) == [
+        (id_, "main", ERROR, why) for id_ in ("connection", "limit", "ready")
     ]
     assert rig.tallies()[0]["main"][:2] == (3, 0)
     rig.now += 60
@@ -8237,6 +8237,50 @@ def test_what_the_server_does_decides_about_the_message(tmp_path: Path, reports:
         assert len(smtp.received_by("dropdata1@example.com")) == 2
         assert "in doubt" in daemon.wait_for_log("message deferred message=dropdata1@example.com")
         assert state_of(daemon) == "up"
+
+
+def test_what_went_to_some_is_sent_and_says_so_wherever_one_looks_however_the_others_ended(
+    tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
+) -> None:
+    no, later = "550 5.1.1 No such user here", "451 4.3.0 Try again later"
+    soon = int(time.time()) + 2
+    with Daemon(tmp_path, {"delivery": {"retry_delays": "1000"}}, smtp=smtp, reports=reports) as daemon:
+        ask(daemon, "/account", account_at("once", smtp, max_retries=1, retry_delays=[0]))
+        ask(daemon, "/account", account_at("gone", smtp))
+        daemon.submit(
+            letter("refused", "ok@example.com", "perm@example.com", "550@example.com"),
+            letter("given-up", "ok@example.com", "temp@example.com", account_id="once"),
+            letter("expired", "temp@example.com", "ok@example.com", expires_ts=soon),
+            letter("deleted", "ok@example.com", "temp@example.com", account_id="gone"),
+            letter("served", "ok@example.com", "greylist1@example.com"),
+        )
+        daemon.wait_status("deleted", "deferred")
+        failed = daemon.delete("/account/gone").json["failed"]
+
+        for id_, error in {
+            "refused": f"2 of 3 recipients refused: {no}", "given-up": f"1 of 2 recipients refused: {later}",
+            "expired": f"1 of 2 recipients refused: {later}", "deleted": f"1 of 2 recipients refused: {later}",
+        }.items():  # fmt: skip
+            record, entry = daemon.wait_status(id_, "sent"), reports.wait_for_entry(id_, "sent")
+            assert (record["error"], record["error_ts"], entry["error"], entry["error_ts"]) == (error, None) * 2
+            assert record["recipients"] == entry["recipients"]
+            assert Counter(one["status"] for one in record["recipients"].values())["sent"] == 1
+            if id_ != "deleted":  # that is one line for the account
+                assert error in daemon.wait_for_log(f"message sent to some message={id_} ")
+        assert (daemon.wait_status("served", "sent")["error"], failed) == (None, 0)
+        counts = re.findall(
+            r'_(partly_refused|sent|failed)_total{account="(\w+)"} (\d)', daemon.get("/metrics").content.decode()
+        )
+        assert {f"{what} {account}": int(n) for what, account, n in counts if account != "gone"} == {
+            "partly_refused default": 2, "sent default": 3, "failed default": 0,
+            "partly_refused once": 1, "sent once": 1, "failed once": 0,
+            "partly_refused unknown": 1, "sent unknown": 1,
+        }  # fmt: skip
+        command = [sys.executable, STARTER, "messages", "--url", f"http://127.0.0.1:{daemon.port}"]
+        options = {"capture_output": True, "text": True, "env": _plain_environment()}
+        lines = subprocess.run(command, check=True, **options).stdout.splitlines()
+        assert lines[0].endswith("REMARK")
+        assert lines[1].endswith(f"2 of 3 recipients refused: {no}")
 
 
 def test_what_not_every_server_takes_goes_out_as_the_server_can_take_it(
