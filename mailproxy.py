@@ -3430,7 +3430,7 @@ DROP TABLE messages_old;
 )
 
 KNOWN = "known"  # the same submission is there already, or was sent and is gone
-UNDECIDED = "undecided"
+UNDECIDED, STORE = "undecided", "store"
 SMALL_PAYLOAD_BYTES = 65_536  # larger ones are read under the memory budget
 HELD_BACK = ("limit", "connection", "login")  # deferrals that end when the account can be used again
 CHUNK = 500  # rows of one commit in work that may touch many
@@ -3674,7 +3674,10 @@ class Queue:
             left = [n for n, verdict in enumerate(verdicts) if verdict == UNDECIDED]
             if not left:
                 return verdicts
-            compared = [await self.file.read(functools.partial(_compared, submissions[n])) for n in left]
+            compared: list[Compared] = []
+            for start in range(0, len(left), 20):  # the reading connection has others to serve
+                some = [submissions[n] for n in left[start : start + 20]]
+                compared += await self.file.read(functools.partial(_compared, some))
             for n, verdict in zip(left, await self.file.write_together(self._decide_all, compared), strict=True):
                 verdicts[n] = verdict
 
@@ -3686,38 +3689,39 @@ class Queue:
         return [list(itertools.islice(verdicts, len(batch))) for batch in batches]
 
     def _decide_all(self, db: sqlite3.Connection, batches: Sequence[Sequence[Compared]]) -> list[list[str | None]]:
-        return [[self._decide(db, *compared) for compared in batch] for batch in batches]
+        """The verdicts on submissions that were compared; those that replace others are stored in one go."""
+        new: list[Submission] = []
+        decided = [[self._decide(db, new, *compared) for compared in batch] for batch in batches]
+        stored = iter(self._insert(db, new))
+        return [[one if one != STORE else None if next(stored) else UNDECIDED for one in batch] for batch in decided]
 
-    def _decide(self, db: sqlite3.Connection, submission: Submission, seq: int | None, is_same: bool) -> str | None:
+    def _decide(
+        self, db: sqlite3.Connection, new: list[Submission], submission: Submission, seq: int | None, is_same: bool
+    ) -> str | None:
         """The verdict on a submission that was compared with that row (None: there was none)."""
-        look_up = "SELECT seq, sent_ts IS NOT NULL, error_ts IS NOT NULL, recipients FROM messages WHERE id = :id"
+        look_up = (
+            "SELECT seq, sent_ts IS NOT NULL, error_ts IS NOT NULL, recipients FROM messages WHERE id = :id "
+            "UNION ALL SELECT NULL, 1, 0, NULL FROM sent_ids WHERE id = :id"
+        )
         found = db.execute(look_up, {"id": submission.id}).fetchone()
-        if (found[0] if found else None) != seq:
+        seq_now, is_sent, has_failed, recipients = found or (None, False, False, None)
+        if seq_now != seq:
             return UNDECIDED
-        if seq is None:
-            gone = db.execute("SELECT 1 FROM sent_ids WHERE id = :id", {"id": submission.id}).fetchone()
-            return KNOWN if gone else submission.flaw or self._store(db, submission)
-        _, is_sent, has_failed, recipients = found
-        outcomes = _recipients_of(recipients)
-        if is_same and not has_failed:
+        if (is_same and not has_failed) or (is_sent and seq is None):
             return KNOWN
         if submission.flaw is not None:
             return submission.flaw
-        if is_same:
-            self._queue_anew(db, seq, outcomes or {}, submission.deferred_ts, submission.expires_ts, submission.once)
+        if is_same and seq is not None:
+            outcomes = _recipients_of(recipients) or {}
+            self._queue_anew(db, seq, outcomes, submission.deferred_ts, submission.expires_ts, submission.once)
             return None
-        some_have_it = bool(recipients) and (
-            not outcomes or any(one.status is Status.SENT for one in outcomes.values())
-        )
-        if is_sent or some_have_it:  # or may have it, where the column is damaged
+        if is_sent or '["sent"' in (recipients or ""):
             return "already sent"
         if seq in self._on_wire and not has_failed:
             return "in delivery"
         db.execute("DELETE FROM messages WHERE seq = :seq AND sent_ts IS NULL", {"seq": seq})
-        return self._store(db, submission)
-
-    def _store(self, db: sqlite3.Connection, submission: Submission) -> str | None:
-        return None if self._insert(db, [submission])[0] else "already sent"
+        new.append(submission)
+        return STORE
 
     def _queue_anew(
         self, db: sqlite3.Connection, seq: int, outcomes: Outcomes,
@@ -4228,16 +4232,17 @@ class Queue:
         return Standing(counted, bool(found["suspended"]), bool(found["held_back"]))
 
 
-def _compared(submission: Submission, db: sqlite3.Connection) -> Compared:
-    """A submission beside the row that has its id."""
-    rows = db.execute("SELECT seq, payload, priority FROM messages WHERE id = :id", {"id": submission.id}).fetchall()
-    if not rows:
-        return submission, None, False
-    ((seq, payload, priority),) = rows
-    contents = dict(db.execute("SELECT position, content FROM contents WHERE seq = :seq", {"seq": seq}).fetchall())
-    given, stored = (submission.payload, submission.contents, submission.priority), (payload, contents, priority)
-    is_same = given == stored or ((meaning := content_of(*given)) is not None and meaning == content_of(*stored))
-    return submission, seq, is_same
+def _compared(submissions: Sequence[Submission], db: sqlite3.Connection) -> list[Compared]:
+    """Submissions beside the rows that have their ids."""
+    compared = []
+    for one in submissions:
+        row = db.execute("SELECT seq, payload, priority FROM messages WHERE id = :id", {"id": one.id}).fetchone()
+        seq, payload, priority = row or (None, "", 0)
+        parts = db.execute("SELECT position, content FROM contents WHERE seq = :seq", {"seq": seq}).fetchall()
+        given, stored = (one.payload, one.contents, one.priority), (payload, dict(parts), priority)
+        is_same = given == stored or ((meaning := content_of(*given)) is not None and meaning == content_of(*stored))
+        compared.append((one, seq, is_same))
+    return compared
 
 
 def _rows_of(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, Sequence[Any]]:
