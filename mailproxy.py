@@ -2965,9 +2965,7 @@ class Metrics:
         self.waits = functools.cache(self.queue_wait_seconds.labels)
         self.transactions = functools.cache(self.smtp_transaction_seconds.labels)
         self.auth_failures = counter("auth_failures", "HTTP requests with a missing or wrong token.")
-        self.storage_commit_seconds = timer(
-            "storage_commit_seconds", "Duration of commits to the queue file.", buckets=COMMITS_S
-        )
+        self.storage_commit_seconds = timer("storage_commit_seconds", "Duration of commits.", buckets=COMMITS_S)
         self.storage_commit_failures = counter("storage_commit_failures", "Commits the queue file refused.")
 
         self.messages_pending = gauge("messages_pending", "Undelivered messages, deferred and on the wire included.")
