@@ -4269,12 +4269,12 @@ USED_BY_MIGRATIONS = (sought_of_payload, subject_of_raw, str.casefold)
 
 def _rows(db: sqlite3.Connection, columns: str, which: str, values: Mapping[str, object]) -> Iterable[Sequence[Any]]:
     """All these rows at once, as one JSON text: for each by itself the threads would hand the interpreter over."""
-    rows = f"FROM (SELECT * FROM messages {which})"  # noqa: S608 - constants only
+    lines = f"SELECT json_array({columns}) AS line FROM messages {which}"  # noqa: S608 - constants only
     try:
-        (text,) = db.execute(f"SELECT json_group_array(json_array({columns})) {rows}", values).fetchone()
+        (text,) = db.execute(f"SELECT '[' || coalesce(group_concat(line), '') || ']' FROM ({lines})", values).fetchone()
         return cast(list[Sequence[Any]], read_json(text)[0])
     except (sqlite3.OperationalError, ValueError):  # a damaged one, that is no JSON
-        return db.execute(f"SELECT {columns} {rows}", values)
+        return db.execute(f"SELECT {columns} FROM messages {which}", values)  # noqa: S608 - constants only
 
 
 def _claim_of(row: Sequence[Any]) -> Claim:
