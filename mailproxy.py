@@ -305,7 +305,10 @@ class Attempt(NamedTuple):
 
     @property
     def first_failure(self) -> Reply | None:
-        return next((reply for reply in self.replies.values() if not reply.accepted), None)
+        for reply in self.replies.values():
+            if not 200 <= reply.code < 300:
+                return reply
+        return None
 
 
 class Claim(NamedTuple):
@@ -2163,6 +2166,7 @@ class Disposition(NamedTuple):
     verdict: Verdict = Verdict(About.MESSAGE)  # the session is not used again unless it is about the message
 
 
+SENT_TO_ALL = Disposition(Status.SENT, LaneSignal.UP, counted=True, slot_used=True)
 IN_DOUBT = "in doubt: "  # begins the text of what has no answer after its end
 UNTRIED = RecipientOutcome(Status.DEFERRED, 451, "not tried yet")  # while others of the message have an outcome
 
@@ -2200,7 +2204,7 @@ def settle(
     """
     replies, failure = attempt.replies, attempt.first_failure
     if failure is None and replies and not (untried or claim.recipients):  # as nearly all mail goes
-        return Disposition(Status.SENT, LaneSignal.UP, counted=True, slot_used=True)
+        return SENT_TO_ALL
     if failure is not None and failure.stage in (Stage.ATTACHMENT, Stage.COMPOSITION):
         return _settle_incomplete(claim, failure, account, now, jitter)
     relays = relays or any(reply.accepted for reply in replies.values())
@@ -5249,7 +5253,6 @@ _CODE = re.compile(r"(?:(\d{3})|#?([245]\.\d{1,3}\.\d{1,3}))(?:[\s:-]+|$)")  # e
 _REPLY_LINE = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
 _LIMIT = re.compile(r"(?i)(?<!\S)(MAILMAX|RCPTMAX|RCPTDOMAINMAX)=([1-9][0-9]{0,5})(?!\S)")  # RFC 9422 3
 _UNSPEAKABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
-_ANY_LINE_END = re.compile(rb"\r\n|\r|\n")
 _NO_BDAT = re.compile(r"50[0-4]\b|5\d\d 5\.5\.[124]\b")  # the command, not the content, is refused
 _CLOSED = (Cause.LOST, "connection closed by the server")
 
@@ -5326,21 +5329,18 @@ def _reply_of_failure(stage: Stage, failure: Exception, account: Account) -> Rep
 
 
 def data_pieces(content: bytes) -> Iterator[tuple[bytes, bool]]:
-    """A content as DATA carries it: line ends CRLF, dots at line starts doubled, the end marked by a line with
-    only a dot (RFC 5321 4.5.2). In pieces cut at line ends where there are any, with True beside the last one."""
+    """A content, whose line ends are CRLF, as DATA carries it: dots at line starts doubled, the end marked by a line
+    with only a dot (RFC 5321 4.5.2). In pieces cut at line ends where there are any, with True beside the last one."""
     start, last = 0, False
     while not last:
         end = start + CONTENT_PIECE_BYTES
         last = end >= len(content)
         if not last:
             end = content.rfind(b"\n", start, end) + 1 or end
-            end += content[end - 1 : end + 1] == b"\r\n"
         piece = content[start:end]
-        if not piece.count(b"\n") == piece.count(b"\r\n") == piece.count(b"\r"):
-            piece = _ANY_LINE_END.sub(b"\r\n", piece)
         if b"\n." in piece:
             piece = piece.replace(b"\n.", b"\n..")
-        if piece.startswith(b".") and (start == 0 or content[start - 1] in b"\r\n"):
+        if piece.startswith(b".") and (start == 0 or content[start - 1] == 10):  # a line feed
             piece = b"." + piece
         if last:
             piece += b".\r\n" if not piece or piece.endswith(b"\n") else b"\r\n.\r\n"
@@ -5349,10 +5349,8 @@ def data_pieces(content: bytes) -> Iterator[tuple[bytes, bool]]:
 
 
 def chunk_of(content: bytes) -> bytes:
-    """A content as BDAT carries it (RFC 3030): line ends CRLF, the last one too, and nothing else changed."""
-    content = content if content.endswith((b"\n", b"\r")) or not content else content + b"\r\n"
-    as_it_is = content.count(b"\n") == content.count(b"\r\n") == content.count(b"\r")
-    return content if as_it_is else _ANY_LINE_END.sub(b"\r\n", content)
+    """A content, whose line ends are CRLF, as BDAT carries it (RFC 3030): its last line has an end too."""
+    return content if content.endswith(b"\n") or not content else content + b"\r\n"
 
 
 class Answer(NamedTuple):
@@ -5540,6 +5538,9 @@ class Session(asyncio.Protocol):
         packet, patience_s = b"".join([one.line for one in commands]), self._timeout_s or REPLY_TIMEOUT_S
         answers = await self._ask(packet, len(commands), patience_s)
         final = server_reply(Stage.END_OF_DATA, *answers[-1]) if len(answers) == len(commands) else None
+        if final and self.broken is None and all(200 <= answer.code < 300 for answer in answers):  # as nearly all goes
+            self._clean = self.bdat = True
+            return dict.fromkeys(envelope.recipients, final)
         refusals: dict[str, Reply] = {}  # of single recipients
         verdict: Reply | None = None  # the reply for all others
         for command, answer in zip(commands[:-1], answers, strict=False):

@@ -2731,7 +2731,9 @@ def composed_submission(**fields: Any) -> bytes:
     given_fields = {name: value for name, value in {**whole, **fields}.items() if value is not None}
     message = mailproxy.parse_message(given_fields, new_id=lambda: "new")
     parts = [one._replace(content_type=one.content_type or "application/octet-stream") for one in message.attachments]
-    return mailproxy.compose(message, parts, date=SENT_AT)
+    octets = mailproxy.compose(message, parts, date=SENT_AT)
+    assert octets.count(b"\r") == octets.count(b"\n") == octets.count(b"\r\n")  # which the transport relies on
+    return octets
 
 
 def read_by_a_client(octets: bytes) -> EmailMessage:
@@ -6022,23 +6024,20 @@ def test_a_reply_is_one_line_with_the_enhanced_code_taken_out(code, lines, words
         (b"a\r\nb\r\n", b"a\r\nb\r\n.\r\n"),
         (b"no end", b"no end\r\n.\r\n"),
         (b".\r\n..\r\n.a\r\n", b"..\r\n...\r\n..a\r\n.\r\n"),
-        (b"a\nb\rc\r\n\n", b"a\r\nb\r\nc\r\n\r\n.\r\n"),
-        (b"a\n.\nb\r.\r", b"a\r\n..\r\nb\r\n..\r\n.\r\n"),
     ],
 )
-def test_dots_are_doubled_and_line_ends_made_crlf(content, sent):
+def test_dots_are_doubled_where_a_line_starts(content, sent):
     assert list(mailproxy.data_pieces(content)) == [(sent, True)]
 
 
-@given(st.lists(st.sampled_from([b"\r\n", b"\n", b"\r", b".", b"x", b"y" * 70_000, b".z" * 65_536]), max_size=12))
+@given(st.lists(st.sampled_from([b"\r\n", b".", b"x", b"y" * 70_000, b".z" * 65_536]), max_size=12))
 @settings(max_examples=60, deadline=None)
 def test_a_content_cut_in_pieces_is_the_content_as_a_whole(parts):
     content = b"".join(parts)
 
     pieces, lasts = zip(*mailproxy.data_pieces(content), strict=True)
 
-    whole = re.sub(rb"\r\n|\r|\n", b"\r\n", content)
-    whole += b"" if whole.endswith(b"\n") or not whole else b"\r\n"
+    whole = content + (b"" if content.endswith(b"\n") or not content else b"\r\n")
     assert b"".join(pieces) == re.sub(rb"(?m)^\.", b"..", whole) + b".\r\n"
     assert all(len(piece) <= 131_076 for piece in pieces)
     assert lasts == (False,) * (len(pieces) - 1) + (True,)
@@ -6231,7 +6230,7 @@ CHUNKING = "PIPELINING,CHUNKING,SIZE 100000,8BITMIME,SMTPUTF8"
     ("content", "sent"),
     [
         (b"", b""), (b".\r\n..\r\n.a\r\n", b".\r\n..\r\n.a\r\n"),
-        (b"a\n.\nb\rc", b"a\r\n.\r\nb\r\nc\r\n"), (b"\xff\r", b"\xff\r\n"),
+        (b"a\r\n.\r\nb", b"a\r\n.\r\nb\r\n"), (b"\xff", b"\xff\r\n"),
         (b"x" * 65_534, b"x" * 65_534 + b"\r\n"),
     ],
     ids=range(5),
@@ -6253,10 +6252,9 @@ def test_a_small_message_is_one_packet_where_chunking_and_pipelining_are_offered
         (CHUNKING, b"a\r\n", 1, {"careful": True}), (CHUNKING, b"a\r\n", 1, {"chunking": False}),
         (CHUNKING, b"a\r\n", 0, {}),  # it may be dead
         (CHUNKING, b"x" * 65_535, 1, {}),
-        (CHUNKING, b"\n" * 32_769, 1, {}),  # grows to more
-        ("PIPELINING", b"a\r\n", 1, {}), ("CHUNKING", b"a\r\n", 1, {}), ("PIPELINING,CHUNKING,SIZE 2", b"a\n", 1, {}),
+        ("PIPELINING", b"a\r\n", 1, {}), ("CHUNKING", b"a\r\n", 1, {}), ("PIPELINING,CHUNKING,SIZE 2", b"a", 1, {}),
     ],
-    ids=range(8),
+    ids=range(7),
 )  # fmt: skip
 def test_a_content_that_is_large_or_may_not_be_wanted_goes_by_data(monkeypatch, offers, content, fresh_s, asked):
     monkeypatch.setattr(mailproxy, "FRESH_S", fresh_s)
