@@ -97,7 +97,6 @@ from dataclasses import InitVar, dataclass, field
 from datetime import UTC, datetime
 from email.errors import MessageError
 from email.header import decode_header, make_header
-from queue import SimpleQueue
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, NoReturn, TypeAlias, TypeVar, cast
 
@@ -3072,7 +3071,7 @@ class QueueFile:
         self._observe_commit, self._observe_refusal = observe_commit, observe_refusal
         self._open = False
         self._undo = contextlib.ExitStack()  # what open() did
-        self._work = SimpleQueue[Sequence[_Wish] | None]()  # of the writer's thread; None ends it
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="queue-writer")
         self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="queue-reader")
         self._writing: sqlite3.Connection | None = None
         self._reading: sqlite3.Connection | None = None
@@ -3098,7 +3097,6 @@ class QueueFile:
                 undo.callback(self._close_writing)
                 self._migrate(self._connect())
                 self._undo, self._open = undo.pop_all(), True
-                threading.Thread(target=self._write_on, name="queue-writer", daemon=True).start()
         except (OSError, sqlite3.Error) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise ConfigurationError(f"The queue {self.path} cannot be opened: {why}.") from error
@@ -3148,9 +3146,10 @@ class QueueFile:
         self._open = False
         while unanswered := [wish.answer for wish in (*self._at_work, *self._waiting)]:
             await asyncio.wait(unanswered)
-        self._work.put(None)
-        for close in (self._undo.close, self._close_reading):
-            await asyncio.get_running_loop().run_in_executor(self._reader, close)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._writer, self._undo.close)
+        await loop.run_in_executor(self._reader, self._close_reading)
+        self._writer.shutdown()
         self._reader.shutdown()
 
     # -- writing
@@ -3174,21 +3173,18 @@ class QueueFile:
         self._waiting.append(_Wish(work, item, answer))
         return answer
 
-    def _hand_over(self, seen: int = 0) -> None:
-        """Give the writer all that waits, once a turn of the loop brings nothing more; while it is at work more
+    def _hand_over(self, seen: int = 0, patience: int = 1) -> None:
+        """Give the writer all that waits, once two turns of the loop brought nothing more; while it is at work more
         gathers, for its next commit."""
-        if self._at_work or not self._waiting:
+        waiting = len(self._waiting)
+        if self._at_work or not waiting:
             return
-        if seen < len(self._waiting) < MOST_GATHERED:
-            asyncio.get_running_loop().call_soon(self._hand_over, len(self._waiting))
+        if waiting < MOST_GATHERED and (waiting > seen or patience):
+            patience = 1 if waiting > seen else patience - 1
+            asyncio.get_running_loop().call_soon(self._hand_over, waiting, patience)
         else:
             self._at_work, self._waiting = self._waiting, []
-            self._work.put(self._at_work)
-
-    def _write_on(self) -> None:
-        """What the writer's thread does until it is told to end."""
-        while (group := self._work.get()) is not None:
-            self._commit(group)
+            self._writer.submit(self._commit, self._at_work)
 
     def _commit(self, group: Sequence[_Wish]) -> None:
         """Write a group, and answer each of it after the COMMIT. The writer's thread."""
@@ -3232,6 +3228,8 @@ class QueueFile:
 
     def _answer(self, answers: Iterable[tuple[_Wish, Any]]) -> None:
         """Hand each caller its result, unless it gave up waiting, and the writer what waits meanwhile."""
+        self._at_work = ()
+        self._hand_over(len(self._waiting))
         for wish, result in answers:
             if wish.answer.cancelled():
                 continue
@@ -3239,8 +3237,6 @@ class QueueFile:
                 wish.answer.set_exception(result)
             else:
                 wish.answer.set_result(result)
-        self._at_work = ()
-        asyncio.get_running_loop().call_soon(self._hand_over)  # after those who were answered: they may ask for more
 
     def _connect(self) -> sqlite3.Connection:
         """The writing connection, also after a failure: what is on disk was uncertain then."""
@@ -4275,8 +4271,8 @@ def _rows(db: sqlite3.Connection, columns: str, which: str, values: Mapping[str,
     """All these rows at once, as one JSON text: for each by itself the threads would hand the interpreter over."""
     lines = f"SELECT json_array({columns}) AS line FROM messages {which}"  # noqa: S608 - constants only
     try:
-        (text,) = db.execute(f"SELECT '[' || coalesce(group_concat(line), '') || ']' FROM ({lines})", values).fetchone()
-        return cast(list[Sequence[Any]], read_json(text)[0])
+        (text,) = db.execute(f"SELECT coalesce(group_concat(line), '') FROM ({lines})", values).fetchone()  # noqa: S608
+        return cast(list[Sequence[Any]], read_json(f"[{text}]")[0])
     except (sqlite3.OperationalError, ValueError):  # a damaged one, that is no JSON
         return db.execute(f"SELECT {columns} FROM messages {which}", values)  # noqa: S608 - constants only
 
