@@ -38,7 +38,12 @@ cp -- "$here/mailproxy.py" "$here/LICENSE" "$work/tree/"
 
 # The stdlib's own entry point (zipapp -m) would drop the exit status.
 cat >"$work/tree/__main__.py" <<'MAIN'
+import os
+import signal
 import sys
+
+if callable(signal.getsignal(signal.SIGINT)):  # Ctrl-C while it starts: no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 if sys.version_info < (3, 11):
     sys.exit("mailproxy needs Python 3.11 or newer; this is " + sys.version.split()[0])

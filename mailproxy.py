@@ -44,6 +44,12 @@ recorded of an attempt.
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):  # Ctrl-C while it starts: no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import asyncio
 import base64
 import binascii
@@ -69,13 +75,11 @@ import logging
 import math
 import mimetypes
 import operator
-import os
 import random
 import re
 import resource
 import secrets
 import shutil
-import signal
 import socket
 import sqlite3
 import ssl
@@ -9617,9 +9621,9 @@ def _attached_file(path: str) -> dict[str, str]:
 
 
 def _file_content(path: str) -> bytes:
-    """Blocking. Raises CommandFailed."""
+    """The content of a file; - is standard input. Blocking. Raises CommandFailed."""
     try:
-        with open(path, "rb") as file:
+        with open(path if path != "-" else 0, "rb", closefd=path != "-") as file:
             return file.read()
     except (OSError, ValueError) as error:
         raise CommandFailed(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
@@ -9663,7 +9667,10 @@ def send_csv(client: Client, path: str, common: Mapping[str, Any], *, show_answe
                 print(f"{number} of {len(rows)}", flush=True)
     except (CommandFailed, KeyboardInterrupt) as stop:
         hint = f"{through} of {len(rows)} are through; run it again, and nothing is sent twice"
-        raise CommandFailed(f"{str(stop) or 'interrupted'}; {hint}") from None
+        if isinstance(stop, CommandFailed):
+            raise CommandFailed(f"{stop}; {hint}") from None
+        complain(f"interrupted; {hint}")
+        raise
     finally:
         if bar:
             print("\r\x1b[K", end="", flush=True)
@@ -9689,15 +9696,22 @@ def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     try:
         columns = [name.strip().lower() for name in next(reader, [])]
+        while columns and not columns[-1]:
+            columns.pop()
         for name in columns:
             if name not in COLUMNS:
-                raise ConfigurationError(f'{path}: unknown column "{name}"{nearest(name, sorted(COLUMNS))}')
+                known = sorted(COLUMNS)
+                hint = f"{nearest(name, known)}; columns are fields of a message: {', '.join(known)}"
+                raise ConfigurationError(f'{path}: unknown column "{name}"{hint}; other words belong into each body')
             if columns.count(name) > 1:
                 raise ConfigurationError(f"{path}: the column {name} is there twice")
         for name in ("from", "to", "subject"):
             if name not in columns and name not in known_anyway:
                 raise ConfigurationError(f"{path}: no column {name}, and no --{name} for all rows")
-        return [(reader.line_num, dict(itertools.zip_longest(columns, row))) for row in reader if row]
+        cells = (
+            row if any(row[len(columns) :]) else row[: len(columns)] for row in reader
+        )  # without empty ones behind
+        return [(reader.line_num, dict(itertools.zip_longest(columns, row))) for row in cells if row]
     except csv.Error as error:
         raise CommandFailed(f"{path} line {reader.line_num} is not CSV: {error}") from None
 
@@ -10676,8 +10690,10 @@ FILTERS = (
     option("--follow", action="store_true", help="go on with what comes and changes, until Ctrl-C"),
 )
 SENDING = (
-    option("file", metavar="FILE.eml", nargs="?", help="a complete message; its headers say who gets it"),
-    option("--csv", metavar="FILE", help="many messages: a row each, columns named as a message's fields"),
+    option(
+        "file", metavar="FILE.eml", nargs="?", help="a complete message (-: standard input); its headers say to whom"
+    ),
+    option("--csv", metavar="FILE", help="many messages (-: standard input): a row each, columns named as its fields"),
     option("--from", metavar="ADDRESS", help='a@b, or "Name <a@b>"'),
     option("--to", metavar="ADDRESS", action="append", help="may be repeated, or a list with commas"),
     option("--cc", metavar="ADDRESS", action="append"),
@@ -10817,17 +10833,11 @@ def parsed(words: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     return command, parser.parse_args(words[1:])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0 when it is done, 1 when it failed, 2 for usage or configuration.
+def run(words: Sequence[str]) -> int:
+    """One command, its failure made a sentence: 0 when it is done, 1 when it failed, 2 for usage or configuration.
 
-    Its failure becomes a sentence. Called by the name of sendmail, it is sendmail, with exit statuses of sysexits.h.
+    sendmail has the exit statuses of sysexits.h.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a subject need not fit the terminal's characters
-    words = list(sys.argv[1:] if argv is None else argv)
-    if argv is None:
-        words[:0] = AS_CALLED.get(os.path.basename(sys.argv[0]), ())
     try:
         status = 0 if words else 2
         match words:
@@ -10846,8 +10856,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         complain(error)
         return 2
-    except KeyboardInterrupt:
-        return 130  # as a shell has it: 128 and SIGINT
     except OSError as error:  # of stdout: what is still in its buffer goes nowhere, without a complaint at exit
         with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
@@ -10858,6 +10866,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         complain(error if isinstance(error, MailproxyError) else f"internal error: {type(error).__name__}: {error}")
         return 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command of these words, or of those that the program was called with; return its exit status."""
+    try:
+        if argv is None and callable(signal.getsignal(signal.SIGINT)):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a subject need not fit the terminal's characters
+        return run([*AS_CALLED.get(os.path.basename(sys.argv[0]), ()), *sys.argv[1:]] if argv is None else argv)
+    except KeyboardInterrupt:
+        return 130  # as a shell has it: 128 and SIGINT
+    finally:
+        if argv is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # what was to be done is done
 
 
 if __name__ == "__main__":

@@ -12748,6 +12748,45 @@ def test_an_eml_file_goes_out_as_it_is_to_whom_its_headers_name(asking: Run, dae
     assert b"b@c.test" not in first.content
 
 
+def test_options_win_over_headers_that_cannot_be_read_and_the_newest_resent_block_over_the_older_ones(
+    asking: Run, daemon: Daemon, smtp: SmtpServer
+) -> None:
+    bad = daemon.folder / "bad.eml"
+    bad.write_bytes(b"From: Cron Daemon\nTo: a@b c@d\nSubject: bad\n\nbody\n")
+    resent = b"Resent-From: r@a.test\nResent-To: new@c.test\nResent-From: o@a.test\nResent-To: old@c.test\n"
+    resent += b"Resent-Bcc: b@c.test\nFrom: a@b.test\nTo: x@c.test\n\nbody\n"
+
+    unread = asking("send", bad, "--from", "me@a.test")
+    assert (unread.returncode, "cannot be read: To: a@b c@d" in unread.sentence) == (1, True)
+    assert asking("send", bad, "--from", "me@a.test", "--to", "y@c.test").returncode == 0
+    assert run_command("send", "-", "--url", url_of(daemon), stdin=resent).returncode == 0
+
+    mails = {mail.sender: mail for mail in smtp.wait_for(2)}
+    assert mails["me@a.test"].recipients == ["y@c.test"]
+    assert b"From: Cron Daemon\r\nTo: a@b c@d\r\n" in mails["me@a.test"].content
+    assert mails["r@a.test"].recipients == ["new@c.test"]
+    assert b"Bcc" not in mails["r@a.test"].content
+
+
+def test_ctrl_c_at_any_moment_ends_a_command_with_130_and_without_a_traceback(tmp_path: Path) -> None:
+    write_csv(tmp_path, "to,subject\nx@c.test,s\n")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        command = [sys.executable, "-X", "importtime", PROGRAM, "send", "--csv", "people.csv", "--from", "a@b.test"]
+        for moment in (r"\| +sqlite3\n", r"\| +aiosmtplib\n", "asked"):
+            outside = {"cwd": tmp_path, "env": _plain_environment(), "stderr": subprocess.PIPE, "text": True}
+            with subprocess.Popen([*command, "--url", f"http://127.0.0.1:{port}"], **outside) as process:
+                said, asking = "", contextlib.ExitStack()
+                while moment != "asked" and not re.search(moment, said):
+                    said += process.stderr.readline()
+                with asking:
+                    if moment == "asked":
+                        asking.enter_context(silent.accept()[0]).recv(1)
+                    process.send_signal(signal.SIGINT)
+                    said += process.communicate(timeout=60)[1]
+            assert (process.returncode, "Traceback" in said) == (130, False), said
+
+
 def write_csv(folder: Path, text: str, encoding: str = "utf-8") -> Path:
     path = folder / "people.csv"
     path.write_bytes(text.encode(encoding))
@@ -12757,7 +12796,7 @@ def write_csv(folder: Path, text: str, encoding: str = "utf-8") -> Path:
 def test_the_rows_of_a_csv_are_sent_once_however_often_it_runs_and_a_terminal_shows_a_bar(
     asking: Run, daemon: Daemon, smtp: SmtpServer
 ) -> None:
-    csv = write_csv(daemon.folder, 'To,Subject,body\nx@c.test,Hi,"a, b"\nperm@c.test,Hi,c\nx@c.test,Hi,"a, b"\n')
+    csv = write_csv(daemon.folder, 'To,Subject,body,\nx@c.test,Hi,"a, b",\nperm@c.test,Hi,c\nx@c.test,Hi,"a, b",,\n')
     words = ["send", "--csv", csv, "--from", "a@b.test"]
 
     first = asking(*words)
@@ -12768,6 +12807,9 @@ def test_the_rows_of_a_csv_are_sent_once_however_often_it_runs_and_a_terminal_sh
     seen, *ended = on_screen(*words, "--priority", "low", "--url", url_of(daemon))
 
     assert first == (0, "3 of 3\n3 messages: 3 queued, 0 sent before, 0 refused\n", "")
+    piped = ["send", "--csv", "-", "--from", "a@b.test", "--url", url_of(daemon)]
+    again = run_command(*piped, stdin=csv.read_bytes().replace(b"new@c.test,Hi,d\n", b""))
+    assert again.stdout.endswith("3 messages: 1 queued, 2 sent before, 0 refused\n")
     assert ended == [0, ""]
     bar = f"\r[{'#' * 40}] 4 of 4\r\x1b[K"
     assert seen.decode().endswith(f"{bar}4 messages: 2 queued, 2 sent before, 0 refused\r\n")
@@ -12780,7 +12822,10 @@ def test_wrong_columns_refuse_a_csv_as_a_whole_and_wrong_rows_themselves(
     asking: Run, daemon: Daemon, smtp: SmtpServer
 ) -> None:
     for header, complaint in [
-        ("from,to,sujbect,body", 'unknown column "sujbect"; did you mean subject?'),
+        (
+            "from,to,sujbect,body",
+            'unknown column "sujbect"; did you mean subject?; columns are fields of a message: acc',
+        ),
         ("from,to,subject,to", "the column to is there twice"),
         ("to,subject,body", "no column from, and no --from"),
         ("from,to,subject,body,raw", 'unknown column "raw"'),
@@ -12842,6 +12887,7 @@ def test_a_csv_that_is_cut_off_says_how_to_go_on_and_sends_nothing_twice(
         with late.open("wb"):  # from when on it reads: it is interrupted there, or at the end of the file
             sending.send_signal(signal.SIGINT)
         _, complaint = sending.communicate(timeout=60)
+    assert sending.returncode == 130
     late.unlink()
     late.write_text("here")
     unheard = asking(*words, f"http://127.0.0.1:{free_port()}")
