@@ -14181,10 +14181,16 @@ def test_systemd_finds_nothing_wrong_with_the_unit_and_it_gives_a_stop_time_enou
     (stop,) = unit_lines("TimeoutStopSec")
     (most,) = (row.default for row in mailproxy.SETTINGS_TABLE if row.key == "shutdown_timeout_seconds")
     assert int(stop.removesuffix("s")) >= float(most) + 15
+    text = (DEPLOY / "mailproxy.service").read_text()
+    (tmp_path / "config.ini").write_text(re.search(r"(?ms)<<'END'$(.*?)^#     END$", text)[1].replace("#     ", ""))
+    settings = mailproxy.read_settings(str(tmp_path / "config.ini"), {}, {})
+    assert settings.server.submit_socket.startswith("/run/mailproxy/") and unit_lines("RuntimeDirectoryMode") == [
+        "0711"
+    ]
+    assert settings.sendmail.spool.startswith("/var/lib/mailproxy/") and unit_lines("StateDirectoryMode") == ["0711"]
 
     needs("systemd-analyze")
     unit = tmp_path / "mailproxy.service"
-    text = (DEPLOY / "mailproxy.service").read_text()
     unit.write_text(text.replace("=/usr/bin/python3 ", f"={sys.executable} "))  # systemd looks for it
     security = ["security", "--offline=true", "--threshold=15", "--no-pager"]  # the exposure level is 1.5 at most
     for judge_it, is_silent in [(["verify", "--man=no", "--recursive-errors=yes"], True), (security, False)]:
