@@ -14184,10 +14184,9 @@ def test_systemd_finds_nothing_wrong_with_the_unit_and_it_gives_a_stop_time_enou
     text = (DEPLOY / "mailproxy.service").read_text()
     (tmp_path / "config.ini").write_text(re.search(r"(?ms)<<'END'$(.*?)^#     END$", text)[1].replace("#     ", ""))
     settings = mailproxy.read_settings(str(tmp_path / "config.ini"), {}, {})
-    assert settings.server.submit_socket.startswith("/run/mailproxy/") and unit_lines("RuntimeDirectoryMode") == [
-        "0711"
-    ]
-    assert settings.sendmail.spool.startswith("/var/lib/mailproxy/") and unit_lines("StateDirectoryMode") == ["0711"]
+    assert settings.server.submit_socket.startswith("/run/mailproxy/")
+    assert settings.sendmail.spool.startswith("/var/lib/mailproxy/")
+    assert unit_lines("RuntimeDirectoryMode") == unit_lines("StateDirectoryMode") == ["0711"]
 
     needs("systemd-analyze")
     unit = tmp_path / "mailproxy.service"
@@ -14403,6 +14402,8 @@ def test_the_daemon_runs_well_under_the_restrictions_of_its_unit(ca: PrivateCA, 
         account = {"host": "localhost", "port": smtp.port, "user": "me", "start_tls": "required"}
         account["ca_file"] = "/etc/mailproxy/ca.pem"
         config: dict[str, dict[str, object]] = {"smtp": account, "client": {"client_sync_url": reports.url}}
+        config |= {"server": {"submit_socket": "/var/lib/mailproxy/submit"}}
+        config |= {"sendmail": {"spool": "/var/lib/mailproxy/spool"}}
         daemon = ConfinedDaemon(folder, config, {"api_token": "t0ken", "smtp_password": "s3cret"})
         shutil.copy(ca.ca_file, folder / "etc-mailproxy" / "ca.pem")
         probe = daemon.command("/usr/bin/python3", "-I", "-c", PROBE, *PROBES)
@@ -14410,6 +14411,8 @@ def test_the_daemon_runs_well_under_the_restrictions_of_its_unit(ca: PrivateCA, 
             daemon.wait_for_word("READY=1")
             daemon.wait_for_word("WATCHDOG=1")
             daemon.submit(mail("confined", body="x" * 300_000))
+            modes = [(folder / "state" / name).stat().st_mode & 0o7777 for name in ("submit", "spool")]
+            assert modes == [0o666, 0o1733]
             assert daemon.wait_status("confined", "sent")["error"] is None
             reports.wait_for_entry("confined", "sent")
             assert b"process_resident_memory_bytes" in daemon.get("/metrics").content
