@@ -7372,32 +7372,35 @@ class Dispatcher(Loop):
                     self._mark(lane)  # it takes no connection yet: another may come
             self._start_work(lane)
 
-    def _fitting(self, lane: Lane, claims: list[Claim]) -> list[Claim]:
+    def _fitting(self, lane: Lane, claims: Sequence[Claim]) -> list[Claim]:
         """Those of the claims that the limits of the account have room for, held from now on. When the first of them
         does not fit, and nothing on the wire may yet give its slots back, all are held back; else the rest returns."""
-        windows, account, needed = lane.windows, lane.account, [1] * len(claims)
-        if account.limit_counts == "recipients":  # a message to more than may ever go at once goes in parts, or fails
-            most = min(account.limits.values(), default=sys.maxsize)
-            most = most if account.limit_behavior == "defer" else sys.maxsize
-            claims = [claim._replace(slots=min(claim.addressees, most)) for claim in claims]
-            needed = [claim.slots or 1 for claim in claims]
+        windows, account, fitting = lane.windows, lane.account, list[Claim]()
         room, waits = windows.room(self.clock.monotonic()), windows.held > 0
-        fitting = sum(together <= room for together in itertools.accumulate(needed))
-        if claims and not (fitting or waits):
-            self._hold_back(lane, claims, needed[0])
-            windows.held += sum(needed)
-            return []
-        windows.held += sum(needed[:fitting])
-        if claims[fitting:]:
-            self.queue.release(claims[fitting:])
-            lane.has_mail = True
-        return claims[:fitting]
+        most = min(account.limits.values(), default=sys.maxsize) if account.limit_behavior == "defer" else sys.maxsize
+        for claim in claims:
+            needed = 1
+            if account.limit_counts == "recipients":  # a message to more than may ever go at once goes in parts
+                needed = claim.addressees if claim.addressees <= most else max(1, min(most, room))
+                claim = claim._replace(slots=needed)
+            if needed > room:
+                rest = claims[len(fitting) :]
+                if fitting or waits:
+                    self.queue.release(rest)
+                    lane.has_mail = True
+                else:
+                    self._hold_back(lane, rest, needed)
+                    windows.held += len(rest)
+                break
+            room, windows.held = room - needed, windows.held + needed
+            fitting.append(claim)
+        return fitting
 
     def _hold_back(self, lane: Lane, claims: Sequence[Claim], needed: int) -> None:
         """The rate limit leaves less than is needed: these messages wait until the window opens, or fail."""
         account_id, now, wall = lane.account.id, self.clock.monotonic(), self.clock.wall()
         left = lane.windows.left(now)
-        what = "" if claims[0].slots is None else " recipients"
+        what = " recipients" if lane.account.limit_counts == "recipients" else ""
         reached = [f"{lane.account.limits[name]}{what} per {name}" for name in left if left[name] < needed]
         why = "rate limit reached: " + ", ".join(reached)
         opens_at, fails = lane.windows.opens_at(now, needed), lane.account.limit_behavior == "error"
