@@ -1011,7 +1011,8 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
             account_id = "default" if section == "smtp" else section.removeprefix("account:")
             accounts.setdefault(account_id, {})[key] = value
     if not sections["storage"].get("db_path"):
-        beside, here = (os.path.abspath(f"{folder}mailproxy.db") for folder in (re.sub("[^/]*$", "", path or ""), ""))
+        folder = os.path.dirname(path) if path and os.path.isfile(path) else ""  # not of /dev/null
+        beside, here = (os.path.abspath(os.path.join(one, "mailproxy.db")) for one in (folder, ""))
         is_here = os.path.exists(here) and not os.path.exists(beside)
         sections["storage"]["db_path"] = here if is_here else beside
         if is_here:
@@ -1138,6 +1139,8 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
         raise _complaint(settings, "client", "client_sync_password", "needs client_sync_user beside it")
     if ":" in (client.client_sync_user or ""):
         raise _complaint(settings, "client", "client_sync_user", "must not hold a colon (RFC 7617)")
+    if settings.server.submit_socket and settings.server.submit_socket == settings.server.unix_socket:
+        raise _complaint(settings, "server", "submit_socket", "must be another path than unix_socket")
     for key, needed in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
         if getattr(settings.server, key) and not getattr(settings.server, needed):
             raise _complaint(settings, "server", key, f"needs {needed} beside it")
@@ -10495,11 +10498,13 @@ def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _start_problems(settings: Settings) -> Iterator[str]:
     """What would stop the start."""
-    folder = os.path.dirname(os.path.abspath(settings.storage.db_path))
-    if not os.path.isdir(folder):
-        yield f"[storage] db_path: the folder {folder} does not exist"
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        yield f"[storage] db_path: the folder {folder} cannot be written by this user"
+    for row in SETTINGS_TABLE:
+        path = row.of(settings) if row.kind is SOCKET_PATH or row.key == "db_path" else None
+        folder = os.path.dirname(os.path.abspath(path or "."))
+        if path and not os.path.isdir(folder):
+            yield f"[{row.section}] {row.key}: the folder {folder} does not exist"
+        elif path and not os.access(folder, os.W_OK | os.X_OK):
+            yield f"[{row.section}] {row.key}: the folder {folder} cannot be written by this user"
     try:
         server_tls_context(settings.server)
     except ConfigurationError as error:

@@ -1342,6 +1342,7 @@ WRONG_VALUES = [
     ("sendmail aliases", ["root", "root: ops", "a@b: c@d", ": a@b"], "is not a list of pairs such as root: ops@"),
     ("sendmail spool", ["spool"], '"{}" is not an absolute path'),
     ("server submit_socket", ["/x" * 60], "is not a path of at most 103 bytes"),
+    ("server submit_socket", ["/x\nunix_socket = /x"], "must be another path than unix_socket"),
     ("smtp port", ["0"], '"{}" is not a whole number from 1 to 65535'),
     ("account:a start_tls", ["often"], '"{}" is not one of auto, required, never'),
 ]
@@ -1444,7 +1445,7 @@ def test_the_queue_lies_beside_the_config_file_unless_one_lies_in_the_working_di
         return settings.storage.db_path, settings.warnings
 
     assert found() == found("[storage]\ndb_path =\n") == (str(beside), ())
-    assert found(config=None) == (str(here), ())
+    assert found(config=None) == found(config="/dev/null") == (str(here), ())
     assert found(config=None, MAILPROXY_CONFIG="../etc/config.ini") == (str(beside), ())
     here.touch()
     path, (warning,) = found()
@@ -12270,6 +12271,12 @@ def test_check_and_the_start_say_what_the_configuration_leaves_open(tmp_path: Pa
         assert (checked.stderr.count(sentence), logged.count(sentence)) == (1, 2), sentence
     assert "account old of the queue file is left out, POST /account replaces it: invalid host: must be" in logged
     (tmp_path / "port.ini").write_text("[smtp]\nhost = mx.test:587\nport = 587\n")
+    nowhere = here(
+        "check", "--config", "/dev/null", "--db", "/nowhere/q.db", "--set", "server.submit_socket=/none/s.sock"
+    )
+    assert nowhere.returncode == 2
+    assert "[storage] db_path: the folder /nowhere does not exist" in nowhere.stderr
+    assert "[server] submit_socket: the folder /none does not exist" in nowhere.stderr
     with_port = here("check", "--config", tmp_path / "port.ini")
     assert with_port.returncode == 2
     assert '"mx.test:587" is not the name or the address of a server; its port is a setting' in with_port.sentence
