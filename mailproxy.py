@@ -9043,13 +9043,15 @@ class Daemon:
         submission = [row for row in routes if row.pattern == "/commands/add-messages"]
         fewer = limits._replace(max_connections=math.ceil(limits.max_connections / 10))
         self._local = http_server(submission, limits=fewer, authorised=lambda request: True)
-        place, host_and_port = server.unix_socket or f"{server.host}:{server.port}", None
+        place = server.unix_socket or f"{server.host}:{server.port}"
         try:
             if server.unix_socket is not None:
                 await self._http.start_unix(server.unix_socket)
+                where = f"unix:{place}"
             else:
                 context = server_tls_context(server)
-                host_and_port, *_ = await self._http.start_tcp(server.host, server.port, context)
+                (host, port), *_ = await self._http.start_tcp(server.host, server.port, context)
+                where = f"{'https' if context else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
             if server.submit_socket is not None:
                 place = server.submit_socket
                 await self._local.start_unix(place, 0o666)
@@ -9058,10 +9060,7 @@ class Daemon:
             raise ConfigurationError(
                 f"Cannot listen on {place}: {error.strerror or error}; choose another address or port."
             ) from error
-        if host_and_port is None:
-            return f"unix:{server.unix_socket}"
-        host, port = host_and_port
-        return f"{'https' if server.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        return where
 
     def _most_clients(self) -> int:
         """How many HTTP connections there may be: clients must not take the files that delivery needs."""
