@@ -2709,7 +2709,6 @@ def _base64_lines(octets: bytes) -> Iterator[bytes]:
 
 _NOT_IN_FILE_NAMES = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]")
 _PLAIN_FILE_NAME = re.compile(rf"(?!.*=\?)[ !#-\[\]-~]{{1,{LONGEST_WORD}}}")
-_PLACE_TO_FOLD, _FOLDED = re.compile(r"(.{20,60}[^ ]) (?=[^ ])"), "\\1\r\n "
 _HAS_NAME = re.compile(r";\s*name\*?(?:0\*?)?=", re.IGNORECASE)
 
 
@@ -2747,7 +2746,7 @@ def _file_name(name: str) -> tuple[str, str]:
     which is for readers older than that."""
     safe = _NOT_IN_FILE_NAMES.sub("_", name).strip() or "attachment"
     if _PLAIN_FILE_NAME.fullmatch(safe):
-        return f'filename="{safe if len(safe) <= 64 else _PLACE_TO_FOLD.sub(_FOLDED, safe)}"', ""
+        return f'filename="{safe}"', ""  # never folded itself: some readers keep the line end
     for_old_readers = ';\r\n name="{}"'.format("\r\n".join(_encoded_words(safe, beside=len("name="))).lstrip())
     encoded = urllib.parse.quote(safe, safe="", errors="replace")
     if len(encoded) <= 600:  # in one piece, as all readers know it
