@@ -493,7 +493,7 @@ class SubmissionTarget(JsonTarget):
         if fields is None:
             return "no JSON"
         try:
-            message = self._mailproxy.parse_message(fields, now=NOW, new_id=lambda: "new")
+            message = self._mailproxy.parse_message(fields, new_id=lambda: "new")
         except self._mailproxy.Rejected as reason:
             refuse_odd_reason(self._mailproxy, reason)
             return "refused"
@@ -504,10 +504,10 @@ class SubmissionTarget(JsonTarget):
         mailproxy = self._mailproxy
         kept, contents = mailproxy.stored_form(fields, message)
         kept.encode()
-        again = mailproxy.parse_message(json.loads(kept), now=None, contents=contents, message_id=message.message_id)
+        again = mailproxy.parse_message(json.loads(kept), contents=contents, message_id=message.message_id)
         given = mailproxy.restored_fields(json.loads(kept), contents)
         mailproxy.json_response({"message": given})
-        resubmitted = mailproxy.parse_message(given, now=NOW, new_id=lambda: "new")
+        resubmitted = mailproxy.parse_message(given, new_id=lambda: "new")
         content = self.composed(message)
         must(content == self.composed(again), "composed after it was kept it is another message")
         must(message.recipients == again.recipients, "after it was kept it has other recipients")
