@@ -1351,7 +1351,7 @@ MESSAGE_FIELDS: Mapping[str, Field] = {
     "message_id": Field("string", "Message-ID; left out: made up once."),
     "attachments": Field("Attachment[]", "Files, as they are or to be fetched."),
     "priority": Field(PRIORITY.json, "0 is immediate, 3 low; left out: default_priority."),
-    "deferred_ts": Field("integer", "Not before this time, Unix seconds."),
+    "deferred_ts": Field("integer", "Not before this time, Unix seconds, which is the Date of the message, too."),
     "expires_ts": Field("integer", "Not after this time, Unix seconds."),
     "raw": Field("string", "A complete RFC 5322 message in base64, instead of subject, texts, headers, attachments."),
     "batch_code": Field("string", "A free label."),
