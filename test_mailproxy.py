@@ -7263,7 +7263,11 @@ def http_answer(head, content=b""):
 async def read_http_answer(reader):
     """One answer with a Content-Length."""
     answer = http_answer(await reader.readuntil(b"\r\n\r\n"))
-    return answer._replace(content=await reader.readexactly(int(answer.headers.get("content-length", 0))))
+    answer = answer._replace(content=await reader.readexactly(int(answer.headers.get("content-length", 0))))
+    if answer.content.startswith(b'{"ok": false'):
+        others = {400: ("bad_json", "bad_field"), 503: ("busy",)}.get(answer.status, ())
+        assert answer.json["code"] in (mailproxy.PROBLEMS[answer.status], *others)
+    return answer
 
 
 def http_request(method="POST", path="/echo", headers="", body=b""):
@@ -10676,7 +10680,8 @@ def test_a_request_that_means_nothing_is_refused_and_what_is_wrong_is_named(
 ) -> None:
     answer = judge.request(*line.split(), body)
 
-    assert (answer.status, answer.json["ok"]) == (status, False)
+    by_status = {400: "bad_json" if words in ("JSON", "object") else "bad_field", 404: "not_found", 413: "too_large"}
+    assert (answer.status, answer.json["ok"], answer.json["code"]) == (status, False, by_status[status])
     assert words in answer.json["error"]
     assert "x" not in {one["id"] for one in judge.get("/accounts").json["accounts"]}
 
@@ -10829,6 +10834,32 @@ def test_the_same_content_again_is_known_however_it_is_written_and_other_content
     assert [judge.message(id_) for id_ in same] == before
     assert (once_more.json["queued"], once_more.json["known"]) == (0, same + other)
     assert (alone.status, alone.json) == (200, {"ok": True, "queued": 0, "rejected": [], "known": ["again-0"]})
+
+
+def test_of_an_id_that_is_known_only_the_first_in_a_batch_counts_and_what_is_wrong_beside_it_is_named(
+    judge: Daemon,
+) -> None:
+    first = mail("known")
+    judge.submit(first)
+
+    answer = submitted(
+        judge, first, {**first, "subject": "Another"}, {**first, "id": 7}, {**first, "id": "new", "to": []}
+    )
+    worse = [
+        submitted(judge, {**first, field: value})
+        for field, value in {"to": 7, "subject": None, "expires_ts": 1}.items()
+    ]
+    no_batch = submitted(judge, first, default_priority="urgent")
+
+    assert (answer.status, answer.json["queued"], answer.json["known"]) == (200, 0, ["known"])
+    assert [(one["id"], one["code"], one["field"]) for one in answer.json["rejected"]] == [
+        ("known", "duplicate_id", "id"), (None, "invalid_field", "id"), ("new", "missing_field", "to"),
+    ]  # fmt: skip
+    assert [(one.status, one.json["rejected"][0]["field"]) for one in worse] == [
+        (400, field) for field in ("to", "subject", "expires_ts")
+    ]
+    assert (no_batch.status, no_batch.json["code"]) == (400, "bad_field")
+    assert judge.message("known")["message"] == {key: value for key, value in first.items() if value is not None}
 
 
 def test_a_submission_that_is_repeated_succeeds_whatever_became_of_it_and_nobody_gets_it_twice(
@@ -13415,6 +13446,13 @@ def test_a_backup_is_of_a_queue_only_and_overwrites_only_what_it_may(daemon: Dae
 
 # -- openapi.json
 
+PROBLEM_CODES = (
+    "bad_json bad_field bad_request all_rejected unauthorized not_found method_not_allowed timeout conflict too_large "
+    "unsupported_media_type headers_too_large internal attachment_unavailable storage_unavailable busy foreign_origin "
+    "version_not_supported"
+)
+REJECTION_CODES = "missing_field invalid_field unknown_account no_account already_sent in_delivery duplicate_id"
+
 
 def test_openapi_json_says_what_the_route_table_routes(tmp_path: Path) -> None:
     with Daemon(tmp_path, token="t0ken") as daemon:
@@ -13438,6 +13476,11 @@ def test_openapi_json_says_what_the_route_table_routes(tmp_path: Path) -> None:
         assert len(set(names)) == len(names)
         assert {"submit_messages", "list_messages", "get_message", "put_account"} < {*names}
         assert all(name.isidentifier() and row["summary"] for name, row in zip(names, operations.values(), strict=True))
+        schemas = document["components"]["schemas"]
+        assert schemas["Problem"]["properties"]["code"] == {"$ref": "#/components/schemas/ProblemCode"}
+        assert "code" in schemas["Problem"]["required"]
+        assert set(schemas["ProblemCode"]["enum"]) == set(PROBLEM_CODES.split())
+        assert set(schemas["RejectionCode"]["enum"]) == set(REJECTION_CODES.split())
 
 
 @pytest.fixture(scope="module")
@@ -13485,11 +13528,14 @@ def test_a_typed_python_client_is_made_of_openapi_json_and_works(
         history = call("get_message", "typed")
         accounts = {account.id: account for account in call("list_accounts").accounts}
         refused = call("submit_messages", body=models.Batch(messages=[models.Message(id="x", from_="x", to="x")]))
+        known = call("submit_messages", body=models.Batch(messages=[message])).known
 
     assert (record.id, record.priority, record.status.value, record.error) == ("typed", 1, "sent", None)
     assert [attempt.code for attempt in history.attempts] == [250]
     assert (accounts["web"].use_tls, accounts["web"].retry_delays, accounts["web"].oauth2) == (False, [60], None)
     assert refused.rejected[0].reason.startswith("invalid from")
+    assert (refused.code, known) == (models.ProblemCode.ALL_REJECTED, ["typed"])
+    assert (refused.rejected[0].code, refused.rejected[0].field) == (models.RejectionCode.INVALID_FIELD, "from")
 
 
 TYPESCRIPT = """
