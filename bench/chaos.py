@@ -2,12 +2,14 @@
 
     python3 bench/chaos.py [--rounds 100] [--seed 1] [--smtp] [--reports] [--clients 4] [--program FILE]
 
-Clients submit without pause. In each round the daemon is killed with SIGKILL at a random moment (also while
-it starts), SQLite checks a copy of the file, and it is started again. The SMTP server offers PIPELINING, and in
-every second round CHUNKING (RFC 3030), by which a message is one write. With --smtp it is killed and started
-again now and then as well; with --reports the receiver of the reports is at times down, slow, answers 500 or
-not at all, or dies with its answer half out. At the end all is mended and must settle. Then:
+Clients submit without pause, the same again where no answer came, and now and then what was answered long ago.
+In each round the daemon is killed with SIGKILL at a random moment (also while it starts), SQLite checks a copy
+of the file, and it is started again. The SMTP server offers PIPELINING, and in every second round CHUNKING
+(RFC 3030), by which a message is one write. With --smtp it is killed and started again now and then as well;
+with --reports the receiver of the reports is at times down, slow, answers 500 or not at all, or dies with its
+answer half out. At the end all is mended and must settle. Then:
 
+  - no submission was refused: what is submitted again is known;
   - every id that got a 200 was delivered at least once (or, where the server refused it for ever, never), and
     reported at least once in its final state, in a report that was acknowledged;
   - a message was delivered a second time only across a kill, at each kill no more of them than there were
@@ -29,7 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -71,6 +73,7 @@ class Evidence(NamedTuple):
     accepted: set[str]  # got a 200
     deliveries: Mapping[str, Sequence[Delivery]]
     reported: Mapping[str, Counter[str]]  # acknowledged entries by their status
+    refusals: Sequence[str]  # answers other than "all of it is accepted, or known"
     kills_ns: Sequence[int]  # of the daemon (before it starts again) and of the SMTP server, in order
     damage: Sequence[str]  # what integrity_check said other than ok
     exit_status: int | None
@@ -92,15 +95,18 @@ def expected_status(key: str) -> str:
 
 
 class Client(threading.Thread):
-    """Submits one small batch after another; knows which ids got a 200."""
+    """Submits one small batch after another, and again what it has no answer to; knows which ids got a 200."""
 
     def __init__(self, number: int, seed: int, port: int, enough: threading.Event) -> None:
         super().__init__(name=f"client-{number}", daemon=True)
         self.accepted: set[str] = set()
-        self.unanswered = 0  # submissions without an answer: those may be delivered or not
+        self.refusals: list[str] = []
+        self.unanswered = self.known = 0
         self._number, self._port, self._enough = number, port, enough
         self._dice = random.Random(f"{seed}/client/{number}")
         self._sequence = 0
+        self._open: list[dict[str, object]] = []  # submitted, not answered yet
+        self._answered: deque[list[dict[str, object]]] = deque(maxlen=200)
 
     def run(self) -> None:
         while not self._enough.is_set():
@@ -115,13 +121,23 @@ class Client(threading.Thread):
                 connection.close()
 
     def _submit(self, connection: http.client.HTTPConnection) -> None:
-        batch = [self._next_message() for _ in range(self._dice.choice((1, 1, 1, 2, 5)))]
+        batch = self._open = self._open or self._next_batch()
         body = json.dumps({"messages": batch}).encode()
         connection.request("POST", "/commands/add-messages", body, {"Content-Type": "application/json"})
         answer = connection.getresponse()
         told = json.loads(answer.read())
         if answer.status == 200 and not told["rejected"]:
             self.accepted.update(str(message["id"]) for message in batch)
+            self.known += len(told.get("known", ()))
+            self._answered.append(batch)
+        else:
+            self.refusals.append(f"{answer.status} {told}")
+        self._open = []
+
+    def _next_batch(self) -> list[dict[str, object]]:
+        if self._answered and self._dice.random() < 0.1:
+            return self._dice.choice(self._answered)
+        return [self._next_message() for _ in range(self._dice.choice((1, 1, 1, 2, 5)))]
 
     def _next_message(self) -> dict[str, object]:
         """Most go through; some are refused for ever, some for a while."""
@@ -230,11 +246,13 @@ def run(plan: Plan, folder: Path, tell: Callable[[str], None] = print) -> Verdic
             set().union(*(client.accepted for client in clients)),
             read_deliveries(mail_log),
             read_reports(report_log),
+            [refusal for client in clients for refusal in client.refusals],
             sorted([*kills_ns, *troubles.kills_ns]),
             damage,
             exit_status,
         ),
         sum(client.unanswered for client in clients),
+        sum(client.known for client in clients),
     )
 
 
@@ -295,12 +313,13 @@ def lines_of(log: Path) -> list[str]:
 # -- the verdict
 
 
-def judged(evidence: Evidence, unanswered: int) -> Verdict:
+def judged(evidence: Evidence, unanswered: int, known: int) -> Verdict:
     accepted, deliveries, reported = evidence.accepted, evidence.deliveries, evidence.reported
     to_send = {key for key in accepted if expected_status(key) == "sent"}
     at_kills, unexplained = doubled_at_kills(deliveries, evidence.kills_ns)
     offenders = {
         "nothing accepted": [] if accepted else ["no submission got a 200"],
+        "refused": list(evidence.refusals),
         "accepted but never delivered": sorted(to_send - deliveries.keys()),
         "delivered although refused": sorted(key for key in deliveries if key.startswith("gone")),
         "never reported in its final state": sorted(
@@ -328,6 +347,7 @@ def judged(evidence: Evidence, unanswered: int) -> Verdict:
         "most doubled at one kill": max(map(len, at_kills.values()), default=0),
         "kills": len(evidence.kills_ns),
         "submissions without an answer": unanswered,
+        "submitted again, and known": known,
         "report entries": sum(said.total() for said in reported.values()),
     }
     return Verdict(counts, {what: keys for what, keys in offenders.items() if keys})
