@@ -6945,8 +6945,8 @@ class Composed(NamedTuple):
 class Turn:
     """What the transactions of one message, one after the other, have shown so far."""
 
-    tried: set[str] = field(default_factory=set)  # recipients that had their word, for now or for good
-    refused: set[str] = field(default_factory=set)  # those refused for now: asked again while others are accepted
+    tried: frozenset[str] = frozenset()  # recipients that had their word, for now or for good
+    refused: frozenset[str] = frozenset()  # those refused for now: asked again while others are accepted
     most: float = math.inf  # recipients that the server takes in one transaction
     careful: bool = False  # it hangs up after too many errors
     chunking: bool = True  # at the first attempt
@@ -7576,8 +7576,10 @@ class Dispatcher(Loop):
             await self._release(lane, claim)
             return None
         before = claim.recipients or {}
-        final = {address for address, outcome in before.items() if outcome.status is not Status.DEFERRED}
-        left = [a for a in composed.envelope.recipients if a not in turn.tried and a not in final]
+        left: Sequence[str] = composed.envelope.recipients
+        if before or turn.tried:
+            final = {address for address, outcome in before.items() if outcome.status is not Status.DEFERRED}
+            left = [a for a in left if a not in turn.tried and a not in final]
         replies: dict[str, Reply] = {}
         if (allowed := self.settings.allow_recipients) and not self.settings.redirect_to:  # addresses, and @domains
             refusal = Reply(Stage.RCPT, 550, "recipient not allowed here", "5.7.1", Cause.LOCAL)
@@ -7587,13 +7589,13 @@ class Dispatcher(Loop):
         session: Session | Reply | None = None
         name, reused = "", False
         if left and not replies:
-            session = await self._session(lane, claim.expires_ts)
+            session = self._idle(lane) or await self._session(lane, claim.expires_ts)
             if isinstance(session, Reply):
                 if generation == lane.generation or lane.state is LaneState.COOLING:
                     replies, left = {"": session}, []
             elif session is not None:
                 name, reused = session.name, session.transactions > 0
-                served = turn.served(left, lane.account, session.offers) if len(left) > 1 else tuple(left)
+                served = turn.served(left, lane.account, session.offers) if len(left) > 1 else (left[0],)
                 envelope = Envelope(composed.envelope.sender, served[: claim.slots])
                 if not session.offers.eight_bit_mime and not composed.content.isascii():
                     what = "8-bit content goes as it is to a server without 8BITMIME"
@@ -7612,17 +7614,21 @@ class Dispatcher(Loop):
             turn.learn(replies, before, goes_on.recipients or {}, accepted)
         return goes_on
 
-    async def _session(self, lane: Lane, expires_ts: int | None) -> Session | Reply | None:
-        """An idle session of the lane, or a new one; a reply says why there is none. None: called back, or expired.
-
-        While no session is open, one connection goes first: the others may connect once its server answers,
-        and log in once it is in.
-        """
+    def _idle(self, lane: Lane) -> Session | None:
+        """An idle session of the lane that may go on."""
         while lane.idle:
             idle = lane.idle.pop()
             if lane.keeps(idle, self.clock.monotonic()):
                 return idle
             self._part_with(lane, idle)
+        return None
+
+    async def _session(self, lane: Lane, expires_ts: int | None) -> Session | Reply | None:
+        """A new session of the lane; a reply says why there is none. None: called back, or expired.
+
+        While no session is open, one connection goes first: the others may connect once its server answers,
+        and log in once it is in.
+        """
         generation, goes_first = lane.generation, not (lane.sessions or lane.first_is_in)
         if goes_first:
             lane.first_is_in = asyncio.Event()
@@ -7695,7 +7701,7 @@ class Dispatcher(Loop):
     ) -> Claim | None:
         """Judge the attempt, tell the lane, record it; the claim where the message goes on at once."""
         if attempt.first_failure is None:
-            disposition = settle(claim, attempt, lane.account, self.clock.wall(), 0, untried)
+            disposition = settle(claim, attempt, lane.account, attempt.ended_at, 0, untried)
         else:
             disposition = self._judge(lane, claim, attempt, generation, untried)
         if disposition.slot_used:
@@ -7828,7 +7834,7 @@ class Dispatcher(Loop):
         label, connection = self.metrics.label(claim.account_id), attempt.connection or None
         if disposition.status is Status.SENT:
             self.metrics.count_ended(label, disposition)
-            self.metrics.waits(label).observe(max(0.0, self.clock.wall() - claim.ready_at))
+            self.metrics.waits(label).observe(max(0.0, attempt.ended_at - claim.ready_at))
             if disposition.error is not None:
                 self._say(
                     claim, "message sent to some", logging.WARNING, connection=connection, error=disposition.error
