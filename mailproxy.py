@@ -3323,7 +3323,6 @@ CREATE TABLE messages (
     recipients   TEXT,                               -- JSON {address: [status, code, text]}
     parts        INTEGER NOT NULL,                   -- attachments and raw content to put in
     addressees   INTEGER NOT NULL DEFAULT 1,         -- recipients of the envelope
-    sought       TEXT,                               -- what a search looks at: see sought()
     subject      TEXT,                               -- where the payload does not tell it: of a raw message
     size_bytes   INTEGER NOT NULL,                   -- payload and contents together
     payload      TEXT NOT NULL                       -- as submitted, JSON, without the contents
@@ -3338,7 +3337,6 @@ CREATE INDEX messages_pending ON messages (seq) WHERE sent_ts IS NULL AND error_
 CREATE INDEX messages_by_age ON messages (account_id, ready_at) WHERE sent_ts IS NULL AND error_ts IS NULL;
 CREATE INDEX messages_expiring ON messages (expires_ts)
     WHERE sent_ts IS NULL AND error_ts IS NULL AND expires_ts IS NOT NULL;
-CREATE INDEX messages_sought ON messages (seq, created_at, sought);
 CREATE INDEX messages_refused ON messages (seq)
     WHERE error IS NOT NULL AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL);
 CREATE INDEX messages_unreported ON messages (report_order) WHERE report_order IS NOT NULL;
@@ -3368,6 +3366,14 @@ CREATE TRIGGER remember_sent AFTER DELETE ON messages
     WHEN old.sent_ts IS NOT NULL OR old.recipients LIKE '%["sent"%' BEGIN
     INSERT INTO sent_ids VALUES (old.id, coalesce(old.sent_ts, old.updated_at))
         ON CONFLICT DO UPDATE SET sent_ts = excluded.sent_ts;
+END;
+CREATE TABLE sought (                                -- what searches look at: of rows that were stored together,
+    last_seq INTEGER PRIMARY KEY, first_seq INTEGER NOT NULL, created_at INTEGER NOT NULL,
+    text TEXT NOT NULL                               -- sought() of each, with a record separator between
+);
+CREATE TRIGGER forget_sought AFTER DELETE ON messages BEGIN
+    DELETE FROM sought WHERE last_seq = (SELECT min(last_seq) FROM sought WHERE last_seq >= old.seq)
+        AND NOT EXISTS (SELECT 1 FROM messages WHERE seq BETWEEN first_seq AND last_seq);
 END;
 CREATE TABLE suspended_batches (batch_code TEXT PRIMARY KEY) WITHOUT ROWID;
 -- Above: what is new in version 3.
@@ -3411,9 +3417,9 @@ ALTER TABLE messages RENAME TO messages_old;
 {NEWEST}
 INSERT INTO messages SELECT seq, id, account_id, priority, created_at, updated_at, deferred_ts, sent_ts, error_ts, error,
     reported_ts, report_order, attempts, turn, deferral, ready_at, expires_ts, batch_code, message_id, recipients, parts,
-    1, sought_of_payload(payload), NULL, size_bytes, payload FROM messages_old ORDER BY seq;
+    1, NULL, size_bytes, payload FROM messages_old ORDER BY seq;
 UPDATE messages SET subject = subject_of_raw(content) FROM contents WHERE contents.seq = messages.seq AND position = -1;
-UPDATE messages SET sought = sought || casefold(subject) WHERE subject IS NOT NULL;
+INSERT INTO sought SELECT seq, seq, created_at, sought_of_payload(payload) || casefold(coalesce(subject, '')) FROM messages;
 DELETE FROM sqlite_sequence WHERE name = 'messages';
 """  # noqa: S608 - constants only
 MIGRATIONS = (
@@ -3439,6 +3445,8 @@ SMALL_PAYLOAD_BYTES = 65_536  # larger ones are read under the memory budget
 HELD_BACK = ("limit", "connection", "login")  # deferrals that end when the account can be used again
 CHUNK = 500  # rows of one commit in work that may touch many
 STRETCH = 5_000  # rows looked at in one go by what must pass over others
+SOUGHT_TOGETHER = 100  # messages whose texts for searches are stored in one row
+NEXT_SOUGHT = "\x1e"
 READING_S = 0.02  # of one piece of a listing: deliveries read large messages by the same connection
 PAGE_BYTES = 1_048_576  # of payloads in one page of a listing
 
@@ -3457,17 +3465,17 @@ RECORD_COLUMNS = (
     "error_ts, error, reported_ts, batch_code, attempts, message_id, recipients, subject, size_bytes, payload"
 )
 RECORD_OF_ID = f"SELECT {RECORD_COLUMNS} FROM messages WHERE id = :id"  # noqa: S608 - constants only
-# The indexes that a listing may go along, in the order of acceptance; that of searches spares it all other rows.
+# What a listing may go along, in the order of acceptance: an index, or what a search found before.
 ALONG = {
     "all": "NOT INDEXED WHERE ",
-    "sought": "INDEXED BY messages_sought WHERE ",
+    "sought": "WHERE seq IN (SELECT value FROM json_each(:seqs)) AND ",
     "pending": "INDEXED BY messages_pending WHERE sent_ts IS NULL AND error_ts IS NULL AND ",
     "refused": "INDEXED BY messages_refused WHERE error IS NOT NULL AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND ",
 }
 CHOSEN = (
-    "seq BETWEEN :first AND :last AND created_at BETWEEN :since AND :until AND (:to IS NULL OR instr(sought, :to)) "
-    "AND (:subject IS NULL OR instr(substr(sought, instr(sought, char(9))), :subject)) "
-    "AND (NOT :refused OR recipients IS NOT NULL) AND (NOT :active_only OR (sent_ts IS NULL AND error_ts IS NULL)) "
+    "seq BETWEEN :first AND :last AND created_at BETWEEN :since AND :until "
+    "AND (NOT :active_only OR (sent_ts IS NULL AND error_ts IS NULL)) "
+    "AND (NOT :refused OR (recipients IS NOT NULL AND error IS NOT NULL AND NOT (sent_ts IS NULL AND error_ts IS NULL))) "
     "AND (:account_id IS NULL OR account_id = :account_id) AND (:batch_code IS NULL OR batch_code = :batch_code) "
     f"AND (:status IS NULL OR {STATUS_OF_ROW} = :status) ORDER BY seq"
 )
@@ -3480,6 +3488,10 @@ FIRST_OF_PAGE = {
     "asc": {way: f"SELECT min(seq) FROM messages {ALONG[way]} seq > :after" for way in ALONG},  # noqa: S608
     "desc": {way: f"SELECT max(seq) FROM messages {ALONG[way]} seq < :after" for way in ALONG},  # noqa: S608
 }
+SEARCH = (
+    "SELECT first_seq, text FROM sought WHERE last_seq >= :first AND first_seq <= :last "
+    "AND created_at BETWEEN :since AND :until AND instr(text, :to) AND instr(text, :subject) ORDER BY last_seq"
+)
 READY = (
     "WHERE account_id = :account AND turn = :turn AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL "
     "AND seq NOT IN (SELECT value FROM json_each(:on_wire)) ORDER BY priority, seq LIMIT :most"
@@ -3514,8 +3526,8 @@ INSERT_ATTEMPTS = [
 # So many new messages by one statement, which takes a third less than one for each.
 INSERT_ROWS = {
     n: "INSERT OR IGNORE INTO messages (seq, id, account_id, priority, created_at, updated_at, deferred_ts, "  # noqa: S608
-    "deferral, ready_at, turn, expires_ts, batch_code, message_id, parts, addressees, sought, subject, payload, size_bytes) "
-    f"SELECT * FROM (VALUES {', '.join(['(' + ', '.join('?' * 19) + ')'] * n)}) AS new "
+    "deferral, ready_at, turn, expires_ts, batch_code, message_id, parts, addressees, subject, payload, size_bytes) "
+    f"SELECT * FROM (VALUES {', '.join(['(' + ', '.join('?' * 18) + ')'] * n)}) AS new "
     "WHERE NOT EXISTS (SELECT 1 FROM sent_ids WHERE id = column2)"
     for n in (32, 16, 8, 4, 2, 1)
 }
@@ -3565,10 +3577,10 @@ class Submission(NamedTuple):
     message_id: str
     parts: int
     addressees: int
-    sought: str
     subject: str | None
     payload: str
     contents: Mapping[int, bytes]
+    sought: str
     flaw: str | None = None  # why it cannot be stored; but it may be known
     once: bool = False  # what is in doubt is not sent again
 
@@ -3761,7 +3773,7 @@ class Queue:
             schedule = (s.deferred_ts, "schedule", s.deferred_ts) if waits else (None, None, now)
             size_bytes = len(s.payload) + (sum(map(len, s.contents.values())) if s.contents else 0)
             turn = 2 if s.batch_code in self.suspended_batches else 0
-            rows.append((seq, *s[:3], at, at, *schedule, turn, *s[4:12], size_bytes))
+            rows.append((seq, *s[:3], at, at, *schedule, turn, *s[4:11], size_bytes))
         largest = max((row[-1] for row in rows), default=0)
         while done < len(rows):  # a statement keeps what was bound to it: a large row goes into that of a single one
             n = next(n for n in INSERT_ROWS if n == 1 or (n <= len(rows) - done and largest <= SMALL_PAYLOAD_BYTES))
@@ -3780,6 +3792,15 @@ class Queue:
             )
         contents = [(row[0], *content) for row, submission in new for content in submission.contents.items()]
         db.executemany("INSERT INTO contents VALUES (?, ?, ?)", contents)
+        together = [
+            slice(start, min(start + SOUGHT_TOGETHER, len(rows))) for start in range(0, len(rows), SOUGHT_TOGETHER)
+        ]
+        texts = [
+            (first + some.stop - 1, first + some.start, at, NEXT_SOUGHT.join([s.sought for s in submissions[some]]))
+            for some in together
+            if any(stored[some])
+        ]
+        db.executemany("INSERT INTO sought VALUES (?, ?, ?, ?)", texts)
         return stored
 
     # -- delivery
@@ -4086,29 +4107,37 @@ class Queue:
         newest_first = order == "desc"
         if after is None:
             after = LARGEST_INTEGER if newest_first else 0
-        anything = dict.fromkeys(("status", "account_id", "batch_code", "to", "subject"))
+        anything = dict.fromkeys(("status", "account_id", "batch_code"))
         values = {**anything, "since": 0, "until": LARGEST_INTEGER, "refused": False, **only}
         values |= {"active_only": active_only, "now": self._now()}
-        way = "all"
-        if values["refused"] or values["status"] == Status.ERROR:
-            way = "refused"
-        elif values["to"] or values["subject"]:
+        to = values["to"] = f"\n{only['to'].casefold()}\n" if "to" in only else ""
+        subject = values["subject"] = only.get("subject", "").casefold()
+        along = way = "all"
+        if to or subject:
             way = "sought"
-            values["to"] = values["to"] and f"\n{values['to'].casefold()}\n"
-            values["subject"] = values["subject"] and values["subject"].casefold()
+        elif values["refused"] or values["status"] == Status.ERROR:
+            along = way = "refused"
         elif active_only or values["status"] in (Status.QUEUED, Status.DEFERRED):
-            way = "pending"
+            along = way = "pending"
         elif "since" in only or "until" in only:
             way = "sought"
 
         def work(db: sqlite3.Connection) -> tuple[list[Record], int | None]:
             records, size_bytes, at, ends_at = list[Record](), 0, after, time.monotonic() + READING_S
             while at == after or time.monotonic() < ends_at:
-                first = db.execute(FIRST_OF_PAGE[order][way], {"after": at}).fetchone()[0]
+                first = db.execute(FIRST_OF_PAGE[order][along], {"after": at}).fetchone()[0]
                 if first is None:
                     return records, None
                 at = first + (1 - STRETCH if newest_first else STRETCH - 1)
                 values.update(first=min(first, at), last=max(first, at), most=most - len(records))
+                if way == "sought":
+                    found = [
+                        first_seq + n
+                        for first_seq, text in db.execute(SEARCH, values)
+                        for n, one in enumerate(text.split(NEXT_SOUGHT))
+                        if to in one and subject in one.partition("\t")[2]
+                    ]
+                    values["seqs"] = as_json(found)
                 for row in map(dict, db.execute(PAGE_OF_RECORDS[order, way], values)):
                     size_bytes += len(row["payload"])
                     records.append(_record(row))
@@ -4261,13 +4290,13 @@ def sought(recipients: Iterable[str], subject: str) -> str:
     return "\n".join(("", *recipients, f"\t{subject}")).casefold()
 
 
-def sought_of_payload(payload: str) -> str | None:
-    """The same of a stored payload; None when it cannot be read."""
+def sought_of_payload(payload: str) -> str:
+    """The same of a stored payload; "" when it cannot be read."""
     with contextlib.suppress(ValueError, AttributeError, Rejected):
         fields = json.loads(payload)
         mailboxes = (mailbox for name in ("to", "cc", "bcc") for mailbox in parse_mailboxes(fields.get(name), name))
         return sought((mailbox.address for mailbox in mailboxes), str(fields.get("subject", "")))
-    return None
+    return ""
 
 
 USED_BY_MIGRATIONS = (sought_of_payload, subject_of_raw, str.casefold)

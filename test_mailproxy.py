@@ -4170,6 +4170,10 @@ def test_a_queue_that_was_written_by_version_2_is_all_there(rig: QueueRig, smtp:
         assert (daemon.post("/account/paused/activate").status, daemon.post("/commands/activate").status) == (200, 200)
         for id_ in ("limited", "raw", "queued", "held back"):
             daemon.wait_status(id_, "sent")
+        for record in daemon.get("/messages").json["messages"]:
+            to = mailproxy.parse_mailboxes(record["message"]["to"], "to")[0].address
+            query = {"to": to, "subject": record["subject"]} if record["subject"] else {"to": to}
+            assert record["id"] in listed(daemon, urllib.parse.urlencode(query))
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
@@ -11039,11 +11043,13 @@ TO_BE_FOUND = [
 def findings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon that has sent what could be sent, and has some more that waits."""
     with SmtpServer() as server, Daemon(tmp_path_factory.mktemp("findings"), smtp=server) as running:
-        running.submit(*TO_BE_FOUND)
+        for one in TO_BE_FOUND:
+            running.submit(one)
         wait_until(lambda: not running.status()["pending"], "the deliveries")
         running.post("/commands/suspend")
         with sqlite3.connect(str(running.config["storage"]["db_path"]), timeout=30) as db:
             db.execute("UPDATE messages SET created_at = 1000 * seq")
+            db.execute("UPDATE sought SET created_at = 1000 * last_seq")
         expired = mail("expired", "ok@example.com", expires_ts=int(time.time()) + 1, subject="z")
         running.submit(expired, mail("waits", "ann.smith@example.net", subject="ORDER", batch_code="b"))
         running.wait_status("expired", "error")
@@ -11062,7 +11068,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         ("subject=order&status=error", "none"), ("to=ann.smith@example.net&batch_code=b", "waits"),
         ("since=8000&until=9000", "none bare"), ("until=1999", "plain"), ("since=9001", "expired waits"),
         ("since=9001&active_only=1", "waits"), ("since=1000&until=4000&to=ann.smith@example.net&order=desc", "raw bcc cc plain"),
-        ("refused=1", "some none"), ("refused=true&order=desc", "none some"), ("refused=1&subject=y", "some"),
+        ("refused=1", "some none"), ("refused=true&order=desc", "none some"), ("refused=1&subject=y", "some"), ("refused=1&to=ann.smith@example.net", ""),
         ("refused=0&since=9001", "expired waits"), ("status=error", "none expired"), ("refused=1&since=7001", "none"),
     ],
 )  # fmt: skip

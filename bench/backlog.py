@@ -91,6 +91,11 @@ def multiply(db: Path, rows: Rows) -> None:
         copy_message(connection, "sent", rows.sent, earlier)
         copy_attempts(connection)
         copy_message(connection, "ready", rows.ready, {})
+        connection.execute(  # what searches look at, as of batches of a hundred
+            "INSERT INTO sought SELECT max(seq), min(seq), created_at, "
+            "group_concat((SELECT text FROM sought LIMIT 1), char(30)) FROM messages "
+            "WHERE seq > (SELECT max(last_seq) FROM sought) GROUP BY seq / 100"
+        )
         connection.execute("COMMIT")
         connection.execute("PRAGMA journal_mode = WAL")
 
