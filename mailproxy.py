@@ -3419,7 +3419,8 @@ INSERT INTO messages SELECT seq, id, account_id, priority, created_at, updated_a
     reported_ts, report_order, attempts, turn, deferral, ready_at, expires_ts, batch_code, message_id, recipients, parts,
     1, NULL, size_bytes, payload FROM messages_old ORDER BY seq;
 UPDATE messages SET subject = subject_of_raw(content) FROM contents WHERE contents.seq = messages.seq AND position = -1;
-INSERT INTO sought SELECT seq, seq, created_at, sought_of_payload(payload) || casefold(coalesce(subject, '')) FROM messages;
+INSERT INTO sought
+    SELECT seq, seq, created_at, sought_of_payload(payload) || casefold(coalesce(subject, '')) FROM messages;
 DELETE FROM sqlite_sequence WHERE name = 'messages';
 """  # noqa: S608 - constants only
 MIGRATIONS = (
@@ -3470,12 +3471,13 @@ ALONG = {
     "all": "NOT INDEXED WHERE ",
     "sought": "WHERE seq IN (SELECT value FROM json_each(:seqs)) AND ",
     "pending": "INDEXED BY messages_pending WHERE sent_ts IS NULL AND error_ts IS NULL AND ",
-    "refused": "INDEXED BY messages_refused WHERE error IS NOT NULL AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND ",
+    "refused": "INDEXED BY messages_refused WHERE error IS NOT NULL "
+    "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND ",
 }
 CHOSEN = (
     "seq BETWEEN :first AND :last AND created_at BETWEEN :since AND :until "
     "AND (NOT :active_only OR (sent_ts IS NULL AND error_ts IS NULL)) "
-    "AND (NOT :refused OR (recipients IS NOT NULL AND error IS NOT NULL AND NOT (sent_ts IS NULL AND error_ts IS NULL))) "
+    "AND (NOT :refused OR (recipients IS NOT NULL AND error IS NOT NULL AND coalesce(sent_ts, error_ts) IS NOT NULL)) "
     "AND (:account_id IS NULL OR account_id = :account_id) AND (:batch_code IS NULL OR batch_code = :batch_code) "
     f"AND (:status IS NULL OR {STATUS_OF_ROW} = :status) ORDER BY seq"
 )
@@ -3505,7 +3507,7 @@ STATE_FIELDS = (*STATE_COLUMNS.split(", ")[:-1], "status")
 SETTLE = (
     "UPDATE OR FAIL messages SET sent_ts = :sent, error_ts = :failed, error = :error, updated_at = :now, "
     "deferred_ts = :deferred, deferral = :deferral, attempts = attempts + :counted, "
-    "turn = CASE WHEN :counted = 1 THEN turn | 1 ELSE turn END, "  # a damaged column of recipients is not lost by a deferral
+    "turn = turn | (:counted = 1), "  # a damaged column of recipients is not lost by a deferral
     "recipients = CASE WHEN :deferred IS NULL THEN :recipients ELSE coalesce(:recipients, recipients) END, "
     "reported_ts = CASE WHEN :place IS NULL THEN reported_ts END, report_order = coalesce(:place, report_order) "
     "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL"
@@ -3539,8 +3541,8 @@ LET_GO = (
 )
 # 2 suspends messages of a batch, 0 lets them go.
 SUSPEND = (
-    "UPDATE messages SET turn = turn & 1 | :suspended WHERE seq IN (SELECT seq FROM messages INDEXED BY messages_pending "
-    "WHERE seq BETWEEN :first AND :last AND sent_ts IS NULL AND error_ts IS NULL AND batch_code = :batch_code "
+    "UPDATE messages SET turn = turn & 1 | :suspended WHERE seq IN "
+    "(SELECT seq FROM messages INDEXED BY messages_pending WHERE seq BETWEEN :first AND :last AND sent_ts IS NULL AND error_ts IS NULL AND batch_code = :batch_code "
     "AND turn & 2 <> :suspended ORDER BY seq LIMIT :most) RETURNING seq"
 )
 # An account's mail by age, in a part of an index each: whether it was accepted later than that, and whether it is so old.
@@ -4286,7 +4288,7 @@ def _rows_of(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, Sequence[A
 
 
 def sought(recipients: Iterable[str], subject: str) -> str:
-    """What a search looks at: a line for each recipient, and the subject after a tab; folded, so that case is nothing."""
+    """What a search looks at, its case folded: a line for each recipient, and the subject after a tab."""
     return "\n".join(("", *recipients, f"\t{subject}")).casefold()
 
 
