@@ -670,9 +670,9 @@ class ServerSettings(NamedTuple):
     max_body_bytes: int = fixed(64 * 2**20, BYTES, "Largest body of a request.")
     max_batch: int = row(1000, COUNT, "Most messages of one submission.")
     max_connections: int = fixed(1000, COUNT, "Most connections at a time.")
-    head_timeout_seconds: float = fixed(10.0, PERIOD, "Time for the head of a request.")
-    idle_timeout_seconds: float = fixed(75.0, PERIOD, "How long a connection may be idle between requests.")
-    body_timeout_seconds: float = fixed(60.0, PERIOD, "How long the body of a request may make no progress.")
+    head_timeout_seconds: float = fixed(10, PERIOD, "Time for the head of a request.")
+    idle_timeout_seconds: float = fixed(75, PERIOD, "How long a connection may be idle between requests.")
+    body_timeout_seconds: float = fixed(60, PERIOD, "How long the body of a request may make no progress.")
 
 
 class ClientSettings(NamedTuple):
@@ -684,9 +684,9 @@ class ClientSettings(NamedTuple):
     client_sync_password: Secret | None = row(None, SECRET, "Password of HTTP basic authentication.")
     client_sync_token: Secret | None = row(None, SECRET, "Bearer token; wins over user and password.")
     client_sync_secret: Secret | None = row(None, SECRET, "Signs reports (Standard Webhooks): base64, or whsec_base64.")
-    sync_interval_seconds: float = row(300.0, seconds(0.05), "Called at least this often, also with nothing to report.")
+    sync_interval_seconds: float = row(300, seconds(0.05), "Called at least this often, also with nothing to report.")
     report_batch_size: int = row(1000, integer(1, 100_000), "Most entries of one report.")
-    timeout_seconds: float = row(30.0, seconds(0.05, 3600), "Time for the whole call.")
+    timeout_seconds: float = row(30, seconds(0.05, 3600), "Time for the whole call.")
     ca_file: str | None = row(None, READABLE_FILE, "CA certificates (PEM) to trust instead of the system's.")
 
 
@@ -723,7 +723,7 @@ class DeliverySettings(NamedTuple):
     id_retention_seconds: int = row(
         2_592_000, integer(0), "How long the id of a sent message that is gone stays known."
     )
-    shutdown_timeout_seconds: float = row(30.0, seconds(0, 86_400), "How long transactions may finish when it stops.")
+    shutdown_timeout_seconds: float = row(30, seconds(0, 86_400), "How long transactions may finish when it stops.")
     hostname: str | None = row(None, EHLO_NAME, "Our name in EHLO. Left out: the machine's full one, or its address.")
     chunking: bool = row(True, BOOLEAN, "Small mail by BDAT, in one round trip, to servers that offer CHUNKING.")
     redirect_to: str | None = row(None, MAIL_ADDRESS, "Staging: every mail goes here, its recipients in X-Original-To.")
@@ -801,7 +801,7 @@ class Account(NamedTuple):
 class AttachmentSettings(NamedTuple):
     """What fetching attachments may cost, and where they may come from."""
 
-    timeout_seconds: float = row(60.0, seconds(0.05, 3600), "Time to fetch one attachment, redirects included.")
+    timeout_seconds: float = row(60, seconds(0.05, 3600), "Time to fetch one attachment, redirects included.")
     max_attachment_bytes: int = row(25 * 2**20, BYTES, "Largest attachment.")
     max_message_bytes: int = row(35 * 2**20, BYTES, "Most bytes of all attachments of a message.")
     memory_budget_bytes: int = fixed(100 * 2**20, BYTES, "Memory for all messages being put together at a time.")
@@ -881,8 +881,6 @@ def as_written(value: object) -> str:
         return ", ".join(as_written(item) for item in value)
     if isinstance(value, Secret):
         return value.given if value.is_reference else "(set)"
-    if isinstance(value, float):
-        return f"{value:g}"
     return "" if value is None else str(value)
 
 
@@ -6785,7 +6783,7 @@ class HttpServer:
         if methods:
             request.route = next(iter(methods.values())).pattern
         if self.foreign(request):
-            sentence = "a page of another site is refused here: set api_token in [server], or ask 127.0.0.1 yourself"
+            sentence = "it may come from another site's page: ask by address (127.0.0.1), or set api_token in [server]"
             raise HttpError(403, sentence, code="foreign_origin")
         if not (route and route.public) and not self.authorised(request):
             sentence = "Invalid or missing API token"
