@@ -1414,12 +1414,6 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
-def _timestamp(value: object, field: str, latest: int) -> int:
-    if type(value) is int and 0 <= value <= latest:
-        return value
-    raise Rejected(f"invalid {field}: must be a time in whole Unix seconds, not milliseconds")
-
-
 # --- addresses ------------------------------------------------------------
 
 _ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]"
@@ -1794,7 +1788,9 @@ def parse_message(
     own_id = None if own_id is None else _message_id(own_id, "message_id")
     for known_id in (id_in_content, message_id):  # whoever has the last word comes last
         own_id = own_id if known_id is None else known_id
-    latest = LATEST_TIME if contents is None else LARGEST_INTEGER
+    for name, when in () if contents is not None else (("deferred_ts", deferred_ts), ("expires_ts", expires_ts)):
+        if when is not None and not (type(when) is int and 0 <= when <= LATEST_TIME):
+            raise Rejected(f"invalid {name}: must be a time in whole Unix seconds, not milliseconds")
     usual_fields = "raw" not in content and fields.keys() <= MESSAGE_FIELDS.keys()
     return Message(
         id=client_id,
@@ -1806,8 +1802,8 @@ def parse_message(
         return_path=return_path,
         message_id=f"{new_id()}@{sender.address.rpartition('@')[2]}" if own_id is None else own_id,
         priority=default_priority if priority is None else judged(PRIORITY, priority, "priority"),
-        deferred_ts=None if deferred_ts is None else _timestamp(deferred_ts, "deferred_ts", latest),
-        expires_ts=None if expires_ts is None else _timestamp(expires_ts, "expires_ts", latest),
+        deferred_ts=deferred_ts,
+        expires_ts=expires_ts,
         batch_code=None if batch_code is None else line_of(batch_code, "batch_code"),
         unknown=() if usual_fields else _unknown_fields(fields, "raw" in content),
         **content,
