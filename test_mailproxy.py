@@ -10933,6 +10933,20 @@ def test_who_is_in_doubt_gets_a_failed_message_again_only_where_the_account_or_t
         reports.wait_for(lambda all_of_them: len(all_of_them.entries_of("doubt")) == 3)
         assert smtp.visits["dropdata@example.com"] == 2
 
+        account = {"host": smtp.host, "port": smtp.port, "max_recipients": 1, "in_doubt": "error"}
+        assert daemon.post("/account", {"id": "one by one", **account}).status == 200
+        two = {**mail("two", account_id="one by one"), "to": ["dropdata+2@example.com", "late@example.com"]}
+        smtp.rule = lambda verb, visit, argument: (
+            "550 5.1.1 Not yet" if verb == "RCPT" and "late@" in argument else None
+        )
+        daemon.submit(two)
+        daemon.wait_status("two", "error")
+        smtp.rule = None
+        daemon.submit(two)
+        words = daemon.wait_status("two", "sent")["error"]
+        assert words.startswith("1 of 2 recipients refused or in doubt: connection")
+        assert (smtp.visits["dropdata+2@example.com"], smtp.visits["late@example.com"]) == (1, 2)
+
 
 def test_however_often_a_message_is_submitted_while_it_is_delivered_it_goes_out_once(
     daemon: Daemon, smtp: SmtpServer
