@@ -3328,7 +3328,8 @@ CREATE INDEX messages_waiting ON messages (deferred_ts)
 CREATE INDEX messages_held_back ON messages (account_id, deferral)
     WHERE deferred_ts IS NOT NULL AND deferral IN ('limit', 'connection', 'login');
 CREATE INDEX messages_pending ON messages (seq) WHERE sent_ts IS NULL AND error_ts IS NULL;
-CREATE INDEX messages_by_age ON messages (account_id, ready_at) WHERE sent_ts IS NULL AND error_ts IS NULL;
+CREATE INDEX messages_by_age ON messages (account_id, ready_at) WHERE sent_ts IS NULL AND error_ts IS NULL
+    AND (deferred_ts IS NULL OR deferral IN ('limit', 'connection', 'login'));
 CREATE INDEX messages_expiring ON messages (expires_ts)
     WHERE sent_ts IS NULL AND error_ts IS NULL AND expires_ts IS NOT NULL;
 CREATE INDEX messages_refused ON messages (seq)
@@ -3539,16 +3540,11 @@ SUSPEND = (
     "(SELECT seq FROM messages INDEXED BY messages_pending WHERE seq BETWEEN :first AND :last AND sent_ts IS NULL AND error_ts IS NULL AND batch_code = :batch_code "
     "AND turn & 2 <> :suspended ORDER BY seq LIMIT :most) RETURNING seq"
 )
-# An account's mail by age, in a part of an index each: whether it was accepted later than that, and whether it is so old.
-READY_BY_AGE = (
-    "SELECT created_at > :before, ready_at <= :before, seq, id, recipients, 0 FROM messages "
-    "WHERE account_id = :account AND turn = :turn AND priority = :priority "
-    "AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL ORDER BY seq"
-)
-HELD_BACK_BY_AGE = (
-    "SELECT created_at > :before, ready_at <= :before, seq, id, recipients, 1 FROM messages "
-    "WHERE account_id = :account AND deferral = :deferral AND deferral IN ('limit', 'connection', 'login') "
-    "AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NOT NULL ORDER BY seq"
+# An account's mail that is ready, or waits for its server or its limit, and could have gone before that moment.
+AGED = (
+    "SELECT seq, id, recipients, deferred_ts IS NOT NULL FROM messages WHERE account_id = :account "
+    "AND ready_at <= :before AND sent_ts IS NULL AND error_ts IS NULL "
+    "AND (deferred_ts IS NULL OR deferral IN ('limit', 'connection', 'login')) AND turn < 2 ORDER BY ready_at LIMIT :most"
 )
 # A failed message gets a new life.
 QUEUE_ANEW = (
@@ -3919,9 +3915,11 @@ class Queue:
             ).fetchone()
             for account_id, (before, last) in list(aged.items()):
                 why = f"expired: max_age_seconds reached; last: {last}"
-                found = list(itertools.islice(self._found_aged(db, account_id, before), max(0, CHUNK - len(ended))))
-                for seq, id_, recipients in found:
-                    ended.append((id_, account_id, self._give_up(db, seq, why, _recipients_of(recipients))))
+                most = max(0, values["overdue"] - len(ended))
+                found = db.execute(AGED, {"account": account_id, "before": before, "most": most}).fetchall()
+                for seq, id_, recipients, held_back in found:
+                    if held_back or seq not in self._on_wire:
+                        ended.append((id_, account_id, self._give_up(db, seq, why, _recipients_of(recipients))))
                 if len(ended) < CHUNK:
                     del aged[account_id]
             return {row[0] for row in released}, ended, next_ts or math.inf
@@ -3939,19 +3937,6 @@ class Queue:
         gone before that moment, but for what is on the wire."""
         self._aged[account_id] = before, last
         self.next_ts = 0
-
-    def _found_aged(self, db: sqlite3.Connection, account_id: str, before: float) -> Iterator[Sequence[Any]]:
-        """(seq, id, recipients) of the account's mail that is ready, or waits for its server or its limit, and could
-        have gone before that moment. Each part of an index is read up to the first that was accepted later."""
-        values = {"account": account_id, "before": before}
-        parts = [(READY_BY_AGE, {**values, "turn": turn, "priority": n}) for turn in (0, 1) for n in range(4)]
-        parts += [(HELD_BACK_BY_AGE, {**values, "deferral": deferral}) for deferral in HELD_BACK]
-        for sql, part in parts:
-            for is_younger, is_aged, seq, id_, recipients, held_back in db.execute(sql, part):
-                if is_younger:
-                    break
-                if is_aged and (held_back or seq not in self._on_wire):
-                    yield seq, id_, recipients
 
     def _give_up(self, db: sqlite3.Connection, seq: int, why: str, recipients: Outcomes | None) -> Disposition:
         """End a pending message: as sent when a server has it for some of its recipients."""
