@@ -4261,7 +4261,7 @@ def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(
         counted("answers", rig.answers())
         return counts
 
-    rig.accepted(submission("scheduled", deferred_ts=2 * NOW, expires_ts=3 * NOW))
+    rig.accepted(submission("scheduled", account_id="third", deferred_ts=2 * NOW, expires_ts=3 * NOW))
     steps_in_the_life_of("the first")
     alone = steps_in_the_life_of("alone")
     rig.page(None, 10, active_only=True)
