@@ -8500,7 +8500,7 @@ class ControlPlane:
             detail = {"error": ALL_REJECTED, "rejected": rejected}
             raise HttpError(400, ALL_REJECTED, code="all_rejected", rejected=rejected, detail=detail)
         answer: dict[str, object] = {"ok": True, "queued": queued, "rejected": rejected}
-        refused = {entry["id"] for entry in rejected} if unknown and rejected else ()
+        refused = {entry["id"] for entry in rejected if entry["reason"] != TWICE} if unknown else ()
         warnings = [{"id": id_, "unknown": names} for id_, names in unknown.items() if id_ not in refused]
         return json_response(
             {**answer, **({"known": known} if known else {}), **({"warnings": warnings} if warnings else {})}

@@ -10844,7 +10844,7 @@ def test_the_same_content_again_is_known_however_it_is_written_and_other_content
 def test_of_an_id_that_is_known_only_the_first_in_a_batch_counts_and_what_is_wrong_beside_it_is_named(
     judge: Daemon,
 ) -> None:
-    first = mail("known")
+    first = mail("known", colour="red")
     judge.submit(first)
 
     answer = submitted(
@@ -10857,6 +10857,7 @@ def test_of_an_id_that_is_known_only_the_first_in_a_batch_counts_and_what_is_wro
     no_batch = submitted(judge, first, default_priority="urgent")
 
     assert (answer.status, answer.json["queued"], answer.json["known"]) == (200, 0, ["known"])
+    assert answer.json["warnings"] == [{"id": "known", "unknown": ["colour"]}]
     assert [(one["id"], one["code"], one["field"]) for one in answer.json["rejected"]] == [
         ("known", "duplicate_id", "id"), (None, "invalid_field", "id"), ("new", "missing_field", "to"),
     ]  # fmt: skip
