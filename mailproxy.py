@@ -9728,9 +9728,7 @@ def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int
         for name in ("from", "to", "subject"):
             if name not in columns and name not in known_anyway:
                 raise ConfigurationError(f"{path}: no column {name}, and no --{name} for all rows")
-        cells = (
-            row if any(row[len(columns) :]) else row[: len(columns)] for row in reader
-        )  # without empty ones behind
+        cells = (row if any(row[len(columns) :]) else row[: len(columns)] for row in reader)
         return [(reader.line_num, dict(itertools.zip_longest(columns, row))) for row in cells if row]
     except csv.Error as error:
         raise CommandFailed(f"{path} line {reader.line_num} is not CSV: {error}") from None
@@ -9781,7 +9779,7 @@ _TOKEN_OF_ADDRESSES = re.compile(
 _OF_COMMENT = re.compile(rb"[^()\\]*+(?:\\.[^()\\]*+)*+([()])", re.DOTALL)  # up to where one begins or ends
 _ADDR_SPEC = r"\.*+[aq](?:\.++[aq])*+\.*+(?:@(?:a(?:\.a)*+|d))?"  # or a bare local name
 _OF_ADDRESS_LIST = (
-    re.compile(  # of words (a, q), domain literals (d) and specials: a comma, a group's name or end, a mailbox
+    re.compile(  # of words (a, q), domain literals (d), specials: a comma, a group's name or end, a mailbox
         rf",|[aq][aq.]*+:|;(?=,|\Z)|(?:(?:[aq][aq.]*+)?<(?:@[ad.@,]*+:)?((?:{_ADDR_SPEC})?)>|({_ADDR_SPEC}))(?=[,;]|\Z)"
     )
 )
