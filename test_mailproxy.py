@@ -6616,11 +6616,14 @@ def test_our_name_is_that_of_the_account_else_the_machines_else_the_address_of_t
     ("machine", "name"),
     [("box.example.com", "box.example.com"), ("box", ""), ("localhost", ""), ("LocalHost.localdomain", ""), (None, "")],
 )
-def test_a_machine_without_a_name_that_others_know_says_none(machine, name):
+def test_a_machine_without_a_name_that_others_know_says_none(machine, name, monkeypatch):
+    monkeypatch.setattr(mailproxy.socket, "gethostname", lambda: machine)
+    monkeypatch.setattr(mailproxy.socket, "getfqdn", lambda short: f"elsewhere.{short}")
+
     async def looked_up(call):
         if machine is None:
             raise TimeoutError
-        return machine
+        return call()
 
     assert asyncio.run(mailproxy.delivery_agent({}, looked_up)).hostname == name
 
