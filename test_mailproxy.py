@@ -12230,6 +12230,29 @@ def test_a_reader_that_goes_away_is_no_event_and_a_full_disk_is_one_sentence(tmp
 # --- serve and check
 
 
+def test_the_queue_of_serve_lies_beside_its_config_file_and_one_that_it_finds_elsewhere_is_told(tmp_path: Path) -> None:
+    etc, cwd = tmp_path / "etc", tmp_path / "cwd"
+    etc.mkdir()
+    cwd.mkdir()
+    (etc / "config.ini").write_text("[server]\nport = 0\n")
+
+    def said() -> str:
+        with running(
+            "serve", "--config", "../etc/config.ini", cwd=cwd, env=_plain_environment() | {"MAILPROXY_X": "1"}
+        ) as serve:
+            lines = [serve.stderr.readline(), serve.stderr.readline()]  # that it listens, and the first warning
+            serve.terminate()
+            lines.append(serve.stderr.read())
+            assert serve.wait(20) == 0
+        return "".join(lines)
+
+    assert "MAILPROXY_X matches no setting and is ignored" in said()
+    assert [file.name for file in (*etc.glob("*.db"), *cwd.glob("*"))] == ["mailproxy.db"]
+    (etc / "mailproxy.db").rename(cwd / "mailproxy.db")
+    assert f"the queue is {cwd}/mailproxy.db, not {etc}/mailproxy.db: move it there, or set db_path" in said()
+    assert [*etc.glob("*.db")] == []
+
+
 def test_serve_goes_by_its_options_and_is_found_by_config_ini_over_tls_or_a_unix_socket(
     tmp_path: Path, ca: PrivateCA
 ) -> None:
