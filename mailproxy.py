@@ -29,6 +29,7 @@ The rooms, from the top of this file to its end; each uses only those above it:
     QUEUE FILE, QUEUE           one SQLite file, group commit; every SQL statement
     OUTBOUND HTTP, ATTACHMENTS  urllib with deadlines; URL, S3 -> bytes
     DELIVERY AGENT              one SMTP session, one transaction
+    SUBMISSION BY SMTP          mail comes in by SMTP: the listener, sendmail -bs
     HTTP SERVER                 a strict little HTTP/1.1 server
     DISPATCHER, REPORTER        the two loops: mail goes out, reports go out
     CONTROL PLANE               a handler for each route
@@ -591,6 +592,12 @@ READABLE_FILE = PATH._replace(words="the path of a file that can be read")
 ABSOLUTE_PATH = Kind("an absolute path", lambda value: fit(TEXT.parse(value), value.startswith("/")))
 SOCKET_PATH = Kind("a path of at most 103 bytes", lambda value: fit(value, len(os.fsencode(value)) <= SUN_PATH))
 LISTENING_HOST = Kind("an address or a host name", lambda value: fit(value.strip("[]"), not re.search(r"[\s/]", value)))
+LISTENING = Kind(
+    "an address and a port, such as 127.0.0.1:2525 or [::1]:2525",
+    lambda value: fit(
+        value, (at := re.fullmatch(r"(?:[^\s/:]+|\[[\da-f:.]+\]):(\d{1,5})", value)) and int(at[1]) < 65_536
+    ),
+)
 HOST = Kind("the name or the address of a server; its port is a setting of its own, port", _server)
 EHLO_NAME = Kind("a host name, or an address literal such as [192.0.2.1]", _ehlo_name)
 REPLY = "codes from 400 to 599, each with an enhanced code, words of the text, or both: 554 5.7.0, 550 daily limit"
@@ -618,6 +625,7 @@ PRIORITY = Kind(
     (int,),
 )
 
+TLS_FILES = ("tls_cert", "tls_key")
 RETRY_DELAYS = (60, 300, 900, 3600, 7200)
 NEEDED: Any = object()  # the default of what has none
 
@@ -688,6 +696,15 @@ class ClientSettings(NamedTuple):
     report_batch_size: int = row(1000, integer(1, 100_000), "Most entries of one report.")
     timeout_seconds: float = row(30, seconds(0.05, 3600), "Time for the whole call.")
     ca_file: str | None = row(None, READABLE_FILE, "CA certificates (PEM) to trust instead of the system's.")
+
+
+class SubmissionSettings(NamedTuple):
+    """Submission by SMTP, for programs that speak nothing else."""
+
+    listen: str | None = fixed(None, LISTENING, "Address and port to take mail by SMTP, such as 127.0.0.1:2525.")
+    tls_cert: str | None = fixed(None, READABLE_FILE, "Certificate chain (PEM) for STARTTLS; else that of [server].")
+    tls_key: str | None = fixed(None, READABLE_FILE, "Private key (PEM) of tls_cert.")
+    max_connections: int = fixed(100, integer(1, 10_000), "Most connections at a time.")
 
 
 class SchedulerSettings(NamedTuple):
@@ -836,6 +853,7 @@ class Settings(NamedTuple):
     server: ServerSettings
     client: ClientSettings
     scheduler: SchedulerSettings
+    submission: SubmissionSettings
     sendmail: SendmailSettings
     delivery: DeliverySettings
     attachments: AttachmentSettings
@@ -852,8 +870,8 @@ class Settings(NamedTuple):
 
 CLASSES: Mapping[str, type[Any]] = MappingProxyType({  # in the order in which they are printed
     "storage": StorageSettings, "server": ServerSettings, "client": ClientSettings, "scheduler": SchedulerSettings,
-    "sendmail": SendmailSettings, "smtp": Account, "delivery": DeliverySettings, "attachments": AttachmentSettings,
-    "s3": S3Settings, "logging": LoggingSettings,
+    "submission": SubmissionSettings, "sendmail": SendmailSettings, "smtp": Account, "delivery": DeliverySettings,
+    "attachments": AttachmentSettings, "s3": S3Settings, "logging": LoggingSettings,
 })  # fmt: skip
 
 
@@ -1050,6 +1068,11 @@ def check_listening(settings: Settings, tokens: tuple[str, ...]) -> None:
         remedy = "set api_token in [server] (or MAILPROXY_SERVER_API_TOKEN), or listen on 127.0.0.1"
         problem = f"{server.host} can be reached from outside, and no token is set: {remedy}"
         raise _complaint(settings, "server", "host", problem)
+    submission = settings.submission
+    host = (submission.listen or "localhost:0").rpartition(":")[0].strip("[]")
+    if not is_loopback(host) and not (tokens and (submission.tls_cert or server.tls_cert)):
+        problem = f"{host} can be reached from outside: set api_token in [server], and tls_cert and tls_key here"
+        raise _complaint(settings, "submission", "listen", f"{problem}; or listen on 127.0.0.1")
 
 
 def webhook_key(secret: str) -> bytes:
@@ -1139,9 +1162,9 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
         raise _complaint(settings, "client", "client_sync_user", "must not hold a colon (RFC 7617)")
     if settings.server.submit_socket and settings.server.submit_socket == settings.server.unix_socket:
         raise _complaint(settings, "server", "submit_socket", "must be another path than unix_socket")
-    for key, needed in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
-        if getattr(settings.server, key) and not getattr(settings.server, needed):
-            raise _complaint(settings, "server", key, f"needs {needed} beside it")
+    for section, (key, needed) in itertools.product(("server", "submission"), itertools.permutations(TLS_FILES)):
+        if getattr(getattr(settings, section), key) and not getattr(getattr(settings, section), needed):
+            raise _complaint(settings, section, key, f"needs {needed} beside it")
     return settings
 
 
@@ -1642,7 +1665,7 @@ def subject_of_raw(raw: bytes) -> str:
 
 def _raw_message(given: object) -> tuple[bytes, str | None]:
     """A complete message that may be sent, and its own Message-ID ("" when it has a strange one)."""
-    content = _decoded_content(given, "raw")
+    content = given if isinstance(given, bytes) else _decoded_content(given, "raw")
     if b"\0" in content:
         raise Rejected("invalid raw: must not have NUL characters")
     fields, _ = split_raw(content)
@@ -6099,6 +6122,425 @@ class DeliveryAgent:
 
 
 # ======================================================================
+# SUBMISSION BY SMTP - one submission session over a pair of streams
+# ======================================================================
+#
+# A strict little SMTP server (RFC 5321, RFC 6409) for mail on its way out: the listener, `sendmail -bs` and the mail
+# server of the demo share it. Its invariant: 250 to the end of data is said when the mail is on disk. Only CRLF . CRLF
+# ends a mail, and one with a bare CR or LF in it is refused, so that nobody can hide a second one inside. All is bounded.
+
+SMTP_READ_BYTES = 65_536
+COMMAND_BYTES, AUTH_BYTES = 4_096, 12_288  # RFC 4954 4
+SMTP_RECIPIENTS, SMTP_ERRORS, SMTP_IDLE_S = 1_000, 20, 300.0  # of a mail; of a connection since its last mail
+SMTP_MEMORY_BYTES = 64 * 2**20  # for all mails that are coming in; larger ones are in files meanwhile
+CLOSE_S = 5.0
+TURNED_AWAY = 100  # clients over the limit that are told so at one time; more are cut off without a word
+
+MAIL_PARAMETERS = re.compile("(?i)(?: +(?:SIZE=([0-9]{1,20})|BODY=(?:7BIT|8BITMIME)|SMTPUTF8|AUTH=[^ ]*))*")
+_SMTP_PATH = re.compile(rf" *(?:<(?:@[^<>:]*:)?((?:{_QUOTED}|[^<>\"])*+)>|([^<> ]+))((?: +[^ ]+)*) *")
+_SUBMISSION_FIELD = re.compile(rb"(?im)^X-Mailproxy-(Account|Priority|Id)[ \t]*:((?:[^\r]|\r\n[ \t])*)\r\n")
+
+
+class Listener:
+    """A server on asyncio's streams with a bounded number of clients: each is served by the run() of what `client`
+    makes, which is waited for when it stops while it is `busy`."""
+
+    client: Callable[[asyncio.StreamReader, asyncio.StreamWriter, str, bool], Any]
+
+    def __init__(self, most_clients: int) -> None:
+        self.most_clients, self.stopping = most_clients, False
+        self.tls: ssl.SSLContext | None = None
+        self._listeners: list[asyncio.Server] = []
+        self._unix_sockets: dict[str, int] = {}  # and their inodes
+        self._connections: dict[asyncio.Task[None], Any] = {}
+
+    async def start_tcp(self, host: str, port: int, tls: ssl.SSLContext | None) -> tuple[tuple[str, int], ...]:
+        """Listens on every address of `host`, with TLS when there is a context; returns (address, port)."""
+        self.tls, listener = tls, await asyncio.start_server(self._connected, host or None, port, backlog=32)
+        self._keep(listener)
+        return tuple(listening.getsockname()[:2] for listening in listener.sockets)
+
+    async def start_unix(self, path: str, mode: int = 0o660) -> None:
+        """Listens on a Unix socket of this mode, in the place of one that a crash left behind.
+
+        OSError when a living process listens there, or a file is in the way.
+        """
+        with socket.socket(socket.AF_UNIX) as probe:  # asyncio removes any socket that it finds
+            probe.settimeout(1)
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                probe.connect(path)
+                raise OSError(errno.EADDRINUSE, "another process listens there", path)
+        listener = await asyncio.start_unix_server(self._connected, path, backlog=32, start_serving=False)
+        os.chmod(path, mode)  # before anybody can connect
+        await listener.start_serving()
+        self._keep(listener)
+        self._unix_sockets[path] = os.stat(path).st_ino
+
+    def _keep(self, listener: asyncio.Server) -> None:
+        """What asyncio calls backlog is also how many it accepts in one step; the kernel may let more of them wait."""
+        self._listeners.append(listener)
+        for listening in listener.sockets:
+            with listening.dup() as same:
+                same.listen(self.most_clients)
+
+    async def stop(self, grace_s: float) -> None:
+        """Stops listening, serves the busy ones within `grace_s`, then cuts what is left."""
+        self.stopping = True
+        for path, inode in self._unix_sockets.items():
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_ino == inode:  # else somebody else listens there now
+                    os.unlink(path)
+        for listener in self._listeners:
+            listener.close()
+        for task, client in self._connections.items():
+            if not client.busy:
+                task.cancel()
+        for patience_s in (grace_s, CLOSE_S):
+            if self._connections:
+                await asyncio.wait(list(self._connections), timeout=patience_s)
+            for task in self._connections:
+                task.cancel()
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Begin with a client. One over the limit is told so; when there are far too many, the connection is closed."""
+        taken = len(self._connections)
+        if self.stopping or taken >= self.most_clients + TURNED_AWAY:
+            writer.transport.abort()
+            return
+        peername = writer.get_extra_info("peername")
+        peer = str(peername[0]) if isinstance(peername, tuple) else "unix"
+        client = self.client(reader, writer, peer, taken >= self.most_clients)
+        task = asyncio.create_task(client.run(), name=f"client {taken}")
+        self._connections[task] = client
+        task.add_done_callback(self._connections.pop)
+
+
+def demand(holds: object, reply: str) -> None:
+    """Raises Rejected with the reply to a command that cannot be followed."""
+    if not holds:
+        raise Rejected(reply)
+
+
+class SmtpMail(NamedTuple):
+    """What one transaction brought."""
+
+    sender: str  # "" is the null sender
+    recipients: Sequence[str]
+    content: bytes  # its lines end with CRLF, its dots are unstuffed
+    login: str = ""
+
+    def submission(self, accounts: Mapping[str, object], host: str) -> dict[str, Any]:
+        """The submission that is meant, its `raw` in bytes. With a Message-ID the same id comes again."""
+        end, raw = self.content.find(b"\r\n\r\n"), self.content
+        header = raw[: end + 2] if end >= 0 else raw
+        found = {name.lower(): value.replace(b"\r\n", b"") for name, value in _SUBMISSION_FIELD.findall(header)}
+        given = {name.decode(): value.decode("utf-8", "replace").strip() for name, value in found.items()}
+        if found:
+            raw = _SUBMISSION_FIELD.sub(b"", header) + raw[len(header) :]
+        account = given.get("account") or (self.login if self.login in accounts else None)
+        digest = hashlib.blake2b(as_json([account, self.sender, *self.recipients]).encode(), digest_size=16)
+        has_id = re.search(rb"(?im)^Message-ID[ \t]*:", header)
+        digest.update(self.content if has_id else random.randbytes(16))
+        id_, sender = given.get("id") or f"smtp-{digest.hexdigest()}", self.sender or f"MAILER-DAEMON@{host}"
+        fields = {"id": id_, "from": sender, "return_path": self.sender or "<>", "to": list(self.recipients)}
+        return {**fields, "account_id": account, "priority": given.get("priority"), "raw": raw}
+
+
+def reply_to_submission(id_: str, reason: object) -> str:
+    """The reply to the end of data: the mail was taken, or the reason why not."""
+    if reason is None:
+        return f"250 2.0.0 Ok: queued as {id_}"
+    return f"{'451 4.3.0' if reason == 'in delivery' else '554 5.6.0'} {_escaped(str(reason))[:400]}"
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class SmtpSession:
+    """One client, its commands answered in turn; replies gather until it is waited for (RFC 2920 3.2)."""
+
+    server: SmtpServer
+    reader: Any  # asyncio's streams, or StandardStreams
+    writer: Any
+    peer: str = ""
+    _last: bool = False  # the session ends after the present command
+    busy: bool = False  # a mail is coming in, or being stored
+    _buffer: bytes = b""  # received and not yet understood
+    _replies: list[str] = field(default_factory=list)
+    _idle_at: float = 0.0  # when it will have been idle for too long, on the monotonic clock
+    _farewell: str = "421 4.3.2 Shutting down, come back later"
+    _errors: int = 0
+    _encrypted: bool = False
+    _login: str | None = None
+    _sender: str | None = None
+    _recipients: list[str] = field(default_factory=list)
+
+    async def run(self) -> None:
+        """Serve the client, and let it read the last reply: to close while it still sends would destroy that."""
+        try:
+            with contextlib.suppress(EOFError, OSError):  # it is gone, or there is no TLS that we know
+                await self.serve()
+                async with asyncio.timeout(CLOSE_S):
+                    if self.writer.can_write_eof():
+                        self.writer.write_eof()
+                        while await self.reader.read(SMTP_READ_BYTES):
+                            pass
+                    self.writer.close()
+                    await self.writer.wait_closed()
+        finally:
+            self.writer.transport.abort()
+
+    async def serve(self) -> None:
+        """Answer the client until it leaves, or has to. The errors of the connection come through."""
+        self._replies += ["421 4.3.2 Too many connections" if self._last else f"220 {self.server.names.host} ESMTP"]
+        self._idle_at = time.monotonic() + SMTP_IDLE_S
+        self._watch(asyncio.current_task())
+        with contextlib.suppress(asyncio.CancelledError):
+            while not (self._last or self.server.stopping):
+                try:
+                    reply = await self._answer(await self._line())
+                except Rejected as refusal:
+                    reply = _escaped(str(refusal))[:400]
+                    if not reply[0].isdigit():  # it is about an address
+                        reply = f"501 5.1.{7 if self._sender is None else 3} {reply}"
+                self._idle_at = time.monotonic() + SMTP_IDLE_S
+                self._errors += reply.startswith("5") and not self.busy
+                if self._errors >= SMTP_ERRORS:
+                    self._last, reply = True, "421 4.7.0 Too many errors"
+                self._replies += [reply] if reply else []
+                self.busy = False
+        self._idle_at = math.inf
+        self._replies += [] if self._last else [self._farewell]
+        async with asyncio.timeout(CLOSE_S):
+            await self._flush()
+
+    def _watch(self, session: asyncio.Task[Any] | None) -> None:
+        """End it when it is idle for too long. A timer for each command would take a tenth of the time of a mail."""
+        left_s = self._idle_at - time.monotonic()
+        if left_s > 0:
+            asyncio.get_running_loop().call_later(min(left_s, SMTP_IDLE_S), self._watch, session)
+        elif session and session.cancel():
+            self._farewell = "421 4.4.2 Idle for too long"
+
+    async def _flush(self) -> None:
+        """Send the replies that have gathered."""
+        self.writer.write("".join([f"{reply}\r\n" for reply in self._replies]).encode("utf-8", "replace"))
+        self._replies.clear()
+        await self.writer.drain()
+
+    async def _receive(self) -> bytes:
+        """What the client sends next; EOFError when it has left."""
+        if self._replies:
+            await self._flush()
+        received: bytes = await self.reader.read(SMTP_READ_BYTES)
+        if not received:
+            raise EOFError
+        return received
+
+    async def _line(self, *, of_auth: bool = False) -> str:
+        """A command, or a line of the dialogue of AUTH, without its CRLF."""
+        too_long = False
+        while (end := self._buffer.find(b"\n")) < 0:
+            if len(self._buffer) > AUTH_BYTES:
+                too_long, self._buffer = True, self._buffer[-1:]
+            self._buffer += await self._receive()
+        line, self._buffer = self._buffer[: end + 1], self._buffer[end + 1 :]
+        if not (of_auth or line[:1].isalpha() or line[:1].isspace()) or b" HTTP/" in line:
+            self._last = True  # a page in a browser, TLS, or anything else in which somebody hides commands
+        most = AUTH_BYTES if of_auth or line[:5].upper() == b"AUTH " else COMMAND_BYTES
+        demand(not too_long and len(line) <= most, "500 5.5.2 The line is too long")
+        text = line[:-2].decode("utf-8", "replace")
+        is_one = line.endswith(b"\r\n") and text.isprintable() and "\ufffd" not in text
+        demand(is_one, "500 5.5.2 A command is a line of UTF-8 that ends with CRLF")
+        return text
+
+    async def _content(self, file: tempfile.SpooledTemporaryFile[bytes], in_memory: int) -> tuple[int, str]:
+        """Read a mail into the file, up to CRLF . CRLF; return its size, and the reply to one that cannot be taken, which is
+        read to its end, too."""
+        left, size, refusal, after_crlf, most = self._buffer, 0, "", True, self.server.most_bytes()
+        while True:
+            end = 0 if after_crlf and left.startswith(b".\r\n") else left.find(b"\r\n.\r\n") + 2
+            cut = end if end != 1 else max(len(left) - 4, 0)
+            cut -= left[cut - 1 : cut] == b"\r"
+            piece, left = left[:cut], left[cut:]
+            if not piece.count(b"\r") == piece.count(b"\n") == piece.count(b"\r\n"):
+                refusal = refusal or "554 5.6.0 A CR or an LF in the mail is not one of a CRLF (RFC 5321 2.3.8)"
+            if piece:
+                stuffed, after_crlf = after_crlf and piece.startswith(b"."), piece.endswith(b"\r\n")
+                piece = piece[stuffed:].replace(b"\r\n.", b"\r\n")
+                size += len(piece)
+            if size > most:
+                refusal = refusal or f"552 5.3.4 A mail has at most {most} octets"
+            try:
+                if not refusal and size <= in_memory:
+                    file.write(piece)
+                elif not refusal:
+                    await self.server.in_thread(functools.partial(file.write, piece))
+            except OSError as error:
+                refusal = f"452 4.3.1 The mail cannot be stored: {error.strerror}"
+            if end != 1:
+                self._buffer = left[3:]
+                return size, refusal
+            left += await self._receive()
+            self._idle_at = time.monotonic() + SMTP_IDLE_S
+
+    async def _answer(self, line: str) -> str:
+        """The reply to a command; "" when it was sent already."""
+        server = self.server
+        verb, _, argument = line.partition(" ")
+        match verb.upper():
+            case "MAIL":
+                demand(self._sender is None, "503 5.5.1 There is a sender already: RSET begins anew")
+                demand(self._encrypted or not server.tls_first, "530 5.7.0 Send STARTTLS first")
+                demand(self._login is not None or not server.login_first(), "530 5.7.0 Log in with an API token first")
+                sender, parameters = self._path(argument, "FROM:")
+                known, most = MAIL_PARAMETERS.fullmatch(parameters), server.most_bytes()
+                demand(known, "555 5.5.4 There is a parameter that is not known here")
+                demand(known and int(known[1] or 0) <= most, f"552 5.3.4 A mail has at most {most} octets")
+                self._sender = sender and parse_addr_spec(server.names.sender_of(sender), "from")
+                return "250 2.1.0 Ok"
+            case "RCPT":
+                demand(self._sender is not None, "503 5.5.1 Send MAIL first")
+                recipient, parameters = self._path(argument, "TO:")
+                demand(not parameters, "555 5.5.4 This parameter is not known here")
+                addresses = [parse_addr_spec(one, "to") for one in server.names.recipients(recipient or "@")]
+                demand(len(self._recipients + addresses) <= SMTP_RECIPIENTS, "452 4.5.3 Too many recipients")
+                refusal = server.refusal(recipient)
+                self._recipients += addresses if not refusal else []
+                return refusal or "250 2.1.5 Ok"
+            case "DATA":
+                demand(self._sender is not None, "503 5.5.1 Send MAIL first")
+                demand(self._recipients, "554 5.5.1 There is no valid recipient")
+                return await self._data()
+            case "EHLO" | "HELO" | "RSET" as begins:
+                self._sender, self._recipients = None, []
+                words = [server.names.host, "PIPELINING", f"SIZE {server.most_bytes()}", "8BITMIME", "SMTPUTF8"]
+                words += ["STARTTLS"] if server.tls and not self._encrypted else []
+                words += ["AUTH PLAIN LOGIN"] if self._encrypted or not server.tls_first else []
+                words = {"EHLO": [*words, "ENHANCEDSTATUSCODES"], "HELO": words[:1]}.get(begins, ["2.0.0 Ok"])
+                return "\r\n".join([*(f"250-{word}" for word in words[:-1]), f"250 {words[-1]}"])
+            case "AUTH":
+                demand(self._login is None and self._sender is None, "503 5.5.1 AUTH is not possible now")
+                demand(self._encrypted or not server.tls_first, "538 5.7.11 Send STARTTLS first")
+                return await self._auth(*argument.partition(" ")[::2])
+            case "STARTTLS":
+                demand(server.tls and not self._encrypted, "503 5.5.1 STARTTLS is not offered now")
+                with contextlib.suppress(TimeoutError):  # what came before the handshake is dropped (RFC 3207 6)
+                    async with asyncio.timeout(0):
+                        while not self.writer.transport.pause_reading() and await self.reader.read(SMTP_READ_BYTES):
+                            pass
+                self._replies.append("220 2.0.0 Go ahead")
+                await self._flush()
+                await self.writer.start_tls(server.tls, ssl_handshake_timeout=30)
+                self._buffer, self._login, self._sender, self._recipients, self._encrypted = b"", None, None, [], True
+                return ""
+            case "NOOP":
+                return "250 2.0.0 Ok"
+            case "VRFY":
+                return "252 2.0.0 Send some mail, and it will be tried"
+            case "QUIT":
+                self._last = True
+                return "221 2.0.0 Bye"
+        return "500 5.5.2 There is no such command here"
+
+    def _path(self, argument: str, keyword: str) -> tuple[str, str]:
+        """The address of MAIL or RCPT without a source route, and the parameters (RFC 5321 4.1.2)."""
+        found = _SMTP_PATH.fullmatch(argument, len(keyword)) if argument[: len(keyword)].upper() == keyword else None
+        if not found:
+            raise Rejected(f"501 5.5.4 Write {keyword}<address>")
+        return found[1] or found[2] or "", found[3]
+
+    async def _data(self) -> str:
+        server, sender, recipients = self.server, self._sender or "", self._recipients
+        self.busy, self._sender, self._recipients = True, None, []
+        self._replies.append("354 End with a dot on a line of its own")
+        in_memory = SMTP_MEMORY_BYTES // server.most_clients
+        try:
+            with tempfile.SpooledTemporaryFile(in_memory, dir=server.folder) as file:
+                size, reply = await self._content(file, in_memory)
+                self._idle_at = math.inf
+                await self._flush()
+                if not reply:
+                    file.seek(0)
+                    async with server.one_large if size > in_memory else contextlib.nullcontext():
+                        content = file.read() if size <= in_memory else await server.in_thread(file.read)
+                        reply = await server.take(SmtpMail(sender, recipients, content, self._login or ""))
+        except MailproxyError as error:
+            code = "452 4.3.1" if isinstance(error, StorageUnavailable) else "451 4.3.0"
+            reply = f"{code} {_escaped(str(error))[:400]}"
+        self._errors *= not reply.startswith("2")
+        return reply
+
+    async def _auth(self, mechanism: str, told: str) -> str:
+        """PLAIN (RFC 4616) and LOGIN; what the client answers first may be told with the command (RFC 4954 4)."""
+        words: list[str] = []
+        for challenge in {"PLAIN": [""], "LOGIN": ["Username:", "Password:"]}.get(mechanism.upper(), []):
+            if not told:
+                self._replies.append(f"334 {base64.b64encode(challenge.encode()).decode()}")
+                told = await self._line(of_auth=True)
+            demand(told != "*", "501 5.7.0 Cancelled")
+            try:
+                words += base64.b64decode(told.removeprefix("="), validate=True).decode().split("\0")[-2:]
+            except ValueError:
+                raise Rejected("501 5.5.2 This is not base64 of UTF-8") from None
+            told = ""
+        demand(len(words) == 2, "504 5.5.4 Log in by PLAIN or LOGIN, with a name and a password")
+        demand(self.server.may_log_in(words[1], self.peer), "535 5.7.8 The password must be an API token")
+        self._login = words[0]
+        return "235 2.7.0 Ok"
+
+
+@dataclass(eq=False, repr=False)
+class SmtpServer(Listener):
+    """What the sessions of a listener share."""
+
+    take: Callable[[SmtpMail], Awaitable[str]]  # the reply to the end of data; MailproxyError: not now
+    names: LocalNames
+    most_bytes: Callable[[], int] = lambda: AttachmentSettings().max_message_bytes  # of a mail
+    in_thread: InThread = field(default_factory=InThread)
+    folder: str | None = None  # where large mails lie while they come in, without names; None: the system's
+    most_clients: int = 100
+    tls_first: bool = False  # before a login and a mail
+    may_log_in: Callable[[str, str], bool] = lambda password, peer: True
+    login_first: Callable[[], bool] = lambda: False
+    refusal: Callable[[str], str | None] = lambda recipient: None  # the reply that refuses it
+    one_large: asyncio.Lock = field(default_factory=asyncio.Lock)  # in memory
+
+    def __post_init__(self) -> None:
+        super().__init__(self.most_clients)
+        self.client = functools.partial(SmtpSession, self)
+
+
+class StandardStreams:
+    """Standard input and output in the place of asyncio's streams; LF line ends become CRLF. Blocking."""
+
+    async def read(self, most: int) -> bytes:
+        received = os.read(0, most)
+        received += os.read(0, 1) if received.endswith(b"\r") else b""
+        return received.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+
+    def write(self, content: bytes) -> None:
+        while content:
+            content = content[os.write(1, content) :]
+
+    async def drain(self) -> None:
+        """All is written."""
+
+
+def speak_smtp(submit: Callable[[dict[str, Any]], str | None], names: LocalNames, most_bytes: int) -> None:
+    """`sendmail -bs`: one session on standard input and output. Blocking, as `submit` is: it returns None, or why the
+    submission was refused, and raises MailproxyError when nobody can take it now."""
+
+    async def take(mail: SmtpMail) -> str:
+        fields = mail.submission({}, names.host)
+        fields["raw"] = base64.b64encode(fields["raw"]).decode()
+        return reply_to_submission(fields["id"], submit(fields))
+
+    streams = StandardStreams()
+    session = SmtpSession(SmtpServer(take, names, lambda: most_bytes), streams, streams)
+    with contextlib.suppress(EOFError, OSError):
+        asyncio.run(session.serve())
+
+
+# ======================================================================
 # HTTP SERVER - bytes in, requests; answers out, bytes; knows no mail
 # ======================================================================
 #
@@ -6135,9 +6577,7 @@ LONG_STRING_BYTES = 8_192  # a longer string of a large body is read separately
 STEP_BYTES = 262_144  # of a long string or body, read in one step
 JSON_DEPTH = 64
 JSON_VALUES = 2_000_000  # strings, lists, objects of a body: an empty list takes thirty times the memory of its bytes
-HTTP_CLOSE_S = 5.0
 LINGER_PAUSE_S = 2.0
-TURNED_AWAY = 100  # connections over the limit that are answered 503 at one time; more are closed without a word
 
 
 PROBLEMS: Mapping[int, str] = {  # the code of a failure for programs, where no other is given
@@ -6417,13 +6857,16 @@ class ServedConnection:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     peer: str  # the client's address, or "unix"
-    tls: ssl.SSLContext | None = None
     turned_away: bool = False  # it is one too many
     idle_until: float = 0.0  # then it is ended, on the monotonic clock; inf while there is a request
     _timer: asyncio.TimerHandle | None = None
     _buffer: bytes = b""  # received and not yet understood
     _last: bool = False  # the connection ends after the present request
     _unread: bool = False  # the client may still be sending the present request
+
+    @property
+    def busy(self) -> bool:
+        return self.idle_until == math.inf
 
     async def run(self) -> None:
         """Answer one request after another until the connection ends."""
@@ -6432,8 +6875,8 @@ class ServedConnection:
         self.idle_until = time.monotonic() + patience_s
         self._end_if_idle(patience_s)
         try:
-            if self.tls:
-                await self.writer.start_tls(self.tls, ssl_handshake_timeout=limits.head_timeout_seconds)
+            if self.server.tls:
+                await self.writer.start_tls(self.server.tls, ssl_handshake_timeout=limits.head_timeout_seconds)
             # A write counts as done when all of it has left for the kernel: nothing unread outlives its deadline.
             self.writer.transport.set_write_buffer_limits(high=1, low=0)
             while not self._last:
@@ -6678,12 +7121,12 @@ class ServedConnection:
                         await self._receive(LINGER_PAUSE_S)
         self.writer.close()
         with contextlib.suppress(OSError):
-            async with asyncio.timeout(HTTP_CLOSE_S):
+            async with asyncio.timeout(CLOSE_S):
                 await self.writer.wait_closed()
 
 
 @dataclass(eq=False, repr=False)
-class HttpServer:
+class HttpServer(Listener):
     """Listens, and has each request answered by the row of the route table it belongs to."""
 
     routes: InitVar[Sequence[Route]]
@@ -6693,64 +7136,14 @@ class HttpServer:
     in_thread: InThread
     log_failure: Callable[[Request, Exception], None]  # what a handler raised; the client gets a bare 500
     foreign: Callable[[Request], bool] = lambda request: False  # a page of another site sent it: 403 on any path
-    stopping: bool = False
-    _listeners: list[asyncio.Server] = field(default_factory=list)
-    _unix_sockets: dict[str, int] = field(default_factory=dict)  # and their inodes
-    _connections: dict[asyncio.Task[None], ServedConnection] = field(default_factory=dict)
 
     def __post_init__(self, routes: Sequence[Route]) -> None:
+        super().__init__(self.limits.max_connections)
+        self.client = functools.partial(ServedConnection, self)
         self._rows: dict[tuple[str | None, ...], dict[str, Route]] = {}  # by the path, None for an id; by the method
         for route in routes:
             path = tuple(None if segment == "{id}" else segment for segment in route.pattern.split("/"))
             self._rows.setdefault(path, {})[route.method] = route
-
-    async def start_tcp(self, host: str, port: int, tls: ssl.SSLContext | None) -> tuple[tuple[str, int], ...]:
-        """Listens on every address of `host`, with TLS when there is a context; returns (address, port)."""
-        listener = await asyncio.start_server(functools.partial(self._connected, tls), host or None, port, backlog=32)
-        self._keep(listener)
-        return tuple(listening.getsockname()[:2] for listening in listener.sockets)
-
-    async def start_unix(self, path: str, mode: int = 0o660) -> None:
-        """Listens on a Unix socket of this mode, in the place of one that a crash left behind.
-
-        OSError when a living process listens there, or a file is in the way.
-        """
-        with socket.socket(socket.AF_UNIX) as probe:  # asyncio removes any socket that it finds
-            probe.settimeout(1)
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                probe.connect(path)
-                raise OSError(errno.EADDRINUSE, "another process listens there", path)
-        connected = functools.partial(self._connected, None)
-        listener = await asyncio.start_unix_server(connected, path, backlog=32, start_serving=False)
-        os.chmod(path, mode)  # before anybody can connect
-        await listener.start_serving()
-        self._keep(listener)
-        self._unix_sockets[path] = os.stat(path).st_ino
-
-    def _keep(self, listener: asyncio.Server) -> None:
-        """What asyncio calls backlog is also how many it accepts in one step; the kernel may let more of them wait."""
-        self._listeners.append(listener)
-        for listening in listener.sockets:
-            with listening.dup() as same:
-                same.listen(self.limits.max_connections)
-
-    async def stop(self, grace_s: float) -> None:
-        """Stops listening, answers the requests in progress within `grace_s`, then cuts what is left."""
-        self.stopping = True
-        for path, inode in self._unix_sockets.items():
-            with contextlib.suppress(OSError):
-                if os.stat(path).st_ino == inode:  # else somebody else listens there now
-                    os.unlink(path)
-        for listener in self._listeners:
-            listener.close()
-        for task, connection in self._connections.items():
-            if connection.idle_until < math.inf:
-                task.cancel()
-        for patience_s in (grace_s, HTTP_CLOSE_S):
-            if self._connections:
-                await asyncio.wait(list(self._connections), timeout=patience_s)
-            for task in self._connections:
-                task.cancel()
 
     def admit(self, request: Request, segments: tuple[str, ...]) -> Route:
         """The row for a request; otherwise 403 or 401 before 404 and 405, so that a stranger learns nothing."""
@@ -6775,21 +7168,6 @@ class HttpServer:
             listed = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
             raise HttpError(405, f"this path takes only {listed}", headers={"Allow": listed})
         return route
-
-    def _connected(
-        self, tls: ssl.SSLContext | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        """Begin with a client. One over the limit is told so; when there are far too many, the connection is closed."""
-        taken = len(self._connections)
-        if self.stopping or taken >= self.limits.max_connections + TURNED_AWAY:
-            writer.transport.abort()
-            return
-        peername = writer.get_extra_info("peername")
-        peer = str(peername[0]) if isinstance(peername, tuple) else "unix"
-        connection = ServedConnection(self, reader, writer, peer, tls, taken >= self.limits.max_connections)
-        task = asyncio.create_task(connection.run(), name=f"http {taken}")
-        self._connections[task] = connection
-        task.add_done_callback(self._connections.pop)
 
 
 # ======================================================================
@@ -8518,6 +8896,18 @@ class ControlPlane:
         self._tell_of_submissions(accepted, known, rejected)
         return len(accepted), known
 
+    async def submit_mail(self, mail: SmtpMail, host: str) -> str:
+        """Submit what came by SMTP; the reply to its end of data, said when it is on disk."""
+
+        def judged_mail() -> tuple[str, Judged]:
+            fields = mail.submission(self.dispatcher.lanes, host)
+            return fields["id"], self._judge([fields], self.settings().delivery.default_priority)
+
+        is_small = len(mail.content) <= JSON_AT_ONCE_BYTES
+        id_, (good, rejected, _) = judged_mail() if is_small else await self.in_thread(judged_mail)
+        await self.store(good, rejected)
+        return reply_to_submission(id_, rejected[0]["reason"] if rejected else None)
+
     async def _judged(self, request: Request) -> Judged:
         """The messages of a batch, judged. What they were read from is let go when this returns."""
         fields = await request.json_object(judged="messages")
@@ -9071,11 +9461,34 @@ class Daemon:
                 place = server.submit_socket
                 await self._local.start_unix(place, 0o666)
                 event(self._log, logging.INFO, "any local user may submit", at=f"unix:{place}")
+            place = self.settings.submission.listen or ""
+            await self._listen_for_smtp(place)
         except OSError as error:
             raise ConfigurationError(
                 f"Cannot listen on {place}: {error.strerror or error}; choose another address or port."
             ) from error
         return where
+
+    async def _listen_for_smtp(self, place: str) -> None:
+        """Open the submission server, where one is wanted."""
+        settings, submission = self.settings, self.settings.submission
+        host, port = place.rpartition(":")[0].strip("[]"), place.rpartition(":")[2]
+        names = await self._network(lambda: local_names(settings.sendmail))
+        self._smtp = SmtpServer(
+            take=functools.partial(self._control.submit_mail, host=names.host),
+            names=names,
+            most_bytes=lambda: self.settings.attachments.max_message_bytes,
+            in_thread=self._work,
+            folder=os.path.dirname(self._queue.file.path),
+            most_clients=submission.max_connections,
+            tls_first=not is_loopback(host),
+            may_log_in=self._may_log_in,
+            login_first=lambda: bool(self._tokens),
+        )
+        if place:
+            tls = server_tls_context(submission if submission.tls_cert else settings.server)
+            (_, own_port), *_ = await self._smtp.start_tcp(host, int(port), tls)
+            event(self._log, logging.INFO, "submission by SMTP listens", at=f"{host}:{own_port}")
 
     def _most_clients(self) -> int:
         """How many HTTP connections there may be: clients must not take the files that delivery needs."""
@@ -9127,7 +9540,8 @@ class Daemon:
         on_the_wire = self._queue.in_delivery
         event(self._log, logging.INFO, "stopping", on_the_wire=on_the_wire, timeout_seconds=timeout_s)
         self._dispatcher.drain()
-        closing = asyncio.gather(*(server.stop(max(timeout_s, 5)) for server in (self._http, self._local)))
+        servers = (self._http, self._local, self._smtp)
+        closing = asyncio.gather(*(server.stop(max(timeout_s, 5)) for server in servers))
         drained = asyncio.create_task(self._dispatcher.drained())
         if not await self._ends(drained, timeout_s):
             event(self._log, logging.WARNING, "cut off while delivering", on_the_wire=self._queue.in_delivery)
@@ -9275,6 +9689,14 @@ class Daemon:
         """True for a page of another site, where no token is asked for that it cannot have."""
         return not self._tokens and is_foreign(request, "https" if self.settings.server.tls_cert else "http")
 
+    def _may_log_in(self, password: str, peer: str) -> bool:
+        """True for one of the tokens, by SMTP; for any password while none is configured."""
+        matches = [hmac.compare_digest(password.encode(), token) for token in self._tokens]
+        if matches and not any(matches):
+            self._metrics.auth_failures.inc()
+            event(self._log, logging.WARNING, "a login by SMTP without a valid token", peer=peer)
+        return any(matches) or not matches
+
     def _observe_request(self, request: Request, status: int, seconds: float) -> None:
         self._metrics.http_requests(request.route, request.method, status).inc()
         self._metrics.http_request_seconds(request.route).observe(seconds)
@@ -9292,15 +9714,16 @@ class Daemon:
         event(self._log, logging.ERROR, "a request made mailproxy fail", exc_info=failure, **about)
 
 
-def server_tls_context(server: ServerSettings) -> ssl.SSLContext | None:
-    """TLS for the HTTP side, when it is configured. Blocking: reads files."""
+def server_tls_context(server: ServerSettings | SubmissionSettings) -> ssl.SSLContext | None:
+    """TLS for what listens, when it is configured. Blocking: reads files."""
     if server.tls_cert is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         context.load_cert_chain(server.tls_cert, server.tls_key)
     except (OSError, ssl.SSLError) as error:
-        raise ConfigurationError(f"[server] tls_cert and tls_key cannot be used: {error}") from error
+        section = "server" if isinstance(server, ServerSettings) else "submission"
+        raise ConfigurationError(f"[{section}] tls_cert and tls_key cannot be used: {error}") from error
     return context
 
 
@@ -10031,7 +10454,7 @@ class Demo:
         self._lines: asyncio.Queue[str] = asyncio.Queue()  # what passed, and is not shown yet
         self._outcomes: dict[str, str] = {}  # as reported
         self._taken = 0  # mails that the mail server took
-        self._greylisted = False  # it has said "later"
+        self._refusals = {"refused": "550 5.1.1 No such mailbox here", "greylisted": "450 4.7.1 Come back later"}
         self._started_at = time.monotonic()
 
     async def run(self) -> int:
@@ -10060,57 +10483,32 @@ class Demo:
 
     # -- the part of the mail server
 
-    async def _serve_smtp(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A connection (RFC 5321). refused@ has no mailbox here, greylisted@ is told to come back the first time."""
-        recipient, reply = "", "220 smtp.demo.example ESMTP"
-        with contextlib.closing(writer), contextlib.suppress(OSError, EOFError):
-            while True:
-                writer.write(f"{reply}\r\n".encode())
-                await writer.drain()
-                line = (await reader.readuntil(b"\r\n")).decode("latin-1").strip()
-                match line[:4].upper():
-                    case "EHLO":
-                        reply = "250-smtp.demo.example\r\n250-8BITMIME\r\n250 ENHANCEDSTATUSCODES"
-                    case "RCPT":
-                        recipient = line.partition("<")[2].partition(">")[0]
-                        reply = self._reply_to_recipient(recipient)
-                    case "DATA":
-                        writer.write(b"354 End with a dot on a line of its own\r\n")
-                        reply = self._take(await reader.readuntil(b"\r\n.\r\n"), recipient)
-                    case "QUIT":
-                        reply = "221 2.0.0 Bye"
-                    case _:
-                        reply = "250 2.0.0 Ok"
-
-    def _reply_to_recipient(self, recipient: str) -> str:
-        if recipient.startswith("refused@"):
-            reply = "550 5.1.1 No such mailbox here"
-        elif recipient.startswith("greylisted@") and not self._greylisted:
-            self._greylisted = True
-            reply = "450 4.7.1 Greylisted, come back later"
-        else:
-            return "250 2.1.5 Ok"
-        self._tell("mailproxy", "smtp", recipient, f"RCPT TO:<{recipient}>")
-        self._tell("smtp", "mailproxy", recipient, reply)
+    def _reply_to_recipient(self, recipient: str) -> str | None:
+        """refused@ has no mailbox here, greylisted@ is told to come back the first time."""
+        name = recipient.partition("@")[0]
+        reply = self._refusals.pop(name, None) if name == "greylisted" else self._refusals.get(name)
+        if reply:
+            self._tell("mailproxy", "smtp", recipient, f"RCPT TO:<{recipient}>")
+            self._tell("smtp", "mailproxy", recipient, reply)
         return reply
 
-    def _take(self, content: bytes, recipient: str) -> str:
+    async def _take(self, mail: SmtpMail) -> str:
         """The reply to a whole mail, which is shown and not kept."""
         self._taken += 1
         reply = f"250 2.0.0 Ok: taken as number {self._taken}"
-        mail = email.message_from_bytes(content)
-        subject = make_header(decode_header(mail.get("Subject", "")))
-        parts = [joined(" ", p.get_content_type(), p["Content-ID"]) for p in mail.walk() if not p.is_multipart()]
-        words = f'"{subject}", {size_in_words(len(content))}: {" + ".join(parts)}'
-        self._tell("mailproxy", "smtp", recipient, words)
-        self._tell("smtp", "mailproxy", recipient, reply)
+        message = email.message_from_bytes(mail.content)
+        subject = make_header(decode_header(message.get("Subject", "")))
+        parts = [joined(" ", p.get_content_type(), p["Content-ID"]) for p in message.walk() if not p.is_multipart()]
+        words = f'"{subject}", {size_in_words(len(mail.content))}: {" + ".join(parts)}'
+        self._tell("mailproxy", "smtp", mail.recipients[0], words)
+        self._tell("smtp", "mailproxy", mail.recipients[0], reply)
         return reply
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         """Mail server, application and daemon, stopped again in the other order."""
-        listener = await asyncio.start_server(self._serve_smtp, "127.0.0.1", 0, limit=10_000_000)
-        smtp_port = listener.sockets[0].getsockname()[1]
-        stack.callback(listener.close)
+        server = SmtpServer(self._take, LocalNames("", "smtp.demo.example", None, {}), refusal=self._reply_to_recipient)
+        (_, smtp_port), *_ = await server.start_tcp("127.0.0.1", 0, None)
+        stack.push_async_callback(server.stop, 1)
         app = HttpServer(
             [Route("POST", "/reports", self._take_report, public=True)],
             limits=ServerSettings(),
@@ -10426,6 +10824,10 @@ def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
                 status = os.EX_CONFIG if reason.startswith(NO_WAY_OUT) else os.EX_DATAERR
                 status = os.EX_NOUSER if reason.startswith(NO_SUCH_MAIL) else status
                 raise CommandFailed(f"the message was refused: {reason}", status)
+        elif call.mode == "s":
+            settings = read_settings(config, environ, {})
+            keep = functools.partial(submit_or_keep, settings, environ)
+            speak_smtp(keep, local_names(settings.sendmail), settings.attachments.max_message_bytes)
         elif call.mode == "p":
             client = find_daemon(environ, config=config)
             queue = client.ask("GET", f"/messages?active_only=1&limit={LISTING_LIMIT}").granted()
@@ -10517,10 +10919,11 @@ def _start_problems(settings: Settings) -> Iterator[str]:
             yield f"[{row.section}] {row.key}: the folder {folder} does not exist"
         elif path and not os.access(folder, os.W_OK | os.X_OK):
             yield f"[{row.section}] {row.key}: the folder {folder} cannot be written by this user"
-    try:
-        server_tls_context(settings.server)
-    except ConfigurationError as error:
-        yield str(error)
+    for section in (settings.server, settings.submission):
+        try:
+            server_tls_context(section)
+        except ConfigurationError as error:
+            yield str(error)
 
 
 # --- check --connect: what the servers say -------------------------------

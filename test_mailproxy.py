@@ -41,6 +41,7 @@ import re
 import shlex
 import shutil
 import signal
+import smtplib
 import socket
 import socketserver
 import sqlite3
@@ -905,12 +906,15 @@ class Postfix:
     """A Postfix of the test's own, with its queue and configuration in a folder of its own; needs root.
 
     It accepts every domain, offers STARTTLS, and puts each recipient's copy into
-    one Maildir through virtual(8). `users` (user -> password) makes AUTH a must.
+    one Maildir through virtual(8). `users` (user -> password) makes AUTH a must. With `relay_to`, a port of
+    this machine, it brings all mail there instead.
     """
 
-    def __init__(self, *, certificate: Certificate, users: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *, certificate: Certificate, users: Mapping[str, str] | None = None, relay_to: int | None = None
+    ) -> None:
         self.host, self.port = "127.0.0.1", free_port()
-        self._certificate, self._users = certificate, users or {}
+        self._certificate, self._users, self._relay_to = certificate, users or {}, relay_to
 
     @staticmethod
     def needed(*, with_users: bool = False) -> None:
@@ -961,7 +965,9 @@ class Postfix:
             path.chmod(mode)
             shutil.chown(path, owner, group)
         (cert, key), nobody = self._certificate, (self.folder / "mail").stat().st_uid
-        self._write("main.cf", _MAIN_CF.format(folder=self.folder, nobody=nobody, cert=cert, key=key) + self._sasl())
+        relay = _RELAY_CF.format(port=self._relay_to) if self._relay_to else ""
+        main_cf = _MAIN_CF.format(folder=self.folder, nobody=nobody, cert=cert, key=key)
+        self._write("main.cf", main_cf + relay + self._sasl())
         self._write("master.cf", _MASTER_CF.format(port=self.port))
 
     def _write(self, name: str, text: str) -> None:
@@ -1043,6 +1049,12 @@ smtpd_tls_key_file = {key}
 smtpd_tls_received_header = yes
 """
 
+# It delivers nothing itself, but gives all to another server of this machine.
+_RELAY_CF = """\
+virtual_mailbox_domains =
+relayhost = [127.0.0.1]:{port}
+"""
+
 _SASL_CF = """\
 cyrus_sasl_config_path = {folder}
 smtpd_sasl_auth_enable = yes
@@ -1063,6 +1075,7 @@ proxymap  unix      - - n - - proxymap
 error     unix      - - n - - error
 retry     unix      - - n - - error
 virtual   unix      - n n - - virtual
+smtp      unix      - - n - - smtp
 anvil     unix      - - n - 1 anvil
 postlog   unix-dgram n - n - 1 postlogd
 """
@@ -7149,6 +7162,681 @@ def test_connections_with_an_old_token_renew_it_once_and_who_waits_is_not_refuse
 
     assert len(endpoint.forms) == 2
     assert len(server.logins) == 1 + 8 or not waiting
+
+
+# ======================================================================
+# SUBMISSION BY SMTP
+# ======================================================================
+
+DATED = "Date: Sat, 28 Nov 2026 12:00:00 +0000\r\n"
+
+
+class Typist:
+    """An SMTP client that says exactly what it is told to; its replies are lists of lines."""
+
+    def __init__(self, port: int, *, greeting: str = "220", hello: bool = True) -> None:
+        self.line = socket.create_connection(("127.0.0.1", port), 30)
+        self.line.settimeout(30)
+        self.file = self.line.makefile("rb")
+        assert self.reply()[0].startswith(greeting)
+        if hello:
+            self.asked("EHLO client.test")
+
+    def __enter__(self) -> Typist:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.file.close()
+        self.line.close()
+
+    def say(self, text: str | bytes) -> None:
+        self.line.sendall(text.encode() if isinstance(text, str) else text)
+
+    def reply(self) -> list[str]:
+        lines: list[str] = []
+        while not lines or lines[-1][3:4] == "-":
+            lines.append(self.file.readline().decode().rstrip("\r\n"))
+        return lines
+
+    def asked(self, *commands: str) -> str:
+        """The last line of the reply to the last of these commands, which are sent in one go."""
+        self.say("".join(f"{command}\r\n" for command in commands))
+        return [self.reply() for _ in commands][-1][-1]
+
+    def asked_each(self, *commands: str) -> list[str]:
+        return [self.asked(command)[:9] for command in commands]
+
+    def begin(self, sender: str = "app@example.com", *recipients: str) -> None:
+        """Up to the content of a mail."""
+        to = [f"RCPT TO:<{recipient}>" for recipient in recipients or ("ok@example.com",)]
+        assert self.asked(f"MAIL FROM:<{sender}>", *to, "DATA").startswith("354")
+
+    def sent(self, content: str | bytes, *recipients: str, sender: str = "app@example.com") -> str:
+        """The reply to a mail; the content as it goes onto the wire, but for the dot."""
+        self.begin(sender, *recipients)
+        self.say((content.encode() if isinstance(content, str) else content) + b".\r\n")
+        return self.reply()[-1]
+
+    def secure(self, ca: PrivateCA) -> None:
+        self.line = ssl.create_default_context(cafile=ca.ca_file).wrap_socket(self.line, server_hostname="localhost")
+        self.file = self.line.makefile("rb")
+
+    def ended(self) -> bool:
+        return self.file.read() == b""
+
+
+def mail_of(subject: str, message_id: str = "", body: str = "Hello\r\n") -> str:
+    """A small mail; with a Message-ID it is known when it comes again."""
+    message_id = f"Message-ID: <{message_id}>\r\n" if message_id else ""
+    return f"From: app@example.com\r\nSubject: {subject}\r\n{DATED}{message_id}\r\n{body}"
+
+
+def smtp_port(daemon: Daemon) -> int:
+    """Where it takes mail by SMTP since its last start."""
+    return int(re.findall(r"submission by SMTP listens at=\S+:(\d+)", daemon.log)[-1])
+
+
+@contextlib.contextmanager
+def daemon_with_smtp(
+    folder: Path, smtp: SmtpServer | Postfix | None, config: Mapping[str, Any] | None = None, **more: Any
+) -> Iterator[tuple[Daemon, int]]:
+    """A daemon that takes mail by SMTP, and where."""
+    sections = {**(config or {}), "submission": {"listen": "127.0.0.1:0", **(config or {}).get("submission", {})}}
+    with Daemon(folder, sections, smtp=smtp, **more) as daemon:
+        yield daemon, smtp_port(daemon)
+
+
+def id_in(reply: str) -> str:
+    assert reply.startswith("250 2.0.0 "), reply
+    return reply.split()[-1]
+
+
+def test_mail_by_smtp_goes_out_byte_for_byte_with_the_envelope_as_given(tmp_path, smtp):
+    content = (
+        b"Received: from a by b\r\nX-Mailproxy-Priority: high\r\nMessage-Id:  <odd@example.com> \r\nSUBJECT:\tStrange \r\n"
+        b"x-mailproxy-id: the\r\n one\r\nFrom: \xc3\xa9 <e@example.com>\r\n" + DATED.encode() + b"\r\n"
+        b"..two dots\r\n.\r\n\tX-Mailproxy-Id: stays\r\nX-Mailproxy-Id: stays\r\n\xff\xfe 8 bit \r\n\r\n..\r\n"
+    )
+    with daemon_with_smtp(tmp_path, smtp) as (daemon, port), smtplib.SMTP("127.0.0.1", port) as client:
+        refused = client.sendmail(
+            "bounce+1@example.com", ["ok@example.com", "OK@example.com"], content, ["BODY=8BITMIME"]
+        )
+        record = daemon.wait_status("the one", "sent")
+        (arrived,) = smtp.wait_for(1)
+
+    assert refused == {}
+    assert (record["priority"], record["message_id"]) == (1, "<odd@example.com>")
+    assert (arrived.sender, arrived.recipients) == ("bounce+1@example.com", ["ok@example.com", "OK@example.com"])
+    ours = b"X-Mailproxy-Priority: high\r\n", b"x-mailproxy-id: the\r\n one\r\n"
+    assert arrived.content == functools.reduce(lambda text, field: text.replace(field, b""), ours, content)
+
+
+def test_the_account_is_that_of_the_field_else_the_login_name_else_the_default(tmp_path, smtp):
+    other = {"host": smtp.host, "port": smtp.port}
+    config = {"account:billing": other, "account:news": other}
+    with daemon_with_smtp(tmp_path, smtp, config, token="secret") as (daemon, port):
+        found = []
+        for login, field_ in [("news", "X-Mailproxy-Account: billing\r\n"), ("news", ""), ("someone", "")]:
+            with Typist(port) as client:
+                secret = base64.b64encode(f"\0{login}\0secret".encode()).decode()
+                assert client.asked(f"AUTH PLAIN {secret}").startswith("235 2.7.0")
+                id_ = id_in(client.sent(field_ + mail_of(login)))
+                found.append(daemon.wait_status(id_, "sent")["account_id"])
+        with Typist(port) as client:
+            client.asked(f"AUTH PLAIN {secret}")
+            refused = client.sent("X-Mailproxy-Account: nobody's\r\n" + mail_of("x"))
+
+    assert found == ["billing", "news", "default"]
+    assert refused == "554 5.6.0 account not found"
+
+
+def test_mail_with_an_empty_sender_keeps_it(tmp_path, smtp):
+    with daemon_with_smtp(tmp_path, smtp) as (daemon, port), Typist(port) as client:
+        id_ = id_in(client.sent(mail_of("Undeliverable"), sender=""))
+        daemon.wait_status(id_, "sent")
+        (arrived,) = smtp.wait_for(1)
+    assert arrived.sender in ("", "<>")
+
+
+def test_a_mail_that_comes_again_is_one_copy_where_it_has_a_message_id(tmp_path, smtp):
+    once, twice = mail_of("once", "1@example.com"), mail_of("twice")
+    with daemon_with_smtp(tmp_path, smtp) as (daemon, port), Typist(port) as client:
+        ids = [id_in(client.sent(mail)) for mail in (once, once, twice, twice)]
+        daemon.wait_status(ids[0], "sent")
+        ids += [id_in(client.sent(once)), id_in(client.sent(once, "other@example.com"))]
+        for id_ in ids:
+            daemon.wait_status(id_, "sent")
+
+    assert len({*ids[:2], ids[4]}) == 1
+    assert len(set(ids)) == 4
+    assert sorted(arrived.message["Subject"] for arrived in smtp.received) == ["once", "once", "twice", "twice"]
+
+
+SMUGGLED = "MAIL FROM:<evil@example.com>\r\nRCPT TO:<victim@example.com>\r\nDATA\r\nSubject: smuggled\r\n\r\nx\r\n.\r\n"
+
+
+@pytest.mark.parametrize(
+    "end", ["\n.\n", "\r.\r", "\n.\r\n", "\r\n.\n", "\r\n.\r", "\r.\r\n", "\r\n\0.\r\n", "\n\n.\r\n", "\r\r\n.\r\r\n"]
+)
+def test_only_crlf_dot_crlf_ends_a_mail_and_nothing_is_hidden_in_one(tmp_path, end):
+    taken = []
+
+    async def take(mail):
+        taken.append(mail)
+        return mailproxy.reply_to_submission("1", "a reason" if b"\0" in mail.content else None)
+
+    with smtp_to(take) as port, Typist(port) as client:
+        reply = client.sent(mail_of("first", body=f"text{end}{SMUGGLED[:-3]}"))
+        assert reply.startswith("554 5.6.0 ")
+        assert client.sent(mail_of("second")).startswith("250")
+    assert [b"second" in mail.content for mail in taken][-1:] == [True]
+    assert not any(mail.sender.startswith("evil") for mail in taken)
+
+
+@contextlib.contextmanager
+def smtp_to(take: Callable[[Any], Any], **more: Any) -> Iterator[int]:
+    """The SMTP server of mailproxy with nothing behind it but this function; its port."""
+    names = mailproxy.LocalNames(
+        "example.com", "host.example.com", None, {"root": ("ops@example.com", "on@call.example")}
+    )
+    listening: concurrent.futures.Future[int] = concurrent.futures.Future()
+    done = threading.Event()
+
+    async def serve() -> None:
+        server = mailproxy.SmtpServer(take, names, **more)
+        listening.set_result((await server.start_tcp("127.0.0.1", 0, None))[0][1])
+        await asyncio.to_thread(done.wait)
+        await server.stop(1)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(asyncio.run, serve())
+        try:
+            yield listening.result(10)
+        finally:
+            done.set()
+            serving.result(20)
+
+
+class Kept(list):
+    """Takes every mail."""
+
+    async def __call__(self, mail: Any) -> str:
+        self.append(mail)
+        return f"250 2.0.0 Ok: queued as {len(self)}"
+
+
+def test_content_arrives_whole_however_it_is_cut_into_packets():
+    """At every place, byte by byte, and far above what is kept in memory."""
+    wire = b".\r\n..a\r\n...\r\n\r\n..\r\n.b\r\n" + b"".join(b"..%d\r\n" % n for n in range(30))
+    content = re.sub(rb"(?m)^\.(?=.)", b"", wire[1:])
+
+    async def main() -> list[Any]:
+        kept = Kept()
+        names = mailproxy.LocalNames("", "host", None, {})
+        for cut in [[n] for n in range(len(wire) + 20)] + [list(range(400))]:
+            said = (
+                b"EHLO x\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\n" + wire[1:] + b".\r\nQUIT\r\n"
+            )
+            begins = said.index(b"DATA")
+            reader = asyncio.StreamReader()
+            server = mailproxy.SmtpServer(kept, names, most_clients=mailproxy.SMTP_MEMORY_BYTES // 100)
+            streams = SimpleNamespace(read=reader.read, write=lambda said: None, drain=lambda: asyncio.sleep(0))
+            session = asyncio.create_task(mailproxy.SmtpSession(server, streams, streams).serve())
+            for start, end in pairwise([0, *(begins + at for at in cut if begins + at < len(said)), len(said)]):
+                reader.feed_data(said[start:end])
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            await session
+        return kept
+
+    kept = asyncio.run(main())
+    assert {mail.content for mail in kept} == {content}
+    assert len(kept) == len(wire) + 21
+
+
+def test_commands_in_a_row_are_answered_in_order():
+    kept = Kept()
+    with smtp_to(kept) as port, Typist(port, hello=False) as client:
+        client.say(f"EHLO x\r\nNOOP\r\n{SMUGGLED}{SMUGGLED}RSET\r\nQUIT\r\n")
+        offers = client.reply()
+        codes = [client.reply()[0][:3] for _ in range(11)]
+        assert client.ended()
+
+    assert [offer[4:].split()[0] for offer in offers[1:]] == [
+        "PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "AUTH", "ENHANCEDSTATUSCODES",
+    ]  # fmt: skip
+    assert codes == ["250", *["250", "250", "354", "250"] * 2, "250", "221"]
+    assert len(kept) == 2
+
+
+ADDRESS_254 = f"{'a' * 64}@{'.'.join(['b' * 61] * 3)}.ccc"
+
+
+@pytest.mark.parametrize(
+    ("commands", "replies"),
+    [
+        (["DATA", "RCPT TO:<a@b.example>"], ["503 5.5.1", "503 5.5.1"]),
+        (["MAIL FROM:<a@b.example>", "MAIL FROM:<a@b.example>", "DATA"], ["250 2.1.0", "503 5.5.1", "554 5.5.1"]),
+        (["mail from: <a@b.example> size=5 body=8bitmime", "rcpt to: c@d.example", "data"], ["250 2.1.0", "250 2.1.5", "354 End w"]),
+        (["MAIL FROM:<@x.example,@y.example:a@b.example> SMTPUTF8", "RCPT TO:<\"a>b\"@c.example>"], ["250 2.1.0", "250 2.1.5"]),
+        (["MAIL FROM:<ü@bücher.example>", "RCPT TO:<ü@b.example>"], ["250 2.1.0", "250 2.1.5"]),
+        ([f"MAIL FROM:<{ADDRESS_254}>", f"RCPT TO:<{ADDRESS_254}c>"], ["250 2.1.0", "501 5.1.3"]),
+        (["MAIL FROM:a b", "MAIL FROM:<a@b", "MAIL TO:<a@b.example>", "MAIL"], ["555 5.5.4", *["501 5.5.4"] * 3]),
+        (["MAIL FROM:<a@b.example> SIZE=99999999999999999999", "MAIL FROM:<> SIZE=x"], ["552 5.3.4", "555 5.5.4"]),
+        (["MAIL FROM:<a@b.example> RET=HDRS", "MAIL FROM:<a@@b>", "MAIL FROM:<>"], ["555 5.5.4", "501 5.1.7", "250 2.1.0"]),
+        (["MAIL FROM:<root>", "RCPT TO:<root>", "RCPT TO:<Postmaster>", "RCPT TO:<>"], ["250 2.1.0", "250 2.1.5", "250 2.1.5", "501 5.1.3"]),
+        (["MAIL FROM:<a@b.example>", "RCPT TO:<c@d.example> NOTIFY=NEVER", "EHLO x", "DATA"], ["250 2.1.0", "555 5.5.4", "250 ENHAN", "503 5.5.1"]),
+        (["VRFY root", "HELP", "EXPN x", "ETRN", "BDAT 3 LAST", ""], ["252 2.0.0", *["500 5.5.2"] * 5]),
+        (["STARTTLS", "AUTH CRAM-MD5", "AUTH PLAIN %%", "AUTH PLAIN eA==", "AUTH PLAIN AGEAYg==", "AUTH PLAIN AGEAYg=="], ["503 5.5.1", "504 5.5.4", "501 5.5.2", "504 5.5.4", "235 2.7.0", "503 5.5.1"]),
+        (["AUTH LOGIN", "YQ==", "Yg=="], ["334 VXNlc", "334 UGFzc", "235 2.7.0"]),
+        (["AUTH LOGIN YQ==", "*", "AUTH PLAIN", "AGEAYg=="], ["334 UGFzc", "501 5.7.0", "334 ", "235 2.7.0"]),
+        (["NOOP\0", "NOOP \r", "RSET"], ["500 5.5.2", "500 5.5.2", "250 2.0.0"]),
+    ],
+    ids=lambda given: given[0][:30] if given[0][:3].isalpha() else "",
+)  # fmt: skip
+def test_each_command_has_its_reply(commands, replies):
+    with smtp_to(Kept()) as port, Typist(port) as client:
+        assert client.asked_each(*commands) == replies
+
+
+def test_bare_local_names_become_addresses_as_sendmail_has_them():
+    kept = Kept()
+    with smtp_to(kept) as port, Typist(port) as client:
+        client.sent(mail_of("x"), "root", "Postmaster", "c@d.example", sender="cron")
+    assert kept[0][:2] == (
+        "cron@example.com",
+        ["ops@example.com", "on@call.example", "Postmaster@example.com", "c@d.example"],
+    )
+
+
+def test_everything_is_bounded(tmp_path):
+    kept, limit = Kept(), mailproxy.COMMAND_BYTES
+    with smtp_to(kept, most_bytes=lambda: 5000, most_clients=3) as port:
+        with Typist(port) as client:
+            longest = "NOOP " + "x" * (limit - 7)
+            assert client.asked_each(longest, longest + "x", "NOOP " + "x" * 99_999) == [
+                "250 2.0.0",
+                "500 5.5.2",
+                "500 5.5.2",
+            ]
+            client.say(b"NOOP\nNOOP\r\n")
+            assert [client.reply()[0][:3] for _ in range(2)] == ["500", "250"]
+            secret = base64.b64encode(b"\0a\0" + b"b" * 9_201).decode()
+            assert client.asked_each(f"AUTH PLAIN {secret}AAAA", f"AUTH PLAIN {secret}") == ["500 5.5.2", "235 2.7.0"]
+
+            assert client.asked("MAIL FROM:<a@b.example> SIZE=5001").startswith("552 5.3.4")
+            assert client.sent("x" * 6000 + "\r\n").startswith("552 5.3.4")
+            assert client.sent(b"x" * 4998 + b"\r\n").startswith("250")
+
+            client.asked("MAIL FROM:<a@b.example>")
+            many = [f"RCPT TO:<{number}@d.example>" for number in range(1000)]
+            assert client.asked(*many).startswith("250")
+            assert client.asked("RCPT TO:<x@d.example>", "RCPT TO:<y@d.example>").startswith("452 4.5.3")
+            assert client.asked("DATA").startswith("354")
+            assert client.asked(".").startswith("250")
+            assert len(kept[-1].recipients) == 1000
+
+            with Typist(port), Typist(port), Typist(port, greeting="421", hello=False) as turned_away:
+                assert turned_away.ended()
+
+            assert {client.asked("WHAT")[:9] for _ in range(19)} == {"500 5.5.2"}
+            assert client.asked("WHAT").startswith("421 4.7.0")
+            assert client.ended()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "GET / HTTP/1.1\r\nHost: 127.0.0.1:2525\r\n",
+        "POST / HTTP/1.1\r\nHost: 127.0.0.1:2525\r\nContent-Length: 200\r\n\r\n",
+        "\x16\x03\x01\x02\r\n",
+    ],
+)
+def test_a_page_in_a_browser_cannot_submit(said):
+    kept = Kept()
+    with smtp_to(kept) as port, Typist(port, hello=False) as client:
+        client.say(said + SMUGGLED)
+        assert client.reply()[0].startswith("500 5.5.2")
+        assert client.ended()
+    assert not kept
+
+
+def test_silent_and_slow_clients_are_ended_and_progress_is_enough(monkeypatch):
+    kept = Kept()
+    monkeypatch.setattr(mailproxy, "SMTP_IDLE_S", 1.2)
+    with smtp_to(kept) as port, Typist(port) as silent, Typist(port) as within, Typist(port) as slow:
+        within.begin()
+        slow.begin()
+        for _ in range(14):
+            slow.say("0123456789\r\n")
+            time.sleep(0.1)
+        slow.say(".\r\n")
+        assert slow.reply()[0].startswith("250")
+        for client in (silent, within):
+            assert client.reply()[0].startswith("421 4.4.2")
+            assert client.ended()
+    assert len(kept) == 1
+
+
+def test_a_client_that_does_not_read_its_replies_holds_up_nobody(monkeypatch):
+    monkeypatch.setattr(mailproxy, "SMTP_IDLE_S", 0.5)
+    monkeypatch.setattr(mailproxy, "CLOSE_S", 0.3)
+    with smtp_to(Kept()) as port, Typist(port) as deaf:
+        deaf.line.settimeout(5)
+        with contextlib.suppress(OSError):
+            while True:
+                deaf.say(b"EHLO x\r\n" * 10_000)
+        with Typist(port) as client:
+            assert client.asked("NOOP").startswith("250")
+
+
+def test_a_token_is_the_password_and_login_comes_before_mail(tmp_path, smtp):
+    with daemon_with_smtp(tmp_path, smtp, token="secret, other") as (daemon, port), Typist(port) as client:
+        right, wrong = (base64.b64encode(f"\0me\0{word}".encode()).decode() for word in ("other", "secret, other"))
+        commands = "MAIL FROM:<a@b.example>", f"AUTH PLAIN {wrong}", f"AUTH PLAIN {right}", "MAIL FROM:<a@b.example>"
+        assert client.asked_each(*commands) == ["530 5.7.0", "535 5.7.8", "235 2.7.0", "250 2.1.0"]
+        daemon.token = "other"
+        assert b"\nmailproxy_auth_failures_total 1.0" in daemon.get("/metrics").content
+        assert "a login by SMTP without a valid token peer=127.0.0.1" in daemon.log
+        assert wrong not in daemon.log
+
+
+@pytest.mark.parametrize("given", [{}, {"server__api_token": "secret"}, {"server__tls_cert": os.devnull}])
+def test_a_listener_for_others_needs_a_token_and_a_certificate(tmp_path, given):
+    with pytest.raises(mailproxy.ConfigurationError, match=r"\[submission\] listen: 0.0.0.0 can be reached"):
+        loaded(tmp_path, submission__listen="0.0.0.0:0", **given)
+
+
+@pytest.mark.parametrize("listen", ["2525", "127.0.0.1:", "::1:25", "localhost:70000", "[::1]:x", "a b:25"])
+def test_where_to_listen_is_an_address_and_a_port(tmp_path, listen):
+    with pytest.raises(mailproxy.ConfigurationError, match="is not an address and a port"):
+        loaded(tmp_path, submission__listen=listen)
+
+
+def test_starttls_comes_before_the_login_where_others_can_connect_and_clear_bytes_are_dropped(tmp_path, smtp, ca):
+    certificate = ca.good()
+    config = {"submission": {"listen": "0.0.0.0:0", "tls_cert": certificate.cert, "tls_key": certificate.key}}
+    right = base64.b64encode(b"\0me\0secret").decode()
+    with daemon_with_smtp(tmp_path, smtp, config, token="secret") as (daemon, port), Typist(port) as client:
+        offers = "\n".join([client.say("EHLO x\r\n") or "", *client.reply()])
+        assert "STARTTLS" in offers
+        assert "AUTH" not in offers
+        assert client.asked_each(f"AUTH PLAIN {right}", "MAIL FROM:<a@b.example>") == ["538 5.7.1", "530 5.7.0"]
+
+        client.say("STARTTLS\r\nMAIL FROM:<evil@example.com>\r\n" + "NOOP\r\n" * 1_000)
+        assert client.reply()[0].startswith("220")
+        client.secure(ca)
+        client.say("EHLO x\r\n")
+        offers = "\n".join(client.reply())
+        assert "STARTTLS" not in offers
+        assert "AUTH PLAIN LOGIN" in offers
+        assert client.asked_each("MAIL FROM:<a@b.example>", f"AUTH PLAIN {right}") == ["530 5.7.0", "235 2.7.0"]
+        daemon.wait_status(id_in(client.sent(mail_of("safe"))), "sent")
+
+
+def test_what_cannot_be_taken_is_refused_with_the_reason(tmp_path, smtp):
+    refused = {
+        "no header": "invalid raw: does not begin with the header",
+        "Subject: x\r\n\r\n\0\r\n": "invalid raw: must not have NUL",
+        "X-Mailproxy-Priority: urgent\r\n" + mail_of("x"): "invalid priority: must be 0 to 3",
+        f"X-Mailproxy-Id: {'x' * 256}\r\n" + mail_of("x"): "invalid id: ",
+    }
+    with daemon_with_smtp(tmp_path, smtp) as (daemon, port), Typist(port) as client:
+        for content, reason in refused.items():
+            assert client.sent(content.removesuffix("\r\n") + "\r\n").startswith(f"554 5.6.0 {reason}")
+        slow = "X-Mailproxy-Id: busy\r\n" + mail_of("slow")
+        assert id_in(client.sent(slow, "slow@example.com")) == "busy"
+        wait_until(lambda: smtp.visits["slow@example.com"], "the mail on the wire")
+        assert client.sent(slow.replace("Hello", "other"), "slow@example.com").startswith("451 4.3.0 in delivery")
+        daemon.wait_status("busy", "sent")
+        assert client.sent(slow.replace("Hello", "other"), "slow@example.com") == "554 5.6.0 already sent"
+        metrics = daemon.get("/metrics").content
+    assert b'mailproxy_messages_accepted_total{account="default"} 1.0' in metrics
+    assert b"mailproxy_messages_rejected_total 6.0" in metrics
+
+
+def test_a_storage_that_refuses_is_452_and_the_session_goes_on(tmp_path, smtp):
+    storage = FaultyStorage(tmp_path)
+    with daemon_with_smtp(tmp_path, smtp, environment=storage.environment) as (daemon, port), Typist(port) as client:
+        with storage.fails("full"):
+            assert client.sent(mail_of("first", "1@example.com")).startswith("452 4.3.1 ")
+            assert client.sent(mail_of("large", body="x" * 76 * 10 + "\r\n" * 500_000)).startswith("452 4.3.1 ")
+        id_ = id_in(client.sent(mail_of("first", "1@example.com")))
+        daemon.wait_status(id_, "sent")
+    assert len(smtp.received) == 1
+
+
+def test_what_was_answered_with_250_survives_kill_9(tmp_path, smtp):
+    config = {"scheduler": {"active": False}}
+    with daemon_with_smtp(tmp_path, smtp, config) as (daemon, port), Typist(port) as client:
+        ids = [id_in(client.sent(mail_of(f"mail {number}"))) for number in range(5)]
+        client.begin()
+        daemon.kill()
+        daemon.start()
+        assert [record["id"] for record in daemon.get("/messages").json["messages"]] == ids
+
+
+def test_at_sigterm_a_mail_that_is_coming_in_is_stored_and_all_others_are_told(tmp_path, smtp):
+    config = {"scheduler": {"active": False}}
+    with daemon_with_smtp(tmp_path, smtp, config) as (daemon, port), Typist(port) as idle, Typist(port) as busy:
+        busy.begin()
+        busy.say("Subject: first half\r\n")
+        daemon.signal(signal.SIGTERM)
+        assert idle.reply()[0].startswith("421 4.3.2")
+        assert idle.ended()
+        with pytest.raises(ConnectionRefusedError):
+            Typist(port)
+        busy.say("\r\nsecond half\r\n.\r\n")
+        id_ = id_in(busy.reply()[0])
+        assert busy.reply()[0].startswith("421 4.3.2")
+        assert busy.ended()
+        assert daemon.wait_for_exit() == 0
+        daemon.start()
+        assert [record["id"] for record in daemon.get("/messages").json["messages"]] == [id_]
+
+
+def test_large_mail_from_many_connections_takes_little_memory(tmp_path, smtp):
+    """Each is larger than all that may be in memory for its connection."""
+    config = {"scheduler": {"active": False}, "submission": {"max_connections": 200}}
+    line = b"x" * 76 + b"\r\n"
+    with daemon_with_smtp(tmp_path, smtp, config) as (daemon, port), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Typist(port)) for _ in range(20)]
+        for client in clients:
+            client.begin()
+        for part in range(10):
+            for client in clients:
+                client.say((b"Subject: x\r\n\r\n" if not part else b"") + line * 5_000)
+        for client in clients:
+            client.say(b".\r\n")
+        ids = [id_in(client.reply()[0]) for client in clients]
+        peak_mib = int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{daemon.process.pid}/status").read_text())[0]) / 1024
+        answer = daemon.get(f"/message/{ids[-1]}?content=1").json
+    assert len(base64.b64decode(answer["message"]["message"]["raw"])) == 14 + 50_000 * 78
+    assert peak_mib < 130
+
+
+# The mail libraries and programs that other people's software submits with. Each logs in under STARTTLS, with the token
+# as its password, and sends a mail with its own name as subject, with a line of one dot, to two recipients.
+
+PHPMAILER = """<?php
+require '/usr/share/php/libphp-phpmailer/autoload.php';
+$mail = new PHPMailer\\PHPMailer\\PHPMailer(true);
+$mail->isSMTP();
+[$mail->Host, $mail->Port, $mail->SMTPAuth, $mail->SMTPSecure] = ['localhost', getenv('PORT'), true, 'tls'];
+[$mail->Username, $mail->Password, $mail->CharSet] = ['app', 'secret', 'utf-8'];
+$mail->SMTPOptions = ['ssl' => ['cafile' => getenv('CA')]];
+$mail->setFrom('app@example.com', 'Äpp');
+$mail->addAddress('ok@example.com', 'Zoë');
+$mail->addBCC('ok+bcc@example.com');
+$mail->Subject = 'PHPMailer';
+$mail->Body = "One line\\r\\n.\\r\\nünd another\\r\\n";
+$mail->send();
+"""
+SYMFONY = """<?php
+require '/usr/share/php/Symfony/Component/Mailer/autoload.php';
+$stream = ['ssl' => ['cafile' => getenv('CA')]];
+$transport = new Symfony\\Component\\Mailer\\Transport\\Smtp\\EsmtpTransport('localhost', (int) getenv('PORT'));
+$transport->setUsername('app')->setPassword('secret')->getStream()->setStreamOptions($stream);
+$mail = (new Symfony\\Component\\Mime\\Email())->from('Äpp <app@example.com>')->to('Zoë <ok@example.com>');
+$mail->bcc('ok+bcc@example.com')->subject('Symfony')->text("One line\\n.\\nünd another\\n");
+(new Symfony\\Component\\Mailer\\Mailer($transport))->send($mail);
+"""
+NODEMAILER = """
+const transport = require('nodemailer').createTransport({
+  host: 'localhost', port: process.env.PORT, pool: true, maxConnections: 3, requireTLS: true,
+  auth: {user: 'app', pass: 'secret'}, tls: {ca: require('fs').readFileSync(process.env.CA)},
+});
+const mail = {from: 'Äpp <app@example.com>', to: 'Zoë <ok@example.com>', bcc: 'ok+bcc@example.com',
+  text: 'One line\\n.\\nünd another\\n', subject: 'nodemailer'};
+Promise.all(Array.from({length: 20}, () => transport.sendMail(mail))).then(() => transport.close());
+"""
+UTF_8 = "Content-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: 8bit\r\n"
+LETTER = f"From: app@example.com\r\nSubject: {{}}\r\n{DATED}{UTF_8}\r\nOne line\r\n.\r\nünd another\r\n"
+
+
+@pytest.fixture(scope="module")
+def nodemailer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which node finds it."""
+    needs("node", "npm")
+    folder = tmp_path_factory.mktemp("nodemailer")
+    command = ["npm", "install", "--no-audit", "--no-fund", "--prefer-offline", "nodemailer@10"]
+    installed = subprocess.run(command, cwd=folder, capture_output=True, timeout=100)
+    if installed.returncode and not os.environ.get("REQUIRE_TEST_SERVERS"):
+        pytest.skip("npm cannot install what this needs")
+    return folder
+
+
+CLIENTS = {
+    "swaks": (
+        "swaks --server localhost --port $PORT --tls --tls-verify --tls-ca-path $CA --auth LOGIN --auth-user app"
+        " --auth-password secret --from app@example.com --to ok@example.com,ok+bcc@example.com --data @swaks.eml"
+    ),
+    "msmtp": (
+        "msmtp --host=localhost --port=$PORT --tls=on --tls-trust-file=$CA --auth=plain --user=app"
+        " --passwordeval='echo secret' --from=app@example.com ok@example.com ok+bcc@example.com <msmtp.eml"
+    ),
+    "curl": (
+        "curl -sS --ssl-reqd --cacert $CA --user app:secret --url smtp://localhost:$PORT --mail-from app@example.com"
+        " --mail-rcpt ok@example.com --mail-rcpt ok+bcc@example.com --upload-file curl.eml"
+    ),
+    "PHPMailer": "php PHPMailer",
+    "Symfony": "php Symfony",
+    "nodemailer": "node nodemailer",
+}
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_mail_libraries_and_programs_submit(tmp_path, smtp, ca, name, request):
+    command, certificate = CLIENTS[name], ca.good()
+    needs(command.split()[0])
+    scripts = {"PHPMailer": PHPMAILER, "Symfony": SYMFONY, "nodemailer": NODEMAILER}
+    (tmp_path / name).write_text(scripts.get(name, ""))
+    (tmp_path / f"{name}.eml").write_text(LETTER.format(name), newline="")
+    modules = request.getfixturevalue("nodemailer") / "node_modules" if name == "nodemailer" else ""
+    config = {"submission": {"tls_cert": certificate.cert, "tls_key": certificate.key}}
+    with daemon_with_smtp(tmp_path, smtp, config, token="secret") as (daemon, port):
+        environment = {
+            **os.environ,
+            "PORT": str(port),
+            "CA": str(ca.ca_file),
+            "NODE_PATH": str(modules),
+            "HOME": str(tmp_path),
+        }
+        ended = subprocess.run(
+            ["sh", "-c", command], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert ended.returncode == 0, (ended.stdout, ended.stderr, daemon.log)
+        mails = smtp.wait_for(20 if name == "nodemailer" else 1)
+
+    for arrived in mails:
+        assert (arrived.sender, arrived.recipients) == ("app@example.com", ["ok@example.com", "ok+bcc@example.com"])
+        assert arrived.message["Subject"] == name
+        assert arrived.message["Bcc"] is None
+        assert arrived.message.get_content().replace("\r\n", "\n").strip() == "One line\n.\nünd another"
+
+
+def test_a_postfix_relays_through_it(tmp_path, smtp, ca):
+    """Its bounces, with an empty sender, too."""
+    Postfix.needed()
+    with daemon_with_smtp(tmp_path, smtp) as (daemon, port), Postfix(certificate=ca.good(), relay_to=port) as postfix:
+        with smtplib.SMTP(postfix.host, postfix.port) as client:
+            client.sendmail("", ["ok@example.com"], mail_of("a bounce"))
+            client.sendmail("app@example.com", [f"ok+{n}@example.com" for n in range(100)], mail_of("to many"))
+            for number in range(20):
+                client.sendmail("app@example.com", ["ok@example.com"], mail_of(f"mail {number}"))
+        arrived = smtp.wait_for(23)  # it parts mail to more than 50
+        wait_until(lambda: daemon.status()["pending"] == 0, "the end of all mail")
+    assert {mail.message["Subject"] for mail in arrived} == {"a bounce", "to many", *(f"mail {n}" for n in range(20))}
+    assert sum(len(mail.recipients) for mail in arrived) == 121
+
+
+# --- sendmail -bs --------------------------------------------------------
+
+
+def spoken(folder: Path, *mails: str, stdin: bytes | None = None, **settings: str) -> list[str]:
+    """The replies to these mails on the standard output of sendmail -bs; their lines may end with LF."""
+    said = "".join(f"MAIL FROM:<app@example.com>\nRCPT TO:<ok@example.com>\nDATA\n{mail}.\n" for mail in mails)
+    given = stdin or f"EHLO x\n{said}QUIT\n".encode()
+    environment = {"MAILPROXY_CONFIG": str(folder / "config.ini"), **settings}
+    ended = run_command("sendmail", "-bs", folder=folder, stdin=given, environment=environment)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout.splitlines()
+
+
+def test_sendmail_bs_speaks_smtp_and_takes_lf_and_crlf(tmp_path, smtp):
+    with daemon_with_smtp(tmp_path, smtp, {"server": {"port": free_port()}}) as (daemon, _):
+        lf = mail_of("lf", "1@example.com", "..\n.a\n").replace("\r\n", "\n")
+        replies = spoken(tmp_path, lf, mail_of("crlf"), lf, mail_of("lost\rin it"))
+        verdicts = [reply[:9] for reply in replies if reply[:9] in ("250 2.0.0", "554 5.6.0", "221 2.0.0")]
+        assert verdicts == [*["250 2.0.0"] * 3, "554 5.6.0", "221 2.0.0"]
+        for reply in replies:
+            if "queued as" in reply:
+                daemon.wait_status(id_in(reply), "sent")
+        smtp.wait_for(2)
+    contents = {received.message["Subject"]: received.content for received in smtp.received}
+    assert contents == {"lf": mail_of("lf", "1@example.com", ".\r\na\r\n").encode(), "crlf": contents["crlf"]}
+    assert contents["crlf"].startswith(mail_of("crlf").partition("\r\n\r\n")[0].encode())
+
+
+def test_sendmail_bs_without_a_daemon_keeps_mail_in_the_spool_or_says_later(tmp_path, smtp):
+    """Also where standard input is a file."""
+    (tmp_path / "spool").mkdir()
+    config = {"server": {"port": free_port()}, "sendmail": {"spool": tmp_path / "spool"}}
+    with daemon_with_smtp(tmp_path, smtp, config) as (daemon, _):
+        daemon.stop()
+        assert any(reply.startswith("250 2.0.0 Ok: queued as") for reply in spoken(tmp_path, mail_of("kept")))
+        daemon.start()
+        smtp.wait_for(1)
+        daemon.stop()
+        daemon.config["sendmail"].clear()
+        daemon.write_config()
+        (reply,) = [reply for reply in spoken(tmp_path, mail_of("later")) if reply[0] == "4"]
+        assert reply.startswith("451 4.3.0 cannot reach http://127.0.0.1:")
+        daemon.start()
+    assert [received.message["Subject"] for received in smtp.received] == ["kept"]
+
+
+def test_symfonys_default_transport_is_sendmail_bs(tmp_path, smtp):
+    needs("php")
+    wrapper = tmp_path / "sendmail"
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {STARTER} sendmail "$@"\n')
+    wrapper.chmod(0o755)
+    transport = (
+        "Symfony\\Component\\Mailer\\Transport::fromDsn('sendmail://default?command='.urlencode('./sendmail -bs'))"
+    )
+    script = re.sub(
+        r"(?s)\$stream =.*?;\n\$transport = .*?;\n\$transport->.*?;",
+        f"$transport = {transport};".replace("\\", r"\\"),
+        SYMFONY,
+    )
+    (tmp_path / "script.php").write_text(script)
+    with daemon_with_smtp(tmp_path, smtp, {"server": {"port": free_port()}}):
+        environment = {**_plain_environment(), "MAILPROXY_CONFIG": str(tmp_path / "config.ini")}
+        ended = subprocess.run(["php", "script.php"], cwd=tmp_path, env=environment, capture_output=True, timeout=60)
+        assert ended.returncode == 0, ended
+        (arrived,) = smtp.wait_for(1)
+    assert arrived.recipients == ["ok@example.com", "ok+bcc@example.com"]
+    assert arrived.message.get_content().replace("\r\n", "\n").strip() == "One line\n.\nünd another"
 
 
 # ======================================================================
