@@ -2522,6 +2522,8 @@ _NEEDS_ENCODING = re.compile(rf"[^ -~]+|=\?|  |\A | \Z|(?<![!-~])[!-~]{{{LONGEST
 _WORD = re.compile(" +[^ ]+")
 _PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]+(?: [A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]+)*")
 
+_PIECES_OF_NAME = re.compile(r"\S(?:.{0,58}\S)?(?= |\Z)|\S+")  # whole words, of 60 characters together
+
 
 def _message_header(message: Message, date: float) -> Iterator[str]:
     """The header lines of the message itself; its extra headers replace what would be generated."""
@@ -2569,7 +2571,8 @@ def _text_header(name: str, text: str) -> str:
 
 
 def _address_header(name: str, mailboxes: Sequence[Mailbox]) -> str:
-    """A header of mailboxes; it may be folded before each address, and within a name that is encoded."""
+    """A header of mailboxes; it may be folded before each address, and within a name between encoded words or
+    quoted-strings (within one of these readers do not look for a fold)."""
     words: list[str] = []
     for display_name, address in mailboxes:
         if words:
@@ -2577,13 +2580,13 @@ def _address_header(name: str, mailboxes: Sequence[Mailbox]) -> str:
         address = addr_spec(address)
         if not display_name:
             words.append(f" {address}")
-        elif len(display_name) > 60 or not _SHORT_TEXT.fullmatch(display_name) or "=?" in display_name:
+        elif len(display_name) > LONGEST_WORD // 2 or not _SHORT_TEXT.fullmatch(display_name) or "=?" in display_name:
             words += [*_encoded_words(display_name, beside=len("Reply-To:")), f" <{address}>"]
-        elif _PHRASE.fullmatch(display_name):
+        elif len(display_name) <= 60 and _PHRASE.fullmatch(display_name):
             words += [f" {display_name}", f" <{address}>"]
         else:
             quoted = display_name.replace("\\", r"\\").replace('"', r"\"")
-            words += [f' "{quoted}"', f" <{address}>"]
+            words += [*(f' "{piece}"' for piece in _PIECES_OF_NAME.findall(quoted)), f" <{address}>"]
     return _folded(name, words)
 
 

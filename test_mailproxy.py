@@ -2849,6 +2849,8 @@ def test_what_is_accepted_is_composed_and_reads_back_as_it_was_meant(to, reply_t
 
 # --- header ---------------------------------------------------------------
 
+LONG_NAME = "Minutes of the annual general meeting of the members, second part, with all annexes and votes.pdf"
+
 
 @pytest.mark.parametrize(
     "subject",
@@ -2933,6 +2935,19 @@ def test_a_local_part_in_utf_8_goes_out_as_it_is_and_needs_smtputf8():
     assert "\r\nTo: =?utf-8?b?SsO2cmc=?= <jörg@xn--bcher-kva.example>\r\n".encode() in octets
     assert mailproxy.has_utf8_header(octets)
     assert mailproxy.compose(plain, (), date=SENT_AT).isascii()
+
+
+@pytest.mark.parametrize(
+    "name", [LONG_NAME, LONG_NAME.replace(",", ""), 'the "x" \\ ' * 40 + "y", "a" * 400, f"b {'a' * 300}"]
+)
+def test_a_long_name_in_ascii_is_in_quotes_and_folded_between_its_words(name):
+    octets = composed_submission(to=mailboxes_written([(name, "a@b.org")]) * 2)
+
+    lines = octets.partition(b"\r\nSubject")[0].partition(b"To: ")[2].split(b"\r\n")
+    assert mailboxes_read(octets, "To") == [(name, "a@b.org")] * 2
+    assert [one.display_name for one in read_by_a_client(octets)["To"].addresses] == [name] * 2
+    assert lines[0].startswith(b'"')
+    assert max(map(len, name.split())) > 60 or max(map(len, lines)) <= 76
 
 
 def test_local_parts_with_dots_where_none_may_stand_are_quoted():
@@ -3032,9 +3047,6 @@ def attachment_read(content=b"x", **fields):
 )
 def test_file_names_arrive_as_they_are_but_for_path_separators(name, arrives_as):
     assert attachment_read(filename=name).get_filename() == arrives_as
-
-
-LONG_NAME = "Minutes of the annual general meeting of the members, second part, with all annexes and votes.pdf"
 
 
 @pytest.mark.parametrize(
