@@ -201,7 +201,7 @@ class Message(NamedTuple):
     @property
     def recipients(self) -> tuple[str, ...]:
         """The envelope recipients, each once, in the order of their first mention."""
-        return tuple(dict.fromkeys(m.address for group in (self.to, self.cc, self.bcc) for m in group))
+        return tuple(dict.fromkeys([mailbox.address for mailbox in self.to + self.cc + self.bcc]))
 
 
 class Envelope(NamedTuple):
@@ -1400,6 +1400,7 @@ S3_FIELDS: Mapping[str, Field] = {
 BESIDE_RAW = (  # what means nothing where a raw message stands instead
     "from_name", "reply_to", "subject", "body", "content_type", "text", "html", "headers", "attachments",
 )  # fmt: skip
+NO_CONTENT = ("", None, None, (), (), ())  # what Message has from subject to attachments beside a raw message
 RAW_CONTENT = -1  # where a raw message stands among the contents; attachments count from 0
 
 LONGEST_ADDRESS = 254  # octets, RFC 5321 4.5.3.1.3 less the angle brackets
@@ -1814,26 +1815,28 @@ def parse_message(
     for name, when in () if contents is not None else (("deferred_ts", deferred_ts), ("expires_ts", expires_ts)):
         if when is not None and not (type(when) is int and 0 <= when <= LATEST_TIME):
             raise Rejected(f"invalid {name}: must be a time in whole Unix seconds, not milliseconds")
-    usual_fields = "raw" not in content and fields.keys() <= MESSAGE_FIELDS.keys()
-    return Message(
-        id=client_id,
-        account_id="default" if account_id is None else line_of(account_id, "account_id", most=LONGEST_ID),
-        sender=sender,
-        to=to,
-        cc=cc,
-        bcc=bcc,
-        return_path=return_path,
-        message_id=f"{new_id()}@{sender.address.rpartition('@')[2]}" if own_id is None else own_id,
-        priority=default_priority if priority is None else judged(PRIORITY, priority, "priority"),
-        deferred_ts=deferred_ts,
-        expires_ts=expires_ts,
-        batch_code=None if batch_code is None else line_of(batch_code, "batch_code"),
-        unknown=() if usual_fields else _unknown_fields(fields, "raw" in content),
-        **content,
+    is_raw = content[-1] is not None
+    return Message(  # by the order of its fields: naming them takes twice the time
+        client_id,
+        "default" if account_id is None else line_of(account_id, "account_id", most=LONGEST_ID),
+        sender,
+        to,
+        cc,
+        bcc,
+        return_path,
+        f"{new_id()}@{sender.address.rpartition('@')[2]}" if own_id is None else own_id,
+        default_priority if priority is None else judged(PRIORITY, priority, "priority"),
+        deferred_ts,
+        expires_ts,
+        None if batch_code is None else line_of(batch_code, "batch_code"),
+        *content,
+        () if not is_raw and fields.keys() <= MESSAGE_FIELDS.keys() else _unknown_fields(fields, is_raw),
     )
 
 
 Mailboxes: TypeAlias = tuple[Mailbox, ...]
+Headers: TypeAlias = tuple[tuple[str, str], ...]
+Content: TypeAlias = tuple[str, str | None, str | None, Headers, Mailboxes, tuple[Attachment, ...], bytes | None]
 
 
 def _envelope_of(fields: Mapping[str, Any]) -> tuple[Mailbox, str, Mailboxes, Mailboxes, Mailboxes]:
@@ -1867,14 +1870,14 @@ def _envelope_of(fields: Mapping[str, Any]) -> tuple[Mailbox, str, Mailboxes, Ma
     return sender, return_path, to, cc, bcc
 
 
-def _content_of(fields: Mapping[str, Any], contents: Mapping[int, bytes] | None) -> tuple[dict[str, Any], str | None]:
-    """A complete message that was given as such, or what is to be made into one; and the Message-ID in it."""
+def _content_of(fields: Mapping[str, Any], contents: Mapping[int, bytes] | None) -> tuple[Content, str | None]:
+    """The fields of Message from subject to raw, and the Message-ID in them."""
     get = fields.get
     if contents is not None and RAW_CONTENT in contents:
-        return {"raw": contents[RAW_CONTENT]}, None
+        return (*NO_CONTENT, contents[RAW_CONTENT]), None
     if get("raw") is not None:
         raw, raw_id = _raw_message(get("raw"))
-        return {"raw": raw}, raw_id
+        return (*NO_CONTENT, raw), raw_id
     subject, given, attachments, reply_to = get("subject"), get("headers"), get("attachments"), get("reply_to")
     if subject is None:
         raise Rejected("missing subject")
@@ -1888,8 +1891,7 @@ def _content_of(fields: Mapping[str, Any], contents: Mapping[int, bytes] | None)
         reply_to = parse_mailboxes(special["reply-to"], "headers") or reply_to
     own_id = _message_id(special["message-id"], "headers") if "message-id" in special else None
     attachments = () if attachments is None else _attachments(attachments, contents)
-    content = {"subject": subject, "text": text, "html": html, "headers": headers}
-    return {**content, "reply_to": reply_to, "attachments": attachments}, own_id
+    return (subject, text, html, headers, reply_to, attachments, None), own_id
 
 
 def _bodies_of(fields: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -2990,6 +2992,7 @@ class Metrics:
         durations = timer("http_request_seconds", "Time to answer an HTTP request.", ["route"], buckets=REQUESTS_S)
         self.http_requests = functools.cache(requests.labels)
         self.http_request_seconds = functools.cache(durations.labels)
+        self.accepted = functools.cache(self.messages_accepted.labels)
         self.sent = functools.cache(self.messages_sent.labels)
         self.waits = functools.cache(self.queue_wait_seconds.labels)
         self.transactions = functools.cache(self.smtp_transaction_seconds.labels)
@@ -3029,7 +3032,7 @@ class Metrics:
     def forget(self, account_id: str) -> None:
         """End the series of an account that is gone."""
         self.accounts.discard(account_id)
-        for kept in (self.sent, self.waits, self.transactions):
+        for kept in (self.accepted, self.sent, self.waits, self.transactions):
             kept.cache_clear()
         for instrument in (
             self.messages_accepted, self.messages_sent, self.messages_failed, self.messages_partly_refused,
@@ -3101,6 +3104,7 @@ class QueueFile:
         self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="queue-reader")
         self._writing: sqlite3.Connection | None = None
         self._reading: sqlite3.Connection | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # kept: asking which one runs is a system call
         self._waiting: list[_Wish] = []
         self._at_work: Sequence[_Wish] = ()  # what the writer has and has not answered
 
@@ -3192,7 +3196,7 @@ class QueueFile:
         Should it raise, it is done again for each item by itself."""
         if not self._open:
             raise StorageUnavailable("The queue is closed.")
-        loop = asyncio.get_running_loop()
+        loop = self._loop = self._loop or asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
         if not self._waiting:
             loop.call_soon(self._hand_over)  # with all that is asked in this turn of the loop
@@ -3207,7 +3211,7 @@ class QueueFile:
             return
         if waiting < MOST_GATHERED and (waiting > seen or patience):
             patience = 1 if waiting > seen else patience - 1
-            asyncio.get_running_loop().call_soon(self._hand_over, waiting, patience)
+            self._waiting[0].answer.get_loop().call_soon(self._hand_over, waiting, patience)
         else:
             self._at_work, self._waiting = self._waiting, []
             self._writer.submit(self._commit, self._at_work)
@@ -3704,10 +3708,11 @@ class Queue:
         verdicts = list(await self.file.write_together(self._accept_all, submissions))
         while True:
             for submission in submissions:
-                self.next_ts = min(self.next_ts, submission.deferred_ts or math.inf, submission.expires_ts or math.inf)
-            left = [n for n, verdict in enumerate(verdicts) if verdict == UNDECIDED]
-            if not left:
+                for ts in filter(None, submission[3:5]):  # deferred_ts, expires_ts
+                    self.next_ts = min(self.next_ts, ts)
+            if UNDECIDED not in verdicts:
                 return verdicts
+            left = [n for n, verdict in enumerate(verdicts) if verdict == UNDECIDED]
             compared: list[Compared] = []
             for start in range(0, len(left), 20):  # the reading connection has others to serve
                 some = [submissions[n] for n in left[start : start + 20]]
@@ -3717,10 +3722,8 @@ class Queue:
 
     def _accept_all(self, db: sqlite3.Connection, batches: Sequence[Sequence[Submission]]) -> list[list[str | None]]:
         """The verdicts on the submissions of several callers. Most ids are new: those that are not stay undecided."""
-        submissions = list(itertools.chain.from_iterable(batches))
-        stored = iter(self._insert(db, [submission for submission in submissions if submission.flaw is None]))
-        verdicts = iter([None if one.flaw is None and next(stored) else UNDECIDED for one in submissions])
-        return [list(itertools.islice(verdicts, len(batch))) for batch in batches]
+        stored = iter(self._insert(db, [one for batch in batches for one in batch if one.flaw is None]))
+        return [[None if one.flaw is None and next(stored) else UNDECIDED for one in batch] for batch in batches]
 
     def _decide_all(self, db: sqlite3.Connection, batches: Sequence[Sequence[Compared]]) -> list[list[str | None]]:
         """The verdicts on submissions that were compared; those that replace others are stored in one go."""
@@ -8877,6 +8880,8 @@ class ControlPlane:
         """Submit messages; each is judged by itself, and what is accepted is on disk."""
         judged, rejected, unknown = await self._judged(request)
         queued, known = await self.store(judged, rejected)
+        if not (rejected or known or unknown):
+            return Response(200, b'{"ok": true, "queued": %d, "rejected": []}\n' % queued)  # the usual one
         if rejected and not (queued or known):
             detail = {"error": ALL_REJECTED, "rejected": rejected}
             raise HttpError(400, ALL_REJECTED, code="all_rejected", rejected=rejected, detail=detail)
@@ -8892,10 +8897,14 @@ class ControlPlane:
         `rejected`; everybody is told."""
         lanes = self.dispatcher.lanes  # an account may be gone meanwhile
         judged = [one if one.account_id in lanes or one.flaw else one._replace(flaw=NOT_FOUND) for one in judged]
-        verdicts = list(zip(judged, await self.queue.accept(judged) if judged else (), strict=True))
-        accepted = [one for one, verdict in verdicts if verdict is None]
-        known = [one.id for one, verdict in verdicts if verdict == KNOWN]
-        rejected += [rejection(one.id, verdict) for one, verdict in verdicts if verdict not in (None, KNOWN)]
+        accepted, known = [], []
+        for one, verdict in zip(judged, await self.queue.accept(judged) if judged else (), strict=True):
+            if verdict is None:
+                accepted.append(one)
+            elif verdict == KNOWN:
+                known.append(one.id)
+            else:
+                rejected.append(rejection(one.id, verdict))
         self._tell_of_submissions(accepted, known, rejected)
         return len(accepted), known
 
@@ -8936,11 +8945,11 @@ class ControlPlane:
         unknown: dict[str, Sequence[str]] = {}
         seen: set[str | None] = set()
         for given in messages:
-            id_ = None
+            id_ = given.get("id") if isinstance(given, dict) else None
             try:
-                with contextlib.suppress(Rejected):
-                    id_ = line_of(given.get("id"), "id", most=LONGEST_ID) if isinstance(given, dict) else None
-                if id_ is not None and id_ in seen:
+                if not (isinstance(id_, str) and 1 <= len(id_) <= LONGEST_ID) or flaw_of_line(id_):
+                    id_ = None
+                elif id_ in seen:
                     raise Rejected(TWICE)
                 seen.add(id_)
                 message = parse_message(given, default_priority=default_priority)
@@ -8958,13 +8967,13 @@ class ControlPlane:
         self, accepted: Sequence[Submission], known: Sequence[str], rejected: Sequence[Mapping[str, object]]
     ) -> None:
         self.reporter.submissions += len(accepted)
-        if any(submission.once for submission in accepted):  # one that failed may have ended again
-            self.reporter.ring()
         by_account: dict[str, int] = {}
         for submission in accepted:
             by_account[submission.account_id] = by_account.get(submission.account_id, 0) + 1
+            if submission.once:  # one that failed may have ended again
+                self.reporter.ring()
         for account_id, number in by_account.items():
-            self.metrics.messages_accepted.labels(self.metrics.label(account_id)).inc(number)
+            self.metrics.accepted(self.metrics.label(account_id)).inc(number)
         if by_account:
             self.dispatcher.wake(by_account)
         level = logging.INFO if self.dispatcher.log_deliveries else logging.DEBUG
