@@ -10212,11 +10212,10 @@ _TOKEN_OF_ADDRESSES = re.compile(
     re.DOTALL,
 )
 _OF_COMMENT = re.compile(rb"[^()\\]*+(?:\\.[^()\\]*+)*+([()])", re.DOTALL)  # up to where one begins or ends
-_ADDR_SPEC = r"\.*+[aq](?:\.++[aq])*+\.*+(?:@(?:a(?:\.a)*+|d))?"  # or a bare local name
-_OF_ADDRESS_LIST = (
-    re.compile(  # of words (a, q), domain literals (d), specials: a comma, a group's name or end, a mailbox
-        rf",|[aq][aq.]*+:|;(?=,|\Z)|(?:(?:[aq][aq.]*+)?<(?:@[ad.@,]*+:)?((?:{_ADDR_SPEC})?)>|({_ADDR_SPEC}))(?=[,;]|\Z)"
-    )
+_LOCAL, _AT_DOMAIN = r"\.*+[aq](?:\.++[aq])*+\.*+", r"@(?:a(?:\.a)*+|d)"
+_OF_ADDRESS_LIST = re.compile(  # of words (a, q), domain literals (d), specials: a comma, a group's name or end, a mailbox
+    rf",|[aq][aq.]*+:|;(?=,|\Z)|(?:(?:({_LOCAL}{_AT_DOMAIN})|[aq][aqd.]*+)?<(?:@[ad.@,]*+:)?((?:{_LOCAL}(?:{_AT_DOMAIN})?)?)>"
+    rf"|({_LOCAL}(?:{_AT_DOMAIN})?))(?=[,;]|\Z)"
 )
 _DRAFT = re.compile(  # a From line of mbox, what looks like a header, a blank line or none, the body
     rb"(?:>?From [^\n]*\n)?((?:[!-9;-~]+[ \t]*:[^\n]*(?:\n|\Z)(?:[ \t][^\n]*(?:\n|\Z))*)*)(?:\r\n)?(.*)", re.DOTALL
@@ -10250,9 +10249,13 @@ def read_addresses(text: bytes) -> list[tuple[str, slice]] | None:
         if element.lastindex:
             first, end = element.span(element.lastindex)
             local_end = kinds.find("@", first, end) if "@" in element[element.lastindex] else end
-            address = b"".join(token[0] for token in tokens[first:end]).replace(b"\r\n", b"")
+            name, address = (
+                b"".join(token[0] for token in tokens[slice(*span)]) for span in (element.span(1), (first, end))
+            )
+            if element[1] and name != address:  # an address may stand as its own name, though not quoted
+                return None
             local_part = slice(tokens[first].start(), tokens[local_end - 1].end())
-            found.append((address.decode("utf-8", "surrogateescape"), local_part))
+            found.append((address.replace(b"\r\n", b"").decode("utf-8", "surrogateescape"), local_part))
         at = element.end()
     return None if groups else found
 
@@ -10296,7 +10299,8 @@ class Draft(NamedTuple):
             recipients |= dict.fromkeys(address for address, _ in read or () if address)
         authors = [block.get(b"resent-sender", b""), block.get(b"resent-from", b"")]
         for line in authors if block else (line for line in self.header if field_name(line) == b"from"):
-            if read := read_addresses(line.partition(b":")[2]):
+            read = read_addresses(line.partition(b":")[2])
+            if read and read[0][0].isprintable():
                 return read[0][0], list(recipients)
         return None, list(recipients)
 

@@ -13729,6 +13729,7 @@ ADDRESS_LISTS = [  # what they say by RFC 5322; None: nothing that can be read w
     ("a@b, undisclosed-recipients:;", ["a@b"]),
     ("all: N <x@c> (N), y@c;, z", ["x@c", "y@c", "z"]),
     ("MAILER-DAEMON <>", [""]),
+    ("x@c.d <x@c.d>, Sales [EU] <y@c>", ["x@c.d", "y@c"]),  # which should be quoted, and mean one thing only
     # RFC 5322 A.5, A.6.1, A.6.3
     ("Pete(A nice \\) chap) <pete(his account)@silly.test(his host)>", ["pete@silly.test"]),
     ("A Group(Some people)\r\n     :Chris Jones <c@(Chris's host.)public.example>,\r\n         joe@example.org,\r\n"
@@ -13740,7 +13741,7 @@ ADDRESS_LISTS = [  # what they say by RFC 5322; None: nothing that can be read w
     ("John Doe <jdoe@machine(comment).  example>", ["jdoe@machine.example"]),
     # not whole
     *((text, None) for text in (
-        "Cron Daemon", "d@e.example c@b.example", "a@b; c@d", "x@c N <y@c>", 'o"brien@c', "a@b, <c@d", "a@b>", "(a@b",
+        "Cron Daemon", "d@e.example c@b.example", "x@c <y@c>", "a@b; c@d", "x@c N <y@c>", 'o"brien@c', "a@b, <c@d", "a@b>", "(a@b",
         "a@", "@b", "a@b@c", "undisclosed-recipients:", "a: b: c@d;;", "a: b@c; d@e", "a@b:", "a@b\x01", "[1.2.3.4]",
         ":" * 1000, "a" + ":" * 1000, "(" * 100_000, "<" * 100_000, "a " * 100_000, "a." * 100_000 + ":",
     )),
@@ -13820,6 +13821,7 @@ def test_the_envelope_is_that_of_the_options_else_of_the_newest_resent_block_els
         ("-f <> x@c.test", "From: a@b.test", "a@b.test", "<>", ["x@c.test"]),
         ("x@c.test", "From: MAILER-DAEMON <>", "root@vm.test", "<>", ["x@c.test"]),
         ("x@c.test", "From: Cron Daemon", "root@vm.test", None, ["x@c.test"]),
+        ("x@c.test", "From: \udcfc@b.test", "root@vm.test", None, ["x@c.test"]),
         ("-f a@b.test x@c.test", "From: ((((", "a@b.test", None, ["x@c.test"]),
         ("-t", "To: x@c.test\nCc: N <y@c.test>\nBcc: z", "root@vm.test", None, ["x@c.test", "y@c.test", "z@vm.test"]),
         ("-t w@c.test", "To: x@c.test", "root@vm.test", None, ["w@c.test", "x@c.test"]),
@@ -13839,7 +13841,7 @@ def test_the_envelope_is_that_of_the_options_else_of_the_newest_resent_block_els
         ("x@c.test,y@c.test", "To: z@c.test", "root@vm.test", None, ["x@c.test", "y@c.test"]),
         ("-t", "To: all: N <x@c.test> (N), y@c.test;", "root@vm.test", None, ["x@c.test", "y@c.test"]),
     ]:
-        fields = fields_of(words, f"{header}\n\nbody\n")
+        fields = fields_of(words, os.fsencode(f"{header}\n\nbody\n"))
         assert [fields["from"], fields.get("return_path"), fields["to"]] == envelope, (words, header)
     for text in "root admin", "x@c.test y@c.test", 'o"brien@c.test', "x@c.test N <y@c.test>":
         for words, content, status in ("-t", f"To: {text}\n\n", os.EX_DATAERR), (shlex.quote(text), "", os.EX_NOUSER):
