@@ -1672,7 +1672,7 @@ def _raw_message(given: object) -> tuple[bytes, str | None]:
     fields, _ = split_raw(content)
     if not all(HEADER_FIELD.match(field) for field in fields):
         raise Rejected("invalid raw: does not begin with the header of a message (RFC 5322)")
-    own = next((field for field in fields if field_name(field) == b"message-id"), None)
+    own = next((field for field in fields if field[:1] in b"Mm" and field_name(field) == b"message-id"), None)
     if own is None:
         return content, None
     words = own.partition(b":")[2].decode("utf-8", "replace").split()
@@ -6244,11 +6244,12 @@ class SmtpMail(NamedTuple):
         if found:
             raw = _SUBMISSION_FIELD.sub(b"", header) + raw[len(header) :]
         account = given.get("account") or (self.login if self.login in accounts else None)
-        digest = hashlib.blake2b(as_json([account, self.sender, *self.recipients]).encode(), digest_size=16)
+        digest = hashlib.blake2b("\0".join([account or "", self.sender, *self.recipients]).encode(), digest_size=16)
         has_id = re.search(rb"(?im)^Message-ID[ \t]*:", header)
         digest.update(self.content if has_id else random.randbytes(16))
         id_, sender = given.get("id") or f"smtp-{digest.hexdigest()}", self.sender or f"MAILER-DAEMON@{host}"
-        fields = {"id": id_, "from": sender, "return_path": self.sender or "<>", "to": list(self.recipients)}
+        null = None if self.sender else "<>"
+        fields = {"id": id_, "from": sender, "return_path": null, "to": list(self.recipients)}
         return {**fields, "account_id": account, "priority": given.get("priority"), "raw": raw}
 
 
@@ -6328,14 +6329,14 @@ class SmtpSession:
 
     async def _flush(self) -> None:
         """Send the replies that have gathered."""
-        self.writer.write("".join([f"{reply}\r\n" for reply in self._replies]).encode("utf-8", "replace"))
-        self._replies.clear()
-        await self.writer.drain()
+        if self._replies:
+            self.writer.write("".join([f"{reply}\r\n" for reply in self._replies]).encode("utf-8", "replace"))
+            self._replies.clear()
+            await self.writer.drain()
 
     async def _receive(self) -> bytes:
         """What the client sends next; EOFError when it has left."""
-        if self._replies:
-            await self._flush()
+        await self._flush()
         received: bytes = await self.reader.read(SMTP_READ_BYTES)
         if not received:
             raise EOFError
@@ -9631,6 +9632,7 @@ class Daemon:
                 self._dispatcher.fetcher = self._fetcher()
                 self._agent.contexts.clear()  # certificates may have changed
                 await self._control.renew_accounts(accounts)
+                self._smtp.names = await self._network(lambda: local_names(self.settings.sendmail))
                 event(self._log, logging.INFO, "configuration read again", needs_restart=", ".join(fixed) or None)
             except ConfigurationError as error:
                 event(self._log, logging.ERROR, "the configuration was not taken over", error=str(error))

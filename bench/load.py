@@ -7,6 +7,7 @@ are far from being what limits the figures. The bare SMTP clients are the ceilin
 from __future__ import annotations
 
 import asyncio
+import base64
 import http.client
 import json
 import os
@@ -296,6 +297,45 @@ def run_bare_smtp(port: int, count: int, connections: int, way: str, ca_file: st
         return sent
 
     return asyncio.run(run())
+
+
+def mail_with_id(number: int, prefix: str) -> bytes:
+    """A mail that never came before."""
+    return mail_bytes().replace(b"<bench@", f"<{prefix}-{number}@".encode())
+
+
+def run_submissions(port: int, prefix: str, count: int, connections: int) -> Posted:
+    """Submit mail over so many kept connections: MAIL, RCPT, DATA in one write, then the content."""
+    return asyncio.run(_run_submissions(port, [mail_with_id(number, prefix) for number in range(count)], connections))
+
+
+async def _run_submissions(port: int, mails: list[bytes], connections: int) -> Posted:
+    left, latencies_s = iter(mails), []
+
+    async def work(client: BareClient) -> None:
+        for mail in left:
+            began = time.perf_counter()
+            await client.say(b"".join(ENVELOPE) + b"DATA\r\n", 3)
+            await client.say(mail + b".\r\n", 1)
+            latencies_s.append(time.perf_counter() - began)
+        client.transport.close()
+
+    loop = asyncio.get_running_loop()
+    clients = [(await loop.create_connection(BareClient, "127.0.0.1", port))[1] for _ in range(connections)]
+    for client in clients:
+        await client.hear()
+        await client.say(b"EHLO bench.example\r\n", 1)
+    began = time.monotonic()
+    await asyncio.wait_for(asyncio.gather(*map(work, clients)), 600)
+    return Posted(began, time.monotonic() - began, sorted(latencies_s), 0)
+
+
+def run_raw_posts(port: int, prefix: str, count: int, connections: int) -> Posted:
+    """The same mails over HTTP, one a post."""
+    envelope: dict[str, object] = {"from": SENDER, "to": [RECIPIENT]}
+    raws = [base64.b64encode(mail_with_id(number, prefix)).decode() for number in range(count)]
+    requests = [post_bytes([{"id": f"{prefix}-{n}", **envelope, "raw": raw}]) for n, raw in enumerate(raws)]
+    return asyncio.run(_run_posts(port, requests, connections))
 
 
 def run_smtplib(port: int, count: int) -> list[float]:

@@ -363,6 +363,10 @@ class Postfix(Server):
     name = "Postfix"
     as_root = True
 
+    def __init__(self, store: Path, more: str = "") -> None:
+        super().__init__(store)
+        self._more = more  # of main.cf
+
     def obtain(self) -> None:
         if not shutil.which("postconf", path="/usr/sbin:/usr/bin"):
             raise CannotBeObtained("postfix is not installed (its package removes other mail servers: not done here)")
@@ -379,7 +383,7 @@ class Postfix(Server):
             (self.folder / name).chmod(mode)
             if name in owned:
                 shutil.chown(self.folder / name, "postfix", "postdrop" if mode in (0o730, 0o710) else None)
-        self.write("etc/main.cf", POSTFIX_MAIN.format(folder=self.folder))
+        self.write("etc/main.cf", POSTFIX_MAIN.format(folder=self.folder) + self._more)
         self.write("etc/master.cf", POSTFIX_MASTER.format(port=self.port, keep=self.keep))
         for path in (self.folder / "etc").iterdir():
             os.utime(path, (0, 0))  # Postfix waits until a fresh one is two seconds old

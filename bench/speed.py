@@ -14,6 +14,8 @@ Rows:
     post        posts, one message of 1 kB each, answered after the fsync: 1 connection, 32, 32 while delivering.
                 Ceiling: a bare asyncio server that parses the JSON and commits the row, and does nothing else
     batch       the same with 1,000 messages in a post
+    submission  mail by SMTP with PIPELINING, 16 connections and one; beside the same mail over HTTP (raw), one a post, and
+                beside what Postfix's smtp-source brings into Postfix's smtpd, which fsyncs too
     deliver     from the first post (batches of 1,000) to the last message at the sink, reports going out meanwhile;
                 and from a backlog. 16 connections. To a sink with PIPELINING (smtp-sink of Debian's postfix package where
                 there is one), and to one with CHUNKING too (ours, in Python: it costs less processor time for a message).
@@ -41,6 +43,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shutil
 import statistics
 import subprocess
@@ -57,6 +60,7 @@ from typing import Any, NamedTuple
 import backlog
 import load
 import rig
+import servers
 from rig import Companion, Daemon, Elsewhere, PostfixSink, Spread
 from sinks import (
     REFUSES,
@@ -266,6 +270,62 @@ def batch_rows(bench: Bench) -> Iterable[Line]:
             })  # fmt: skip
     line = compared("batches of 1,000, 1 connection", " msg/s", results["ours"], results["bare"], loop, goal="0.45")
     yield line._replace(ceiling=f"{line.ceiling} bare server")
+
+
+def submission_rows(bench: Bench) -> Iterable[Line]:
+    count, port = bench.of(4000), rig.free_port()
+    sections = {"submission": {"listen": f"127.0.0.1:{port}"}, "scheduler": {"active": "false"}}
+    with contextlib.ExitStack() as stack:
+        daemon = stack.enter_context(Daemon(bench.folder / bench.label(), backlog.sections(9, 9) | sections))
+
+        def submitted(run: Callable[..., load.Posted], to: int, connections: int) -> Taken:
+            some = count if connections > 1 else count // 4
+            costs: list[float] = []
+            with costed(daemon, some, costs):
+                posted = bench.elsewhere.run(run, to, bench.label(), some, connections)
+            return taken_of(posted, some, costs[0])
+
+        runs: dict[str, Callable[[], Any]] = {
+            f"{name} {connections}": partial(submitted, run, to, connections)
+            for connections in (CONNECTIONS, 1)
+            for name, run, to in (("smtp", load.run_submissions, port), ("http", load.run_raw_posts, daemon.port))
+        }
+        if (source := shutil.which("smtp-source", path="/usr/sbin:/usr/bin")) and os.getuid() == 0:
+            runs["postfix"] = stack.enter_context(fed_postfix(bench, source, bench.of(1000)))
+        results, loop = rig.interleaved(bench.rounds, runs)
+    for connections in (CONNECTIONS, 1):
+        smtp, http = results[f"smtp {connections}"], results[f"http {connections}"]
+        line = post_line(
+            f"mail by SMTP, connections: {connections}", smtp, [taken.figure for taken in http], loop, "0.8"
+        )
+        p50_ms = statistics.median(taken.p50_s for taken in http) * 1e3
+        yield line._replace(
+            ceiling=f"{rig.rounded(statistics.median(t.figure for t in http))}/s by HTTP; p50 {p50_ms:.2f} ms"
+        )
+    if "postfix" in runs:
+        line = compared("mail by SMTP, beside Postfix", "/s", results[f"smtp {CONNECTIONS}"], results["postfix"], loop)
+        yield line._replace(goal="5 times", ceiling=f"{line.ceiling} smtp-source to Postfix's smtpd")
+
+
+@contextlib.contextmanager
+def fed_postfix(bench: Bench, source: str, count: int) -> Iterator[Callable[[], float]]:
+    """Mails a second that smtp-source brings into a Postfix that keeps them in its queue."""
+    folder = bench.folder / bench.label()
+    bench.folder.chmod(0o755)
+    postfix = servers.Postfix(folder, more="defer_transports = keep\n")
+    postfix.start(folder)
+    options = ["-d", "-s", CONNECTIONS, "-m", count, "-l", 1000, "-f", load.SENDER, "-t", load.RECIPIENT]
+
+    def fed() -> float:
+        began = time.monotonic()
+        subprocess.run([source, *map(str, options), f"127.0.0.1:{postfix.port}"], check=True, timeout=300)
+        return count / (time.monotonic() - began)
+
+    try:
+        fed()
+        yield fed
+    finally:
+        postfix.stop()
 
 
 # -- deliveries
@@ -812,6 +872,7 @@ def beside_deliveries(bench: Bench, pair: Pair, sink: Any, offered: str) -> Iter
 ROWS: dict[str, Callable[[Bench], Iterable[Line]]] = {
     "post": post_rows,
     "batch": batch_rows,
+    "submission": submission_rows,
     "deliver": deliver_rows,
     "provider": provider_rows,
     "request": request_rows,
