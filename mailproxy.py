@@ -1449,7 +1449,6 @@ _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 _QUOTED = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _DOTTED = re.compile(r'\.*[^\x00- "(),.:;<>@\[\\\]\x7f][^\x00- "(),:;<>@\[\\\]\x7f]*')  # RFC 6532 3.2, or nearly
 _QUOTED_STRING = re.compile(_QUOTED)
-_QUOTED_PAIR = re.compile(r"\\(.)")
 _MAILBOX = re.compile(
     rf"""(?: (?P<name> (?: {_QUOTED} | [^",<>:;\\] )*+ ) < (?P<angle> (?: {_QUOTED} | [^"<>] )*+ ) >
            | (?P<bare> (?: {_QUOTED} | \[[^\[\]\s]*+\] | [^\s",<>():;\\\[\]] )++ )
@@ -1490,7 +1489,7 @@ def _mailboxes_of(text: str, field: str) -> Iterator[Mailbox]:
             continue
         name = found["name"].strip()
         if '"' in name:
-            name = _QUOTED_STRING.sub(lambda quoted: _QUOTED_PAIR.sub(r"\1", quoted[0][1:-1]), name)
+            name = _QUOTED_STRING.sub(lambda quoted: re.sub(r"\\(.)", r"\1", quoted[0][1:-1]), name)
         yield Mailbox(_decoded(name, field), parse_addr_spec(found["angle"], field))
 
 
@@ -1709,14 +1708,12 @@ def _attachments(value: object, contents: Mapping[int, bytes] | None) -> tuple[A
         else:
             source = _source(given, field)
         content_type = _text(given, "content_type", field).strip()
-        content_id = _text(given, "content_id", field).strip()
+        content_id = _text(given, "content_id", field).strip().removeprefix("<").removesuffix(">")
         content_md5 = _text(given, "content_md5", field).strip()
         inline, filename = given.get("inline"), _text(given, "filename", field)
         type_found = CONTENT_TYPE.fullmatch(content_type)
         if content_type and not (type_found and len(content_type) <= 255):
             raise Rejected(f"invalid {field}: content_type must be like application/pdf")
-        if content_id.startswith("<") and content_id.endswith(">"):
-            content_id = content_id[1:-1]
         if content_id and not (_MESSAGE_ID.fullmatch(content_id) and len(content_id) <= LONGEST_ID):
             raise Rejected(f"invalid {field}: content_id must be ASCII without spaces and angle brackets")
         if content_md5 and not re.fullmatch("[0-9a-fA-F]{32}", content_md5):
