@@ -2785,15 +2785,31 @@ def _file_name(name: str) -> tuple[str, str]:
 # A call may be done before it is awaited: then awaiting it does not let others run.
 
 
+USUAL_SWITCH_S = 0.005  # after so long a thread hands the interpreter over: often is dear
+COMPUTING_SWITCH_S = 0.001
+
+
 @dataclass(eq=False, repr=False)
 class InThread:
     """Awaits a blocking call that runs in a thread of the pool (None: asyncio's own), which it keeps until it ends,
-    even when the waiter is gone."""
+    even when the waiter is gone. While a call computes, threads change so often that the event loop gets its turn."""
 
     pool: concurrent.futures.Executor | None = None
+    computes: bool = False
+    running: int = 0
 
     def __call__(self, call: Callable[[], T], /) -> Awaitable[T]:
-        return asyncio.get_running_loop().run_in_executor(self.pool, call)
+        future = asyncio.get_running_loop().run_in_executor(self.pool, call)
+        if self.computes:
+            self.running += 1
+            sys.setswitchinterval(COMPUTING_SWITCH_S)
+            future.add_done_callback(self._done)
+        return future
+
+    def _done(self, _: asyncio.Future[Any]) -> None:
+        self.running -= 1
+        if not self.running:
+            sys.setswitchinterval(USUAL_SWITCH_S)
 
 
 class Clock:
@@ -9362,7 +9378,7 @@ class Daemon:
             concurrent.futures.ThreadPoolExecutor(256, "network"),
             concurrent.futures.ThreadPoolExecutor(WORK_THREADS, "work"),
         ]
-        self._network, self._work = map(InThread, self._pools)
+        self._network, self._work = InThread(self._pools[0]), InThread(self._pools[1], computes=True)
         self._tokens: tuple[bytes, ...] = ()
         self._queue = Queue(
             QueueFile(
@@ -10889,7 +10905,6 @@ def serve(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     share_one_heap()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-    sys.setswitchinterval(0.005)  # a busy thread soon lets the event loop run: an answer waits for it several times
     try:
         status = asyncio.run(Daemon(settings, environ, reload=reload).run())
     except MailproxyError:
