@@ -10106,6 +10106,7 @@ def send_csv(client: Client, path: str, common: Mapping[str, Any], *, show_answe
     """
     rows = csv_rows(path, known_anyway=common)
     bar = on_terminal() and not show_answers
+    clear = "\r\x1b[K" if bar else ""
     lines: dict[str, int] = {}  # of the file, by id of the message
     batch: list[dict[str, Any]] = []
     refusals: list[str] = []
@@ -10125,8 +10126,7 @@ def send_csv(client: Client, path: str, common: Mapping[str, Any], *, show_answe
                     before += 1
                 else:
                     refusals.append(f"{path} line {lines.get(id_ or '', '?')}, {id_}: {reason}")
-            if bar:
-                print("\r\x1b[K", end="", flush=True)
+            print(clear, end="", flush=True)
             for refusal in refusals:
                 complain(refusal)
             through, refused = through + len(batch), refused + len(refusals)
@@ -10142,8 +10142,7 @@ def send_csv(client: Client, path: str, common: Mapping[str, Any], *, show_answe
         complain(f"interrupted; {hint}")
         raise
     finally:
-        if bar:
-            print("\r\x1b[K", end="", flush=True)
+        print(clear, end="", flush=True)
     if not show_answers:
         numbers = f"{len(rows) - before - refused} queued, {before} sent before, {refused} refused"
         print(f"{counted(len(rows), 'message')}: {numbers}")
@@ -10866,9 +10865,7 @@ def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
         return os.EX_OK
     except MailproxyError as error:
         complain(error)
-        if isinstance(error, ConfigurationError):
-            return os.EX_CONFIG
-        return error.status if isinstance(error, CommandFailed) else os.EX_TEMPFAIL
+        return os.EX_CONFIG if isinstance(error, ConfigurationError) else getattr(error, "status", os.EX_TEMPFAIL)
     except OSError as error:
         complain(error.strerror or error)
         return os.EX_IOERR
@@ -11165,7 +11162,9 @@ AS_SENDMAIL = (
     option("-i", action="store_true", help="a line with only a dot does not end the message; so does -oi"),
     option("-f", metavar="ADDRESS", help="envelope sender; else that of the header From, else login@host"),
     option("-F", metavar="NAME", help="full name for the header From where there is none"),
-    option("-b", metavar="MODE", help="p: list the queue, as mailq does; i, as newaliases: do nothing"),
+    option(
+        "-b", metavar="MODE", help="s: SMTP on standard input and output; p: the queue (mailq); i: nothing (newaliases)"
+    ),
 )
 BACKING_UP = (
     option("file", metavar="FILE", help="what to write"),
