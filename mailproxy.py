@@ -3182,7 +3182,8 @@ class QueueFile:
             script = self._migrations[version - 1] if version else self._schema
             for function in self._functions:
                 connection.create_function(function.__name__, 1, function)
-            connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {newest}; COMMIT;")
+            step = f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {newest}; COMMIT"
+            connection.executescript(f"PRAGMA temp_store = FILE; {step}; PRAGMA temp_store = MEMORY")  # it may be large
 
     async def close(self) -> None:
         """Finish what was asked, then close both connections and let go of the lock."""
