@@ -8732,8 +8732,13 @@ def operation_of(row: Route) -> dict[str, object]:
     for name, (kind, words) in row.query.items():
         schema = json_schema(kind.json)
         parameters.append({"name": name, "in": "query", "description": words, "schema": schema})
-    content_type, answer = (row.answer, "string") if "/" in row.answer else ("application/json", row.answer)
-    responses = {"200": {"description": "done", "content": {content_type: {"schema": json_schema(answer)}}}}
+    content_types, answer = [row.answer], "string"
+    if "/" not in row.answer:
+        content_types, answer = ["application/json"], row.answer
+    elif not row.answer.startswith("text/"):
+        content_types.append("application/octet-stream")  # for generators that know no other
+    content: dict[str, object] = {content_type: {"schema": json_schema(answer)} for content_type in content_types}
+    responses = {"200": {"description": "done", "content": content}}
     for status in sorted(statuses):
         content = {"application/json": {"schema": json_schema("Problem")}}
         responses[str(status)] = {"description": http.client.responses[status], "content": content}
