@@ -1467,7 +1467,9 @@ def parse_mailboxes(value: object, field: str, *, exactly_one: bool = False) -> 
         if not isinstance(text, str):
             wanted = "one address in a string" if exactly_one else "addresses, in a list or in one string"
             raise Rejected(f"invalid {field}: must be {wanted}")
-        if (usual := _USUAL_MAILBOX.fullmatch(text)) and len(usual[2]) <= LONGEST_ADDRESS:
+        if _PLAIN_ADDRESS.fullmatch(text) and len(text) <= LONGEST_ADDRESS:
+            found.append(Mailbox("", text))
+        elif (usual := _USUAL_MAILBOX.fullmatch(text)) and len(usual[2]) <= LONGEST_ADDRESS:
             found.append(Mailbox((usual[1] or "").strip(), usual[2]))
         else:
             found.extend(_mailboxes_of(line_of(text, field), field))
@@ -3827,13 +3829,11 @@ class Queue:
             )
         contents = [(row[0], *content) for row, submission in new for content in submission.contents.items()]
         db.executemany("INSERT INTO contents VALUES (?, ?, ?)", contents)
-        together = [
-            slice(start, min(start + SOUGHT_TOGETHER, len(rows))) for start in range(0, len(rows), SOUGHT_TOGETHER)
-        ]
+        parts = [slice(start, start + SOUGHT_TOGETHER) for start in range(0, len(rows), SOUGHT_TOGETHER)]
         texts = [
-            (first + some.stop - 1, first + some.start, at, NEXT_SOUGHT.join([s.sought for s in submissions[some]]))
-            for some in together
-            if any(stored[some])
+            (rows[part][-1][0], rows[part][0][0], at, NEXT_SOUGHT.join([s.sought for s in submissions[part]]))
+            for part in parts
+            if any(stored[part])
         ]
         db.executemany("INSERT INTO sought VALUES (?, ?, ?, ?)", texts)
         return stored
