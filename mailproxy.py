@@ -9520,7 +9520,8 @@ class Daemon:
         if place:
             tls = server_tls_context(submission if submission.tls_cert else settings.server)
             (_, own_port), *_ = await self._smtp.start_tcp(host, int(port), tls)
-            event(self._log, logging.INFO, "submission by SMTP listens", at=f"{host}:{own_port}")
+            at = f"{place.rpartition(':')[0]}:{own_port}"
+            event(self._log, logging.INFO, "submission by SMTP listens", at=at)
 
     def _most_clients(self) -> int:
         """How many HTTP connections there may be: clients must not take the files that delivery needs."""

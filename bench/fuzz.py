@@ -1,6 +1,7 @@
 """Coverage-guided fuzzing (atheris) of what reads bytes from strangers. Linux, with atheris installed.
 
     python3 bench/fuzz.py http        # the HTTP parser: a stream of bytes on one connection
+    python3 bench/fuzz.py smtp        # submission by SMTP: a stream of bytes on one connection
     python3 bench/fuzz.py addresses   # parse_mailboxes
     python3 bench/fuzz.py submission  # JSON, parse_message, the stored form, composition
     python3 bench/fuzz.py account     # JSON, parse_account
@@ -13,6 +14,8 @@ More than crashes is looked for:
               the same stream in small pieces gives the same requests, as far as it is read; a request written
               down plainly is read as the same one; and h11, where it is installed and takes the stream, sees
               the same requests in it (two readers who differ are what smuggling is made of);
+  smtp        a stream gives well-formed replies and mails; the same stream in small pieces gives the same ones; the
+              content of each mail stands in the stream, between DATA and a dot, with no line end but CRLF;
   addresses   text gives mailboxes or a reason; an address that was accepted is one printable line, local@domain,
               and reads as itself; a header made of the mailboxes reads as the same mailboxes;
   submission  a body gives a message, a reason of fixed first words, or a 4xx; what was accepted can be kept as
@@ -293,6 +296,66 @@ class HttpTarget:
         must(len(again.served) == 1, f"written down plainly it is refused: {again.writer.content!r}")
         must(again.served[0][0:2] == (method, path), "written down plainly it is for something else")
         must(again.served[0][4] == body, "written down plainly it has another body")
+
+
+# -- submission by SMTP
+
+
+class SmtpTarget:
+    """A session, with a server that takes every mail."""
+
+    words = (
+        "EHLO x\r\n", "HELO x\r\n", "MAIL FROM:<a@b.c>", "RCPT TO:<d@e.f>\r\n", "DATA\r\n", "\r\n.\r\n", ".\r\n", "..", "RSET\r\n",
+        "QUIT\r\n", "NOOP\r\n", "AUTH PLAIN ", "AUTH LOGIN ", "AGEAYg==", "STARTTLS\r\n", " SIZE=5", " BODY=8BITMIME", " SMTPUTF8",
+        "VRFY x\r\n", "<>", "<@x:a@b.c>", '<"a b"@c>', "Subject: x\r\n", "X-Mailproxy-Id: y\r\n", "\r", "\n", "\r\r\n", "\n.\n", "root",
+    )  # fmt: skip
+    seeds = (
+        b"EHLO x\r\nMAIL FROM:<a@b.c> SIZE=5\r\nRCPT TO:<d@e.f>\r\nDATA\r\nSubject: x\r\n\r\n..\r\n.\r\nQUIT\r\n",
+        b"AUTH LOGIN\r\nYQ==\r\nYg==\r\nMAIL FROM:<>\r\nRCPT TO:<root>\r\nRCPT TO:<x>\r\nDATA\r\n.\r\nRSET\r\nNOOP\r\n",
+        b"MAIL FROM:<a@b.c>\r\nRCPT TO:<d@e.f>\r\nDATA\r\na\n.\r\nb\r.\r\n.\nc\r\n.\r\nMAIL FROM:<e@f.g>\r\nRCPT TO:<h@i.j>\r\nDATA\r\nx\r\n.\r\n",
+        b"AUTH PLAIN AGEAYg==\r\nNOOP "
+        + b"x" * 4096
+        + b"\r\nMAIL FROM:<a@b.c>\r\nRCPT TO:<d@e.f>\r\nDATA\r\n"
+        + b"x" * 2000
+        + b"\r\n.\r\n",
+    )
+
+    def __init__(self, mailproxy: Any) -> None:
+        self._mailproxy = mailproxy
+        self._loop = asyncio.new_event_loop()
+
+    def talk(self, pieces: list[bytes]) -> tuple[bytes, list[Any]]:
+        mails: list[Any] = []
+
+        async def take(mail: Any) -> str:
+            mails.append(mail)
+            fields = mail.submission({}, "host")
+            with contextlib.suppress(self._mailproxy.Rejected):
+                self._mailproxy.parse_message(fields)
+            return str(self._mailproxy.reply_to_submission("x", None))
+
+        async def said() -> bytes:
+            names = self._mailproxy.LocalNames("local.test", "host", None, {})
+            server = self._mailproxy.SmtpServer(take, names, most_bytes=lambda: 1000)
+            written = Written()
+            await self._mailproxy.SmtpSession(server, Pieces(pieces), written).run()
+            return written.content
+
+        return self._loop.run_until_complete(said()), mails
+
+    def attempt(self, stream: bytes) -> str:
+        replies, mails = self.talk([stream])
+        must((replies, mails) == self.talk(in_pieces(stream)), "in pieces there are other replies or mails")
+        must(re.fullmatch(rb"(?:[2-5]\d\d[ -][^\r\n\0]*\r\n)+", replies), f"replies {replies!r}")
+        for mail in mails:
+            lines = mail.content.count(b"\r\n")
+            must(mail.content.count(b"\r") == lines == mail.content.count(b"\n"), "a line end that is none")
+            wire = re.sub(rb"(?m)^\.", b"..", mail.content) + b".\r\n"
+            must(
+                re.search(rb"(?i)DATA\r\n" + re.escape(wire), stream) or b"\r\n." in stream, "a mail that was not sent"
+            )
+            must(mail.recipients and len(mail.content) <= 1000, "a mail beyond its limits")
+        return "mails" if mails else "none"
 
 
 # -- addresses
@@ -595,6 +658,7 @@ class AccountTarget(JsonTarget):
 
 TARGETS: dict[str, Any] = {
     "http": HttpTarget,
+    "smtp": SmtpTarget,
     "addresses": AddressTarget,
     "submission": SubmissionTarget,
     "account": AccountTarget,
