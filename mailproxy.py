@@ -2966,17 +2966,42 @@ TRANSACTIONS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 6
 WAITS_S = (0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14_400, 43_200, 86_400, 432_000)
 
 
+class Recent:
+    """What happened in each of the last 90 times 10 seconds, in memory only."""
+
+    NAMES = ("accepted", "sent", "deferred", "failed")
+    STEP_S, STEPS = 10, 90
+
+    def __init__(self, wall: Callable[[], float]) -> None:
+        self._wall = wall
+        self._counts: dict[int, dict[str, int]] = {}
+
+    def count(self, name: str, number: int = 1) -> None:
+        step = int(self._wall() // self.STEP_S)
+        if step not in self._counts:
+            self._counts = {old: n for old, n in self._counts.items() if step - self.STEPS < old < step}
+            self._counts[step] = dict.fromkeys(self.NAMES, 0)
+        self._counts[step][name] += number
+
+    def columns(self) -> list[dict[str, int]]:
+        """Oldest first; `ts` is the beginning of each. The last one is going on."""
+        last, none = int(self._wall() // self.STEP_S), dict.fromkeys(self.NAMES, 0)
+        steps = range(last - self.STEPS + 1, last + 1)
+        return [{"ts": step * self.STEP_S, **self._counts.get(step, none)} for step in steps]
+
+
 class Metrics:
     """The instruments of one daemon, named as its metrics. Counting costs a microsecond or two and waits
     for nothing; an account is counted under `label(account_id)`. Gauges are set when somebody looks."""
 
-    def __init__(self, version: str) -> None:
+    def __init__(self, version: str, wall: Callable[[], float] = time.time) -> None:
         import platform
 
         import prometheus_client  # loaded by the daemon only: it takes a tenth of a start
 
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # they would double the answer
         self.accounts: set[str] = set()  # that have series
+        self.recent = Recent(wall)
         registry = prometheus_client.CollectorRegistry()
         # Everything as Prometheus' text format. Blocking: some 15 ms for each 1,000 series.
         self.exposition = functools.partial(prometheus_client.generate_latest, registry)
@@ -3060,8 +3085,10 @@ class Metrics:
         """A message is final: sent, to some of its recipients at least, or failed."""
         if disposition.status is Status.ERROR:
             self.messages_failed.labels(label).inc()
+            self.recent.count("failed")
             return
         self.sent(label).inc()
+        self.recent.count("sent")
         if disposition.error is not None:
             self.messages_partly_refused.labels(label).inc()
 
@@ -3417,6 +3444,15 @@ CREATE TRIGGER forget_sought AFTER DELETE ON messages BEGIN
         AND NOT EXISTS (SELECT 1 FROM messages WHERE seq BETWEEN first_seq AND last_seq);
 END;
 CREATE TABLE suspended_batches (batch_code TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE failures (n INTEGER NOT NULL);          -- rows that were given up
+INSERT INTO failures VALUES (0);
+CREATE TRIGGER count_failures AFTER UPDATE OF error_ts ON messages
+    WHEN (new.error_ts IS NULL) <> (old.error_ts IS NULL) BEGIN
+    UPDATE failures SET n = n + (new.error_ts IS NOT NULL) - (old.error_ts IS NOT NULL);
+END;
+CREATE TRIGGER forget_failure AFTER DELETE ON messages WHEN old.error_ts IS NOT NULL BEGIN
+    UPDATE failures SET n = n - 1;
+END;
 -- Above: what is new in version 3.
 CREATE TABLE sends (                                 -- n messages sent in a minute, the last not after until_ts
     account_id TEXT NOT NULL, minute INTEGER NOT NULL, until_ts INTEGER NOT NULL, n INTEGER NOT NULL,
@@ -3462,6 +3498,7 @@ INSERT INTO messages SELECT seq, id, account_id, priority, created_at, updated_a
 UPDATE messages SET subject = subject_of_raw(content) FROM contents WHERE contents.seq = messages.seq AND position = -1;
 INSERT INTO sought
     SELECT seq, seq, created_at, sought_of_payload(payload) || casefold(coalesce(subject, '')) FROM messages;
+UPDATE failures SET n = (SELECT count(*) FROM messages WHERE error_ts IS NOT NULL);
 DELETE FROM sqlite_sequence WHERE name = 'messages';
 """  # noqa: S608 - constants only
 MIGRATIONS = (
@@ -4177,6 +4214,10 @@ class Queue:
         oldest = "SELECT created_at FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT 1"
         times = [row["created_at"] for row in await self._ask(oldest)]
         return {row.pop("account_id"): Tally(**row) for row in rows}, times[0] if times else None
+
+    async def failed(self) -> int:
+        """How many messages were given up and are in the table."""
+        return int((await self._ask("SELECT n FROM failures"))[0]["n"])
 
     async def answers(self) -> None:
         """Raise StorageUnavailable unless the file can be written now: it is tried."""
@@ -8255,6 +8296,7 @@ class Dispatcher(Loop):
             self._say(claim, "message failed", logging.WARNING, connection=connection, error=disposition.error)
         elif disposition.status is Status.DEFERRED:
             self.metrics.messages_deferred.labels(label, disposition.reason).inc()
+            self.metrics.recent.count("deferred")
             until = disposition.deferred_ts
             self._say(claim, "message deferred", connection=connection, until=until, error=disposition.error)
 
@@ -8625,8 +8667,10 @@ ANSWERS: Mapping[str, str] = {
     "Health": "ok: boolean, status: string",
     "Status": (
         "ok: boolean, active: boolean, version: string, pending: integer, deferred: integer, in_delivery: integer, "
-        "unreported: integer, oldest_pending_ts: time | null, suspended_batches: string[], accounts: AccountStatus{}"
+        "failed: integer, unreported: integer, oldest_pending_ts: time | null, suspended_batches: string[], "
+        "accounts: AccountStatus{}, recent: TenSeconds[]"
     ),
+    "TenSeconds": "ts: time, accepted: integer, sent: integer, deferred: integer, failed: integer",
     "AccountStatus": (
         "state: 'up' | 'probing' | 'cooling' | 'limited' | 'suspended' | 'account not found', reason: string | null, "
         "since: time | null, until: time | null, connections: integer, pending: integer, limits_left?: integer{}"
@@ -8851,10 +8895,12 @@ class ControlPlane:
                 "pending": sum(pending.values()),
                 "deferred": sum(tally.waiting for tally in tallies.values()),
                 "in_delivery": self.queue.in_delivery,
+                "failed": await self.queue.failed(),
                 "unreported": sum(tally.unreported for tally in tallies.values()),
                 "oldest_pending_ts": oldest_ts,
                 "suspended_batches": sorted(self.queue.suspended_batches),
                 "accounts": accounts,
+                "recent": self.metrics.recent.columns(),
             }
         )
 
@@ -8994,6 +9040,7 @@ class ControlPlane:
                 self.reporter.ring()
         for account_id, number in by_account.items():
             self.metrics.accepted(self.metrics.label(account_id)).inc(number)
+            self.metrics.recent.count("accepted", number)
         if by_account:
             self.dispatcher.wake(by_account)
         level = logging.INFO if self.dispatcher.log_deliveries else logging.DEBUG
@@ -9379,7 +9426,7 @@ class Daemon:
         self._hurry = asyncio.Event()
         self._asked_to_renew = asyncio.Event()
         self._systemd = SystemdNotifier(environ)
-        self._metrics = Metrics(__version__)
+        self._metrics = Metrics(__version__, self._clock.wall)
         self._pools = [  # a look-up or a file server that hangs keeps a thread, and must hold up nobody else
             concurrent.futures.ThreadPoolExecutor(256, "network"),
             concurrent.futures.ThreadPoolExecutor(WORK_THREADS, "work"),

@@ -4153,6 +4153,7 @@ def test_a_queue_of_version_1_goes_on_as_the_newest_one(tmp_path: Path) -> None:
         assert definitions(rig) == definitions(new)
         assert rig.sql("PRAGMA user_version") == new.sql("PRAGMA user_version") == [(3,)]
         assert rig.tallies()[0]["main"] == (1, 2, 2)
+        assert [(rig.failed(),)] == rig.sql("SELECT count(*) FROM messages WHERE error_ts IS NOT NULL")
         assert rig.standing("main") == mailproxy.Standing([(NOW + 2, 2)], suspended=True, held_back=False)
         assert (rig.switch("active"), list(rig.accounts())) == (True, ["main"])
         assert [state.entry["id"] for state in rig.unreported(10)] == ["sent", "retry"]
@@ -4184,6 +4185,7 @@ def test_a_queue_that_was_written_by_version_2_is_all_there(rig: QueueRig, smtp:
     old = QueueRig(tmp_path / "old", rig.run)
 
     assert [old.sql(sql) for sql in everything] == before
+    assert [(old.failed(),)] == old.sql("SELECT count(*) FROM messages WHERE error_ts IS NOT NULL") != [(0,)]
     assert list(map(len, before)) == [13, 3, 9, 4, 1, 3, 1, 5, 1]
     assert definitions(old) == definitions(rig)
     assert (old.sql("PRAGMA user_version"), old.sql("PRAGMA integrity_check")) == ([(3,)], [("ok",)])
@@ -11188,6 +11190,7 @@ def counted(daemon: Daemon) -> dict[str, Any]:
         row = db.execute(
             "SELECT count(*) FILTER (WHERE pending) AS pending, "
             "count(*) FILTER (WHERE pending AND deferred_ts IS NOT NULL) AS deferred, "
+            "count(*) FILTER (WHERE error_ts IS NOT NULL) AS failed, "
             "count(*) FILTER (WHERE report_order IS NOT NULL) AS unreported, "
             "min(created_at) FILTER (WHERE pending) AS oldest_pending_ts "
             "FROM (SELECT *, sent_ts IS NULL AND error_ts IS NULL AS pending FROM messages)"
@@ -11197,7 +11200,7 @@ def counted(daemon: Daemon) -> dict[str, Any]:
 
 def told(daemon: Daemon) -> dict[str, Any]:
     status = daemon.status()
-    return {name: status[name] for name in ("pending", "deferred", "unreported", "oldest_pending_ts")}
+    return {name: status[name] for name in ("pending", "deferred", "failed", "unreported", "oldest_pending_ts")}
 
 
 FAR = 4_000_000_000
@@ -11232,9 +11235,11 @@ def test_health_ready_and_status_are_true_and_to_be_asked_costs_one_commit_a_sec
     assert quiet.get("/health").json == {"ok": True, "status": "ok"}
     status = quiet.status()
     default = status["accounts"].pop("default")
+    recent = status.pop("recent")
+    assert [column["ts"] - recent[0]["ts"] for column in recent] == list(range(0, 900, 10))
     assert status == {
         "ok": True, "active": False, "version": mailproxy.__version__, "pending": 0, "deferred": 0,
-        "in_delivery": 0, "unreported": 0, "oldest_pending_ts": None, "suspended_batches": [], "accounts": {},
+        "in_delivery": 0, "failed": 0, "unreported": 0, "oldest_pending_ts": None, "suspended_batches": [], "accounts": {},
     }  # fmt: skip
     assert (default["state"], default["reason"], default["until"], default["connections"]) == ("up", None, None, 0)
 
@@ -11243,6 +11248,37 @@ def test_health_ready_and_status_are_true_and_to_be_asked_costs_one_commit_a_sec
     assert told(quiet)["deferred"] == 1 or time.time() >= due
     wait_until(lambda: told(quiet)["deferred"] == 0, "its time")
     assert (told(quiet)["pending"], quiet.message("m-1")["status"]) == (1, "queued")
+
+
+def test_status_says_how_many_failed_and_what_happened_in_the_last_15_minutes(tmp_path: Path, smtp: SmtpServer) -> None:
+    with Daemon(tmp_path, {"delivery": {"retry_delays": "1000"}}, smtp=smtp) as daemon:
+        daemon.submit(
+            mail("a"), mail("b", to="perm@example.com"), mail("c", to="temp@example.com"), mail("d", to="550@x.y")
+        )
+        wait_until(lambda: smtp.received and told(daemon)["failed"] == 2 and told(daemon)["deferred"] == 1, "outcomes")
+        wait_until(lambda: sum(column["sent"] for column in daemon.status()["recent"]) == 1, "the one that was sent")
+        status = daemon.status()
+        assert told(daemon) == counted(daemon)
+        totals = {name: sum(column[name] for column in status["recent"]) for name in status["recent"][0]}
+        assert (totals.pop("ts") > 0, totals) == (True, {"accepted": 4, "sent": 1, "deferred": 1, "failed": 2})
+        assert abs(status["recent"][-1]["ts"] - time.time()) < 20
+
+        assert daemon.post("/commands/suspend").status == 200
+        assert daemon.post("/commands/retry-messages", {"ids": ["b"]}).json["queued"] == 1
+        assert told(daemon)["failed"] == 1
+        assert daemon.post("/commands/delete-messages", {"ids": ["d"]}).json["removed"] == 1
+        assert told(daemon) == {**counted(daemon), "failed": 0}
+
+
+def test_what_happened_is_forgotten_after_15_minutes_and_a_turned_clock_leaves_nothing_behind() -> None:
+    now = [18e8]
+    recent = mailproxy.Recent(lambda: now[0])
+    for moment in (18e8, 18e8 + 895, 18e8 + 905, 18e8 + 9_000, 18e8):
+        now[0] = moment
+        recent.count("sent")
+
+    assert sum(column["sent"] for column in recent.columns()) == 1
+    assert recent.columns()[-1] == {"ts": 18e8, "accepted": 0, "sent": 1, "deferred": 0, "failed": 0}
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/status", "/messages", "/accounts", "/metrics"])
