@@ -3008,7 +3008,6 @@ class Metrics:
         counter = functools.partial(prometheus_client.Counter, namespace="mailproxy", registry=registry)
         gauge = functools.partial(prometheus_client.Gauge, namespace="mailproxy", registry=registry)
         timer = functools.partial(prometheus_client.Histogram, namespace="mailproxy", registry=registry)
-
         account, by_source = ["account"], ["source", "outcome"]
         by_reason, by_outcome = ["account", "reason"], ["account", "outcome"]
         self.messages_accepted = counter("messages_accepted", "Messages accepted from clients.", account)
