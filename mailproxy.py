@@ -3865,13 +3865,12 @@ class Queue:
             )
         contents = [(row[0], *content) for row, submission in new for content in submission.contents.items()]
         db.executemany("INSERT INTO contents VALUES (?, ?, ?)", contents)
-        parts = [slice(start, start + SOUGHT_TOGETHER) for start in range(0, len(rows), SOUGHT_TOGETHER)]
-        texts = [
-            (rows[part][-1][0], rows[part][0][0], at, NEXT_SOUGHT.join([s.sought for s in submissions[part]]))
-            for part in parts
-            if any(stored[part])
-        ]
-        db.executemany("INSERT INTO sought VALUES (?, ?, ?, ?)", texts)
+        for start in range(0, len(rows), SOUGHT_TOGETHER):
+            some = slice(start, start + SOUGHT_TOGETHER)
+            if any(stored[some]):
+                texts = [s.sought for s in submissions[some]]
+                values = [first + start + len(texts) - 1, first + start, at, NEXT_SOUGHT.join(texts)]
+                db.execute("INSERT INTO sought VALUES (?, ?, ?, ?)", values)
         return stored
 
     # -- delivery
