@@ -3525,7 +3525,7 @@ CHUNK = 500  # rows of one commit in work that may touch many
 STRETCH = 5_000  # rows looked at in one go by what must pass over others
 SOUGHT_TOGETHER = 100  # messages whose texts for searches are stored in one row
 NEXT_SOUGHT = "\x1e"
-READING_S = 0.02  # of one piece of a listing: deliveries read large messages by the same connection
+READING_S = 0.01  # of one piece of a listing: deliveries read large messages by the same connection
 PAGE_BYTES = 1_048_576  # of payloads in one page of a listing
 
 Outcomes: TypeAlias = dict[str, RecipientOutcome]  # by address
@@ -3568,7 +3568,7 @@ FIRST_OF_PAGE = {
     "desc": {way: f"SELECT max(seq) FROM messages {ALONG[way]} seq < :after" for way in ALONG},  # noqa: S608
 }
 SEARCH = (
-    "SELECT first_seq, text FROM sought WHERE last_seq >= :first AND first_seq <= :last "
+    "SELECT first_seq, text FROM sought WHERE last_seq BETWEEN :first AND :last + :together AND first_seq <= :last "
     "AND created_at BETWEEN :since AND :until AND instr(text, :to) AND instr(text, :subject) ORDER BY last_seq"
 )
 READY = (
@@ -4168,7 +4168,7 @@ class Queue:
             after = LARGEST_INTEGER if newest_first else 0
         anything = dict.fromkeys(("status", "account_id", "batch_code"))
         values = {**anything, "since": 0, "until": LARGEST_INTEGER, "refused": False, **only}
-        values |= {"active_only": active_only, "now": self._now()}
+        values |= {"active_only": active_only, "now": self._now(), "together": SOUGHT_TOGETHER}
         to = values["to"] = f"\n{only['to'].casefold()}\n" if "to" in only else ""
         subject = values["subject"] = only.get("subject", "").casefold()
         along = way = "all"
@@ -4187,7 +4187,8 @@ class Queue:
                 first = db.execute(FIRST_OF_PAGE[order][along], {"after": at}).fetchone()[0]
                 if first is None:
                     return records, None
-                at = first + (1 - STRETCH if newest_first else STRETCH - 1)
+                stretch = 5 * STRETCH if way == "sought" else STRETCH  # there, of a hundredth as many rows
+                at = first + (1 - stretch if newest_first else stretch - 1)
                 values.update(first=min(first, at), last=max(first, at), most=most - len(records))
                 if way == "sought":
                     found = [
@@ -4196,6 +4197,8 @@ class Queue:
                         for n, one in enumerate(text.split(NEXT_SOUGHT))
                         if to in one and subject in one.partition("\t")[2]
                     ]
+                    if not found:
+                        continue
                     values["seqs"] = as_json(found)
                 for row in map(dict, db.execute(PAGE_OF_RECORDS[order, way], values)):
                     size_bytes += len(row["payload"])
@@ -9156,6 +9159,8 @@ class ControlPlane:
                 before, shown, last = b",\n", shown + 1, record.seq
             if after is None or self.clock.monotonic() >= ends_at:
                 break
+            if not records:
+                await asyncio.sleep(2 * READING_S)  # most of the time is for others
         yield (b"" if shown else before) + b'], "next": %b}\n' % (b"null" if after is None else b'"%d"' % after)
 
     async def _shown(self, record: Record, with_contents: bool) -> bytes:
