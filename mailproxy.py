@@ -8933,15 +8933,10 @@ class ControlPlane:
             "ApiToken": {"type": "apiKey", "in": "header", "name": "X-API-Token"},
             "Bearer": {"type": "http", "scheme": "bearer"},
         }
-        return json_response(
-            {
-                "openapi": "3.1.0",
-                "info": {"title": "mailproxy", "version": __version__, "description": description},
-                "paths": paths,
-                "security": [{name: []} for name in schemes],
-                "components": {"schemas": named_schemas(), "securitySchemes": schemes},
-            }
-        )
+        info = {"title": "mailproxy", "version": __version__, "description": description}
+        components = {"schemas": named_schemas(), "securitySchemes": schemes}
+        document = {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
+        return json_response({**document, "security": [{name: []} for name in schemes]})
 
     async def submit_messages(self, request: Request) -> Response:
         """Submit messages; each is judged by itself, and what is accepted is on disk."""
@@ -8952,12 +8947,10 @@ class ControlPlane:
         if rejected and not (queued or known):
             detail = {"error": ALL_REJECTED, "rejected": rejected}
             raise HttpError(400, ALL_REJECTED, code="all_rejected", rejected=rejected, detail=detail)
-        answer: dict[str, object] = {"ok": True, "queued": queued, "rejected": rejected}
+        answer = {"ok": True, "queued": queued, "rejected": rejected, **({"known": known} if known else {})}
         refused = {entry["id"] for entry in rejected if entry["reason"] != TWICE} if unknown else ()
         warnings = [{"id": id_, "unknown": names} for id_, names in unknown.items() if id_ not in refused]
-        return json_response(
-            {**answer, **({"known": known} if known else {}), **({"warnings": warnings} if warnings else {})}
-        )
+        return json_response({**answer, **({"warnings": warnings} if warnings else {})})
 
     async def store(self, judged: Sequence[Submission], rejected: list[dict[str, object]]) -> tuple[int, list[str]]:
         """Store what was judged; return how many are queued, and the ids that are known. What is refused is added to
@@ -9278,9 +9271,8 @@ class ControlPlane:
             raise HttpError(409, f"this account comes from config.ini, section [{section}]; change it there")
 
 
-def rejection(id_: str | None, reason: str | None) -> dict[str, object]:
+def rejection(id_: str | None, reason: str) -> dict[str, object]:
     """An entry of `rejected`: for programs, a code beside the reason, and the field that is meant."""
-    reason = str(reason)
     if code := REJECTIONS.get(reason):
         field = {TWICE: "id", NOT_FOUND: "account_id"}.get(reason)
     else:
