@@ -10290,7 +10290,7 @@ OF_SENDERS = (b"from", b"sender", b"resent-from", b"resent-sender")
 def read_addresses(text: bytes) -> list[tuple[str, slice]] | None:
     """The addresses in a header field of mailboxes and groups (RFC 5322 3.4, 4.4), and where their local parts stand;
     "" for <>. None where it cannot be read whole. Linear, whatever it is given."""
-    kinds, tokens, at = "", [], 0
+    tokens, at = [], 0
     while at < len(text):
         token = _TOKEN_OF_ADDRESSES.match(text, at)
         depth = 1 if token and token.lastgroup == "comment" else 0
@@ -10300,9 +10300,9 @@ def read_addresses(text: bytes) -> list[tuple[str, slice]] | None:
         if token is None:
             return None
         if token.lastgroup:
-            kinds += token[0].decode() if token.lastgroup == "special" else token.lastgroup
             tokens.append(token)
         at = token.end()
+    kinds = "".join(token[0].decode() if token.lastgroup == "special" else str(token.lastgroup) for token in tokens)
     found, at, groups = [], 0, 0
     while at < len(kinds):
         element = _OF_ADDRESS_LIST.match(kinds, at)
@@ -10372,13 +10372,14 @@ class Draft(NamedTuple):
         header = [] if b"from" in map(field_name, self.header) else [_address_header("From", (author,)).encode()]
         for line in self.header:
             of_sender, start = field_name(line) in OF_SENDERS, line.index(b":") + 1
-            if of_sender or field_name(line) in (*OF_RECIPIENTS, b"reply-to"):
-                for name, place in reversed(read_addresses(line[start:]) or ()):
-                    if name and "@" not in name:
-                        full = names.sender_of(name) if of_sender else f"{name}@{names.domain or names.host}"
-                        whole = full.encode("utf-8", "surrogateescape")
-                        line = line[: start + place.start] + whole + line[start + place.stop :]
-            header.append(line)
+            known = of_sender or field_name(line) in (*OF_RECIPIENTS, b"reply-to")
+            pieces, end = [], 0
+            for name, place in (read_addresses(line[start:]) if known else None) or ():
+                if name and "@" not in name:
+                    full = names.sender_of(name) if of_sender else f"{name}@{names.domain or names.host}"
+                    pieces += [line[end : start + place.start], full.encode("utf-8", "surrogateescape")]
+                    end = start + place.stop
+            header.append(b"".join([*pieces, line[end:]]))
         return Draft(header, self.body)
 
 
