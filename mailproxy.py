@@ -3840,16 +3840,17 @@ class Queue:
         now, first = self._now(), self._last_seq + 1
         at = int(now)
         self._last_seq += len(submissions)
-        rows, inserted, done = [], 0, 0
+        rows, most_at_once, inserted, done = [], 32, 0, 0
         for seq, s in enumerate(submissions, first):
             waits = s.deferred_ts is not None and s.deferred_ts > now
             schedule = (s.deferred_ts, "schedule", s.deferred_ts) if waits else (None, None, now)
             size_bytes = len(s.payload) + (sum(map(len, s.contents.values())) if s.contents else 0)
             turn = 2 if s.batch_code in self.suspended_batches else 0
             rows.append((seq, *s[:3], at, at, *schedule, turn, *s[4:11], size_bytes))
-        largest = max((row[-1] for row in rows), default=0)
-        while done < len(rows):  # a statement keeps what was bound to it: a large row goes into that of a single one
-            n = next(n for n in INSERT_ROWS if n == 1 or (n <= len(rows) - done and largest <= SMALL_PAYLOAD_BYTES))
+            if size_bytes > SMALL_PAYLOAD_BYTES:  # a statement keeps what was bound to it last
+                most_at_once = 1
+        while done < len(rows):
+            n = min(most_at_once, 1 << (len(rows) - done).bit_length() - 1)
             values = list(itertools.chain.from_iterable(rows[done : done + n]))
             inserted, done = inserted + db.execute(INSERT_ROWS[n], values).rowcount, done + n
         stored = [True] * len(rows)
@@ -3857,14 +3858,19 @@ class Queue:
             there = {row[0] for row in db.execute("SELECT seq FROM messages WHERE seq >= :first", {"first": first})}
             stored = [row[0] in there for row in rows]
         new = list(itertools.compress(zip(rows, submissions, strict=True), stored))
-        for (account_id, waits), n in collections.Counter((s.account_id, row[6] is not None) for row, s in new).items():
+        counts: dict[tuple[str, bool], int] = {}
+        for row, s in new:
+            kind = s.account_id, row[6] is not None
+            counts[kind] = counts.get(kind, 0) + 1
+        for (account_id, waits), n in counts.items():
             db.execute(
                 "INSERT INTO tallies VALUES (:account, :ready, :waiting, 0) ON CONFLICT (account_id) DO UPDATE SET "
                 "ready = tallies.ready + excluded.ready, waiting = tallies.waiting + excluded.waiting",
                 {"account": account_id, "ready": 0 if waits else n, "waiting": n if waits else 0},
             )
-        contents = [(row[0], *content) for row, submission in new for content in submission.contents.items()]
-        db.executemany("INSERT INTO contents VALUES (?, ?, ?)", contents)
+        contents = [(row[0], *content) for row, s in new if s.contents for content in s.contents.items()]
+        if contents:
+            db.executemany("INSERT INTO contents VALUES (?, ?, ?)", contents)
         for start in range(0, len(rows), SOUGHT_TOGETHER):
             some = slice(start, start + SOUGHT_TOGETHER)
             if any(stored[some]):
