@@ -6335,6 +6335,7 @@ class SmtpSession:
     _buffer: bytes = b""  # received and not yet understood
     _replies: list[str] = field(default_factory=list)
     _idle_at: float = 0.0  # when it will have been idle for too long, on the monotonic clock
+    _timer: Any = None
     _farewell: str = "421 4.3.2 Shutting down, come back later"
     _errors: int = 0
     _encrypted: bool = False
@@ -6355,6 +6356,7 @@ class SmtpSession:
                     self.writer.close()
                     await self.writer.wait_closed()
         finally:
+            self._timer.cancel()
             self.writer.transport.abort()
 
     async def serve(self) -> None:
@@ -6376,7 +6378,6 @@ class SmtpSession:
                     self._last, reply = True, "421 4.7.0 Too many errors"
                 self._replies += [reply] if reply else []
                 self.busy = False
-        self._idle_at = math.inf
         self._replies += [] if self._last else [self._farewell]
         async with asyncio.timeout(CLOSE_S):
             await self._flush()
@@ -6385,7 +6386,7 @@ class SmtpSession:
         """End it when it is idle for too long. A timer for each command would take a tenth of the time of a mail."""
         left_s = self._idle_at - time.monotonic()
         if left_s > 0:
-            asyncio.get_running_loop().call_later(min(left_s, SMTP_IDLE_S), self._watch, session)
+            self._timer = asyncio.get_running_loop().call_later(min(left_s, SMTP_IDLE_S), self._watch, session)
         elif session and session.cancel():
             self._farewell = "421 4.4.2 Idle for too long"
 

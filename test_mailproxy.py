@@ -17,6 +17,7 @@ import email.policy
 import enum
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import hmac
@@ -7542,6 +7543,19 @@ def test_a_client_that_does_not_read_its_replies_holds_up_nobody(monkeypatch):
                 deaf.say(b"EHLO x\r\n" * 10_000)
         with Typist(port) as client:
             assert client.asked("NOOP").startswith("250")
+
+
+def test_a_session_that_has_ended_leaves_nothing_behind():
+    with smtp_to(Kept()) as port:
+        for end in ("QUIT\r\n", "", "DATA\r\n"):
+            with Typist(port) as client:
+                client.begin() if end == "DATA\r\n" else client.say(end)
+
+        def left() -> list[Any]:
+            gc.collect()
+            return [found for found in gc.get_objects() if isinstance(found, mailproxy.SmtpSession)]
+
+        wait_until(lambda: not left(), "the end of all sessions")
 
 
 def test_a_token_is_the_password_and_login_comes_before_mail(tmp_path, smtp):
