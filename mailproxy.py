@@ -3401,7 +3401,7 @@ CREATE INDEX messages_held_back ON messages (account_id, deferral)
     WHERE deferred_ts IS NOT NULL AND deferral IN ('limit', 'connection', 'login');
 CREATE INDEX messages_pending ON messages (seq) WHERE sent_ts IS NULL AND error_ts IS NULL;
 CREATE INDEX messages_by_age ON messages (account_id, ready_at) WHERE sent_ts IS NULL AND error_ts IS NULL
-    AND (deferred_ts IS NULL OR deferral IN ('limit', 'connection', 'login'));
+    AND (deferred_ts IS NULL OR deferral IN ('limit', 'connection', 'login')) AND turn < 2;
 CREATE INDEX messages_expiring ON messages (expires_ts)
     WHERE sent_ts IS NULL AND error_ts IS NULL AND expires_ts IS NOT NULL;
 CREATE INDEX messages_refused ON messages (seq)
