@@ -10436,7 +10436,7 @@ def sendmail_call(words: Sequence[str]) -> SendmailCall:
 
 
 def sendmail_fields(call: SendmailCall, content: bytes, login: str, names: LocalNames) -> dict[str, object]:
-    """The submission that a call of sendmail means: raw, its header complete. Raises CommandFailed."""
+    """The submission that a call of sendmail means: raw, its header complete. Raises CommandFailed, Rejected."""
     draft, recipients = Draft.of(content), []
     for word in call.recipients:
         read = read_addresses(os.fsencode(word))
@@ -10447,10 +10447,7 @@ def sendmail_fields(call: SendmailCall, content: bytes, login: str, names: Local
     recipients += in_header if call.recipients_in_header else []
     if not recipients:
         raise CommandFailed("no recipient in the header of the message", os.EX_USAGE)
-    try:
-        to = [address for name in recipients for address in names.recipients(name)]
-    except Rejected as error:
-        raise CommandFailed(f"the message was refused: {error}", os.EX_CONFIG) from None
+    to = [address for name in recipients for address in names.recipients(name)]
     sender = call.sender if call.sender is not None else login if named is None else named
     author = Mailbox("".join(filter(str.isprintable, call.full_name)), names.sender_of(call.sender or login))
     raw, from_ = draft.completed(names, author).in_base64(), names.sender_of(sender or named or login)
@@ -10468,11 +10465,6 @@ def login_name() -> str:
         return "nobody"
 
 
-def config_of_sendmail(environ: Mapping[str, str]) -> str:
-    """Its config.ini, which is never that of the caller's directory. Blocking."""
-    return environ.get("MAILPROXY_CONFIG") or (SYSTEM_CONFIG if os.path.exists(SYSTEM_CONFIG) else os.devnull)
-
-
 def submit_or_keep(settings: Settings, environ: Mapping[str, str], fields: Mapping[str, object]) -> str | None:
     """Hand a message of this machine over, or keep it for the daemon; the reason where it is refused.
 
@@ -10482,7 +10474,7 @@ def submit_or_keep(settings: Settings, environ: Mapping[str, str], fields: Mappi
     local, spool = settings.server.submit_socket, settings.sendmail.spool
     try:
         by_socket = local and not environ.get("MAILPROXY_URL")
-        client = Client(f"unix:{local}") if by_socket else find_daemon(environ, config=config_of_sendmail(environ))
+        client = Client(f"unix:{local}") if by_socket else find_daemon(environ, config=settings.source)
         return next(iter(set(submit(client, [fields], show=False).values()) - {KNOWN}), None)
     except MailproxyError as error:
         if spool is None or (isinstance(error, CommandFailed) and error.status != os.EX_TEMPFAIL):
@@ -10890,17 +10882,14 @@ def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Ma
 
 # --- sendmail ------------------------------------------------------------
 
-AS_CALLED: Mapping[str, tuple[str, ...]] = {
-    "sendmail": ("sendmail",), "mailq": ("sendmail", "-bp"), "newaliases": ("sendmail", "-bi"),
-}  # fmt: skip
-NO_SUCH_MAIL = ("invalid to", "missing to")
-NO_WAY_OUT = ("account not found", "missing account configuration")
+AS_CALLED = {"sendmail": ("sendmail",), "mailq": ("sendmail", "-bp"), "newaliases": ("sendmail", "-bi")}
 
 
 def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
     """What sendmail(8) is called for; the exit status is one of sysexits.h."""
     try:
-        call, config = sendmail_call(words), config_of_sendmail(environ)
+        call, usual = sendmail_call(words), SYSTEM_CONFIG if os.path.exists(SYSTEM_CONFIG) else os.devnull
+        config = environ.get("MAILPROXY_CONFIG") or usual  # never that of the caller's directory
         if call.mode == "m":
             settings = read_settings(config, environ, {})
             with open(0, "rb", closefd=False) as stdin:  # up to its end, or to a line with only a dot
@@ -10908,8 +10897,8 @@ def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
                 content = b"".join(lines)
             fields = sendmail_fields(call, content, login_name(), local_names(settings.sendmail))
             if reason := submit_or_keep(settings, environ, fields):
-                status = os.EX_CONFIG if reason.startswith(NO_WAY_OUT) else os.EX_DATAERR
-                status = os.EX_NOUSER if reason.startswith(NO_SUCH_MAIL) else status
+                status = os.EX_NOUSER if reason.startswith(("invalid to", "missing to")) else os.EX_DATAERR
+                status = os.EX_CONFIG if reason.startswith(("account not found", "missing account")) else status
                 raise CommandFailed(f"the message was refused: {reason}", status)
         elif call.mode == "s":
             settings = read_settings(config, environ, {})
@@ -10922,7 +10911,8 @@ def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
         return os.EX_OK
     except MailproxyError as error:
         complain(error)
-        return os.EX_CONFIG if isinstance(error, ConfigurationError) else getattr(error, "status", os.EX_TEMPFAIL)
+        unconfigured = isinstance(error, ConfigurationError | Rejected)
+        return os.EX_CONFIG if unconfigured else getattr(error, "status", os.EX_TEMPFAIL)
     except OSError as error:
         complain(error.strerror or error)
         return os.EX_IOERR
