@@ -1984,7 +1984,8 @@ def content_of(payload: str, contents: Mapping[int, bytes], priority: int) -> Me
     except (Rejected, ValueError):
         return None
     headers = sorted(((name.lower(), text) for name, text in message.headers), key=lambda header: header[0])
-    return message._replace(headers=tuple(headers), unknown=())
+    raw = None if message.raw is None else with_crlf(message.raw)
+    return message._replace(headers=tuple(headers), raw=raw, unknown=())
 
 
 # ======================================================================
@@ -6853,7 +6854,7 @@ def finite_number(text: str) -> float | int:
         return int(number)
     if math.isfinite(number):
         return number
-    raise HttpError(400, f"the JSON has a number out of range ({text[:20]})")
+    raise HttpError(400, f"the JSON has a number out of range ({text[:20]})", code="bad_json")
 
 
 STRICT_JSON = json.JSONDecoder(
@@ -8571,12 +8572,12 @@ class Reporter(Loop):
     async def _keep_house(self) -> bool:
         """Purge some of what is final and was reported long ago; False when there is more."""
         now = self.clock.monotonic()
-        if now < self._house_kept_at + 30.0:
+        retention_s, ids_s = self.delivery.delivery_report_retention_seconds, self.delivery.id_retention_seconds
+        if now < self._house_kept_at + min(30.0, max(1.0, ids_s)):
             return True
-        retention_s = self.delivery.delivery_report_retention_seconds
         purged = await self.queue.purge(retention_s, unreported_too=self.client.client_sync_url is None)
         self._purged += purged
-        if purged or await self.queue.forget(self.delivery.id_retention_seconds):
+        if purged or await self.queue.forget(ids_s):
             return False
         if self._purged:
             event(self.log, logging.INFO, "final messages purged", messages=self._purged)
@@ -10851,7 +10852,8 @@ def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Ma
     if account and "batch_code" in filters:
         raise ConfigurationError("--account and --batch do not go together: suspend one, then the other")
     if "eml" in args and args.eml:
-        status, content = client.fetch(method, f"{path}/eml")
+        path += "/eml"
+        status, content = client.fetch(method, path)
         if status == 200:
             sys.stdout.buffer.write(content)
             return 0
@@ -11148,7 +11150,7 @@ def _moment(text: str) -> int:
 
 def _listing_limit(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= LISTING_LIMIT:
-        raise ConfigurationError(f"--limit must be a number from 1 to {LISTING_LIMIT}; see mailproxy messages --help")
+        raise ConfigurationError(f"N must be a number from 1 to {LISTING_LIMIT}; see mailproxy messages --help")
     return int(text)
 
 

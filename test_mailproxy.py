@@ -8274,7 +8274,7 @@ async def test_json_that_is_not_strictly_right_is_400_and_says_why(service):
     for words, body in ((words, body) for words, bodies in BAD_JSON.items() for body in bodies):
         answer = await service.answer_to(http_request(body=body))
 
-        assert answer.status == 400, body[:80]
+        assert (answer.status, answer.json["code"]) == (400, "bad_json"), body[:80]
         assert words in answer.json["error"]
     pair_64_deep = b'{"m":' * 63 + b'{"a": "\\ud83d\\ude00"}' + b"}" * 63
     got = (await service.answer_to(http_request(body=pair_64_deep))).json["got"]
@@ -11564,7 +11564,7 @@ SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [  # what was submitted, and
     ({"attachments": [A_FILE]}, {"attachments": [{**A_FILE, "content": "AP/ +\n"}]}), ({"attachments": []}, {}),
     ({"attachments": [A_FILE]}, {"attachments": [{"filename": "a.bin", "storage_path": "base64:AP_-", "inline": False}]}),
     ({"attachments": [A_PLACE, A_FILE]}, {"attachments": [{**A_PLACE, "content_type": None}, A_FILE]}),
-    ({"raw": RAW_A}, {"raw": RAW_A.rstrip("="), "subject": "means nothing"}),
+    ({"raw": RAW_A}, {"raw": RAW_A.rstrip("="), "subject": "means nothing"}), ({"raw": RAW_A}, {"raw": as_base64(b"Subject: a\n\nHello.\n")}),
 ]  # fmt: skip
 OTHER: list[tuple[dict[str, Any], dict[str, Any]]] = [  # what was submitted, and what is not the same
     *(({}, {name: value}) for name, value in {"subject": "Hello", "body": "hello", "priority": 3, "batch_code": "b", "expires_ts": FAR,
@@ -11676,6 +11676,21 @@ def test_a_submission_that_is_repeated_succeeds_whatever_became_of_it_and_nobody
         wait_until(lambda: smtp.visits["550@example.com"] == 3, "the third try")
         daemon.wait_status("failed", "error")
         assert len(smtp.received) == copies
+
+
+def test_the_id_of_a_message_that_is_gone_is_known_no_longer_than_the_configuration_says(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    with Daemon(tmp_path, {"delivery": {"id_retention_seconds": 1}}, smtp=smtp) as daemon:
+        daemon.submit(mail("gone"))
+        daemon.wait_status("gone", "sent")
+        daemon.post("/commands/delete-messages", {"ids": ["gone"]})
+
+        def queued_again() -> int:
+            daemon.post("/commands/run-now")
+            return int(submitted(daemon, mail("gone")).json["queued"])
+
+        wait_until(queued_again, "the end of its time", 10)
 
 
 def test_who_is_in_doubt_gets_a_failed_message_again_only_where_the_account_or_the_content_says_so(
@@ -13383,6 +13398,10 @@ def test_messages_are_found_and_shown_as_they_go_on_the_wire_by_commands_too(
     assert (eml.returncode, eml.stderr) == (0, "")
     assert eml.stdout.encode() == daemon.get("/message/raw/eml").content
     assert asking("message", "unknown", "--eml") == (1, "", "mailproxy: there is no message with this id\n")
+    daemon.submit(note("url", attachments=[{"filename": "a", "url": "http://127.0.0.1:9/a"}], deferred_ts=FAR))
+    unfetched = asking("message", "url", "--eml")
+    assert (unfetched.returncode, unfetched.stdout) == (1, "")
+    assert unfetched.stderr.startswith("mailproxy: Attachment fetch failed: ")
 
     assert (
         asking("suspend", "--batch", "b1").stdout == "delivery of batch b1 is suspended; submission and reports go on\n"
