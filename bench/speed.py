@@ -726,11 +726,12 @@ class Far(NamedTuple):
     sink: Companion
     port: int
     smtp: dict[str, object]  # of the daemon
-    bare: Callable[[int], float]  # so many messages by a bare client: how many a second and connection
+    count: int  # of messages that are some seconds' work for it
+    bare: Callable[[], float]  # by a bare client: how many a second and connection
 
-    def rate(self, bench: Bench, daemon: Daemon, count: int) -> Taken:
+    def rate(self, bench: Bench, daemon: Daemon, count: int = 0) -> Taken:
         """Deliveries a second and connection out of a backlog."""
-        taken = measured_backlog(bench, daemon, self.sink, count)
+        taken = measured_backlog(bench, daemon, self.sink, count or self.count)
         return taken._replace(figure=taken.figure / FAR_CONNECTIONS)
 
 
@@ -750,18 +751,18 @@ def far_server(bench: Bench, offered: str) -> Iterator[Far]:
     smtp: dict[str, object] = {"max_connections": FAR_CONNECTIONS, "max_messages_per_connection": 100_000}
     if certificate:
         smtp |= {"start_tls": "required", "ca_file": certificate}
+    count = max(80, bench.of({load.CHUNKED: 400, load.PIPELINED: 200, load.COMMANDS: 100}[way]))
     manner = Manner(pipelining=way != load.COMMANDS, chunking=way == load.CHUNKED, certificate=certificate)
     with Companion(serve_smtp, manner) as sink, Companion(serve_delayed, sink.port, 0.05) as line:
 
-        def bare(count: int) -> float:
+        def bare() -> float:
             run = (load.run_bare_smtp, line.port, count, FAR_CONNECTIONS, way, certificate)
             return count / bench.elsewhere.run(*run).seconds / FAR_CONNECTIONS
 
-        yield Far(sink, line.port, smtp, bare)
+        yield Far(sink, line.port, smtp, count, bare)
 
 
 def latency_rows(bench: Bench) -> Iterable[Line]:
-    count = max(80, bench.of(400))
     for offered in FAR_SERVERS:
         with (
             far_server(bench, offered) as far,
@@ -770,8 +771,8 @@ def latency_rows(bench: Bench) -> Iterable[Line]:
         ):
             far.rate(bench, daemon, 40)  # all connections are there
             results, loop = rig.interleaved(bench.rounds, {
-                "ours": lambda f=far, d=daemon: f.rate(bench, d, count),
-                "bare": lambda f=far: f.bare(count),
+                "ours": partial(far.rate, bench, daemon),
+                "bare": far.bare,
             })  # fmt: skip
         what = f"50 ms round trip, one connection, {offered}"
         line = compared(what, " msg/s", results["ours"], results["bare"], loop)
@@ -820,13 +821,12 @@ def beside_rows(bench: Bench) -> Iterable[Line]:
     login = {"user": "bench", "password": "secret"}
     with Companion(serve_smtp, PROVIDER) as sink, both_builds(bench, sink.port, **login) as pair:
         yield pair.line("burst of 100, provider-like server", " s", partial(measured_burst, bench, sink=sink))
-    count = max(80, bench.of(400))
     for offered in FAR_SERVERS:
         with far_server(bench, offered) as far, both_builds(bench, far.port, **far.smtp) as pair:
             for daemon in pair.daemons.values():
                 far.rate(bench, daemon, 40)
             what = f"50 ms round trip, one connection, {offered}"
-            line = pair.line(what, " msg/s", lambda daemon, f=far: f.rate(bench, daemon, count))
+            line = pair.line(what, " msg/s", partial(far.rate, bench))
             yield line._replace(goal="1.9" if "CHUNKING" in offered and "nor" not in offered else "1.0")
 
 
@@ -892,7 +892,11 @@ def measured(bench: Bench, names: Sequence[str], page: Path | None) -> tuple[lis
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
-            lines += (of_row := list(ROWS[name](bench)))
+            of_row = []
+            for line in ROWS[name](bench):
+                of_row.append(line)
+                print(" | ".join(filter(None, line)), file=sys.stderr, flush=True)
+            lines += of_row
             if page is not None:
                 page.write_text(
                     with_table(page.read_text(), name, f"{table_of_page(of_row)}\n\n{circumstances(bench)}")
