@@ -3564,9 +3564,10 @@ PAGE_OF_RECORDS = {
     for order in ("asc", "desc")
     for way in ALONG
 }
+FROM_THERE = {**ALONG, "sought": ALONG["all"]}
 FIRST_OF_PAGE = {
-    "asc": {way: f"SELECT min(seq) FROM messages {ALONG[way]} seq > :after" for way in ALONG},  # noqa: S608
-    "desc": {way: f"SELECT max(seq) FROM messages {ALONG[way]} seq < :after" for way in ALONG},  # noqa: S608
+    "asc": {way: f"SELECT min(seq) FROM messages {there} seq > :after" for way, there in FROM_THERE.items()},  # noqa: S608
+    "desc": {way: f"SELECT max(seq) FROM messages {there} seq < :after" for way, there in FROM_THERE.items()},  # noqa: S608
 }
 SEARCH = (
     "SELECT first_seq, text FROM sought WHERE last_seq BETWEEN :first AND :last + :together AND first_seq <= :last "
@@ -4178,20 +4179,18 @@ class Queue:
         values |= {"active_only": active_only, "now": self._now(), "together": SOUGHT_TOGETHER}
         to = values["to"] = f"\n{only['to'].casefold()}\n" if "to" in only else ""
         subject = values["subject"] = only.get("subject", "").casefold()
-        along = way = "all"
+        way = "sought" if only.keys() & {"since", "until"} else "all"
         if to or subject:
             way = "sought"
         elif values["refused"] or values["status"] == Status.ERROR:
-            along = way = "refused"
+            way = "refused"
         elif active_only or values["status"] in (Status.QUEUED, Status.DEFERRED):
-            along = way = "pending"
-        elif "since" in only or "until" in only:
-            way = "sought"
+            way = "pending"
 
         def work(db: sqlite3.Connection) -> tuple[list[Record], int | None]:
             records, size_bytes, at, ends_at = list[Record](), 0, after, time.monotonic() + READING_S
             while at == after or time.monotonic() < ends_at:
-                first = db.execute(FIRST_OF_PAGE[order][along], {"after": at}).fetchone()[0]
+                first = db.execute(FIRST_OF_PAGE[order][way], {"after": at}).fetchone()[0]
                 if first is None:
                     return records, None
                 stretch = 5 * STRETCH if way == "sought" else STRETCH  # there, of a hundredth as many rows
@@ -8597,7 +8596,7 @@ MAX_IDS = 100_000  # of one command that names messages
 LOOP_PATIENCE_S = 10.0  # by which a loop, or the storage, may be late
 LISTING_LIMIT = 10_000
 LONGEST_PIECE = 1_000  # characters of what is searched for
-LISTING_PATIENCE_S = 0.7  # a listing with a limit ends then, wherever it is: the client may go on from there
+LISTING_PATIENCE_S = 0.7  # a listing with a limit that finds nothing ends then: the client may go on from there
 ALL_REJECTED = "all messages rejected"
 NO_MESSAGE = "there is no message with this id"
 NO_ACCOUNT = "there is no account with this id"
@@ -9158,7 +9157,7 @@ class ControlPlane:
                     return
                 yield before + await self._shown(record, content)
                 before, shown, last = b",\n", shown + 1, record.seq
-            if after is None or self.clock.monotonic() >= ends_at:
+            if after is None or (not records and self.clock.monotonic() >= ends_at):
                 break
             if not records:
                 await asyncio.sleep(2 * READING_S)  # most of the time is for others
@@ -9857,11 +9856,11 @@ class Client(NamedTuple):
 
     def ask(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> DaemonAnswer:
         """One request. Raises CommandFailed when no daemon answers, ConfigurationError for what is no URL."""
-        status, text = self.fetch(method, path, fields)
+        status, content = self.fetch(method, path, fields)
         with contextlib.suppress(ValueError):
-            answered = json.loads(text)
+            answered = json.loads(content)
             if isinstance(answered, dict) and "ok" in answered:
-                return DaemonAnswer(status, text.decode("utf-8", "backslashreplace"), answered)
+                return DaemonAnswer(status, content.decode("utf-8", "backslashreplace"), answered)
         raise CommandFailed(f"{self.url} answers (HTTP {status}), but not as mailproxy does")
 
     def fetch(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> tuple[int, bytes]:
