@@ -53,11 +53,16 @@ SYSTEM
     start unshare --mount --uts --pid --fork --kill-child --propagation private sh -eu system.sh
 }
 
-# client PORT: runs the Python of standard input with smtp connected, and compares what it prints with the head of the script;
+# client PORT: runs the Python of standard input with smtp connected, and compares what it prints;
 # say(LINE) prints a command and its reply, heard(CODE, TEXT) a reply
 client() {
     { echo "$CLIENT" && cat; } >client.py
     timeout 100 python3 client.py "$1" >seen 2>&1 || [ $? = 1 ] || cannot "$(cat seen); the server's log: $(tail -5 log)"
+    compare
+}
+
+# compare: what is in seen with the head of the script
+compare() {
     if diff <(sed -n 's/^#     //p' "$script") seen >differences; then
         echo "as it was: ${script##*/}"
     else
