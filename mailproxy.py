@@ -3215,13 +3215,14 @@ class QueueFile:
             connection.executescript(f"PRAGMA temp_store = FILE; {step}; PRAGMA temp_store = MEMORY")  # it may be large
 
     async def close(self) -> None:
-        """Finish what was asked, then close both connections and let go of the lock."""
+        """Finish what was asked, then close both connections and let go of the lock. The writing one comes last: only
+        that can bring the WAL home into the file, which is whole by itself then."""
         self._open = False
         while unanswered := [wish.answer for wish in (*self._at_work, *self._waiting)]:
             await asyncio.wait(unanswered)
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._writer, self._undo.close)
         await loop.run_in_executor(self._reader, self._close_reading)
+        await loop.run_in_executor(self._writer, self._undo.close)
         self._writer.shutdown()
         self._reader.shutdown()
 

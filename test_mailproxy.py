@@ -3538,6 +3538,7 @@ def test_the_same_work_for_many_callers_is_done_in_one_call_and_should_it_raise_
 
 def test_what_was_asked_before_the_end_is_written_and_nothing_afterwards(tmp_path: Path) -> None:
     async def ask_and_close() -> list[Any]:
+        await file.read(lambda db: db.execute("SELECT x FROM t").fetchall())
         writes = [asyncio.ensure_future(file.write(insert(x))) for x in range(20)]
         await asyncio.sleep(0)
         await file.close()
@@ -3547,6 +3548,7 @@ def test_what_was_asked_before_the_end_is_written_and_nothing_afterwards(tmp_pat
     file.open()
     asyncio.run(ask_and_close())
 
+    assert {path.name for path in tmp_path.iterdir()} == {"queue.db", "queue.db.lock"}  # so it can be moved
     assert rows_of(tmp_path) == list(range(20))
     with pytest.raises(mailproxy.StorageUnavailable):
         asyncio.run(file.write(insert(20)))
