@@ -10201,7 +10201,7 @@ def send_csv(client: Client, path: str, common: Mapping[str, Any], *, show_answe
     finally:
         print(clear, end="", flush=True)
     if not show_answers:
-        numbers = f"{len(rows) - before - refused} queued, {before} sent before, {refused} refused"
+        numbers = f"{len(rows) - before - refused} queued, {before} known, {refused} refused"
         print(f"{counted(len(rows), 'message')}: {numbers}")
     return 1 if refused else 0
 

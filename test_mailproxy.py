@@ -13672,13 +13672,13 @@ def test_the_rows_of_a_csv_are_sent_once_however_often_it_runs_and_a_terminal_sh
         file.write("new@c.test,Hi,d\n")
     seen, *ended = on_screen(*words, "--priority", "low", "--url", url_of(daemon))
 
-    assert first == (0, "3 of 3\n3 messages: 3 queued, 0 sent before, 0 refused\n", "")
+    assert first == (0, "3 of 3\n3 messages: 3 queued, 0 known, 0 refused\n", "")
     piped = ["send", "--csv", "-", "--from", "a@b.test", "--url", url_of(daemon)]
     again = run_command(*piped, stdin=csv.read_bytes().replace(b"new@c.test,Hi,d\n", b""))
-    assert again.stdout.endswith("3 messages: 1 queued, 2 sent before, 0 refused\n")
+    assert again.stdout.endswith("3 messages: 1 queued, 2 known, 0 refused\n")
     assert ended == [0, ""]
     bar = f"\r[{'#' * 40}] 4 of 4\r\x1b[K"
-    assert seen.decode().endswith(f"{bar}4 messages: 2 queued, 2 sent before, 0 refused\r\n")
+    assert seen.decode().endswith(f"{bar}4 messages: 2 queued, 2 known, 0 refused\r\n")
     assert len(smtp.wait_for(3)) == 3
     assert len(smtp.received_by("x@c.test")) == 2
     assert daemon.get("/messages").json["messages"][0]["message"]["body"] == "a, b"
@@ -13716,7 +13716,7 @@ def test_wrong_columns_refuse_a_csv_as_a_whole_and_wrong_rows_themselves(
     ended = asking("send", "--csv", csv)
 
     assert ended.returncode == 1
-    assert ended.stdout == "5 of 5\n5 messages: 1 queued, 0 sent before, 4 refused\n"
+    assert ended.stdout == "5 of 5\n5 messages: 1 queued, 0 known, 4 refused\n"
     complaints = {int(line): words for line, words in re.findall(r"people\.csv line (\d)(.*)", ended.stderr)}
     reasons = {4: "duplicate id", 5: "no/such cannot be read", 6: "more cells", 3: "invalid to"}
     assert list(complaints) == list(reasons)
@@ -13734,7 +13734,7 @@ def test_a_daemon_with_small_batches_takes_a_long_csv_too(tmp_path: Path, here: 
         assert daemon.status()["pending"] == 450
 
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines()[-1] == "450 messages: 450 queued, 0 sent before, 0 refused"
+    assert ended.stdout.splitlines()[-1] == "450 messages: 450 queued, 0 known, 0 refused"
     assert sum(len(json.loads(line)["known"]) for line in again.stdout.splitlines()) == 450
 
 
