@@ -31,6 +31,7 @@ The rooms, from the top of this file to its end; each uses only those above it:
     DELIVERY AGENT              one SMTP session, one transaction
     SUBMISSION BY SMTP          mail comes in by SMTP: the listener, sendmail -bs
     HTTP SERVER                 a strict little HTTP/1.1 server
+    CONSOLE                     the page for a browser
     DISPATCHER, REPORTER        the two loops: mail goes out, reports go out
     CONTROL PLANE               a handler for each route
     DAEMON                      builds and runs all that
@@ -7242,6 +7243,345 @@ class HttpServer(Listener):
 
 
 # ======================================================================
+# CONSOLE - the page that shows and steers the queue in a browser
+# ======================================================================
+#
+# One constant, without data and without anything from elsewhere; the page asks the HTTP interface as every
+# client does. Its invariant: what comes from outside is written as text, never as HTML.
+
+CONSOLE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>mailproxy</title>
+<style>
+:root { color-scheme: light dark; --page: #f4f5f7; --panel: #fff; --text: #1a1d21; --quiet: #545c66; --line: #d3d8de;
+--link: #0b51c5; --good: #14682f; --warn: #855000; --bad: #b3261e; } @media (prefers-color-scheme: dark) { :root {
+--page: #14171a; --panel: #1e2226; --text: #e8eaed; --quiet: #aab2bb; --line: #3b4148; --link: #8ab4f8; --good:
+#7ddc9b; --warn: #f2b766; --bad: #ff9d94; } } * { box-sizing: border-box; } [hidden] { display: none !important; } body
+{ margin: 0; background: var(--page); color: var(--text); font: 15px/1.45 system-ui, sans-serif; } header, main {
+max-width: 1400px; margin: auto; padding: .75rem 1rem; } header { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem;
+align-items: center; } h1, h2, h3, p, dl, dd, ul, ol { margin: 0; padding: 0; list-style: none; } h1 { font-size:
+1.25rem; } h2 { font-size: 1.05rem; } h3 { font-size: .95rem; margin-top: 1rem; } #delivery { margin-right: auto; }
+section, #login { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; } #all,
+.pair { display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr); } button, input, select { font: inherit;
+color: inherit; background: var(--panel); border: 1px solid var(--quiet); border-radius: 6px; padding: .3rem .7rem;
+min-height: 2.25rem; max-width: 100%; } button { cursor: pointer; } button:disabled { cursor: default; color:
+var(--quiet); border-style: dashed; } a { color: var(--link); } :focus-visible { outline: 3px solid var(--link);
+outline-offset: 2px; } h2:focus-visible { outline: none; } label { display: grid; gap: .15rem; color: var(--quiet);
+font-size: .85rem; } label > * { color: var(--text); font-size: .95rem; width: 100%; } .row { display: flex; flex-wrap:
+wrap; gap: .5rem; align-items: end; margin: .6rem 0; } #counts { display: grid; grid-template-columns: repeat(auto-fit,
+minmax(8rem, 1fr)); gap: .5rem; } dt::first-letter { text-transform: uppercase; } dt, .quiet, time { color:
+var(--quiet); } #counts dd { font-size: 1.6rem; } #counts dd.quiet { font-size: .9rem; } figure { margin: 0; display:
+grid; grid-template-columns: 6.5rem minmax(0, 1fr); gap: 0 .5rem; } figcaption { grid-column: 1 / 3; margin: .2rem 0
+.5rem; } svg { width: 100%; height: 128px; } #totals li { height: 32px; padding-top: 10px; line-height: 22px; }
+.accepted { fill: var(--link); } .sent { fill: var(--good); } .deferred { fill: var(--warn); } .failed { fill:
+var(--bad); } #accounts li, #messages li { display: grid; gap: .1rem .8rem; padding: .5rem 0; border-top: 1px solid
+var(--line); } #accounts li { grid-template-columns: minmax(6rem, 1fr) 7rem minmax(0, 3fr) auto; align-items: center; }
+#messages li { grid-template-columns: 6rem minmax(0, 3fr) minmax(0, 2fr) minmax(0, 1fr) 8rem; } #messages .why,
+#messages .id { grid-column: 2 / 6; font-size: .88rem; } #messages .id { grid-column: 2 / 3; } h2, .id, .subject, .to,
+.account, .why, .reason, dd, pre { overflow-wrap: anywhere; } li[aria-current=true] { background: var(--page); }
+[data-state=sent], [data-state=up] { color: var(--good); } [data-state=error], [data-state=cooling] { color:
+var(--bad); } [data-state=deferred], [data-state=limited], [data-state=probing], [data-state=suspended] { color:
+var(--warn); } #fields { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1rem .8rem;
+margin-top: .5rem; } pre { white-space: pre-wrap; max-height: 24rem; overflow: auto; margin: .3rem 0; padding: .6rem;
+background: var(--page); } #said { position: fixed; inset: auto 0 0 0; background: var(--text); color: var(--page);
+padding: .6rem 1rem; z-index: 1; } #said:empty { display: none; } dialog { background: var(--panel); color:
+var(--text); border: 1px solid var(--quiet); border-radius: 8px; max-width: 30rem; } dialog::backdrop { background:
+rgb(0 0 0 / .5); } @media (min-width: 1100px) { .pair:has(#detail:not([hidden])) { grid-template-columns: 3fr 2fr;
+align-items: start; } } @media (max-width: 700px) { #accounts li, #messages li { grid-template-columns: minmax(0, 1fr)
+auto; } #messages .why, #messages .id, #accounts .reason, #messages .subject, #accounts .row { grid-column: 1 / 3; } }
+</style>
+<header> <h1>mailproxy</h1><p id="delivery">Asking the daemon ...</p> <div id="steer" hidden><button id="run">Run
+  now</button> <button id="suspend">Suspend</button> <button id="activate">Activate</button></div> <p id="said"
+  role="status"></p> </header>
+<main> <form id="login" hidden><label>Token <input id="token" type="password" autocomplete="off" required></label> <p
+  class="row"><button>Open</button> <span class="quiet">The api_token of [server]. It is kept until this tab is
+  closed.</span> </p></form> <div id="all" hidden>
+<section aria-labelledby="h-queue"><h2 id="h-queue">Queue</h2> <dl id="counts"><div><dt>Waiting</dt><dd
+  id="waiting"></dd><dd class="quiet" id="oldest"></dd></div> <div><dt>of these deferred</dt><dd
+  id="deferred"></dd></div><div><dt>On the wire</dt><dd id="in_delivery"></dd></div> <div><dt>Failed</dt><dd
+  id="failed"></dd></div></dl> </section>
+<section aria-labelledby="h-recent"><h2 id="h-recent">Last 15 minutes</h2> <figure><figcaption
+  id="chart-text"></figcaption><ul id="totals"></ul> <svg id="chart" role="img" aria-labelledby="chart-text" viewBox="0
+  0 90 128" preserveAspectRatio="none"></svg></figure> </section>
+<section aria-labelledby="h-accounts"><h2 id="h-accounts" tabindex="-1">Accounts</h2> <p id="no-account" hidden>No
+  account yet: add one by POST /account, or as [smtp] in config.ini.</p> <ul id="accounts"></ul> </section> <div
+  class="pair">
+<section aria-labelledby="h-messages"><h2 id="h-messages" tabindex="-1">Messages</h2> <form id="search"
+  class="row"><label>Recipient <input name="to" autocomplete="off"></label> <label>Subject <input name="subject"
+  maxlength="1000" autocomplete="off"></label> <label>Account <select name="account_id"><option
+  value="">any</option></select></label> <label>State <select name="status"><option
+  value="">any</option><option>queued</option><option>deferred</option>
+  <option>sent</option><option>error</option></select></label> <label>Since <input name="since"
+  type="datetime-local"></label> <label>Until <input name="until" type="datetime-local"></label>
+  <button>Search</button> <button type="reset">Clear</button></form> <p id="empty" hidden></p> <ul id="messages"></ul>
+  <p class="row"><button id="newer" disabled>Newer</button> <button id="older" disabled>Older</button></p> </section>
+<section id="detail" aria-labelledby="h-detail" hidden><h2 id="h-detail" tabindex="-1"></h2> <p class="row"><button
+  id="retry">Retry</button> <button id="delete">Delete</button> <button id="close">Close</button></p> <dl
+  id="fields"></dl> <h3>Attempts</h3><ol id="attempts"></ol> <h3>Content</h3><div id="content"></div> <button
+  id="source">Show as it goes on the wire</button><pre id="eml" tabindex="0" aria-label="Source" hidden></pre>
+  </section> </div> </div>
+</main>
+<dialog id="ask" aria-labelledby="question"><p id="question"></p> <p class="row"><button id="no"
+  autofocus>Cancel</button> <button id="yes">Delete</button></p></dialog>
+<template id="account-row"><li><strong class="id"></strong><span class="state"></span><span class="reason"></span>
+  <span class="row"></span></li></template>
+<template id="message-row"><li><span class="state"></span><a class="subject"></a><span class="to"></span> <span
+  class="account quiet"></span><time></time><span class="id quiet"></span><span class="why"></span></li></template>
+<script>
+"use strict";
+const $ = id => document.getElementById(id);
+const NAMES = ["accepted", "sent", "deferred", "failed"], ROWS = 25, POLL_MS = 2000, SOURCE_MOST = 200000;
+const CLOCK = new Intl.DateTimeFormat(undefined, {timeStyle: "medium"});
+const DAY = new Intl.DateTimeFormat(undefined, {dateStyle: "medium", timeStyle: "short"});
+const EXACT = new Intl.DateTimeFormat(undefined, {dateStyle: "full", timeStyle: "long"});
+const LABELS = {reply_to: "reply to", return_path: "return path", created_at: "accepted", deferred_ts: "not before",
+  sent_ts: "sent", error_ts: "failed", reported_ts: "reported"};
+let token = sessionStorage.getItem("token") || "", asked = 0, listed = 0, seen = "", opened = "", shown = "", quiet = 0;
+let pages = [""], next = null;  // the cursors of the pages up to the one that is shown, and of the one after it
+// Whatever comes from outside is written as text, and only where it differs: the keyboard keeps its place.
+function put(node, text) { if (node.textContent !== text) node.textContent = text; }
+function make(tag, text = "", attributes = {}) {
+  const node = document.createElement(tag); put(node, text);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  return node;
+}
+function told(error) { if (error.message) say(error.message); }
+function say(text) { put($("said"), text); clearTimeout(quiet); quiet = setTimeout(() => put($("said"), ""), 8000); }
+function when(ts, node = make("time")) {
+  const at = new Date(ts * 1000);
+  put(node, (at.toDateString() === new Date().toDateString() ? CLOCK : DAY).format(at));
+  [node.dateTime, node.title] = [at.toISOString(), EXACT.format(at)]; return node;
+}
+function span(seconds) {
+  const [n, unit] = [[86400, "days"], [3600, "h"], [60, "min"], [0, "s"]].find(([n]) => Math.abs(seconds) >= 2 * n);
+  return `${Math.round(Math.abs(seconds) / (n || 1))} ${unit}`;
+}
+const addresses = list => [].concat(list ?? []).join(", ");
+async function ask(path, body) {
+  const headers = {...(token && {"X-API-Token": token}), ...(body && {"Content-Type": "application/json"})};
+  const options = {method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), credentials: "omit"};
+  const answer = await fetch(path, options).catch(() => { throw new Error("The daemon does not answer."); });
+  if (answer.status === 401) {
+    if (token) say("This token is not one of the daemon's.");
+    token = ""; sessionStorage.removeItem("token");
+    $("all").hidden = $("steer").hidden = !($("login").hidden = false); $("token").focus();
+    put($("delivery"), "The daemon asks for its token"); throw new Error("");
+  }
+  if (answer.ok && path.endsWith("/eml")) return answer;
+  const fields = await answer.json();
+  if (!fields.ok) throw new Error(fields.error);
+  return fields;
+}
+async function act(path, body, said) {
+  await ask(path, body).then(answer => say(said(answer))).catch(told); seen = ""; await look();
+}
+// Make the rows of a list those of `wanted`, [key, value] each; what stays is patched in place.
+function patch(list, template, wanted, fill) {
+  const rows = new Map([...list.children].map(row => [row.dataset.key, row]));
+  const keys = new Set(wanted.map(([key]) => key));
+  for (const [key, row] of rows) if (!keys.has(key)) {
+    const had = row.contains(document.activeElement), beside = row.nextElementSibling || row.previousElementSibling;
+    row.remove(); if (had) (beside?.querySelector("a, button") || list.parentNode.querySelector("h2")).focus();
+  }
+  let at = list.firstElementChild;
+  for (const [key, value] of wanted) {
+    const row = rows.get(key) || $(template).content.firstElementChild.cloneNode(true); row.dataset.key = key;
+    if (row === at) at = at.nextElementSibling; else list.insertBefore(row, at);
+    fill(name => row.querySelector(name), key, value, row);
+  }
+}
+function fillAccount(part, id, account) {
+  put(part(".id"), id); put(part(".state"), account.state); part(".state").dataset.state = account.state;
+  const until = account.until && `next try in ${span(Math.max(0, account.until - Date.now() / 1000))}`;
+  put(part(".reason"), [account.reason, until, `${account.pending} waiting`].filter(Boolean).join(" · "));
+  part(".reason").title = account.until ? EXACT.format(new Date(account.until * 1000)) : "";
+  if (!part("button")) for (const what of ["Suspend", "Activate"]) {
+    const button = make("button", `${what} ${id}`), path = `account/${encodeURIComponent(id)}/${what.toLowerCase()}`;
+    button.onclick = () => act(path, {}, () => `${id}: ${what === "Suspend" ? "suspended" : "activated"}`);
+    part(".row").append(button, " ");
+  }
+}
+function fillMessage(part, id, message, row) {
+  put(part(".state"), message.status); part(".state").dataset.state = message.status;
+  put(part(".subject"), message.subject || "(no subject)"); part(".subject").href = "#" + encodeURIComponent(id);
+  put(part(".to"), addresses(message.message.to)); put(part(".account"), message.account_id); put(part(".id"), id);
+  put(part(".why"), message.error || ""); when(message.created_at, part("time"));
+  row.setAttribute("aria-current", id === opened);
+}
+function draw(recent) {
+  const total = name => recent.reduce((sum, column) => sum + column[name], 0);
+  const most = Math.max(1, ...recent.flatMap(column => NAMES.map(name => column[name])));
+  const totals = NAMES.map(name => `${total(name).toLocaleString()} ${name}`);
+  const peak = NAMES.some(total) ? `; at most ${most.toLocaleString()} in 10 s` : ": nothing happened";
+  put($("chart-text"), totals.join(", ") + peak + ".");
+  NAMES.forEach((name, i) => {
+    if (!$("totals").children[i]) {
+      $("totals").append(make("li"));
+      const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+      path.setAttribute("class", name); $("chart").append(path);
+    }
+    put($("totals").children[i], totals[i]); const height = column => column[name] && 1 + 27 * column[name] / most;
+    const bars = recent.map((column, x) => column[name] && `M${x} ${32 * i + 32}h.8v-${height(column)}h-.8z`);
+    $("chart").children[i].setAttribute("d", `M0 ${32 * i + 31.5}h90v.5h-90z` + bars.filter(Boolean).join(""));
+  });
+}
+function showStatus(status) {
+  $("login").hidden = true; $("all").hidden = $("steer").hidden = false;
+  put($("delivery"), status.active ? "Delivery is on" : "Delivery is suspended: Activate lets mail out again");
+  for (const name of ["deferred", "in_delivery", "failed"]) put($(name), status[name].toLocaleString());
+  const waiting = status.pending - status.in_delivery, oldest = status.oldest_pending_ts;
+  put($("waiting"), waiting.toLocaleString());
+  document.title = waiting ? `mailproxy (${waiting} waiting)` : "mailproxy";
+  $("oldest").replaceChildren(...(oldest ? ["since ", when(oldest), ` (${span(Date.now() / 1000 - oldest)})`] : []));
+  draw(status.recent); const ids = Object.keys(status.accounts), choice = $("search").account_id;
+  patch($("accounts"), "account-row", Object.entries(status.accounts), fillAccount);
+  $("no-account").hidden = ids.length > 0;
+  for (const id of ids) if (![...choice.options].some(option => option.value === id)) choice.add(new Option(id, id));
+}
+function searched() {
+  const fields = [...new FormData($("search"))].filter(([, value]) => value.trim());
+  return fields.map(([name, value]) => [name, /since|until/.test(name) ? Math.floor(new Date(value) / 1000) : value]);
+}
+async function list() {
+  const mine = ++asked, began = performance.now(), chosen = searched(); let found = [], after = pages.at(-1);
+  do {  // a long search answers in parts
+    const query = new URLSearchParams([...chosen, ["order", "desc"], ["limit", ROWS - found.length]]);
+    if (after) query.set("after", after);
+    const answer = await ask(`messages?${query}`);
+    if (mine !== asked) return;  // another search has begun
+    [found, after] = [[...found, ...answer.messages], answer.next];
+  } while (after && found.length < ROWS);
+  next = after;
+  listed = performance.now() + 10 * (performance.now() - began);  // not again before that
+  patch($("messages"), "message-row", found.map(message => [message.id, message]), fillMessage);
+  $("empty").hidden = found.length > 0;
+  const none = "No message yet: submit one by POST /commands/add-messages, or with the command send.";
+  put($("empty"), chosen.length ? "No message is like that: change the search, or clear it." : none);
+  if (document.activeElement === $("older") && !next || document.activeElement === $("newer") && pages.length === 1)
+    $("h-messages").focus();
+  [$("older").disabled, $("newer").disabled] = [!next, pages.length === 1];
+}
+async function show() {
+  const {message, attempts} = await ask(`message/${encodeURIComponent(opened)}`);
+  if (message.id !== opened || shown === (shown = JSON.stringify([message, attempts]))) return;
+  const given = message.message, fields = [["State", message.status], ["Error", message.error], ["From", given.from]];
+  for (const name of ["to", "cc", "bcc", "reply_to", "return_path"])
+    fields.push([LABELS[name] || name, addresses(given[name])]);
+  for (const name of ["created_at", "deferred_ts", "sent_ts", "error_ts", "reported_ts"])
+    fields.push([LABELS[name], message[name] && when(message[name])]);
+  fields.push(["account", message.account_id], ["batch", message.batch_code], ["Message-ID", message.message_id]);
+  fields.push(["attached", addresses((given.attachments || []).map(one => one.filename))]);
+  for (const [who, one] of Object.entries(message.recipients || {}))
+    fields.push(["recipient", `${who}: ${one.status}, ${one.code} ${one.text}`]);
+  $("fields").replaceChildren(...fields.filter(([, value]) => value).flatMap(([label, value]) => {
+    const there = make("dd"); there.append(value); return [make("dt", label), there];
+  }));
+  put($("h-detail"), `${message.subject || "(no subject)"} (${opened})`);
+  $("retry").disabled = message.status !== "error";
+  $("attempts").replaceChildren(...attempts.map(one => {
+    const row = make("li"), words = [one.outcome, one.stage, one.code, one.enhanced_code, one.text].filter(Boolean);
+    row.append(when(one.started_at), ` ${words.join(" ")} (${span(one.ended_at - one.started_at)})`); return row;
+  }));
+  if (!attempts.length) $("attempts").append(make("li", "None yet: it waits for its turn."));
+  const html = given.html === true || given.content_type === "html" ? "HTML, as source" : "Text";
+  const parts = [[html, given.body], ["Text", given.text], ["HTML, as source", given.html]];
+  $("content").replaceChildren(...parts.filter(([, text]) => typeof text === "string").flatMap(([label, text]) =>
+    [make("p", label, {class: "quiet"}), make("pre", text, {tabindex: 0, "aria-label": label, role: "region"})]));
+  if (!$("content").children.length) $("content").append(make("p", "It was submitted as a complete message."));
+}
+async function source() {
+  const text = await (await ask(`message/${encodeURIComponent(opened)}/eml`)).text();
+  put($("eml"), text.length > SOURCE_MOST ? `${text.slice(0, SOURCE_MOST)}\n... and more` : text);
+  $("eml").hidden = false; $("eml").focus();
+}
+async function open_(id) {
+  const before = opened; [opened, shown] = [id, ""]; $("eml").hidden = $("detail").hidden = true;
+  for (const row of $("messages").children) row.setAttribute("aria-current", row.dataset.key === id);
+  if (!id) {
+    const row = [...$("messages").children].find(row => row.dataset.key === before);
+    return (row?.querySelector("a") || $("h-messages")).focus();
+  }
+  try {
+    await show(); $("detail").hidden = false; $("h-detail").focus();
+  } catch (error) { told(error); }
+}
+function fromHash() {
+  let id = "";
+  try { id = decodeURIComponent(location.hash.slice(1)); } catch { location.hash = ""; }
+  if (id !== opened) open_(id);
+}
+// What changes is asked for; lists only when something happened, and never back to back.
+let looking = false, timer = 0;
+async function look() {
+  if (looking) return;
+  looking = true; clearTimeout(timer);
+  try {
+    const status = await ask("status"), first = $("all").hidden; showStatus(status);
+    const {pending, deferred, in_delivery, failed, unreported, recent} = status;
+    const now = JSON.stringify([pending, deferred, in_delivery, failed, unreported, recent.slice(-2)]);
+    if (now !== seen && (performance.now() > listed || !seen)) {
+      seen = now; await list(); if (first) fromHash(); else if (opened) await show().catch(told);
+    }
+  } catch (error) { if (error.message) put($("delivery"), error.message); }
+  looking = false; if (!document.hidden && $("login").hidden) timer = setTimeout(look, POLL_MS);
+}
+function turn(to) { pages = to; list().catch(told); }
+function search() { turn([""]); }
+let typed = 0;
+$("login").onsubmit = event => {
+  event.preventDefault(); token = $("token").value.trim(); sessionStorage.setItem("token", token);
+  $("token").value = ""; look();
+};
+$("search").onsubmit = event => { event.preventDefault(); search(); };
+$("search").oninput = () => { clearTimeout(typed); typed = setTimeout(search, 400); };
+$("search").onreset = () => setTimeout(search);
+$("older").onclick = () => turn([...pages, next]);
+$("newer").onclick = () => turn(pages.slice(0, -1));
+$("run").onclick = () => act("commands/run-now", {}, () => "Delivery and reports were woken");
+$("suspend").onclick = () => act("commands/suspend", {}, () => "Delivery is suspended");
+$("activate").onclick = () => act("commands/activate", {}, () => "Delivery is on");
+$("retry").onclick = () => act("commands/retry-messages", {ids: [opened]}, done =>
+  done.queued ? `${opened} is queued anew` : `${opened} was not queued: it has not failed, or its account is gone`);
+$("delete").onclick = () => {
+  put($("question"), `Delete the message ${opened}? It cannot be had back, and is not reported any more.`);
+  $("ask").showModal();
+};
+$("no").onclick = () => $("ask").close();
+$("yes").onclick = () => {
+  $("ask").close(); const id = opened;
+  act("commands/delete-messages", {ids: [id]}, done => {
+    if (done.in_delivery.length) return `${id} is on the wire right now, and was not deleted`;
+    location.hash = ""; return `${id} is deleted`;
+  });
+};
+$("close").onclick = () => { location.hash = ""; };
+$("source").onclick = () => source().catch(told);
+$("detail").onkeydown = event => { if (event.key === "Escape") location.hash = ""; };
+addEventListener("hashchange", fromHash);
+document.addEventListener("visibilitychange", () => { if (!document.hidden) look(); });
+look();
+</script>
+"""
+
+
+def console_answer() -> Response:
+    """The page, under a policy (Content Security Policy 3) that admits only its own style and script."""
+    hashes = {}
+    for tag in ("script", "style"):
+        text = CONSOLE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+    return Response(200, CONSOLE.encode(), "text/html; charset=utf-8", headers)
+
+
+# ======================================================================
 # DISPATCHER - the first coroutine: due mail goes out
 # ======================================================================
 #
@@ -8830,9 +9170,11 @@ class ControlPlane:
     settings: Callable[[], Settings]
     _wrote_at: float = -math.inf  # for a look whether the storage answers
     _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _console: Response = field(default_factory=console_answer)
 
     def routes(self) -> tuple[Route, ...]:
         return (
+            Route("GET", "/", self.show_console, public=True, answer="text/html"),
             Route("GET", "/health", self.check_health, public=True, answer="Health"),
             Route("GET", "/ready", self.check_ready, public=True, answer="Done"),
             Route("GET", "/status", self.get_status, answer="Status"),
@@ -8854,6 +9196,10 @@ class ControlPlane:
             Route("POST", "/account/{id}/suspend", self.suspend_account, answer="Switched"),
             Route("POST", "/account/{id}/activate", self.activate_account, answer="Switched"),
         )
+
+    async def show_console(self, request: Request) -> Response:
+        """The console, a page for a browser."""
+        return self._console
 
     async def check_health(self, request: Request) -> Response:
         """Liveness; touches no storage."""
@@ -10522,14 +10868,15 @@ It all happens on this machine; a temporary folder holds the queue and goes away
   app        POSTs messages, takes reports at    {reports}
   mailproxy  the daemon, queue on disk           {daemon}
   smtp       a small mail server                 {smtp}
+  console    the queue in a browser              {daemon}/{keep}
 """
 
 
 class Demo:
     """The whole thing in one process: application, daemon and mail server, over real sockets."""
 
-    def __init__(self, folder: str, *, patience_s: float = 15.0) -> None:
-        self._folder = folder
+    def __init__(self, folder: str, *, patience_s: float = 15.0, keep: bool = False) -> None:
+        self._folder, self._keep = folder, keep
         self._patience_s = patience_s
         self._lines: asyncio.Queue[str] = asyncio.Queue()  # what passed, and is not shown yet
         self._outcomes: dict[str, str] = {}  # as reported
@@ -10551,6 +10898,8 @@ class Demo:
                 missing = ", ".join(id_ for id_ in DEMO_OUTCOMES if id_ not in self._outcomes)
                 sentence = f"the demo failed: no final report of {missing} within {self._patience_s:g} s"
                 raise CommandFailed(sentence) from None
+            while self._keep:
+                print(await self._lines.get(), flush=True)
         return 0
 
     def _tell(self, who: str, whom: str, about: str, what: str) -> None:
@@ -10599,11 +10948,10 @@ class Demo:
         )
         (host, port), *_ = await app.start_tcp("127.0.0.1", 0, None)
         stack.push_async_callback(app.stop, 1)
-        reports, token = f"http://{host}:{port}/reports", secrets.token_urlsafe()
+        reports = f"http://{host}:{port}/reports"
         configured = {
             "storage.db_path": f"{self._folder}/mailproxy.db",
             "server.port": "0",
-            "server.api_token": token,
             "smtp.host": "127.0.0.1",
             "smtp.port": str(smtp_port),
             "client.client_sync_url": reports,
@@ -10618,9 +10966,9 @@ class Demo:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             raise CommandFailed(f"the daemon did not start (status {await serving})")
-        self._client = Client(listening.result(), token)
-        smtp = f"127.0.0.1:{smtp_port}"
-        print(DEMO_TITLE.format(version=__version__, reports=reports, daemon=self._client.url, smtp=smtp))
+        self._client = Client(listening.result())
+        words = {"smtp": f"127.0.0.1:{smtp_port}", "keep": "" if self._keep else "  (demo --keep lets it run)"}
+        print(DEMO_TITLE.format(version=__version__, reports=reports, daemon=self._client.url, **words), flush=True)
         self._started_at = time.monotonic()
 
     # -- the part of the application
@@ -10674,6 +11022,8 @@ class Demo:
         taken_s = time.monotonic() - self._started_at
         print(f"\nall delivered and reported: 4 sent, 1 refused by its server, in {taken_s:.1f} s")
         print("With a server of your own: serve --help, and README.md")
+        if self._keep:
+            print(f"It goes on until Ctrl-C; the queue in a browser: {self._client.url}/", flush=True)
 
 
 def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -10682,7 +11032,9 @@ def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     configure_logging("error", "text")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # tidies up just as well
     with tempfile.TemporaryDirectory(prefix="mailproxy-demo-") as folder:
-        return asyncio.run(Demo(folder).run())
+        with contextlib.suppress(*([KeyboardInterrupt] if args.keep else [])):
+            return asyncio.run(Demo(folder, keep=args.keep).run())
+    return 0
 
 
 # ======================================================================
@@ -11247,9 +11599,10 @@ def asks(name: str, request: str, words: Words, options: tuple[Option, ...], mea
     return Command(name, functools.partial(ask_daemon, request, words), (*options, *ASKING), meaning)
 
 
+KEEPING = option("--keep", action="store_true", help="keep it running, to look at it in a browser")
 COMMANDS = (
     Command("serve", serve, SERVING, "run the daemon"),
-    Command("demo", demo, (), "show it all on this machine, with nothing configured"),
+    Command("demo", demo, (KEEPING,), "show it all on this machine, with nothing configured"),
     Command("check", check, (CONNECTING, *SERVING), "say what is wrong with the configuration, or what is in force"),
     Command("send", send, (*SENDING, *ASKING), "submit a message, an .eml file, or many out of a CSV file"),
     Command("sendmail", sendmail, AS_SENDMAIL, "take a message from standard input, as sendmail(8) does"),
