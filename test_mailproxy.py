@@ -14642,7 +14642,7 @@ def test_openapi_json_says_what_the_route_table_routes(tmp_path: Path) -> None:
         assert document["openapi"].startswith("3.1")
         assert {("post", "/commands/add-messages"), ("delete", "/account/{id}")} < set(operations)
         for (method, path), row in operations.items():
-            public = path in ("/health", "/ready")
+            public = path in ("/", "/health", "/ready")
             assert (row.get("security"), "401" in row["responses"]) == ([] if public else None, not public)
             bare = daemon.request(method.upper(), path.replace("{id}", "x"), headers={"X-API-Token": ""})
             assert bare.status == (200 if public else 401), path
