@@ -7597,7 +7597,8 @@ ACCOUNT_COOLING_S = (60, 300, 900, 3600)  # ... or does not want the account's m
 SAME_REFUSALS = 3  # so many messages refused in the same words are not about the messages
 OWN_REFUSALS = 3  # so often refused for its session, while others passed, a message is meant itself
 GROWTH_PAUSE_S = 10  # no further connection after one was refused
-AHEAD_S = 0.02  # claims are taken ahead for as much work as this
+AHEAD_S = 0.02  # claims are taken ahead for as much work as this,
+AHEAD_ONE_S = 0.2  # and one for each connection when a transaction is shorter
 PREPARED_AT_ONCE = 50  # messages of a lane that are being fetched: those behind wait for no slow server
 KEPT_SHARE = 4  # one in so many slots, or bytes, is kept for lanes that have none
 COMPOSED_INLINE_BYTES = 32_768  # larger messages are composed in a thread
@@ -7832,6 +7833,8 @@ class Lane:
         if self.state is LaneState.PROBING:
             return max(0, free - len(self.ready) - self.preparing)
         ahead = int(len(self.sessions) * AHEAD_S / self.seconds_each)
+        if self.seconds_each < AHEAD_ONE_S:  # a claim takes a hundredth of that
+            ahead = max(ahead, len(self.sessions))
         if len(self.ready) * 2 > free + ahead or self.preparing >= PREPARED_AT_ONCE:
             return 0
         return max(0, min(free + ahead - len(self.ready), self.account.batch_size))
