@@ -6916,8 +6916,11 @@ def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, list[str]
             segments = [urllib.parse.unquote(segment, errors="strict") for segment in segments]
         fields = urllib.parse.parse_qs(query, keep_blank_values=True, errors="strict") if query else {}
     except ValueError:
-        reason = "a % in the path or query is not followed by the hexadecimal digits of UTF-8 without NUL"
-        raise HttpError(400, reason) from None
+        bad = [one for one in query.split("&") if BAD_ESCAPE.search(one) or "\ufffd" in urllib.parse.unquote(one)]
+        if bad:
+            wanted = f"{bad[0].partition('=')[0][:80]}: must be percent-encoded UTF-8 without NUL"
+            raise HttpError(400, wanted, code="bad_field") from None
+        raise HttpError(400, "the path is not percent-encoded UTF-8 without NUL") from None
     return path, tuple(segments), fields
 
 

@@ -12214,6 +12214,7 @@ def test_a_cursor_works_in_both_directions(findings: Daemon, way: str) -> None:
         "order=", "order=down", "after=", "after=x", "after=-1", "limit=", "limit=0", "limit=10001", "status=lost",
         "to=a@b.example&to=a@b.example", "subject=a&subject=b", "since=1&since=1", "refused=1&refused=1", "limit=1&limit=2",
         "order=asc&order=asc", "content=1&content=1",
+        "subject=%FF&to=%C3%BC@b.example", "to=a%00@b.example", "since=%zz", "batch_code=%",
     ],
 )  # fmt: skip
 def test_a_bad_field_of_a_query_is_named(shelf: Daemon, query: str) -> None:
