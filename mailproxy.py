@@ -7253,10 +7253,8 @@ class HttpServer(Listener):
 # client does. Its invariant: what comes from outside is written as text, never as HTML.
 
 CONSOLE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
+<html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
 <title>mailproxy</title>
 <style>
 :root { color-scheme: light dark; --page: #f4f5f7; --panel: #fff; --text: #1a1d21; --quiet: #545c66; --line: #d3d8de;
@@ -7307,8 +7305,9 @@ auto; } #messages .why, #messages .id, #accounts .reason, #messages .subject, #a
   id="deferred"></dd></div><div><dt>On the wire</dt><dd id="in_delivery"></dd></div> <div><dt>Failed</dt><dd
   id="failed"></dd></div></dl> </section>
 <section aria-labelledby="h-recent"><h2 id="h-recent">Last 15 minutes</h2> <figure><figcaption
-  id="chart-text"></figcaption><ul id="totals"></ul> <svg id="chart" role="img" aria-labelledby="chart-text" viewBox="0
-  0 90 128" preserveAspectRatio="none"></svg></figure> </section>
+  id="chart-text"></figcaption><ul id="totals"><li></li><li></li><li></li><li></li></ul> <svg id="chart" role="img"
+  aria-labelledby="chart-text" viewBox="0 0 90 128" preserveAspectRatio="none"><path class="accepted"/><path
+  class="sent"/><path class="deferred"/><path class="failed"/></svg></figure> </section>
 <section aria-labelledby="h-accounts"><h2 id="h-accounts" tabindex="-1">Accounts</h2> <p id="no-account" hidden>No
   account yet: add one by POST /account, or as [smtp] in config.ini.</p> <ul id="accounts"></ul> </section> <div
   class="pair">
@@ -7325,25 +7324,21 @@ auto; } #messages .why, #messages .id, #accounts .reason, #messages .subject, #a
   id="retry">Retry</button> <button id="delete">Delete</button> <button id="close">Close</button></p> <dl
   id="fields"></dl> <h3>Attempts</h3><ol id="attempts"></ol> <h3>Content</h3><div id="content"></div> <button
   id="source">Show as it goes on the wire</button><pre id="eml" tabindex="0" aria-label="Source" hidden></pre>
-  </section> </div> </div>
-</main>
+  </section> </div> </div> </main>
 <dialog id="ask" aria-labelledby="question"><p id="question"></p> <p class="row"><button id="no"
-  autofocus>Cancel</button> <button id="yes">Delete</button></p></dialog>
-<template id="account-row"><li><strong class="id"></strong><span class="state"></span><span class="reason"></span>
-  <span class="row"></span></li></template>
-<template id="message-row"><li><span class="state"></span><a class="subject"></a><span class="to"></span> <span
+  autofocus>Cancel</button> <button id="yes">Delete</button></p></dialog> <template id="account-row"><li><strong
+  class="id"></strong><span class="state"></span><span class="reason"></span> <span class="row"></span></li></template>
+  <template id="message-row"><li><span class="state"></span><a class="subject"></a><span class="to"></span> <span
   class="account quiet"></span><time></time><span class="id quiet"></span><span class="why"></span></li></template>
 <script>
 "use strict";
-const $ = id => document.getElementById(id);
+const $ = id => document.getElementById(id), addresses = list => [].concat(list ?? []).join(", ");
 const NAMES = ["accepted", "sent", "deferred", "failed"], ROWS = 25, POLL_MS = 2000, SOURCE_MOST = 200000;
 const CLOCK = new Intl.DateTimeFormat(undefined, {timeStyle: "medium"});
 const DAY = new Intl.DateTimeFormat(undefined, {dateStyle: "medium", timeStyle: "short"});
 const EXACT = new Intl.DateTimeFormat(undefined, {dateStyle: "full", timeStyle: "long"});
-const LABELS = {reply_to: "reply to", return_path: "return path", created_at: "accepted", deferred_ts: "not before",
-  sent_ts: "sent", error_ts: "failed", reported_ts: "reported"};
 let token = sessionStorage.getItem("token") || "", asked = 0, listed = 0, seen = "", opened = "", shown = "", quiet = 0;
-let pages = [""], next = null;  // the cursors of the pages up to the one that is shown, and of the one after it
+let wanted = [], pages = [""], next = null;  // what is searched for; the cursors up to the page shown, and of the next
 // Whatever comes from outside is written as text, and only where it differs: the keyboard keeps its place.
 function put(node, text) { if (node.textContent !== text) node.textContent = text; }
 function make(tag, text = "", attributes = {}) {
@@ -7359,10 +7354,9 @@ function when(ts, node = make("time")) {
   [node.dateTime, node.title] = [at.toISOString(), EXACT.format(at)]; return node;
 }
 function span(seconds) {
-  const [n, unit] = [[86400, "days"], [3600, "h"], [60, "min"], [0, "s"]].find(([n]) => Math.abs(seconds) >= 2 * n);
-  return `${Math.round(Math.abs(seconds) / (n || 1))} ${unit}`;
+  const [n, unit] = [[86400, "days"], [3600, "h"], [60, "min"], [-1, "s"]].find(([n]) => n < 0 || seconds >= 2 * n);
+  return `${Math.round(seconds / Math.abs(n))} ${unit}`;
 }
-const addresses = list => [].concat(list ?? []).join(", ");
 async function ask(path, body) {
   const headers = {...(token && {"X-API-Token": token}), ...(body && {"Content-Type": "application/json"})};
   const options = {method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), credentials: "omit"};
@@ -7381,16 +7375,16 @@ async function ask(path, body) {
 async function act(path, body, said) {
   await ask(path, body).then(answer => say(said(answer))).catch(told); seen = ""; await look();
 }
-// Make the rows of a list those of `wanted`, [key, value] each; what stays is patched in place.
-function patch(list, template, wanted, fill) {
+// Make the rows of a list those of `entries`, [key, value] each; what stays is patched in place.
+function patch(list, template, entries, fill) {
   const rows = new Map([...list.children].map(row => [row.dataset.key, row]));
-  const keys = new Set(wanted.map(([key]) => key));
+  const keys = new Set(entries.map(([key]) => key));
   for (const [key, row] of rows) if (!keys.has(key)) {
     const had = row.contains(document.activeElement), beside = row.nextElementSibling || row.previousElementSibling;
     row.remove(); if (had) (beside?.querySelector("a, button") || list.parentNode.querySelector("h2")).focus();
   }
   let at = list.firstElementChild;
-  for (const [key, value] of wanted) {
+  for (const [key, value] of entries) {
     const row = rows.get(key) || $(template).content.firstElementChild.cloneNode(true); row.dataset.key = key;
     if (row === at) at = at.nextElementSibling; else list.insertBefore(row, at);
     fill(name => row.querySelector(name), key, value, row);
@@ -7421,11 +7415,6 @@ function draw(recent) {
   const peak = NAMES.some(total) ? `; at most ${most.toLocaleString()} in 10 s` : ": nothing happened";
   put($("chart-text"), totals.join(", ") + peak + ".");
   NAMES.forEach((name, i) => {
-    if (!$("totals").children[i]) {
-      $("totals").append(make("li"));
-      const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-      path.setAttribute("class", name); $("chart").append(path);
-    }
     put($("totals").children[i], totals[i]); const height = column => column[name] && 1 + 27 * column[name] / most;
     const bars = recent.map((column, x) => column[name] && `M${x} ${32 * i + 32}h.8v-${height(column)}h-.8z`);
     $("chart").children[i].setAttribute("d", `M0 ${32 * i + 31.5}h90v.5h-90z` + bars.filter(Boolean).join(""));
@@ -7444,25 +7433,20 @@ function showStatus(status) {
   $("no-account").hidden = ids.length > 0;
   for (const id of ids) if (![...choice.options].some(option => option.value === id)) choice.add(new Option(id, id));
 }
-function searched() {
-  const fields = [...new FormData($("search"))].filter(([, value]) => value.trim());
-  return fields.map(([name, value]) => [name, /since|until/.test(name) ? Math.floor(new Date(value) / 1000) : value]);
-}
 async function list() {
-  const mine = ++asked, began = performance.now(), chosen = searched(); let found = [], after = pages.at(-1);
+  const mine = ++asked, began = performance.now(); let found = [], after = pages.at(-1);
   do {  // a long search answers in parts
-    const query = new URLSearchParams([...chosen, ["order", "desc"], ["limit", ROWS - found.length]]);
+    const query = new URLSearchParams([...wanted, ["order", "desc"], ["limit", ROWS - found.length]]);
     if (after) query.set("after", after);
     const answer = await ask(`messages?${query}`);
     if (mine !== asked) return;  // another search has begun
     [found, after] = [[...found, ...answer.messages], answer.next];
   } while (after && found.length < ROWS);
-  next = after;
-  listed = performance.now() + 10 * (performance.now() - began);  // not again before that
+  next = after; listed = performance.now() + 10 * (performance.now() - began);  // not again before that
   patch($("messages"), "message-row", found.map(message => [message.id, message]), fillMessage);
   $("empty").hidden = found.length > 0;
   const none = "No message yet: submit one by POST /commands/add-messages, or with the command send.";
-  put($("empty"), chosen.length ? "No message is like that: change the search, or clear it." : none);
+  put($("empty"), wanted.length ? "No message is like that: change the search, or clear it." : none);
   if (document.activeElement === $("older") && !next || document.activeElement === $("newer") && pages.length === 1)
     $("h-messages").focus();
   [$("older").disabled, $("newer").disabled] = [!next, pages.length === 1];
@@ -7472,9 +7456,10 @@ async function show() {
   if (message.id !== opened || shown === (shown = JSON.stringify([message, attempts]))) return;
   const given = message.message, fields = [["State", message.status], ["Error", message.error], ["From", given.from]];
   for (const name of ["to", "cc", "bcc", "reply_to", "return_path"])
-    fields.push([LABELS[name] || name, addresses(given[name])]);
-  for (const name of ["created_at", "deferred_ts", "sent_ts", "error_ts", "reported_ts"])
-    fields.push([LABELS[name], message[name] && when(message[name])]);
+    fields.push([name.replace("_", " "), addresses(given[name])]);
+  const {created_at, deferred_ts, sent_ts, error_ts, reported_ts} = message;
+  const times = {accepted: created_at, due: deferred_ts, sent: sent_ts, failed: error_ts, reported: reported_ts};
+  for (const [label, ts] of Object.entries(times)) fields.push([label, ts && when(ts)]);
   fields.push(["account", message.account_id], ["batch", message.batch_code], ["Message-ID", message.message_id]);
   fields.push(["attached", addresses((given.attachments || []).map(one => one.filename))]);
   for (const [who, one] of Object.entries(message.recipients || {}))
@@ -7507,17 +7492,14 @@ async function open_(id) {
     const row = [...$("messages").children].find(row => row.dataset.key === before);
     return (row?.querySelector("a") || $("h-messages")).focus();
   }
-  try {
-    await show(); $("detail").hidden = false; $("h-detail").focus();
-  } catch (error) { told(error); }
+  await show().then(() => { $("detail").hidden = false; $("h-detail").focus(); }).catch(told);
 }
 function fromHash() {
-  let id = "";
-  try { id = decodeURIComponent(location.hash.slice(1)); } catch { location.hash = ""; }
+  let id = ""; try { id = decodeURIComponent(location.hash.slice(1)); } catch { location.hash = ""; }
   if (id !== opened) open_(id);
 }
 // What changes is asked for; lists only when something happened, and never back to back.
-let looking = false, timer = 0;
+let looking = false, timer = 0, typed = 0;
 async function look() {
   if (looking) return;
   looking = true; clearTimeout(timer);
@@ -7532,14 +7514,19 @@ async function look() {
   looking = false; if (!document.hidden && $("login").hidden) timer = setTimeout(look, POLL_MS);
 }
 function turn(to) { pages = to; list().catch(told); }
-function search() { turn([""]); }
-let typed = 0;
+function search() {
+  const before = wanted, given = [...new FormData($("search"))].filter(([, value]) => value.trim()); pages = [""];
+  wanted = given.map(([name, value]) => [name, /since|until/.test(name) ? Math.floor(new Date(value) / 1000) : value]);
+  list().catch(error => { wanted = before; told(error); });
+}
 $("login").onsubmit = event => {
   event.preventDefault(); token = $("token").value.trim(); sessionStorage.setItem("token", token);
   $("token").value = ""; look();
 };
 $("search").onsubmit = event => { event.preventDefault(); search(); };
-$("search").oninput = () => { clearTimeout(typed); typed = setTimeout(search, 400); };
+$("search").oninput = () => {  // half an address is not searched for
+  clearTimeout(typed); typed = setTimeout(() => /^$|@./.test($("search").to.value) && search(), 400);
+};
 $("search").onreset = () => setTimeout(search);
 $("older").onclick = () => turn([...pages, next]);
 $("newer").onclick = () => turn(pages.slice(0, -1));

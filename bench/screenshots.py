@@ -23,7 +23,7 @@ sys.path.insert(0, str(PROJECT))
 
 import mailproxy  # noqa: E402
 
-PICTURES = {"light": (860, 720, "light"), "dark": (760, 520, "dark"), "phone": (375, 760, "light")}
+PICTURES = {"light": (860, 720, "light"), "dark": (760, 470, "dark"), "phone": (375, 760, "light")}
 
 
 def driver() -> Any:
