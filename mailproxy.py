@@ -786,8 +786,8 @@ class Account(NamedTuple):
     limit_per_minute: int | None = row(None, integer(0), "Most messages in any 60 seconds; 0: no limit.")
     limit_per_hour: int | None = row(None, integer(0), "Most messages in any hour.")
     limit_per_day: int | None = row(None, integer(0), "Most messages in any day.")
-    limit_behavior: str = row("defer", word("defer", "error", reject="error"), "What becomes of mail above a limit.")
-    limit_counts: str = row("messages", word("messages", "recipients"), "What the limits count.")
+    limit_behavior: str = row("defer", word("defer", "error", reject="error"), "Over a limit: defer waits, error ends.")
+    limit_counts: str = row("messages", word("messages", "recipients"), "Whether limits count messages or recipients.")
     account_replies: tuple[AccountReply, ...] = row((), REPLIES, "Those that stop all its mail, whatever the code.")
     hostname: str | None = row(None, EHLO_NAME, "Our name in EHLO.", else_of="hostname")
     batch_size: int = row(50, COUNT, "Most messages of one turn.", else_of="batch_size_per_account")
@@ -10259,7 +10259,7 @@ def _why_unreachable(error: OSError) -> str:
             return f"TLS failed: {(error.reason or 'unknown').replace('_', ' ').lower()}"
     reason = (error.strerror or str(error) or type(error).__name__).lower()
     absent = isinstance(error, ConnectionRefusedError | FileNotFoundError)
-    return f"{reason}; start it with `mailproxy serve`, or say where it is with --url" if absent else reason
+    return f"{reason}; start it with `mailproxy serve`, or name it by --url or MAILPROXY_URL" if absent else reason
 
 
 def find_daemon(

@@ -13536,7 +13536,7 @@ def test_the_sender_that_check_asks_about_is_the_login_name_or_fits_the_server(
 
 # --- reaching the daemon
 
-START_IT = "start it with `mailproxy serve`, or say where it is with --url"
+START_IT = "start it with `mailproxy serve`, or name it by --url or MAILPROXY_URL"
 
 
 @pytest.fixture(scope="module")
@@ -14094,7 +14094,7 @@ def test_a_csv_that_is_cut_off_says_how_to_go_on_and_sends_nothing_twice(
     hint = "of 202 are through; run it again, and nothing is sent twice"
     assert complaint == f"mailproxy: interrupted; 200 {hint}\n"
     assert unheard.returncode == 1
-    assert f"say where it is with --url; 0 {hint}" in unheard.sentence
+    assert f"name it by --url or MAILPROXY_URL; 0 {hint}" in unheard.sentence
     assert again.returncode == 0, again.stderr
     wait_until(lambda: daemon.status()["pending"] == 0, "all sent")
     assert Counter(mail.recipients[0] for mail in smtp.received) == Counter(recipients)
