@@ -11636,6 +11636,7 @@ mailproxy message invoice-4711 --eml > invoice.eml
 mailproxy suspend --account billing
 mailproxy suspend --batch newsletter-7
 mailproxy activate --account billing
+mailproxy activate --batch newsletter-7
 mailproxy retry invoice-4711 invoice-4712
 mailproxy delete invoice-4711"""
 
@@ -11650,7 +11651,7 @@ for a start:
   mailproxy demo                        five messages, from REST to report, on this machine
   mailproxy serve --set smtp.host=mail.example.com --set smtp.port=587
   mailproxy COMMAND --help              what a command takes, with examples
-  ln -s /usr/local/bin/mailproxy /usr/sbin/sendmail
+  ln -s /opt/mailproxy/mailproxy.pyz /usr/sbin/sendmail
 
 exit status: 0 done, 1 failed, 2 usage or configuration"""
 
