@@ -6314,7 +6314,7 @@ class SmtpMail(NamedTuple):
         id_, sender = given.get("id") or f"smtp-{digest.hexdigest()}", self.sender or f"MAILER-DAEMON@{host}"
         null = None if self.sender else "<>"
         fields = {"id": id_, "from": sender, "return_path": null, "to": list(self.recipients)}
-        return {**fields, "account_id": account, "priority": given.get("priority"), "raw": raw}
+        return {**fields, "account_id": account, "priority": given.get("priority") or None, "raw": raw}
 
 
 def reply_to_submission(id_: str, reason: object) -> str:
