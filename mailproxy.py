@@ -3528,7 +3528,9 @@ CHUNK = 500  # rows of one commit in work that may touch many
 STRETCH = 5_000  # rows looked at in one go by what must pass over others
 SOUGHT_TOGETHER = 100  # messages whose texts for searches are stored in one row
 NEXT_SOUGHT = "\x1e"
-READING_S = 0.01  # of one piece of a listing: deliveries read large messages by the same connection
+LOOK = 1_250  # messages looked at in one go by a listing, which ends its piece of work
+READING_S = 0.0002  # after so long, for others to have their turn,
+PAUSE_S = 0.001  # when nothing was found
 PAGE_BYTES = 1_048_576  # of payloads in one page of a listing
 
 Outcomes: TypeAlias = dict[str, RecipientOutcome]  # by address
@@ -4195,8 +4197,7 @@ class Queue:
                 first = db.execute(FIRST_OF_PAGE[order][way], {"after": at}).fetchone()[0]
                 if first is None:
                     return records, None
-                stretch = 5 * STRETCH if way == "sought" else STRETCH  # there, of a hundredth as many rows
-                at = first + (1 - stretch if newest_first else stretch - 1)
+                at = first + (1 - LOOK if newest_first else LOOK - 1)
                 values.update(first=min(first, at), last=max(first, at), most=most - len(records))
                 if way == "sought":
                     found = [
@@ -9500,7 +9501,7 @@ class ControlPlane:
             if after is None or (not records and self.clock.monotonic() >= ends_at):
                 break
             if not records:
-                await asyncio.sleep(2 * READING_S)  # most of the time is for others
+                await asyncio.sleep(PAUSE_S)  # most of the time is for others
         yield (b"" if shown else before) + b'], "next": %b}\n' % (b"null" if after is None else b'"%d"' % after)
 
     async def _shown(self, record: Record, with_contents: bool) -> bytes:

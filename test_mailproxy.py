@@ -12234,7 +12234,7 @@ def test_a_bad_field_of_a_query_is_named(shelf: Daemon, query: str) -> None:
 
 
 def test_a_search_ends_in_time_and_goes_on_from_there(rig: QueueRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mailproxy, "STRETCH", 3)
+    monkeypatch.setattr(mailproxy, "LOOK", 15)
     monkeypatch.setattr(mailproxy, "READING_S", 0.0)
     rig.accepted(*[submission(f"m-{n}", sought=f"\nto@example.com\n\t{n}") for n in range(40)])
 
