@@ -134,6 +134,16 @@ def needs(*programs: str) -> None:
         pytest.skip(f"needs {', '.join(missing)}")
 
 
+def install_from_npm(folder: Path, *packages: str) -> Path:
+    """Put packages of npm into the folder, which is returned."""
+    needs("node", "npm")
+    command = ["npm", "install", "--no-audit", "--no-fund", "--prefer-offline", *packages]
+    installed = subprocess.run(command, cwd=folder, capture_output=True, timeout=100)
+    if installed.returncode and not os.environ.get("REQUIRE_TEST_SERVERS"):
+        pytest.skip("npm cannot install what this needs")
+    return folder
+
+
 def wait_until(condition: Callable[[], Any], what: str | Callable[[], str], timeout: float = 30) -> Any:
     """The first true value of the condition; a failure that says what never came after `timeout` seconds."""
     deadline = time.monotonic() + timeout
@@ -7731,13 +7741,7 @@ LETTER = f"From: app@example.com\r\nSubject: {{}}\r\n{DATED}{UTF_8}\r\nOne line\
 @pytest.fixture(scope="module")
 def nodemailer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which node finds it."""
-    needs("node", "npm")
-    folder = tmp_path_factory.mktemp("nodemailer")
-    command = ["npm", "install", "--no-audit", "--no-fund", "--prefer-offline", "nodemailer@10"]
-    installed = subprocess.run(command, cwd=folder, capture_output=True, timeout=100)
-    if installed.returncode and not os.environ.get("REQUIRE_TEST_SERVERS"):
-        pytest.skip("npm cannot install what this needs")
-    return folder
+    return install_from_npm(tmp_path_factory.mktemp("nodemailer"), "nodemailer@10")
 
 
 CLIENTS = {
@@ -8801,12 +8805,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The script that finds what keeps people out (axe-core)."""
-    needs("npm")
-    folder = tmp_path_factory.mktemp("axe")
-    command = ["npm", "install", "--no-audit", "--no-fund", "--prefer-offline", "axe-core@4"]
-    installed = subprocess.run(command, cwd=folder, capture_output=True, timeout=100)
-    if installed.returncode and not os.environ.get("REQUIRE_TEST_SERVERS"):
-        pytest.skip("npm cannot install what this needs")
+    folder = install_from_npm(tmp_path_factory.mktemp("axe"), "axe-core@4")
     return (folder / "node_modules/axe-core/axe.min.js").read_text()
 
 
@@ -11426,12 +11425,7 @@ def verified_by_pypi(secret: str, content: str, headers: Mapping[str, str]) -> l
 @pytest.fixture(scope="session")
 def webhooks_of_npm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """The verdicts of the official library on a call, and on one with another content."""
-    needs("node", "npm")
-    folder = tmp_path_factory.mktemp("npm")
-    command = ["npm", "install", "--no-audit", "--no-fund", "--prefer-offline", "standardwebhooks@1"]
-    installed = subprocess.run(command, cwd=folder, capture_output=True, timeout=100)
-    if installed.returncode and not os.environ.get("REQUIRE_TEST_SERVERS"):
-        pytest.skip("npm cannot install what this needs")
+    folder = install_from_npm(tmp_path_factory.mktemp("npm"), "standardwebhooks@1")
 
     def verified(secret: str, content: str, headers: Mapping[str, str]) -> list[Any]:
         call = json.dumps({"secret": secret, "content": content, "headers": headers})
@@ -14751,13 +14745,8 @@ export const perhaps: Account = { ...account, use_tls: "perhaps" };
 
 
 def test_typescript_refuses_nonsense_by_the_types_made_of_openapi_json(described: tuple[Daemon, Path]) -> None:
-    needs("npm")
     _, folder = described
-    packages = ["openapi-typescript@7", "typescript@5"]
-    options = ["--no-audit", "--no-fund", "--prefer-offline"]
-    installed = subprocess.run(["npm", "install", *options, *packages], cwd=folder, capture_output=True, timeout=100)
-    if installed.returncode and not os.environ.get("REQUIRE_TEST_SERVERS"):
-        pytest.skip("npm cannot install what this needs")
+    install_from_npm(folder, "openapi-typescript@7", "typescript@5")
     (folder / "program.ts").write_text(TYPESCRIPT)
 
     tools = folder / "node_modules" / ".bin"
