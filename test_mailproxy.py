@@ -77,6 +77,7 @@ import hypothesis
 import hypothesis.strategies as st
 import prometheus_client
 import prometheus_client.parser
+import psycopg
 import pytest
 from aiosmtpd.smtp import SMTP, AuthResult
 from cryptography import x509
@@ -85,6 +86,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import HealthCheck, given, settings
+from psycopg.rows import dict_row
 
 import mailproxy
 from mailproxy import Attachment, Reply, S3Object, Source
@@ -97,6 +99,7 @@ from mailproxy import Attachment, Reply, S3Object, Source
 # only what it started. Every wait has a deadline, and waits for a condition.
 
 PROGRAM = Path(__file__).with_name("mailproxy.py")
+ENGINES = ["sqlite", *(["postgresql"] if hasattr(mailproxy, "PostgresFile") else [])]
 
 
 def starter() -> Path:
@@ -715,7 +718,7 @@ class Daemon:
         self.folder = folder
         self._limits = ["sh", "-c", f'ulimit -n {open_files}; exec "$@"', "sh"] if open_files else []
         self.config: dict[str, dict[str, object]] = {
-            "storage": {"db_path": folder / "queue.db"},
+            "storage": {"db_path": Storage.place(folder)},
             "server": {"host": "127.0.0.1", "port": 0},
         }
         if token:
@@ -856,12 +859,16 @@ class Daemon:
         return dict(self.get("/status").json)
 
     @contextlib.contextmanager
-    def db(self) -> Iterator[sqlite3.Connection]:
-        """The queue file, read-only, as an operator's sqlite3 sees it."""
-        path = urllib.parse.quote(str(self.config["storage"]["db_path"]))
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-            connection.row_factory = sqlite3.Row
-            yield connection
+    def db(self) -> Iterator[Any]:
+        """A connection that reads the queue as an operator's sqlite3 or psql does; its rows have names."""
+        where = str(self.config["storage"]["db_path"])
+        if where.startswith("postgresql:"):
+            with psycopg.connect(where, autocommit=True, row_factory=dict_row, prepare_threshold=None) as connection:
+                yield connection
+            return
+        with contextlib.closing(sqlite3.connect(f"file:{urllib.parse.quote(where)}?mode=ro", uri=True)) as file:
+            file.row_factory = sqlite3.Row
+            yield file
 
     def _story(self, message_id: str) -> dict[str, Any]:
         answer = self.get("/message/" + urllib.parse.quote(message_id, safe=""))
@@ -1092,7 +1099,182 @@ postlog   unix-dgram n - n - 1 postlogd
 """
 
 
+# --- PostgreSQL ----------------------------------------------------------
+
+
+class PostgresServer:
+    """A PostgreSQL of the test's own, on a port and a Unix socket (in `folder`) of its own; as root it runs as nobody.
+
+    The role `mailproxy` owns the databases and has no other rights; the role `guarded` must give its password.
+    POSTGRES_BIN, a folder of programs, chooses another version than Debian's newest.
+    """
+
+    def __init__(self, **settings: object) -> None:
+        self.host, self.port = "127.0.0.1", free_port()
+        given = {"listen_addresses": self.host, "port": self.port, "fsync": "off", "full_page_writes": "off"}
+        self._settings = {**given, "shared_buffers": "32MB", "max_connections": 200, **settings}
+        self._databases = itertools.count(1)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @staticmethod
+    def programs() -> Path:
+        """Where they are; skips the test (or fails it, where servers were promised) when they are nowhere."""
+        newest = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), default="")
+        folder = Path(os.environ.get("POSTGRES_BIN", newest))
+        needs(*(str(folder / program) for program in ("initdb", "postgres")))
+        return folder
+
+    def __enter__(self) -> PostgresServer:
+        with contextlib.ExitStack() as stack:
+            self._programs = self.programs()
+            self.folder = stack.enter_context(open_folder("mailproxy-postgres-"))
+            self._outside: dict[str, Any] = {"cwd": self.folder, "env": {"PATH": os.defpath, "LC_ALL": "C"}}
+            if os.geteuid() == 0:  # which initdb refuses
+                self._outside.update(user="nobody", group="nogroup", extra_groups=[])
+                shutil.chown(self.folder, "nobody")
+            self.lay_out("initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
+            hba = "local all all trust\nhost all guarded all scram-sha-256\nhost all,replication all all trust\n"
+            (self.folder / "data" / "pg_hba.conf").write_text(hba)
+            self.start()
+            stack.callback(self.stop, signal.SIGQUIT)
+            self.run("CREATE ROLE mailproxy LOGIN", "CREATE ROLE guarded LOGIN PASSWORD 'open sesame'")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stack.close()
+
+    def lay_out(self, program: str, *words: str) -> None:
+        """Make the folder of the data by initdb or pg_basebackup."""
+        command = [self._programs / program, "-D", self.folder / "data", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, **self._outside)
+        assert done.returncode == 0, done.stderr
+
+    def start(self) -> None:
+        """Start it and wait until it takes connections."""
+        options = [word for name, value in self._settings.items() for word in ("-c", f"{name}={value}")]
+        command = [self._programs / "postgres", "-D", self.folder / "data", "-k", self.folder, *options]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **self._outside)
+        wait_until(self._answers, lambda: f"PostgreSQL; its log:\n{(self.folder / 'log').read_text()[-3000:]}")
+
+    def stop(self, how: int = signal.SIGINT) -> None:
+        """SIGTERM waits for its clients, SIGINT (fast) sends them away, SIGQUIT (immediate) is a crash."""
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(how)
+            self.process.wait(30)
+
+    def restart(self, how: int = signal.SIGINT) -> None:
+        self.stop(how)
+        self.start()
+
+    def url(self, database: str, role: str = "mailproxy", port: int | None = None) -> str:
+        return f"postgresql://{role}@{self.host}:{port or self.port}/{database}"
+
+    def new_database(self) -> str:
+        """The URL of an empty database."""
+        name = f"test_{next(self._databases)}"
+        self.run(f"CREATE DATABASE {name} OWNER mailproxy")
+        return self.url(name)
+
+    def run(self, *statements: str) -> None:
+        """Run statements as the superuser, each in a transaction of its own."""
+        with psycopg.connect(self.url("postgres", "postgres"), autocommit=True) as connection:
+            for statement in statements:
+                connection.execute(statement)
+
+    def _answers(self) -> bool:
+        assert self.process
+        assert self.process.poll() is None, (self.folder / "log").read_text()[-3000:]
+        with contextlib.suppress(psycopg.OperationalError):
+            self.run("SELECT 1")
+            return True
+        return False
+
+
+class PgBouncer:
+    """A pgbouncer before the server, in transaction mode: each transaction may get another session."""
+
+    def __init__(self, server: PostgresServer, pool_size: int = 10) -> None:
+        self._server, self._pool_size, self.port = server, pool_size, free_port()
+
+    def __enter__(self) -> PgBouncer:
+        needs("pgbouncer")
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(open_folder("mailproxy-pgbouncer-"))
+            lines = {
+                "listen_addr": self._server.host, "listen_port": self.port, "unix_socket_dir": "", "auth_type": "any",
+                "pool_mode": "transaction", "default_pool_size": self._pool_size, "max_client_conn": 200,
+                "logfile": folder / "log", "server_round_robin": 1, "ignore_startup_parameters": "extra_float_digits",
+            }  # fmt: skip
+            where = f"host={self._server.host} port={self._server.port} user=mailproxy"
+            text = "".join(f"{name} = {value}\n" for name, value in lines.items())
+            (folder / "ini").write_text(f"[databases]\n* = {where}\n[pgbouncer]\n{text}")
+            outside: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            if os.geteuid() == 0:
+                outside.update(user="nobody", group="nogroup", extra_groups=[])
+                shutil.chown(folder, "nobody")
+            process = subprocess.Popen([found("pgbouncer"), "-q", folder / "ini"], **outside)
+            stack.callback(process.wait, 30)
+            stack.callback(process.kill)
+            wait_until(self._listens, "pgbouncer to listen")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stack.close()
+
+    def _listens(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection((self._server.host, self.port), 10):
+            return True
+        return False
+
+
+class Storage:
+    """What daemons and queues of the tests take for db_path: a file in their folder, if no test says otherwise."""
+
+    place: Callable[[Path], str] = staticmethod(lambda folder: str(folder / "queue.db"))
+
+
 # --- the rigs as fixtures ------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One for all tests of a process; a test that breaks it makes another."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgres_server: PostgresServer) -> Iterator[PgBouncer]:
+    """One before that, in transaction mode."""
+    with PgBouncer(postgres_server) as pooler:
+        yield pooler
+
+
+@pytest.fixture
+def postgres(postgres_server: PostgresServer) -> str:
+    """The URL of an empty database."""
+    return postgres_server.new_database()
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test on each engine: its daemons and queues have a file, or a database, for each folder."""
+    kind = str(request.param)
+    if kind == "sqlite":
+        return kind
+    server = request.getfixturevalue("postgres_server")
+    port = request.getfixturevalue("pgbouncer").port if kind == "pgbouncer" else server.port
+    databases: dict[Path, str] = collections.defaultdict(server.new_database)
+    monkeypatch.setattr(Storage, "place", lambda folder: databases[folder].replace(f":{server.port}/", f":{port}/"))
+    return kind
+
+
+both_engines = pytest.mark.usefixtures("engine")
+only_sqlite = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+also_pgbouncer = pytest.mark.parametrize("engine", [*ENGINES, "pgbouncer"], indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -3724,8 +3906,10 @@ class QueueRig:
     def __init__(self, folder: Path, run: Callable[[Any], Any]) -> None:
         self.now: float = NOW
         self.run = run
-        self.file = mailproxy.QueueFile(
-            str(folder / "queue.db"),
+        where = Storage.place(folder)
+        kind = mailproxy.PostgresFile if where.startswith("postgresql:") else mailproxy.QueueFile
+        self.file = kind(
+            where,
             mailproxy.SCHEMA,
             mailproxy.MIGRATIONS,
             mailproxy.USED_BY_MIGRATIONS,
@@ -3740,6 +3924,9 @@ class QueueRig:
         return lambda *words, **options: self.run(getattr(self.queue, name)(*words, **options))
 
     def sql(self, statement: str) -> list[Any]:
+        if self.file.path.startswith("postgresql:"):
+            with psycopg.connect(self.file.path, autocommit=True, prepare_threshold=None) as other:
+                return other.execute(statement).fetchall()
         with contextlib.closing(sqlite3.connect(self.file.path)) as other:
             return other.execute(statement).fetchall()
 
@@ -3766,7 +3953,7 @@ SENT, ERROR, DEFERRED, QUEUED = (mailproxy.Status(word) for word in ("sent", "er
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[QueueRig]:
+def rig(tmp_path: Path, engine: str) -> Iterator[QueueRig]:
     with asyncio.Runner() as runner:
         rig = QueueRig(tmp_path, runner.run)
         yield rig
