@@ -494,14 +494,18 @@ def flaw_of_line(text: str) -> str | None:
     return f"must not have line breaks or control characters (U+{ord(found[0]):04X})"
 
 
+def choice(known: Mapping[str, Any], words: str = "", json: str = "", types: tuple[type, ...] = ()) -> Kind:
+    """One of these words, in whatever case: it stands for its value."""
+
+    def parse(value: str) -> Any:
+        return fit(known.get(value.strip().lower()), value.strip().lower() in known)
+
+    return Kind(words or f"one of {', '.join(known)}", parse, json or " | ".join(map(repr, known)), types)
+
+
 def word(*words: str, **others: str) -> Kind:
-    """One of these words, in whatever case; the `others` mean one of them."""
-    known = {**dict(zip(words, words, strict=True)), **others}
-
-    def parse(value: str) -> str:
-        return fit(known.get(value.strip().lower(), ""), value.strip().lower() in known)
-
-    return Kind(f"one of {', '.join(known)}", parse, " | ".join(map(repr, known)))
+    """One of these words; the `others` mean one of them."""
+    return choice({**dict(zip(words, words, strict=True)), **others})
 
 
 def integer(low: int, high: int = LARGEST_INTEGER, words: str = "a whole number") -> Kind:
@@ -531,11 +535,6 @@ def many(words: str, read: Callable[[str], Any], json: str = "string", between: 
     return Kind(f"a list of {words}", parse_all, f"string | {json}[]", many=True)
 
 
-def _boolean(value: str) -> bool:
-    true = value.strip().lower() in ("true", "yes", "on", "1")
-    return fit(true, true or value.strip().lower() in ("false", "no", "off", "0"))
-
-
 def _address(value: str, local_part: str = r"[^@\s]+") -> str:
     """An address, its domain in A-labels as those of messages are."""
     parts = re.fullmatch(rf"({local_part})@([^@\s]+)", value)
@@ -544,9 +543,8 @@ def _address(value: str, local_part: str = r"[^@\s]+") -> str:
 
 def _alias(value: str) -> str:
     """A bare local name, a colon, and the address that it stands for."""
-    name, colon, address = value.partition(":")
-    fit(name.strip(), colon and re.fullmatch(r"\s*[^@\s]+\s*", name))
-    return f"{name.strip().lower()}: {_address(address.strip())}"
+    name, _, address = value.partition(":")
+    return f"{fit(name.strip().lower(), len(name.split()) == 1 and '@' not in name)}: {_address(address.strip())}"
 
 
 def _server(value: str) -> str:
@@ -570,10 +568,9 @@ def _ehlo_name(value: str) -> str:
 def _account_reply(value: str) -> AccountReply:
     """A code, and an enhanced code of its class, words of the text, or both."""
     enhanced_code, words = r"(?:\s+(\2\.[0-9]{1,3}\.[0-9]{1,3}))?", r"(?:\s+(?![0-9]\.)(.*[^\W\d].*))?"
-    found = re.fullmatch(rf"(([45])[0-9]{{2}}){enhanced_code}{words}", TEXT.parse(value.strip()))
-    if not found:
-        raise ValueError
-    return AccountReply(int(found[1]), found[3], found[4] or "")
+    if found := re.fullmatch(rf"(([45])[0-9]{{2}}){enhanced_code}{words}", TEXT.parse(value.strip())):
+        return AccountReply(int(found[1]), found[3], found[4] or "")
+    raise ValueError
 
 
 def _host_or_network(value: str) -> str:
@@ -587,7 +584,8 @@ def _host_or_network(value: str) -> str:
 COUNT, BYTES, PERIOD = integer(1), integer(1, words="a whole number of bytes"), seconds(0.01)
 TEXT = Kind("text on one line", lambda value: fit(value, not flaw_of_line(value)))
 LABEL = Kind("1 to 255 characters on one line", lambda value: fit(TEXT.parse(value), 0 < len(value) <= LONGEST_ID))
-BOOLEAN = Kind("true or false (or yes, no, on, off, 1, 0)", _boolean, "boolean", (bool, int))
+TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+BOOLEAN = choice(TRUTH, "true or false (or yes, no, on, off, 1, 0)", "boolean", (bool, int))
 PATH = TEXT._replace(words="a path")
 READABLE_FILE = PATH._replace(words="the path of a file that can be read")
 ABSOLUTE_PATH = Kind("an absolute path", lambda value: fit(TEXT.parse(value), value.startswith("/")))
@@ -619,14 +617,13 @@ MAIL_ADDRESS = Kind("a mail address", _address)
 ALIASES = many("pairs such as root: ops@example.com", _alias, between="[,\n]")
 RECIPIENTS = many("mail addresses or @domains", lambda value: _address(value, r"[^@\s]*").lower())
 HOSTS = many("host names, addresses or networks, not URLs", _host_or_network)
-PRIORITY = Kind(
+PRIORITY = choice(
+    {**{str(number): number for number in PRIORITIES.values()}, **PRIORITIES},
     f"0 to 3, or {', '.join(PRIORITIES)}",
-    lambda value: integer(0, 3).parse(str(PRIORITIES.get(value.strip().lower(), value))),
     " | ".join(["integer", *map(repr, PRIORITIES)]),
     (int,),
 )
 
-TLS_FILES = ("tls_cert", "tls_key")
 RETRY_DELAYS = (60, 300, 900, 3600, 7200)
 NEEDED: Any = object()  # the default of what has none
 
@@ -973,11 +970,11 @@ def _in_file(path: str) -> Iterator[tuple[str, str, str, str]]:
     except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
         where = f"[{error.section}] {getattr(error, 'option', '')}".rstrip()
         raise ConfigurationError(f"{path}: {where}: a second time in line {error.lineno}") from None
-    except configparser.MissingSectionHeaderError as error:
-        raise ConfigurationError(f"{path}: line {error.lineno} stands before the first [section]") from None
     except configparser.ParsingError as error:
-        lines = ", ".join(str(line) for line, _ in error.errors)
-        raise ConfigurationError(f"{path}: line {lines} is not of the form key = value") from None
+        lines = ", ".join(str(line) for line, _ in getattr(error, "errors", [(vars(error).get("lineno"), "")]))
+        early = isinstance(error, configparser.MissingSectionHeaderError)
+        mistake = "stands before the first [section]" if early else "is not of the form key = value"
+        raise ConfigurationError(f"{path}: line {lines} {mistake}") from None
     for section in parser.sections():
         _keys_of(path, section)
         if section.startswith("account:") and not parser.items(section):
@@ -1084,33 +1081,26 @@ def webhook_key(secret: str) -> bytes:
     return fit(key, key)
 
 
-SECRET_FILE_MAX_BYTES = 65_536
-
-
 def reveal(secret: Secret, environ: Mapping[str, str]) -> str:
     """The secret itself: as given, from the environment, or from a file without its last line end.
     Blocking: may read a file. Raises SecretUnavailable."""
-    kind, _, name = secret.given.partition(":")
-    if kind == "env" and secret.is_reference:
-        if not environ.get(name):
-            raise SecretUnavailable(f"{secret.given} is not set")
-        return environ[name]
     if not secret.is_reference:
         return secret.given
+    kind, _, name = secret.given.partition(":")
     try:
-        if not stat.S_ISREG(os.stat(name).st_mode):  # a pipe could block for ever
+        if kind == "env":
+            text = environ.get(name, "")
+        elif stat.S_ISREG(os.stat(name).st_mode):
+            with open(name, encoding="utf-8", newline="") as file:
+                text = file.read().removesuffix("\n").removesuffix("\r")
+        else:  # a pipe could block for ever
             raise SecretUnavailable(f"{secret.given} is not a regular file")
-        with open(name, "rb") as file:
-            content = file.read(SECRET_FILE_MAX_BYTES + 1)
-        text = content.decode().removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise SecretUnavailable(f"{secret.given} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise SecretUnavailable(f"{secret.given} is not UTF-8 text") from None
-    if len(content) > SECRET_FILE_MAX_BYTES:
-        raise SecretUnavailable(f"{secret.given} is larger than {SECRET_FILE_MAX_BYTES} bytes")
     if not text:
-        raise SecretUnavailable(f"{secret.given} is empty")
+        raise SecretUnavailable(f"{secret.given} is {'not set' if kind == 'env' else 'empty'}")
     return text
 
 
@@ -1163,7 +1153,9 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
         raise _complaint(settings, "client", "client_sync_user", "must not hold a colon (RFC 7617)")
     if settings.server.submit_socket and settings.server.submit_socket == settings.server.unix_socket:
         raise _complaint(settings, "server", "submit_socket", "must be another path than unix_socket")
-    for section, (key, needed) in itertools.product(("server", "submission"), itertools.permutations(TLS_FILES)):
+    for section, (key, needed) in itertools.product(
+        ("server", "submission"), itertools.permutations(("tls_cert", "tls_key"))
+    ):
         if getattr(getattr(settings, section), key) and not getattr(getattr(settings, section), needed):
             raise _complaint(settings, section, key, f"needs {needed} beside it")
     return settings
@@ -4464,11 +4456,12 @@ def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
 # thread sets one. With an AddressPolicy not one packet goes to an address that was not judged: the
 # name is resolved once, and the socket connects to the number that came out of it.
 
-Address: TypeAlias = "tuple[socket.AddressFamily, tuple[Any, ...]]"  # as socket.connect() takes it
+Address: TypeAlias = "tuple[socket.AddressFamily, Any]"  # as socket.connect() takes it
 Resolver: TypeAlias = "Callable[[str, int], Sequence[Address]]"
 Trust: TypeAlias = "Callable[[], ssl.SSLContext]"  # whoever asks often makes one context and keeps it
 
-BODY_PIECE_BYTES = 65_536  # read at a time from a body, and at most of one that is not of a success
+BODY_PIECE_BYTES = 65_536  # read at a time from a body
+PROBLEM_BYTES = 262_144  # read at most of a body that is not of a success
 UNDONE_CODINGS = ("gzip", "x-gzip", "deflate")
 # The content codings that are registered (RFC 9110 16.6); what else servers put there is none, and the bytes are plain.
 CODINGS = (*UNDONE_CODINGS, "br", "zstd", "compress", "x-compress", "dcb", "dcz", "aes128gcm", "exi", "pack200-gzip")
@@ -4620,10 +4613,8 @@ class WholeAnswer(http.client.HTTPResponse):
 def connected(
     target: HttpTarget, proxy: HttpTarget | None, deadline: HttpDeadline, resolve: Resolver, trust: Trust
 ) -> socket.socket:
-    """A socket for a request to the target, by TLS if it is https; the deadline keeps it, and closes it in the end.
-
-    It is connected to an address that was looked up once and judged by `resolve`: of the target, or of its proxy.
-    """
+    """A socket for a request to the target, by TLS if it is https; the deadline keeps it, and closes it in the end. It
+    is connected to an address that was looked up once and judged by `resolve`: of the target, or of its proxy."""
     near, failure = proxy or target, OSError("the name has no address")
     addresses = resolve(near.host, near.port)
     for tried, (family, address) in enumerate(addresses):
@@ -4637,7 +4628,8 @@ def connected(
             failure = error
     else:
         raise failure
-    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if plain.family != socket.AF_UNIX:
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     plain.settimeout(deadline.left_s())
     if target.scheme == "http":
         return plain
@@ -4679,21 +4671,20 @@ def http_request(
     trust: Trust = lambda: tls_context(None),
     policy: AddressPolicy | None = None,
     resolve: Resolver = resolve_name,
+    proxies: bool = True,
     into: BinaryIO | None = None,
     is_gzip_file: Callable[[Mapping[str, str]], bool] = lambda headers: False,
 ) -> HttpAnswer:
-    """One request, one answer of whatever status. Blocks up to `timeout_s`, if the name is found in time.
-
-    Of a GET without headers some `redirects` are followed, each judged anew; beyond these they are answers. The body
-    of a success goes `into` a file when there is one, as it came where its headers say `is_gzip_file`. Without a policy
-    (the URL is the operator's) the proxies of the environment are used; with one they would connect where nobody judged.
-    """
+    """One request, one answer of whatever status. Blocks up to `timeout_s`, if the name is found in time. Of a GET
+    without headers some `redirects` are followed, each judged anew; beyond these they are answers. The body of a
+    success goes `into` a file when there is one, as it came where its headers say `is_gzip_file`. Without a policy (the
+    URL is the operator's) the proxies of the environment are used; with one they would connect where nobody judged."""
     target = asked_at(url)
     deadline = HttpDeadline(timeout_s)
     try:
         judged = resolve if policy is None else lambda host, port: policy.permitted(host, resolve(host, port))
         for _ in range(redirects + 1):
-            proxy = None if policy else _proxy_before(target)
+            proxy = _proxy_before(target) if proxies and policy is None else None
             place = target.path
             sent = {"Host": target.netloc, "User-Agent": "mailproxy", "Connection": "close"}
             if target.authorization is not None:
@@ -4707,7 +4698,8 @@ def http_request(
                 with contextlib.closing(http.client.HTTPConnection(target.host, target.port)) as connection:
                     connection.response_class = WholeAnswer
                     connection.sock = connected(target, proxy, deadline, judged, trust)
-                    connection.request(method, place, body, sent)
+                    with contextlib.suppress(BrokenPipeError):  # the body is too large: the answer says so
+                        connection.request(method, place, body, sent)
                     with connection.getresponse() as response:
                         answer = _read_answer(response, target, max_bytes, into, is_gzip_file)
                 deadline.left_s()  # a body without a length may have ended there
@@ -4797,7 +4789,7 @@ def _read_answer(
     names = dict.fromkeys(name.lower() for name in response.headers)
     headers = {name: ", ".join(response.headers.get_all(name, [])) for name in names}
     if not 200 <= response.status < 300:
-        return HttpAnswer(response.status, headers, response.read(BODY_PIECE_BYTES), target.url)
+        return HttpAnswer(response.status, headers, response.read(PROBLEM_BYTES), target.url)
     if (response.length or 0) > max_bytes:
         raise TooLarge(target, max_bytes)
     words = re.split(r"[\s,]+", headers.get("content-encoding", "").lower())
@@ -4988,11 +4980,9 @@ def sign_s3(
     region: str,
     now: float,
 ) -> dict[str, str]:
-    """`headers` and those that make a request to S3 authentic at this time (signature version 4); `keys` are the
-    key id, the secret, and the session token if there is one.
-
-    The path of the target is signed as it is sent: every segment encoded once, nothing normalised.
-    """
+    """`headers` and those that make a request to S3 authentic at this time (signature version 4); `keys` are the key
+    id, the secret, and the session token if there is one. The path of the target is signed as it is sent: every segment
+    encoded once, nothing normalised."""
     stamp = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
     sent = {name.lower(): value for name, value in headers.items()}
     sent |= {"host": target.netloc, "x-amz-content-sha256": payload_sha256, "x-amz-date": stamp}
@@ -5042,11 +5032,8 @@ def s3_target(wanted: S3Object, settings: S3Settings, region: str) -> HttpTarget
 
 
 def copy_file_below(base_dir: str, path: str, max_bytes: int, into: BinaryIO) -> None:
-    """Copy a regular file below `base_dir`, wherever links and dots lead. Blocks.
-
-    Links are resolved first, and the result is opened step by step without following any:
-    what changes in between is an error, not a way out.
-    """
+    """Copy a regular file below `base_dir`, wherever links and dots lead. Blocks. Links are resolved first, and the
+    result is opened step by step without following any: what changes in between is an error, not a way out."""
     base = os.path.realpath(base_dir)
     try:
         resolved = os.path.realpath(os.path.join(base, path))
@@ -5082,11 +5069,9 @@ def copy_regular_file(base: str, steps: Sequence[str], max_bytes: int, into: Bin
 
 @dataclass(eq=False, repr=False)
 class AttachmentFetcher:
-    """Gets the bytes of attachments, each once in a burst, into files: a slow server holds no memory.
-
-    The files lie in `folder` and have no names. Secrets are read in the thread of a fetch; one that cannot be
-    read defers the message.
-    """
+    """Gets the bytes of attachments, each once in a burst, into files: a slow server holds no memory. The files lie in
+    `folder` and have no names. Secrets are read in the thread of a fetch; one that cannot be read defers the
+    message."""
 
     settings: AttachmentSettings
     client: ClientSettings
@@ -6232,10 +6217,8 @@ class Listener:
         return tuple(listening.getsockname()[:2] for listening in listener.sockets)
 
     async def start_unix(self, path: str, mode: int = 0o660) -> None:
-        """Listens on a Unix socket of this mode, in the place of one that a crash left behind.
-
-        OSError when a living process listens there, or a file is in the way.
-        """
+        """Listens on a Unix socket of this mode, in the place of one that a crash left behind. OSError when a living
+        process listens there, or a file is in the way."""
         with socket.socket(socket.AF_UNIX) as probe:  # asyncio removes any socket that it finds
             probe.settimeout(1)
             with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
@@ -6695,10 +6678,8 @@ class Request:
     version: str = "1.1"
 
     async def json_object(self, judged: str | None = None) -> dict[str, object]:
-        """The body as a JSON object; no body is an empty object. HttpError 400 or 415 otherwise.
-
-        Whether the texts of the field `judged` are Unicode is left to whoever asks.
-        """
+        """The body as a JSON object; no body is an empty object. HttpError 400 or 415 otherwise. Whether the texts of
+        the field `judged` are Unicode is left to whoever asks."""
         body = self.body.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
         if not body:
             return {}
@@ -6713,10 +6694,8 @@ class Request:
         return await self.in_thread(lambda: parse_large_json_object(body, judged))
 
     def read_head(self, head: bytes) -> str:
-        """Fill in what a head says, and return the target; HttpError for one that is not strictly right.
-
-        No folding, no white space before the colon (RFC 9112 5), one Host that can be one (3.2).
-        """
+        """Fill in what a head says, and return the target; HttpError for one that is not strictly right. No folding, no
+        white space before the colon (RFC 9112 5), one Host that can be one (3.2)."""
         self.id = request_id_in(head)
         line, _, fields = head.decode("latin-1").removeprefix("\r\n").partition("\r\n")
         parts = REQUEST_LINE.fullmatch(line)
@@ -6786,10 +6765,8 @@ def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, objec
 
 
 def parse_large_json_object(body: bytes, judged: str | None = None) -> dict[str, object]:
-    """The same of a large body; 413 for one of so many values that they would take the memory. Blocking.
-
-    Long strings are read separately: each step is short, and between two the event loop gets the interpreter.
-    """
+    """The same of a large body; 413 for one of so many values that they would take the memory. Blocking. Long strings
+    are read separately: each step is short, and between two the event loop gets the interpreter."""
     values = sum(number_of(mark, body) * weight for mark, weight in ((b"[", 1), (b"{", 1), (b'"', 0.5)))
     if values > JSON_VALUES and values - 0.5 * number_of(b'\\"', body) > JSON_VALUES:  # less the quotes within texts
         raise HttpError(413, f"the JSON has more than {JSON_VALUES} values")
@@ -6808,10 +6785,8 @@ def number_of(mark: bytes, body: bytes) -> int:
 
 
 def without_long_strings(body: bytes, cut: dict[str, str]) -> bytes:
-    """The JSON with a mark nobody can guess in the place of each long string, which `cut` has by its mark.
-
-    Only strings without a backslash, as base64 is: they end at the next quote. ValueError when one is no string.
-    """
+    """The JSON with a mark nobody can guess in the place of each long string, which `cut` has by its mark. Only strings
+    without a backslash, as base64 is: they end at the next quote. ValueError when one is no string."""
     nonce = secrets.token_hex(16)
     kept: list[bytes] = []
     done, quote = 0, body.find(b'"')
@@ -6890,11 +6865,9 @@ def request_id_in(head: bytes) -> str:
 
 
 def is_foreign(request: Request, scheme: str) -> bool:
-    """True for what a page of another site may have a browser send to the loopback address of its reader.
-
-    Its Origin (RFC 6454 7) is not ours, Sec-Fetch-Site says so, or it asks by a name that anybody can own and let
-    point here (DNS rebinding). Over a Unix socket only a proxy passes such requests on: its names and TLS are its own.
-    """
+    """True for what a page of another site may have a browser send to the loopback address of its reader. Its Origin
+    (RFC 6454 7) is not ours, Sec-Fetch-Site says so, or it asks by a name that anybody can own and let point here (DNS
+    rebinding). Over a Unix socket only a proxy passes such requests on: its names and TLS are its own."""
     headers, over_unix = request.headers, request.peer == "unix"
     host, origin = headers.get("host", ""), headers.get("origin")
     own = origin is None or origin.lower() in [f"{one}://{host.lower()}" for one in (scheme, "https")[: 1 + over_unix]]
@@ -7074,10 +7047,8 @@ class ServedConnection:
         return head
 
     async def _read_body(self, length: int | None, *, kept: bool) -> bytes:
-        """A body of this length, or in chunks when it is None (RFC 9112 7.1); b"" unless it is to be kept.
-
-        Extensions and trailers are passed over.
-        """
+        """A body of this length, or in chunks when it is None (RFC 9112 7.1); b"" unless it is to be kept. Extensions
+        and trailers are passed over."""
         body = io.BytesIO(bytes(length or 0)) if kept else None  # to grow is to copy; its getvalue() is no copy
         if length is not None:
             await self._copy(length, body)
@@ -7183,10 +7154,8 @@ class ServedConnection:
                     raise ClientGone from None
 
     async def _close(self) -> None:
-        """End the connection so that the client sees the last answer.
-
-        Closing on one that still sends would destroy it: read on for a while (RFC 9112 9.6).
-        """
+        """End the connection so that the client sees the last answer. Closing on one that still sends would destroy it:
+        read on for a while (RFC 9112 9.6)."""
         with contextlib.suppress(OSError, HttpError):  # TimeoutError is an OSError
             if self._unread or self._buffer:
                 if self.writer.can_write_eof():
@@ -9149,10 +9118,8 @@ Judged = tuple[list[Submission], list[dict[str, object]], dict[str, Sequence[str
 
 @dataclass(slots=True, eq=False, repr=False)
 class ControlPlane:
-    """The handlers of the route table: their names and first lines are those of openapi.json.
-
-    Accounts change one at a time, on disk before it is in force: what the storage refuses has changed nothing.
-    """
+    """The handlers of the route table: their names and first lines are those of openapi.json. Accounts change one at a
+    time, on disk before it is in force: what the storage refuses has changed nothing."""
 
     queue: Queue
     dispatcher: Dispatcher
@@ -9590,10 +9557,8 @@ class ControlPlane:
         return json_response({"ok": True, "failed": failed})
 
     async def renew_accounts(self, configured: Sequence[Account]) -> None:
-        """Take over the accounts of config.ini; they win over those added over HTTP.
-
-        The mail of an account that is gone stays where it is: it may come back.
-        """
+        """Take over the accounts of config.ini; they win over those added over HTTP. The mail of an account that is
+        gone stays where it is: it may come back."""
         async with self._one_at_a_time:
             stored = stored_accounts(
                 await self.queue.accounts(), self.settings().delivery, functools.partial(event, self.log, logging.ERROR)
@@ -9791,10 +9756,8 @@ class Daemon:
     # -- the life of it
 
     async def run(self, *, started: Callable[[str], None] = lambda url: None, signals: bool = True) -> int:
-        """Serve until stop() or a signal; `started` learns where it listens. Returns the exit status.
-
-        Raises ConfigurationError when it cannot start.
-        """
+        """Serve until stop() or a signal; `started` learns where it listens. Returns the exit status. Raises
+        ConfigurationError when it cannot start."""
         self._tokens = tuple(token.encode() for token in api_tokens(self.settings, self._environ))
         configured = configured_accounts(self.settings)
         loop = asyncio.get_running_loop()
@@ -10158,7 +10121,7 @@ def server_tls_context(server: ServerSettings | SubmissionSettings) -> ssl.SSLCo
 # What the commands below share; all of it blocks. A Client asks one daemon and tells a refusal from its absence.
 # Tables fit the terminal; nothing that came from outside reaches it unescaped.
 
-CLIENT_PATIENCE_S = 60.0  # for each step of a request to the daemon
+CLIENT_PATIENCE_S = 120.0  # for a request to the daemon
 CLOCK = "%Y-%m-%d %H:%M:%S"
 
 
@@ -10206,37 +10169,34 @@ class Client(NamedTuple):
 
     def fetch(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> tuple[int, bytes]:
         """The same, for the status and the bytes of the answer, whatever they are."""
-        daemon = daemon_target(self.url)
-        body = None if fields is None else json.dumps(fields).encode()
-        headers = {} if body is None else {"Content-Type": "application/json"}
+        daemon, headers, body, resolve = daemon_target(self.url), {}, None, resolve_name
+        if fields is not None:
+            headers, body = {"Content-Type": "application/json"}, json.dumps(fields).encode()
         if self.token is not None:
             headers["X-API-Token"] = self.token
-        prefix = "" if daemon.scheme == "unix" else daemon.path.rstrip("/")
+        place, prefix = f"{daemon.scheme}://{daemon.netloc}", daemon.path.rstrip("/")
+        if daemon.scheme == "unix":
+            place, prefix, resolve = "http://localhost", "", lambda host, port: [(socket.AF_UNIX, daemon.path)]
+        ask = functools.partial(http_request, method, place + prefix + path, body=body, headers=headers)
         try:
-            with contextlib.closing(self._connection(daemon)) as connection:
-                if daemon.scheme == "unix":
-                    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                    connection.sock.settimeout(CLIENT_PATIENCE_S)
-                    connection.sock.connect(daemon.path)
-                with contextlib.suppress(BrokenPipeError):  # too large: the answer says so
-                    connection.request(method, prefix + path, body, headers)
-                response = connection.getresponse()
-                return response.status, response.read()
-        except OSError as error:
-            raise CommandFailed(f"cannot reach {self.url}: {_why_unreachable(error)}") from None
-        except http.client.HTTPException:
-            raise CommandFailed(f"{self.url} does not answer as an HTTP server does") from None
+            answer = ask(
+                timeout_s=CLIENT_PATIENCE_S, max_bytes=sys.maxsize, trust=self._trust, resolve=resolve, proxies=False
+            )
+        except HttpFailure as failure:
+            absent = isinstance(failure.__cause__, ConnectionRefusedError | FileNotFoundError)
+            hint = "; start it with `mailproxy serve`, or name it by --url or MAILPROXY_URL" if absent else ""
+            reason = failure.reason.replace("no connection to ", "cannot reach ").replace(place, self.url)
+            raise CommandFailed(f"{reason}{hint}") from None
+        return answer.status, answer.body
 
-    def _connection(self, daemon: HttpTarget) -> http.client.HTTPConnection:
-        """Not connected yet. TLS is verified by name, or against the very certificate that config.ini names."""
-        if daemon.scheme != "https":
-            return http.client.HTTPConnection(daemon.host, daemon.port, timeout=CLIENT_PATIENCE_S)
-        context = ssl.create_default_context(cafile=self.certificate)
+    def _trust(self) -> ssl.SSLContext:
+        """TLS is verified by name, or against the very certificate that config.ini names."""
+        context = tls_context(self.certificate)
         if self.certificate is not None:
             context.check_hostname = False  # a loopback address is in no certificate; this one is known by itself
             context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # with it, Python 3.13 would refuse many self-signed ones
-        return http.client.HTTPSConnection(daemon.host, daemon.port, timeout=CLIENT_PATIENCE_S, context=context)
+        return context
 
 
 def daemon_target(url: str) -> HttpTarget:
@@ -10250,26 +10210,11 @@ def daemon_target(url: str) -> HttpTarget:
         raise ConfigurationError(f"{shown}: http://HOST:PORT, https://HOST:PORT or unix:/path") from None
 
 
-def _why_unreachable(error: OSError) -> str:
-    match error:
-        case TimeoutError():
-            return f"no answer within {CLIENT_PATIENCE_S:g} s"
-        case ssl.SSLCertVerificationError():
-            return f"its certificate is not trusted: {error.verify_message}"
-        case ssl.SSLError():
-            return f"TLS failed: {(error.reason or 'unknown').replace('_', ' ').lower()}"
-    reason = (error.strerror or str(error) or type(error).__name__).lower()
-    absent = isinstance(error, ConnectionRefusedError | FileNotFoundError)
-    return f"{reason}; start it with `mailproxy serve`, or name it by --url or MAILPROXY_URL" if absent else reason
-
-
 def find_daemon(
     environ: Mapping[str, str], url: str | None = None, token: str | None = None, config: str | None = None
 ) -> Client:
-    """The daemon a command means: options, then environment, then the daemon's own config.ini.
-
-    Blocking: reads files. Raises ConfigurationError.
-    """
+    """The daemon a command means: options, then environment, then the daemon's own config.ini. Blocking: reads files.
+    Raises ConfigurationError."""
     url = (url or environ.get("MAILPROXY_URL", "")).rstrip("/")
     token = token or environ.get("MAILPROXY_TOKEN") or None
     if token:
@@ -10322,11 +10267,9 @@ def cut(text: str, width: int, *, middle: bool = False) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], kinds: Sequence[str] = ()) -> list[str]:
-    """Lines of aligned columns, those of the rows in the colours of their kinds.
-
-    Where they are too wide for the terminal, long ids and addresses lose their middle and texts their end, the widest
-    first; then the last column its end, for it says why; then the lines.
-    """
+    """Lines of aligned columns, those of the rows in the colours of their kinds. Where they are too wide for the
+    terminal, long ids and addresses lose their middle and texts their end, the widest first; then the last column its
+    end, for it says why; then the lines."""
     width = output_width()
     cells = [[_escaped("" if cell is None else str(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(map(text_width, column)) for column in zip(*cells, strict=True)]
@@ -10352,10 +10295,8 @@ def facts(*pairs: tuple[str, object]) -> list[str]:
 
 
 def paint(text: str, kind: str) -> str:
-    """Green, yellow or red, by the first letter of a reply or a status.
-
-    In a terminal that can, unless NO_COLOR (no-color.org) asks for none.
-    """
+    """Green, yellow or red, by the first letter of a reply or a status. In a terminal that can, unless NO_COLOR
+    (no-color.org) asks for none."""
     colour = {"2": "32", "s": "32", "4": "33", "d": "33", "5": "31", "e": "31"}.get(kind[:1])
     plain = not on_terminal() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return text if colour is None or plain else f"\x1b[{colour}m{text}\x1b[0m"
@@ -10438,10 +10379,8 @@ COLUMNS = MESSAGE_FIELDS.keys() - {"raw"}
 
 
 def submit(client: Client, messages: Sequence[Mapping[str, object]], *, show: bool) -> dict[str | None, str]:
-    """Submit some messages; return by id why they were refused, or KNOWN where the daemon had them already.
-
-    Raises CommandFailed when none of them was even judged.
-    """
+    """Submit some messages; return by id why they were refused, or KNOWN where the daemon had them already. Raises
+    CommandFailed when none of them was even judged."""
     answer = client.ask("POST", "/commands/add-messages", {"messages": messages})
     if answer.http_status == 413 and len(messages) > 1:  # the daemon wants smaller batches
         half = len(messages) // 2
@@ -10497,10 +10436,8 @@ def _file_content(path: str) -> bytes:
 
 
 def send_csv(client: Client, path: str, common: Mapping[str, Any], *, show_answers: bool) -> int:
-    """Submit the rows of a CSV file, with what they have in common; 1 when some were refused.
-
-    What went out in an earlier run does not go out again. Raises ConfigurationError, CommandFailed.
-    """
+    """Submit the rows of a CSV file, with what they have in common; 1 when some were refused. What went out in an
+    earlier run does not go out again. Raises ConfigurationError, CommandFailed."""
     rows = csv_rows(path, known_anyway=common)
     bar = on_terminal() and not show_answers
     clear = "\r\x1b[K" if bar else ""
@@ -10547,10 +10484,8 @@ def send_csv(client: Client, path: str, common: Mapping[str, Any], *, show_answe
 
 
 def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int, dict[str, str | None]]]:
-    """The rows of a CSV file by column, each with its line. Blocking. Raises ConfigurationError, CommandFailed.
-
-    Every column means a field of a message, once; and what every message needs is there.
-    """
+    """The rows of a CSV file by column, each with its line. Blocking. Raises ConfigurationError, CommandFailed. Every
+    column means a field of a message, once; and what every message needs is there."""
     import csv
 
     try:
@@ -10581,11 +10516,9 @@ def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int
 
 
 def csv_message(row: Mapping[str, str | None], common: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, Any]:
-    """The message that a row means; an empty cell is left out, but for an empty subject.
-
-    Attachments are names of files with commas between, or JSON. Without an id it has one that the same row has again
-    in the next run; a row that is there twice has two. Raises Rejected, CommandFailed.
-    """
+    """The message that a row means; an empty cell is left out, but for an empty subject. Attachments are names of files
+    with commas between, or JSON. Without an id it has one that the same row has again in the next run; a row that is
+    there twice has two. Raises Rejected, CommandFailed."""
     if None in row:
         raise Rejected("more cells than columns")
     fields: dict[str, Any] = {name: cell for name, cell in row.items() if cell or (name == "subject" and cell == "")}
@@ -10689,10 +10622,8 @@ class Draft(NamedTuple):
 
     def envelope(self, *, strictly: bool) -> tuple[str | None, list[str]]:
         """Sender and recipients: those of the newest resent block, which stands before older ones (RFC 5322 3.6.6),
-        else the header's. "" is the null sender; None: nobody who can be read.
-
-        Raises CommandFailed, when it is strict, for a field of recipients that cannot be read whole.
-        """
+        else the header's. "" is the null sender; None: nobody who can be read. Raises CommandFailed, when it is strict,
+        for a field of recipients that cannot be read whole."""
         block: dict[bytes, bytes] = {}
         for line in self.header:
             name = field_name(line)
@@ -10749,10 +10680,8 @@ class SendmailCall(NamedTuple):
 
 
 def sendmail_call(words: Sequence[str]) -> SendmailCall:
-    """The options of sendmail(8), in any order with the recipients; those that mean nothing here pass.
-
-    Raises CommandFailed.
-    """
+    """The options of sendmail(8), in any order with the recipients; those that mean nothing here pass. Raises
+    CommandFailed."""
     import getopt
 
     end = words.index("--") if "--" in words else len(words)
@@ -10807,11 +10736,9 @@ def login_name() -> str:
 
 
 def submit_or_keep(settings: Settings, environ: Mapping[str, str], fields: Mapping[str, object]) -> str | None:
-    """Hand a message of this machine over, or keep it for the daemon; the reason where it is refused.
-
-    By submit_socket where there is one: not everybody may read the token. Blocking. Raises ConfigurationError where
-    that may not be, and CommandFailed.
-    """
+    """Hand a message of this machine over, or keep it for the daemon; the reason where it is refused. By submit_socket
+    where there is one: not everybody may read the token. Blocking. Raises ConfigurationError where that may not be, and
+    CommandFailed."""
     local, spool = settings.server.submit_socket, settings.sendmail.spool
     try:
         by_socket = local and not environ.get("MAILPROXY_URL")
@@ -11041,7 +10968,7 @@ def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 Words: TypeAlias = "Callable[[dict[str, Any]], list[str]] | str"  # for an answer of the daemon
 
-FOLLOWED_MESSAGES = 500  # the newest ones, at least, are watched by `messages --follow`
+FOLLOWED_MESSAGES = 500  # the newest ones, which `messages --follow` watches
 WHAT_MAY_CHANGE = ("created_at", "status", "attempts", "deferred_ts", "error")  # of a followed message
 
 # --- the commands that talk to a daemon ----------------------------------
@@ -11138,18 +11065,13 @@ def _message_row(record: Mapping[str, Any], now: float) -> tuple[Any, ...]:
 
 
 def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, object]) -> NoReturn:
-    """The newest messages of a list, then each one that is new or has changed, until Ctrl-C.
-
-    A daemon that goes away is waited for.
-    """
-    newest = _page(client, {**filters, "order": "desc", "limit": FOLLOWED_MESSAGES})
-    filters = {**filters, "order": "asc"}
-    cursor = args.after or newest["next"] or "0"
+    """The newest messages of a list, then each one that is new or has changed, until Ctrl-C. A daemon that goes away is
+    waited for."""
     known: dict[str, object] | None = None  # how the messages were at the last look
     away = False
     while True:
         try:
-            records, cursor = _listed_after(client, filters, cursor)
+            records = _newest(client, filters, known or {})
             states: dict[str, object] = {r["id"]: [r[key] for key in WHAT_MAY_CHANGE] for r in records}
             news = records[-args.limit :]
             if known is not None:
@@ -11169,15 +11091,17 @@ def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, obje
         time.sleep(1)
 
 
-def _listed_after(client: Client, filters: Mapping[str, object], cursor: str) -> tuple[list[Any], str]:
-    """All messages after a cursor, and the cursor to look from the next time: a page is always in view."""
+def _newest(client: Client, filters: Mapping[str, object], known: Mapping[str, object]) -> list[Any]:
+    """The newest messages, oldest first: a page of them, and more as long as all of a page are new."""
+    query: dict[str, object] = {**filters, "order": "desc", "limit": FOLLOWED_MESSAGES}
+    query.pop("after", None)
     records: list[Any] = []
-    cursors = [cursor]
-    while cursors[-1]:
-        page = _page(client, {**filters, "limit": FOLLOWED_MESSAGES, "after": cursors[-1]})
+    while True:
+        page = _page(client, query)
         records += page["messages"]
-        cursors.append(page["next"])
-    return records, cursors[-3:][0]
+        if not (known and page["next"]) or any(record["id"] in known for record in page["messages"]):
+            return records[::-1]
+        query["after"] = page["next"]
 
 
 def _page(client: Client, query: Mapping[str, object]) -> dict[str, Any]:
@@ -11185,10 +11109,8 @@ def _page(client: Client, query: Mapping[str, object]) -> dict[str, Any]:
 
 
 def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    """Ask the daemon once and show its answer: as it came with --json, else in words for people.
-
-    1 when it left messages as they are: they are named, by why.
-    """
+    """Ask the daemon once and show its answer: as it came with --json, else in words for people. 1 when it left
+    messages as they are: they are named, by why."""
     client = find_daemon(environ, args.url, args.token, args.config)
     id_, account = (urllib.parse.quote(getattr(args, name, None) or "", safe="") for name in ("id", "account"))
     method, path = request.format(id=id_, place=f"account/{account}" if account else "commands").split(" ")
@@ -11442,34 +11364,30 @@ def backup(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         raise CommandFailed(f"{target} is a queue in use, not a backup: choose another name")
     if os.path.lexists(target) and not args.force:
         raise CommandFailed(f"{target} is there already: --force replaces it")
-    folder, name = os.path.split(os.path.abspath(target))
+    folder = os.path.dirname(os.path.abspath(target))
     try:
-        descriptor, draft = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # mode 0600
+        with tempfile.TemporaryDirectory(prefix=".backup-", dir=folder) as own_folder:  # mode 0700
+            draft = f"{own_folder}/copy"
+            os.close(os.open(draft, os.O_CREAT, 0o600))
+            with (
+                contextlib.closing(sqlite3.connect(f"file:{urllib.parse.quote(queue)}?mode=ro", uri=True)) as source,
+                contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as copy,
+            ):
+                source.backup(copy)  # in one step, so that a busy writer cannot make it start again and again
+                copy.execute("PRAGMA journal_mode = DELETE")  # one file, no siblings
+                (verdict,) = copy.execute("PRAGMA quick_check").fetchone()
+                if verdict != "ok":
+                    raise CommandFailed(f"the copy of {queue} is damaged: {verdict}")
+                (messages,) = copy.execute("SELECT count(*) FROM messages").fetchone()
+            os.replace(draft, target)
+        for path in (target, folder):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
     except OSError as error:
         raise CommandFailed(f"{target} cannot be written: {error.strerror}") from None
-    try:
-        with (
-            contextlib.closing(sqlite3.connect(f"file:{urllib.parse.quote(queue)}?mode=ro", uri=True)) as source,
-            contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as copy,
-        ):
-            source.backup(copy)  # in one step, so that a busy writer cannot make it start again and again
-            copy.execute("PRAGMA journal_mode = DELETE")  # one file, no siblings
-            (verdict,) = copy.execute("PRAGMA quick_check").fetchone()
-            if verdict != "ok":
-                raise CommandFailed(f"the copy of {queue} is damaged: {verdict}")
-            (messages,) = copy.execute("SELECT count(*) FROM messages").fetchone()
-        os.fsync(descriptor)
-        os.replace(draft, target)
     except sqlite3.Error as error:
         raise CommandFailed(f"{queue} cannot be copied: {error}") from None
-    finally:
-        os.close(descriptor)
-        for left_over in (draft, f"{draft}-wal", f"{draft}-shm", f"{draft}-journal"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(left_over)
-    directory = os.open(folder, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
     print(f"{target}: {counted(messages, 'message')}, {size_in_words(os.path.getsize(target))}, checked")
     return 0
 
@@ -11684,9 +11602,7 @@ def parsed(words: Sequence[str]) -> tuple[Command, argparse.Namespace]:
 
 def run(words: Sequence[str]) -> int:
     """One command, its failure made a sentence: 0 when it is done, 1 when it failed, 2 for usage or configuration.
-
-    sendmail has the exit statuses of sysexits.h.
-    """
+    sendmail has the exit statuses of sysexits.h."""
     try:
         status = 0 if words else 2
         match words:
