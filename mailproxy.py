@@ -446,7 +446,7 @@ class StorageUnavailable(MailproxyError):
 # ======================================================================
 #
 # A setting is one line below: name, type, default, kind (what its value must be), meaning.
-# That line validates, and refuses what is not known; config.ini and the table of the README are
+# That line validates, and refuses what is not known; config.ini and docs/configuration.md are
 # printed from it, by the tests. An account is one more section, and its lines judge the JSON of
 # POST /account, too. Command line over environment over file over default. The value of a secret
 # leaves this room only through `reveal`.
@@ -10959,7 +10959,7 @@ def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 # ======================================================================
-# COMMAND LINE - the commands, and the table that argparse, help, README and tests are made of
+# COMMAND LINE - the commands, and the table that argparse, help, docs and tests are made of
 # ======================================================================
 #
 # One row of COMMANDS for each command. Exit status: 0 done, 1 failed, 2 usage or configuration (sendmail has those

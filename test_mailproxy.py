@@ -1811,17 +1811,16 @@ def test_bare_local_names_are_completed_by_sendmail_domain_from_and_aliases(tmp_
         names("").recipients("jo")
 
 
-# config.ini and the table of the README are printed from the table of settings:
-# python -c 'import test_mailproxy as t; print(t.config_ini(), end="")' >config.ini
+# config.ini and the table of docs/configuration.md are printed from the table of settings, by `write_papers` (see README).
 
 CONFIG_INI_HEAD = """\
 # config.ini of mailproxy: every setting with its meaning and its default.
 # All of it may be left out. Take the # away to change a line.
 #
 # The command line wins over the environment, which wins over this file: [server] port
-# is MAILPROXY_SERVER_PORT there, [smtp] host MAILPROXY_SMTP_HOST. [account:ID] sections
-# stand only in this file. Any secret may be written env:NAME or file:/path. A # or ;
-# begins a comment only at the start of a line, and % is a character like any other.
+# is MAILPROXY_SERVER_PORT there, [smtp] host MAILPROXY_SMTP_HOST; for [account:ID] there
+# are none. Any secret may be written env:NAME or file:/path. A # or ; begins a comment
+# only at the start of a line, and % is a character like any other.
 """
 CONFIG_INI_ACCOUNT = """\
 # A further account, under the ID messages name it by. All keys of [smtp] are known here.
@@ -1832,7 +1831,7 @@ CONFIG_INI_ACCOUNT = """\
 
 
 def default_and_meaning(row: mailproxy.Setting) -> tuple[str, str]:
-    """The default and the meaning of a setting, as config.ini and the README have them."""
+    """The default and the meaning of a setting, as config.ini and docs/configuration.md have them."""
     if row.else_of:
         return "", f"{row.meaning} Left out: {row.else_of} of [delivery]."
     return "" if row.default is mailproxy.NEEDED else mailproxy.as_written(row.default), row.meaning
@@ -1854,22 +1853,23 @@ def config_ini() -> str:
 
 
 def settings_table() -> str:
-    """The table of all settings as Markdown, for the README."""
-    lines = ["| setting | default | |", "|---|---|---|"]
+    """All settings as Markdown, a table for each section, for docs/configuration.md."""
+    lines = []
     for section, kind in mailproxy.CLASSES.items():
-        name = "**[smtp]**, **[account:ID]**" if section == "smtp" else f"**[{section}]**"
-        lines.append(f"| {name} | | {kind.__doc__} |")
+        name = "[smtp] and [account:ID]" if section == "smtp" else f"[{section}]"
+        lines += ["", f"### {name}", "", f"{kind.__doc__}", ""]
+        lines += ["| setting | default | meaning | value |", "|---|---|---|---|"]
         for row in mailproxy.TABLE[section]:
             default, meaning = default_and_meaning(row)
-            unit = next((unit for unit in ("bytes", "seconds") if unit in f"{row.key} {row.kind.words}"), "")
-            with_unit = f"`{default} {unit}".rstrip() + "`" if default else ""
-            lines.append(f"| `{row.key}` | {with_unit} | {meaning} |")
+            shown = f"`{default}`" if default else ""
+            restart = " Needs a restart." if row.at_start else ""
+            lines.append(f"| `{row.key}` | {shown} | {meaning}{restart} | {row.kind.words} |")
     return "\n".join(lines) + "\n"
 
 
-def test_config_ini_and_the_table_of_the_readme_hold_every_setting_with_its_default(tmp_path, monkeypatch):
+def test_config_ini_holds_every_setting_with_its_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    printed, readme = config_ini(), PROGRAM.with_name("README.md").read_text(encoding="utf-8")
+    printed = config_ini()
     switched_on = re.sub(r"(?m)^#([a-z0-9_]+ =)", r"\1", printed.replace("#[account:ID]\n#host =\n#port =\n", ""))
     defaults = mailproxy.load_settings(None, {}, {})
 
@@ -1877,12 +1877,9 @@ def test_config_ini_and_the_table_of_the_readme_hold_every_setting_with_its_defa
         for section in mailproxy.SECTIONS:
             assert getattr(read, section) == getattr(defaults, section)
     assert PROGRAM.with_name("config.ini").read_text(encoding="utf-8") == printed
-    assert settings_table().strip() in readme
-    assert "| `port` | `8000` | TCP port; 0 takes a free one. |" in readme
     accounts = [("smtp", row.key) for row in mailproxy.ACCOUNT_TABLE]
     for section, key in [*((row.section, row.key) for row in mailproxy.SETTINGS_TABLE), *accounts]:
         assert f"\n#{key} =" in printed.partition(f"[{section}]\n")[2]
-        assert f"\n| `{key}` |" in readme
 
 
 # ======================================================================
@@ -16247,28 +16244,59 @@ def test_the_flask_example_sends_one_mail_an_order_and_hears_of_it(tmp_path: Pat
 
 
 # ======================================================================
-# README - its commands, run from top to bottom in an empty folder
+# README - it and the pages of docs/: what they say is done, by one reader, in an empty folder
 # ======================================================================
 #
-# The `sh` block is run as it stands; `console` blocks have commands behind `$ `, and below each
-# what it answers. That must come true but for numbers in words, times, and what `...` stands for.
+# An `sh` block is run as it stands; `console` blocks have commands behind `$ `, and below each what it answers. That
+# must come true but for numbers in words, times, and what `...` stands for. A `python` block is run, the settings of an
+# `ini` block are right for `check`, a message in a `json` block is taken. .ci/run runs the blocks marked `ci`, and those
+# marked `by hand` take too long. What stands between `table` and `end` is printed from the program.
 
-README = PROGRAM.with_name("README.md").read_text(encoding="utf-8")
-FENCE = re.compile(r"^(<!-- ci: \w+ -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+README = PROGRAM.with_name("README.md")
+FIRST = ("api.md", "configuration.md")  # of docs/: what is typed there, others go on from
+PAGES = {
+    path.relative_to(README.parent).as_posix(): path.read_text(encoding="utf-8")
+    for path in [
+        README,
+        *sorted(README.with_name("docs").glob("*.md"), key=lambda path: (path.name not in FIRST, path)),
+    ]
+}
+BLOCK = re.compile(r"^(<!-- (?:ci: \w+|by hand) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
+TABLES = {"settings": settings_table}
 
 
-def readme_blocks(kind: str) -> list[str]:
-    """The code blocks of one kind but those that .ci/run runs."""
-    return [text for ci, its_kind, text in FENCE.findall(README) if its_kind == kind and not ci]
+def write_papers() -> None:
+    """Print config.ini and the tables of the pages anew: python -c 'import test_mailproxy as t; t.write_papers()'."""
+    README.with_name("config.ini").write_text(config_ini(), encoding="utf-8")
+    for page, text in PAGES.items():
+        printed = PRINTED.sub(lambda found: f"{found[1]}{found[2]}{TABLES[found[1]]()}", text)
+        (README.parent / page).write_text(printed, encoding="utf-8")
 
 
-def dialogues() -> Iterator[tuple[str, str]]:
-    """The commands of the console blocks, each up to its last quote, with what it answers."""
-    for block in readme_blocks("console"):
-        for turn in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            lines = turn.splitlines(keepends=True)
-            length = next(n for n in itertools.count(1) if "".join(lines[:n]).count("'") % 2 == 0)
-            yield "".join(lines[:length]), "".join(lines[length:])
+def test_the_tables_of_the_pages_are_those_of_the_program() -> None:
+    printed = {name: table for text in PAGES.values() for name, _, table in PRINTED.findall(text)}
+
+    assert printed == {name: table() for name, table in TABLES.items()}, write_papers.__doc__
+
+
+def blocks(page: str, *kinds: str) -> list[tuple[str, str]]:
+    """The code blocks of these kinds, each with its kind, but those that .ci/run or somebody runs by hand."""
+    return [(kind, text) for mark, kind, text in BLOCK.findall(PAGES[page]) if kind in kinds and not mark]
+
+
+def dialogue(block: str) -> Iterator[tuple[str, str]]:
+    """The commands of a console block, each up to its last quote, with what it answers."""
+    for turn in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        lines = turn.splitlines(keepends=True)
+        starts = ("".join(lines[:n]) for n in itertools.count(1))
+        command = next(text for text in starts if text.count("'") % 2 == 0 and not text.endswith("\\\n"))
+        yield command, turn.removeprefix(command)
+
+
+def in_words(text: str) -> str:
+    """A text without what differs from time to time."""
+    return re.sub(r"[ \t]+", " ", re.sub(r"\d+(\.\d+)*", "N", text))
 
 
 def comparable(value: Any, printed: Any) -> Any:
@@ -16279,14 +16307,19 @@ def comparable(value: Any, printed: Any) -> Any:
     if isinstance(value, list) and isinstance(printed, list) and len(value) == len(printed):
         return [comparable(one, its_print) for one, its_print in zip(value, printed, strict=True)]
     if isinstance(value, str):
-        return re.sub(r"[ \t]+", " ", re.sub(r"\d+(\.\d+)*", "N", value))
+        return in_words(value)
     return "a time" if isinstance(value, int) and value > 1_000_000_000 else value
 
 
-class ReaderOfReadme:
-    """Somebody who types what the README says, in a folder with nothing in it but mailproxy.pyz."""
+def parsed_print(text: str) -> Any:
+    """An answer in JSON as a page prints it."""
+    return json.loads(re.sub(r"(?<=[{ ])\.\.\.(?=})", '"...": 0', text))
 
-    def __init__(self, folder: Path, smtp: SmtpServer, ca: PrivateCA) -> None:
+
+class Reader:
+    """Somebody who types what the pages say, in a folder with nothing in it but mailproxy.pyz."""
+
+    def __init__(self, folder: Path, smtp: SmtpServer, ca: PrivateCA, reports: ReportReceiver) -> None:
         self.port = free_port()
         self._log = folder / "log"
         self._places = {
@@ -16296,16 +16329,14 @@ class ReaderOfReadme:
             "smtp.example.com": "localhost",
             "127.0.0.1:8000": f"127.0.0.1:{self.port}",
         }
-        (folder / "mailproxy.pyz").write_text(STARTER.read_text())
+        (folder / "mailproxy.pyz").write_text(f"#!/usr/bin/env python3\n{STARTER.read_text()}")
+        (folder / "mailproxy.pyz").chmod(0o755)
         (folder / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
         (folder / "python3").chmod(0o755)
         own = {"PATH": f"{folder}:{os.environ['PATH']}", "MAILPROXY_SERVER_PORT": str(self.port)}
-        own |= {
-            "SSL_CERT_FILE": str(ca.ca_file),
-            "SMTP_PASSWORD": "secret",
-        }  # exported in one terminal, and the other too
-        environment = {**_plain_environment(), **own}
-        self._outside = {"cwd": folder, "env": environment, "stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+        own |= {"MAILPROXY_CLIENT_CLIENT_SYNC_URL": reports.url, "SSL_CERT_FILE": str(ca.ca_file)}
+        own |= {"SMTP_PASSWORD": "secret"}  # exported in one terminal, and the other too
+        self._outside = {"cwd": folder, "env": {**_plain_environment(), **own}, "stdin": subprocess.DEVNULL}
 
     def there(self, text: str) -> str:
         """What is printed, with the test's own servers in the place of those it names."""
@@ -16313,17 +16344,32 @@ class ReaderOfReadme:
             text = text.replace(place, here)
         return text
 
-    def type(self, commands: str) -> str:
-        """What the commands answer; they must succeed."""
-        ended = subprocess.run(self._shell(commands), stdout=subprocess.PIPE, text=True, timeout=40, **self._outside)
-        assert ended.returncode == 0, f"{commands}{ended.stdout}"
+    def type(self, commands: str, *, fails: bool = False) -> str:
+        """What the commands answer."""
+        heard = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 40}
+        ended = subprocess.run(self._shell(commands), **heard, **self._outside)
+        assert (ended.returncode != 0) == fails, f"{commands}{ended.stdout}"
         return str(ended.stdout)
+
+    def converse(self, block: str) -> None:
+        """Type the commands of a console block; each must answer what is printed below it."""
+        for command, below in dialogue(block):
+            printed = self.there(below)
+            answer = self.type(command, fails=printed.startswith("mailproxy: "))
+            if printed.startswith("{"):
+                said = parsed_print(printed)
+                assert comparable(json.loads(answer), said) == comparable(said, said), command
+            else:
+                pattern = re.escape(in_words(printed)).replace(r"\.\.\.", ".*")
+                assert re.fullmatch(pattern, in_words(answer), re.DOTALL), f"{command}{answer}"
+            self.take_a_breath()
 
     @contextlib.contextmanager
     def serving(self, commands: str) -> Iterator[None]:
         """Commands of which the last one is `serve`, in a terminal of their own."""
-        with self._log.open("wb") as output:
-            terminal = subprocess.Popen(self._shell(commands), stdout=output, start_new_session=True, **self._outside)
+        with self._log.open("wb") as log:
+            output = {"stdout": log, "stderr": log, "start_new_session": True}
+            terminal = subprocess.Popen(self._shell(commands), **output, **self._outside)
         try:
             wait_until(lambda: "mailproxy listens" in self._log.read_text() or terminal.poll(), "the daemon")
             assert terminal.poll() is None, self._log.read_text()
@@ -16335,11 +16381,12 @@ class ReaderOfReadme:
             print(self._log.read_text(), file=sys.stderr)
 
     def take_a_breath(self) -> None:
-        """Until the queue has come to rest: nobody types as fast as a test."""
+        """Until the queue has come to rest, and is reported: nobody types as fast as a test."""
 
         def at_rest() -> bool:
             status = called(self.port, "GET", "/status").json
-            return bool(status["pending"] == status["deferred"] and not status["in_delivery"])
+            waits = status["pending"] - status["deferred"] + status["in_delivery"] + status["unreported"]
+            return bool(waits == 0)
 
         wait_until(at_rest, "the queue at rest")
 
@@ -16347,31 +16394,30 @@ class ReaderOfReadme:
         return ["bash", "-euo", "pipefail", "-c", self.there(commands)]
 
 
-def test_the_commands_of_the_readme_do_what_it_says(tmp_path: Path, ca: PrivateCA) -> None:
+def test_the_commands_of_the_pages_do_what_they_say(tmp_path: Path, ca: PrivateCA, reports: ReportReceiver) -> None:
     needs("bash", "curl")
     folder = tmp_path / "empty"
     folder.mkdir()
     accounts = {"me@example.com": "secret"}
+    (_, start), *others = [block for page in PAGES for block in blocks(page, "sh", "console", "python")]
     with SmtpServer(certificate=ca.good(), accounts=accounts, size_limit=35_000_000, pipelining=True) as smtp:
-        reader = ReaderOfReadme(folder, smtp, ca)
-        (start,), (program,) = readme_blocks("sh"), readme_blocks("python")
+        reader = Reader(folder, smtp, ca, reports)
         with reader.serving(start):
-            for command, print_ in dialogues():
-                answer, printed = reader.type(command), reader.there(print_)
-                if printed.startswith("{"):
-                    printed = json.loads(re.sub(r"(?<=[{ ])\.\.\.(?=})", '"...": 0', printed))
-                real = json.loads(answer) if answer.startswith("{") else answer
-                assert comparable(real, printed) == comparable(printed, printed), command
+            for kind, text in others:
+                if kind == "sh":
+                    reader.type(text)
+                elif kind == "python":
+                    exec(reader.there(text), {"order": SimpleNamespace(id=7, email="eve@example.net")})
+                else:
+                    reader.converse(text)
                 reader.take_a_breath()
-            exec(reader.there(program), {"order": SimpleNamespace(id=7, email="eve@example.net")})
-            reader.take_a_breath()
 
     sent = Counter(recipient for mail in smtp.received for recipient in mail.recipients)
     assert sent == {"ann@example.net": 4, "bob@example.net": 1, "eve@example.net": 1}
 
 
 def test_each_route_is_in_the_readme_by_a_line_of_curl() -> None:
-    lines = [command for command, _ in dialogues()]
+    lines = [command for page in PAGES for _, block in blocks(page, "console") for command, _ in dialogue(block)]
 
     routes = re.findall(r'\bRoute\("(\w+)", "([^"]+)", .*answer=', SOURCE)
 
@@ -16384,29 +16430,27 @@ def test_each_route_is_in_the_readme_by_a_line_of_curl() -> None:
         assert by_curl, f"{method} {path}"
 
 
-def test_the_readme_lists_the_commands_as_their_table_has_them_and_mentions_no_others() -> None:
+def test_the_pages_list_the_commands_as_their_table_has_them_and_mention_no_others() -> None:
     for command in mailproxy.COMMANDS:
-        assert f"| `{command.name}` | {command.meaning} |\n" in README
-    mentioned = re.findall(r"mailproxy\.pyz ([^`$\n|]*)", README)
+        assert f"| `{command.name}` | {command.meaning} |\n" in PAGES["README.md"]
+    mentioned = [words for text in PAGES.values() for words in re.findall(r"mailproxy\.pyz ([a-z][^`$\n|)<>]*)", text)]
     assert len(mentioned) > 8
     for words in mentioned:
         assert mailproxy.parsed(shlex.split(words))
 
 
-DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted(PROGRAM.with_name("docs").glob("*.md"))}
-
-
-@pytest.mark.parametrize("page", DOCS)
-def test_the_settings_in_the_docs_are_right_as_they_stand(
+@pytest.mark.parametrize("page", PAGES)
+def test_the_settings_in_the_pages_are_right_as_they_stand(
     page: str, tmp_path: Path, here: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in re.findall(r"\benv:(\w+)", DOCS[page]):
+    for name in re.findall(r"\benv:(\w+)", PAGES[page]):
         monkeypatch.setenv(name, "secret")
-    snippets = re.findall(r"^```ini\n(.*?)^```$", DOCS[page], re.MULTILINE | re.DOTALL)
-    in_tables = [re.findall(r"`([a-z_]+ = [^`]+)`", line) for line in DOCS[page].splitlines() if line.startswith("|")]
+    lines = [line for line in PRINTED.sub("", PAGES[page]).splitlines() if line.startswith("|")]
+    in_tables = [re.findall(r"`([a-z_]+ = [^`]+)`", line) for line in lines]
     account = "[smtp]\nhost = smtp.example.com\nport = 25\n"
 
-    for snippet in [*snippets, *(account + "\n".join(row) for row in in_tables if row)]:
+    in_blocks = [text for _, text in blocks(page, "ini")]
+    for snippet in [*in_blocks, *(account + "\n".join(row) for row in in_tables if row)]:
         text = snippet.replace("/run/mailproxy", str(tmp_path))  # which is not there
         (tmp_path / "config.ini").write_text(text, encoding="utf-8")
         checked = here("check", "--config", tmp_path / "config.ini", "--set", f"storage.db_path={tmp_path}/queue.db")
@@ -16414,5 +16458,23 @@ def test_the_settings_in_the_docs_are_right_as_they_stand(
         assert "mail goes out through" in checked.stdout, snippet
 
 
+def heading_anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_the_pages_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", PAGES[page])):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        leads_to = (README.parent / page).parent / path if path else README.parent / page
+        assert leads_to.exists(), target
+        if anchor:
+            assert anchor in heading_anchors(leads_to.read_text(encoding="utf-8")), target
+
+
 def test_the_page_about_providers_shows_the_log_line_as_it_is() -> None:
-    assert f'cure="{mailproxy.QUOTA}"' in " ".join(DOCS["providers.md"].split())
+    assert f'cure="{mailproxy.QUOTA}"' in " ".join(PAGES["docs/providers.md"].split())
