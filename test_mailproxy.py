@@ -16263,7 +16263,31 @@ PAGES = {
 }
 BLOCK = re.compile(r"^(<!-- (?:ci: \w+|by hand) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PRINTED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
-TABLES = {"settings": settings_table}
+
+
+def fields_table(fields: Mapping[str, mailproxy.Field]) -> str:
+    """Fields of a JSON object that clients send, as Markdown."""
+    rows = [
+        f"| `{name}`{'*' if field.required else ''} | {field.type.replace(' | ', ' or ')} | {field.words} |"
+        for name, field in fields.items()
+    ]
+    needed = ["", "\\* must be there"] if any(field.required for field in fields.values()) else []
+    return "\n".join(["| field | type | meaning |", "|---|---|---|", *rows, *needed]) + "\n"
+
+
+def listing_table() -> str:
+    """The query fields of GET /messages as Markdown."""
+    rows = [f"| `{name}` | {words} | {kind.words} |" for name, (kind, words) in mailproxy.LISTING.items()]
+    return "\n".join(["| field | meaning | value |", "|---|---|---|", *rows]) + "\n"
+
+
+TABLES = {
+    "settings": settings_table,
+    "message": lambda: fields_table(mailproxy.MESSAGE_FIELDS),
+    "attachment": lambda: fields_table(mailproxy.ATTACHMENT_FIELDS),
+    "s3": lambda: fields_table(mailproxy.S3_FIELDS),
+    "listing": listing_table,
+}
 
 
 def write_papers() -> None:
@@ -16364,6 +16388,17 @@ class Reader:
                 assert re.fullmatch(pattern, in_words(answer), re.DOTALL), f"{command}{answer}"
             self.take_a_breath()
 
+    def post(self, text: str, reports: ReportReceiver) -> None:
+        """Messages as a page has them are taken, and reports have the fields that a page shows."""
+        said = parsed_print(text)
+        if "messages" in said:
+            answer = called(self.port, "POST", "/commands/add-messages", {}, json.dumps(said)).json
+            assert (answer["queued"], answer.keys()) == (len(said["messages"]), {"ok", "queued", "rejected"}), text
+            ids = {"ids": [message["id"] for message in said["messages"]]}
+            assert called(self.port, "POST", "/commands/delete-messages", {}, json.dumps(ids)).status == 200
+        if "delivery_report" in said:
+            assert said["delivery_report"][0].keys() == reports.entries[0].keys()
+
     @contextlib.contextmanager
     def serving(self, commands: str) -> Iterator[None]:
         """Commands of which the last one is `serve`, in a terminal of their own."""
@@ -16399,13 +16434,15 @@ def test_the_commands_of_the_pages_do_what_they_say(tmp_path: Path, ca: PrivateC
     folder = tmp_path / "empty"
     folder.mkdir()
     accounts = {"me@example.com": "secret"}
-    (_, start), *others = [block for page in PAGES for block in blocks(page, "sh", "console", "python")]
+    (_, start), *others = [block for page in PAGES for block in blocks(page, "sh", "console", "python", "json")]
     with SmtpServer(certificate=ca.good(), accounts=accounts, size_limit=35_000_000, pipelining=True) as smtp:
         reader = Reader(folder, smtp, ca, reports)
         with reader.serving(start):
             for kind, text in others:
                 if kind == "sh":
                     reader.type(text)
+                elif kind == "json":
+                    reader.post(text, reports)
                 elif kind == "python":
                     exec(reader.there(text), {"order": SimpleNamespace(id=7, email="eve@example.net")})
                 else:
@@ -16416,7 +16453,7 @@ def test_the_commands_of_the_pages_do_what_they_say(tmp_path: Path, ca: PrivateC
     assert sent == {"ann@example.net": 4, "bob@example.net": 1, "eve@example.net": 1}
 
 
-def test_each_route_is_in_the_readme_by_a_line_of_curl() -> None:
+def test_each_route_is_in_the_pages_by_a_line_of_curl_and_each_code_of_an_answer_by_its_name() -> None:
     lines = [command for page in PAGES for _, block in blocks(page, "console") for command, _ in dialogue(block)]
 
     routes = re.findall(r'\bRoute\("(\w+)", "([^"]+)", .*answer=', SOURCE)
@@ -16428,6 +16465,8 @@ def test_each_route_is_in_the_readme_by_a_line_of_curl() -> None:
         if method != "POST":
             by_curl = [line for line in by_curl if (" -X DELETE " in line) == (method == "DELETE")]
         assert by_curl, f"{method} {path}"
+    for code in re.findall(r"'(\w+)'", "".join(kind.json for kind in mailproxy.WORDS.values())):
+        assert f"`{code}`" in PAGES["docs/api.md"], code
 
 
 def test_the_pages_list_the_commands_as_their_table_has_them_and_mention_no_others() -> None:
