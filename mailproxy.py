@@ -3131,6 +3131,7 @@ class QueueFile:
     ) -> None:
         self.path = os.path.realpath(path)
         self.refuses = False  # a commit failed; cleared by the next that has something to write and succeeds
+        self.last_seq = self.last_report = 0  # the numbers given last, for whoever writes
         self._schema, self._migrations, self._functions = schema, migrations, functions
         self._observe_commit, self._observe_refusal = observe_commit, observe_refusal
         self._open = False
@@ -3334,7 +3335,6 @@ class QueueFile:
             if self._reading is None:
                 uri = f"file:{urllib.parse.quote(self.path)}?mode=ro"
                 self._reading = sqlite3.connect(uri, uri=True, isolation_level=None)
-                self._reading.row_factory = sqlite3.Row
                 self._reading.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
             return work(self._reading)
         except sqlite3.DatabaseError as error:
@@ -3567,7 +3567,7 @@ FIRST_OF_PAGE = {
 }
 SEARCH = (
     "SELECT first_seq, text FROM sought WHERE last_seq BETWEEN :first AND :last + :together AND first_seq <= :last "
-    "AND created_at BETWEEN :since AND :until AND instr(text, :to) AND instr(text, :subject) ORDER BY last_seq"
+    "AND created_at BETWEEN :since AND :until AND instr(text, :to) > 0 AND instr(text, :subject) > 0 ORDER BY last_seq"
 )
 READY = (
     "WHERE account_id = :account AND turn = :turn AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL "
@@ -3582,7 +3582,7 @@ STATE_FIELDS = (*STATE_COLUMNS.split(", ")[:-1], "status")
 SETTLE = (
     "UPDATE OR FAIL messages SET sent_ts = :sent, error_ts = :failed, error = :error, updated_at = :now, "
     "deferred_ts = :deferred, deferral = :deferral, attempts = attempts + :counted, "
-    "turn = turn | (:counted = 1), "  # a damaged column of recipients is not lost by a deferral
+    "turn = turn | :counted, "  # a damaged column of recipients is not lost by a deferral
     "recipients = CASE WHEN :deferred IS NULL THEN :recipients ELSE coalesce(:recipients, recipients) END, "
     "reported_ts = CASE WHEN :place IS NULL THEN reported_ts END, report_order = coalesce(:place, report_order) "
     "WHERE seq = :seq AND sent_ts IS NULL AND error_ts IS NULL"
@@ -3590,9 +3590,9 @@ SETTLE = (
 # The same for those sent to all, as nearly all are; :places is JSON {seq: place in the order of reports}.
 SETTLE_SENT = (
     "UPDATE OR FAIL messages SET sent_ts = :now, error = NULL, updated_at = :now, deferred_ts = NULL, deferral = NULL, "
-    "attempts = attempts + 1, turn = 1, recipients = NULL, reported_ts = NULL, report_order = json_each.value "
+    "attempts = attempts + 1, turn = 1, recipients = NULL, reported_ts = NULL, report_order = CAST(json_each.value AS BIGINT) "
     "FROM json_each(:places) "
-    "WHERE seq = CAST(json_each.key AS INTEGER) AND sent_ts IS NULL AND error_ts IS NULL"
+    "WHERE seq = CAST(json_each.key AS BIGINT) AND sent_ts IS NULL AND error_ts IS NULL"
 )
 # One statement for so many rows: between two of them other threads of Python may want to run, which costs more.
 INSERT_ATTEMPTS = [
@@ -3634,7 +3634,9 @@ QUEUE_ANEW = (
     "expires_ts = :expires, recipients = :recipients WHERE seq = :seq AND error_ts IS NOT NULL"
 )
 # The value changes each time, for SQLite writes nothing where nothing changes.
-SAY_IT_ANSWERS = "INSERT INTO switches VALUES ('answers', 1) ON CONFLICT DO UPDATE SET value = 1 - switches.value"
+SAY_IT_ANSWERS = (
+    "INSERT INTO switches VALUES ('answers', 1) ON CONFLICT (name) DO UPDATE SET value = 1 - switches.value"
+)
 
 
 class Submission(NamedTuple):
@@ -3715,8 +3717,6 @@ class Queue:
         self.file = file
         self._now = now
         self._on_wire: dict[int, Claim] = {}  # changed in the writer's thread; in the loop's only to take claims out
-        self._last_seq = 0
-        self._last_report = 0
         self.suspended_batches: set[str] = set()
         self._aged: dict[str, tuple[float, str]] = {}  # by account: what give_up_aged is asked for
         self.next_ts: float = 0  # no row is due, or to be given up, before that; 0: look
@@ -3732,7 +3732,7 @@ class Queue:
             db.execute(SAY_IT_ANSWERS)
             seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").fetchone()
             report = db.execute("SELECT max(report_order) FROM messages WHERE report_order IS NOT NULL").fetchone()
-            self._last_seq, self._last_report = seq[0] if seq else 0, report[0] or 0
+            self.file.last_seq, self.file.last_report = seq[0] if seq else 0, report[0] or 0
             self.suspended_batches.update(row[0] for row in db.execute("SELECT batch_code FROM suspended_batches"))
 
         await self.file.write(work)
@@ -3745,7 +3745,7 @@ class Queue:
 
     async def _ask(self, sql: str, **values: object) -> list[dict[str, Any]]:
         """Read rows, each as {column: value}."""
-        return await self.file.read(lambda db: list(map(dict, db.execute(sql, values))))
+        return await self.file.read(lambda db: list(_named(db.execute(sql, values))))
 
     # -- submission
 
@@ -3788,7 +3788,7 @@ class Queue:
         """The verdict on a submission that was compared with that row (None: there was none)."""
         look_up = (
             "SELECT seq, sent_ts IS NOT NULL, error_ts IS NOT NULL, recipients FROM messages WHERE id = :id "
-            "UNION ALL SELECT NULL, 1, 0, NULL FROM sent_ids WHERE id = :id"
+            "UNION ALL SELECT NULL, 1 = 1, 1 = 0, NULL FROM sent_ids WHERE id = :id"
         )
         found = db.execute(look_up, {"id": submission.id}).fetchone()
         seq_now, is_sent, has_failed, recipients = found or (None, False, False, None)
@@ -3835,9 +3835,9 @@ class Queue:
 
     def _insert(self, db: sqlite3.Connection, submissions: Sequence[Submission]) -> Sequence[bool]:
         """Store the submissions whose ids were never seen before; tell which."""
-        now, first = self._now(), self._last_seq + 1
+        now, first = self._now(), self.file.last_seq + 1
         at = int(now)
-        self._last_seq += len(submissions)
+        self.file.last_seq += len(submissions)
         rows, most_at_once, inserted, done = [], 32, 0, 0
         for seq, s in enumerate(submissions, first):
             waits = s.deferred_ts is not None and s.deferred_ts > now
@@ -3905,9 +3905,10 @@ class Queue:
         )
         values = {"account": order.account_id, "most": order.most, "on_wire": taken, "small": SMALL_PAYLOAD_BYTES}
         ranked: list[tuple[int, int, bool, Claim]] = []
-        for turn in (0, 1):
+        both = [_rows(db, CLAIM_COLUMNS, READY, values | {"turn": turn}) for turn in (0, 1)]
+        for turn, rows in enumerate(both):
             places = collections.Counter[int]()
-            for claim in map(_claim_of, _rows(db, CLAIM_COLUMNS, READY, values | {"turn": turn})):
+            for claim in map(_claim_of, rows):
                 ranked.append((claim.priority, places[claim.priority], bool(turn) != order.retried_first, claim))
                 places[claim.priority] += 1
         ranked.sort(key=lambda entry: entry[:3])
@@ -3931,7 +3932,7 @@ class Queue:
         places: dict[int, int] = {}
         for claim, _, disposition, _ in outcomes:
             if disposition.status is Status.SENT and disposition.error is None and disposition.recipients is None:
-                self._last_report = places[claim.seq] = self._last_report + 1
+                self.file.last_report = places[claim.seq] = self.file.last_report + 1
             else:
                 db.execute(SETTLE, self._settled(claim.seq, disposition))
         if places:
@@ -3954,7 +3955,7 @@ class Queue:
         """The values for SETTLE; all but a turn that goes on have the next place in the order of reports."""
         status, now, place = disposition.status, int(self._now()), None
         if status is not Status.QUEUED:
-            self._last_report = place = self._last_report + 1
+            self.file.last_report = place = self.file.last_report + 1
         return {
             "seq": seq, "now": now, "place": place,
             "sent": now if status is Status.SENT else None, "failed": now if status is Status.ERROR else None,
@@ -3966,7 +3967,12 @@ class Queue:
     async def catch_up(self) -> tuple[set[str], list[tuple[str, str, Disposition]]]:
         """Make the rows ready whose time has come, and end the pending ones that have expired or are too old; return
         the accounts that got mail, and (id, account, how) of each message that ended."""
-        values = {"now": self._now(), "most": CHUNK, "overdue": CHUNK + len(self._on_wire), "largest": LARGEST_INTEGER}
+        values = {
+            "now": int(self._now()),
+            "most": CHUNK,
+            "overdue": CHUNK + len(self._on_wire),
+            "largest": LARGEST_INTEGER,
+        }
         aged, self._aged = self._aged, {}
 
         def work(db: sqlite3.Connection) -> tuple[set[str], list[tuple[str, str, Disposition]], float]:
@@ -4046,7 +4052,7 @@ class Queue:
             "AND deferred_ts IS NOT NULL AND deferral <> 'schedule' AND deferred_ts + :step < :latest "
             "AND (updated_at >= :since OR :step < 0)",
             "UPDATE messages SET ready_at = ready_at + :step WHERE sent_ts IS NULL AND error_ts IS NULL "
-            "AND ready_at >= :since AND deferral IS NOT 'schedule'",
+            "AND ready_at >= :since AND coalesce(deferral, '') <> 'schedule'",
             "UPDATE sends SET until_ts = until_ts + :step, minute = -(minute + :minutes)",  # no two are ever
             "UPDATE sends SET minute = -minute",  # the same on the way
             **values,
@@ -4088,8 +4094,10 @@ class Queue:
         def work(db: sqlite3.Connection) -> tuple[int, list[str], list[str]]:
             found = _rows_of(db, ids)
             on_wire = [id_ for id_ in ids if id_ in found and found[id_][0] in self._on_wire]
-            gone = [(row[0],) for row in found.values() if row[0] not in self._on_wire]
-            db.executemany("DELETE FROM messages WHERE seq = ?", gone)
+            gone = [row[0] for row in found.values() if row[0] not in self._on_wire]
+            db.execute(
+                "DELETE FROM messages WHERE seq IN (SELECT value FROM json_each(:gone))", {"gone": as_json(gone)}
+            )
             return len(gone), [id_ for id_ in ids if id_ not in found], on_wire
 
         return await self.file.write(work)
@@ -4123,7 +4131,7 @@ class Queue:
             "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND reported_ts <= :before "
             "UNION ALL SELECT seq FROM messages WHERE :unreported_too AND report_order IS NOT NULL "
             "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND coalesce(sent_ts, error_ts) <= :before LIMIT :most)",
-            before=self._now() - older_than_s,
+            before=int(self._now() - older_than_s),
             unreported_too=unreported_too,
             most=CHUNK,
         )
@@ -4132,7 +4140,7 @@ class Queue:
         """Forget the counts of sends that no window sees any more, and some ids of purged messages whose time
         is over; 0: none is left."""
         now = self._now()
-        values = {"oldest": int(now) // 60 - 24 * 60 - 1, "before": now - id_retention_s, "most": CHUNK}
+        values = {"oldest": int(now) // 60 - 24 * 60 - 1, "before": int(now - id_retention_s), "most": CHUNK}
         return await self._do(
             "DELETE FROM sends WHERE minute < :oldest",
             "DELETE FROM sent_ids WHERE id IN (SELECT id FROM sent_ids WHERE sent_ts <= :before LIMIT :most)",
@@ -4201,7 +4209,7 @@ class Queue:
                     if not found:
                         continue
                     values["seqs"] = as_json(found)
-                for row in map(dict, db.execute(PAGE_OF_RECORDS[order, way], values)):
+                for row in _named(db.execute(PAGE_OF_RECORDS[order, way], values)):
                     size_bytes += len(row["payload"])
                     records.append(_record(row))
                     if len(records) == most or size_bytes > PAGE_BYTES:
@@ -4334,12 +4342,12 @@ class Queue:
 
 def _compared(submissions: Sequence[Submission], db: sqlite3.Connection) -> list[Compared]:
     """Submissions beside the rows that have their ids."""
-    compared = []
-    for one in submissions:
-        row = db.execute("SELECT seq, payload, priority FROM messages WHERE id = :id", {"id": one.id}).fetchone()
-        seq, payload, priority = row or (None, "", 0)
-        parts = db.execute("SELECT position, content FROM contents WHERE seq = :seq", {"seq": seq}).fetchall()
-        given, stored = (one.payload, one.contents, one.priority), (payload, dict(parts), priority)
+    compared, row_of_id = [], "SELECT seq, payload, priority FROM messages WHERE id = :id"
+    parts_of_id = "SELECT position, content FROM contents WHERE seq = (SELECT seq FROM messages WHERE id = :id)"
+    asked = [[db.execute(sql, {"id": one.id}) for sql in (row_of_id, parts_of_id)] for one in submissions]
+    for one, (row, parts) in zip(submissions, asked, strict=True):
+        seq, payload, priority = row.fetchone() or (None, "", 0)
+        given, stored = (one.payload, one.contents, one.priority), (payload, dict(parts.fetchall()), priority)
         is_same = given == stored or ((meaning := content_of(*given)) is not None and meaning == content_of(*stored))
         compared.append((one, seq, is_same))
     return compared
@@ -4348,8 +4356,8 @@ def _compared(submissions: Sequence[Submission], db: sqlite3.Connection) -> list
 def _rows_of(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, Sequence[Any]]:
     """The seq of each id that is there, whether it has failed, its account and recipients."""
     look_up = "SELECT id, seq, error_ts IS NOT NULL, account_id, recipients FROM messages WHERE id = :id"
-    found = [db.execute(look_up, {"id": id_}).fetchone() for id_ in ids]
-    return {row[0]: row[1:] for row in found if row}
+    found = [db.execute(look_up, {"id": id_}) for id_ in ids]  # of all, before the first is read
+    return {row[0]: row[1:] for rows in found for row in rows}
 
 
 def sought(recipients: Iterable[str], subject: str) -> str:
@@ -4367,6 +4375,12 @@ def sought_of_payload(payload: str) -> str:
 
 
 USED_BY_MIGRATIONS = (sought_of_payload, subject_of_raw, str.casefold)
+
+
+def _named(rows: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a cursor, each as {column: value}."""
+    names = [column[0] for column in rows.description]
+    return (dict(zip(names, row, strict=True)) for row in rows)
 
 
 def _rows(db: sqlite3.Connection, columns: str, which: str, values: Mapping[str, object]) -> Iterable[Sequence[Any]]:
