@@ -16249,7 +16249,7 @@ def test_the_flask_example_sends_one_mail_an_order_and_hears_of_it(tmp_path: Pat
 #
 # An `sh` block is run as it stands; `console` blocks have commands behind `$ `, and below each what it answers. That
 # must come true but for numbers in words, times, and what `...` stands for. A `python` block is run, the settings of an
-# `ini` block are right for `check`, a message in a `json` block is taken. .ci/run runs the blocks marked `ci`, and those
+# `ini` block are right for `check`, a message in a `json` block is taken, the lines of a `log` block are in the log. .ci/run runs the blocks marked `ci`, and those
 # marked `by hand` take too long. What stands between `table` and `end` is printed from the program.
 
 README = PROGRAM.with_name("README.md")
@@ -16281,7 +16281,23 @@ def listing_table() -> str:
     return "\n".join(["| field | meaning | value |", "|---|---|---|", *rows]) + "\n"
 
 
+def commands_table() -> str:
+    """The commands as Markdown."""
+    rows = [f"| `{command.name}` | {command.meaning} |" for command in mailproxy.COMMANDS]
+    return "\n".join(["| command | |", "|---|---|", *rows]) + "\n"
+
+
+def metrics_table() -> str:
+    """The metrics of the daemon as Markdown."""
+    exposition = mailproxy.Metrics("").exposition().decode()
+    found = re.findall(r"^# HELP (mailproxy_\w+) (.+)\n# TYPE \1 (\w+)$", exposition, re.MULTILINE)
+    rows = [f"| `{name}` | {kind} | {words} |" for name, words, kind in found]
+    return "\n".join(["| metric | type | meaning |", "|---|---|---|", *rows]) + "\n"
+
+
 TABLES = {
+    "commands": commands_table,
+    "metrics": metrics_table,
     "settings": settings_table,
     "message": lambda: fields_table(mailproxy.MESSAGE_FIELDS),
     "attachment": lambda: fields_table(mailproxy.ATTACHMENT_FIELDS),
@@ -16388,6 +16404,13 @@ class Reader:
                 assert re.fullmatch(pattern, in_words(answer), re.DOTALL), f"{command}{answer}"
             self.take_a_breath()
 
+    def find_in_log(self, text: str) -> None:
+        """The daemon has written such lines."""
+        without_ids = re.compile(r"\brequest=\S+")
+        log = in_words(without_ids.sub("", self._log.read_text()))
+        for line in self.there(text).splitlines():
+            assert in_words(without_ids.sub("", line)).removeprefix("...") in log, line
+
     def post(self, text: str, reports: ReportReceiver) -> None:
         """Messages as a page has them are taken, and reports have the fields that a page shows."""
         said = parsed_print(text)
@@ -16434,13 +16457,16 @@ def test_the_commands_of_the_pages_do_what_they_say(tmp_path: Path, ca: PrivateC
     folder = tmp_path / "empty"
     folder.mkdir()
     accounts = {"me@example.com": "secret"}
-    (_, start), *others = [block for page in PAGES for block in blocks(page, "sh", "console", "python", "json")]
+    kinds = ("sh", "console", "python", "json", "log")
+    (_, start), *others = [block for page in PAGES for block in blocks(page, *kinds)]
     with SmtpServer(certificate=ca.good(), accounts=accounts, size_limit=35_000_000, pipelining=True) as smtp:
         reader = Reader(folder, smtp, ca, reports)
         with reader.serving(start):
             for kind, text in others:
                 if kind == "sh":
                     reader.type(text)
+                elif kind == "log":
+                    reader.find_in_log(text)
                 elif kind == "json":
                     reader.post(text, reports)
                 elif kind == "python":
@@ -16469,13 +16495,13 @@ def test_each_route_is_in_the_pages_by_a_line_of_curl_and_each_code_of_an_answer
         assert f"`{code}`" in PAGES["docs/api.md"], code
 
 
-def test_the_pages_list_the_commands_as_their_table_has_them_and_mention_no_others() -> None:
-    for command in mailproxy.COMMANDS:
-        assert f"| `{command.name}` | {command.meaning} |\n" in PAGES["README.md"]
+def test_the_pages_mention_no_command_option_or_metric_that_is_not_there() -> None:
     mentioned = [words for text in PAGES.values() for words in re.findall(r"mailproxy\.pyz ([a-z][^`$\n|)<>]*)", text)]
     assert len(mentioned) > 8
     for words in mentioned:
         assert mailproxy.parsed(shlex.split(words))
+    named = {name for text in PAGES.values() for name in re.findall(r"\bmailproxy_[a-z_]+\b", text)}
+    assert named - {"mailproxy_token"} <= set(re.findall(r"\w+", metrics_table()))
 
 
 @pytest.mark.parametrize("page", PAGES)
