@@ -6199,7 +6199,7 @@ class DeliveryAgent:
 # server of the demo share it. Its invariant: 250 to the end of data is said when the mail is on disk. Only CRLF . CRLF
 # ends a mail, and one with a bare CR or LF in it is refused, so that nobody can hide a second one inside. All is bounded.
 
-SMTP_READ_BYTES = 65_536
+READ_BYTES = 65_536
 COMMAND_BYTES, AUTH_BYTES = 4_096, 12_288  # RFC 4954 4
 SMTP_RECIPIENTS, SMTP_ERRORS, SMTP_IDLE_S = 1_000, 20, 300.0  # of a mail; of a connection since its last mail
 SMTP_MEMORY_BYTES = 64 * 2**20  # for all mails that are coming in; larger ones are in files meanwhile
@@ -6283,6 +6283,42 @@ class Listener:
         task.add_done_callback(self._connections.pop)
 
 
+@dataclass(slots=True, eq=False, repr=False)
+class Served:
+    """One client of a Listener."""
+
+    server: Any
+    reader: Any  # asyncio's streams, or StandardStreams
+    writer: Any
+    peer: str = ""  # the client's address, or "unix"
+    turned_away: bool = False  # it is one too many
+    _last: bool = False  # the connection ends after the present command or request
+    _unread: bool = True  # the client may still be sending
+    _buffer: bytes = b""  # received and not yet understood
+    _timer: Any = None
+
+    async def serve(self) -> None:
+        """Answer the client until it leaves, or has to."""
+        raise NotImplementedError
+
+    async def run(self) -> None:
+        """Serve the client, and let it read the last answer: to close while it still sends would destroy that."""
+        try:
+            with contextlib.suppress(EOFError, OSError):  # it is gone, or there is no TLS that we know
+                await self.serve()
+                async with asyncio.timeout(CLOSE_S):
+                    if self._unread:
+                        if self.writer.can_write_eof():  # not by TLS
+                            self.writer.write_eof()
+                        while await self.reader.read(READ_BYTES):
+                            pass
+                    self.writer.close()
+                    await self.writer.wait_closed()
+        finally:
+            self._timer.cancel()
+            self.writer.transport.abort()
+
+
 def demand(holds: object, reply: str) -> None:
     """Raises Rejected with the reply to a command that cannot be followed."""
     if not holds:
@@ -6323,19 +6359,13 @@ def reply_to_submission(id_: str, reason: object) -> str:
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class SmtpSession:
+class SmtpSession(Served):
     """One client, its commands answered in turn; replies gather until it is waited for (RFC 2920 3.2)."""
 
     server: SmtpServer
-    reader: Any  # asyncio's streams, or StandardStreams
-    writer: Any
-    peer: str = ""
-    _last: bool = False  # the session ends after the present command
     busy: bool = False  # a mail is coming in, or being stored
-    _buffer: bytes = b""  # received and not yet understood
     _replies: list[str] = field(default_factory=list)
     _idle_at: float = 0.0  # when it will have been idle for too long, on the monotonic clock
-    _timer: Any = None
     _farewell: str = "421 4.3.2 Shutting down, come back later"
     _errors: int = 0
     _encrypted: bool = False
@@ -6343,25 +6373,10 @@ class SmtpSession:
     _sender: str | None = None
     _recipients: list[str] = field(default_factory=list)
 
-    async def run(self) -> None:
-        """Serve the client, and let it read the last reply: to close while it still sends would destroy that."""
-        try:
-            with contextlib.suppress(EOFError, OSError):  # it is gone, or there is no TLS that we know
-                await self.serve()
-                async with asyncio.timeout(CLOSE_S):
-                    if self.writer.can_write_eof():
-                        self.writer.write_eof()
-                        while await self.reader.read(SMTP_READ_BYTES):
-                            pass
-                    self.writer.close()
-                    await self.writer.wait_closed()
-        finally:
-            self._timer.cancel()
-            self.writer.transport.abort()
-
     async def serve(self) -> None:
         """Answer the client until it leaves, or has to. The errors of the connection come through."""
-        self._replies += ["421 4.3.2 Too many connections" if self._last else f"220 {self.server.names.host} ESMTP"]
+        self._last, greeting = self.turned_away, f"220 {self.server.names.host} ESMTP"
+        self._replies += ["421 4.3.2 Too many connections" if self._last else greeting]
         self._idle_at = time.monotonic() + SMTP_IDLE_S
         self._watch(asyncio.current_task())
         with contextlib.suppress(asyncio.CancelledError):
@@ -6400,7 +6415,7 @@ class SmtpSession:
     async def _receive(self) -> bytes:
         """What the client sends next; EOFError when it has left."""
         await self._flush()
-        received: bytes = await self.reader.read(SMTP_READ_BYTES)
+        received: bytes = await self.reader.read(READ_BYTES)
         if not received:
             raise EOFError
         return received
@@ -6495,7 +6510,7 @@ class SmtpSession:
                 demand(server.tls and not self._encrypted, "503 5.5.1 STARTTLS is not offered now")
                 with contextlib.suppress(TimeoutError):  # what came before the handshake is dropped (RFC 3207 6)
                     async with asyncio.timeout(0):
-                        while not self.writer.transport.pause_reading() and await self.reader.read(SMTP_READ_BYTES):
+                        while not self.writer.transport.pause_reading() and await self.reader.read(READ_BYTES):
                             pass
                 self._replies.append("220 2.0.0 Go ahead")
                 await self._flush()
@@ -6639,7 +6654,6 @@ KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPT
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 JSON_TYPES = frozenset({"", "application/json", "application/x-www-form-urlencoded"})  # the last: curl's
 
-HTTP_READ_BYTES = 32_768
 HTTP_HEAD_BYTES = 32_768
 HTTP_HEADERS = 100
 JSON_AT_ONCE_BYTES = 262_144  # a larger body is parsed outside the event loop
@@ -6647,7 +6661,7 @@ LONG_STRING_BYTES = 8_192  # a longer string of a large body is read separately
 STEP_BYTES = 262_144  # of a long string or body, read in one step
 JSON_DEPTH = 64
 JSON_VALUES = 2_000_000  # strings, lists, objects of a body: an empty list takes thirty times the memory of its bytes
-LINGER_PAUSE_S = 2.0
+TURNED_AWAY_S = 2.0  # for the request of one client too many
 
 
 PROBLEMS: Mapping[int, str] = {  # the code of a failure for programs, where no other is given
@@ -6671,7 +6685,7 @@ class HttpError(MailproxyError):
         return json_response(content, self.status)._replace(headers=self.headers)
 
 
-class ClientGone(Exception):
+class ClientGone(EOFError):
     """The connection is over: nobody is there to be answered."""
 
 
@@ -6878,17 +6892,6 @@ def request_id_in(head: bytes) -> str:
     return line[1].decode() if line else f"{random.getrandbits(64):016x}"  # names a request, protects nothing
 
 
-def is_foreign(request: Request, scheme: str) -> bool:
-    """True for what a page of another site may have a browser send to the loopback address of its reader. Its Origin
-    (RFC 6454 7) is not ours, Sec-Fetch-Site says so, or it asks by a name that anybody can own and let point here (DNS
-    rebinding). Over a Unix socket only a proxy passes such requests on: its names and TLS are its own."""
-    headers, over_unix = request.headers, request.peer == "unix"
-    host, origin = headers.get("host", ""), headers.get("origin")
-    own = origin is None or origin.lower() in [f"{one}://{host.lower()}" for one in (scheme, "https")[: 1 + over_unix]]
-    is_nobodys = over_unix or NOBODYS_NAME.fullmatch(host)
-    return not (own and is_nobodys) or headers.get("sec-fetch-site", "").lower() in ("cross-site", "same-site")
-
-
 def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, list[str]]]:
     """The path as sent, its decoded segments, and the query, of a target (RFC 9112 3.2.1, 3.2.2)."""
     if origin := ABSOLUTE_FORM.match(target):
@@ -6913,52 +6916,37 @@ def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, list[str]
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class ServedConnection:
+class ServedConnection(Served):
     """One client, its requests answered one after another."""
 
     server: HttpServer
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    peer: str  # the client's address, or "unix"
-    turned_away: bool = False  # it is one too many
     idle_until: float = 0.0  # then it is ended, on the monotonic clock; inf while there is a request
-    _timer: asyncio.TimerHandle | None = None
-    _buffer: bytes = b""  # received and not yet understood
-    _last: bool = False  # the connection ends after the present request
-    _unread: bool = False  # the client may still be sending the present request
 
     @property
     def busy(self) -> bool:
         return self.idle_until == math.inf
 
-    async def run(self) -> None:
+    async def serve(self) -> None:
         """Answer one request after another until the connection ends."""
         limits = self.server.limits
-        patience_s = LINGER_PAUSE_S if self.turned_away else limits.idle_timeout_seconds
+        patience_s = TURNED_AWAY_S if self.turned_away else limits.idle_timeout_seconds
         self.idle_until = time.monotonic() + patience_s
         self._end_if_idle(patience_s)
-        try:
-            if self.server.tls:
-                await self.writer.start_tls(self.server.tls, ssl_handshake_timeout=limits.head_timeout_seconds)
-            # A write counts as done when all of it has left for the kernel: nothing unread outlives its deadline.
-            self.writer.transport.set_write_buffer_limits(high=1, low=0)
-            while not self._last:
-                if self._buffer:
-                    await asyncio.sleep(0)  # requests in a row must not keep the loop from everybody else
-                elif not self.server.stopping:
-                    self.idle_until = time.monotonic() + patience_s
-                    self._buffer = await self.reader.read(HTTP_READ_BYTES)
-                    self.idle_until = math.inf
-                if not self._buffer:
-                    break
-                await self._exchange()
-            await self._close()
-        except (ClientGone, OSError):  # OSError: it is lost, or there is no TLS that we know
-            pass
-        finally:
-            self.writer.transport.abort()
-            if self._timer:
-                self._timer.cancel()
+        if self.server.tls:
+            await self.writer.start_tls(self.server.tls, ssl_handshake_timeout=limits.head_timeout_seconds)
+        # A write counts as done when all of it has left for the kernel: nothing unread outlives its deadline.
+        self.writer.transport.set_write_buffer_limits(high=1, low=0)
+        while not self._last:
+            if self._buffer:
+                await asyncio.sleep(0)  # requests in a row must not keep the loop from everybody else
+            elif not self.server.stopping:
+                self.idle_until = time.monotonic() + patience_s
+                self._buffer = await self.reader.read(READ_BYTES)
+                self.idle_until = math.inf
+            if not self._buffer:
+                break
+            await self._exchange()
+        self._unread = self._unread or bool(self._buffer)
 
     def _end_if_idle(self, patience_s: float) -> None:
         """Comes again for as long as the connection lives: a timer for each request would take a fifth of its time."""
@@ -7036,7 +7024,7 @@ class ServedConnection:
         """Add what the client sends next to the buffer. HttpError 408 when nothing comes in time, 400 when nothing will."""
         try:
             async with asyncio.timeout(timeout_s):
-                received = await self.reader.read(HTTP_READ_BYTES)
+                received = await self.reader.read(READ_BYTES)
         except TimeoutError:
             raise HttpError(408, "the request did not come in time") from None
         except OSError:
@@ -7067,31 +7055,26 @@ class ServedConnection:
         if length is not None:
             await self._copy(length, body)
             return body.getvalue() if body else b""
-        size = overhead = trailers = 0
+        size = 0
         while True:
-            line = await self._line()
-            size_field = CHUNK_SIZE.fullmatch(line)
+            size_field = CHUNK_SIZE.fullmatch(await self._line())
             if not size_field:
                 raise HttpError(400, "the size of a chunk is malformed")
             chunk = int(size_field[1], 16)
             if not chunk:
                 break
             size += chunk
-            overhead += len(line) + 4 - chunk
-            if overhead > 65_536:
-                raise HttpError(400, "the chunks of the body are too small for their framing")
             if size > self.server.limits.max_body_bytes:
                 raise HttpError(413, f"the body is larger than {self.server.limits.max_body_bytes} bytes")
             await self._copy(chunk, body)
             if await self._line():
                 raise HttpError(400, "a chunk is longer than its size")
-        while line := await self._line():
-            trailers += 1
-            if trailers > HTTP_HEADERS:
-                raise HttpError(431, "there are too many trailers")
+        for _ in range(HTTP_HEADERS):
+            if not (line := await self._line()):
+                return body.getvalue() if body else b""
             if not FIELD_LINES.fullmatch(line.decode("latin-1")):
                 raise HttpError(400, "a trailer is malformed")
-        return body.getvalue() if body else b""
+        raise HttpError(431, "there are too many trailers")
 
     async def _copy(self, size: int, body: io.BytesIO | None) -> None:
         """The next `size` bytes, as they come."""
@@ -7166,22 +7149,6 @@ class ServedConnection:
             except OSError as error:  # TimeoutError is one: some progress is enough
                 if not isinstance(error, TimeoutError) or transport.get_write_buffer_size() >= unsent:
                     raise ClientGone from None
-
-    async def _close(self) -> None:
-        """End the connection so that the client sees the last answer. Closing on one that still sends would destroy it:
-        read on for a while (RFC 9112 9.6)."""
-        with contextlib.suppress(OSError, HttpError):  # TimeoutError is an OSError
-            if self._unread or self._buffer:
-                if self.writer.can_write_eof():
-                    self.writer.write_eof()
-                async with asyncio.timeout(10):
-                    while True:
-                        self._buffer = b""
-                        await self._receive(LINGER_PAUSE_S)
-        self.writer.close()
-        with contextlib.suppress(OSError):
-            async with asyncio.timeout(CLOSE_S):
-                await self.writer.wait_closed()
 
 
 @dataclass(eq=False, repr=False)
@@ -10087,8 +10054,18 @@ class Daemon:
         return any(matches)  # all of them were compared
 
     def _is_foreign(self, request: Request) -> bool:
-        """True for a page of another site, where no token is asked for that it cannot have."""
-        return not self._tokens and is_foreign(request, "https" if self.settings.server.tls_cert else "http")
+        """True for what a page of another site may have a browser send to the loopback address of its reader, where no
+        token is asked for, which it cannot have: its Origin (RFC 6454 7) is not ours, Sec-Fetch-Site says so, or it asks by
+        a name that anybody can own and let point here (DNS rebinding). Over a Unix socket only a proxy passes such requests
+        on: its names and TLS are its own."""
+        if self._tokens:
+            return False
+        headers, over_unix = request.headers, request.peer == "unix"
+        host, origin = headers.get("host", ""), headers.get("origin")
+        schemes = ("https",) if self.settings.server.tls_cert else ("http", "https")[: 1 + over_unix]
+        own = origin is None or origin.lower() in [f"{scheme}://{host.lower()}" for scheme in schemes]
+        is_nobodys = over_unix or NOBODYS_NAME.fullmatch(host)
+        return not (own and is_nobodys) or headers.get("sec-fetch-site", "").lower() in ("cross-site", "same-site")
 
     def _may_log_in(self, password: str, peer: str) -> bool:
         """True for one of the tokens, by SMTP; for any password while none is configured."""
