@@ -9036,6 +9036,16 @@ def json_schema(type_: str) -> dict[str, object]:
     return {"anyOf": schemas}
 
 
+def object_schema(members: Mapping[str, tuple[str, str | None, bool]]) -> dict[str, object]:
+    """The schema of an object; of each member type, words, and whether it has to be there."""
+    properties = {
+        name: {**json_schema(type_), "description": words} if words else json_schema(type_)
+        for name, (type_, words, _) in members.items()
+    }
+    required = [name for name, (_, _, is_required) in members.items() if is_required]
+    return {"type": "object", "properties": properties, "required": required}
+
+
 def named_schemas() -> dict[str, object]:
     """What the operations refer to: bodies, answers, and what is in them."""
     shown = {
@@ -9043,19 +9053,21 @@ def named_schemas() -> dict[str, object]:
     }
     shown["source"] = Field("'http' | 'config'", "Where it was defined.")
     schemas: dict[str, object] = {name: json_schema(kind.json) for name, kind in WORDS.items()}
-    for name, given in {**GIVEN, "ShownAccount": shown}.items():
-        properties = {}
-        for key, one in given.items():  # null means left out, everywhere
-            type_ = one.type if one.required else f"{one.type} | null"
-            properties[key] = {**json_schema(type_), "description": one.words}
-        required = [key for key, one in given.items() if one.required]
-        schemas[name] = {"type": "object", "properties": properties, "required": required}
+    for name, given in {**GIVEN, "ShownAccount": shown}.items():  # null means left out, everywhere
+        fields = {
+            key: (one.type + " | null" * (not one.required), one.words, one.required) for key, one in given.items()
+        }
+        schemas[name] = object_schema(fields)
     for name, answer in ANSWERS.items():
         members = dict(member.split(": ") for member in answer.split(", "))
-        properties = {key.rstrip("?"): json_schema(type_) for key, type_ in members.items()}
-        required = [key for key in members if not key.endswith("?")]
-        schemas[name] = {"type": "object", "properties": properties, "required": required}
+        told = {key.rstrip("?"): (type_, None, not key.endswith("?")) for key, type_ in members.items()}
+        schemas[name] = object_schema(told)
     return schemas
+
+
+def answered_as(type_: str, *content_types: str) -> dict[str, object]:
+    """A body of this type."""
+    return {"content": {one: {"schema": json_schema(type_)} for one in content_types or ("application/json",)}}
 
 
 def operation_of(row: Route) -> dict[str, object]:
@@ -9069,16 +9081,12 @@ def operation_of(row: Route) -> dict[str, object]:
     for name, (kind, words) in row.query.items():
         schema = json_schema(kind.json)
         parameters.append({"name": name, "in": "query", "description": words, "schema": schema})
-    content_types, answer = [row.answer], "string"
-    if "/" not in row.answer:
-        content_types, answer = ["application/json"], row.answer
-    elif not row.answer.startswith("text/"):
-        content_types.append("application/octet-stream")  # for generators that know no other
-    content: dict[str, object] = {content_type: {"schema": json_schema(answer)} for content_type in content_types}
-    responses = {"200": {"description": "done", "content": content}}
+    content = answered_as(row.answer)
+    if "/" in row.answer:  # the second is for generators that know no other
+        content = answered_as("string", row.answer, *([] if "text/" in row.answer else ["application/octet-stream"]))
+    responses = {"200": {"description": "done", **content}}
     for status in sorted(statuses):
-        content = {"application/json": {"schema": json_schema("Problem")}}
-        responses[str(status)] = {"description": http.client.responses[status], "content": content}
+        responses[str(status)] = {"description": http.client.responses[status], **answered_as("Problem")}
     operation: dict[str, object] = {
         "operationId": row.handler.__name__,
         "summary": (row.handler.__doc__ or "").partition("\n")[0].rstrip("."),
@@ -9086,8 +9094,7 @@ def operation_of(row: Route) -> dict[str, object]:
         "responses": responses,
     }
     if row.body:
-        content = {"application/json": {"schema": json_schema(row.body.rstrip("?"))}}
-        operation["requestBody"] = {"required": not row.body.endswith("?"), "content": content}
+        operation["requestBody"] = {"required": not row.body.endswith("?"), **answered_as(row.body.rstrip("?"))}
     if row.public:
         operation["security"] = []
     return operation
@@ -9323,11 +9330,9 @@ class ControlPlane:
         self, accepted: Sequence[Submission], known: Sequence[str], rejected: Sequence[Mapping[str, object]]
     ) -> None:
         self.reporter.submissions += len(accepted)
-        by_account: dict[str, int] = {}
-        for submission in accepted:
-            by_account[submission.account_id] = by_account.get(submission.account_id, 0) + 1
-            if submission.once:  # one that failed may have ended again
-                self.reporter.ring()
+        by_account = collections.Counter([submission.account_id for submission in accepted])
+        if any(submission.once for submission in accepted):  # one that failed may have ended again
+            self.reporter.ring()
         for account_id, number in by_account.items():
             self.metrics.accepted(self.metrics.label(account_id)).inc(number)
             self.metrics.recent.count("accepted", number)
@@ -9368,31 +9373,32 @@ class ControlPlane:
         return await self._switch(request, active=True)
 
     async def _switch(self, request: Request, *, active: bool) -> Response:
+        """A batch is named in the query or in the body, an account in the path."""
         fields, account_id = await request.json_object(), request.parameters.get("id")
-        batch_code = None if account_id is not None else batch_in(request.query, fields)
-        if batch_code is not None:
-            async with self._one_at_a_time:
+        named = [
+            *request.query.get("batch_code", ()),
+            *([fields["batch_code"]] if fields.get("batch_code") is not None else []),
+        ]
+        batch_code, dispatcher = None, self.dispatcher
+        if named and account_id is None:
+            batch_code = asked({"batch_code": [one if isinstance(one, str) else "" for one in named]}, BATCH)[
+                "batch_code"
+            ]
+        async with self._one_at_a_time:
+            if batch_code is not None:
                 if active:
                     await self.queue.activate_batch(batch_code)
-                    self.dispatcher.wake(self.dispatcher.lanes)
+                    dispatcher.wake(dispatcher.lanes)
                 elif await self.queue.suspend_batch(batch_code):
-                    self.dispatcher.recall()
-        elif account_id is not None:
-            async with self._one_at_a_time:
+                    dispatcher.recall()
+            elif account_id is not None:
                 if self._account(account_id) is None:
                     raise HttpError(404, NO_ACCOUNT)
-                if active:
-                    await self.queue.activate(account_id)
-                    self.dispatcher.activate_lane(account_id)
-                else:
-                    await self.queue.suspend(account_id)
-                    self.dispatcher.suspend_lane(account_id)
-        else:
-            await self.queue.set_switch("active", active)
-            if active:
-                self.dispatcher.activate()
+                await (self.queue.activate if active else self.queue.suspend)(account_id)
+                (dispatcher.activate_lane if active else dispatcher.suspend_lane)(account_id)
             else:
-                self.dispatcher.suspend()
+                await self.queue.set_switch("active", active)
+                (dispatcher.activate if active else dispatcher.suspend)()
         what = "delivery activated" if active else "delivery suspended"
         event(self.log, logging.INFO, what, account=account_id, batch=batch_code)
         return json_response({"ok": True, "active": active})
@@ -9604,14 +9610,6 @@ def submission_of(fields: Any, message: Message, account: Account | None, now: f
         flaw=flaw,
         once=account is not None and account.in_doubt == "error",
     )
-
-
-def batch_in(query: Mapping[str, Sequence[str]], fields: Mapping[str, object]) -> str | None:
-    """The batch that a command is about, by its query or its body."""
-    given = query.get("batch_code", ())
-    if (code := fields.get("batch_code")) is not None:
-        given = [*given, code if isinstance(code, str) else ""]
-    return asked({"batch_code": given}, BATCH)["batch_code"] if given else None
 
 
 def ids_of(fields: Mapping[str, object]) -> list[str]:
