@@ -1,6 +1,6 @@
 """The proof that nothing is lost: mailproxy is killed again and again while clients submit.
 
-    python3 bench/chaos.py [--rounds 100] [--seed 1] [--smtp] [--reports] [--clients 4] [--program FILE]
+    python3 bench/chaos.py [--rounds 100] [--seed 1] [--smtp] [--reports] [--clients 4] [--program FILE] [--postgres]
 
 Clients submit without pause, the same again where no answer came, and now and then what was answered long ago.
 In each round the daemon is killed with SIGKILL at a random moment (also while it starts), SQLite checks a copy
@@ -15,6 +15,8 @@ answer half out. At the end all is mended and must settle. Then:
   - a message was delivered a second time only across a kill, at each kill no more of them than there were
     connections (one transaction on the wire of each), and always with the same Message-ID;
   - PRAGMA integrity_check said ok after every round.
+
+With --postgres the daemons are three, on one database (nodes.py).
 
 The same seed gives the same moments and troubles, as far as the machine keeps time. Prints the counts; the
 last line is JSON, {"ok": ..., ...}. Exit status 1 when something was wrong, with the offenders listed.
@@ -35,7 +37,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import load
 import rig
@@ -57,6 +59,7 @@ class Plan(NamedTuple):
     smtp: bool = False
     reports: bool = False
     program: str | None = None  # the zipapp
+    postgres: bool = False  # three daemons on one database
 
 
 class Delivery(NamedTuple):
@@ -65,6 +68,8 @@ class Delivery(NamedTuple):
     at_ns: int
     message_id: str
     command: str  # DATA or BDAT
+    node: str  # the client's name in EHLO, up to its first dot
+    mail_ns: int  # when its transaction began
 
 
 class Evidence(NamedTuple):
@@ -82,7 +87,7 @@ class Evidence(NamedTuple):
 class Verdict(NamedTuple):
     """What is to be said of the evidence."""
 
-    counts: dict[str, int]
+    counts: dict[str, Any]
     offenders: dict[str, list[str]]  # what is wrong: whose ids
 
 
@@ -97,12 +102,13 @@ def expected_status(key: str) -> str:
 class Client(threading.Thread):
     """Submits one small batch after another, and again what it has no answer to; knows which ids got a 200."""
 
-    def __init__(self, number: int, seed: int, port: int, enough: threading.Event) -> None:
+    def __init__(self, number: int, seed: int, port: int, enough: threading.Event, pause_s: float = 0.0) -> None:
         super().__init__(name=f"client-{number}", daemon=True)
         self.accepted: set[str] = set()
         self.refusals: list[str] = []
-        self.unanswered = self.known = 0
-        self._number, self._port, self._enough = number, port, enough
+        self.unanswered = self.known = self.put_off = 0
+        self.longest_s = 0.0  # until an answer came, or none
+        self._number, self._port, self._enough, self._pause_s = number, port, enough, pause_s
         self._dice = random.Random(f"{seed}/client/{number}")
         self._sequence = 0
         self._open: list[dict[str, object]] = []  # submitted, not answered yet
@@ -110,9 +116,11 @@ class Client(threading.Thread):
 
     def run(self) -> None:
         while not self._enough.is_set():
-            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+            connection = http.client.HTTPConnection("127.0.0.1", self.next_port(), timeout=30)
             try:
-                while not self._enough.is_set():
+                for _ in range(self._dice.choice((1, 5, 100))):
+                    if self._enough.wait(self._pause_s):
+                        break
                     self._submit(connection)
             except (OSError, http.client.HTTPException):
                 self.unanswered += 1
@@ -120,16 +128,30 @@ class Client(threading.Thread):
             finally:
                 connection.close()
 
+    def next_port(self) -> int:
+        return self._port
+
+    def next_lane(self) -> str:
+        return "default"
+
     def _submit(self, connection: http.client.HTTPConnection) -> None:
         batch = self._open = self._open or self._next_batch()
         body = json.dumps({"messages": batch}).encode()
-        connection.request("POST", "/commands/add-messages", body, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        told = json.loads(answer.read())
+        began = time.monotonic()
+        try:
+            connection.request("POST", "/commands/add-messages", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            told = json.loads(answer.read())
+        finally:
+            self.longest_s = max(self.longest_s, time.monotonic() - began)
         if answer.status == 200 and not told["rejected"]:
             self.accepted.update(str(message["id"]) for message in batch)
             self.known += len(told.get("known", ()))
             self._answered.append(batch)
+        elif answer.status == 503 and self._pause_s:
+            self.put_off += 1
+            time.sleep(0.1)
+            raise http.client.HTTPException("the same again, elsewhere")
         else:
             self.refusals.append(f"{answer.status} {told}")
         self._open = []
@@ -143,9 +165,11 @@ class Client(threading.Thread):
         """Most go through; some are refused for ever, some for a while."""
         self._sequence += 1
         fate = self._dice.choices(("sent", "gone", "later"), (90, 5, 5))[0]
-        key = f"{fate}-{self._number}-{self._sequence}"
+        lane = self.next_lane()
+        key = f"{fate}-{lane}-{self._number}-{self._sequence}"
         recipient = f"{fate}-{self._sequence}@receiver.example"
-        return load.message(key, headers={"X-Bench-Id": key}) | {"to": [recipient]}
+        message = load.message(key, headers={"X-Bench-Id": key}) | {"to": [recipient]}
+        return message if lane == "default" else message | {"account_id": lane}
 
 
 # -- the troubles
@@ -293,8 +317,9 @@ def settled(daemon: Daemon) -> int | None:
 def read_deliveries(log: Path) -> dict[str, list[Delivery]]:
     deliveries: dict[str, list[Delivery]] = defaultdict(list)
     for line in lines_of(log):
-        at_ns, key, message_id, command = line.split()
-        deliveries[key].append(Delivery(int(at_ns), message_id, command))
+        at_ns, key, message_id, command, name, mail_ns = line.split()
+        delivery = Delivery(int(at_ns), message_id, command, name.partition(".")[0], int(mail_ns))
+        deliveries[key].append(delivery)
     return deliveries
 
 
@@ -313,13 +338,17 @@ def lines_of(log: Path) -> list[str]:
 # -- the verdict
 
 
-def judged(evidence: Evidence, unanswered: int, known: int) -> Verdict:
-    accepted, deliveries, reported = evidence.accepted, evidence.deliveries, evidence.reported
+def judged_alike(
+    accepted: set[str],
+    deliveries: Mapping[str, Sequence[Delivery]],
+    reported: Mapping[str, Counter[str]],
+    refusals: Sequence[str],
+) -> Verdict:
+    """What is to be said whatever was killed."""
     to_send = {key for key in accepted if expected_status(key) == "sent"}
-    at_kills, unexplained = doubled_at_kills(deliveries, evidence.kills_ns)
     offenders = {
         "nothing accepted": [] if accepted else ["no submission got a 200"],
-        "refused": list(evidence.refusals),
+        "refused": list(refusals),
         "accepted but never delivered": sorted(to_send - deliveries.keys()),
         "delivered although refused": sorted(key for key in deliveries if key.startswith("gone")),
         "never reported in its final state": sorted(
@@ -328,10 +357,27 @@ def judged(evidence: Evidence, unanswered: int, known: int) -> Verdict:
         "reported in a wrong final state": sorted(
             key for key, said in reported.items() if said["sent" if expected_status(key) == "error" else "error"]
         ),
-        "delivered twice without a kill between": unexplained,
         "delivered again under another Message-ID": sorted(
             key for key, taken in deliveries.items() if len({delivery.message_id for delivery in taken}) > 1
         ),
+    }
+    counts = {
+        "accepted": len(accepted),
+        "delivered": len(deliveries),
+        "delivered by BDAT": sum(any(taken.command == "BDAT" for taken in each) for each in deliveries.values()),
+        "delivered without an answered submission": len(deliveries.keys() - accepted),
+        "doubled": sum(len(taken) - 1 for taken in deliveries.values()),
+        "report entries": sum(said.total() for said in reported.values()),
+    }
+    return Verdict(counts, offenders)
+
+
+def judged(evidence: Evidence, unanswered: int, known: int) -> Verdict:
+    alike = judged_alike(evidence.accepted, evidence.deliveries, evidence.reported, evidence.refusals)
+    at_kills, unexplained = doubled_at_kills(evidence.deliveries, evidence.kills_ns)
+    offenders = {
+        **alike.offenders,
+        "delivered twice without a kill between": unexplained,
         "kills that doubled more than was on the wire": [
             f"kill {number}: {len(keys)}" for number, keys in at_kills.items() if len(keys) > CONNECTIONS
         ],
@@ -339,16 +385,11 @@ def judged(evidence: Evidence, unanswered: int, known: int) -> Verdict:
         "stopping": [] if evidence.exit_status == 0 else [f"exit status {evidence.exit_status}"],
     }
     counts = {
-        "accepted": len(accepted),
-        "delivered": len(deliveries),
-        "delivered by BDAT": sum(any(taken.command == "BDAT" for taken in each) for each in deliveries.values()),
-        "delivered without an answered submission": len(deliveries.keys() - accepted),
-        "doubled": sum(map(len, at_kills.values())),
+        **alike.counts,
         "most doubled at one kill": max(map(len, at_kills.values()), default=0),
         "kills": len(evidence.kills_ns),
         "submissions without an answer": unanswered,
         "submitted again, and known": known,
-        "report entries": sum(said.total() for said in reported.values()),
     }
     return Verdict(counts, {what: keys for what, keys in offenders.items() if keys})
 
@@ -371,7 +412,9 @@ def doubled_at_kills(
 
 def told(verdict: Verdict) -> list[str]:
     """The verdict for people."""
-    lines = [f"{what}: {count:,}" for what, count in verdict.counts.items()]
+    lines = [
+        f"{what}: {count:,}" if isinstance(count, int) else f"{what}: {count}" for what, count in verdict.counts.items()
+    ]
     for what, keys in verdict.offenders.items():
         lines.append(f"WRONG, {what}: {len(keys)}: {', '.join(keys[:SHOWN_OFFENDERS])}")
     return lines
@@ -384,12 +427,16 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=4, help="that submit at the same time (4)")
     parser.add_argument("--smtp", action="store_true", help="kill the SMTP server as well")
     parser.add_argument("--reports", action="store_true", help="trouble the receiver of the reports as well")
+    parser.add_argument("--postgres", action="store_true", help="three daemons on one database, as nodes.py says")
     parser.add_argument("--program", help="what to run instead of the zipapp: mailproxy.py, say")
     plan = Plan(**vars(parser.parse_args()))
     rig.end_cleanly_when_told()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mailproxy-chaos-") as folder:
-        verdict = run(plan, Path(folder), tell=lambda line: print(line, file=sys.stderr, flush=True))
+        import nodes  # which knows this file
+
+        to_run = nodes.run if plan.postgres else run
+        verdict = to_run(plan, Path(folder), tell=lambda line: print(line, file=sys.stderr, flush=True))
     print("\n".join(told(verdict)))
     summary = {"ok": not verdict.offenders, "seconds": round(time.monotonic() - began), **plan._asdict()}
     offenders = {what: keys[:SHOWN_OFFENDERS] for what, keys in verdict.offenders.items()}

@@ -1,6 +1,6 @@
 """What the scripts of this folder share: the zipapp, a daemon, companions in processes of their own, figures.
 
-Linux alone (it reads /proc), the standard library alone. Everything listens on 127.0.0.1, every wait has
+Linux alone (it reads /proc), the standard library alone (and psycopg, where there is PostgreSQL). Everything listens on 127.0.0.1, every wait has
 a deadline, and only what was started here is ended here.
 """
 
@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import datetime
 import http.client
+import itertools
 import json
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
 import socket
 import sqlite3
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -126,6 +129,9 @@ class Daemon:
             raise BenchError("the daemon is not running")
         return self._process
 
+    def signal(self, number: int) -> None:
+        self.running.send_signal(number)
+
     def kill(self) -> None:
         """SIGKILL: what a power cut is to a process."""
         self.running.kill()
@@ -208,6 +214,79 @@ class Daemon:
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024 / MIB
         raise BenchError(f"/proc knows no {name}")
+
+
+class Postgres:
+    """A PostgreSQL with an empty cluster of its own, as the package sets it up: every commit is on the disk.
+
+    POSTGRES_BIN, a folder of programs, chooses another version than Debian's newest.
+    """
+
+    def __init__(self, folder: Path, **settings: object) -> None:
+        newest = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), default=None)
+        programs = Path(os.environ.get("POSTGRES_BIN", newest or "no-postgresql"))
+        self.port = free_port()
+        self._folder = Path(tempfile.mkdtemp(prefix="postgres-", dir=folder))
+        self._data = self._folder / "data"
+        self._as: dict[str, Any] = {"cwd": self._folder, "stdin": subprocess.DEVNULL}
+        if os.getuid() == 0:  # which initdb refuses
+            self._as.update(user="nobody", group="nogroup", extra_groups=[])
+            shutil.chown(self._folder, "nobody")
+            for above in (self._folder, *self._folder.parents):
+                if above.owner() == "root" and above.stat().st_mode & 0o001 == 0:
+                    above.chmod(above.stat().st_mode | 0o011)
+        made = [programs / "initdb", "-D", self._data, "-U", "mailproxy", "-A", "trust", "-E", "UTF8", "--no-locale"]
+        subprocess.run(made, check=True, stdout=subprocess.DEVNULL, **self._as)
+        where = {"listen_addresses": "127.0.0.1", "port": self.port, "unix_socket_directories": "", **settings}
+        options = [word for name, value in where.items() for word in ("-c", f"{name}={value}")]
+        self._command = [programs / "postgres", "-D", self._data, *options]
+        self._databases = itertools.count(1)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, **self._as)
+        wait_until(self._answers, START_PATIENCE_S, lambda: "PostgreSQL to start")
+
+    def stop(self, how: int = signal.SIGINT) -> None:
+        """SIGINT sends its clients away (fast), SIGQUIT is a crash (immediate)."""
+        if self._process is not None:
+            self._process.send_signal(how)
+            self._process.wait(STOP_PATIENCE_S)
+            self._process = None
+
+    def url(self, database: str, port: int | None = None) -> str:
+        """With another port: through whatever listens there."""
+        return f"postgresql://mailproxy@127.0.0.1:{port or self.port}/{database}"
+
+    def new_database(self) -> str:
+        """Make an empty one; its name."""
+        name = f"bench_{next(self._databases)}"
+        self.rows("postgres", f"CREATE DATABASE {name}")
+        return name
+
+    def rows(self, database: str, statement: str) -> list[tuple[Any, ...]]:
+        """What a statement, of ours, gives."""
+        import psycopg
+
+        with psycopg.connect(self.url(database), autocommit=True) as connection:
+            cursor = connection.execute(statement.encode())
+            return cursor.fetchall() if cursor.description else []
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise BenchError(f"PostgreSQL ended: {(self._folder / 'log').read_text(errors='replace')[-2000:]}")
+        with contextlib.suppress(Exception):
+            return self.rows("postgres", "SELECT 1") == [(1,)]
+        return False
+
+    def __enter__(self) -> Postgres:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(signal.SIGQUIT)
 
 
 def integrity(db: Path, scratch: Path) -> str:

@@ -37,7 +37,9 @@ class Manner(NamedTuple):
 
 
 NO_CHUNKING = 1  # numbers[MODE] of the SMTP server: connections made from now on are not offered it
-Keep = Callable[[bytes, bytes], None]  # a content, and the command it came by
+Keep = Callable[
+    [bytes, bytes, bytes, int], None
+]  # a content, the command it came by, the client's EHLO name, when MAIL was
 
 
 class SmtpSession(asyncio.Protocol):
@@ -50,6 +52,7 @@ class SmtpSession(asyncio.Protocol):
         self._content_by, self._chunk_bytes = b"", 0  # what comes is content: by DATA, BDAT
         self._pausing = False
         self._recipients = 0
+        self._client, self._mail_ns = b"?", 0  # its name in EHLO
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -98,7 +101,7 @@ class SmtpSession(asyncio.Protocol):
         if not self._content_by:
             self._obey(taken)
         elif self._recipients:
-            self._keep(taken, self._content_by)
+            self._keep(taken, self._content_by, self._client, self._mail_ns)
             self._content_by = b""
             self._say(b"250 2.0.0 taken\r\n", self._manner.message_s)
         else:  # a chunk that came too soon
@@ -108,6 +111,8 @@ class SmtpSession(asyncio.Protocol):
 
     def _obey(self, line: bytes) -> None:
         verb = line[:4].upper()
+        if verb == b"EHLO":
+            self._client = line[5:].strip() or b"?"
         if verb == b"BDAT":
             self._content_by, self._chunk_bytes = verb, int(line.split()[1])
         elif verb == b"RCPT":
@@ -137,7 +142,7 @@ class SmtpSession(asyncio.Protocol):
             lines = (b"250-%b\r\n" % offer for offer, made in offers.items() if made)
             return b"250-sink.test\r\n" + b"".join(lines) + b"250-8BITMIME\r\n250 SMTPUTF8\r\n"
         if verb == b"MAIL":
-            self._recipients = 0
+            self._recipients, self._mail_ns = 0, time.monotonic_ns()
         if verb == b"DATA":
             self._content_by = verb if self._recipients else b""
             return b"354 go on\r\n" if self._recipients else b"554 5.5.1 no valid recipients\r\n"
@@ -154,16 +159,17 @@ class SmtpSession(asyncio.Protocol):
 
 
 def serve_smtp(numbers: Numbers, manner: Manner, log_path: str | None = None) -> None:
-    """Count the messages; with a log, write a line for each: when, X-Bench-Id, Message-ID, DATA or BDAT."""
+    """Count the messages; with a log, write a line for each: when, X-Bench-Id, Message-ID, DATA or BDAT, the client's
+    name in EHLO, when its MAIL came."""
     log = -1 if log_path is None else os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     context = None
     if manner.certificate:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(manner.certificate)
 
-    def keep(content: bytes, command: bytes) -> None:
+    def keep(content: bytes, command: bytes, client: bytes, mail_ns: int) -> None:
         if log >= 0:
-            os.write(log, _log_line(content, command))
+            os.write(log, _log_line(content, command, client, mail_ns))
         numbers[Companion.LAST_NS] = time.monotonic_ns()
         numbers[Companion.COUNT] += 1
 
@@ -175,10 +181,10 @@ def serve_smtp(numbers: Numbers, manner: Manner, log_path: str | None = None) ->
     _serve(numbers, session)
 
 
-def _log_line(content: bytes, command: bytes) -> bytes:
+def _log_line(content: bytes, command: bytes, client: bytes, mail_ns: int) -> bytes:
     """One write, so that a kill leaves a whole line or none."""
     key, message_id = header(content, b"X-Bench-Id"), header(content, b"Message-ID")
-    return b"%d %s %s %s\n" % (time.monotonic_ns(), key, message_id, command)
+    return b"%d %s %s %s %s %d\n" % (time.monotonic_ns(), key, message_id, command, client, mail_ns)
 
 
 def header(content: bytes, name: bytes) -> bytes:
@@ -409,3 +415,99 @@ class DelayedFront(DelayedHalf):
 def serve_delayed(numbers: Numbers, port: int, round_trip_s: float) -> None:
     """Everything to and from the port, half a round trip later (the handshake of TCP itself is not delayed)."""
     _serve(numbers, lambda: DelayedFront(round_trip_s / 2, port))
+
+
+# -- a line that is cut
+
+PASSES, CLOSES, HOLDS, SWALLOWS = range(4)  # numbers[MODE]; HOLDS: what is said comes late, SWALLOWS: it never does
+
+
+class CutHalf(asyncio.Protocol):
+    """One end of a connection through the line: what it hears is said at the other end."""
+
+    def __init__(self, line: CutLine, other: CutHalf | None = None) -> None:
+        self._line, self.other = line, other
+        self.transport: asyncio.Transport | None = None
+        self._unsaid = bytearray()  # until there is a transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self._line.ends.add(self)
+        self._line.treat(self)
+        transport.write(bytes(self._unsaid))
+
+    def data_received(self, piece: bytes) -> None:
+        if self._line.mode == SWALLOWS:
+            self._line.robbed.add(self)
+        elif self.other is not None and self.other.transport is not None:
+            self.other.transport.write(piece)
+        elif self.other is not None:
+            self.other._unsaid += piece
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._line.ends.discard(self)
+        self._line.robbed.discard(self)
+        if self.other is not None and self.other.transport is not None and self._line.mode in (PASSES, CLOSES):
+            self.other.transport.close()
+
+
+class CutFront(CutHalf):
+    """The client's end: opens the way to the server as soon as the line lets it."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.other = CutHalf(self._line, self)
+        self._opening = asyncio.get_running_loop().create_task(self._open(self.other))
+
+    async def _open(self, other: CutHalf) -> None:
+        await self._line.passing.wait()
+        try:
+            await asyncio.get_running_loop().create_connection(lambda: other, "127.0.0.1", self._line.port)
+        except OSError:
+            assert self.transport is not None
+            self.transport.abort()
+
+
+class CutLine:
+    """All connections through the line, and how it treats them now."""
+
+    def __init__(self, numbers: Numbers, port: int) -> None:
+        self._numbers, self.port = numbers, port
+        self.mode = PASSES
+        self.passing = asyncio.Event()
+        self.passing.set()
+        self.ends: set[CutHalf] = set()
+        self.robbed: set[CutHalf] = set()  # something they said was swallowed
+
+    async def follow(self) -> None:
+        """Do as the numbers say, from the moment they say it."""
+        while True:
+            if self.mode != self._numbers[Companion.MODE]:
+                self.mode = self._numbers[Companion.MODE]
+                (self.passing.set if self.mode == PASSES else self.passing.clear)()
+                for end in list(self.ends):
+                    self.treat(end)
+            await asyncio.sleep(0.005)
+
+    def treat(self, end: CutHalf) -> None:
+        assert end.transport is not None
+        if self.mode == CLOSES or end in self.robbed or end.other in self.robbed:
+            end.transport.abort()
+        elif self.mode == HOLDS:
+            end.transport.pause_reading()
+        else:
+            end.transport.resume_reading()
+
+
+def serve_cut(numbers: Numbers, port: int) -> None:
+    """Everything to and from the port, as long as numbers[MODE] says PASSES."""
+
+    async def run() -> None:
+        line = CutLine(numbers, port)
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: CutFront(line), "127.0.0.1", -numbers[Companion.PORT], backlog=1000)
+        numbers[Companion.PORT] = server.sockets[0].getsockname()[1]
+        await line.follow()
+
+    asyncio.run(run())
