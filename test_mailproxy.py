@@ -2935,8 +2935,46 @@ def composed_submission(**fields: Any) -> bytes:
     message = mailproxy.parse_message(given_fields, new_id=lambda: "new")
     parts = [one._replace(content_type=one.content_type or "application/octet-stream") for one in message.attachments]
     octets = mailproxy.compose(message, parts, date=SENT_AT)
+    if message.raw is None and isinstance(given_fields["to"], list):
+        stored = json.loads(mailproxy.stored_form(given_fields, message)[0])
+        usual = mailproxy.compose_usual(stored, message.message_id, SENT_AT)
+        assert usual in (None, (message.return_path, *message.recipients, octets))
     assert octets.count(b"\r") == octets.count(b"\n") == octets.count(b"\r\n")  # which the transport relies on
     return octets
+
+
+def test_usual_mail_is_composed_a_short_way_into_the_same_bytes() -> None:
+    mailboxes = ["a@example.com", "Al O'B-c <a@b.example>", f"{'n' * 58} <a@b>", f"{'n' * 61} <a@b>", "N  M <a@b.de>"]
+    mailboxes += [
+        "A. B <a@b.de>",
+        "Ä <a@b.de>",
+        "<a@b.de>",
+        "a@b.de ",
+        f"{'l' * 60}@b.example",
+        "=?x?= <a@b.de>",
+        "a..b@c.de",
+    ]
+    subjects = ["Hello", "s" * 66, "s " * 33, "a =?utf-8?q?b?=", "", "ü", " a", "a  b", "s" * 990]
+    bodies = [
+        "Hi",
+        "",
+        "\n",
+        "a\r\rb\r\r\nc\rd\n\x0be\x85f\x1cg",
+        "a\r\n\r\n",
+        "ü" * 20,
+        "x" * 991,
+        "x\n" * 60_000,
+        ".\n..\n",
+    ]
+    for sender, to in itertools.product(mailboxes, mailboxes):
+        composed_submission(**{"from": sender}, to=[to])  # which compares
+    for subject, body in itertools.product(subjects, bodies):
+        composed_submission(subject=subject, body=body, deferred_ts=int(SENT_AT) + len(body))
+
+    fields = {"id": "m", "from": mailboxes[1], "to": [mailboxes[0]], "subject": subjects[1], "text": "Hi"}
+    sender, recipient, octets = mailproxy.compose_usual(fields, "new@b.example", SENT_AT)
+    assert (sender, recipient, octets.count(b"\r\n ")) == ("a@b.example", "a@example.com", 0)
+    assert mailproxy.compose_usual({**fields, "cc": ["b@example.com"]}, "new@b.example", SENT_AT) is None
 
 
 def read_by_a_client(octets: bytes) -> EmailMessage:
@@ -3740,6 +3778,19 @@ def test_what_was_asked_before_the_end_is_written_and_nothing_afterwards(tmp_pat
     assert rows_of(tmp_path) == list(range(20))
     with pytest.raises(mailproxy.StorageUnavailable):
         asyncio.run(file.write(insert(20)))
+
+
+def test_while_the_disk_writes_the_loop_can_do_something(tmp_path: Path) -> None:
+    with queue_file(tmp_path) as (file, run):
+        done: list[str] = []
+        file.meanwhile = functools.partial(done.append, "meanwhile")
+
+        async def write() -> None:
+            await asyncio.gather(file.write(insert(1)), file.write(insert(2)))
+            done.append("written")
+
+        run(write())
+        assert done == ["meanwhile", "written"]
 
 
 def test_a_locked_file_is_read_refuses_what_is_written_and_comes_back_by_itself(
@@ -9754,6 +9805,19 @@ def dispatcher_of(queue: Any, clock: Any, open_session: Any = None) -> Any:
         fetcher=None, memory=SimpleNamespace(), in_thread=None, metrics=mailproxy.Metrics("test"), log=LOG,
         reports_due=lambda: None,
     )  # type: ignore[arg-type] # fmt: skip
+
+
+def test_what_connections_take_next_is_composed_ahead_and_what_cannot_be_fails_when_its_turn_has_come() -> None:
+    dispatcher = dispatcher_of(None, mailproxy.Clock(time.time, time.monotonic))
+    account = mailproxy.Account(id="main", host="mx.test", port=25)
+    lane = dispatcher.lanes["main"] = mailproxy.Lane(account, mailproxy.SendWindows({}), dispatcher.clock)
+    payload = json.dumps({"id": "m", "from": "a@example.com", "to": ["b@example.org"], "subject": "S", "body": "B"})
+    lane.busy = 2
+    lane.ready += [(claimed()._replace(payload=text), None) for text in ("{}", payload, payload)]
+
+    dispatcher.compose_ahead()
+
+    assert [composed and composed.envelope.recipients for _, composed in lane.ready] == [None, ("b@example.org",), None]
 
 
 def test_an_opening_that_was_called_back_ends_before_its_login_though_its_cancellation_was_swallowed() -> None:

@@ -170,8 +170,10 @@ class Visit:
         idle = set(self.idling())
         paths["delivery"] = self.delivering("third", RECORDED)
         paths["kept"] = self.delivering("fourth", RECORDED)
-        plain = self.delivering("fifth", TRANSACTION)
-        fetched = self.delivering("sixth", TRANSACTION, attachments=[{"filename": "a.txt", "url": files_url}])
+        unusual = {"cc": ["c@example.net"]}
+        plain = self.delivering("fifth", TRANSACTION, **unusual)
+        files = [{"filename": "a.txt", "url": files_url}]
+        fetched = self.delivering("sixth", TRANSACTION, **unusual, attachments=files)
         paths["attachment"] = [name for name in fetched if name not in plain]
         return {path: [name for name in entered if name not in idle] for path, entered in paths.items()}
 
