@@ -647,14 +647,14 @@ class Setting(NamedTuple):
         return getattr(getattr(settings, self.section), attribute_of(self.key))
 
 
-def row(default: T, kind: Kind, meaning: str, *, at_start: bool = False, else_of: str = "") -> T:
+def row(default: T, kind: Kind, meaning: str, *, else_of: str = "") -> T:
     """A setting, where its section is declared; `rows_of` puts its default in its place."""
-    return cast(T, Setting("", "", default, kind, meaning, at_start, else_of))
+    return cast(T, Setting("", "", default, kind, meaning, else_of=else_of))
 
 
 def fixed(default: T, kind: Kind, meaning: str) -> T:
     """A setting that only a restart can change."""
-    return row(default, kind, meaning, at_start=True)
+    return cast(T, Setting("", "", default, kind, meaning, at_start=True))
 
 
 class StorageSettings(NamedTuple):
@@ -926,8 +926,6 @@ def _keys_of(origin: str, section: str) -> Mapping[str, Setting]:
         raise ConfigurationError(f"{origin}: [{section}]: unknown section{known}")
     if section == "account:default":
         raise ConfigurationError(f"{origin}: [account:default]: the default account is the section [smtp]")
-    if not 1 <= len(account_id) <= LONGEST_ID:
-        raise ConfigurationError(f"{origin}: [account:ID]: the ID of an account has 1 to {LONGEST_ID} characters")
     return {row.key: row for row in TABLE.get(section, ACCOUNT_TABLE)}
 
 
@@ -941,18 +939,15 @@ def _value(origin: str, section: str, key: str, text: str) -> Any:
     row = rows[key]
     if "\n" in text and not row.kind.many:
         raise ConfigurationError(f"{where}: goes on over several lines; is the next line indented by mistake?")
-    if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
-        raise ConfigurationError(f"{where}: holds a control character")
-    if not text and (row.default in (None, (), "") or row.section == "smtp"):
-        return "" if row.section == "smtp" else row.default
-    if not text:
-        raise ConfigurationError(f"{where}: is empty; it must be {row.kind.words}")
     try:
-        value = row.kind.parse(text)
-        return text if row.section == "smtp" else value
+        if text or not (row.default in (None, (), "") or row.section == "smtp"):
+            value = row.kind.parse(text)
+            return text if row.section == "smtp" else value
+        return "" if row.section == "smtp" else row.default
     except ValueError:
         shown = "the value" if row.kind.secret else f'"{text[:100]}"'
-        raise ConfigurationError(f"{where}: {shown} is not {row.kind.words}") from None
+        flaw = f"{shown} is not" if text else "is empty; it must be"
+        raise ConfigurationError(f"{where}: {flaw} {row.kind.words}") from None
 
 
 def _in_file(path: str) -> Iterator[tuple[str, str, str, str]]:
@@ -1151,8 +1146,6 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
         raise _complaint(settings, "client", "client_sync_password", "needs client_sync_user beside it")
     if ":" in (client.client_sync_user or ""):
         raise _complaint(settings, "client", "client_sync_user", "must not hold a colon (RFC 7617)")
-    if settings.server.submit_socket and settings.server.submit_socket == settings.server.unix_socket:
-        raise _complaint(settings, "server", "submit_socket", "must be another path than unix_socket")
     for section, (key, needed) in itertools.product(
         ("server", "submission"), itertools.permutations(("tls_cert", "tls_key"))
     ):
@@ -4911,7 +4904,8 @@ LASTING_FILE_ERRORS = (
 
 GENERIC_TYPES = ("", "application/octet-stream", "binary/octet-stream", "application/x-download")
 MEDIA_TYPE = re.compile(r"\s*([A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+)\s*(?:;.*)?", re.DOTALL)
-TURNS_TEXT_AROUND = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Control characters, surrogates, line and paragraph ends, and what turns the direction of a text around
+_NOT_IN_NAMES = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028-\u202e\u2066-\u2069]")
 
 S3_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 S3_BUCKET_IN_HOST = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")  # one label: fits a wildcard certificate
@@ -4942,12 +4936,7 @@ class Fetched:
 
 def safe_filename(name: str) -> str:
     """A name no mail program can take for a path, a header line or something else than it is."""
-    name = "".join(
-        character
-        for character in re.sub(r"[/\\]", "_", name)
-        if unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") and character not in TURNS_TEXT_AROUND
-    )
-    name = name.strip().rstrip(". ")
+    name = _NOT_IN_NAMES.sub("", re.sub(r"[/\\]", "_", name)).strip().rstrip(". ")
     stem, dot, extension = name.rpartition(".")
     if len(name) > MAX_NAME_CHARACTERS and dot and len(extension) <= 20:
         return f"{stem[: MAX_NAME_CHARACTERS - len(extension) - 1]}.{extension}"
@@ -5063,13 +5052,9 @@ def s3_target(wanted: S3Object, settings: S3Settings, region: str) -> HttpTarget
     amazon = f"https://s3.{region}.amazonaws.com" + (".cn" if region.startswith("cn-") else "")
     endpoint = asked_at(wanted.endpoint or settings.endpoint or amazon)
     prefix = endpoint.path.partition("?")[0].rstrip("/")
-    try:
-        key = urllib.parse.quote(wanted.key, safe="/")
-        version = urllib.parse.quote(wanted.version_id or "", safe="")
-    except UnicodeEncodeError:
-        raise HttpFailure("the S3 key is not valid Unicode", transient=False) from None
-    if version:
-        key = f"{key}?versionId={version}"
+    key = urllib.parse.quote(wanted.key, safe="/")
+    if wanted.version_id:
+        key += f"?versionId={urllib.parse.quote(wanted.version_id, safe='')}"
     addressing = wanted.addressing or settings.addressing
     if addressing == "auto":
         on_amazon = endpoint.host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
@@ -5086,10 +5071,7 @@ def copy_file_below(base_dir: str, path: str, max_bytes: int, into: BinaryIO) ->
     """Copy a regular file below `base_dir`, wherever links and dots lead. Blocks. Links are resolved first, and the
     result is opened step by step without following any: what changes in between is an error, not a way out."""
     base = os.path.realpath(base_dir)
-    try:
-        resolved = os.path.realpath(os.path.join(base, path))
-    except ValueError:  # a null byte, or what is no Unicode
-        raise HttpFailure("the file name is not valid", transient=False) from None
+    resolved = os.path.realpath(os.path.join(base, path))
     inside = resolved.removeprefix(base.rstrip("/") + "/")
     if inside == resolved:
         raise HttpFailure(f"{path[:200]!r} is not below [attachments] base_dir", transient=False)
@@ -5186,13 +5168,7 @@ class AttachmentFetcher:
 
     async def fetch(self, attachment: Attachment) -> Fetched | Reply:
         """One attachment that is elsewhere, or why it cannot be fetched. Who asks while a fetch is under way joins it."""
-        key = (
-            attachment.source,
-            attachment.location,
-            attachment.s3,
-            attachment.content_md5,
-            is_gzip_file(attachment, {}),
-        )
+        key = (*attachment[1:3], attachment.s3, attachment.content_md5, is_gzip_file(attachment, {}))  # where, and what
         task, until = self._fetches.pop(key, (None, 0.0))
         outcome = "fetched"
         if task is not None and until > self.monotonic():

