@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import load
-from rig import BenchError, Companion, Daemon
+from rig import BenchError, Companion, Daemon, Postgres
 from sinks import Manner, serve_reports, serve_smtp
 
 YEAR_S = 365 * 86_400
@@ -60,10 +60,10 @@ def prepared(rows: Rows, scratch: Path) -> Path:
     return copy
 
 
-def made_by_the_daemon(folder: Path) -> Path:
-    """A queue file with three messages: scheduled, sent and reported, ready."""
+def made_by_the_daemon(folder: Path, **storage: object) -> Path:
+    """A queue file (or what `storage` says) with three messages: scheduled, sent and reported, ready."""
     with Companion(serve_smtp, Manner()) as sink, Companion(serve_reports) as receiver:
-        with Daemon(folder, sections(sink.port, receiver.port)) as daemon:
+        with Daemon(folder, {**sections(sink.port, receiver.port), "storage": storage}) as daemon:
             daemon.submit([load.message("sent")])
             daemon.command("activate")
             daemon.wait_for_status(lambda status: status["pending"] == status["unreported"] == 0, 30)
@@ -123,4 +123,59 @@ def copy_attempts(db: sqlite3.Connection) -> None:
         f"INSERT INTO attempts ({', '.join(columns)}) SELECT {', '.join(values)} "  # noqa: S608 - as above
         "FROM messages AS original JOIN attempts ON attempts.seq = original.seq "
         "JOIN messages AS copy ON copy.id GLOB 'sent-*' WHERE original.id = 'sent'"
+    )
+
+
+# -- the same in PostgreSQL
+
+COUNT_ANEW = """
+    UPDATE counters SET last_seq = (SELECT max(seq) FROM messages);
+    UPDATE tallies SET (ready, waiting) = (
+        SELECT count(*) FILTER (WHERE deferred_ts IS NULL), count(deferred_ts) FROM messages
+        WHERE messages.account_id = tallies.account_id AND sent_ts IS NULL AND error_ts IS NULL
+    );
+    INSERT INTO sought SELECT max(seq), min(seq), min(created_at),
+            string_agg((SELECT text FROM sought ORDER BY last_seq LIMIT 1), chr(30))
+        FROM messages WHERE seq > (SELECT max(last_seq) FROM sought) GROUP BY seq / 100;
+"""
+
+
+def made_in(database: Postgres, rows: Rows, scratch: Path) -> str:
+    """A database with the same rows; its name."""
+    name = database.new_database()
+    made_by_the_daemon(scratch, db_path=database.url(name))
+    statements = [
+        multiplied(database, name, "scheduled", rows.scheduled, {
+            "deferred_ts": "deferred_ts + n % 1000000", "expires_ts": "expires_ts + n % 1000000",
+        }),
+        multiplied(database, name, "sent", rows.sent, {
+            "sent_ts": "sent_ts - n % 100000", "reported_ts": "reported_ts - n % 100000",
+        }),
+        multiplied(database, name, "attempts", rows.sent, {}),
+        multiplied(database, name, "ready", rows.ready, {}),
+    ]  # fmt: skip
+    for statement in (*statements, *COUNT_ANEW.split(";")[:-1], "VACUUM ANALYZE", "CHECKPOINT"):
+        database.rows(name, statement)
+    return name
+
+
+def multiplied(database: Postgres, name: str, key: str, times: int, changed: Mapping[str, str]) -> str:
+    """The statement that inserts the row of that id so many times again (or the attempt of each copy of `sent`)."""
+    table = key if key == "attempts" else "messages"
+    which = "SELECT column_name FROM information_schema.columns WHERE table_name = '{}' ORDER BY ordinal_position"
+    columns = [column for (column,) in database.rows(name, which.format(table))]
+    if table == "attempts":
+        values = ["copy.seq" if column == "seq" else f"attempts.{column}" for column in columns]
+        return (
+            f"INSERT INTO attempts ({', '.join(columns)}) SELECT {', '.join(values)} "  # noqa: S608 - names of columns
+            "FROM messages AS original JOIN attempts ON attempts.seq = original.seq "
+            "JOIN messages AS copy ON copy.id LIKE 'sent-%' WHERE original.id = 'sent'"
+        )
+    changed = {
+        "seq": "(SELECT max(seq) FROM messages) + n", "id": f"'{key}-' || n",
+        "message_id": f"'<{key}-' || n || '@bench.example>'", **changed,
+    }  # fmt: skip
+    return (
+        f"INSERT INTO messages ({', '.join(columns)}) SELECT {', '.join(changed.get(c, c) for c in columns)} "  # noqa: S608
+        f"FROM messages, generate_series(1, {times}) AS n WHERE id = '{key}'"
     )

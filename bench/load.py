@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import http.client
+import itertools
 import json
 import os
 import smtplib
@@ -110,19 +111,19 @@ def content_length(head: bytes) -> int:
     return int(after.partition(b"\r\n")[0])
 
 
-def run_posts(port: int, prefix: str, count: int, connections: int, batch: int = 1) -> Posted:
-    """Submit `count` messages, `batch` in a request, over so many kept connections."""
+def run_posts(ports: list[int], prefix: str, count: int, connections: int, batch: int = 1) -> Posted:
+    """Submit `count` messages, `batch` in a request, over so many kept connections, which go to the ports in turn."""
     all_messages = messages(prefix, count)
     requests = [post_bytes(all_messages[first : first + batch]) for first in range(0, count, batch)]
-    return asyncio.run(_run_posts(port, requests, connections))
+    return asyncio.run(_run_posts(ports, requests, connections))
 
 
-async def _run_posts(port: int, requests: list[bytes], connections: int) -> Posted:
+async def _run_posts(ports: list[int], requests: list[bytes], connections: int) -> Posted:
     loop = asyncio.get_running_loop()
     left, latencies_s = iter(requests), []
     clients = [
         (await loop.create_connection(lambda: PostConnection(left, latencies_s), "127.0.0.1", port))[1]
-        for _ in range(connections)
+        for _, port in zip(range(connections), itertools.cycle(ports), strict=False)
     ]
     began = time.monotonic()
     for client in clients:
@@ -335,7 +336,7 @@ def run_raw_posts(port: int, prefix: str, count: int, connections: int) -> Poste
     envelope: dict[str, object] = {"from": SENDER, "to": [RECIPIENT]}
     raws = [base64.b64encode(mail_with_id(number, prefix)).decode() for number in range(count)]
     requests = [post_bytes([{"id": f"{prefix}-{n}", **envelope, "raw": raw}]) for n, raw in enumerate(raws)]
-    return asyncio.run(_run_posts(port, requests, connections))
+    return asyncio.run(_run_posts([port], requests, connections))
 
 
 def run_smtplib(port: int, count: int) -> list[float]:

@@ -79,7 +79,7 @@ class Daemon:
         self.db = folder / "queue.db"
         self.log = folder / "daemon.log"
         self._process: subprocess.Popen[bytes] | None = None
-        self._write_config({"server": {"port": self.port}, "storage": {"db_path": self.db}}, sections)
+        self._write_config({"storage": {"db_path": self.db}, "server": {"port": self.port}}, sections)
 
     def _write_config(self, *parts: Mapping[str, Mapping[str, object]]) -> None:
         merged: dict[str, dict[str, object]] = {}

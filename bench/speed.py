@@ -35,6 +35,10 @@ Rows:
                 arrival of its message, in turn through all of them
     latency     deliveries per second and connection at 50 ms of round trip: with PIPELINING and CHUNKING, in clear and by
                 STARTTLS, with PIPELINING only, with neither. Ceiling: a bare asyncio client that uses what is offered
+    postgres    the queue in PostgreSQL (as it comes: every commit is on its disk), beside SQLite on the same disk: posts, deliveries
+                from a backlog; and a database with 1,000,000 scheduled, 200,000 sent and 100,000 ready messages beside an
+                empty one
+    nodes       two daemons on one database, beside one: posts, and deliveries of eight accounts from a backlog
     beside      with --beside OTHER.pyz: this build and another one in turns: start, memory, posts (also while delivering),
                 batches, and the rows deliver, provider and latency; the ratio is ours to theirs, of the processor time too
 """
@@ -61,7 +65,7 @@ import backlog
 import load
 import rig
 import servers
-from rig import Companion, Daemon, Elsewhere, PostfixSink, Spread
+from rig import Companion, Daemon, Elsewhere, PostfixSink, Postgres, Spread
 from sinks import (
     REFUSES,
     TAKES,
@@ -133,8 +137,13 @@ class Bench:
         sections["smtp"].update(smtp)
         return Daemon(self.folder / self.label(), sections, program)
 
+    def node(self, database: Postgres, name: str, smtp_port: int, reports_port: int) -> Daemon:
+        """A daemon on a database, not yet started."""
+        sections = backlog.sections(smtp_port, reports_port)
+        return Daemon(self.folder / self.label(), {**sections, "storage": {"db_path": database.url(name)}})
+
     def posts(self, port: int, count: int, connections: int, batch: int = 1) -> load.Posted:
-        posted = self.elsewhere.run(load.run_posts, port, self.label(), count, connections, batch)
+        posted = self.elsewhere.run(load.run_posts, [port], self.label(), count, connections, batch)
         if posted.refused:
             raise rig.BenchError(f"{posted.refused} posts were refused")
         return posted
@@ -336,7 +345,7 @@ def measured_way(bench: Bench, daemon: Daemon, sink: Any, count: int) -> Taken:
     costs: list[float] = []
     before = sink.count
     with costed(daemon, count, costs):
-        posting = bench.elsewhere.begin(load.run_posts, daemon.port, bench.label(), count, 1, 1000)
+        posting = bench.elsewhere.begin(load.run_posts, [daemon.port], bench.label(), count, 1, 1000)
         ended = sink.wait_for(before + count)
         posted = posting.result(60)
         settle(daemon)
@@ -537,7 +546,7 @@ def restarted(daemon: Daemon) -> float:
     return seconds
 
 
-def large_lines(bench: Bench, full: Large, empty: Large) -> Iterable[Line]:
+def large_lines(bench: Bench, full: Large, empty: Large, which_full: str = "that file") -> Iterable[Line]:
     posts, deliveries = bench.of(5000), bench.of(20) * 100
     for large in (full, empty):
         large.post_rate(posts // 5)
@@ -553,8 +562,10 @@ def large_lines(bench: Bench, full: Large, empty: Large) -> Iterable[Line]:
         for name in measures:
             title = what or {"deliver": "deliveries", "report": "reports"}[name]
             bare = [taken.figure for taken in results[f"{name} empty"]]
-            line = compared(f"{title}, that file", unit or "/s", results[f"{name} full"], bare, loop, goal="ratio 0.9")
-            yield line._replace(ceiling=f"{line.ceiling} empty file")
+            line = compared(
+                f"{title}, {which_full}", unit or "/s", results[f"{name} full"], bare, loop, goal="ratio 0.9"
+            )
+            yield line._replace(ceiling=f"{line.ceiling} empty")
 
 
 def search_lines(bench: Bench, large: Large) -> Iterable[Line]:
@@ -866,6 +877,89 @@ def beside_deliveries(bench: Bench, pair: Pair, sink: Any, offered: str) -> Iter
     yield pair.line("memory, afterwards", " MiB", lambda daemon: Taken(daemon.rss_mib()))
 
 
+# -- PostgreSQL
+
+
+def postgres_rows(bench: Bench) -> Iterable[Line]:
+    with contextlib.ExitStack() as stack:
+        database = stack.enter_context(Postgres(bench.folder))
+        sink, receiver = stack.enter_context(fast_sink()), stack.enter_context(Companion(serve_reports))
+        in_file = stack.enter_context(bench.daemon(sink.port, receiver.port))
+        empty = stack.enter_context(bench.node(database, database.new_database(), sink.port, receiver.port))
+        for daemon in (in_file, empty):
+            measured_posts(bench, daemon, bench.of(2000), 32)  # warm
+            measured_backlog(bench, daemon, sink, 1000)
+        posts, deliveries = partial(measured_posts, bench), partial(measured_backlog, bench, sink=sink)
+        for what, unit, goal, measure in (
+            ("posts, connections: 1", "/s", "", partial(posts, count=bench.of(1000), connections=1)),
+            ("posts, connections: 32", "/s", "0.35", partial(posts, count=bench.of(10_000), connections=32)),
+            ("batches of 1,000", " msg/s", "", partial(posts, count=bench.of(20) * 1000, connections=1, batch=1000)),
+            ("from a backlog", " msg/s", "0.4", partial(deliveries, count=max(1000, bench.of(5000)))),
+        ):
+            runs = {"ours": partial(measure, daemon=empty), "SQLite": partial(measure, daemon=in_file)}
+            results, loop = rig.interleaved(bench.rounds, runs)
+            beside = [taken.figure for taken in results["SQLite"]]
+            line = compared(f"PostgreSQL, {what}", unit, results["ours"], beside, loop, goal=goal)
+            yield line._replace(ceiling=f"{line.ceiling} SQLite")
+        rows = backlog.Rows(*map(bench.of, backlog.Rows()))
+        name = backlog.made_in(database, rows, bench.folder / bench.label())
+        full = stack.enter_context(bench.node(database, name, sink.port, receiver.port))
+        settle(empty)
+        yield from large_lines(
+            bench,
+            Large(bench, full, sink, receiver, has_backlog=True),
+            Large(bench, empty, sink, receiver, has_backlog=False),
+            f"PostgreSQL, {rows.shown()}",
+        )
+
+
+def nodes_rows(bench: Bench) -> Iterable[Line]:
+    accounts, count = [f"a{number}" for number in range(8)], max(1000, bench.of(5000))
+    with contextlib.ExitStack() as stack:
+        database = stack.enter_context(Postgres(bench.folder))
+        sink, receiver = stack.enter_context(fast_sink()), stack.enter_context(Companion(serve_reports))
+        kinds: dict[str, list[Daemon]] = {}
+        for kind, size in (("ours", 2), ("one", 1)):
+            name = database.new_database()
+            kinds[kind] = [
+                stack.enter_context(bench.node(database, name, sink.port, receiver.port)) for _ in range(size)
+            ]
+            for account in accounts:
+                server = {"host": "127.0.0.1", "port": sink.port, "max_connections": 4}
+                kinds[kind][0].ask("POST", "/account", {"id": account, **server})
+
+        def posted(nodes: Sequence[Daemon]) -> Taken:
+            count = bench.of(10_000)
+            ports = [node.port for node in nodes]
+            taken = bench.elsewhere.run(load.run_posts, ports, bench.label(), count, 32, 1)
+            return taken_of(taken, count, 0.0)
+
+        def delivered(nodes: Sequence[Daemon]) -> Taken:
+            nodes[0].command("suspend")
+            for node in nodes:
+                node.wait_for_status(lambda status: not status["active"], 30)
+            for account in accounts:
+                nodes[-1].submit(load.messages(bench.label(), count // len(accounts), account_id=account))
+            before, began, cpu_before = sink.count, time.monotonic(), sum(node.cpu_s() for node in nodes)
+            nodes[0].command("activate")
+            ended = sink.wait_for(before + count)
+            for node in nodes:
+                settle(node)
+            return Taken(count / (ended - began), (sum(node.cpu_s() for node in nodes) - cpu_before) * 1000 / count)
+
+        for what, unit, goal, measure in (
+            ("posts, 32 connections in turns to both", "/s", "1.0", posted),
+            ("from a backlog of eight accounts", " msg/s", "1.0", delivered),
+        ):
+            for nodes in kinds.values():
+                measure(nodes)  # warm
+            runs = {kind: partial(measure, nodes) for kind, nodes in kinds.items()}
+            results, loop = rig.interleaved(bench.rounds, runs)
+            beside = [taken.figure for taken in results["one"]]
+            line = compared(f"two nodes, {what}", unit, results["ours"], beside, loop, goal=goal)
+            yield line._replace(ceiling=f"{line.ceiling} one node")
+
+
 # -- the command
 
 
@@ -882,6 +976,8 @@ ROWS: dict[str, Callable[[Bench], Iterable[Line]]] = {
     "start": start_rows,
     "accounts": accounts_rows,
     "latency": latency_rows,
+    "postgres": postgres_rows,
+    "nodes": nodes_rows,
     "beside": beside_rows,
 }
 
