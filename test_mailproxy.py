@@ -16420,11 +16420,12 @@ class Reader:
 
     def __init__(self, folder: Path, smtp: SmtpServer, ca: PrivateCA, reports: ReportReceiver) -> None:
         self.port = free_port()
-        self._log = folder / "log"
+        self._log = folder.parent / "log"
         self._places = {
             "smtp.example.com:587": f"localhost:{smtp.port}",
             '"port": 587': f'"port": {smtp.port}',
             "port = 587": f"port = {smtp.port}",
+            "smtp.port=587": f"smtp.port={smtp.port}",
             "smtp.example.com": "localhost",
             "127.0.0.1:8000": f"127.0.0.1:{self.port}",
         }
@@ -16435,7 +16436,11 @@ class Reader:
         own = {"PATH": f"{folder}:{os.environ['PATH']}", "MAILPROXY_SERVER_PORT": str(self.port)}
         own |= {"MAILPROXY_CLIENT_CLIENT_SYNC_URL": reports.url, "SSL_CERT_FILE": str(ca.ca_file)}
         own |= {"SMTP_PASSWORD": "secret"}  # exported in one terminal, and the other too
-        self._outside = {"cwd": folder, "env": {**_plain_environment(), **own}, "stdin": subprocess.DEVNULL}
+        self._outside: dict[str, Any] = {
+            "cwd": folder,
+            "env": {**_plain_environment(), **own},
+            "stdin": subprocess.DEVNULL,
+        }
 
     def there(self, text: str) -> str:
         """What is printed, with the test's own servers in the place of those it names."""
@@ -16490,6 +16495,7 @@ class Reader:
         try:
             wait_until(lambda: "mailproxy listens" in self._log.read_text() or terminal.poll(), "the daemon")
             assert terminal.poll() is None, self._log.read_text()
+            self._outside["cwd"] = self._log.with_name("mail")  # the other terminal is there, too
             yield
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -16555,11 +16561,12 @@ def test_each_route_is_in_the_pages_by_a_line_of_curl_and_each_code_of_an_answer
 
 
 def test_the_pages_mention_no_command_option_or_metric_that_is_not_there() -> None:
-    mentioned = [words for text in PAGES.values() for words in re.findall(r"mailproxy\.pyz ([a-z][^`$\n|)<>]*)", text)]
+    pages = [text.replace("\\\n", "") for text in PAGES.values()]
+    mentioned = [words for text in pages for words in re.findall(r"mailproxy\.pyz ([a-z][^`$\n|)<>]*)", text)]
     assert len(mentioned) > 8
     for words in mentioned:
         assert mailproxy.parsed(shlex.split(words))
-    named = {name for text in PAGES.values() for name in re.findall(r"\bmailproxy_[a-z_]+\b", text)}
+    named = {name for text in pages for name in re.findall(r"\bmailproxy_[a-z_]+\b", text)}
     assert named - {"mailproxy_token"} <= set(re.findall(r"\w+", metrics_table()))
 
 
@@ -16599,6 +16606,12 @@ def test_the_links_of_the_pages_lead_somewhere(page: str) -> None:
         assert leads_to.exists(), target
         if anchor:
             assert anchor in heading_anchors(leads_to.read_text(encoding="utf-8")), target
+
+
+def test_the_readme_is_short_and_leads_to_each_page() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 200
+    for page in PAGES:
+        assert page == "README.md" or f"]({page})" in PAGES["README.md"]
 
 
 def test_the_page_about_providers_shows_the_log_line_as_it_is() -> None:
