@@ -909,6 +909,8 @@ AWS_VARIABLES = {  # that stand in for what [s3] leaves out; the first one wins
     "AWS_SESSION_TOKEN": "session_token", "AWS_ENDPOINT_URL_S3": "endpoint",
     "AWS_REGION": "region", "AWS_DEFAULT_REGION": "region",
 }  # fmt: skip
+# What Kubernetes puts into the environment about a Service whose name begins with mailproxy: no settings.
+SERVICE_LINK = re.compile(r"MAILPROXY_(.+_)?(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP)|PORT=(tcp|udp|sctp)://)")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -980,6 +982,7 @@ def _in_file(path: str) -> Iterator[tuple[str, str, str, str]]:
 def read_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
     """All settings, each judged for itself: what a client of the daemon needs; `overrides` are the command line's,
     by "section.key". Blocking: reads a file. Raises ConfigurationError."""
+    environ = {name: text for name, text in environ.items() if not SERVICE_LINK.match(f"{name}={text}")}
     usual = (path for path in ("./config.ini", SYSTEM_CONFIG) if os.path.exists(path))
     path = config or environ.get("MAILPROXY_CONFIG") or next(usual, None)
     variables = {f"MAILPROXY_{row.section}_{row.key}".upper(): row for rows in TABLE.values() for row in rows}
@@ -11158,6 +11161,8 @@ def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Ma
         print(words.format(whose=whose, **fields) if isinstance(words, str) else "\n".join(words(fields)))
         if fields.get("next"):
             print(f"There are more: --after {fields['next']} shows the next ones.", file=sys.stderr)
+    if path == "/status" and (problem := client.ask("GET", "/ready").fields.get("error")):
+        raise CommandFailed(f"not ready: {problem}")
     reasons = {"not_found": "not found", "not_failed": "not failed", "in_delivery": "in delivery just now"}
     left_out = [f"{why}: {', '.join(fields[key])}" for key, why in reasons.items() if "ids" in args and fields.get(key)]
     if left_out:

@@ -79,6 +79,7 @@ import prometheus_client
 import prometheus_client.parser
 import psycopg
 import pytest
+import yaml
 from aiosmtpd.smtp import SMTP, AuthResult
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -15910,31 +15911,123 @@ def in_dockerfile(pattern: str) -> list[str]:
     return re.findall(pattern, (DEPLOY / "Dockerfile").read_text().replace("\\\n", " "), re.MULTILINE)
 
 
-def test_the_container_has_a_configuration_and_copies_files_that_are_there(tmp_path: Path) -> None:
+def image_environment(folder: Path) -> dict[str, str]:
+    """The environment that the image sets, with a token, and the queue in a folder of the test."""
     (line,) = in_dockerfile(r"^ENV (.*)$")
     environment = dict(word.split("=", 1) for word in line.split())
-    environment |= {"MAILPROXY_SERVER_API_TOKEN": "t", "MAILPROXY_STORAGE_DB_PATH": str(tmp_path / "queue.db")}
-    checked = run_command("check", folder=tmp_path, environment=environment)
+    return environment | {"MAILPROXY_SERVER_API_TOKEN": "t0ken", "MAILPROXY_STORAGE_DB_PATH": str(folder / "queue.db")}
+
+
+def service_links(service: str) -> dict[str, str]:
+    """What Kubernetes tells every container of a namespace about a Service of it, by the environment."""
+    name, protocols = service.upper().replace("-", "_"), {"HTTP": ("TCP", 8000), "DNS": ("UDP", 53)}
+    links = {f"{name}_SERVICE_HOST": "10.0.0.1", f"{name}_SERVICE_PORT": "8000", f"{name}_PORT": "tcp://10.0.0.1:8000"}
+    for port_name, (protocol, port) in protocols.items():
+        address = f"{name}_PORT_{port}_{protocol}"
+        links |= {f"{name}_SERVICE_PORT_{port_name}": str(port), address: f"{protocol.lower()}://10.0.0.1:{port}"}
+        links |= {f"{address}_PROTO": protocol.lower(), f"{address}_PORT": str(port), f"{address}_ADDR": "10.0.0.1"}
+    return links
+
+
+def test_the_container_has_a_configuration_and_copies_files_that_are_there(tmp_path: Path) -> None:
+    checked = run_command("check", folder=tmp_path, environment=image_environment(tmp_path))
     assert checked.returncode == 0, checked.stderr
     assert "matches no setting" not in checked.stdout + checked.stderr
 
-    copied = in_dockerfile(r"^COPY (?!--from)(.*) \./$")
-    assert copied
-    assert [name for names in copied for name in names.split() if not PROGRAM.with_name(name).exists()] == []
+    (copied,) = in_dockerfile(r"^COPY (?!--from)(.*) \./$")
+    assert [name for name in copied.split() if not PROGRAM.with_name(name).exists()] == []
+    ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().split()
+    assert ignored == ["*", *(f"!{name}" for name in copied.split())]
 
 
-def test_the_health_check_of_the_container_says_whether_the_daemon_is_ready(tmp_path: Path) -> None:
+@pytest.mark.parametrize("service", ["mailproxy", "mailproxy-server", "mailproxy-smtp"])
+def test_the_daemon_starts_beside_a_kubernetes_service_of_its_name(tmp_path: Path, service: str) -> None:
+    given = image_environment(tmp_path) | {"MAILPROXY_SMTP_HOST": "mail.example.com"} | service_links(service)
+    settings = mailproxy.load_settings(os.devnull, given, {})
+    assert (settings.server.port, settings.warnings) == (8000, ())
+    assert settings.accounts == {"default": {"host": "mail.example.com"}}
+
+    given |= {"MAILPROXY_SERVER_PORT": "8025", "MAILPROXY_SMTP_PORT": "587"}  # the pod's own words win over such links
+    settings = mailproxy.load_settings(os.devnull, given, {})
+    assert (settings.server.port, settings.accounts["default"]["port"]) == (8025, "587")
+
+
+@pytest.mark.parametrize("listens", ["http", "https", "unix"])
+def test_the_health_check_of_the_container_says_whether_the_daemon_is_ready_however_it_listens(
+    tmp_path: Path, ca: PrivateCA, listens: str
+) -> None:
     (check,) = in_dockerfile(r"^HEALTHCHECK .* CMD (\[.*\])$")
-    command = [sys.executable, *json.loads(check)[1:]]
-    with Daemon(tmp_path, token="t0ken") as daemon:
-        environment = {**os.environ, "MAILPROXY_SERVER_PORT": str(daemon.port), "http_proxy": "http://127.0.0.1:9"}
+    program, *command = json.loads(check)
+    assert [program] == json.loads(*in_dockerfile(r"^ENTRYPOINT (.*)$"))
+    said = {"MAILPROXY_SERVER_PORT": str(free_port()), "MAILPROXY_CONFIG": str(tmp_path / "config.ini")}
+    environment = {**_plain_environment(), **image_environment(tmp_path), **said, "http_proxy": "http://127.0.0.1:9"}
+    server = {"http": "", "https": "tls_cert = {0.cert}\ntls_key = {0.key}", "unix": f"unix_socket = {tmp_path}/socket"}
+    (tmp_path / "config.ini").write_text(f"[server]\n{server[listens]}\n".format(ca.good()))
 
-        well = subprocess.run(command, env=environment, capture_output=True, timeout=20)
-        daemon.stop()
-        ill = subprocess.run(command, env=environment, capture_output=True, timeout=20)
+    with running("serve", env=environment, cwd=tmp_path) as daemon:
+        assert daemon.stderr
+        assert listens in next(line for line in daemon.stderr if "mailproxy listens" in line)
+        well = run_command(*command, environment=environment)
+    ill = run_command(*command, environment=environment)
 
-    assert well.returncode == 0, well.stderr
+    assert (well.returncode, well.stderr) == (0, "")
     assert ill.returncode == 1
+    assert "cannot reach" in ill.sentence
+
+
+def test_status_ends_with_1_while_the_daemon_answers_but_is_not_ready(tmp_path: Path) -> None:
+    storage = FaultyStorage(tmp_path)
+    with Daemon(tmp_path, {"smtp": NOWHERE}, environment=storage.environment) as daemon, storage.fails("full"):
+        assert submitted(daemon, letter("refused")).status == 503
+        ended = run_command("status", "--url", f"http://127.0.0.1:{daemon.port}")
+    assert ended.returncode == 1
+    assert "delivery" in ended.stdout
+    assert ended.sentence.startswith("mailproxy: not ready: ")
+
+
+def test_compose_starts_the_image_beside_a_prometheus_and_a_grafana_that_know_of_it(tmp_path: Path) -> None:
+    composed = yaml.safe_load((DEPLOY / "compose.yml").read_text())
+    services, secrets = composed["services"], composed["secrets"]
+    ours, prometheus, grafana = (services[name] for name in ("mailproxy", "prometheus", "grafana"))
+    contents = {name: yaml.safe_load(config["content"]) for name, config in composed["configs"].items()}
+    placed = {
+        config["target"]: contents[config["source"]] for one in services.values() for config in one.get("configs", ())
+    }
+    mounted = [volume.split(":") for one in services.values() for volume in one["volumes"]]
+    files = {target: path.removeprefix("./") for path, target, *_ in mounted if path.startswith("./")}
+    assert {path for path, *_ in mounted} == {*composed["volumes"], *(f"./{file}" for file in files.values())}
+    assert [file for file in files.values() if not (DEPLOY / file).exists()] == [secrets["api_token"]["file"]]
+    assert ours["secrets"] == list(secrets) == ["api_token", "smtp_password"]
+    assert all(port.startswith("127.0.0.1:") for one in services.values() for port in one["ports"])
+    assert (DEPLOY / ours["build"]["context"] / ours["build"]["dockerfile"]).samefile(DEPLOY / "Dockerfile")
+    assert [f"queue:{target}" for target in in_dockerfile("^VOLUME (.*)$")] == ours["volumes"]
+    (stop,) = unit_lines("TimeoutStopSec")
+    assert ours["stop_grace_period"] == stop
+
+    given = image_environment(tmp_path)
+    for name, value in ours["environment"].items():
+        named = re.fullmatch(r"\$\{(SMTP_\w+):([?-])(.*)\}", str(value))
+        given[name] = value if not named else named[3] if named[2] == "-" else "a.example"
+    (tmp_path / "token").write_text("t0ken")
+    given["MAILPROXY_SERVER_API_TOKEN"] = given["MAILPROXY_SERVER_API_TOKEN"].replace(
+        "/run/secrets/api_", f"{tmp_path}/"
+    )
+    settings = mailproxy.load_settings(os.devnull, given, {})
+    assert settings.warnings == ()
+    assert settings.accounts["default"]["password"] == "file:/run/secrets/smtp_password"
+
+    scraping = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+    scraping["scrape_configs"][0]["static_configs"] = [{"targets": [f"mailproxy:{settings.server.port}"]}]
+    del scraping["alerting"]
+    assert placed["/etc/prometheus/prometheus.yml"] == scraping
+    assert files["/etc/prometheus/alerts.yml"] == ALERTS.name
+    assert files[scraping["scrape_configs"][0]["authorization"]["credentials_file"]] == secrets["api_token"]["file"]
+    assert prometheus["ports"] == ["127.0.0.1:9090:9090"]
+    (source,) = placed["/etc/grafana/provisioning/datasources/mailproxy.yml"]["datasources"]
+    assert (source["type"], source["url"]) == ("prometheus", "http://prometheus:9090")
+    (provider,) = placed["/etc/grafana/provisioning/dashboards/mailproxy.yml"]["providers"]
+    assert files[f"{provider['options']['path']}/mailproxy.json"] == "grafana-dashboard.json"
+    assert "admin" not in grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD"]
 
 
 # -- Prometheus and Grafana
