@@ -39,6 +39,7 @@ import pty
 import py_compile
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -69,7 +70,7 @@ from email.utils import getaddresses
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import aiosmtplib
 import dkim
@@ -699,6 +700,102 @@ def called(port: int, method: str, path: str, headers: Mapping[str, str] | None 
         return HttpAnswer(answer.status, answer.headers, answer.read())
 
 
+FORKER = """
+import contextlib, gc, json, os, signal, socket, sys
+sys.path[0] = sys.argv[1]
+import argparse, configparser, csv, ctypes, difflib, html, urllib.request, mailproxy, prometheus_client
+
+def taken(descriptor):
+    return socket.socket(fileno=descriptor)
+
+orders = taken(os.dup(0))
+gc.freeze()
+while True:
+    order, files, *_ = socket.recv_fds(orders, 1_000_000, 4)
+    if order and not os.fork():
+        break
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG if order else 0)[0]:
+            pass
+    if not order:
+        sys.exit()
+    for file in files:
+        os.close(file)
+orders.close()
+for descriptor, file in enumerate(files[:3]):
+    os.dup2(file, descriptor)
+    os.close(file)
+line = taken(files[3])
+if child := os.fork():  # and this one waits for it
+    os.closerange(0, 3)
+    line.send(b"%d" % child)
+    line.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    os._exit(0)
+line.close()
+sys.argv, folder, environment = json.loads(order)
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(environment)
+sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1, errors="backslashreplace")
+vars(mailproxy).update(json.loads(os.environ.get("PAUSES", "{}")))
+sys.exit(mailproxy.main())
+"""
+
+
+@functools.cache
+def forker() -> socket.socket:
+    """The line to a Python that has loaded the program, and forks itself for each order."""
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-X", "utf8", "-c", FORKER, STARTER.with_name("compiled")]
+    with theirs:
+        process = subprocess.Popen(command, stdin=theirs, start_new_session=True)
+    atexit.register(lambda: (ours.close(), process.wait(60)))
+    return ours
+
+
+class Forked:
+    """The program in a process of its own: what subprocess.Popen([sys.executable, STARTER, ...]) is, in a fifth of its
+    time. What Python itself, or the C library, reads in its environment at its start has no effect."""
+
+    def __init__(self, words: Sequence[object], *, cwd: Path, env: Mapping[str, str], **files: IO[bytes]) -> None:
+        order = json.dumps([[str(STARTER), *map(str, words)], str(cwd), dict(env)]).encode()
+        self._line, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        with theirs:
+            given = [*(files[name].fileno() for name in ("stdin", "stdout", "stderr")), theirs.fileno()]
+            socket.send_fds(forker(), [order], given)
+        self.pid, self.returncode = int(self._line.recv(20)), None
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._line], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("mailproxy", timeout)
+            self.returncode = int(self._line.recv(20))
+            self._line.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    terminate = functools.partialmethod(send_signal, signal.SIGTERM)
+    kill = functools.partialmethod(send_signal, signal.SIGKILL)
+
+
+def start_program(
+    words: Sequence[object], *, env: Mapping[str, str], **options: Any
+) -> subprocess.Popen[bytes] | Forked:
+    """The program as a process, forked where the environment changes nothing that would take a Python of its own."""
+    early = re.compile("PYTHON|LC_|LANG|LD_|MALLOC_|TZ")
+    if any(early.match(name) and value != os.environ.get(name) for name, value in env.items()):
+        return subprocess.Popen([sys.executable, STARTER, *words], env={**env, "PYTHONUTF8": "1"}, **options)
+    return Forked(words, env=env, **options)
+
+
 class Daemon:
     """The real program: `mailproxy.py serve` in a folder of its own, on a port of its own.
 
@@ -714,10 +811,9 @@ class Daemon:
         reports: ReportReceiver | None = None,
         token: str | None = None,
         environment: Mapping[str, str] | None = None,
-        open_files: int | None = None,
+        within: Sequence[object] = (),  # a command that runs it
     ) -> None:
         self.folder = folder
-        self._limits = ["sh", "-c", f'ulimit -n {open_files}; exec "$@"', "sh"] if open_files else []
         self.config: dict[str, dict[str, object]] = {
             "storage": {"db_path": Storage.place(folder)},
             "server": {"host": "127.0.0.1", "port": 0},
@@ -730,9 +826,9 @@ class Daemon:
             self.config["client"] = {"client_sync_url": reports.url}
         for section, values in (config or {}).items():
             self.config.setdefault(section, {}).update(values)
-        self.token = token
+        self.token, self.within = token, within
         self.port = 0
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Forked | None = None
         self._environment = {**_plain_environment(), "HOME": str(folder), **(environment or {})}
         self._log_file = folder / "daemon.log"
         self._threads = threading.local()  # a kept connection for each thread
@@ -754,10 +850,13 @@ class Daemon:
         self.write_config()
         self._log_starts_at = len(self.log)
         self._hang_up()
-        command = [*self._limits, sys.executable, STARTER, "serve", "--config", self.folder / "config.ini"]
-        with self._log_file.open("ab") as log:
-            outside = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            self.process = subprocess.Popen(command, cwd=self.folder, env=self._environment, **outside)
+        words = ["serve", "--config", self.folder / "config.ini"]
+        with self._log_file.open("ab") as log, open(os.devnull, "rb") as nothing:
+            outside = {"cwd": self.folder, "env": self._environment, "stdin": nothing, "stdout": log, "stderr": log}
+            if self.within:
+                self.process = subprocess.Popen([*self.within, sys.executable, STARTER, *words], **outside)
+            else:
+                self.process = start_program(words, **outside)
         self.port = wait_until(self._port_in_log, "the daemon's address in its log", timeout)
         wait_until(lambda: self.get("/ready").status == 200, "the daemon's readiness", timeout)
 
@@ -13391,11 +13490,18 @@ def run_command(
     *words: object, folder: Path | None = None, environment: Mapping[str, str] | None = None, stdin: bytes = b""
 ) -> Ended:
     """Run the program as a user does, with nothing of ours in its environment."""
-    ended = subprocess.run(
-        [sys.executable, STARTER, *map(str, words)], cwd=folder, input=stdin, capture_output=True, timeout=60,
-        env={**_plain_environment(), "PYTHONUTF8": "1", **(environment or {})},
-    )  # fmt: skip
-    return Ended(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as complaints:
+        given.write(stdin)
+        given.seek(0)
+        outside = {"cwd": folder or Path.cwd(), "env": {**_plain_environment(), **(environment or {})}}
+        command = start_program(words, stdin=given, stdout=out, stderr=complaints, **outside)
+        try:
+            status = command.wait(60)
+        finally:
+            command.kill()
+        for file in out, complaints:
+            file.seek(0)
+        return Ended(status, out.read().decode(), complaints.read().decode())
 
 
 class Ended(NamedTuple):
@@ -14676,7 +14782,7 @@ def installed_daemon(smtp: SmtpServer) -> Iterator[Daemon]:
         (folder / "token").write_text("sesame")
         (folder / "token").chmod(0o400)
         os.chown(folder / "token", NOBODY, NOBODY)
-        daemon._limits = [*as_user(NOBODY), "sh", "-c", start, "sh"]
+        daemon.within = [*as_user(NOBODY), "sh", "-c", start, "sh"]
         try:
             yield daemon
         finally:
@@ -15114,7 +15220,8 @@ def test_strangers_who_open_connections_without_end_neither_stop_delivery_nor_fi
             return daemon.get("/health").status == 200
         return False
 
-    with Daemon(tmp_path, smtp=smtp, token="t0ken", open_files=300) as daemon:
+    limit = ["sh", "-c", 'ulimit -n 300; exec "$@"', "sh"]
+    with Daemon(tmp_path, smtp=smtp, token="t0ken", within=limit) as daemon:
         assert daemon.post("/account", {"id": "new", "host": smtp.host, "port": smtp.port}).status == 200
         daemon.submit(mail("beside-them", account_id="new", deferred_ts=int(time.time()) + 2))
         with contextlib.ExitStack() as strangers:
@@ -15301,7 +15408,7 @@ def provoke_failures(daemon: Daemon, smtp_port: int, http_port: int) -> None:
 def test_no_secret_is_in_anything_that_is_written_or_answered(tmp_path: Path) -> None:
     with serving(Parrot) as smtp_port, serving(Echo) as http_port:
         config = secretive_config(tmp_path, smtp_port, http_port)
-        with Daemon(tmp_path, config, environment=SECRET_ENVIRONMENT) as daemon:
+        with Daemon(tmp_path, config, environment=SECRET_ENVIRONMENT, within=["env"]) as daemon:
             daemon.token = "s3cret-token-2"
             provoke_failures(daemon, smtp_port, http_port)
             paths = ("/status", "/accounts", "/metrics", "/openapi.json", "/health", "/ready")
