@@ -9160,7 +9160,8 @@ class Browser:
 
     def text(self, selector: str = "body") -> str:
         """What is seen there, on one line."""
-        return " ".join(str(self.js("document.querySelector(arguments[0])?.innerText ?? ''", selector)).split())
+        shown = "(one => one?.checkVisibility() ? one.innerText : '')(document.querySelector(arguments[0]))"
+        return " ".join(str(self.js(shown, selector)).split())  # innerText is there of what is hidden, too
 
     def sees(self, words: str, selector: str = "body") -> None:
         wait_until(lambda: words in self.text(selector), lambda: f"{words!r} in {self.text(selector)[:2000]!r}", 10)
@@ -9324,7 +9325,7 @@ def test_a_message_is_looked_at_retried_and_deleted_by_the_keyboard(
         browser.press("Delete")
         browser.sees("No message yet", "#empty")
         assert daemon.get("/messages").json["messages"] == []
-        assert browser.js("document.title") == "mailproxy"
+        wait_until(lambda: browser.js("document.title") == "mailproxy", lambda: browser.js("document.title"))
         assert [fault for fault in browser.faults() if "status of 404" not in fault] == []
         assert {urllib.parse.urlsplit(request["url"]).netloc for request in browser.requests()} == {
             f"127.0.0.1:{daemon.port}"
