@@ -104,7 +104,7 @@ from datetime import UTC, datetime
 from email.errors import MessageError
 from email.header import decode_header, make_header
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, NoReturn, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
 import aiosmtplib
 
@@ -3144,9 +3144,22 @@ class _Wish(NamedTuple):
     answer: asyncio.Future[Any]
 
 
+class Database(Protocol):
+    """A connection as pieces of work see it: sqlite3's, or one that behaves so."""
+
+    def execute(self, sql: str, parameters: Any = ..., /) -> Any: ...
+    def executemany(self, sql: str, parameters: Any, /) -> Any: ...
+
+
 class QueueFile:
     """The file. `schema` makes a new one; `migrations`, which may use the SQL `functions` of one argument, bring one of
     version 1, 2, ... to the same, the newest version."""
+
+    errors: tuple[type[Exception], ...] = (sqlite3.Error,)
+    mistakes: tuple[type[Exception], ...] = MISTAKES  # of those: what is wrong with the work, not with the storage
+    sends_late = False  # a piece of work has ended only when what it asked last was sent
+    listed: Callable[[Sequence[Any]], Any] = staticmethod(as_json)  # values for: IN (SELECT value FROM json_each(...))
+    instance = ""  # the daemon's name among several
 
     def __init__(
         self,
@@ -3162,14 +3175,16 @@ class QueueFile:
         self.refuses = False  # a commit failed; cleared by the next that has something to write and succeeds
         self.last_seq = self.last_report = 0  # the numbers given last, for whoever writes
         self.meanwhile: Callable[[], object] = lambda: None  # what the loop's thread can do while the disk writes
+        self.changes = -1  # that other daemons may have made; on_change reads them
+        self.on_change: Callable[[Any], None] = lambda db: None
         self._schema, self._migrations, self._functions = schema, migrations, functions
         self._observe_commit, self._observe_refusal = observe_commit, observe_refusal
         self._open = False
         self._undo = contextlib.ExitStack()  # what open() did
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="queue-writer")
         self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="queue-reader")
-        self._writing: sqlite3.Connection | None = None
-        self._reading: sqlite3.Connection | None = None
+        self._writing: Any = None
+        self._reading: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None  # kept: asking which one runs is a system call
         self._waiting: list[_Wish] = []
         self._at_work: Sequence[_Wish] = ()  # what the writer has and has not answered
@@ -3292,7 +3307,7 @@ class QueueFile:
             together.setdefault(wish.work, []).append(wish)
         pieces, answers = list(together.values()), list[tuple[_Wish, Any]]()
         try:
-            connection = self._writing or self._connect()
+            connection: Any = self._writing or self._connect()
             changes = connection.total_changes
             connection.execute("BEGIN IMMEDIATE")
             for number, piece in enumerate(pieces):
@@ -3300,9 +3315,11 @@ class QueueFile:
                     connection.execute("SAVEPOINT piece")
                 try:
                     results = piece[0].work(connection, [wish.item for wish in piece])
+                    if self.sends_late:
+                        connection.send()
                     answers += list(zip(piece, results, strict=True))
                 except Exception as error:
-                    if isinstance(error, sqlite3.Error) and not isinstance(error, MISTAKES):
+                    if isinstance(error, self.errors) and not isinstance(error, self.mistakes):
                         raise
                     for undo in ("ROLLBACK TO piece",) if number else ("ROLLBACK", "BEGIN IMMEDIATE"):
                         connection.execute(undo)
@@ -3320,7 +3337,12 @@ class QueueFile:
             self.refuses = True
             self._close_writing()
             self._observe_refusal()
-            answers = [(wish, StorageUnavailable(f"The queue cannot be written: {error}.")) for wish in group]
+            told = (
+                str(error)
+                if isinstance(error, StorageUnavailable)
+                else f"The queue cannot be written: {self.why(error)}."
+            )
+            answers = [(wish, StorageUnavailable(told)) for wish in group]
         else:
             self.refuses = self.refuses and connection.total_changes == changes
             self._observe_commit(time.monotonic() - started)
@@ -3354,7 +3376,7 @@ class QueueFile:
     def _close_writing(self) -> None:
         connection, self._writing = self._writing, None
         if connection is not None:
-            with contextlib.suppress(sqlite3.Error):
+            with contextlib.suppress(*self.errors):
                 connection.close()
 
     # -- reading
@@ -3365,19 +3387,26 @@ class QueueFile:
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
-            if self._reading is None:
-                uri = f"file:{urllib.parse.quote(self.path)}?mode=ro"
-                self._reading = sqlite3.connect(uri, uri=True, isolation_level=None)
-                self._reading.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+            self._reading = self._reading or self._connect_reading()
             return work(self._reading)
-        except sqlite3.DatabaseError as error:
+        except self.errors as error:
             self._close_reading()
-            raise StorageUnavailable(f"The queue cannot be read: {error}.") from error
+            raise StorageUnavailable(f"The queue cannot be read: {self.why(error)}.") from error
+
+    def _connect_reading(self) -> Any:
+        uri = f"file:{urllib.parse.quote(self.path)}?mode=ro"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        return connection
+
+    @staticmethod
+    def why(error: BaseException) -> str:
+        return str(error)
 
     def _close_reading(self) -> None:
         connection, self._reading = self._reading, None
         if connection is not None:
-            with contextlib.suppress(sqlite3.Error):
+            with contextlib.suppress(*self.errors):
                 connection.close()
 
 
@@ -3633,11 +3662,13 @@ INSERT_ATTEMPTS = [
     + ", ".join(["(?, (SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = ?)" + ", ?" * 9 + ")"] * rows)
     for rows in range(17)
 ]
+UNTYPED_ROW = f"({', '.join('?' * 18)})"  # in the first, what may be NULL says that it is a number
+TYPED_ROW = f"({', '.join('?' * 6)}, CAST(? AS BIGINT), {', '.join('?' * 3)}, CAST(? AS BIGINT), {', '.join('?' * 7)})"
 # So many new messages by one statement, which takes a third less than one for each.
 INSERT_ROWS = {
     n: "INSERT OR IGNORE INTO messages (seq, id, account_id, priority, created_at, updated_at, deferred_ts, "  # noqa: S608
     "deferral, ready_at, turn, expires_ts, batch_code, message_id, parts, addressees, subject, payload, size_bytes) "
-    f"SELECT * FROM (VALUES {', '.join(['(' + ', '.join('?' * 18) + ')'] * n)}) AS new "
+    f"SELECT * FROM (VALUES {', '.join([TYPED_ROW, *[UNTYPED_ROW] * (n - 1)])}) AS new "
     "WHERE NOT EXISTS (SELECT 1 FROM sent_ids WHERE id = column2)"
     for n in (32, 16, 8, 4, 2, 1)
 }
@@ -3748,6 +3779,7 @@ class Queue:
 
     def __init__(self, file: QueueFile, *, now: Callable[[], float]) -> None:
         self.file = file
+        file.on_change = self._read_batches
         self._now = now
         self._on_wire: dict[int, Claim] = {}  # changed in the writer's thread; in the loop's only to take claims out
         self.suspended_batches: set[str] = set()
@@ -3761,16 +3793,20 @@ class Queue:
     async def load(self) -> None:
         """Take up the counters where the last run left them. Raises StorageUnavailable unless the file can be written."""
 
-        def work(db: sqlite3.Connection) -> None:
+        def work(db: Database) -> None:
             db.execute(SAY_IT_ANSWERS)
-            seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").fetchone()
-            report = db.execute("SELECT max(report_order) FROM messages WHERE report_order IS NOT NULL").fetchone()
-            self.file.last_seq, self.file.last_report = seq[0] if seq else 0, report[0] or 0
-            self.suspended_batches.update(row[0] for row in db.execute("SELECT batch_code FROM suspended_batches"))
+            if isinstance(db, sqlite3.Connection):
+                seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").fetchone()
+                report = db.execute("SELECT max(report_order) FROM messages WHERE report_order IS NOT NULL").fetchone()
+                self.file.last_seq, self.file.last_report = seq[0] if seq else 0, report[0] or 0
+            self._read_batches(db)
 
         await self.file.write(work)
         for batch_code in self.suspended_batches:  # the last run may have ended amid this
             await self._mark_batch(batch_code, 2)
+
+    def _read_batches(self, db: Database) -> None:
+        self.suspended_batches = {row[0] for row in db.execute("SELECT batch_code FROM suspended_batches")}
 
     async def _do(self, *statements: str, **values: object) -> int:
         """Run statements as one piece of work; return the number of rows that the last one changed."""
@@ -3803,12 +3839,12 @@ class Queue:
             for n, verdict in zip(left, await self.file.write_together(self._decide_all, compared), strict=True):
                 verdicts[n] = verdict
 
-    def _accept_all(self, db: sqlite3.Connection, batches: Sequence[Sequence[Submission]]) -> list[list[str | None]]:
+    def _accept_all(self, db: Database, batches: Sequence[Sequence[Submission]]) -> list[list[str | None]]:
         """The verdicts on the submissions of several callers. Most ids are new: those that are not stay undecided."""
         stored = iter(self._insert(db, [one for batch in batches for one in batch if one.flaw is None]))
         return [[None if one.flaw is None and next(stored) else UNDECIDED for one in batch] for batch in batches]
 
-    def _decide_all(self, db: sqlite3.Connection, batches: Sequence[Sequence[Compared]]) -> list[list[str | None]]:
+    def _decide_all(self, db: Database, batches: Sequence[Sequence[Compared]]) -> list[list[str | None]]:
         """The verdicts on submissions that were compared; those that replace others are stored in one go."""
         new: list[Submission] = []
         decided = [[self._decide(db, new, *compared) for compared in batch] for batch in batches]
@@ -3816,7 +3852,7 @@ class Queue:
         return [[one if one != STORE else None if next(stored) else UNDECIDED for one in batch] for batch in decided]
 
     def _decide(
-        self, db: sqlite3.Connection, new: list[Submission], submission: Submission, seq: int | None, is_same: bool
+        self, db: Database, new: list[Submission], submission: Submission, seq: int | None, is_same: bool
     ) -> str | None:
         """The verdict on a submission that was compared with that row (None: there was none)."""
         look_up = (
@@ -3844,7 +3880,7 @@ class Queue:
         return STORE
 
     def _queue_anew(
-        self, db: sqlite3.Connection, seq: int, outcomes: Outcomes,
+        self, db: Database, seq: int, outcomes: Outcomes,
         deferred_ts: int | None = None, expires_ts: int | None = None, once: bool = False,
     ) -> Outcomes | None:  # fmt: skip
         """Give a failed message a new life; return its recipients, of whom those served stay so, and with `once`
@@ -3859,14 +3895,14 @@ class Queue:
         values = {
             "seq": seq, "now": int(now), "ready_at": waits or now, "deferred": waits, "expires": expires_ts,
             "deferral": "schedule" if waits else None, "recipients": as_json(recipients) if recipients else None,
-            "suspended": as_json(list(self.suspended_batches)),
+            "suspended": self.file.listed(list(self.suspended_batches)),
         }  # fmt: skip
         db.execute(QUEUE_ANEW, values)
         if recipients == done:
             self._give_up(db, seq, next(iter(done.values())).text, recipients)
         return recipients
 
-    def _insert(self, db: sqlite3.Connection, submissions: Sequence[Submission]) -> Sequence[bool]:
+    def _insert(self, db: Database, submissions: Sequence[Submission]) -> Sequence[bool]:
         """Store the submissions whose ids were never seen before; tell which."""
         now, first = self._now(), self.file.last_seq + 1
         at = int(now)
@@ -3916,7 +3952,7 @@ class Queue:
         """Take out ready messages for each order, best first; they are on the wire from now on."""
         taken: list[list[Claim]] = []
 
-        def work(db: sqlite3.Connection, _: object) -> list[None]:
+        def work(db: Database, _: object) -> list[None]:
             for order in orders:
                 taken.append(self._ready(db, order))
                 self._on_wire.update((claim.seq, claim) for claim in taken[-1])
@@ -3930,10 +3966,10 @@ class Queue:
             raise
         return taken
 
-    def _ready(self, db: sqlite3.Connection, order: Order) -> list[Claim]:
+    def _ready(self, db: Database, order: Order) -> list[Claim]:
         """The best ready messages that are not on the wire: by priority, and within one new and retried mail in turn."""
         on_wire = list(self._on_wire.values())  # a copy: the loop's thread may take some out meanwhile
-        taken = as_json(
+        taken = self.file.listed(
             [claim.seq for claim in on_wire if claim.account_id == order.account_id] + list(order.passed_over)
         )
         values = {"account": order.account_id, "most": order.most, "on_wire": taken, "small": SMALL_PAYLOAD_BYTES}
@@ -3961,7 +3997,7 @@ class Queue:
             self._on_wire.pop(claim.seq, None)
         self.next_ts = min(self.next_ts, disposition.deferred_ts or math.inf, claim.expires_ts or math.inf)
 
-    def _record_all(self, db: sqlite3.Connection, outcomes: Sequence[Outcome]) -> Sequence[None]:
+    def _record_all(self, db: Database, outcomes: Sequence[Outcome]) -> Sequence[None]:
         places: dict[int, int] = {}
         for claim, _, disposition, _ in outcomes:
             if disposition.status is Status.SENT and disposition.error is None and disposition.recipients is None:
@@ -4008,7 +4044,7 @@ class Queue:
         }
         aged, self._aged = self._aged, {}
 
-        def work(db: sqlite3.Connection) -> tuple[set[str], list[tuple[str, str, Disposition]], float]:
+        def work(db: Database) -> tuple[set[str], list[tuple[str, str, Disposition]], float]:
             released = db.execute(
                 "UPDATE messages SET deferred_ts = NULL, deferral = NULL, report_order = NULL WHERE seq IN "
                 "(SELECT seq FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
@@ -4059,7 +4095,7 @@ class Queue:
         self._aged[account_id] = before, last
         self.next_ts = 0
 
-    def _give_up(self, db: sqlite3.Connection, seq: int, why: str, recipients: Outcomes | None) -> Disposition:
+    def _give_up(self, db: Database, seq: int, why: str, recipients: Outcomes | None) -> Disposition:
         """End a pending message: as sent when a server has it for some of its recipients."""
         waits = Disposition(Status.DEFERRED, LaneSignal.NONE, counted=False, slot_used=False, recipients=recipients)
         ended = given_up(waits, why)
@@ -4068,7 +4104,7 @@ class Queue:
 
     async def let_go(self, account_ids: Iterable[str], deferrals: Sequence[str] = HELD_BACK) -> set[str]:
         """Make messages ready that wait for one of these reasons; return which of the accounts got mail."""
-        rows = [{"id": id_, "deferrals": as_json(deferrals)} for id_ in account_ids]
+        rows = [{"id": id_, "deferrals": self.file.listed(deferrals)} for id_ in account_ids]
         sql = LET_GO + " RETURNING account_id"
         return await self.file.write(lambda db: {row[0] for one in rows for row in db.execute(sql, one).fetchall()})
 
@@ -4117,19 +4153,22 @@ class Queue:
             "UPDATE messages SET reported_ts = :now, report_order = NULL "
             "WHERE report_order IN (SELECT value FROM json_each(:places))"
         )
-        return await self._do(stamp, now=int(self._now()), places=as_json([state.report_order for state in states]))
+        return await self._do(
+            stamp, now=int(self._now()), places=self.file.listed([state.report_order for state in states])
+        )
 
     # -- what operators and clients ask for
 
     async def delete(self, ids: Sequence[str]) -> tuple[int, list[str], list[str]]:
         """Remove messages; return how many, the ids not found, and those on the wire (kept)."""
 
-        def work(db: sqlite3.Connection) -> tuple[int, list[str], list[str]]:
+        def work(db: Database) -> tuple[int, list[str], list[str]]:
             found = _rows_of(db, ids)
             on_wire = [id_ for id_ in ids if id_ in found and found[id_][0] in self._on_wire]
             gone = [row[0] for row in found.values() if row[0] not in self._on_wire]
             db.execute(
-                "DELETE FROM messages WHERE seq IN (SELECT value FROM json_each(:gone))", {"gone": as_json(gone)}
+                "DELETE FROM messages WHERE seq IN (SELECT value FROM json_each(:gone))",
+                {"gone": self.file.listed(gone)},
             )
             return len(gone), [id_ for id_ in ids if id_ not in found], on_wire
 
@@ -4141,7 +4180,7 @@ class Queue:
         """Queue failed messages anew; recipients that are served stay served. Return how many, the ids not found,
         those not failed, and those that have failed again, for their account is none of these."""
 
-        def work(db: sqlite3.Connection) -> tuple[int, list[str], list[str], list[str]]:
+        def work(db: Database) -> tuple[int, list[str], list[str], list[str]]:
             found, not_failed, of_no_account = _rows_of(db, ids), [], []
             for id_, (seq, is_failed, account_id, recipients) in found.items():
                 if not is_failed:
@@ -4224,7 +4263,7 @@ class Queue:
         elif active_only or values["status"] in (Status.QUEUED, Status.DEFERRED):
             way = "pending"
 
-        def work(db: sqlite3.Connection) -> tuple[list[Record], int | None]:
+        def work(db: Database) -> tuple[list[Record], int | None]:
             records, size_bytes, at, ends_at = list[Record](), 0, after, time.monotonic() + READING_S
             while at == after or time.monotonic() < ends_at:
                 first = db.execute(FIRST_OF_PAGE[order][way], {"after": at}).fetchone()[0]
@@ -4241,7 +4280,7 @@ class Queue:
                     ]
                     if not found:
                         continue
-                    values["seqs"] = as_json(found)
+                    values["seqs"] = self.file.listed(found)
                 for row in _named(db.execute(PAGE_OF_RECORDS[order, way], values)):
                     size_bytes += len(row["payload"])
                     records.append(_record(row))
@@ -4280,7 +4319,7 @@ class Queue:
             LET_GO,
             id=account_id,
             definition=definition,
-            deferrals=as_json(HELD_BACK),
+            deferrals=self.file.listed(HELD_BACK),
         )
 
     async def delete_account(self, account_id: str) -> None:
@@ -4296,7 +4335,7 @@ class Queue:
         One that is deferred is not on the wire, even if the loop has not been told yet that this is on disk.
         """
 
-        def work(db: sqlite3.Connection) -> tuple[list[Disposition], int | None]:
+        def work(db: Database) -> tuple[list[Disposition], int | None]:
             rows = db.execute(
                 "SELECT seq, account_id, recipients, deferred_ts FROM messages WHERE seq > :after AND "
                 "sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT :most",
@@ -4317,7 +4356,7 @@ class Queue:
     async def activate(self, account_id: str) -> None:
         """End the suspension of an account; its mail that was held back is ready."""
         ended = "DELETE FROM suspensions WHERE account_id = :id"
-        await self._do(ended, LET_GO, id=account_id, deferrals=as_json(HELD_BACK))
+        await self._do(ended, LET_GO, id=account_id, deferrals=self.file.listed(HELD_BACK))
 
     async def suspend_batch(self, batch_code: str) -> bool:
         """Keep a batch, and what is submitted to it later, from being claimed; True when some of it is claimed now."""
@@ -4338,7 +4377,7 @@ class Queue:
         values = {"batch_code": batch_code, "suspended": suspended, "most": CHUNK}
         after, on_wire = cast(int | None, 0), False
 
-        def work(db: sqlite3.Connection) -> tuple[list[int], int | None]:
+        def work(db: Database) -> tuple[list[int], int | None]:
             first = db.execute(FIRST_OF_PAGE["asc"]["pending"], {"after": after}).fetchone()[0]
             if first is None:
                 return [], None
@@ -4373,7 +4412,7 @@ class Queue:
         return Standing(counted, bool(found["suspended"]), bool(found["held_back"]))
 
 
-def _compared(submissions: Sequence[Submission], db: sqlite3.Connection) -> list[Compared]:
+def _compared(submissions: Sequence[Submission], db: Database) -> list[Compared]:
     """Submissions beside the rows that have their ids."""
     compared, row_of_id = [], "SELECT seq, payload, priority FROM messages WHERE id = :id"
     parts_of_id = "SELECT position, content FROM contents WHERE seq = (SELECT seq FROM messages WHERE id = :id)"
@@ -4386,7 +4425,7 @@ def _compared(submissions: Sequence[Submission], db: sqlite3.Connection) -> list
     return compared
 
 
-def _rows_of(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, Sequence[Any]]:
+def _rows_of(db: Database, ids: Sequence[str]) -> dict[str, Sequence[Any]]:
     """The seq of each id that is there, whether it has failed, its account and recipients."""
     look_up = "SELECT id, seq, error_ts IS NOT NULL, account_id, recipients FROM messages WHERE id = :id"
     found = [db.execute(look_up, {"id": id_}) for id_ in ids]  # of all, before the first is read
@@ -4416,8 +4455,10 @@ def _named(rows: Any) -> Iterator[dict[str, Any]]:
     return (dict(zip(names, row, strict=True)) for row in rows)
 
 
-def _rows(db: sqlite3.Connection, columns: str, which: str, values: Mapping[str, object]) -> Iterable[Sequence[Any]]:
+def _rows(db: Database, columns: str, which: str, values: Mapping[str, object]) -> Iterable[Sequence[Any]]:
     """All these rows at once, as one JSON text: for each by itself the threads would hand the interpreter over."""
+    if not isinstance(db, sqlite3.Connection):
+        return cast(Iterable[Sequence[Any]], db.execute(f"SELECT {columns} FROM messages {which}", values))  # noqa: S608
     lines = f"SELECT json_array({columns}) AS line FROM messages {which}"  # noqa: S608 - constants only
     try:
         (text,) = db.execute(f"SELECT coalesce(group_concat(line), '') FROM ({lines})", values).fetchone()  # noqa: S608
@@ -4492,6 +4533,435 @@ def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
     said = (telling.stage, telling.code, telling.enhanced_code, telling.text)
     shown = as_json(recipients) if recipients else None
     return (*when, disposition.status, *said, shown, attempt.connection or None)
+
+
+# ======================================================================
+# POSTGRESQL - the same queue in a database that several daemons share
+# ======================================================================
+#
+# A connection behaves as one of sqlite3 does, for the same statements, translated where
+# the two languages differ. A statement is sent when somebody looks at its result, or when
+# its piece of work ends, with all that wait by then: one round trip. Everything goes by the
+# simple query protocol, and nothing outlives its transaction, so poolers may stand in between.
+# Whoever writes locks the one row of `counters` from BEGIN to COMMIT: there is one writer at
+# a time in all daemons, numbers are given in the order of commits, and nothing deadlocks.
+
+ANSWER_S = 10.0  # so long the database may be silent; then the connection is given up
+CONNECT_S = 5
+LONG_CONTENT_BYTES = 65_536  # sent as it is; shorter ones as a part of the statement
+SCHEMA_LOCK = 0x6D61696C  # of those who start together: one makes the tables
+SESSION = {
+    "connect_timeout": CONNECT_S, "application_name": "mailproxy", "keepalives_idle": 10, "keepalives_interval": 5,
+    "keepalives_count": 3, "tcp_user_timeout": 15_000,
+}  # fmt: skip
+BEGIN = (
+    "BEGIN",
+    "SELECT set_config('lock_timeout', '5s', true), set_config('statement_timeout', '30s', true), "
+    "set_config('idle_in_transaction_session_timeout', '5s', true)",
+    "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') IN ('off', 'local')",
+    "SELECT last_seq, last_report, changes FROM counters FOR UPDATE",
+)
+# Where SQLite says the one, PostgreSQL says the other.
+DIALECT = tuple(
+    (re.compile(ours, re.DOTALL), theirs)
+    for ours, theirs in (
+        (r"%", "%%"),
+        (r"\bNOT IN \(SELECT value FROM json_each\(:(\w+)\)\)", r"<> ALL (%(\1)s)"),
+        (r"\bIN \(SELECT value FROM json_each\(:(\w+)\)\)", r"= ANY (%(\1)s)"),
+        (r"\bjson_each\(:(\w+)\)", r"json_each_text(%(\1)s) AS json_each"),
+        (r"\b(?:NOT INDEXED|INDEXED BY \w+|OR FAIL) ", ""),
+        (r"^INSERT OR IGNORE (.*)", r"INSERT \1 ON CONFLICT DO NOTHING"),
+        (r"\binstr\(", "strpos("),
+        (r"CAST\((\w+) AS INTEGER\)", r"CAST(trunc(\1) AS BIGINT)"),
+        (r":(\w+)", r"%(\1)s"),
+        (r"\?", "%s"),
+    )
+)
+DIALECT_OF_SCHEMA = (
+    (r"CREATE TRIGGER .*?\nEND;\n", ""),
+    (r"INTEGER PRIMARY KEY AUTOINCREMENT", "BIGINT PRIMARY KEY"),
+    (r"\bINTEGER\b", "BIGINT"),
+    (r"\bTEXT\b", 'TEXT COLLATE "C"'),
+    (r"\bREAL\b", "DOUBLE PRECISION"),
+    (r"\bBLOB\b", "BYTEA"),
+    (r" WITHOUT ROWID", ""),
+)
+# The triggers of SCHEMA, once for all rows of a statement; and what only several daemons need.
+KEEP_COUNTS = """
+    UPDATE tallies SET ready = tallies.ready + more.ready, waiting = tallies.waiting + more.waiting,
+        unreported = tallies.unreported + more.unreported
+    FROM (
+        SELECT account_id,
+            coalesce(sum(n) FILTER (WHERE sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL), 0) AS ready,
+            coalesce(sum(n) FILTER (WHERE sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NOT NULL), 0) AS waiting,
+            coalesce(sum(n) FILTER (WHERE report_order IS NOT NULL), 0) AS unreported
+        FROM ({changed}) AS changed GROUP BY account_id
+    ) AS more
+    WHERE tallies.account_id = more.account_id AND (more.ready <> 0 OR more.waiting <> 0 OR more.unreported <> 0);
+    UPDATE failures SET n = failures.n + more.n
+        FROM (SELECT sum(n) AS n FROM ({changed}) AS changed WHERE error_ts IS NOT NULL) AS more WHERE more.n <> 0;
+"""
+POSTGRES_SCHEMA = f"""
+CREATE TABLE counters (last_seq BIGINT NOT NULL, last_report BIGINT NOT NULL, changes BIGINT NOT NULL);
+INSERT INTO counters VALUES (0, 0, 0);               -- changes: of what daemons keep in memory
+CREATE TABLE nodes (                                 -- the daemons; until_ts by the clock of the database
+    node TEXT PRIMARY KEY, instance TEXT NOT NULL UNIQUE, until_ts DOUBLE PRECISION NOT NULL, accounts TEXT
+);
+CREATE TABLE leases (account_id TEXT PRIMARY KEY, instance TEXT NOT NULL, shown TEXT);  -- '': the reporter
+CREATE TABLE claims (seq BIGINT PRIMARY KEY, instance TEXT NOT NULL);  -- what is on the wire
+CREATE TABLE commits (                               -- the number of each writer's last one
+    writer TEXT PRIMARY KEY, number BIGINT NOT NULL, at TIMESTAMP WITH TIME ZONE NOT NULL
+);
+INSERT INTO switches VALUES ('schema', {{version}});
+ALTER TABLE messages SET (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+CREATE FUNCTION count_change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    UPDATE counters SET changes = changes + 1;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER changed AFTER INSERT OR UPDATE OR DELETE ON accounts EXECUTE FUNCTION count_change();
+CREATE TRIGGER changed AFTER INSERT OR UPDATE OR DELETE ON suspensions EXECUTE FUNCTION count_change();
+CREATE TRIGGER changed AFTER INSERT OR UPDATE OR DELETE ON suspended_batches EXECUTE FUNCTION count_change();
+CREATE TRIGGER changed AFTER INSERT OR UPDATE OF accounts ON nodes EXECUTE FUNCTION count_change();
+CREATE TRIGGER changed AFTER INSERT OR UPDATE ON switches
+    FOR EACH ROW WHEN (new.name <> 'answers') EXECUTE FUNCTION count_change();
+CREATE FUNCTION tally_update() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    {KEEP_COUNTS.format(changed="SELECT 1 AS n, * FROM there UNION ALL SELECT -1, * FROM gone")}
+    RETURN NULL;
+END $$;
+CREATE TRIGGER tally_update AFTER UPDATE ON messages REFERENCING OLD TABLE AS gone NEW TABLE AS there
+    EXECUTE FUNCTION tally_update();
+CREATE FUNCTION forget_messages() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    {KEEP_COUNTS.format(changed="SELECT -1 AS n, * FROM gone")}
+    DELETE FROM contents USING gone WHERE contents.seq = gone.seq;
+    DELETE FROM attempts USING gone WHERE attempts.seq = gone.seq;
+    INSERT INTO sent_ids SELECT id, coalesce(sent_ts, updated_at) FROM gone
+        WHERE sent_ts IS NOT NULL OR recipients LIKE '%["sent"%' ON CONFLICT (id) DO UPDATE SET sent_ts = excluded.sent_ts;
+    DELETE FROM sought WHERE last_seq IN
+            (SELECT (SELECT min(last_seq) FROM sought WHERE last_seq >= gone.seq) FROM gone)
+        AND NOT EXISTS (SELECT 1 FROM messages WHERE seq BETWEEN first_seq AND last_seq);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER forget_messages AFTER DELETE ON messages REFERENCING OLD TABLE AS gone
+    EXECUTE FUNCTION forget_messages();
+CREATE FUNCTION forget_old_attempts() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    DELETE FROM attempts WHERE seq = new.seq AND number <= new.number - 100;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER forget_old_attempts AFTER INSERT ON attempts
+    FOR EACH ROW WHEN (new.number > 100) EXECUTE FUNCTION forget_old_attempts();
+"""  # noqa: S608 - constants only
+
+
+@functools.cache
+def translated(sql: str) -> str:
+    """A statement for PostgreSQL, as a template for the % of Python."""
+    for ours, theirs in DIALECT:
+        sql = ours.sub(theirs, sql)
+    return sql
+
+
+def literal(value: object) -> str:
+    """A value as a part of a statement. PostgreSQL knows \\ and ' in E'' only doubled, whatever its settings are."""
+    if isinstance(value, str):
+        return "E'" + value.replace("\\", "\\\\").replace("'", "''") + "'"
+    if isinstance(value, bytes):
+        return f"decode('{value.hex()}', 'hex')"
+    if isinstance(value, list):
+        text = any(isinstance(one, str) for one in value)
+        return f"CAST(ARRAY[{', '.join(map(literal, value))}] AS {'TEXT' if text else 'BIGINT'}[])" if value else "'{}'"
+    return "NULL" if value is None else str(value)
+
+
+class LateCursor:
+    """The cursor of a statement that is sent when somebody looks at it."""
+
+    def __init__(self, send: Callable[[], None]) -> None:
+        self._send: Callable[[], None] | None = send
+        self._rowcount, self._columns, self._rows = -1, list[tuple[str]](), iter(list[Any]())
+
+    def came(self, cursor: Any) -> None:
+        """Take the result that the session's cursor stands at."""
+        result, self._send, self._rowcount = cursor.pgresult, None, cursor.rowcount
+        if result.nfields:
+            self._columns = [(result.fname(n).decode(),) for n in range(result.nfields)]
+            self._rows = iter(cursor.fetchall())
+
+    @property
+    def rowcount(self) -> int:
+        if self._send:
+            self._send()
+        return self._rowcount
+
+    @property
+    def description(self) -> Sequence[tuple[str]]:
+        return self._columns if self.rowcount is not None else []
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._send:
+            self._send()
+        return self._rows
+
+    def fetchone(self) -> Any:
+        return next(iter(self), None)
+
+    def fetchall(self) -> list[Any]:
+        return list(self)
+
+
+class PostgresConnection:
+    """A session that connects by itself, and again; it behaves as a connection of sqlite3."""
+
+    def __init__(self, file: PostgresFile, *, writes: bool) -> None:
+        self._file, self._writes = file, writes
+        self._session: Any = None
+        self._waiting: list[tuple[str, LateCursor]] = []
+        self._numbers = 0, 0
+        self._writer = secrets.token_hex(8)
+        self.total_changes = 0  # transactions committed
+
+    def execute(self, sql: str, parameters: Any = (), /) -> LateCursor:
+        if sql == "BEGIN IMMEDIATE":
+            return self._begin()
+        if sql == "COMMIT":
+            return self._commit()
+        if isinstance(parameters, Mapping):
+            values: Any = {name: literal(value) for name, value in parameters.items()}
+        else:
+            values = tuple(map(literal, parameters))
+        return self._add(translated(sql) % values)
+
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> None:
+        for row in rows:
+            if any(isinstance(value, bytes) and len(value) > LONG_CONTENT_BYTES for value in row):
+                self.send()
+                with self._file.deadline(self._session, ANSWER_S):
+                    self._session.execute(translated(sql), row)
+            else:
+                self.execute(sql, row)
+
+    def _add(self, sql: str) -> LateCursor:
+        self._waiting.append((sql, answer := LateCursor(self.send)))
+        return answer
+
+    def send(self) -> None:
+        """Send what waits, and give each its answer. What begins something goes once more, over a new session, when
+        the one that was there turns out to be lost."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        text = ";\n".join(sql for sql, _ in waiting).replace("\0", "\N{REPLACEMENT CHARACTER}")
+        may_repeat = self._session is not None and (not self._writes or waiting[0][0] == "BEGIN")
+        try:
+            cursor = self._run(text.encode(errors="replace"))
+        except self._file.errors:
+            if self._session is not None or not may_repeat:
+                raise
+            cursor = self._run(text.encode(errors="replace"))
+        for _, answer in waiting:
+            answer.came(cursor)
+            cursor.nextset()
+
+    def _run(self, text: bytes) -> Any:
+        session = self._session = self._session or self._file.connect()
+        try:
+            with self._file.deadline(session, ANSWER_S):
+                return session.cursor().execute(text)
+        finally:
+            if session.closed:
+                self._session = None
+
+    def _begin(self) -> LateCursor:
+        """Begin a transaction: until its end the only one, of all daemons, that writes."""
+        file, answer = self._file, [self._add(sql) for sql in BEGIN][-1]
+        file.last_seq, file.last_report, changes = answer.fetchone()
+        self._numbers = file.last_seq, file.last_report
+        if changes != file.changes:
+            file.changes = changes
+            file.on_change(self)
+        return answer
+
+    def _commit(self) -> LateCursor:
+        number, numbers = self.total_changes + 1, (self._file.last_seq, self._file.last_report)
+        if numbers != self._numbers:
+            self._add(f"UPDATE counters SET last_seq = {numbers[0]}, last_report = {numbers[1]}")  # noqa: S608
+        self._add(
+            f"INSERT INTO commits VALUES ('{self._writer}', {number}, now()) "  # noqa: S608 - nothing from outside
+            "ON CONFLICT (writer) DO UPDATE SET number = excluded.number, at = excluded.at"
+        )
+        answer = self._add("COMMIT")
+        try:
+            self.send()
+        except self._file.errors:
+            if self._session is not None or not self._was_committed(number):
+                raise
+        self.total_changes = number
+        return answer
+
+    def _was_committed(self, number: int) -> bool:
+        """What became of a transaction whose end was not answered: the lock is free once it has ended. Raises
+        StorageUnavailable when that cannot be found out."""
+        until = time.monotonic() + CONNECT_S
+        last = f"SELECT number FROM commits WHERE writer = '{self._writer}'"  # noqa: S608 - nothing from outside
+        while True:
+            try:
+                (*_, answer, _) = [self._add(sql) for sql in (*BEGIN, last, "COMMIT")]
+                return bool(answer.fetchone() == (number,))
+            except self._file.errors:
+                if time.monotonic() > until:
+                    raise StorageUnavailable(
+                        "The database went away while it wrote: whether this was accepted is not known; "
+                        "submit it again with the same ids."
+                    ) from None
+                self.close()
+                time.sleep(0.2)
+
+    def close(self) -> None:
+        session, self._session, self._waiting = self._session, None, []
+        if session is not None:
+            session.close()
+
+
+class PostgresFile(QueueFile):
+    """The database, in the place of the file. `path` is its URL; what people see of it has no password."""
+
+    listed: Callable[[Sequence[Any]], Any] = staticmethod(lambda values: list(values))
+    sends_late = True
+
+    def __init__(
+        self,
+        path: str,
+        schema: str,
+        migrations: Sequence[str] = (),
+        functions: Sequence[Callable[[Any], str | None]] = (),
+        *,
+        observe_commit: Callable[[float], None],
+        observe_refusal: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(
+            path, schema, migrations, functions, observe_commit=observe_commit, observe_refusal=observe_refusal
+        )
+        try:
+            import psycopg
+            import psycopg.conninfo
+        except ImportError as error:
+            raise ConfigurationError(
+                f"A queue in PostgreSQL needs psycopg 3 ({error}): install the package python3-psycopg, or "
+                f"psycopg[binary] by pip, for {sys.executable}."
+            ) from None
+        self._psycopg, self.errors, self.mistakes = (
+            psycopg,
+            (psycopg.Error,),
+            (psycopg.IntegrityError, psycopg.DataError),
+        )
+        self.path = without_password(path)
+        try:
+            self._where: dict[str, Any] = SESSION | psycopg.conninfo.conninfo_to_dict(path)
+        except psycopg.Error:
+            raise ConfigurationError(f"db_path is no URL of a database: {self.path}") from None
+        self._deadlines: dict[object, tuple[Any, float]] = {}
+        self._deadlines_lock = threading.Lock()
+        self._ended = threading.Event()
+
+    def open(self) -> None:
+        """Make the tables in an empty database, or see that they are of this version. Blocking. Raises
+        ConfigurationError, or StorageUnavailable while the database is away."""
+        try:
+            with self.connect() as session:
+                self._make_tables(session)
+        except self._psycopg.Error as error:
+            if is_away(error):
+                raise StorageUnavailable(f"The database {self.path} cannot be reached: {self.why(error)}.") from None
+            raise ConfigurationError(f"The database {self.path} cannot be used: {self.why(error)}.") from None
+        threading.Thread(target=self._watch, name="queue-deadlines", daemon=True).start()
+        self._undo.callback(self._ended.set)
+        self._undo.callback(self._close_writing)
+        self._open = True
+
+    def _make_tables(self, session: Any) -> None:
+        newest = len(self._migrations) + 1
+        encoding, read_only = session.execute(
+            "SELECT current_setting('server_encoding'), current_setting('transaction_read_only')"
+        ).fetchone()
+        if session.info.server_version < 140_000:
+            raise ConfigurationError(f"The database {self.path} is older than PostgreSQL 14, which the queue needs.")
+        if encoding != "UTF8":
+            raise ConfigurationError(f"The database {self.path} is encoded in {encoding}; create one in UTF8.")
+        if read_only == "on":
+            raise ConfigurationError(f"The database {self.path} is read-only, as a standby is; name the primary.")
+        with session.transaction():
+            session.execute(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
+            if session.execute("SELECT to_regclass('switches')").fetchone() == (None,):
+                schema = self._schema
+                for ours, theirs in DIALECT_OF_SCHEMA:
+                    schema = re.sub(ours, theirs, schema, flags=re.DOTALL)
+                session.execute(f"{schema}; {POSTGRES_SCHEMA.format(version=newest)}")
+            found = session.execute("SELECT value FROM switches WHERE name = 'schema'").fetchone()
+            session.execute("DELETE FROM commits WHERE at < now() - interval '1 day'")
+        version = found[0] if found else 0
+        if version != newest:
+            raise ConfigurationError(
+                f"The database {self.path} was written by {'an older' if version < newest else 'a newer'} mailproxy "
+                f"(schema {version}, this one knows {newest}); start that one."
+            )
+
+    def connect(self) -> Any:
+        """A new session. Blocking, for some seconds at most. Raises psycopg.Error."""
+        return self._psycopg.connect(**self._where, autocommit=True, prepare_threshold=None, client_encoding="utf8")
+
+    @contextlib.contextmanager
+    def deadline(self, session: Any, seconds: float) -> Iterator[None]:
+        """Give the session up should this take longer: a proxy, or a dead network, may swallow what is sent."""
+        key = object()
+        with self._deadlines_lock:
+            self._deadlines[key] = session, time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            with self._deadlines_lock:
+                del self._deadlines[key]
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.5):
+            with self._deadlines_lock:
+                late = [session for session, until in self._deadlines.values() if until < time.monotonic()]
+                for session in late:
+                    with (
+                        contextlib.suppress(OSError, *self.errors),
+                        socket.socket(fileno=os.dup(session.fileno())) as one,
+                    ):
+                        one.shutdown(socket.SHUT_RDWR)
+
+    def _connect(self) -> Any:
+        self._writing = PostgresConnection(self, writes=True)
+        return self._writing
+
+    def _connect_reading(self) -> Any:
+        return PostgresConnection(self, writes=False)
+
+    @staticmethod
+    def why(error: BaseException) -> str:
+        """An error of psycopg in one line, without what it shows of rows."""
+        told = getattr(getattr(error, "diag", None), "message_primary", None) or str(error)
+        return " ".join(told.split()).rstrip(".")
+
+
+AWAY = re.compile(
+    "starting up|shutting down|not yet accepting|recovery|too many|remaining connection slots|cannot connect to server|"
+    "query_wait_timeout|server_login_retry|closed the connection"
+)
+
+
+def is_away(error: Exception) -> bool:
+    """Whether waiting may help: nobody answered, or a server that says so."""
+    told = str(error)
+    return bool(AWAY.search(told)) or not re.search("FATAL|ERROR", told)
+
+
+def without_password(url: str) -> str:
+    """The URL of a database as people may see it."""
+    scheme, _, rest = url.partition("://")
+    users, at, where = rest.partition("?")[0].rpartition("@")
+    return f"{scheme}://{users.partition(':')[0]}{at}{where}"
 
 
 # ======================================================================

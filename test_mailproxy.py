@@ -4517,6 +4517,7 @@ def test_a_queue_of_version_1_goes_on_as_the_newest_one(tmp_path: Path) -> None:
 QUEUE_OF_VERSION_2 = PROGRAM.with_name("bench") / "queue_of_version_2.xz"
 
 
+@only_sqlite
 def test_a_queue_that_was_written_by_version_2_is_all_there(rig: QueueRig, smtp: SmtpServer, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "queue.db").write_bytes(lzma.decompress(QUEUE_OF_VERSION_2.read_bytes()))
@@ -4575,6 +4576,7 @@ SHORT_SCANS = (
 )
 
 
+@only_sqlite
 def test_no_hot_statement_scans_or_sorts_the_table_or_costs_more_with_a_backlog(rig: QueueRig) -> None:
     """Costs are counted in steps of SQLite's virtual machine, because time is not to be trusted."""
     statements: set[str] = set()
@@ -4659,8 +4661,9 @@ def test_a_suspended_batch_costs_a_claim_nothing_and_what_was_broken_off_is_fini
     rig.accepted(*[submission(f"b-{n}", batch_code="b", priority=0) for n in range(3_000)], submission("other"))
     steps = [0]
 
-    def count(db: sqlite3.Connection) -> None:
-        db.set_progress_handler(lambda: steps.__setitem__(0, steps[0] + 1), 1)
+    def count(db: Any) -> None:
+        if isinstance(db, sqlite3.Connection):
+            db.set_progress_handler(lambda: steps.__setitem__(0, steps[0] + 1), 1)
 
     assert rig.suspend_batch("b") is False
     rig.run(rig.file.write(count))
