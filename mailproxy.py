@@ -3337,12 +3337,9 @@ class QueueFile:
             self.refuses = True
             self._close_writing()
             self._observe_refusal()
-            told = (
-                str(error)
-                if isinstance(error, StorageUnavailable)
-                else f"The queue cannot be written: {self.why(error)}."
-            )
-            answers = [(wish, StorageUnavailable(told)) for wish in group]
+            why = f"The queue cannot be written: {self.why(error)}."
+            why = str(error) if isinstance(error, StorageUnavailable) else why
+            answers = [(wish, StorageUnavailable(why)) for wish in group]
         else:
             self.refuses = self.refuses and connection.total_changes == changes
             self._observe_commit(time.monotonic() - started)
@@ -4724,6 +4721,8 @@ class PostgresConnection:
             return self._begin()
         if sql == "COMMIT":
             return self._commit()
+        if sql.startswith("ROLLBACK"):  # what did not go out needs no undoing
+            self._waiting = [one for one in self._waiting if one[0].endswith(" piece")]
         if isinstance(parameters, Mapping):
             values: Any = {name: literal(value) for name, value in parameters.items()}
         else:

@@ -3784,7 +3784,11 @@ def queue_file(
     observe: Any = lambda seconds: None,
 ) -> Iterator[Any]:
     """An open queue file and a runner for coroutines on one loop."""
-    file = mailproxy.QueueFile(str(folder / "queue.db"), schema, steps, observe_commit=observe)
+    where = Storage.place(folder)
+    if where.startswith("postgresql:"):
+        file = mailproxy.PostgresFile(where, f"{mailproxy.SCHEMA}; {schema}", steps, observe_commit=observe)
+    else:
+        file = mailproxy.QueueFile(where, schema, steps, observe_commit=observe)
     with asyncio.Runner() as runner:
         file.open()
         try:
@@ -3795,6 +3799,10 @@ def queue_file(
 
 def rows_of(folder: Path, statement: str = "SELECT x FROM t ORDER BY x") -> list[Any]:
     """What another process sees in the file now."""
+    where = Storage.place(folder)
+    if where.startswith("postgresql:"):
+        with psycopg.connect(where) as session:
+            return [row[0] for row in session.execute(statement)]
     with contextlib.closing(sqlite3.connect(folder / "queue.db")) as other:
         return [row[0] for row in other.execute(statement)]
 
@@ -3817,6 +3825,7 @@ async def all_of(file: Any, *works: Any) -> list[Any]:
     return await asyncio.gather(*(file.write(work) for work in works), return_exceptions=True)
 
 
+@both_engines
 def test_writes_that_wait_together_share_a_commit(tmp_path: Path) -> None:
     commits: list[float] = []
     with queue_file(tmp_path, observe=commits.append) as (file, run):
@@ -3826,19 +3835,22 @@ def test_writes_that_wait_together_share_a_commit(tmp_path: Path) -> None:
         assert len(commits) < 50
 
 
-def test_work_that_raises_is_undone_alone_and_the_others_are_in_the_file(tmp_path: Path) -> None:
+@both_engines
+def test_work_that_raises_is_undone_alone_and_the_others_are_in_the_file(tmp_path: Path, engine: str) -> None:
     def insert_and_raise(db: sqlite3.Connection) -> None:
         db.execute("INSERT INTO t VALUES (2)")
         raise KeyError("two")
 
+    kind = "IntegrityError" if engine == "sqlite" else "UniqueViolation"
     with queue_file(tmp_path) as (file, run):
         results = run(all_of(file, insert_and_raise, insert(1), insert_and_raise, insert(3), insert(1)))
 
-        assert [type(results[i]) for i in (0, 2, 4)] == [KeyError, KeyError, sqlite3.IntegrityError]
+        assert [type(results[i]).__name__ for i in (0, 2, 4)] == ["KeyError", "KeyError", kind]
         assert not file.refuses
         assert rows_of(tmp_path) == [1, 3]
 
 
+@both_engines
 def test_the_same_work_for_many_callers_is_done_in_one_call_and_should_it_raise_for_each_alone(tmp_path: Path) -> None:
     def insert_all(db: sqlite3.Connection, xs: Sequence[int]) -> list[tuple[int, int]]:
         db.executemany("INSERT INTO t VALUES (?)", [(x,) for x in xs])
@@ -3855,7 +3867,7 @@ def test_the_same_work_for_many_callers_is_done_in_one_call_and_should_it_raise_
         assert max(callers for _, callers in results) > 1
 
         results = run(together(file, 1001, [101, 102, 101, 103]))
-        assert [isinstance(result, sqlite3.IntegrityError) for result in results] == [False, False, True, False]
+        assert [isinstance(result, file.mistakes) for result in results] == [False, False, True, False]
         assert rows_of(tmp_path) == [*range(50), 101, 102, 103, 1000, 1001]
 
 
