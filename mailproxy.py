@@ -27,6 +27,7 @@ The rooms, from the top of this file to its end; each uses only those above it:
     THREADS AND CLOCK           the border to threads; wall clock and durations
     LOG AND METRICS             one event, one line; Prometheus
     QUEUE FILE, QUEUE           one SQLite file, group commit; every SQL statement
+    POSTGRESQL                  the same queue in a database, for several daemons
     OUTBOUND HTTP, ATTACHMENTS  urllib with deadlines; URL, S3 -> bytes
     DELIVERY AGENT              one SMTP session, one transaction
     SUBMISSION BY SMTP          mail comes in by SMTP: the listener, sendmail -bs
