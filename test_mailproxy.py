@@ -16605,7 +16605,7 @@ def dialogue(block: str) -> Iterator[tuple[str, str]]:
     for turn in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
         lines = turn.splitlines(keepends=True)
         starts = ("".join(lines[:n]) for n in itertools.count(1))
-        command = next(text for text in starts if text.count("'") % 2 == 0 and not text.endswith("\\\n"))
+        command = next(text for text in starts if text.count("'") % 2 == 0 and not text.endswith(("\\\n", "|\n")))
         yield command, turn.removeprefix(command)
 
 
@@ -16635,7 +16635,7 @@ class Reader:
     """Somebody who types what the pages say, in a folder with nothing in it but mailproxy.pyz."""
 
     def __init__(self, folder: Path, smtp: SmtpServer, ca: PrivateCA, reports: ReportReceiver) -> None:
-        self.port = free_port()
+        self.port, submission_port = free_port(), free_port()
         self._log = folder.parent / "log"
         self._places = {
             "smtp.example.com:587": f"localhost:{smtp.port}",
@@ -16644,6 +16644,9 @@ class Reader:
             "smtp.port=587": f"smtp.port={smtp.port}",
             "smtp.example.com": "localhost",
             "127.0.0.1:8000": f"127.0.0.1:{self.port}",
+            "127.0.0.1:2525": f"127.0.0.1:{submission_port}",
+            "/opt/mailproxy/": f"{folder}/",
+            "/usr/sbin/": f"{folder}/",
         }
         (folder / "mailproxy.pyz").write_text(f"#!/usr/bin/env python3\n{STARTER.read_text()}")
         (folder / "mailproxy.pyz").chmod(0o755)
@@ -16651,6 +16654,7 @@ class Reader:
         (folder / "python3").chmod(0o755)
         own = {"PATH": f"{folder}:{os.environ['PATH']}", "MAILPROXY_SERVER_PORT": str(self.port)}
         own |= {"MAILPROXY_CLIENT_CLIENT_SYNC_URL": reports.url, "SSL_CERT_FILE": str(ca.ca_file)}
+        own |= {"MAILPROXY_SUBMISSION_LISTEN": f"127.0.0.1:{submission_port}"}
         own |= {"SMTP_PASSWORD": "secret"}  # exported in one terminal, and the other too
         self._outside: dict[str, Any] = {
             "cwd": folder,
@@ -16757,7 +16761,7 @@ def test_the_commands_of_the_pages_do_what_they_say(tmp_path: Path, ca: PrivateC
                 reader.take_a_breath()
 
     sent = Counter(recipient for mail in smtp.received for recipient in mail.recipients)
-    assert sent == {"ann@example.net": 4, "bob@example.net": 1, "eve@example.net": 2}
+    assert sent == {"ann@example.net": 6, "bob@example.net": 1, "eve@example.net": 2}
 
 
 def test_each_route_is_in_the_pages_by_a_line_of_curl_and_each_code_of_an_answer_by_its_name() -> None:
