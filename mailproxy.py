@@ -6005,7 +6005,8 @@ class Session(asyncio.Protocol):
         self._code, self._lines = b"", list[str]()  # of an unfinished reply
         self._reply_bytes = 0
         self._answers: list[Answer] = []
-        self._expected = 0
+        self._expected = self._positive = 0  # the latter: of those
+        self._then = b""  # a content that goes when all commands are granted
         self._heard_at, self._unsent = self._loop.time(), False  # when it broke, not all had been sent
         self._patience_s, self._deadline = 0.0, 0.0  # for the next answer
         self._watchdog: asyncio.TimerHandle | None = None
@@ -6056,11 +6057,12 @@ class Session(asyncio.Protocol):
         chunking = chunking and self._loop.time() - self._heard_at <= FRESH_S and len(content) <= LARGEST_CHUNK_BYTES
         chunk = chunk_of(content) if chunking else b""
         self._chunked = chunking and len(chunk) <= min(LARGEST_CHUNK_BYTES, self.offers.size_bytes or math.inf)
+        if self._chunked:
+            commands[-1] = _Command(b"BDAT %d LAST\r\n%b" % (len(chunk), chunk), Stage.END_OF_DATA)
+        elif not self._clean:
+            commands.insert(0, _RSET)
         try:
-            if self._chunked:
-                commands[-1] = _Command(b"BDAT %d LAST\r\n%b" % (len(chunk), chunk), Stage.END_OF_DATA)
-                return await self._transact_by_chunk(envelope, commands)
-            return await self._transact(envelope, content, commands if self._clean else [_RSET, *commands], careful)
+            return await self._transact(envelope.recipients, content, commands, careful)
         except BaseException:
             self._break_off(Cause.LOST, "aborted")
             raise
@@ -6085,85 +6087,81 @@ class Session(asyncio.Protocol):
         self._break_off(Cause.LOST, "closed")
 
     async def _transact(
-        self, envelope: Envelope, content: bytes, commands: list[_Command], careful: bool
+        self, recipients: Sequence[str], content: bytes, commands: list[_Command], careful: bool
     ) -> dict[str, Reply]:
         """The commands in one packet where the server offers PIPELINING, else one by one as long as they can
-        lead to a content; then the content, for all who were not refused by themselves."""
-        self._clean = False
+        lead to a content; then the content, for all who were not refused by themselves. With BDAT it is in the packet."""
+        self._clean, chunked = False, self._chunked
         refusals: dict[str, Reply] = {}  # of single recipients
         verdict: Reply | None = None  # the reply for all others
         taken = go_ahead = False
-        packets = [commands[:-1], [_DATA]] if careful else [commands]
+        small = b"" if chunked or len(content) > CONTENT_PIECE_BYTES else next(data_pieces(content))[0]
+        packets = [commands[:-1], commands[-1:]] if careful else [commands]
         for packet in packets if self.offers.pipelining else [[command] for command in commands]:
             if verdict is not None or (packet == [_DATA] and not taken):
                 break
             patience_s = self._timeout_s or (DATA_TIMEOUT_S if packet == [_DATA] else REPLY_TIMEOUT_S)
-            answers = await self._ask(b"".join([one.line for one in packet]), len(packet), patience_s)
+            then = small if packet[-1] is _DATA else b""
+            answers = await self._ask(b"".join([one.line for one in packet]), len(packet), patience_s, then=then)
+            went = then != self._then
+            if self._positive == len(commands) and (went or chunked) and self.broken is None:  # as nearly all goes
+                self._clean, self.bdat = True, chunked or self.bdat
+                return dict.fromkeys(recipients, server_reply(Stage.END_OF_DATA, *answers[-1]))
             for command, answer in zip(packet, answers, strict=False):
                 granted = answer.code == 354 if command is _DATA else 200 <= answer.code < 300
                 if granted:
                     taken = taken or command.recipient is not None
                     go_ahead = command is _DATA
-                elif verdict is None:
+                elif verdict is None and not (chunked and (answer.code < 400 or command is commands[-1])):
                     reply = self._refusal(command, answer)
                     if command.recipient is None or reply.code == 421 or reply.cause is not Cause.SERVER:
                         verdict = reply
                     else:
                         refusals[command.recipient] = reply
-            if verdict is None and len(answers) < len(packet):
+            if verdict is None and len(answers) < len(packet) and not chunked:
                 verdict = self._unanswered(packet[len(answers)].stage)
-        left = [recipient for recipient in envelope.recipients if recipient not in refusals]
-        if left and verdict is None:
-            verdict = await self._send_content(content)
+        left = verdict is None and len(refusals) < len(recipients)
+        if chunked:
+            verdict = self._reply_to_chunk(answers, len(answers) == len(commands), verdict, left)
+            if left and verdict is None:  # the server does not know BDAT
+                return {}
+        elif left:
+            verdict = await self._send_content(content, answers[len(packet) :] if went else None)
             self._clean = verdict.accepted
         elif go_ahead and taken:
             self._break_off(Cause.LOCAL, "the server took a recipient without a sender")
         elif go_ahead:  # for nobody: an empty content ends it (RFC 2920 3.1)
             await self._ask(b".\r\n", 1, self._timeout_s or REPLY_TIMEOUT_S)
-        return {one: refusals.get(one) or cast(Reply, verdict) for one in envelope.recipients}
+        return {one: refusals.get(one) or cast(Reply, verdict) for one in recipients}
 
-    async def _transact_by_chunk(self, envelope: Envelope, commands: list[_Command]) -> dict[str, Reply]:
-        """The commands in one packet, the last of them with the content. Without its reply whoever was not refused is
-        in doubt, unless the server closed the connection without any (they come in order), or not all was sent."""
-        self._clean = False
-        packet, patience_s = b"".join([one.line for one in commands]), self._timeout_s or REPLY_TIMEOUT_S
-        answers = await self._ask(packet, len(commands), patience_s)
-        final = server_reply(Stage.END_OF_DATA, *answers[-1]) if len(answers) == len(commands) else None
-        if final and self.broken is None and all(200 <= answer.code < 300 for answer in answers):  # as nearly all goes
-            self._clean = self.bdat = True
-            return dict.fromkeys(envelope.recipients, final)
-        refusals: dict[str, Reply] = {}  # of single recipients
-        verdict: Reply | None = None  # the reply for all others
-        for command, answer in zip(commands[:-1], answers, strict=False):
-            if answer.code >= 400 and verdict is None:
-                reply = server_reply(command.stage, *answer)
-                if command.recipient is None or answer.code == 421:
-                    verdict = reply
-                else:
-                    refusals[command.recipient] = reply
-        left = verdict is None and len(refusals) < len(envelope.recipients)
-        unknown = final is not None and left and _NO_BDAT.match(final.words) is not None
+    def _reply_to_chunk(self, answers: list[Answer], complete: bool, verdict: Reply | None, left: bool) -> Reply | None:
+        """The reply for all who were not refused by themselves; None: there is nobody `left`, or the server does not
+        know BDAT. Without a reply they are in doubt, unless the server closed the connection without any (they come in
+        order), or not all was sent."""
+        final = server_reply(Stage.END_OF_DATA, *answers[-1]) if complete else None
+        unknown = left and final is not None and _NO_BDAT.match(final.words) is not None
         misfits = [answer for answer in answers if 300 <= answer.code < 400]
         misfits += answers[-1:] if unknown or (final is not None and final.accepted and not left) else []
         if misfits:
             self._break_off(Cause.LOCAL, f"the answer does not fit: {misfits[0]}")
         if misfits or not (final or verdict or self.bdat):
             self.bdat = False  # or it may be BDAT that ended the connection
-        if left and not unknown:
-            verdict, stage = final, Stage.END_OF_DATA
-            if self._unsent or (self.broken == _CLOSED and not answers):
-                stage = Stage.DATA if answers else Stage.MAIL
-            if final is None or misfits or (self.broken is not None and self.broken[0] is Cause.LOCAL):
-                verdict = self._unanswered(stage)
-            self._clean = cast(Reply, verdict).accepted
-            self.bdat = self._clean or self.bdat
-        return {} if unknown else {one: refusals.get(one) or cast(Reply, verdict) for one in envelope.recipients}
+        if unknown or not left:
+            return verdict
+        if final is None or misfits or (self.broken is not None and self.broken[0] is Cause.LOCAL):
+            unheard = self._unsent or (self.broken == _CLOSED and not answers)
+            final = self._unanswered((Stage.DATA if answers else Stage.MAIL) if unheard else Stage.END_OF_DATA)
+        self._clean = final.accepted
+        self.bdat = self._clean or self.bdat
+        return final
 
-    async def _send_content(self, content: bytes) -> Reply:
-        """The server's reply to the content, which is in doubt once its end is written."""
-        if self.broken is not None:
+    async def _send_content(self, content: bytes, answers: list[Answer] | None) -> Reply:
+        """The server's reply to the content, which is in doubt once its end is written; `answers` to one that went
+        by itself."""
+        stage = Stage.END_OF_DATA
+        if answers is None and self.broken is not None:
             return self._unanswered(Stage.DATA)
-        for piece, last in data_pieces(content):
+        for piece, last in data_pieces(content) if answers is None else ():
             stage = Stage.END_OF_DATA if last else Stage.DATA
             patience_s = self._end_of_data_timeout_s if last else self._timeout_s or DATA_TIMEOUT_S
             answers = await self._ask(piece, 1, patience_s, more=not last)
@@ -6199,12 +6197,15 @@ class Session(asyncio.Protocol):
             cause = Cause.LOST
         return local_reply(stage, text, cause)
 
-    async def _ask(self, commands: bytes, answers: int, timeout_s: float, *, more: bool = False) -> list[Answer]:
+    async def _ask(
+        self, commands: bytes, answers: int, timeout_s: float, *, more: bool = False, then: bytes = b""
+    ) -> list[Answer]:
         """Write, and wait for so many answers, each within the timeout; fewer when the wire broke.
 
-        With `more` to follow, wait only until there is room for it, or an answer has come early.
+        With `more` to follow, wait only until there is room for it, or an answer has come early. A content that is to
+        come `then` goes, and has its answer, when the commands before it were all granted.
         """
-        self._answers, self._expected = [], answers
+        self._answers, self._expected, self._positive, self._then = [], answers, 0, then
         self._patience_s, self._deadline = timeout_s, self._loop.time() + timeout_s
         if self._watchdog is None or self._watchdog.when() > self._deadline:
             self._watch()
@@ -6251,6 +6252,7 @@ class Session(asyncio.Protocol):
             if asked_for := self._expected > 0:
                 self._answers.append(answer)
                 self._expected -= 1
+                self._positive += 200 <= answer.code < 300
                 if self._chunked and self._expected == 1:  # the one to the content
                     self._patience_s = self._end_of_data_timeout_s
                 self._deadline = self._heard_at + self._patience_s
@@ -6258,10 +6260,15 @@ class Session(asyncio.Protocol):
                 return self._break_off(Cause.LOST, f"the server ended the session: {answer}")
             if not asked_for:
                 return self._break_off(Cause.LOCAL, f"a reply that nobody asked for: {answer}")
-            if not self._expected:
-                self._wake()
+        wanted = self._then and not (self._expected or self._unread) and self._answers[-1].code == 354
         if self._reply_bytes + len(self._unread) > LONGEST_REPLY_BYTES:
             self._break_off(Cause.LOCAL, "a reply without end")
+        elif wanted and self._positive == len(self._answers) - 1:
+            self._transport.write(self._then)
+            self._then, self._expected, self._patience_s = b"", 1, self._end_of_data_timeout_s
+            self._deadline = self._heard_at + self._patience_s
+        elif not self._expected:
+            self._wake()
         return None
 
     def eof_received(self) -> None:
