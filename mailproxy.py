@@ -588,6 +588,7 @@ LABEL = Kind("1 to 255 characters on one line", lambda value: fit(TEXT.parse(val
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 BOOLEAN = choice(TRUTH, "true or false (or yes, no, on, off, 1, 0)", "boolean", (bool, int))
 PATH = TEXT._replace(words="a path")
+QUEUE_PLACE = TEXT._replace(words="a path, or the URL of a PostgreSQL database")
 READABLE_FILE = PATH._replace(words="the path of a file that can be read")
 ABSOLUTE_PATH = Kind("an absolute path", lambda value: fit(TEXT.parse(value), value.startswith("/")))
 SOCKET_PATH = Kind("a path of at most 103 bytes", lambda value: fit(value, len(os.fsencode(value)) <= SUN_PATH))
@@ -661,7 +662,11 @@ def fixed(default: T, kind: Kind, meaning: str) -> T:
 class StorageSettings(NamedTuple):
     """Where the queue lives."""
 
-    db_path: str = fixed("", PATH, "File of the queue. Left out: mailproxy.db beside this file.")
+    db_path: str = fixed(
+        "",
+        QUEUE_PLACE,
+        "File of the queue (left out: mailproxy.db beside this file), or postgresql://USER@HOST/DATABASE.",
+    )
 
 
 class ServerSettings(NamedTuple):
@@ -1313,6 +1318,31 @@ def account_fields(account: Account) -> dict[str, object]:
 # --- what is in force, and what has changed ------------------------------
 
 
+def is_database(db_path: str) -> bool:
+    return db_path.startswith(("postgresql://", "postgres://"))
+
+
+def without_password(db_path: str) -> str:
+    """A path, or the URL of a database as people may see it."""
+    scheme, separator, rest = db_path.partition("://")
+    if not is_database(db_path):
+        return db_path
+    user, at, where = rest.partition("?")[0].rpartition("@")
+    return f"{scheme}{separator}{user.partition(':')[0]}{at}{where}"
+
+
+def with_password(db_path: str, environ: Mapping[str, str]) -> str:
+    """The same with its password from the environment or a file, where it says so. Raises ConfigurationError."""
+    found = re.fullmatch(r"(postgres(?:ql)?://[^:@/]*:)((?:env|file)(?::|%3A).*)(@[^@]*)", db_path)
+    if found is None:
+        return db_path
+    try:
+        password = reveal(Secret(urllib.parse.unquote(found[2])), environ)
+    except SecretUnavailable as error:
+        raise ConfigurationError(f"db_path: {error}") from None
+    return found[1] + urllib.parse.quote(password, safe="") + found[3]
+
+
 def renewed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
     """The new settings, but those that need a restart as they are in force; and those of them that differ."""
     kept = {name: {row.key: row.of(old) for row in TABLE[name] if row.at_start} for name in SECTIONS}
@@ -1324,7 +1354,9 @@ def describe(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
     """What is in force: section, key, value, where it came from. No secret among it."""
     for row in SETTINGS_TABLE:
         value = row.of(settings)
-        if row.kind is URL and value and "?" in value:
+        if row.kind is QUEUE_PLACE:
+            value = without_password(value)
+        elif row.kind is URL and value and "?" in value:
             value = f"{value.partition('?')[0]}?..."  # a query may carry a token
         yield row.section, row.key, as_written(value), settings.origins.get((row.section, row.key), "default")
     for account_id, words in settings.accounts.items():
@@ -3173,6 +3205,7 @@ class QueueFile:
         observe_refusal: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = os.path.realpath(path)
+        self.folder = os.path.dirname(self.path)  # there is room for drafts
         self.refuses = False  # a commit failed; cleared by the next that has something to write and succeeds
         self.last_seq = self.last_report = 0  # the numbers given last, for whoever writes
         self.meanwhile: Callable[[], object] = lambda: None  # what the loop's thread can do while the disk writes
@@ -3199,9 +3232,8 @@ class QueueFile:
                 f"SQLite {sqlite3.sqlite_version} will not do: the queue needs 3.35 or newer; "
                 "run mailproxy with a Python that has it."
             )
-        folder = os.path.dirname(self.path)
-        if not os.path.isdir(folder):
-            raise ConfigurationError(f"The folder {folder} of db_path does not exist; create it first.")
+        if not os.path.isdir(self.folder):
+            raise ConfigurationError(f"The folder {self.folder} of db_path does not exist; create it first.")
         try:
             with contextlib.ExitStack() as undo:
                 self._lock(undo)
@@ -4603,7 +4635,7 @@ POSTGRES_SCHEMA = f"""
 CREATE TABLE counters (last_seq BIGINT NOT NULL, last_report BIGINT NOT NULL, changes BIGINT NOT NULL);
 INSERT INTO counters VALUES (0, 0, 0);               -- changes: of what daemons keep in memory
 CREATE TABLE nodes (                                 -- the daemons; until_ts by the clock of the database
-    node TEXT PRIMARY KEY, instance TEXT NOT NULL UNIQUE, until_ts DOUBLE PRECISION NOT NULL, accounts TEXT
+    node TEXT PRIMARY KEY, instance TEXT NOT NULL UNIQUE, until_ts TIMESTAMP WITH TIME ZONE NOT NULL, accounts TEXT
 );
 CREATE TABLE leases (account_id TEXT PRIMARY KEY, instance TEXT NOT NULL, shown TEXT);  -- '': the reporter
 CREATE TABLE claims (seq BIGINT PRIMARY KEY, instance TEXT NOT NULL);  -- what is on the wire
@@ -4853,7 +4885,7 @@ class PostgresFile(QueueFile):
             (psycopg.Error,),
             (psycopg.IntegrityError, psycopg.DataError),
         )
-        self.path = without_password(path)
+        self.path, self.folder = without_password(path), tempfile.gettempdir()
         try:
             self._where: dict[str, Any] = SESSION | psycopg.conninfo.conninfo_to_dict(path)
         except psycopg.Error:
@@ -4865,19 +4897,23 @@ class PostgresFile(QueueFile):
     def open(self) -> None:
         """Make the tables in an empty database, or see that they are of this version. Blocking. Raises
         ConfigurationError, or StorageUnavailable while the database is away."""
-        try:
-            with self.connect() as session:
-                self._make_tables(session)
-        except self._psycopg.Error as error:
-            if is_away(error):
-                raise StorageUnavailable(f"The database {self.path} cannot be reached: {self.why(error)}.") from None
-            raise ConfigurationError(f"The database {self.path} cannot be used: {self.why(error)}.") from None
+        self.examine(make=True)
         threading.Thread(target=self._watch, name="queue-deadlines", daemon=True).start()
         self._undo.callback(self._ended.set)
         self._undo.callback(self._close_writing)
         self._open = True
 
-    def _make_tables(self, session: Any) -> None:
+    def examine(self, *, make: bool = False) -> None:
+        """Raise what open() would; the tables of an empty database are made for good only if they shall be."""
+        try:
+            with self.connect() as session:
+                self._make_tables(session, for_good=make)
+        except self._psycopg.Error as error:
+            if is_away(error):
+                raise StorageUnavailable(f"The database {self.path} cannot be reached: {self.why(error)}.") from None
+            raise ConfigurationError(f"The database {self.path} cannot be used: {self.why(error)}.") from None
+
+    def _make_tables(self, session: Any, *, for_good: bool) -> None:
         newest = len(self._migrations) + 1
         encoding, read_only = session.execute(
             "SELECT current_setting('server_encoding'), current_setting('transaction_read_only')"
@@ -4888,7 +4924,7 @@ class PostgresFile(QueueFile):
             raise ConfigurationError(f"The database {self.path} is encoded in {encoding}; create one in UTF8.")
         if read_only == "on":
             raise ConfigurationError(f"The database {self.path} is read-only, as a standby is; name the primary.")
-        with session.transaction():
+        with session.transaction(force_rollback=not for_good):
             session.execute(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
             if session.execute("SELECT to_regclass('switches')").fetchone() == (None,):
                 schema = self._schema
@@ -4957,11 +4993,10 @@ def is_away(error: Exception) -> bool:
     return bool(AWAY.search(told)) or not re.search("FATAL|ERROR", told)
 
 
-def without_password(url: str) -> str:
-    """The URL of a database as people may see it."""
-    scheme, _, rest = url.partition("://")
-    users, at, where = rest.partition("?")[0].rpartition("@")
-    return f"{scheme}://{users.partition(':')[0]}{at}{where}"
+def queue_file(db_path: str, environ: Mapping[str, str], **observers: Callable[..., None]) -> QueueFile:
+    """The file or the database, which is not open yet. Raises ConfigurationError."""
+    kind = PostgresFile if is_database(db_path) else QueueFile
+    return kind(with_password(db_path, environ), SCHEMA, MIGRATIONS, USED_BY_MIGRATIONS, **observers)
 
 
 # ======================================================================
@@ -10226,11 +10261,9 @@ class Daemon:
         self._network, self._work = InThread(self._pools[0]), InThread(self._pools[1], computes=True)
         self._tokens: tuple[bytes, ...] = ()
         self._queue = Queue(
-            QueueFile(
+            queue_file(
                 settings.storage.db_path,
-                SCHEMA,
-                MIGRATIONS,
-                USED_BY_MIGRATIONS,
+                environ,
                 observe_commit=self._metrics.storage_commit_seconds.observe,
                 observe_refusal=self._metrics.storage_commit_failures.inc,
             ),
@@ -10349,7 +10382,7 @@ class Daemon:
             names=names,
             most_bytes=lambda: self.settings.attachments.max_message_bytes,
             in_thread=self._work,
-            folder=os.path.dirname(self._queue.file.path),
+            folder=self._queue.file.folder,
             most_clients=submission.max_connections,
             tls_first=not is_loopback(host),
             may_log_in=self._may_log_in,
@@ -10514,7 +10547,7 @@ class Daemon:
             self.settings.client,
             self.settings.s3,
             reveal=self._reveal,
-            folder=os.path.dirname(self._queue.file.path),
+            folder=self._queue.file.folder,
             in_thread=self._network,
             observe=lambda source, outcome: self._metrics.attachment_fetches.labels(source, outcome).inc(),
         )
@@ -11738,7 +11771,7 @@ def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     print("\n".join(table(("SETTING", "VALUE", "FROM"), rows)))
     for warning in settings.warnings:
         complain(f"warning: {warning}")
-    problems = [*_start_problems(settings), *left_open(settings, accounts, environ)]
+    problems = [*_start_problems(settings, environ), *left_open(settings, accounts, environ)]
     for problem in problems:
         complain(problem)
     failed = args.connect and not show_servers(settings, accounts, environ)
@@ -11751,10 +11784,17 @@ def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return 2 if problems else int(failed)
 
 
-def _start_problems(settings: Settings) -> Iterator[str]:
+def _start_problems(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
     """What would stop the start."""
+    try:
+        file = queue_file(settings.storage.db_path, environ, observe_commit=lambda seconds: None)
+        if isinstance(file, PostgresFile):
+            file.examine()
+    except (ConfigurationError, StorageUnavailable) as error:
+        yield str(error)
     for row in SETTINGS_TABLE:
-        path = row.of(settings) if row.kind is SOCKET_PATH or row.key == "db_path" else None
+        path = row.of(settings) if row.kind in (SOCKET_PATH, QUEUE_PLACE) else None
+        path = None if path and is_database(path) else path
         folder = os.path.dirname(os.path.abspath(path or "."))
         if path and not os.path.isdir(folder):
             yield f"[{row.section}] {row.key}: the folder {folder} does not exist"
@@ -11800,10 +11840,13 @@ async def _try_servers(
 ) -> list[tuple[tuple[object, ...], str | None]]:
     """For each account, all at once: a row with what its server offers, and when it was refused what to do, or ""."""
     accounts = {account.id: account for account in configured}
-    if await asyncio.to_thread(os.path.exists, settings.storage.db_path):  # and those that were added over HTTP
-        file = QueueFile(settings.storage.db_path, SCHEMA, observe_commit=lambda seconds: None)
+    db_path = settings.storage.db_path
+    if is_database(db_path) or await asyncio.to_thread(os.path.exists, db_path):  # and those that were added over HTTP
+        file = queue_file(db_path, environ, observe_commit=lambda seconds: None)
+        stored: list[Account] = []
         try:
-            stored = stored_accounts(await Queue(file, now=time.time).accounts(), settings.delivery, complain)
+            with contextlib.suppress(StorageUnavailable):  # as was said above
+                stored = stored_accounts(await Queue(file, now=time.time).accounts(), settings.delivery, complain)
         finally:
             await file.close()
         accounts = {account.id: account for account in stored} | accounts
@@ -11853,6 +11896,8 @@ def backup(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """A copy of the queue as it is at one instant, readable by the owner only."""
     queue = read_settings(args.config, environ, {"storage.db_path": args.db} if args.db else {}).storage.db_path
     target = args.file
+    if is_database(queue):
+        raise ConfigurationError(f"the queue is in PostgreSQL ({without_password(queue)}): back it up with pg_dump")
     if not os.path.isfile(queue):
         raise CommandFailed(f"there is no queue at {queue}: name it with --db, or its config.ini with --config")
     if os.path.isdir(target):
