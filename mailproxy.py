@@ -4427,7 +4427,7 @@ class Queue:
 
     async def set_switch(self, name: str, value: bool) -> None:
         switched = "INSERT INTO switches VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
-        await self._do(switched, name=name, value=value)
+        await self._do(switched, name=name, value=int(value))
 
     async def standing(self, account_id: str) -> Standing:
         """What the last run, or an earlier account of this id, left behind for a lane."""
