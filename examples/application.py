@@ -101,7 +101,9 @@ def submit_new_mail() -> int:
     taken = 0
     while batch := new_mail():
         answer = post("/commands/add-messages", {"messages": [message(mail) for mail in batch]})
-        refused = {entry["id"]: entry["reason"] for entry in answer["rejected"]}  # what it has already is in `known`
+        refused = {entry["id"]: f"{entry['reason']} ({entry['code']})" for entry in answer["rejected"]}
+        if answer.get("known"):  # an earlier answer got lost; nothing is sent twice
+            print(f"mailproxy had it already: {', '.join(answer['known'])}", file=sys.stderr)
         note_submission([mail["id"] for mail in batch], refused)
         taken += len(batch) - len(refused)
     return taken
@@ -136,12 +138,14 @@ def post(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
             return dict(json.load(answer))
     except urllib.error.HTTPError as error:
         with error:
-            words = error.read()
-        if b'"all_rejected"' in words:  # each message was judged, and none was good
-            return dict(json.loads(words))
-        raise OSError(f"mailproxy answers {error.code}: {words.decode(errors='replace')[:500]}") from None
+            answered = error.read()
     except (http.client.HTTPException, ValueError) as error:
         raise OSError(f"mailproxy does not speak to us: {error}") from None
+    with contextlib.suppress(ValueError):
+        refusal = json.loads(answered)
+        if refusal["code"] == "all_rejected":  # each message was judged, and none was good
+            return dict(refusal)
+    raise OSError(f"mailproxy refuses: {answered.decode(errors='replace')[:500]}")
 
 
 # -- learning what became of it

@@ -26,7 +26,7 @@ app.logger.setLevel("INFO")
 
 @app.post("/orders/<int:number>/confirmation")
 def confirm(number: int):
-    """Send a confirmation. The id is made of the order, so asking twice sends one mail."""
+    """Send a confirmation. The id is made of the order, so asking twice sends one mail, and is told that it is known."""
     mail = {
         "id": f"order-{number}-confirmation",
         "from": "Shop <shop@example.com>",
@@ -37,7 +37,12 @@ def confirm(number: int):
     answer = requests.post(
         f"{URL}/commands/add-messages", json={"messages": [mail]}, headers={"X-API-Token": TOKEN}, timeout=10
     )
-    return answer.json(), answer.status_code
+    told = answer.json()
+    if told["ok"] and not told["rejected"]:
+        return {"mail": "known" if told.get("known") else "queued"}
+    refusal = told["rejected"][0] if "rejected" in told else {"code": told["code"], "reason": told["error"]}
+    app.logger.error("order %s has no confirmation: %s", number, refusal["reason"])  # for people
+    return {"mail": "refused", "code": refusal["code"]}, 502  # for programs
 
 
 @app.post("/proxy_sync")
