@@ -16735,6 +16735,8 @@ class Reader:
             assert (answer["queued"], answer.keys()) == (len(said["messages"]), {"ok", "queued", "rejected"}), text
             ids = {"ids": [message["id"] for message in said["messages"]]}
             assert called(self.port, "POST", "/commands/delete-messages", {}, json.dumps(ids)).status == 200
+        if "default" in said:  # an account as /status shows it
+            assert said["default"].keys() <= called(self.port, "GET", "/status").json["accounts"]["default"].keys()
         if "delivery_report" in said:
             assert said["delivery_report"][0].keys() == reports.entries[0].keys()
 
