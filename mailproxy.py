@@ -4600,6 +4600,7 @@ DIALECT = tuple(
         (r"\bIN \(SELECT value FROM json_each\(:(\w+)\)\)", r"= ANY (%(\1)s)"),
         (r"\bjson_each\(:(\w+)\)", r"json_each_text(%(\1)s) AS json_each"),
         (r"\b(?:NOT INDEXED|INDEXED BY \w+|OR FAIL) ", ""),
+        (r"(WHERE id = column2\))$", r"\1 ORDER BY column1"),  # a hashed anti join has no order
         (r"^INSERT OR IGNORE (.*)", r"INSERT \1 ON CONFLICT DO NOTHING"),
         (r"\binstr\(", "strpos("),
         (r"CAST\((\w+) AS INTEGER\)", r"CAST(trunc(\1) AS BIGINT)"),

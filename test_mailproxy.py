@@ -101,7 +101,7 @@ from mailproxy import Attachment, Reply, S3Object, Source
 # only what it started. Every wait has a deadline, and waits for a condition.
 
 PROGRAM = Path(__file__).with_name("mailproxy.py")
-ENGINES = ["sqlite", *(["postgresql"] if hasattr(mailproxy, "PostgresFile") else [])]
+ENGINES = ["sqlite", "postgresql"]
 
 
 def starter() -> Path:
@@ -1372,9 +1372,14 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return kind
 
 
-both_engines = pytest.mark.usefixtures("engine")
-only_sqlite = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
-also_pgbouncer = pytest.mark.parametrize("engine", [*ENGINES, "pgbouncer"], indirect=True)
+def on(*engines: str) -> Callable[[Callable[..., Any]], Any]:
+    """Runs a test on these engines."""
+    parameters = pytest.mark.parametrize("engine", engines, indirect=True)
+    return lambda test: pytest.mark.usefixtures("engine")(parameters(test))
+
+
+both_engines, only_sqlite, also_pgbouncer = on(*ENGINES), on("sqlite"), on(*ENGINES, "pgbouncer")
+daemon_on_both = both_engines if hasattr(mailproxy, "Leases") else only_sqlite
 
 
 @pytest.fixture(scope="session")
@@ -4082,8 +4087,9 @@ class QueueRig:
     def sql(self, statement: str) -> list[Any]:
         if self.file.path.startswith("postgresql:"):
             with psycopg.connect(self.file.path, autocommit=True, prepare_threshold=None) as other:
-                return other.execute(statement).fetchall()
-        with contextlib.closing(sqlite3.connect(self.file.path)) as other:
+                cursor = other.execute(statement)
+                return cursor.fetchall() if cursor.description else []
+        with contextlib.closing(sqlite3.connect(self.file.path, isolation_level=None)) as other:
             return other.execute(statement).fetchall()
 
     def accepted(self, *submissions: Any) -> None:
@@ -4130,6 +4136,7 @@ def ids(claims: Sequence[Any]) -> list[str]:
     return [claim.id for claim in claims]
 
 
+@also_pgbouncer
 def test_messages_are_claimed_once_by_priority_and_within_one_in_the_order_of_acceptance(rig: QueueRig) -> None:
     rig.accepted(submission("a"), submission("b", priority=0), submission("c"), submission("d", priority=3))
     rig.accepted(submission("other", account_id="other"))
@@ -4168,6 +4175,7 @@ def test_what_waits_is_ready_when_its_time_has_come_which_is_known_without_askin
     assert ids(rig.claimed()) == ["later", "now"]
 
 
+@also_pgbouncer
 def test_submissions_that_wait_together_are_stored_in_one_go_and_each_judged_alone(rig: QueueRig) -> None:
     states = {"sent": SENT, "failed": ERROR, "deferred": DEFERRED, "on the wire": QUEUED}
     rig.accepted(*(submission(id_, payload='{"subject": "first"}') for id_ in (*states, "waits")))
@@ -4259,6 +4267,7 @@ def test_only_final_reported_messages_are_purged_and_what_was_sent_is_remembered
     assert rig.accept([submission("sent")]) == [None]
 
 
+@also_pgbouncer
 def test_states_are_reported_in_the_order_they_came_about_and_stamped_unless_they_changed(rig: QueueRig) -> None:
     rig.accepted(submission("a"), submission("b"), submission("c"))
     a, b, c = rig.claimed()
@@ -9601,7 +9610,7 @@ QUICK: dict[str, dict[str, object]] = {"delivery": {"retry_delays": 0}, "smtp": 
 # -- what a server says decides about its message
 
 
-@both_engines
+@daemon_on_both
 def test_what_the_server_does_decides_about_the_message(tmp_path: Path, reports: ReportReceiver) -> None:
     stories = {  # recipient: status in the end, attempts, the beginning of the error
         "ok@example.com": ("sent", 1, None),
@@ -9642,7 +9651,7 @@ def test_what_the_server_does_decides_about_the_message(tmp_path: Path, reports:
         assert state_of(daemon) == "up"
 
 
-@both_engines
+@daemon_on_both
 def test_what_went_to_some_is_sent_and_says_so_wherever_one_looks_however_the_others_ended(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -9727,7 +9736,7 @@ def test_what_not_every_server_takes_goes_out_as_the_server_can_take_it(
     assert by_subject["later"].message["Date"].datetime.timestamp() == later
 
 
-@both_engines
+@daemon_on_both
 def test_many_recipients_are_split_and_who_was_accepted_is_never_sent_to_again(
     tmp_path: Path, reports: ReportReceiver
 ) -> None:
@@ -9755,7 +9764,7 @@ def test_many_recipients_are_split_and_who_was_accepted_is_never_sent_to_again(
         assert record["error"].startswith("1 of 3 recipients refused: 550 5.1.1 No such user")
 
 
-@both_engines
+@daemon_on_both
 def test_between_two_transactions_of_a_message_kill_9_sends_nothing_twice_and_a_deleted_account_nothing_more(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -10236,7 +10245,7 @@ def test_what_is_given_back_or_not_waited_for_any_more_goes_to_others() -> None:
 # -- limits
 
 
-@both_engines
+@daemon_on_both
 def test_a_limit_is_exact_with_many_connections_and_submitters(tmp_path: Path, reports: ReportReceiver) -> None:
     with SmtpServer() as smtp, SleepyDaemon(tmp_path, reports=reports) as daemon:
         limited = account_at("main", smtp, max_connections=16, limit_per_minute=20, limit_per_day=1_000_000)
@@ -10266,7 +10275,7 @@ def test_a_limit_is_exact_with_many_connections_and_submitters(tmp_path: Path, r
         assert "late" not in subjects(smtp)
 
 
-@both_engines
+@daemon_on_both
 def test_what_was_on_the_wire_at_kill_9_takes_nothing_from_the_limits_and_what_was_sent_without_one_counts(
     tmp_path: Path, smtp: SmtpServer
 ) -> None:
@@ -10288,7 +10297,7 @@ def test_what_was_on_the_wire_at_kill_9_takes_nothing_from_the_limits_and_what_w
         assert (daemon.status()["accounts"]["main"]["limits_left"], len(smtp.received)) == ({"day": 0}, 12)
 
 
-@both_engines
+@daemon_on_both
 def test_minute_hour_and_day_hold_together_across_kill_9(tmp_path: Path, smtp: SmtpServer) -> None:
     """Time passes by making what was sent older, while the daemon is down."""
 
@@ -10370,7 +10379,7 @@ def counted_sends(daemon: Daemon) -> int:
         return int(db.execute("SELECT coalesce(sum(n), 0) FROM sends WHERE account_id = 'main'").fetchone()[0])
 
 
-@both_engines
+@daemon_on_both
 def test_a_limit_that_counts_recipients_is_exact_over_connections_and_restarts(
     tmp_path: Path, smtp: SmtpServer
 ) -> None:
@@ -10432,7 +10441,7 @@ def test_the_slots_of_refused_recipients_come_back_and_a_message_beyond_the_whol
         assert [len(received.recipients) for received in parts_of_many] == [6, 1]
 
 
-@both_engines
+@daemon_on_both
 def test_when_the_window_opens_those_that_waited_go_first(tmp_path: Path, smtp: SmtpServer) -> None:
     with SleepyDaemon(tmp_path, {"smtp": {"limit_per_minute": 20, "max_connections": 1}}, smtp=smtp) as daemon:
         daemon.stop()
@@ -10471,7 +10480,7 @@ def test_run_now_in_test_mode_brings_out_what_is_due_and_no_more(
         reports.wait_for_entry("next", "sent")
 
 
-@both_engines
+@daemon_on_both
 def test_mail_is_given_up_for_its_age_only_after_a_try_and_expires_wherever_it_waits(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -10542,7 +10551,7 @@ def test_what_waits_for_a_connection_or_an_attachment_expires_at_its_time(
         daemon.kill()
 
 
-@both_engines
+@daemon_on_both
 def test_one_connection_keeps_to_priority_and_order_and_lets_retries_take_turns(
     tmp_path: Path, smtp: SmtpServer
 ) -> None:
@@ -10689,7 +10698,7 @@ def test_a_suspended_account_delivers_nothing_and_others_go_on(tmp_path: Path, s
         assert len(smtp.received) == 26
 
 
-@both_engines
+@daemon_on_both
 def test_the_mail_of_a_deleted_account_ends_as_errors(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver, black_hole: socket.socket
 ) -> None:
@@ -11402,7 +11411,7 @@ class ReporterRig(QueueRig):
 
 
 @pytest.fixture
-def make_reporter(tmp_path: Path) -> Iterator[Callable[..., ReporterRig]]:
+def make_reporter(tmp_path: Path, engine: str) -> Iterator[Callable[..., ReporterRig]]:
     with asyncio.Runner() as runner, contextlib.ExitStack() as closing:
 
         def make(delivery: Any = None, **client: Any) -> ReporterRig:
@@ -11578,8 +11587,7 @@ def test_batches_hold_the_states_in_the_order_they_came_about_and_what_changed_m
     rig.fail("a", "b", "c", "d", "e")
 
     def change_it() -> None:
-        with contextlib.closing(sqlite3.connect(rig.file.path)) as other, other:
-            other.execute("UPDATE messages SET report_order = report_order + 100, error = 'changed' WHERE id = 'a'")
+        rig.sql("UPDATE messages SET report_order = report_order + 100, error = 'changed' WHERE id = 'a'")
 
     rig.once_inside(change_it)
     rig.pass_time(0)
@@ -11645,7 +11653,7 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
         yield Relay(daemon, smtp, reports)
 
 
-@both_engines
+@daemon_on_both
 def test_a_result_is_reported_within_a_second_with_all_its_members_and_a_deferral_with_its_reason(relay: Relay) -> None:
     daemon, smtp, reports = relay
     daemon.submit(mail("later", deferred_ts=int(time.time()) + 3_600))
@@ -11682,7 +11690,7 @@ def test_a_result_is_reported_within_a_second_with_all_its_members_and_a_deferra
     assert daemon.post("/commands/delete-messages", {"ids": ["back", "later"]}).json["removed"] == 2
 
 
-@both_engines
+@daemon_on_both
 def test_a_burst_makes_few_calls_in_order(daemon: Daemon, reports: ReportReceiver) -> None:
     reports.wait_for(lambda r: r.calls)
 
@@ -11710,7 +11718,7 @@ def test_a_steady_stream_of_results_makes_few_calls(daemon: Daemon, reports: Rep
     assert len(reports.calls) <= 4 + (time.monotonic() - began) / 0.3
 
 
-@both_engines
+@daemon_on_both
 def test_without_an_acknowledgement_nothing_is_stamped_and_run_now_tries_at_once(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -11867,7 +11875,7 @@ def test_the_upstream_may_use_every_endpoint_from_inside_the_call(relay: Relay) 
     assert statuses == [200] * 7
 
 
-@both_engines
+@daemon_on_both
 def test_a_purged_message_is_remembered_as_sent(daemon: Daemon, reports: ReportReceiver) -> None:
     daemon.submit(mail("gone"), mail("bad", to="perm@example.com"), mail("later", deferred_ts=9_000_000_000))
     wait_until(lambda: reports.entries_of("gone") and reports.entries_of("bad"), "the reports")
@@ -12037,7 +12045,7 @@ def test_metrics_have_the_names_of_the_contract_and_true_numbers(
     assert "example.com" not in text
 
 
-@both_engines
+@daemon_on_both
 def test_the_numbers_of_status_are_those_of_the_table_whatever_happens(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -12218,7 +12226,7 @@ def test_a_batch_of_many_megabytes_holds_up_nobody(judge: Daemon) -> None:
 # -- commands
 
 
-@both_engines
+@daemon_on_both
 def test_the_same_id_again_replaces_what_was_not_sent_and_a_retry_takes_only_what_failed(
     daemon: Daemon, smtp: SmtpServer
 ) -> None:
@@ -12325,7 +12333,7 @@ def test_of_an_id_that_is_known_only_the_first_in_a_batch_counts_and_what_is_wro
     assert judge.message("known")["message"] == {key: value for key, value in first.items() if value is not None}
 
 
-@both_engines
+@daemon_on_both
 def test_a_submission_that_is_repeated_succeeds_whatever_became_of_it_and_nobody_gets_it_twice(
     tmp_path: Path, smtp: SmtpServer
 ) -> None:
@@ -12428,7 +12436,7 @@ def test_who_is_in_doubt_gets_a_failed_message_again_only_where_the_account_or_t
         assert (smtp.visits["dropdata+2@example.com"], smtp.visits["late@example.com"]) == (1, 2)
 
 
-@both_engines
+@daemon_on_both
 def test_however_often_a_message_is_submitted_while_it_is_delivered_it_goes_out_once(
     daemon: Daemon, smtp: SmtpServer
 ) -> None:
@@ -12449,7 +12457,7 @@ def test_however_often_a_message_is_submitted_while_it_is_delivered_it_goes_out_
     assert (len(smtp.received), set(ids.values())) == (20, {1})
 
 
-@both_engines
+@daemon_on_both
 def test_what_is_on_the_wire_is_neither_replaced_nor_deleted(relay: Relay) -> None:
     daemon, smtp, _ = relay
     daemon.submit(mail("slow", to="slow2@example.com"))
@@ -12706,7 +12714,7 @@ def test_a_record_has_every_member_and_the_payload(shelf: Daemon) -> None:
     assert shelf.get("/message/m-5").json == {"ok": True, "message": record, "attempts": []}
 
 
-@both_engines
+@daemon_on_both
 def test_pages_are_complete_while_mail_is_delivered_and_contents_are_left_out_unless_asked_for(
     quiet: Daemon, smtp: SmtpServer
 ) -> None:
@@ -12747,7 +12755,7 @@ def test_pages_are_complete_while_mail_is_delivered_and_contents_are_left_out_un
         ("perm@example.com, greylist1@example.com", "deferred", ("rcpt", 450, "4.7.1")),
     ],
 )
-@both_engines
+@daemon_on_both
 def test_the_timeline_tells_of_every_attempt_with_the_reply_that_made_it_end_so(
     relay: Relay, to: str, outcome: str, reply: tuple[str, int, str]
 ) -> None:
@@ -12835,7 +12843,7 @@ def test_no_default_account_is_needed_and_secrets_by_reference_are_not_in_the_da
         assert "s3cret" not in daemon.log
 
 
-@both_engines
+@daemon_on_both
 def test_a_replaced_account_delivers_as_it_says_now_and_suspensions_hold_also_after_a_restart(
     daemon: Daemon, smtp: SmtpServer
 ) -> None:
@@ -12867,7 +12875,7 @@ def test_a_replaced_account_delivers_as_it_says_now_and_suspensions_hold_also_af
         assert daemon.delete("/account/web%2F1").status == 200
 
 
-@both_engines
+@daemon_on_both
 def test_a_suspended_batch_rests_and_nothing_else_does(daemon: Daemon, smtp: SmtpServer) -> None:
     def arrived() -> list[str]:
         return sorted(one.message["Subject"] for one in smtp.received)
@@ -12913,7 +12921,7 @@ def test_a_suspended_batch_rests_and_nothing_else_does(daemon: Daemon, smtp: Smt
     assert arrived() == ["bare", "last", "later", "other", "scheduled"]
 
 
-@both_engines
+@daemon_on_both
 def test_what_is_claimed_of_a_batch_comes_back_when_it_is_suspended(daemon: Daemon, smtp: SmtpServer) -> None:
     daemon.submit(*[mail(f"m-{n}", "slow100ms@example.com", batch_code="b") for n in range(200)])
     wait_until(lambda: len(smtp.received) > 3, "the first ones")
@@ -12945,7 +12953,7 @@ def test_a_bad_batch_code_suspends_nothing(shelf: Daemon, query: str, body: Any)
     assert (shelf.status()["suspended_batches"], shelf.status()["active"]) == ([], False)
 
 
-@both_engines
+@daemon_on_both
 def test_the_undelivered_mail_of_a_deleted_account_becomes_reported_errors_also_when_it_is_retried(
     daemon: Daemon, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -13009,7 +13017,7 @@ def test_where_the_storage_refuses_an_account_is_neither_added_nor_deleted(tmp_p
         assert daemon.message("m")["error"] == "account deleted"
 
 
-@both_engines
+@daemon_on_both
 def test_accounts_that_come_and_go_in_the_midst_of_everything_break_nothing(
     daemon: Daemon, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -13331,7 +13339,7 @@ def test_nothing_is_lost_while_the_daemon_and_its_servers_are_killed(tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@both_engines
+@daemon_on_both
 def test_a_signal_ends_it_after_what_is_in_progress(tmp_path: Path, smtp: SmtpServer, number: int) -> None:
     with Daemon(tmp_path, smtp=smtp) as daemon:
         daemon.submit(mail(to="slow500ms@example.com"))
