@@ -98,7 +98,17 @@ import urllib.parse
 import weakref
 import zlib
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Container,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextvars import ContextVar
 from dataclasses import InitVar, dataclass, field
 from datetime import UTC, datetime
@@ -3714,6 +3724,16 @@ SUSPEND = (
     "(SELECT seq FROM messages INDEXED BY messages_pending WHERE seq BETWEEN :first AND :last AND sent_ts IS NULL AND error_ts IS NULL AND batch_code = :batch_code "
     "AND turn & 2 <> :suspended ORDER BY seq LIMIT :most) RETURNING seq"
 )
+# Of several daemons: that the account's lane is this one's, and what it has on the wire.
+LEASED = "SELECT 1 FROM leases WHERE account_id = :account AND instance = :instance"
+CLAIM = (
+    "INSERT INTO claims SELECT seq, :instance FROM unnest(:seqs) AS seq "
+    "ON CONFLICT (seq) DO UPDATE SET instance = excluded.instance"
+)
+CLAIMED = "SELECT seq FROM claims WHERE seq IN (SELECT value FROM json_each(:seqs)) AND instance = :instance"
+CLAIMED_BY_OTHERS = CLAIMED.replace("instance =", "instance <>")
+SETTLED = "DELETE FROM claims WHERE seq IN (SELECT value FROM json_each(:seqs)) AND instance = :instance"
+UNCLAIM = "DELETE FROM claims WHERE instance = :instance AND seq NOT IN (SELECT value FROM json_each(:on_wire))"
 # An account's mail that is ready, or waits for its server or its limit, and could have gone before that moment.
 AGED = (
     "SELECT seq, id, recipients, deferred_ts IS NOT NULL FROM messages WHERE account_id = :account "
@@ -3877,19 +3897,21 @@ class Queue:
     def _decide_all(self, db: Database, batches: Sequence[Sequence[Compared]]) -> list[list[str | None]]:
         """The verdicts on submissions that were compared; those that replace others are stored in one go."""
         new: list[Submission] = []
-        decided = [[self._decide(db, new, *compared) for compared in batch] for batch in batches]
-        stored = iter(self._insert(db, new))
-        return [[one if one != STORE else None if next(stored) else UNDECIDED for one in batch] for batch in decided]
-
-    def _decide(
-        self, db: Database, new: list[Submission], submission: Submission, seq: int | None, is_same: bool
-    ) -> str | None:
-        """The verdict on a submission that was compared with that row (None: there was none)."""
         look_up = (
             "SELECT seq, sent_ts IS NOT NULL, error_ts IS NOT NULL, recipients FROM messages WHERE id = :id "
             "UNION ALL SELECT NULL, 1 = 1, 1 = 0, NULL FROM sent_ids WHERE id = :id"
         )
-        found = db.execute(look_up, {"id": submission.id}).fetchone()
+        asked = [[(db.execute(look_up, {"id": one[0].id}), one) for one in batch] for batch in batches]
+        on_wire = self._on_the_wire(db, [seq for batch in batches for _, seq, _ in batch if seq is not None])
+        decided = [[self._decide(db, new, on_wire, rows.fetchone(), *one) for rows, one in batch] for batch in asked]
+        stored = iter(self._insert(db, new))
+        return [[one if one != STORE else None if next(stored) else UNDECIDED for one in batch] for batch in decided]
+
+    def _decide(
+        self, db: Database, new: list[Submission], on_wire: Container[int], found: Sequence[Any] | None,
+        submission: Submission, seq: int | None, is_same: bool,
+    ) -> str | None:  # fmt: skip
+        """The verdict on a submission that was compared with that row (None: there was none), from what is there now."""
         seq_now, is_sent, has_failed, recipients = found or (None, False, False, None)
         if seq_now != seq:
             return UNDECIDED
@@ -3903,7 +3925,7 @@ class Queue:
             return None
         if is_sent or '["sent"' in (recipients or ""):
             return "already sent"
-        if seq in self._on_wire and not has_failed:
+        if seq in on_wire and not has_failed:
             return "in delivery"
         db.execute("DELETE FROM messages WHERE seq = :seq AND sent_ts IS NULL", {"seq": seq})
         new.append(submission)
@@ -3978,6 +4000,13 @@ class Queue:
 
     # -- delivery
 
+    def _on_the_wire(self, db: Database, seqs: Sequence[int]) -> Container[int]:
+        """What is on the wire here, and of these rows those that another daemon has there."""
+        if not self.file.instance:
+            return self._on_wire
+        found = db.execute(CLAIMED_BY_OTHERS, {"seqs": self.file.listed(seqs), "instance": self.file.instance})
+        return self._on_wire.keys() | {row[0] for row in found}
+
     async def claim(self, orders: Sequence[Order]) -> list[list[Claim]]:
         """Take out ready messages for each order, best first; they are on the wire from now on."""
         taken: list[list[Claim]] = []
@@ -3986,6 +4015,9 @@ class Queue:
             for order in orders:
                 taken.append(self._ready(db, order))
                 self._on_wire.update((claim.seq, claim) for claim in taken[-1])
+            if self.file.instance and any(taken):
+                seqs = self.file.listed([claim.seq for claims in taken for claim in claims])
+                db.execute(CLAIM, {"seqs": seqs, "instance": self.file.instance})
             return [None]
 
         answer = self.file.write_together(work, None)
@@ -4004,7 +4036,11 @@ class Queue:
         )
         values = {"account": order.account_id, "most": order.most, "on_wire": taken, "small": SMALL_PAYLOAD_BYTES}
         ranked: list[tuple[int, int, bool, Claim]] = []
+        values["instance"] = self.file.instance
+        leased = db.execute(LEASED, values) if self.file.instance else None
         both = [_rows(db, CLAIM_COLUMNS, READY, values | {"turn": turn}) for turn in (0, 1)]
+        if leased and not leased.fetchone():
+            return []
         for turn, rows in enumerate(both):
             places = collections.Counter[int]()
             for claim in map(_claim_of, rows):
@@ -4018,6 +4054,15 @@ class Queue:
         for claim in claims:
             self._on_wire.pop(claim.seq, None)
             self.next_ts = min(self.next_ts, claim.expires_ts or math.inf)
+        if self.file.instance:
+            with contextlib.suppress(StorageUnavailable):
+                self.file.write_together(self._unclaim, None).add_done_callback(lambda told: told.exception())
+
+    def _unclaim(self, db: Database, released: Sequence[Any]) -> Sequence[Any]:
+        """Delete the claims of this daemon that it does not know of."""
+        taken = self.file.listed(list(self._on_wire))
+        db.execute(UNCLAIM, {"instance": self.file.instance, "on_wire": taken})
+        return released
 
     async def record(self, outcome: Outcome) -> None:
         """Write what became of a claim; unless it goes on, it is off the wire then."""
@@ -4028,6 +4073,8 @@ class Queue:
         self.next_ts = min(self.next_ts, disposition.deferred_ts or math.inf, claim.expires_ts or math.inf)
 
     def _record_all(self, db: Database, outcomes: Sequence[Outcome]) -> Sequence[None]:
+        told: list[None] = [None] * len(outcomes)
+        outcomes = self._still_ours(db, outcomes) if self.file.instance else outcomes
         places: dict[int, int] = {}
         for claim, _, disposition, _ in outcomes:
             if disposition.status is Status.SENT and disposition.error is None and disposition.recipients is None:
@@ -4048,7 +4095,18 @@ class Queue:
                 "DO UPDATE SET until_ts = excluded.until_ts, n = sends.n + excluded.n",
                 {"account": account_id, "until": int(self._now()) + 1, "n": n},
             )
-        return [None] * len(outcomes)
+        return told
+
+    def _still_ours(self, db: Database, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+        """Those to be recorded: what was sent is in any case, another outcome only while the claim stands, which ends
+        with it unless the turn goes on. Another daemon may have taken the lane over meanwhile."""
+        seqs = [one.claim.seq for one in outcomes if one.disposition.status is not Status.SENT]
+        ended = [one.claim.seq for one in outcomes if one.disposition.status is not Status.QUEUED]
+        instance = self.file.instance
+        claimed = db.execute(CLAIMED, {"seqs": self.file.listed(seqs), "instance": instance}) if seqs else ()
+        db.execute(SETTLED, {"seqs": self.file.listed(ended), "instance": instance})
+        ours = {row[0] for row in claimed}
+        return [one for one in outcomes if one.disposition.status is Status.SENT or one.claim.seq in ours]
 
     def _settled(self, seq: int, disposition: Disposition) -> dict[str, object]:
         """The values for SETTLE; all but a turn that goes on have the next place in the order of reports."""
@@ -4088,9 +4146,9 @@ class Queue:
                 "ORDER BY expires_ts LIMIT :overdue",
                 values,
             ).fetchall()
-            ended = []
+            ended, on_wire = [], self._on_the_wire(db, [row[0] for row in rows])
             for seq, id_, account_id, error, recipients in rows:
-                if seq not in self._on_wire:
+                if seq not in on_wire:
                     why = "expired: expires_ts has passed" + (f"; last: {error}" if error else "")
                     ended.append((id_, account_id, self._give_up(db, seq, why, _recipients_of(recipients))))
             (next_ts,) = db.execute(  # text, in a damaged row, is larger than any number
@@ -4194,8 +4252,9 @@ class Queue:
 
         def work(db: Database) -> tuple[int, list[str], list[str]]:
             found = _rows_of(db, ids)
-            on_wire = [id_ for id_ in ids if id_ in found and found[id_][0] in self._on_wire]
-            gone = [row[0] for row in found.values() if row[0] not in self._on_wire]
+            taken = self._on_the_wire(db, [row[0] for row in found.values()])
+            on_wire = [id_ for id_ in ids if id_ in found and found[id_][0] in taken]
+            gone = [row[0] for row in found.values() if row[0] not in taken]
             db.execute(
                 "DELETE FROM messages WHERE seq IN (SELECT value FROM json_each(:gone))",
                 {"gone": self.file.listed(gone)},
@@ -4333,6 +4392,8 @@ class Queue:
 
     async def answers(self) -> None:
         """Raise StorageUnavailable unless the file can be written now: it is tried."""
+        if self.file.refuses:
+            self.release(())
         await self._do(SAY_IT_ANSWERS)
 
     # -- accounts and switches
@@ -4371,10 +4432,12 @@ class Queue:
                 "sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT :most",
                 {"after": after, "most": STRETCH},
             ).fetchall()
+            orphans = [row for row in rows if row[1] == account_id]
+            on_wire = self._on_the_wire(db, [row[0] for row in orphans])
             ended = [
                 self._give_up(db, seq, why, _recipients_of(recipients))
-                for seq, owner, recipients, deferred_ts in rows
-                if owner == account_id and (seq not in self._on_wire or deferred_ts is not None)
+                for seq, _, recipients, deferred_ts in orphans
+                if seq not in on_wire or deferred_ts is not None
             ]
             return ended, rows[-1][0] if len(rows) == STRETCH else None
 
@@ -4399,7 +4462,11 @@ class Queue:
         """End the suspension of a batch; should it be broken off, a restart begins with the batch suspended."""
         self.suspended_batches.discard(batch_code)
         await self._mark_batch(batch_code, 0)
-        await self._do("DELETE FROM suspended_batches WHERE batch_code = :batch_code", batch_code=batch_code)
+        ended = ["DELETE FROM suspended_batches WHERE batch_code = :batch_code"]
+        if self.file.instance:  # others may have stored some of it meanwhile, as suspended
+            ended.append(SUSPEND)
+        every = {"suspended": 0, "first": 0, "last": LARGEST_INTEGER, "most": LARGEST_INTEGER}
+        await self._do(*ended, batch_code=batch_code, **every)
 
     async def _mark_batch(self, batch_code: str, suspended: int) -> bool:
         """Have the pending messages of a batch in the part of the index that claims look at (0), or in the other (2);

@@ -4708,6 +4708,57 @@ def test_a_suspended_batch_costs_a_claim_nothing_and_what_was_broken_off_is_fini
     assert ids(rig.claimed(2)) == ["b-1", "b-0"]  # in turn: new, come back
 
 
+@pytest.mark.parametrize("engine", ENGINES[1:], indirect=True)
+def test_what_another_daemon_has_on_the_wire_is_not_touched_and_late_outcomes_count_only_when_sent(
+    rig: QueueRig, tmp_path: Path
+) -> None:
+    other = QueueRig(tmp_path, rig.run)
+    for one, instance in ((rig, "a"), (other, "b")):
+        one.file.instance = instance
+    leased = "INSERT INTO leases (account_id, instance) VALUES ('main', '{}')"
+    rig.run(rig.file.write(lambda db: db.execute(leased.format("a"))))
+    rig.accepted(*(submission(id_, expires_ts=NOW + 5) for id_ in ("sent", "failed", "released", "lost")))
+
+    assert other.claimed() == []
+    claims = {claim.id: claim for claim in rig.claimed()}
+    assert other.delete(list(claims)) == (0, [], list(claims))
+    assert other.accept([submission("failed", payload="{}")]) == ["in delivery"]
+    other.now += 6
+    assert (other.catch_up()[1], other.fail_orphans("main", 0, "account deleted")[0]) == ([], [])
+    rig.queue.release([claims["released"]])
+    rig.answers()
+    assert other.delete(["released"]) == (1, [], [])
+
+    takeover = ("DELETE FROM leases", "DELETE FROM claims", leased.format("b"))  # when the lease of "a" was over
+    other.run(other.file.write(lambda db: [db.execute(statement) for statement in takeover]))
+    other.now = NOW
+    assert ids(other.claimed()) == ["sent", "failed", "lost"]
+    rig.recorded(claims["sent"], SENT)
+    rig.recorded(claims["failed"], ERROR, error="550 no")
+    assert [(id_, other.fields_of(id_)["status"]) for id_ in ("sent", "failed")] == [
+        ("sent", "sent"),
+        ("failed", "queued"),
+    ]
+    assert rig.claimed() == []
+    rig.run(other.file.close())
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:], indirect=True)
+def test_a_batch_that_one_daemon_suspends_or_activates_is_so_for_all_at_once(rig: QueueRig, tmp_path: Path) -> None:
+    other = QueueRig(tmp_path, rig.run)
+    for one, instance in ((rig, "a"), (other, "b")):
+        one.file.instance = instance
+    rig.run(rig.file.write(lambda db: db.execute("INSERT INTO leases (account_id, instance) VALUES ('main', 'a')")))
+
+    rig.suspend_batch("b")
+    other.accepted(submission("first", batch_code="b"), submission("other"))
+    assert ids(rig.claimed()) == ["other"]
+    other.activate_batch("b")
+    rig.accepted(submission("second", batch_code="b"))
+    assert ids(rig.claimed()) == ["first", "second"]
+    rig.run(other.file.close())
+
+
 def scans_without_an_end(statement: str, step: str) -> bool:
     """True for a step through a table that is neither a seek nor the head of an index, nor all that is changed."""
     if not step.startswith("SCAN") or step.startswith(SHORT_SCANS):
