@@ -70,6 +70,7 @@ import gc
 import hashlib
 import hmac
 import http.client
+import importlib.util
 import io
 import ipaddress
 import itertools
@@ -116,6 +117,12 @@ from email.errors import MessageError
 from email.header import decode_header, make_header
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
+
+if __name__ == "__main__" and not all(map(importlib.util.find_spec, ("aiosmtplib", "prometheus_client"))):
+    needed = "aiosmtplib prometheus-client"
+    remedy = f"run `python3 -m pip install {needed}`, or use mailproxy.pyz, which contains them"
+    print(f"mailproxy: the packages {needed.replace(' ', ' and ')} are needed: {remedy}", file=sys.stderr)
+    sys.exit(2)
 
 import aiosmtplib
 
@@ -682,31 +689,31 @@ class StorageSettings(NamedTuple):
 class ServerSettings(NamedTuple):
     """The HTTP side: where it listens, who may come in, how much it takes."""
 
-    host: str = fixed("127.0.0.1", LISTENING_HOST, "Address to listen on. Other than loopback it needs an api_token.")
-    port: int = fixed(8000, integer(0, 65_535), "TCP port; 0 takes a free one.")
+    host: str = fixed("127.0.0.1", LISTENING_HOST, "Address to listen on. One that is not loopback requires api_token.")
+    port: int = fixed(8000, integer(0, 65_535), "TCP port to listen on; 0: any free port.")
     unix_socket: str | None = fixed(None, SOCKET_PATH, "Listen on this Unix socket (mode 0660) instead of TCP.")
-    submit_socket: str | None = fixed(None, SOCKET_PATH, "Here (mode 0666) any local user may submit, and only that.")
-    api_token: tuple[Secret, ...] = row((), SECRETS, "What clients must send; several are for when it is changed.")
+    submit_socket: str | None = fixed(None, SOCKET_PATH, "Unix socket (mode 0666): any local user may submit there.")
+    api_token: tuple[Secret, ...] = row((), SECRETS, "Token that clients must send; several while it is changed.")
     tls_cert: str | None = fixed(None, READABLE_FILE, "Certificate chain (PEM) to speak HTTPS; needs tls_key.")
     tls_key: str | None = fixed(None, READABLE_FILE, "Private key (PEM) of tls_cert.")
-    max_body_bytes: int = fixed(64 * 2**20, BYTES, "Largest body of a request.")
+    max_body_bytes: int = fixed(64 * 2**20, BYTES, "Largest request body.")
     max_batch: int = row(1000, COUNT, "Most messages of one submission.")
     max_connections: int = fixed(1000, COUNT, "Most connections at a time.")
     head_timeout_seconds: float = fixed(10, PERIOD, "Time for the head of a request.")
     idle_timeout_seconds: float = fixed(75, PERIOD, "How long a connection may be idle between requests.")
-    body_timeout_seconds: float = fixed(60, PERIOD, "How long the body of a request may make no progress.")
+    body_timeout_seconds: float = fixed(60, PERIOD, "Time for the next piece of the body of a request.")
 
 
 class ClientSettings(NamedTuple):
     """The upstream: who gets the delivery reports, and serves attachments by storage path."""
 
-    client_sync_url: str | None = row(None, URL, "Delivery reports go here (POST). Left out: nobody is told.")
-    client_attachment_url: str | None = row(None, URL, "Attachments with fetch_mode endpoint are fetched here (POST).")
+    client_sync_url: str | None = row(None, URL, "Delivery reports are POSTed to this URL. Left out: no reports.")
+    client_attachment_url: str | None = row(None, URL, "Source of attachments with fetch_mode endpoint (POST).")
     client_sync_user: str | None = row(None, TEXT, "User of HTTP basic authentication.")
     client_sync_password: Secret | None = row(None, SECRET, "Password of HTTP basic authentication.")
-    client_sync_token: Secret | None = row(None, SECRET, "Bearer token; wins over user and password.")
+    client_sync_token: Secret | None = row(None, SECRET, "Bearer token; takes precedence over user and password.")
     client_sync_secret: Secret | None = row(None, SECRET, "Signs reports (Standard Webhooks): base64, or whsec_base64.")
-    sync_interval_seconds: float = row(300, seconds(0.05), "Called at least this often, also with nothing to report.")
+    sync_interval_seconds: float = row(300, seconds(0.05), "Call at least this often, even with nothing to report.")
     report_batch_size: int = row(1000, integer(1, 100_000), "Most entries of one report.")
     timeout_seconds: float = row(30, seconds(0.05, 3600), "Time for the whole call.")
     ca_file: str | None = row(None, READABLE_FILE, "CA certificates (PEM) to trust instead of the system's.")
@@ -715,7 +722,7 @@ class ClientSettings(NamedTuple):
 class SubmissionSettings(NamedTuple):
     """Submission by SMTP, for programs that speak nothing else."""
 
-    listen: str | None = fixed(None, LISTENING, "Address and port to take mail by SMTP, such as 127.0.0.1:2525.")
+    listen: str | None = fixed(None, LISTENING, "Address and port for submission, such as 127.0.0.1:2525.")
     tls_cert: str | None = fixed(None, READABLE_FILE, "Certificate chain (PEM) for STARTTLS; else that of [server].")
     tls_key: str | None = fixed(None, READABLE_FILE, "Private key (PEM) of tls_cert.")
     max_connections: int = fixed(100, integer(1, 10_000), "Most connections at a time.")
@@ -724,41 +731,37 @@ class SubmissionSettings(NamedTuple):
 class SchedulerSettings(NamedTuple):
     """Whether mail goes out at all."""
 
-    active: bool = fixed(True, BOOLEAN, "Deliver from the start. What suspend and activate last said wins over it.")
+    active: bool = fixed(True, BOOLEAN, "Deliver mail after the first start; later, suspend and activate decide.")
 
 
 class SendmailSettings(NamedTuple):
     """What bare local names mean to sendmail(8), and where it keeps mail while the daemon is away."""
 
-    domain: str | None = row(None, EHLO_NAME, "Completes them. Left out: /etc/mailname, else the host's full name.")
-    from_: str | None = row(None, MAIL_ADDRESS, "The sender instead of one that is a bare local name.")
-    aliases: tuple[str, ...] = row((), ALIASES, "Recipients instead of bare local names: root: ops@example.com, ...")
-    spool: str | None = row(
-        None, ABSOLUTE_PATH, "Directory (mode 1733; made where it is missing) of mail that the daemon takes in."
-    )
+    domain: str | None = row(None, EHLO_NAME, "Domain of bare local names. Left out: /etc/mailname or the host's own.")
+    from_: str | None = row(None, MAIL_ADDRESS, "Sender in place of a bare local name.")
+    aliases: tuple[str, ...] = row((), ALIASES, "Recipients for bare local names: root: ops@example.com, ...")
+    spool: str | None = row(None, ABSOLUTE_PATH, "Directory (mode 1733) of mail that waits for the daemon.")
 
 
 class DeliverySettings(NamedTuple):
     """How mail goes out: pace, retries, retention, staging. Accounts may have their own."""
 
-    send_interval_seconds: float = row(0.5, seconds(0.01, 3600), "Longest sleep of the dispatcher, which mail wakes.")
+    send_interval_seconds: float = row(0.5, seconds(0.01, 3600), "Longest sleep of the dispatcher; new mail wakes it.")
     test_mode: bool = fixed(False, BOOLEAN, "Deliver and report only at run-now.")
-    default_priority: int = row(2, PRIORITY, "Priority of messages that have none.")
+    default_priority: int = row(2, PRIORITY, "Priority of messages that do not name one.")
     delivery_report_retention_seconds: int = row(604_800, integer(0), "How long final, reported messages are kept.")
-    batch_size_per_account: int = row(50, integer(1, 100_000), "Most messages an account has in one turn.")
+    batch_size_per_account: int = row(50, integer(1, 100_000), "Most messages taken at a time for an account.")
     max_connections_per_account: int = row(5, integer(1, 1000), "Most connections to the server of an account.")
     max_concurrency: int = row(100, integer(1, 10_000), "Most SMTP transactions at a time, all accounts together.")
     retry_delays: tuple[int, ...] = row(RETRY_DELAYS, DELAYS, "Pauses before the retries; the last one repeats.")
-    max_age_seconds: int = row(432_000, COUNT, "A message so old becomes an error when a try fails.")
-    max_retries: int = row(0, integer(0, 1_000_000), "Most attempts after the first; 0 goes on until max_age_seconds.")
-    id_retention_seconds: int = row(
-        2_592_000, integer(0), "How long the id of a sent message that is gone stays known."
-    )
-    shutdown_timeout_seconds: float = row(30, seconds(0, 86_400), "How long transactions may finish when it stops.")
-    hostname: str | None = row(None, EHLO_NAME, "Our name in EHLO. Left out: the machine's full one, or its address.")
-    chunking: bool = row(True, BOOLEAN, "Small mail by BDAT, in one round trip, to servers that offer CHUNKING.")
-    redirect_to: str | None = row(None, MAIL_ADDRESS, "Staging: every mail goes here, its recipients in X-Original-To.")
-    allow_recipients: tuple[str, ...] = row((), RECIPIENTS, "Staging: mail to others becomes an error. Empty: to all.")
+    max_age_seconds: int = row(432_000, COUNT, "A message older than this becomes an error when an attempt fails.")
+    max_retries: int = row(0, integer(0, 1_000_000), "Most attempts after the first; 0: until max_age_seconds.")
+    id_retention_seconds: int = row(2_592_000, integer(0), "How long ids of sent, removed messages stay known.")
+    shutdown_timeout_seconds: float = row(30, seconds(0, 86_400), "Time for transactions to finish at a stop.")
+    hostname: str | None = row(None, EHLO_NAME, "Name in EHLO. Left out: the machine's full name, or its address.")
+    chunking: bool = row(True, BOOLEAN, "Send small messages by BDAT, in one round trip, where CHUNKING is offered.")
+    redirect_to: str | None = row(None, MAIL_ADDRESS, "Staging: all mail goes here, its recipients in X-Original-To.")
+    allow_recipients: tuple[str, ...] = row((), RECIPIENTS, "Staging: only these may get mail. Empty: everybody.")
 
 
 def nested(flat: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
@@ -774,38 +777,36 @@ class Account(NamedTuple):
     host: str = row(NEEDED, HOST, "Name or address of the SMTP server. Without it there is no such account.")
     port: int = row(NEEDED, integer(1, 65_535), "587 or 25 (STARTTLS), or 465 (TLS from the first byte).")
     user: str | None = row(None, TEXT, "Login name; without it there is no login.")
-    password: Secret | None = row(None, SECRET, "Better env:NAME or file:/path than the password itself.")
-    use_tls: bool | None = row(None, BOOLEAN, "true: encrypted for certain. Left out: by start_tls; true on port 465.")
+    password: Secret | None = row(None, SECRET, "Password; env:NAME or file:/path keeps it out of this file.")
+    use_tls: bool | None = row(None, BOOLEAN, "true: TLS is required. Left out: as start_tls says; true on port 465.")
     implicit_tls: bool = row(False, BOOLEAN, "TLS from the first byte on any port.")
-    start_tls: str = row("auto", word("auto", "required", "never"), "auto: when the server offers it.")
+    start_tls: str = row("auto", word("auto", "required", "never"), "auto: STARTTLS when the server offers it.")
     verify_tls: bool = row(True, BOOLEAN, "Verify the server's certificate and name.")
     ca_file: str | None = row(None, PATH, "CA certificates (PEM) to trust instead of the system's.")
     client_cert: str | None = row(None, PATH, "Certificate (PEM) to show to the server.")
     client_key: str | None = row(None, PATH, "Private key (PEM) of client_cert.")
     auth: str = row("auto", word("auto", "plain", "login", "cram-md5", "xoauth2", "oauthbearer"), "How to log in.")
-    oauth2_token_url: str | None = row(None, HTTP_URL, "Where access tokens come from.")
+    oauth2_token_url: str | None = row(None, HTTP_URL, "Token endpoint of OAuth 2.0.")
     oauth2_client_id: str | None = row(None, TEXT, "Client id of OAuth 2.0.")
     oauth2_client_secret: Secret | None = row(None, SECRET, "Client secret of OAuth 2.0.")
-    oauth2_refresh_token: Secret | None = row(None, SECRET, "Without it client credentials are used.")
+    oauth2_refresh_token: Secret | None = row(None, SECRET, "Refresh token; without it: client credentials grant.")
     oauth2_scope: str | None = row(None, TEXT, "Scope of the access token.")
     ttl: float = row(300, seconds(0.001), "How long a connection may live.")
-    max_connections: int = row(5, integer(1, 1000), "Most at a time.", else_of="max_connections_per_account")
+    max_connections: int = row(5, integer(1, 1000), "Most connections.", else_of="max_connections_per_account")
     max_messages_per_connection: int = row(100, COUNT, "Most messages over one connection.")
     max_recipients: int = row(100, COUNT, "Most recipients of one transaction; more are split over several.")
-    timeout: float | None = row(
-        None, seconds(0.001), "Of the connection and each reply but the last (600). Left out: RFC 5321's, 60 to 300."
-    )
+    timeout: float | None = row(None, seconds(0.001), "For each reply but the last (600). Left out: 60 to 300.")
     in_doubt: str = row("retry", word("retry", "error"), "What to do when the last reply never came.")
     limit_per_minute: int | None = row(None, integer(0), "Most messages in any 60 seconds; 0: no limit.")
     limit_per_hour: int | None = row(None, integer(0), "Most messages in any hour.")
     limit_per_day: int | None = row(None, integer(0), "Most messages in any day.")
-    limit_behavior: str = row("defer", word("defer", "error", reject="error"), "Over a limit: defer waits, error ends.")
+    limit_behavior: str = row("defer", word("defer", "error", reject="error"), "Over a limit: wait, or fail.")
     limit_counts: str = row("messages", word("messages", "recipients"), "Whether limits count messages or recipients.")
-    account_replies: tuple[AccountReply, ...] = row((), REPLIES, "Those that stop all its mail, whatever the code.")
-    hostname: str | None = row(None, EHLO_NAME, "Our name in EHLO.", else_of="hostname")
-    batch_size: int = row(50, COUNT, "Most messages of one turn.", else_of="batch_size_per_account")
+    account_replies: tuple[AccountReply, ...] = row((), REPLIES, "Replies that concern the account, not one message.")
+    hostname: str | None = row(None, EHLO_NAME, "Name in EHLO.", else_of="hostname")
+    batch_size: int = row(50, COUNT, "Most messages taken at a time.", else_of="batch_size_per_account")
     retry_delays: tuple[int, ...] = row(RETRY_DELAYS, DELAYS, "Pauses before the retries.", else_of="retry_delays")
-    max_age_seconds: int = row(432_000, COUNT, "So old, mail ends when a try fails.", else_of="max_age_seconds")
+    max_age_seconds: int = row(432_000, COUNT, "Older mail ends when an attempt fails.", else_of="max_age_seconds")
     max_retries: int = row(0, integer(0), "Most attempts after the first.", else_of="max_retries")
     source: str = "http"  # or "config"; no setting
 
@@ -835,10 +836,10 @@ class AttachmentSettings(NamedTuple):
     timeout_seconds: float = row(60, seconds(0.05, 3600), "Time to fetch one attachment, redirects included.")
     max_attachment_bytes: int = row(25 * 2**20, BYTES, "Largest attachment.")
     max_message_bytes: int = row(35 * 2**20, BYTES, "Most bytes of all attachments of a message.")
-    memory_budget_bytes: int = fixed(100 * 2**20, BYTES, "Memory for all messages being put together at a time.")
+    memory_budget_bytes: int = fixed(100 * 2**20, BYTES, "Memory for all messages that are being composed.")
     cache_bytes: int = fixed(25 * 2**20, integer(0), "Bytes of fetched files kept on disk for a burst; 0: none.")
-    allow_hosts: tuple[str, ...] = row((), HOSTS, "Where attachments may come from although it is not public.")
-    base_dir: str | None = row(None, PATH, "Where attachments with fetch_mode filesystem lie. Left out: refused.")
+    allow_hosts: tuple[str, ...] = row((), HOSTS, "Sources that are allowed although they are not public.")
+    base_dir: str | None = row(None, PATH, "Directory of attachments with fetch_mode filesystem. Left out: refused.")
 
 
 class S3Settings(NamedTuple):
@@ -849,15 +850,15 @@ class S3Settings(NamedTuple):
     session_token: Secret | None = row(None, SECRET, "Else AWS_SESSION_TOKEN, when the key id comes from there too.")
     region: str | None = row(None, TEXT, "Else AWS_REGION or AWS_DEFAULT_REGION.")
     endpoint: str | None = row(None, URL, "Of a server that is not Amazon's. Else AWS_ENDPOINT_URL_S3.")
-    addressing: str = row("auto", word("auto", "path", "virtual"), "Where the bucket stands; auto: virtual on Amazon.")
+    addressing: str = row("auto", word("auto", "path", "virtual"), "Place of the bucket; auto: virtual on Amazon.")
 
 
 class LoggingSettings(NamedTuple):
     """What is said on stderr, and how."""
 
-    level: str = row("info", word("debug", "info", "warning", "error"), "What is logged: this, and worse.")
-    format: str = row("text", word("text", "json"), "json: every line is an object.")
-    delivery_activity: bool = row(False, BOOLEAN, "One line for each delivery.")
+    level: str = row("info", word("debug", "info", "warning", "error"), "Lowest level that is logged.")
+    format: str = row("text", word("text", "json"), "json: every line is a JSON object.")
+    delivery_activity: bool = row(False, BOOLEAN, "Log one line for each delivery.")
 
 
 class Settings(NamedTuple):
@@ -902,7 +903,7 @@ TABLE: Mapping[str, tuple[Setting, ...]] = {section: rows_of(section, kind) for 
 SECTIONS = tuple(section for section in CLASSES if section != "smtp")  # those that are there once
 SETTINGS_TABLE = tuple(row for section in SECTIONS for row in TABLE[section])
 ACCOUNT_TABLE = TABLE["smtp"]  # of [smtp] and each [account:ID]
-ACCOUNT_ID = Setting("smtp", "id", NEEDED, LABEL, "The name by which messages choose it.")
+ACCOUNT_ID = Setting("smtp", "id", NEEDED, LABEL, "The name by which messages choose the account.")
 
 
 def as_written(value: object) -> str:
@@ -952,20 +953,21 @@ def _value(origin: str, section: str, key: str, text: str) -> Any:
     rows, text, where = _keys_of(origin, section), text.strip(), f"{origin}: [{section}] {key}"
     if key not in rows:
         homes = [row.section for row in (*SETTINGS_TABLE, *ACCOUNT_TABLE) if row.key == key]
-        hint = f"; it belongs into [{homes[0]}]" if homes else nearest(key, rows)
+        hint = f"; it belongs in [{homes[0]}]" if homes else nearest(key, rows)
         raise ConfigurationError(f"{where}: unknown key{hint}")
     row = rows[key]
     if "\n" in text and not row.kind.many:
-        raise ConfigurationError(f"{where}: goes on over several lines; is the next line indented by mistake?")
+        raise ConfigurationError(f"{where}: continues on several lines; is the next line indented by mistake?")
     try:
         if text or not (row.default in (None, (), "") or row.section == "smtp"):
             value = row.kind.parse(text)
             return text if row.section == "smtp" else value
         return "" if row.section == "smtp" else row.default
     except ValueError:
-        shown = "the value" if row.kind.secret else f'"{text[:100]}"'
+        quoted = text[:1] in ("'", '"')
+        shown = "the value" if row.kind.secret else text[:100] if quoted else f'"{text[:100]}"'
         flaw = f"{shown} is not" if text else "is empty; it must be"
-        raise ConfigurationError(f"{where}: {flaw} {row.kind.words}") from None
+        raise ConfigurationError(f"{where}: {flaw} {row.kind.words}{'; remove the quotes' * quoted}") from None
 
 
 def _in_file(path: str) -> Iterator[tuple[str, str, str, str]]:
@@ -982,7 +984,7 @@ def _in_file(path: str) -> Iterator[tuple[str, str, str, str]]:
         raise ConfigurationError(f"{path}: is not UTF-8 text; save it in that encoding") from error
     except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
         where = f"[{error.section}] {getattr(error, 'option', '')}".rstrip()
-        raise ConfigurationError(f"{path}: {where}: a second time in line {error.lineno}") from None
+        raise ConfigurationError(f"{path}: {where}: is given a second time in line {error.lineno}") from None
     except configparser.ParsingError as error:
         lines = ", ".join(str(line) for line, _ in getattr(error, "errors", [(vars(error).get("lineno"), "")]))
         early = isinstance(error, configparser.MissingSectionHeaderError)
@@ -991,7 +993,7 @@ def _in_file(path: str) -> Iterator[tuple[str, str, str, str]]:
     for section in parser.sections():
         _keys_of(path, section)
         if section.startswith("account:") and not parser.items(section):
-            raise ConfigurationError(f"{path}: [{section}]: is empty; an account has at least a host")
+            raise ConfigurationError(f"{path}: [{section}]: is empty; an account needs host and port")
         yield from ((path, section, key, text) for key, text in parser.items(section))
 
 
@@ -1029,7 +1031,7 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     for origin, section, key, text in written:
         given = environ.get(text.removeprefix("env:"), "") if text.startswith("env:") else text
         if given[1:] and given[0] == given[-1] and given[0] in "\"'":
-            warnings.append(f"{origin}: [{section}] {key}: the quotes around the value are taken as a part of it")
+            warnings.append(f"{origin}: [{section}] {key}: the quotes are a part of the value; are they meant to be?")
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     accounts: dict[str, dict[str, str]] = {}
     for (section, key), value in values.items():
@@ -1162,14 +1164,14 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
                     problem = "must be base64, with or without whsec_ before it: openssl rand -base64 32 makes one"
                     raise _complaint(settings, "client", row.key, problem) from None
     if client.client_sync_password and not client.client_sync_user:
-        raise _complaint(settings, "client", "client_sync_password", "needs client_sync_user beside it")
+        raise _complaint(settings, "client", "client_sync_password", "requires client_sync_user")
     if ":" in (client.client_sync_user or ""):
         raise _complaint(settings, "client", "client_sync_user", "must not hold a colon (RFC 7617)")
     for section, (key, needed) in itertools.product(
         ("server", "submission"), itertools.permutations(("tls_cert", "tls_key"))
     ):
         if getattr(getattr(settings, section), key) and not getattr(getattr(settings, section), needed):
-            raise _complaint(settings, section, key, f"needs {needed} beside it")
+            raise _complaint(settings, section, key, f"requires {needed}")
     return settings
 
 
@@ -1276,7 +1278,7 @@ def parse_account(fields: object, *, source: str = "http", defaults: DeliverySet
         ((inner or oauth2) and not oauth2 >= {"token_url", "client_id"}, "oauth2: needs token_url and client_id"),
         (oauth2 and not has_grant, "oauth2: needs refresh_token, or client_secret and scope"),
         (account.auth in ("xoauth2", "oauthbearer") and not oauth2, f"auth: {account.auth} needs oauth2"),
-        (account.client_key and not account.client_cert, "client_key: goes with a client_cert"),
+        (account.client_key and not account.client_cert, "client_key: requires client_cert"),
     ):
         if wrong:
             raise Rejected(f"invalid {problem}")
@@ -1302,7 +1304,7 @@ def left_open(settings: Settings, accounts: Iterable[Account], environ: Mapping[
     for account in accounts:
         secrets += [(f"account {account.id}, {row.key}", getattr(account, row.key)) for row in ACCOUNT_TABLE]
         if account.user and not account.password and not account.oauth2:
-            yield f"account {account.id}: a user without a password cannot log in"
+            yield f"account {account.id}: has a user but no password: set password, or remove user"
     for where, secret in secrets:
         try:
             if isinstance(secret, Secret):
@@ -1392,11 +1394,11 @@ MESSAGE_FIELDS: Mapping[str, Field] = {
     "from_name": Field("string", "The name beside a bare address in from."),
     "to": Field(ADDRESSES, "Addresses in a list, or in one string with commas.", required=True),
     "cc": Field(ADDRESSES, "As to."),
-    "bcc": Field(ADDRESSES, "As to; in no header."),
+    "bcc": Field(ADDRESSES, "Addresses, as in to; they are in no header."),
     "reply_to": Field(ADDRESSES, "As to."),
     "return_path": Field("string", "The envelope sender; left out: the address of from; <>: none."),
-    "subject": Field("string", "May be empty, must be there (but beside raw)."),
-    "body": Field("string", "The text, as content_type says. One of body, text, html, raw must be there."),
+    "subject": Field("string", "May be empty, but must be given (not with raw)."),
+    "body": Field("string", "The text, as content_type says. One of body, text, html, raw must be given."),
     "content_type": Field("'plain' | 'html'", "Of body; left out: plain."),
     "text": Field("string", "The plain text, beside html or without it."),
     "html": Field("string | boolean", "The HTML text; true beside body: that is HTML."),
@@ -1404,22 +1406,22 @@ MESSAGE_FIELDS: Mapping[str, Field] = {
     "message_id": Field("string", "Message-ID; left out: made up once."),
     "attachments": Field("Attachment[]", "Files, as they are or to be fetched."),
     "priority": Field(PRIORITY.json, "0 is immediate, 3 low; left out: default_priority."),
-    "deferred_ts": Field("integer", "Not before this time, Unix seconds, which is the Date of the message, too."),
-    "expires_ts": Field("integer", "Not after this time, Unix seconds."),
+    "deferred_ts": Field("integer", "Not sent before this time (Unix seconds), which is also its Date."),
+    "expires_ts": Field("integer", "Not sent after this time (Unix seconds)."),
     "raw": Field("string", "A complete RFC 5322 message in base64, instead of subject, texts, headers, attachments."),
-    "batch_code": Field("string", "A free label."),
+    "batch_code": Field("string", "Any label; messages are found, suspended and activated by it."),
 }
 ATTACHMENT_FIELDS: Mapping[str, Field] = {
     "filename": Field("string", "Its name in the message."),
     "content": Field("string", "The file in base64."),
     "url": Field("string", "An http or https URL it is fetched from."),
     "s3": Field("S3Object", "An object it is fetched from."),
-    "storage_path": Field("string", "As fetch_mode says: a path of the upstream's, a URL, base64, or a file."),
-    "fetch_mode": Field("'endpoint' | 'http_url' | 'base64' | 'filesystem'", "Left out: what the path looks like."),
+    "storage_path": Field("string", "As fetch_mode says: a path known to the upstream, a URL, base64, or a file."),
+    "fetch_mode": Field("'endpoint' | 'http_url' | 'base64' | 'filesystem'", "Left out: it follows from storage_path."),
     "content_type": Field("string", "type/subtype; left out: by the answer of the source, or the name."),
     "content_id": Field("string", "What cid: in html refers to."),
-    "inline": Field("boolean", "Shown in the text rather than beside it."),
-    "content_md5": Field("string", "32 hexadecimal digits that the file must have."),
+    "inline": Field("boolean", "Shown in the text, not beside it."),
+    "content_md5": Field("string", "The MD5 of the file in 32 hexadecimal digits; any other file is refused."),
 }
 S3_FIELDS: Mapping[str, Field] = {
     "bucket": Field("string", "The bucket.", required=True),
@@ -1427,7 +1429,7 @@ S3_FIELDS: Mapping[str, Field] = {
     "region": Field("string", "Left out: that of [s3]."),
     "endpoint": Field("string", "URL of a server; left out: that of [s3]."),
     "version_id": Field("string", "A version of the object."),
-    "addressing": Field("'auto' | 'path' | 'virtual'", "Where the bucket stands in the URL; left out: as [s3] says."),
+    "addressing": Field("'auto' | 'path' | 'virtual'", "Place of the bucket in the URL; left out: as [s3] says."),
 }
 BESIDE_RAW = (  # what means nothing where a raw message stands instead
     "from_name", "reply_to", "subject", "body", "content_type", "text", "html", "headers", "attachments",
@@ -1604,7 +1606,7 @@ def _extra_headers(given: object) -> tuple[tuple[tuple[str, str], ...], dict[str
                 raise Rejected(f"invalid headers: {name} must be a string, a number or a list of them")
             text = line_of(str(value).replace("\t", " "), "headers").strip(" ")
             if lower in once:
-                raise Rejected(f"invalid headers: {lower} can be there only once")
+                raise Rejected(f"invalid headers: {lower} can be given only once")
             if lower in _ONCE:
                 once[lower] = text
             if lower not in _MEANS_A_FIELD:
@@ -1613,7 +1615,7 @@ def _extra_headers(given: object) -> tuple[tuple[tuple[str, str], ...], dict[str
         if "date" in once:
             email.utils.parsedate_to_datetime(once["date"])
     except (ValueError, TypeError, OverflowError):
-        raise Rejected("invalid headers: Date is not a date as mail has it") from None
+        raise Rejected("invalid headers: Date is not a date (RFC 5322 3.3)") from None
     return tuple(others), once
 
 
@@ -1937,7 +1939,7 @@ def _bodies_of(fields: Mapping[str, Any]) -> tuple[str | None, str | None]:
     if body is None and text is None and html is None:
         raise Rejected("missing body")
     if body is not None and (html if kind == "html" else text) is not None:
-        raise Rejected("invalid body: is there twice, as body and as " + ("html" if kind == "html" else "text"))
+        raise Rejected("invalid body: is given twice, as body and as " + ("html" if kind == "html" else "text"))
     if body is not None and kind == "html":
         html = body
     elif body is not None:
@@ -3018,7 +3020,7 @@ def configure_logging(level: str, line_format: str, *, journal: bool = False, de
 
 def log_uncaught(error: BaseException | None, level: int = logging.ERROR, thread: str | None = None) -> None:
     """What nobody caught: in the main thread, which ends by it (critical), in another, or as an object is cleared up."""
-    sentence = "stopped by an error nobody caught" if level == logging.CRITICAL else "an error nobody caught"
+    sentence = "stopped by an unexpected error" if level == logging.CRITICAL else "unexpected error"
     event(logging.getLogger("mailproxy"), level, sentence, exc_info=error, thread=thread)
 
 
@@ -3078,20 +3080,20 @@ class Metrics:
         by_reason, by_outcome = ["account", "reason"], ["account", "outcome"]
         self.messages_accepted = counter("messages_accepted", "Messages accepted from clients.", account)
         self.messages_rejected = counter("messages_rejected", "Messages refused at submission.")
-        self.messages_sent = counter("messages_sent", "Messages a server took over.", account)
+        self.messages_sent = counter("messages_sent", "Messages accepted by a server.", account)
         self.messages_failed = counter("messages_failed", "Messages given up.", account)
         self.messages_partly_refused = counter(
             "messages_partly_refused", "Messages sent to some recipients only.", account
         )
-        self.messages_deferred = counter("messages_deferred", "Times a message was put off, by the cause.", by_reason)
-        self.rate_limited = counter("rate_limited", "Times a message met a limit of its account.", account)
+        self.messages_deferred = counter("messages_deferred", "Deferrals of messages, by reason.", by_reason)
+        self.rate_limited = counter("rate_limited", "Times a message reached a limit of its account.", account)
         self.queue_wait_seconds = timer("queue_wait_seconds", "Time from ready to sent.", account, buckets=WAITS_S)
-        self.smtp_connects = counter("smtp_connects", "Connections tried, by the end they had.", by_outcome)
+        self.smtp_connects = counter("smtp_connects", "Connection attempts, by outcome.", by_outcome)
         self.smtp_transaction_seconds = timer(
             "smtp_transaction_seconds", "Duration of SMTP transactions.", account, buckets=TRANSACTIONS_S
         )
-        self.attachment_fetches = counter("attachment_fetches", "Attachments asked for, by the end it had.", by_source)
-        self.report_requests = counter("report_requests", "Calls of the upstream, by the end they had.", ["outcome"])
+        self.attachment_fetches = counter("attachment_fetches", "Attachments asked for, by outcome.", by_source)
+        self.report_requests = counter("report_requests", "Calls of the upstream, by outcome.", ["outcome"])
         # By their labels, and kept: to look a series up takes longer than to count in it.
         requests = counter("http_requests", "HTTP requests answered.", ["route", "method", "code"])
         durations = timer("http_request_seconds", "Time to answer an HTTP request.", ["route"], buckets=REQUESTS_S)
@@ -3103,12 +3105,12 @@ class Metrics:
         self.transactions = functools.cache(self.smtp_transaction_seconds.labels)
         self.auth_failures = counter("auth_failures", "HTTP requests with a missing or wrong token.")
         self.storage_commit_seconds = timer("storage_commit_seconds", "Duration of commits.", buckets=COMMITS_S)
-        self.storage_commit_failures = counter("storage_commit_failures", "Commits the queue file refused.")
+        self.storage_commit_failures = counter("storage_commit_failures", "Commits that the storage refused.")
 
         self.messages_pending = gauge("messages_pending", "Undelivered messages, deferred and on the wire included.")
         self.messages_in_delivery = gauge("messages_in_delivery", "Messages on the wire.")
         self.oldest_pending_seconds = gauge("oldest_pending_seconds", "Age of the oldest undelivered message.")
-        self.reports_unacknowledged = gauge("reports_unacknowledged", "States the upstream has not acknowledged.")
+        self.reports_unacknowledged = gauge("reports_unacknowledged", "States that the upstream has not acknowledged.")
         self.scheduler_active = gauge("scheduler_active", "1 while mail goes out, 0 while suspended.")
         self.account_up = gauge("account_up", "1 when mail goes out, 0 when the account's server refuses us.", account)
         self.smtp_connections = gauge("smtp_connections", "Open SMTP connections.", ["account", "state"])
@@ -5415,7 +5417,7 @@ def _read_answer(
     words = re.split(r"[\s,]+", headers.get("content-encoding", "").lower())
     codings = [word for word in words if word in CODINGS]
     if len(codings) > 1 or (codings and codings[0] not in UNDONE_CODINGS):
-        reason = f"the answer has the content encoding {', '.join(codings)!r}, which nobody asked for"
+        reason = f"the answer has the content encoding {', '.join(codings)!r}, which was not requested"
         raise HttpFailure(reason, transient=False)
     pieces, encoded_md5 = iter(lambda: response.read(BODY_PIECE_BYTES), b""), hashlib.md5(usedforsecurity=False)
     is_encoded = bool(codings) and not is_gzip_file(headers)
@@ -5456,7 +5458,7 @@ def write_within(max_bytes: int, pieces: Iterable[bytes], file: BinaryIO, what: 
         try:
             file.write(piece)
         except OSError as error:
-            raise HttpFailure(f"{what} cannot be kept: {error.strerror}", transient=True) from error
+            raise HttpFailure(f"{what} cannot be stored: {error.strerror}", transient=True) from error
 
 
 # ======================================================================
@@ -5624,7 +5626,7 @@ def sign_s3(
 def s3_target(wanted: S3Object, settings: S3Settings, region: str) -> HttpTarget:
     """Where an object is asked for: path style or virtual-host style, on Amazon or elsewhere."""
     if not S3_BUCKET.fullmatch(wanted.bucket) or not S3_REGION.fullmatch(region):
-        raise HttpFailure("the S3 bucket or region has a name that cannot be", transient=False)
+        raise HttpFailure("the name of the S3 bucket or region is not valid", transient=False)
     amazon = f"https://s3.{region}.amazonaws.com" + (".cn" if region.startswith("cn-") else "")
     endpoint = asked_at(wanted.endpoint or settings.endpoint or amazon)
     prefix = endpoint.path.partition("?")[0].rstrip("/")
@@ -5796,7 +5798,7 @@ class AttachmentFetcher:
         call.add_done_callback(lambda _: turns.release())  # a call that hangs keeps its turn
         # It ends itself in time, but for the look-up of a name and a file server that hangs.
         await asyncio.wait([call], timeout=timeout_s + 1)
-        return call.result() if call.done() else failed_fetch(f"no answer of {host} within {timeout_s:g} s", 451)
+        return call.result() if call.done() else failed_fetch(f"no answer from {host} within {timeout_s:g} s", 451)
 
     def _fetch_blocking(self, attachment: Attachment) -> Fetched | Reply:
         location, words = attachment.location, ""
@@ -5846,7 +5848,7 @@ class AttachmentFetcher:
         except SecretUnavailable as failure:
             return failed_fetch(str(failure), 451)
         except OSError as error:
-            return failed_fetch(f"it cannot be kept: {error.strerror}", 451)
+            return failed_fetch(f"it cannot be stored: {error.strerror}", 451)
 
     def _from_s3(self, wanted: S3Object, http: Callable[..., HttpAnswer]) -> tuple[HttpAnswer, str]:
         """S3's answer and, where that is an error, its words; they hold no credentials."""
@@ -6362,10 +6364,10 @@ class Session(asyncio.Protocol):
             if answer.code == 421:  # nothing follows, asked for or not (RFC 5321 3.8)
                 return self._break_off(Cause.LOST, f"the server ended the session: {answer}")
             if not asked_for:
-                return self._break_off(Cause.LOCAL, f"a reply that nobody asked for: {answer}")
+                return self._break_off(Cause.LOCAL, f"an unexpected reply: {answer}")
         wanted = self._then and not (self._expected or self._unread) and self._answers[-1].code == 354
         if self._reply_bytes + len(self._unread) > LONGEST_REPLY_BYTES:
-            self._break_off(Cause.LOCAL, "a reply without end")
+            self._break_off(Cause.LOCAL, "an endless reply")
         elif wanted and self._positive == len(self._answers) - 1:
             self._transport.write(self._then)
             self._then, self._expected, self._patience_s = b"", 1, self._end_of_data_timeout_s
@@ -6611,7 +6613,7 @@ class TokenKeeper:
         except SecretUnavailable as failure:
             return local_reply(Stage.AUTH, str(failure))
         except TimeoutError:
-            return local_reply(Stage.AUTH, "no answer of the token endpoint in time", Cause.TIMEOUT)
+            return local_reply(Stage.AUTH, "no answer from the token endpoint in time", Cause.TIMEOUT)
         except (MailproxyError, OSError, ValueError) as failure:
             return local_reply(Stage.AUTH, f"token endpoint: {failure}", Cause.LOST)
         answer: Any = None
@@ -6962,7 +6964,7 @@ class SmtpSession(Served):
     busy: bool = False  # a mail is coming in, or being stored
     _replies: list[str] = field(default_factory=list)
     _idle_at: float = 0.0  # when it will have been idle for too long, on the monotonic clock
-    _farewell: str = "421 4.3.2 Shutting down, come back later"
+    _farewell: str = "421 4.3.2 Shutting down, try again later"
     _errors: int = 0
     _encrypted: bool = False
     _login: str | None = None
@@ -7043,20 +7045,20 @@ class SmtpSession(Served):
             cut -= left[cut - 1 : cut] == b"\r"
             piece, left = left[:cut], left[cut:]
             if not piece.count(b"\r") == piece.count(b"\n") == piece.count(b"\r\n"):
-                refusal = refusal or "554 5.6.0 A CR or an LF in the mail is not one of a CRLF (RFC 5321 2.3.8)"
+                refusal = refusal or "554 5.6.0 The message contains a bare CR or LF (RFC 5321 2.3.8)"
             if piece:
                 stuffed, after_crlf = after_crlf and piece.startswith(b"."), piece.endswith(b"\r\n")
                 piece = piece[stuffed:].replace(b"\r\n.", b"\r\n")
                 size += len(piece)
             if size > most:
-                refusal = refusal or f"552 5.3.4 A mail has at most {most} octets"
+                refusal = refusal or f"552 5.3.4 A message may have at most {most} octets"
             try:
                 if not refusal and size <= in_memory:
                     file.write(piece)
                 elif not refusal:
                     await self.server.in_thread(functools.partial(file.write, piece))
             except OSError as error:
-                refusal = f"452 4.3.1 The mail cannot be stored: {error.strerror}"
+                refusal = f"452 4.3.1 The message cannot be stored: {error.strerror}"
             if end != 1:
                 self._buffer = left[3:]
                 return size, refusal
@@ -7069,19 +7071,19 @@ class SmtpSession(Served):
         verb, _, argument = line.partition(" ")
         match verb.upper():
             case "MAIL":
-                demand(self._sender is None, "503 5.5.1 There is a sender already: RSET begins anew")
+                demand(self._sender is None, "503 5.5.1 A sender is already given; send RSET to start again")
                 demand(self._encrypted or not server.tls_first, "530 5.7.0 Send STARTTLS first")
                 demand(self._login is not None or not server.login_first(), "530 5.7.0 Log in with an API token first")
                 sender, parameters = self._path(argument, "FROM:")
                 known, most = MAIL_PARAMETERS.fullmatch(parameters), server.most_bytes()
-                demand(known, "555 5.5.4 There is a parameter that is not known here")
-                demand(known and int(known[1] or 0) <= most, f"552 5.3.4 A mail has at most {most} octets")
+                demand(known, "555 5.5.4 Unknown parameter")
+                demand(known and int(known[1] or 0) <= most, f"552 5.3.4 A message may have at most {most} octets")
                 self._sender = sender and parse_addr_spec(server.names.sender_of(sender), "from")
                 return "250 2.1.0 Ok"
             case "RCPT":
                 demand(self._sender is not None, "503 5.5.1 Send MAIL first")
                 recipient, parameters = self._path(argument, "TO:")
-                demand(not parameters, "555 5.5.4 This parameter is not known here")
+                demand(not parameters, "555 5.5.4 Unknown parameter")
                 addresses = [parse_addr_spec(one, "to") for one in server.names.recipients(recipient or "@")]
                 demand(len(self._recipients + addresses) <= SMTP_RECIPIENTS, "452 4.5.3 Too many recipients")
                 refusal = server.refusal(recipient)
@@ -7089,7 +7091,7 @@ class SmtpSession(Served):
                 return refusal or "250 2.1.5 Ok"
             case "DATA":
                 demand(self._sender is not None, "503 5.5.1 Send MAIL first")
-                demand(self._recipients, "554 5.5.1 There is no valid recipient")
+                demand(self._recipients, "554 5.5.1 No valid recipients")
                 return await self._data()
             case "EHLO" | "HELO" | "RSET" as begins:
                 self._sender, self._recipients = None, []
@@ -7116,11 +7118,11 @@ class SmtpSession(Served):
             case "NOOP":
                 return "250 2.0.0 Ok"
             case "VRFY":
-                return "252 2.0.0 Send some mail, and it will be tried"
+                return "252 2.0.0 Cannot verify the address; send a message to try it"
             case "QUIT":
                 self._last = True
                 return "221 2.0.0 Bye"
-        return "500 5.5.2 There is no such command here"
+        return "500 5.5.2 Unknown command"
 
     def _path(self, argument: str, keyword: str) -> tuple[str, str]:
         """The address of MAIL or RCPT without a source route, and the parameters (RFC 5321 4.1.2)."""
@@ -7312,7 +7314,7 @@ class Request:
             raise HttpError(415, f"the body must be application/json, not {declared[:80]}")
         encoding = self.headers.get("content-encoding", "identity").strip().lower()
         if encoding != "identity":
-            raise HttpError(415, f"a body with Content-Encoding {encoding[:80]} is not read here")
+            raise HttpError(415, f"Content-Encoding {encoding[:80]} is not supported; send the body as it is")
         if len(body) <= JSON_AT_ONCE_BYTES:
             return parse_json_object(body, judged)
         return await self.in_thread(lambda: parse_large_json_object(body, judged))
@@ -7324,10 +7326,10 @@ class Request:
         line, _, fields = head.decode("latin-1").removeprefix("\r\n").partition("\r\n")
         parts = REQUEST_LINE.fullmatch(line)
         if not parts:
-            raise HttpError(400, "the request line is not one of HTTP/1.1")
+            raise HttpError(400, "the request line is not valid HTTP/1.1")
         method, target, self.version = parts.groups()
         if self.version not in ("1.1", "1.0"):
-            raise HttpError(505, f"HTTP/{self.version} is not spoken here, HTTP/1.1 is")
+            raise HttpError(505, f"HTTP/{self.version} is not supported; use HTTP/1.1")
         if method in KNOWN_METHODS:
             self.method = method
         if fields and not FIELD_LINES.fullmatch(fields):
@@ -7342,7 +7344,7 @@ class Request:
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         host = headers.get("host")
         if host is None and self.version == "1.1":
-            raise HttpError(400, "there is no Host header")
+            raise HttpError(400, "the Host header is missing")
         if host and not HOST_FIELD.fullmatch(host):
             raise HttpError(400, "the Host header is malformed")
         return target
@@ -7384,7 +7386,7 @@ def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, objec
             raise HttpError(400, f"the JSON is nested deeper than {JSON_DEPTH} levels", code="bad_json")
     for name, value in content.items():
         if name != judged and (half := HALF_A_PAIR.search(as_json({name: value}))):
-            raise HttpError(400, f"{name} holds half a surrogate pair (\\u{ord(half[0]):04x})", code="bad_json")
+            raise HttpError(400, f"{name} contains half a surrogate pair (\\u{ord(half[0]):04x})", code="bad_json")
     return content
 
 
@@ -7573,7 +7575,7 @@ class ServedConnection(Served):
             raise
         except Exception as error:
             self.server.log_failure(request, error)
-            response = HttpError(500, "internal error: the log has more, under this X-Request-Id").response()
+            response = HttpError(500, "internal error: the log has more under this X-Request-Id").response()
         request.id = request.id or request_id_in(self._buffer)
         try:
             await self._send(request, response, opening)
@@ -7587,13 +7589,13 @@ class ServedConnection(Served):
         length: int | None = 0  # None: chunked; whatever two readers might take in two ways is refused (RFC 9112 6.3)
         if coding is not None:
             if announced is not None or request.version == "1.0":
-                raise HttpError(400, "Transfer-Encoding does not go with Content-Length, or with HTTP/1.0")
+                raise HttpError(400, "Transfer-Encoding cannot be combined with Content-Length or HTTP/1.0")
             if coding.lower() != "chunked":
-                raise HttpError(501, "no Transfer-Encoding but chunked is understood here")
+                raise HttpError(501, "the only Transfer-Encoding that is supported is chunked")
             length = None
         elif announced is not None:
             if not (announced.isascii() and announced.isdigit()):
-                raise HttpError(400, "Content-Length is not one number")
+                raise HttpError(400, "Content-Length must be one number")
             length = int(announced) if len(announced) <= 18 else 10**18
         options = request.headers.get("connection", "").lower()
         goes_on = "close" not in options and (request.version == "1.1" or "keep-alive" in options)
@@ -7622,11 +7624,11 @@ class ServedConnection(Served):
             async with asyncio.timeout(timeout_s):
                 received = await self.reader.read(READ_BYTES)
         except TimeoutError:
-            raise HttpError(408, "the request did not come in time") from None
+            raise HttpError(408, "the request did not arrive in time") from None
         except OSError:
             raise ClientGone from None
         if not received:
-            raise HttpError(400, "the request ends in its middle")
+            raise HttpError(400, "the request ended before it was complete")
         self._buffer += received
 
     async def _read_head(self, until: float) -> bytes:
@@ -7634,7 +7636,7 @@ class ServedConnection(Served):
         seen = 0
         while (end := self._buffer.find(b"\r\n\r\n", max(0, seen - 3))) < 0:
             if HOPELESS_HEAD.search(self._buffer, max(0, seen - 1)):
-                raise HttpError(400, "the head has a character that cannot be there")
+                raise HttpError(400, "the head of the request contains an invalid character")
             seen = len(self._buffer)
             if seen > HTTP_HEAD_BYTES:
                 break
@@ -7779,7 +7781,7 @@ class HttpServer(Listener):
         if methods:
             request.route = next(iter(methods.values())).pattern
         if self.foreign(request):
-            sentence = "it may come from another site's page: ask by address (127.0.0.1), or set api_token in [server]"
+            sentence = "the request may come from a page of another site: use 127.0.0.1 in the URL, or set api_token in [server]"
             raise HttpError(403, sentence, code="foreign_origin")
         if not (route and route.public) and not self.authorised(request):
             sentence = "Invalid or missing API token"
@@ -7788,7 +7790,7 @@ class HttpServer(Listener):
             raise HttpError(404, "no such path; see /openapi.json")
         if route is None:
             listed = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
-            raise HttpError(405, f"this path takes only {listed}", headers={"Allow": listed})
+            raise HttpError(405, f"this path allows only {listed}", headers={"Allow": listed})
         return route
 
 
@@ -9007,7 +9009,7 @@ class Dispatcher(Loop):
                     lane.first_is_in.set()
                 self._mark(lane)  # it may have more connections now
         except Exception as error:
-            what = "connecting made mailproxy fail"
+            what = "internal error while connecting"
             event(self.log, logging.ERROR, what, account=lane.account.id, exc_info=error)
             session = Reply(Stage.CONNECT, 451, f"internal error ({type(error).__name__})", "4.3.0", Cause.LOCAL)
         finally:
@@ -9172,7 +9174,7 @@ class Dispatcher(Loop):
 
     async def _fail_internally(self, lane: Lane, claim: Claim, error: Exception, *, in_doubt: bool = False) -> None:
         """Our own code failed with this message: it ends, and no other; in doubt when it may have been sent."""
-        self._say(claim, "a message made mailproxy fail", logging.ERROR, exc_info=error)
+        self._say(claim, "internal error in a delivery", logging.ERROR, exc_info=error)
         what = "in doubt: internal error" if in_doubt else "internal error: the message could not be composed"
         why = f"{what} ({type(error).__name__})"
         now = self.clock.wall()
@@ -9511,7 +9513,7 @@ def stored_accounts(
         try:
             accounts.append(parse_account(json.loads(definition), defaults=defaults))
         except Rejected as error:
-            complain(f"account {account_id} of the queue file is left out, POST /account replaces it: {error}")
+            complain(f"account {account_id} of the queue is left out; replace it by POST /account: {error}")
     return accounts
 
 
@@ -9535,10 +9537,10 @@ LISTING: QueryFields = {
     "subject": (PIECE, "Only messages with this in their subject, without regard to case."),
     "since": (MOMENT, "Only messages accepted then or later."),
     "until": (MOMENT, "Only messages accepted then or before."),
-    "refused": (BOOLEAN, "Only messages that some or all of their recipients were refused for good."),
+    "refused": (BOOLEAN, "Only messages of which some or all recipients were refused for good."),
     "order": (word("asc", "desc"), "desc: newest first."),
-    "limit": (integer(1, LISTING_LIMIT), f"At most so many, 1 to {LISTING_LIMIT}; left out: all."),
-    "after": (integer(0)._replace(json="string"), "Go on there: the `next` of an answer."),
+    "limit": (integer(1, LISTING_LIMIT), f"At most this many, 1 to {LISTING_LIMIT}; left out: all."),
+    "after": (integer(0)._replace(json="string"), "Continue there: the `next` of an earlier answer."),
     **CONTENT,
 }
 
@@ -9608,12 +9610,12 @@ WORDS: Mapping[str, Kind] = {
 GIVEN: Mapping[str, Mapping[str, Field]] = {
     "Batch": {
         "messages": Field("Message[]", "Each is judged by itself.", required=True),
-        "default_priority": Field(PRIORITY.json, "Of messages that have none."),
+        "default_priority": Field(PRIORITY.json, "Priority of messages that do not name one."),
     },
     "Message": MESSAGE_FIELDS,
     "Attachment": ATTACHMENT_FIELDS,
     "S3Object": S3_FIELDS,
-    "MessageIds": {"ids": Field("string[]", f"At most {MAX_IDS}.", required=True)},
+    "MessageIds": {"ids": Field("string[]", f"At most {MAX_IDS} ids.", required=True)},
     "WhichBatch": {"batch_code": Field("string", BATCH["batch_code"][1])},
     "Age": {"older_than_seconds": Field("integer", "Left out: the configured retention.")},
     "Account": ACCOUNT_FIELDS,
@@ -9773,16 +9775,16 @@ class ControlPlane:
                     await self.queue.answers()
                 self._wrote_at = self.clock.monotonic()
             except TimeoutError:
-                raise HttpError(503, "the queue file does not answer") from None
+                raise HttpError(503, "the queue does not answer") from None
         return json_response({"ok": True})
 
     def stalled_loop(self) -> str | None:
         """Which loop does not turn, in a sentence, or None."""
         now, settings = self.clock.monotonic(), self.settings()
         if now - self.dispatcher.turned_at > settings.delivery.send_interval_seconds + LOOP_PATIENCE_S:
-            return "the dispatch loop does not turn"
+            return "the dispatch loop is stalled"
         if now - self.reporter.turned_at > settings.client.timeout_seconds + REPORTER_SLEEP_S + LOOP_PATIENCE_S:
-            return "the report loop does not turn"
+            return "the report loop is stalled"
         return None
 
     async def get_status(self, request: Request) -> Response:
@@ -9899,7 +9901,7 @@ class ControlPlane:
             raise HttpError(400, "messages: must be a list of messages", code="bad_field")
         most = self.settings().server.max_batch
         if len(messages) > most:
-            raise HttpError(413, f"messages: at most {most} in one batch, these are {len(messages)}")
+            raise HttpError(413, f"messages: at most {most} in one batch, not {len(messages)}")
         default, given = self.settings().delivery.default_priority, fields.get("default_priority")
         if given is not None:
             default = judged(PRIORITY, given, "default_priority")
@@ -9930,7 +9932,7 @@ class ControlPlane:
             except Rejected as error:
                 rejected.append(rejection(id_, str(error)))
             except Exception as error:  # a bug of ours must not spoil the batch
-                event(self.log, logging.ERROR, "a submission made mailproxy fail", message=id_, exc_info=error)
+                event(self.log, logging.ERROR, "internal error in a submission", message=id_, exc_info=error)
                 rejected.append(rejection(id_, "invalid message: it could not be understood"))
         return good, rejected, unknown
 
@@ -10023,7 +10025,7 @@ class ControlPlane:
         queued, not_found, not_failed, of_no_account = await self.queue.retry(ids, self.dispatcher.lanes)
         self.dispatcher.wake(self.dispatcher.lanes)
         self.reporter.ring()
-        event(self.log, logging.INFO, "failed messages queued anew", messages=queued)
+        event(self.log, logging.INFO, "failed messages queued again", messages=queued)
         answer = {"ok": True, "queued": queued, "not_found": not_found, "not_failed": not_failed}
         return json_response(answer | ({"account_not_found": of_no_account} if of_no_account else {}))
 
@@ -10436,7 +10438,7 @@ class Daemon:
             await self._listen_for_smtp(place)
         except OSError as error:
             raise ConfigurationError(
-                f"Cannot listen on {place}: {error.strerror or error}; choose another address or port."
+                f"cannot listen on {place}: {error.strerror or error}; choose another address or port"
             ) from error
         return where
 
@@ -10474,7 +10476,9 @@ class Daemon:
         wanted = self.settings.server.max_connections
         most = min(wanted, allowed // HTTP_SHARE)
         if most < wanted:
-            event(self._log, logging.WARNING, "few files may be open: fewer HTTP connections", files=allowed, most=most)
+            event(
+                self._log, logging.WARNING, "low limit of open files: fewer HTTP connections", files=allowed, most=most
+            )
         return most
 
     async def _serve(self, where: str, started: Callable[[str], None]) -> int:
@@ -10516,7 +10520,7 @@ class Daemon:
         closing = asyncio.gather(*(server.stop(max(timeout_s, 5)) for server in servers))
         drained = asyncio.create_task(self._dispatcher.drained())
         if not await self._ends(drained, timeout_s):
-            event(self._log, logging.WARNING, "cut off while delivering", on_the_wire=self._queue.in_delivery)
+            event(self._log, logging.WARNING, "deliveries were cut off", on_the_wire=self._queue.in_delivery)
         self._dispatcher.cut()
         await drained
         self._reporter.stop()
@@ -10592,11 +10596,11 @@ class Daemon:
                 self._agent.contexts.clear()  # certificates may have changed
                 await self._control.renew_accounts(accounts)
                 self._smtp.names = await self._network(lambda: local_names(self.settings.sendmail))
-                event(self._log, logging.INFO, "configuration read again", needs_restart=", ".join(fixed) or None)
+                event(self._log, logging.INFO, "configuration reloaded", needs_restart=", ".join(fixed) or None)
             except ConfigurationError as error:
-                event(self._log, logging.ERROR, "the configuration was not taken over", error=str(error))
+                event(self._log, logging.ERROR, "configuration not reloaded", error=str(error))
             except StorageUnavailable as error:
-                event(self._log, logging.ERROR, "the accounts were not taken over", error=str(error))
+                event(self._log, logging.ERROR, "accounts not reloaded", error=str(error))
             self._systemd.tell("READY=1")
 
     def _read_again(self) -> tuple[Settings, list[str], Sequence[str], list[Account]]:
@@ -10626,7 +10630,7 @@ class Daemon:
             async with asyncio.timeout(timeout_s + 1):  # which cuts the look-up of a name; all else cuts itself
                 return await self._network(lambda: self._post_report(report_id, body))
         except TimeoutError:
-            raise HttpFailure(f"no answer of the upstream within {timeout_s:g} s", transient=True) from None
+            raise HttpFailure(f"no answer from the upstream within {timeout_s:g} s", transient=True) from None
 
     def _post_report(self, report_id: str, body: bytes) -> HttpAnswer:
         """One proxy_sync call. Blocking: may read secrets from files, too."""
@@ -10677,7 +10681,7 @@ class Daemon:
         matches = [hmac.compare_digest(password.encode(), token) for token in self._tokens]
         if matches and not any(matches):
             self._metrics.auth_failures.inc()
-            event(self._log, logging.WARNING, "a login by SMTP without a valid token", peer=peer)
+            event(self._log, logging.WARNING, "SMTP login without a valid token", peer=peer)
         return any(matches) or not matches
 
     def _observe_request(self, request: Request, status: int, seconds: float) -> None:
@@ -10685,7 +10689,7 @@ class Daemon:
         self._metrics.http_request_seconds(request.route).observe(seconds)
         if status in (401, 403):
             self._metrics.auth_failures.inc()
-            what = "a request without a valid token" if status == 401 else "a request of another site"
+            what = "request without a valid token" if status == 401 else "request from another site"
             event(self._log, logging.WARNING, what, peer=request.peer, request=request.id)
         if self._log.isEnabledFor(logging.DEBUG):
             about: dict[str, Any] = {"method": request.method, "path": request.path[:200], "peer": request.peer}
@@ -10694,7 +10698,7 @@ class Daemon:
 
     def _log_failure(self, request: Request, failure: Exception) -> None:
         about = {"method": request.method, "route": request.route, "request": request.id}
-        event(self._log, logging.ERROR, "a request made mailproxy fail", exc_info=failure, **about)
+        event(self._log, logging.ERROR, "internal error in a request", exc_info=failure, **about)
 
 
 def server_tls_context(server: ServerSettings | SubmissionSettings) -> ssl.SSLContext | None:
@@ -10739,7 +10743,7 @@ class DaemonAnswer(NamedTuple):
     def granted(self) -> dict[str, Any]:
         """The fields. Raises CommandFailed where they are a refusal."""
         if self.http_status == 401:
-            raise CommandFailed("the daemon asks for another token: set MAILPROXY_TOKEN", os.EX_NOPERM)
+            raise CommandFailed("the daemon requires a valid token: set MAILPROXY_TOKEN", os.EX_NOPERM)
         if not self.fields["ok"]:
             later = self.http_status >= 500 or self.http_status in (408, 429)
             reason = self.fields.get("error", f"HTTP {self.http_status}")
@@ -10835,7 +10839,7 @@ def find_daemon(
     if server.unix_socket is not None:
         own_url = f"unix:{os.path.abspath(server.unix_socket)}"
     elif server.port == 0 and not url:
-        raise ConfigurationError("[server] port is 0, any free one: say where the daemon is with --url")
+        raise ConfigurationError("[server] port is 0 (any free port): give the URL of the daemon with --url")
     if url in ("", own_url):
         return Client(own_url, its_token, server.tls_cert)
     here = is_loopback(daemon_target(url).host)
@@ -10991,9 +10995,9 @@ def submit(client: Client, messages: Sequence[Mapping[str, object]], *, show: bo
 def send(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Submit what the options describe, an .eml file, or the rows of a CSV file."""
     if args.csv and (args.file or args.id):
-        raise ConfigurationError("--csv goes with neither an .eml file nor --id; ids may be a column of it")
+        raise ConfigurationError("--csv cannot be combined with an .eml file or --id; put ids into a column")
     if args.file and (args.attach or (args.subject, args.body, args.html) != (None, None, None)):
-        raise ConfigurationError("an .eml file is sent as it is: no --subject, --body, --html, --attach beside it")
+        raise ConfigurationError("an .eml file is sent as it is: leave out --subject, --body, --html and --attach")
     given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in COLUMNS and value is not None}
     if args.body == "-":
         given["body"] = sys.stdin.read()
@@ -11099,12 +11103,12 @@ def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int
             if name not in COLUMNS:
                 known = sorted(COLUMNS)
                 hint = f"{nearest(name, known)}; columns are fields of a message: {', '.join(known)}"
-                raise ConfigurationError(f'{path}: unknown column "{name}"{hint}; other words belong into each body')
+                raise ConfigurationError(f'{path}: unknown column "{name}"{hint}.')
             if columns.count(name) > 1:
-                raise ConfigurationError(f"{path}: the column {name} is there twice")
+                raise ConfigurationError(f"{path}: the column {name} is given twice")
         for name in ("from", "to", "subject"):
             if name not in columns and name not in known_anyway:
-                raise ConfigurationError(f"{path}: no column {name}, and no --{name} for all rows")
+                raise ConfigurationError(f"{path}: the column {name} is missing; add it, or give --{name} for all rows")
         cells = (row if any(row[len(columns) :]) else row[: len(columns)] for row in reader)
         return [(reader.line_num, dict(itertools.zip_longest(columns, row))) for row in cells if row]
     except csv.Error as error:
@@ -11291,7 +11295,7 @@ def sendmail_call(words: Sequence[str]) -> SendmailCall:
     if mode == "m" and wants_none:
         mode = "q" if "q" in options else ""
     if mode not in tuple("mspiq"):
-        refused = f"-b{mode} is not for a client" if mode else "no recipient: name one on the command line, or use -t"
+        refused = f"-b{mode} is not supported" if mode else "no recipient: name one on the command line, or use -t"
         raise CommandFailed(refused, os.EX_USAGE)
     sender = options.get("f", options.get("r"))
     if sender is not None:  # it may stand in angle brackets or beside a name
@@ -11307,7 +11311,7 @@ def sendmail_fields(call: SendmailCall, content: bytes, login: str, names: Local
     for word in call.recipients:
         read = read_addresses(os.fsencode(word))
         if not read:
-            raise CommandFailed(f"this is no address as mail knows it: {word[:200]}", os.EX_NOUSER)
+            raise CommandFailed(f"not a mail address: {word[:200]}", os.EX_NOUSER)
         recipients += [address for address, _ in read]
     named, in_header = draft.envelope(strictly=call.recipients_in_header and not recipients)
     recipients += in_header if call.recipients_in_header else []
@@ -11356,7 +11360,7 @@ def submit_or_keep(settings: Settings, environ: Mapping[str, str], fields: Mappi
             os.fsync(file.fileno())  # of its new name, too: the spool cannot be opened
         return None
     except OSError as error:
-        raise CommandFailed(f"the daemon is away, and the spool {spool} cannot be written: {error.strerror}") from None
+        raise CommandFailed(f"no daemon answers, and the spool {spool} cannot be written: {error.strerror}") from None
 
 
 # ======================================================================
@@ -11574,7 +11578,7 @@ def _status_in_words(status: dict[str, Any]) -> list[str]:
     now = time.time()
     oldest = relative(status["oldest_pending_ts"], now)
     lines = facts(
-        ("delivery", "active" if status["active"] else "suspended; `mailproxy activate` goes on"),
+        ("delivery", "active" if status["active"] else "suspended; `mailproxy activate` resumes it"),
         ("pending", joined(", the oldest accepted ", str(status["pending"]), oldest)),
         ("deferred", status["deferred"]),
         ("in delivery", status["in_delivery"]),
@@ -11588,7 +11592,7 @@ def _status_in_words(status: dict[str, Any]) -> list[str]:
         why = joined(", ", account["reason"], again)
         accounts.append((id_, account["state"], account.get("pending"), account["connections"], why))
     if not accounts:
-        return [*lines, "", "There is no account yet: [smtp] in config.ini, or POST /account."]
+        return [*lines, "", "There is no account yet: set [smtp] in config.ini, or use POST /account."]
     return [*lines, "", *table(("ACCOUNT", "STATE", "PENDING", "CONNECTIONS", "WHY"), accounts)]
 
 
@@ -11658,6 +11662,14 @@ def _message_row(record: Mapping[str, Any], now: float) -> tuple[Any, ...]:
     due = f"due {relative(record['deferred_ts'], now)}" if status == Status.DEFERRED else ""
     remark = joined(": ", due, record["error"])
     return (id_, status, record["account_id"], to, subject, record["attempts"], accepted, remark)
+
+
+def _queued_in_words(answer: dict[str, Any]) -> list[str]:
+    return [f"{counted(answer['queued'], 'message')} queued again"]
+
+
+def _removed_in_words(answer: dict[str, Any]) -> list[str]:
+    return [f"{counted(answer['removed'], 'message')} removed"]
 
 
 def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, object]) -> NoReturn:
@@ -11738,10 +11750,10 @@ def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Ma
         whose = f" of batch {filters['batch_code']}" if "batch_code" in filters else whose
         print(words.format(whose=whose, **fields) if isinstance(words, str) else "\n".join(words(fields)))
         if fields.get("next"):
-            print(f"There are more: --after {fields['next']} shows the next ones.", file=sys.stderr)
+            print(f"There are more; --after {fields['next']} shows them.", file=sys.stderr)
     if path == "/status" and (problem := client.ask("GET", "/ready").fields.get("error")):
         raise CommandFailed(f"not ready: {problem}")
-    reasons = {"not_found": "not found", "not_failed": "not failed", "in_delivery": "in delivery just now"}
+    reasons = {"not_found": "not found", "not_failed": "not failed", "in_delivery": "in delivery"}
     left_out = [f"{why}: {', '.join(fields[key])}" for key, why in reasons.items() if "ids" in args and fields.get(key)]
     if left_out:
         complain("; ".join(left_out))
@@ -11835,7 +11847,7 @@ def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(args.config, environ, _overrides(args))
     accounts = configured_accounts(settings)
     rows = [(f"{section}.{key}", value, origin) for section, key, value, origin in describe(settings)]
-    print(f"configuration: {settings.source or 'no config.ini; only defaults, environment and command line'}\n")
+    print(f"configuration: {settings.source or 'no file; only defaults, environment and command line'}\n")
     print("\n".join(table(("SETTING", "VALUE", "FROM"), rows)))
     for warning in settings.warnings:
         complain(f"warning: {warning}")
@@ -11844,11 +11856,11 @@ def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         complain(problem)
     failed = args.connect and not show_servers(settings, accounts, environ)
     named = ", ".join(f"{account.id} ({account.host}:{account.port})" for account in accounts)
-    way = f"mail goes out through {named}" if named else "no account is configured, they come over HTTP"
+    way = f"mail goes out through {named}" if named else "there is no account yet: set [smtp], or POST /account"
     if problems or failed:
-        print("\nThis is not right yet.")
+        print("\nThe settings are not usable yet.")
     else:
-        print(f"\n{'This can work, but see the warnings' if settings.warnings else 'The settings are right'}: {way}.")
+        print(f"\n{'See the warnings above; the' if settings.warnings else 'The'} settings are right: {way}.")
     return 2 if problems else int(failed)
 
 
@@ -11865,7 +11877,7 @@ def _start_problems(settings: Settings, environ: Mapping[str, str]) -> Iterator[
         path = None if path and is_database(path) else path
         folder = os.path.dirname(os.path.abspath(path or "."))
         if path and not os.path.isdir(folder):
-            yield f"[{row.section}] {row.key}: the folder {folder} does not exist"
+            yield f"[{row.section}] {row.key}: the folder {folder} does not exist; create it"
         elif path and not os.access(folder, os.W_OK | os.X_OK):
             yield f"[{row.section}] {row.key}: the folder {folder} cannot be written by this user"
     for section in (settings.server, settings.submission):
@@ -11973,7 +11985,7 @@ def backup(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if os.path.exists(f"{target}-wal") or (os.path.exists(target) and os.path.samefile(target, queue)):
         raise CommandFailed(f"{target} is a queue in use, not a backup: choose another name")
     if os.path.lexists(target) and not args.force:
-        raise CommandFailed(f"{target} is there already: --force replaces it")
+        raise CommandFailed(f"{target} exists already: --force replaces it")
     folder = os.path.dirname(os.path.abspath(target))
     try:
         with tempfile.TemporaryDirectory(prefix=".backup-", dir=folder) as own_folder:  # mode 0700
@@ -12019,7 +12031,7 @@ def _moment(text: str) -> int:
         if found := re.fullmatch(rf"([0-9]+) ?({'|'.join(units)})", text):
             return max(0, int(time.time()) - int(found[1]) * units[found[2]])
         return int(text) if text.isdecimal() else int(datetime.fromisoformat(text).timestamp())
-    raise ConfigurationError(f'"{text}" is no time: write 30min, 1h, 2d, 1w, 2026-01-31, "2026-01-31 14:00"')
+    raise ConfigurationError(f'"{text}" is not a time: write 30min, 1h, 2d, 1w, 2026-01-31, "2026-01-31 14:00"')
 
 
 def _listing_limit(text: str) -> int:
@@ -12028,75 +12040,71 @@ def _listing_limit(text: str) -> int:
     return int(text)
 
 
-CONFIG = option("--config", metavar="FILE", help="else MAILPROXY_CONFIG, ./config.ini, /etc/mailproxy/config.ini")
+CONFIG = option("--config", metavar="FILE", help="left out: MAILPROXY_CONFIG, ./config.ini, /etc/mailproxy/config.ini")
 DB = option("--db", metavar="FILE", help="file of the queue")
 SERVING = (
     CONFIG,
     option("--host", help="address to listen on"),
     option("--port", help="TCP port to listen on"),
     DB,
-    option("--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="any setting; repeatable"),
+    option("--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="any setting; may be repeated"),
 )
 CONNECTING = option(
-    "--connect", action="store_true", help="ask the server of every account to take mail; show what it offers"
+    "--connect", action="store_true", help="ask each account's server to take mail; show what it offers"
 )
 ASKING = (
-    option("--url", help="http(s)://HOST:PORT or unix:/path; else MAILPROXY_URL, else by config.ini"),
-    option("--token", help="better in MAILPROXY_TOKEN, or env:NAME, or file:/path: other users see options"),
+    option("--url", help="http(s)://HOST:PORT or unix:/path; left out: MAILPROXY_URL, or as config.ini says"),
+    option("--token", help="API token; MAILPROXY_TOKEN, env:NAME or file:/path hides it from other users"),
     CONFIG,
-    option("--json", action="store_true", help="print the daemon's answer as it is"),
+    option("--json", action="store_true", help="print the daemon's answer as JSON"),
 )
 FILTERS = (
-    option("--active-only", "--active", action="store_const", const="true", help="those that are not final yet"),
-    option("--status", choices=[str(status) for status in Status], help="those in this state"),
-    option("--account-id", "--account", metavar="ID", help="those of this account"),
-    option("--batch-code", "--batch", metavar="CODE", help="those with this batch_code"),
-    option("--to", metavar="ADDRESS", help="those to this recipient, in to, cc or bcc"),
-    option("--subject", metavar="TEXT", help="those with this in their subject, in any case"),
+    option("--active-only", "--active", action="store_const", const="true", help="only messages that are not final"),
+    option("--status", choices=[str(status) for status in Status], help="only messages of this status"),
+    option("--account-id", "--account", metavar="ID", help="only messages of this account"),
+    option("--batch-code", "--batch", metavar="CODE", help="only messages with this batch_code"),
+    option("--to", metavar="ADDRESS", help="only messages to this recipient, in to, cc or bcc"),
+    option("--subject", metavar="TEXT", help="only messages with this text in the subject, in any case"),
     option("--since", type=_moment, metavar="TIME", help="accepted since then: 30min, 1h, 2d, 1w ago, or a date"),
     option("--until", type=_moment, metavar="TIME", help="accepted until then"),
-    option("--refused", action="store_const", const="true", help="those that some or all recipients were refused"),
+    option("--refused", action="store_const", const="true", help="only messages with recipients that were refused"),
     option("--order", choices=["asc", "desc"], help="desc: newest first"),
-    option("--last", type=_listing_limit, metavar="N", help="the newest N, newest first"),
-    option("--limit", type=_listing_limit, default=50, metavar="N", help="at most N (%(default)s)"),
-    option("--after", metavar="CURSOR", help="go on where an earlier list ended"),
-    option("--follow", action="store_true", help="go on with what comes and changes, until Ctrl-C"),
+    option("--last", type=_listing_limit, metavar="N", help="the newest N messages, newest first"),
+    option("--limit", type=_listing_limit, default=50, metavar="N", help="at most N messages (%(default)s)"),
+    option("--after", metavar="CURSOR", help="continue where an earlier list ended"),
+    option("--follow", action="store_true", help="show new messages and changes as they come, until Ctrl-C"),
 )
 SENDING = (
-    option(
-        "file", metavar="FILE.eml", nargs="?", help="a complete message (-: standard input); its headers say to whom"
-    ),
-    option("--csv", metavar="FILE", help="many messages (-: standard input): a row each, columns named as its fields"),
+    option("file", metavar="FILE.eml", nargs="?", help="a complete message (-: standard input)"),
+    option("--csv", metavar="FILE", help="many messages (-: standard input): one in each row, columns named as fields"),
     option("--from", metavar="ADDRESS", help='a@b, or "Name <a@b>"'),
-    option("--to", metavar="ADDRESS", action="append", help="may be repeated, or a list with commas"),
-    option("--cc", metavar="ADDRESS", action="append"),
-    option("--bcc", metavar="ADDRESS", action="append"),
-    option("--subject"),
-    option("--body", metavar="TEXT", help="the text; - reads it from standard input"),
-    option("--html", metavar="HTML", nargs="?", const=True, help="beside the text; without a value: --body is html"),
-    option("--attach", metavar="FILE", action="append", default=[], help="may be repeated"),
-    option("--account", dest="account_id", metavar="ID", help="the account to send through; else the one of [smtp]"),
+    option("--to", metavar="ADDRESS", action="append", help="recipients, with commas between; may be repeated"),
+    option("--cc", metavar="ADDRESS", action="append", help="likewise"),
+    option("--bcc", metavar="ADDRESS", action="append", help="likewise; they are in no header"),
+    option("--subject", help="may be empty"),
+    option("--body", metavar="TEXT", help="the text; -: from standard input"),
+    option("--html", metavar="HTML", nargs="?", const=True, help="HTML beside the text; no value: --body is HTML"),
+    option("--attach", metavar="FILE", action="append", default=[], help="a file to attach; may be repeated"),
+    option("--account", dest="account_id", metavar="ID", help="the account to send through; left out: that of [smtp]"),
     option("--priority", help="0 to 3, or immediate, high, medium, low"),
-    option("--id", help="the message's own key: what was sent once is never sent again"),
+    option("--id", help="key of the message: submitted again, it is sent only once"),
 )
 AS_SENDMAIL = (
-    option("recipients", metavar="ADDRESS", nargs="*", help="who gets it; a bare name is a user of this host"),
-    option("-t", action="store_true", help="also those named in the headers To, Cc and Bcc"),
+    option("recipients", metavar="ADDRESS", nargs="*", help="recipients; a bare name is a user of this host"),
+    option("-t", action="store_true", help="take recipients from the headers To, Cc and Bcc, too"),
     option("-i", action="store_true", help="a line with only a dot does not end the message; so does -oi"),
-    option("-f", metavar="ADDRESS", help="envelope sender; else that of the header From, else login@host"),
-    option("-F", metavar="NAME", help="full name for the header From where there is none"),
-    option(
-        "-b", metavar="MODE", help="s: SMTP on standard input and output; p: the queue (mailq); i: nothing (newaliases)"
-    ),
+    option("-f", metavar="ADDRESS", help="envelope sender; left out: the address in From, or login@host"),
+    option("-F", metavar="NAME", help="full name for the header From, if there is none"),
+    option("-b", metavar="MODE", help="s: speak SMTP; p: list the queue (mailq); i: do nothing (newaliases)"),
 )
 BACKING_UP = (
-    option("file", metavar="FILE", help="what to write"),
-    option("--force", action="store_true", help="replace FILE when it is there already"),
+    option("file", metavar="FILE", help="file to write the copy to"),
+    option("--force", action="store_true", help="replace FILE if it exists"),
     CONFIG,
     DB,
 )
 WHAT_RESTS = (
-    option("--account", metavar="ID", help="only this account; else all delivery"),
+    option("--account", metavar="ID", help="only this account; left out: all delivery"),
     option("--batch-code", "--batch", metavar="CODE", help="only this batch, and what is submitted to it later"),
 )
 ID = (
@@ -12121,23 +12129,23 @@ def asks(name: str, request: str, words: Words, options: tuple[Option, ...], mea
     return Command(name, functools.partial(ask_daemon, request, words), (*options, *ASKING), meaning)
 
 
-KEEPING = option("--keep", action="store_true", help="keep it running, to look at it in a browser")
+KEEPING = option("--keep", action="store_true", help="keep it running, for a look in a browser")
 COMMANDS = (
     Command("serve", serve, SERVING, "run the daemon"),
-    Command("demo", demo, (KEEPING,), "show it all on this machine, with nothing configured"),
-    Command("check", check, (CONNECTING, *SERVING), "say what is wrong with the configuration, or what is in force"),
-    Command("send", send, (*SENDING, *ASKING), "submit a message, an .eml file, or many out of a CSV file"),
-    Command("sendmail", sendmail, AS_SENDMAIL, "take a message from standard input, as sendmail(8) does"),
-    Command("backup", backup, BACKING_UP, "copy the queue into a file, while the daemon runs"),
-    asks("status", "GET /status", _status_in_words, (), "how the daemon is"),
+    Command("demo", demo, (KEEPING,), "show everything at work on this machine, without configuration"),
+    Command("check", check, (CONNECTING, *SERVING), "check the configuration and show what is in force"),
+    Command("send", send, (*SENDING, *ASKING), "submit a message, an .eml file, or the rows of a CSV file"),
+    Command("sendmail", sendmail, AS_SENDMAIL, "submit a message from standard input, as sendmail(8) does"),
+    Command("backup", backup, BACKING_UP, "copy the queue to a file while the daemon runs"),
+    asks("status", "GET /status", _status_in_words, (), "show the state of the daemon and its accounts"),
     asks("messages", "GET /messages", _messages_in_words, FILTERS, "list messages, in order of acceptance"),
-    asks("message", "GET /message/{id}", _message_in_words, ID, "one message, and every attempt to deliver it"),
-    asks("accounts", "GET /accounts", _accounts_in_words, (), "list the accounts mail goes out by"),
-    asks("run-now", "POST /commands/run-now", "dispatch and reporting are awake", (), "deliver and report at once"),
+    asks("message", "GET /message/{id}", _message_in_words, ID, "show one message and every attempt to deliver it"),
+    asks("accounts", "GET /accounts", _accounts_in_words, (), "list the accounts"),
+    asks("run-now", "POST /commands/run-now", "delivery and reporting begin now", (), "deliver and report at once"),
     asks("suspend", "POST /{place}/suspend", SUSPENDED, WHAT_RESTS, "stop delivery; submission and reports go on"),
-    asks("activate", "POST /{place}/activate", "delivery{whose} is active", WHAT_RESTS, "take delivery up again"),
-    asks("retry", "POST /commands/retry-messages", "{queued} queued anew", IDS, "queue failed messages anew"),
-    asks("delete", "POST /commands/delete-messages", "{removed} removed", IDS, "remove messages, whatever their state"),
+    asks("activate", "POST /{place}/activate", "delivery{whose} is active", WHAT_RESTS, "resume delivery"),
+    asks("retry", "POST /commands/retry-messages", _queued_in_words, IDS, "queue failed messages again"),
+    asks("delete", "POST /commands/delete-messages", _removed_in_words, IDS, "remove messages, whatever their state"),
 )
 
 EXAMPLES = """\
@@ -12179,7 +12187,7 @@ commands:
 for a start:
   mailproxy demo                        five messages, from REST to report, on this machine
   mailproxy serve --set smtp.host=mail.example.com --set smtp.port=587
-  mailproxy COMMAND --help              what a command takes, with examples
+  mailproxy help COMMAND                the options of a command, with examples
   ln -s /opt/mailproxy/mailproxy.pyz /usr/sbin/sendmail
 
 exit status: 0 done, 1 failed, 2 usage or configuration"""
@@ -12189,15 +12197,20 @@ def parsed(words: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     """The command that the words mean, and its options. Exits with 0 after its help, with 2 for a mistake."""
     import argparse
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            complain(f"{message}; see {self.prog} --help")
-            sys.exit(2)
-
     command = next((command for command in COMMANDS if command.name == words[0]), None)
     if command is None:
         near = nearest(words[0], [command.name for command in COMMANDS])
-        raise ConfigurationError(f'no command "{words[0]}"{near}; see mailproxy --help')
+        raise ConfigurationError(f'unknown command "{words[0]}"{near}; see mailproxy help')
+
+    known = [name for names, _ in command.options for name in names]
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            unknown = re.match("unrecognized arguments: (--[^ =]+)", message)
+            near = nearest(unknown[1], known) if unknown else ""
+            complain(f"{message}{near}; see {self.prog} --help")
+            sys.exit(2)
+
     examples = [line for line in EXAMPLES.splitlines() if line.split()[1] == command.name]
     parser = Parser(
         prog=f"mailproxy {command.name}",
@@ -12216,13 +12229,15 @@ def run(words: Sequence[str]) -> int:
     try:
         status = 0 if words else 2
         match words:
-            case [] | ["-h" | "--help"]:
+            case [] | ["-h" | "--help" | "help"]:
                 commands = "\n".join(f"    {command.name:<10} {command.meaning}" for command in COMMANDS)
                 print(OVERVIEW.format(commands=commands), file=sys.stdout if words else sys.stderr)
             case ["--version"]:
                 print(f"mailproxy {__version__}")
             case ["sendmail", *options] if options not in (["-h"], ["--help"]):  # they are not argparse's
                 status = sendmail(options, os.environ)
+            case ["help", name, *_]:
+                parsed([name, "--help"])
             case _:
                 command, args = parsed(words)
                 status = command.run(args, os.environ)

@@ -1619,8 +1619,8 @@ WRONG_VALUES = [
     ("server host", ["a b"], '"{}" is not an address or a host name'),
     ("server unix_socket", ["/x" * 60], "is not a path of at most 103 bytes"),
     ("server tls_cert", ["/nowhere.pem"], '"{}" is not the path of a file that can be read'),
-    ("server tls_cert", [__file__], "needs tls_key beside it"),
-    ("server tls_key", [__file__], "needs tls_cert beside it"),
+    ("server tls_cert", [__file__], "requires tls_key"),
+    ("server tls_key", [__file__], "requires tls_cert"),
     ("server api_token", ["env:NOT_SET"], "{} is not set"),
     ("server api_token", ["file:/nowhere"], "{} cannot be read: No such file"),
     ("server api_token", ["tökén"], "a token must be ASCII"),
@@ -1631,7 +1631,7 @@ WRONG_VALUES = [
     ("delivery default_priority", ["4"], "is not 0 to 3, or immediate, high, medium, low"),
     ("delivery redirect_to", ["nobody"], '"{}" is not a mail address'),
     ("delivery allow_recipients", ["a@b, c"], "is not a list of mail addresses or @domains"),
-    ("delivery max_retries", ["1\n  2"], "goes on over several lines"),
+    ("delivery max_retries", ["1\n  2"], "continues on several lines"),
     (
         "attachments allow_hosts",
         ["10.0.0.0/33", "http://files.example/", "ü" * 64, "[1::2::3]", "."],
@@ -1645,7 +1645,7 @@ WRONG_VALUES = [
     ("client client_sync_user", ["a:b"], "must not hold a colon"),
     ("client client_sync_password", ["env:"], "the value is not a secret"),
     ("client client_sync_password", ["env:NOT_SET"], "{} is not set"),
-    ("client client_sync_password", ["x"], "needs client_sync_user"),
+    ("client client_sync_password", ["x"], "requires client_sync_user"),
     ("client client_sync_token", ["file:/"], "{} is not a regular file"),
     ("client client_sync_token", ["two words"], "must be ASCII without spaces"),
     ("client client_sync_secret", ["whsec_?", "whsec_", "whsec_A", "hunter2", "open sesame"], "must be base64, with"),
@@ -1687,7 +1687,7 @@ def test_a_wrong_value_says_where_it_stands_also_where_another_wins_over_it(tmp_
 
 UNKNOWN = [
     ("[server]\nprot = 1\n", "[server] prot: unknown key; did you mean port?"),
-    ("[server]\nretry_delays = 1\n", "[server] retry_delays: unknown key; it belongs into [delivery]"),
+    ("[server]\nretry_delays = 1\n", "[server] retry_delays: unknown key; it belongs in [delivery]"),
     ("[smtp]\nusername = x\n", "[smtp] username: unknown key; did you mean user?"),
     ("[account:a]\nhost = x\ntenant_id = 3\n", "[account:a] tenant_id: unknown key"),
     ("[Server]\nport = 1\n", "[Server]: unknown section; did you mean server?"),
@@ -1695,10 +1695,10 @@ UNKNOWN = [
     ("[deliverry]\n", "[deliverry]: unknown section; did you mean delivery?"),
     ("[account:default]\nhost = x\n", "the default account is the section [smtp]"),
     ("[account:a]\n", "[account:a]: is empty"),
-    ("[server]\nport = 1\nport = 2\n", "[server] port: a second time in line 3"),
-    ("[server]\nport = 1\nPORT = 2\n", "[server] port: a second time in line 3"),
-    ("[server]\nport = 1\n[server]\n", "[server]: a second time in line 3"),
-    ("[account:a]\nhost = x\n[account: a]\nhost = y\n", "[account:a]: a second time"),
+    ("[server]\nport = 1\nport = 2\n", "[server] port: is given a second time in line 3"),
+    ("[server]\nport = 1\nPORT = 2\n", "[server] port: is given a second time in line 3"),
+    ("[server]\nport = 1\n[server]\n", "[server]: is given a second time in line 3"),
+    ("[account:a]\nhost = x\n[account: a]\nhost = y\n", "[account:a]: is given a second time"),
     ("port = 1\n", "line 1 stands before the first [section]"),
     ("[client]\nhunter2-the-password\n", "line 2 is not of the form key = value"),
 ]
@@ -1723,8 +1723,8 @@ def test_what_cannot_be_read_or_is_not_known_is_refused_with_the_line_or_the_nea
             "did you mean MAILPROXY_SERVER_PORT?",
         )),
         ("[client]\nclient_sync_user = 'me'\n[account:a]\nhost = a\nuser = it's\npassword = env:QUOTED\n", {"QUOTED": '"x"'}, (
-            "{}: [client] client_sync_user: the quotes around the value are taken as a part of it",
-            "{}: [account:a] password: the quotes around the value are taken as a part of it",
+            "{}: [client] client_sync_user: the quotes are a part of the value; are they meant to be?",
+            "{}: [account:a] password: the quotes are a part of the value; are they meant to be?",
         )),
     ],
 )  # fmt: skip
@@ -3740,7 +3740,7 @@ def test_names_follow_the_conventions_of_prometheus_and_no_label_is_made_up_or_o
         del daemon.config["account:leaves"]
         daemon.write_config()
         daemon.signal(signal.SIGHUP)
-        daemon.wait_for_log("configuration read again")
+        daemon.wait_for_log("configuration reloaded")
         exposition = daemon.get("/metrics").content
         assert b'account="leaves"' not in exposition
         assert samples(exposition)['mailproxy_messages_sent_total{account="stays"}'] == 1
@@ -6560,10 +6560,10 @@ AS_1 = "end-of-data: 250 2.0.0 queued as 1 (server)"
         ({"RCPT": "9"}, {"a": "rcpt: 451 4.4.2 malformed reply: 9 (local)"}, False),
         ({"DATA": "250 fine"}, {"a": "data: 451 4.5.0 the answer does not fit: 250 fine (local)"}, False),
         ({"DATA": "354 go\r\n250 queued already"},
-         {"a": "data: 451 4.4.2 a reply that nobody asked for: 250 queued already (local)"}, False),
+         {"a": "data: 451 4.4.2 an unexpected reply: 250 queued already (local)"}, False),
         ({"MAIL": "250-" + "x" * 70_000 + "\r\n250-\r\n250-"},
-         {"a": "mail: 451 4.4.2 a reply without end (local)"}, False),
-        ({"MAIL": "250-x\r\n" * 40_000 + "250-"}, {"a": "mail: 451 4.4.2 a reply without end (local)"}, False),
+         {"a": "mail: 451 4.4.2 an endless reply (local)"}, False),
+        ({"MAIL": "250-x\r\n" * 40_000 + "250-"}, {"a": "mail: 451 4.4.2 an endless reply (local)"}, False),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
@@ -7517,7 +7517,7 @@ def test_the_latest_refresh_token_is_used_and_a_late_refusal_of_an_old_token_cos
         ((200, {"access_token": "\ud800"}), "454 4.7.0 token endpoint: 200", "server"),
         ((200, b"[" * 100_000), "454 4.7.0 token endpoint: 200", "server"),
         (OSError("refused"), "451 4.7.0 token endpoint: refused", "lost"),
-        (TimeoutError(), "451 4.7.0 no answer of the token endpoint in time", "timeout"),
+        (TimeoutError(), "451 4.7.0 no answer from the token endpoint in time", "timeout"),
     ],
 )
 def test_a_token_that_cannot_be_fetched_is_a_reply_of_the_login_and_the_next_who_asks_tries_again(answer, words, cause):
@@ -7985,7 +7985,7 @@ def test_a_token_is_the_password_and_login_comes_before_mail(tmp_path, smtp):
         assert client.asked_each(*commands) == ["530 5.7.0", "535 5.7.8", "235 2.7.0", "250 2.1.0"]
         daemon.token = "other"
         assert b"\nmailproxy_auth_failures_total 1.0" in daemon.get("/metrics").content
-        assert "a login by SMTP without a valid token peer=127.0.0.1" in daemon.log
+        assert "SMTP login without a valid token peer=127.0.0.1" in daemon.log
         assert wrong not in daemon.log
 
 
@@ -8677,9 +8677,9 @@ BAD_JSON = {
     ],
     "'a' twice": [b'{"a": 1, "b": 2, "a": 3}'],
     "'id' twice": [b'{"m": [{"id": 1, "id": 2}]}'],
-    "m holds half a surrogate pair (\\ud800)": [b'{"m": [1, {"subject": "a\\ud800b"}]}'],
-    "a holds half a surrogate pair (\\udc00)": [b'{"a": "\\uDC00"}'],
-    "a holds half a surrogate pair (\\ud800)": [b'{"a": {"\\ud800": 1}}'],
+    "m contains half a surrogate pair (\\ud800)": [b'{"m": [1, {"subject": "a\\ud800b"}]}'],
+    "a contains half a surrogate pair (\\udc00)": [b'{"a": "\\uDC00"}'],
+    "a contains half a surrogate pair (\\ud800)": [b'{"a": {"\\ud800": 1}}'],
 }
 
 
@@ -8725,7 +8725,7 @@ def test_long_strings_of_a_large_body_are_read_as_any_other(content, ensure_asci
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (b"\\ud800", "a holds half a surrogate pair"),
+        (b"\\ud800", "a contains half a surrogate pair"),
         (b"\\x", r"Invalid \\escape"),
         (b"\n", "Invalid control character"),
         (b'" "', "delimiter"),
@@ -10769,11 +10769,11 @@ def test_staging_sends_everything_to_one_address_or_to_allowed_ones_only(tmp_pat
     with SleepyDaemon(tmp_path, {"delivery": {"redirect_to": "staging@bücher.example"}}, smtp=smtp) as daemon:
 
         def renew(**delivery: object) -> None:
-            before = daemon.log.count("configuration read again")
+            before = daemon.log.count("configuration reloaded")
             daemon.config["delivery"] = {"retry_delays": 1, **delivery}
             daemon.write_config()
             daemon.signal(signal.SIGHUP)
-            wait_until(lambda: daemon.log.count("configuration read again") > before, "the new configuration")
+            wait_until(lambda: daemon.log.count("configuration reloaded") > before, "the new configuration")
 
         daemon.submit(letter("all", "a@example.com", "b@example.com"))
         received = smtp.wait_for(1)[0]
@@ -10969,7 +10969,7 @@ def test_a_server_that_knows_no_bdat_has_mail_by_data_until_its_account_is_repla
             daemon.config[section].update([setting])
             daemon.write_config()
             daemon.signal(signal.SIGHUP)
-            wait_until(lambda: daemon.log.count("configuration read again") == number, "the configuration")  # noqa: B023
+            wait_until(lambda: daemon.log.count("configuration reloaded") == number, "the configuration")  # noqa: B023
             daemon.submit(letter(section), letter(f"{section} again", "lost1@example.com"))
             wait_sent(daemon, section, f"{section} again")
             assert server.heard["BDAT"] == 3  # the second attempt goes by DATA
@@ -11821,7 +11821,7 @@ def test_the_upstream_is_told_who_calls_and_can_verify_it(tmp_path: Path, report
             daemon.config["client"] = {"client_sync_url": reports.url, **config}
             daemon.write_config()
             daemon.signal(signal.SIGHUP)
-            wait_until(lambda: daemon.log.count("configuration read again") == number, "the configuration")  # noqa: B023
+            wait_until(lambda: daemon.log.count("configuration reloaded") == number, "the configuration")  # noqa: B023
             calls = len(reports.calls)
             daemon.post("/commands/run-now")
             reports.wait_for(lambda r: len(r.calls) > calls)  # noqa: B023
@@ -13465,7 +13465,7 @@ def test_sighup_takes_over_what_can_change_and_names_what_cannot(
         daemon.write_config()
         daemon.signal(signal.SIGHUP)
 
-        line = json.loads(daemon.wait_for_log("configuration read again"))
+        line = json.loads(daemon.wait_for_log("configuration reloaded"))
         assert set(line["needs_restart"].split(", ")) == {"server.host", "storage.db_path", "delivery.test_mode"}
         reports.wait_for(lambda r: r.calls)
         assert daemon.get("/status").status == 401
@@ -13722,12 +13722,21 @@ def test_the_help_teaches_with_examples_that_are_true_and_needs_little(here: Run
         assert f"\n    {command.name} " in nothing.stderr
         ended = here(command.name, "--help")
         assert (ended.returncode, ended.stderr) == (0, "")
+        assert here("help", command.name) == ended
         assert f"examples:\n  mailproxy {command.name}" in ended.stdout
 
     for example in mailproxy.EXAMPLES.splitlines():
         words = shlex.split(re.split(r" \| | && | [<>] ", example)[0])
         assert words[0] == "mailproxy"
         assert mailproxy.parsed(words[1:])[0].name == words[1]
+
+
+def test_without_its_packages_it_says_what_to_run() -> None:
+    ended = subprocess.run([sys.executable, "-I", "-S", PROGRAM, "serve"], capture_output=True, text=True)
+
+    packages = "the packages aiosmtplib and prometheus-client are needed"
+    remedy = "run `python3 -m pip install aiosmtplib prometheus-client`, or use mailproxy.pyz, which contains them"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"mailproxy: {packages}: {remedy}\n")
 
 
 NO_CALLS = ("status --colour", "message", "retry", "messages --limit 10001", "messages --status lost")
@@ -13737,11 +13746,15 @@ NO_URLS = ("127.0.0.1:8000", "ftp://here", "http://", "unix:relative", "http://h
 @pytest.mark.parametrize(
     ("words", "status", "complaint"),
     [
-        ("sevre", 2, "did you mean serve?; see mailproxy --help"),
+        ("sevre", 2, 'unknown command "sevre"; did you mean serve?; see mailproxy help'),
         *((words, 2, f"see mailproxy {words.split()[0]} --help") for words in NO_CALLS),
+        ("messages --stauts error", 2, "did you mean --status?; see mailproxy messages --help"),
+        ("help sevre", 2, "did you mean serve?; see mailproxy help"),
         ("messages --limit 0", 2, "must be a number from 1 to 10000; see mailproxy messages --help"),
         ("serve --config missing.ini", 2, "missing.ini"),
         ("serve --port http", 2, "[server] port"),
+        ("serve --set 'delivery.hostname=\"-\"'", 2, 'hostname: "-" is not a host name, or an address literal'),
+        ("serve --set 'delivery.hostname=\"-\"'", 2, "; remove the quotes"),
         ("serve --set server.prot=1", 2, "did you mean port?"),
         ("serve --set server.port", 2, "SECTION.KEY=VALUE"),
         ("serve --port 0 --host 0.0.0.0", 2, "api_token"),
@@ -13754,7 +13767,7 @@ NO_URLS = ("127.0.0.1:8000", "ftp://here", "http://", "unix:relative", "http://h
         ("status --url http://127.0.0.1:9 --token file:/no/such", 2, "file:/no/such"),
         ("send", 2, "nothing to send: give --from"),
         ("send x.eml --subject s", 2, "an .eml file is sent as it is"),
-        ("send x.eml --csv y.csv", 2, "--csv goes with neither"),
+        ("send x.eml --csv y.csv", 2, "--csv cannot be combined with"),
         ("send --attach no/such", 1, "no/such cannot be read: No such file"),
         ("send --url http://127.0.0.1:9 no/such.eml", 1, "no/such.eml cannot be read: No such file"),
     ],
@@ -13861,7 +13874,7 @@ def test_check_shows_what_is_in_force_and_where_it_comes_from_but_no_secret(
 
     assert ended.returncode == 0
     assert "MAILPROXY_SERVER_PROT" in ended.sentence  # which matches no setting
-    rows = printed_rows(ended.stdout.partition("\n\nThis can work, but see the warnings: ")[0], "SETTING")
+    rows = printed_rows(ended.stdout.partition("\n\nSee the warnings above; the settings are right: ")[0], "SETTING")
     assert rows["server.port"] == {"SETTING": "server.port", "VALUE": "8026", "FROM": "./config.ini"}
     assert rows["delivery.max_retries"]["FROM"] == "environment variable MAILPROXY_DELIVERY_MAX_RETRIES"
     assert rows["storage.db_path"]["FROM"] == "default"
@@ -13892,15 +13905,15 @@ def test_check_and_the_start_say_what_the_configuration_leaves_open(tmp_path: Pa
         logged = daemon.log
 
     told = [
-        "account default: a user without a password cannot log in", "account a, password: env:NOT_SET is not set",
+        "account default: has a user but no password: set password, or remove user", "account a, password: env:NOT_SET is not set",
         "account b, password: file:/nowhere cannot be read: No such file", "[s3] access_key_id: env:NO_KEY is not set",
-        "[client] client_sync_user: the quotes around the value are taken as a part of it",
+        "[client] client_sync_user: the quotes are a part of the value; are they meant to be?",
     ]  # fmt: skip
     assert checked.returncode == 2
-    assert checked.stdout.endswith("\nThis is not right yet.\n")
+    assert checked.stdout.endswith("\nThe settings are not usable yet.\n")
     for sentence in told:
         assert (checked.stderr.count(sentence), logged.count(sentence)) == (1, 2), sentence
-    assert "account old of the queue file is left out, POST /account replaces it: invalid host: must be" in logged
+    assert "account old of the queue is left out; replace it by POST /account: invalid host: must be" in logged
     (tmp_path / "port.ini").write_text("[smtp]\nhost = mx.test:587\nport = 587\n")
     nowhere = here(
         "check", "--config", "/dev/null", "--db", "/nowhere/q.db", "--set", "server.submit_socket=/none/s.sock"
@@ -13953,7 +13966,7 @@ def test_check_connect_goes_as_far_as_mail_and_shows_what_each_server_offers_or_
     login = f": {mailproxy.CHECK_LOGIN}\n"
     assert ended.stderr == f"{refused}strict{login}{refused}nobody{login}{refused}other\n{refused}late\n"
     table, _, verdict = ended.stdout.rpartition("\n\n")
-    assert verdict == "This is not right yet.\n"
+    assert verdict == "The settings are not usable yet.\n"
     rows = printed_rows(table, "ACCOUNT")
     offers = {"TLS": "TLSv1.3", "AUTH": "LOGIN PLAIN", "SIZE": "35.0 MB", "SMTPUTF8": "yes", "PIPELINING": "yes"}
     server = {"SERVER": f"localhost:{good.port}", **offers}
@@ -14287,9 +14300,9 @@ def test_delivery_is_suspended_and_taken_up_and_retry_and_delete_name_what_they_
     daemon.wait_status("m", "error")
     retried = asking("retry", "m", "unknown")
     wait_until(lambda: smtp.visits["perm@c.test"] == 2, "the second attempt")
-    assert retried == (1, "1 queued anew\n", "mailproxy: not found: unknown\n")
+    assert retried == (1, "1 message queued again\n", "mailproxy: not found: unknown\n")
     assert daemon.wait_status("m", "error")["attempts"] == 1
-    assert asking("delete", "m") == (0, "1 removed\n", "")
+    assert asking("delete", "m") == (0, "1 message removed\n", "")
     assert asking("delete", "m", "n")[::2] == (1, "mailproxy: not found: m, n\n")
 
 
@@ -14472,10 +14485,10 @@ def test_wrong_columns_refuse_a_csv_as_a_whole_and_wrong_rows_themselves(
             "from,to,sujbect,body",
             'unknown column "sujbect"; did you mean subject?; columns are fields of a message: acc',
         ),
-        ("from,to,subject,to", "the column to is there twice"),
-        ("to,subject,body", "no column from, and no --from"),
+        ("from,to,subject,to", "the column to is given twice"),
+        ("to,subject,body", "the column from is missing; add it, or give --from"),
         ("from,to,subject,body,raw", 'unknown column "raw"'),
-        ("", "no column from"),
+        ("", "the column from is missing"),
     ]:
         ended = asking("send", "--csv", write_csv(daemon.folder, f"{header}\n1,2,3,4\n"))
         assert ended.returncode == 2
@@ -15312,7 +15325,7 @@ def test_a_wrong_token_is_counted_and_logged_without_its_value_and_any_of_the_ri
         assert statuses == [401, 401, 401, 401, 200, 200]
         daemon.token = "old-t0ken"
         assert "mailproxy_auth_failures_total 4.0" in daemon.get("/metrics").content.decode()
-        assert daemon.log.count("a request without a valid token") == 4
+        assert daemon.log.count("request without a valid token") == 4
         assert "guess-5f3a" not in daemon.log
 
 
@@ -15377,7 +15390,7 @@ def test_without_a_token_a_page_of_another_site_is_refused_on_any_path(quiet: Da
         assert sent(quiet, "GET", "/nowhere", headers)[0] == 404, headers
 
     assert (quiet.status()["pending"], quiet.status()["active"]) == (0, False)
-    assert "a request of another site" in quiet.log
+    assert "request from another site" in quiet.log
     (tmp_path / "guarded").mkdir()
     with Daemon(tmp_path / "guarded", token="t0ken") as guarded:  # which no page of another site has
         for headers in FOREIGN:
@@ -16100,7 +16113,7 @@ def test_the_daemon_runs_well_under_the_restrictions_of_its_unit(ca: PrivateCA, 
             reports.wait_for_entry("confined", "sent")
             assert b"process_resident_memory_bytes" in daemon.get("/metrics").content
             daemon.signal(signal.SIGHUP)
-            daemon.wait_for_log("configuration read again")
+            daemon.wait_for_log("configuration reloaded")
             daemon.wait_for_word("READY=1")
             daemon.signal(signal.SIGTERM)
             daemon.wait_for_word("STOPPING=1")
