@@ -5087,7 +5087,7 @@ def test_of_an_error_answer_only_the_beginning_is_read_and_nothing_goes_into_a_f
     assert (answer.body, kept.getvalue()) == (b"", b"hello")
     assert (error.status, len(error.body)) == (404, 262_144)
     assert failure.transient
-    assert str(failure).endswith("cannot be kept: No space left on device")
+    assert str(failure).endswith("cannot be stored: No space left on device")
 
 
 # --- the address policy
@@ -5476,7 +5476,7 @@ def test_a_slow_server_a_refused_connection_and_a_name_that_is_not_found_in_time
         pass
     outcomes = [slow, *asyncio.run(story())]
 
-    reasons = ["within 0.3 s", "Connection refused", "cannot be resolved", "no answer of slow.example within 0.2 s"]
+    reasons = ["within 0.3 s", "Connection refused", "cannot be resolved", "no answer from slow.example within 0.2 s"]
     for outcome, reason in zip(outcomes, reasons, strict=True):
         assert_failed(outcome, transient=True, saying=reason)
         assert "secret" not in outcome.text
@@ -6719,7 +6719,7 @@ NO_ANSWER, NO_FIT = "end-of-data: 451 4.4.2 no answer within 0.5 s", "end-of-dat
 DOUBT, CLOSED, TOO_MANY = (
     "end-of-data: 451 4.4.2 conn",
     "451 4.4.2 connection closed",
-    "end-of-data: 451 4.4.2 a reply th",
+    "end-of-data: 451 4.4.2 an unexpec",
 )
 
 
@@ -13142,7 +13142,7 @@ def started(folder: Path, config: str, **environment: str) -> Ended:
     ("config", "saying"),
     [
         ("host = 0.0.0.0\nport = 0", "api_token"),
-        ("port = {taken}", "Cannot listen on 127.0.0.1"),
+        ("port = {taken}", "cannot listen on 127.0.0.1"),
         ("port = 0\n[storage]\ndb_path = {newer}", "newer"),
     ],
 )
@@ -13487,9 +13487,9 @@ def test_a_broken_file_changes_nothing_and_is_said(tmp_path: Path, smtp: SmtpSer
             before = dict(daemon.config)
             daemon.config[section] = {**daemon.config.get(section, {}), **values}
             daemon.write_config()
-            log = daemon.log.count("not taken over")
+            log = daemon.log.count("not reloaded")
             daemon.signal(signal.SIGHUP)
-            wait_until(lambda log=log: daemon.log.count("not taken over") > log, "the complaint")
+            wait_until(lambda log=log: daemon.log.count("not reloaded") > log, "the complaint")
             assert f"[{section}]" in daemon.log
             daemon.config = before
 
@@ -15517,7 +15517,7 @@ def provoke_failures(daemon: Daemon, smtp_port: int, http_port: int) -> None:
     daemon.config["account:broken"] = {"host": "h", "port": "0", "password": "s3cret-reload"}
     daemon.write_config()
     daemon.signal(signal.SIGHUP)
-    daemon.wait_for_log("not taken over")
+    daemon.wait_for_log("not reloaded")
     del daemon.config["account:broken"]
     daemon.write_config()
 
@@ -15645,7 +15645,7 @@ def test_any_local_user_may_submit_on_the_submit_socket_and_nothing_else() -> No
             other = ("--port", "0", "--set", f"server.submit_socket={submit}")
             with open_folder("mailproxy-second-") as elsewhere, running("serve", *other, cwd=elsewhere) as second:
                 assert second.wait(20) == 2
-                assert f"Cannot listen on {submit}: another process listens there" in second.stderr.read()
+                assert f"cannot listen on {submit}: another process listens there" in second.stderr.read()
             submit.rename(folder / "moved.sock")  # as one that takes its place would do
             with socket.socket(socket.AF_UNIX) as living:
                 living.bind(str(submit))
