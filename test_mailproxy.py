@@ -16703,7 +16703,7 @@ def metrics_table() -> str:
     return "\n".join(["| metric | type | meaning |", "|---|---|---|", *rows]) + "\n"
 
 
-TABLES = {
+TABLES_OF_PAGES = {
     "commands": commands_table,
     "metrics": metrics_table,
     "settings": settings_table,
@@ -16718,14 +16718,14 @@ def write_papers() -> None:
     """Print config.ini and the tables of the pages anew: python -c 'import test_mailproxy as t; t.write_papers()'."""
     README.with_name("config.ini").write_text(config_ini(), encoding="utf-8")
     for page, text in PAGES.items():
-        printed = PRINTED.sub(lambda found: f"{found[1]}{found[2]}{TABLES[found[1]]()}", text)
+        printed = PRINTED.sub(lambda found: f"{found[1]}{found[2]}{TABLES_OF_PAGES[found[1]]()}", text)
         (README.parent / page).write_text(printed, encoding="utf-8")
 
 
 def test_the_tables_of_the_pages_are_those_of_the_program() -> None:
     printed = {name: table for text in PAGES.values() for name, _, table in PRINTED.findall(text)}
 
-    assert printed == {name: table() for name, table in TABLES.items()}, write_papers.__doc__
+    assert printed == {name: table() for name, table in TABLES_OF_PAGES.items()}, write_papers.__doc__
 
 
 def blocks(page: str, *kinds: str) -> list[tuple[str, str]]:
