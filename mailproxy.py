@@ -3120,7 +3120,7 @@ class Metrics:
         for source, outcome in itertools.product(Source, ("fetched", "cached", "deferred", "failed")):
             self.attachment_fetches.labels(source, outcome)
         prometheus_client.ProcessCollector(registry=registry)
-        build = prometheus_client.Info("build", "What is running.", namespace="mailproxy", registry=registry)
+        build = prometheus_client.Info("build", "Version of mailproxy.", namespace="mailproxy", registry=registry)
         build.info({"version": version, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version})
 
     def know(self, account_id: str) -> None:
@@ -3240,12 +3240,10 @@ class QueueFile:
     def open(self) -> None:
         """Lock, create or migrate the file. Blocking. Raises ConfigurationError."""
         if sqlite3.sqlite_version_info < (3, 35):  # the first that knows RETURNING
-            raise ConfigurationError(
-                f"SQLite {sqlite3.sqlite_version} will not do: the queue needs 3.35 or newer; "
-                "run mailproxy with a Python that has it."
-            )
+            version = sqlite3.sqlite_version
+            raise ConfigurationError(f"SQLite {version} is too old: run mailproxy with a Python that has 3.35 or newer")
         if not os.path.isdir(self.folder):
-            raise ConfigurationError(f"The folder {self.folder} of db_path does not exist; create it first.")
+            raise ConfigurationError(f"the folder {self.folder} of db_path does not exist; create it first")
         try:
             with contextlib.ExitStack() as undo:
                 self._lock(undo)
@@ -3255,7 +3253,7 @@ class QueueFile:
                 self._undo, self._open = undo.pop_all(), True
         except (OSError, sqlite3.Error) as error:
             why = error.strerror if isinstance(error, OSError) else error
-            raise ConfigurationError(f"The queue {self.path} cannot be opened: {why}.") from error
+            raise ConfigurationError(f"the queue {self.path} cannot be opened: {why}") from error
 
     def _lock(self, undo: contextlib.ExitStack) -> None:
         """Keep other daemons off the queue; the lock file beside it holds the pid."""
@@ -3266,8 +3264,8 @@ class QueueFile:
         except BlockingIOError:
             holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
             raise ConfigurationError(
-                f"The queue {self.path} is in use by the mailproxy with pid {holder}; "
-                "stop that one first or choose another db_path."
+                f"the queue {self.path} is in use by the mailproxy with pid {holder}; "
+                "stop that one first or choose another db_path"
             ) from None
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
@@ -3280,7 +3278,7 @@ class QueueFile:
                 os.chmod(name, 0o600)
         names = os.stat(self.path).st_nlink
         if names > 1:  # under each it would have another lock, and another WAL
-            raise ConfigurationError(f"The queue {self.path} has {names} names (hard links); remove all but one.")
+            raise ConfigurationError(f"the queue {self.path} has {names} names (hard links); remove all but one")
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
         """Bring the schema up to date; that and the version number are one commit."""
@@ -3288,8 +3286,8 @@ class QueueFile:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > newest:
             raise ConfigurationError(
-                f"The queue {self.path} was written by a newer mailproxy (schema {version}, this one knows "
-                f"{newest}); start that one, or restore a backup."
+                f"the queue {self.path} was written by a newer mailproxy (schema {version}, this one knows "
+                f"{newest}); start that one, or restore a backup"
             )
         if version < newest:
             script = self._migrations[version - 1] if version else self._schema
@@ -3323,7 +3321,7 @@ class QueueFile:
         """Like write, for work that is done for many callers in one go: an item and a result for each.
         Should it raise, it is done again for each item by itself."""
         if not self._open:
-            raise StorageUnavailable("The queue is closed.")
+            raise StorageUnavailable("the queue is closed")
         loop = self._loop = self._loop or asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
         if not self._waiting:
@@ -3382,7 +3380,7 @@ class QueueFile:
             self.refuses = True
             self._close_writing()
             self._observe_refusal()
-            why = f"The queue cannot be written: {self.why(error)}."
+            why = f"the queue cannot be written: {self.why(error)}"
             why = str(error) if isinstance(error, StorageUnavailable) else why
             answers = [(wish, StorageUnavailable(why)) for wish in group]
         else:
@@ -3433,7 +3431,7 @@ class QueueFile:
             return work(self._reading)
         except self.errors as error:
             self._close_reading()
-            raise StorageUnavailable(f"The queue cannot be read: {self.why(error)}.") from error
+            raise StorageUnavailable(f"the queue cannot be read: {self.why(error)}") from error
 
     def _connect_reading(self) -> Any:
         uri = f"file:{urllib.parse.quote(self.path)}?mode=ro"

@@ -13337,7 +13337,7 @@ def test_a_storage_that_fails_at_the_start_is_said_and_nothing_is_sent(tmp_path:
         with storage.fails("error"):
             refused = started(tmp_path, (tmp_path / "config.ini").read_text(), **storage.environment)
         assert refused.returncode == 2
-        assert "The queue cannot be written: disk I/O error" in refused.stderr
+        assert "the queue cannot be written: disk I/O error" in refused.stderr
         assert smtp.received == []
 
         daemon.start()
