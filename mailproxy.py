@@ -4909,8 +4909,8 @@ class PostgresConnection:
             except self._file.errors:
                 if time.monotonic() > until:
                     raise StorageUnavailable(
-                        "The database went away while it wrote: whether this was accepted is not known; "
-                        "submit it again with the same ids."
+                        "the database went away while it wrote: whether this was accepted is not known; "
+                        "submit it again with the same ids"
                     ) from None
                 self.close()
                 time.sleep(0.2)
@@ -4945,8 +4945,8 @@ class PostgresFile(QueueFile):
             import psycopg.conninfo
         except ImportError as error:
             raise ConfigurationError(
-                f"A queue in PostgreSQL needs psycopg 3 ({error}): install the package python3-psycopg, or "
-                f"psycopg[binary] by pip, for {sys.executable}."
+                f"a queue in PostgreSQL needs psycopg 3 ({error}): install the package python3-psycopg, or "
+                f"psycopg[binary] by pip, for {sys.executable}"
             ) from None
         self._psycopg, self.errors, self.mistakes = (
             psycopg,
@@ -4957,7 +4957,7 @@ class PostgresFile(QueueFile):
         try:
             self._where: dict[str, Any] = SESSION | psycopg.conninfo.conninfo_to_dict(path)
         except psycopg.Error:
-            raise ConfigurationError(f"db_path is no URL of a database: {self.path}") from None
+            raise ConfigurationError(f"db_path is not the URL of a database: {self.path}") from None
         self._deadlines: dict[object, tuple[Any, float]] = {}
         self._deadlines_lock = threading.Lock()
         self._ended = threading.Event()
@@ -4978,8 +4978,8 @@ class PostgresFile(QueueFile):
                 self._make_tables(session, for_good=make)
         except self._psycopg.Error as error:
             if is_away(error):
-                raise StorageUnavailable(f"The database {self.path} cannot be reached: {self.why(error)}.") from None
-            raise ConfigurationError(f"The database {self.path} cannot be used: {self.why(error)}.") from None
+                raise StorageUnavailable(f"the database {self.path} cannot be reached: {self.why(error)}") from None
+            raise ConfigurationError(f"the database {self.path} cannot be used: {self.why(error)}") from None
 
     def _make_tables(self, session: Any, *, for_good: bool) -> None:
         newest = len(self._migrations) + 1
@@ -4987,11 +4987,11 @@ class PostgresFile(QueueFile):
             "SELECT current_setting('server_encoding'), current_setting('transaction_read_only')"
         ).fetchone()
         if session.info.server_version < 140_000:
-            raise ConfigurationError(f"The database {self.path} is older than PostgreSQL 14, which the queue needs.")
+            raise ConfigurationError(f"the database {self.path} is older than PostgreSQL 14, which the queue needs")
         if encoding != "UTF8":
-            raise ConfigurationError(f"The database {self.path} is encoded in {encoding}; create one in UTF8.")
+            raise ConfigurationError(f"the database {self.path} is encoded in {encoding}; create one in UTF8")
         if read_only == "on":
-            raise ConfigurationError(f"The database {self.path} is read-only, as a standby is; name the primary.")
+            raise ConfigurationError(f"the database {self.path} is read-only, as a standby is; name the primary")
         with session.transaction(force_rollback=not for_good):
             session.execute(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
             if session.execute("SELECT to_regclass('switches')").fetchone() == (None,):
@@ -5004,8 +5004,8 @@ class PostgresFile(QueueFile):
         version = found[0] if found else 0
         if version != newest:
             raise ConfigurationError(
-                f"The database {self.path} was written by {'an older' if version < newest else 'a newer'} mailproxy "
-                f"(schema {version}, this one knows {newest}); start that one."
+                f"the database {self.path} was written by {'an older' if version < newest else 'a newer'} mailproxy "
+                f"(schema {version}, this one knows {newest}); start that one"
             )
 
     def connect(self) -> Any:
