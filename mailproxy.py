@@ -5049,16 +5049,18 @@ class PostgresFile(QueueFile):
         return " ".join(told.split()).rstrip(".")
 
 
+# What a server, or libpq, says that waiting does not mend; and what it does.
+WRONG = re.compile("FATAL|no password supplied|SSL|certificate|service file")
 AWAY = re.compile(
     "starting up|shutting down|not yet accepting|recovery|too many|remaining connection slots|cannot connect to server|"
     "query_wait_timeout|server_login_retry|closed the connection"
 )
 
 
-def is_away(error: Exception) -> bool:
-    """Whether waiting may help: nobody answered, or a server that says so."""
+def is_away(error: Any) -> bool:
+    """Whether waiting may help."""
     told = str(error)
-    return bool(AWAY.search(told)) or not re.search("FATAL|ERROR", told)
+    return bool(AWAY.search(told)) or not (error.sqlstate or WRONG.search(told))
 
 
 def queue_file(db_path: str, environ: Mapping[str, str], **observers: Callable[..., None]) -> QueueFile:

@@ -4789,6 +4789,269 @@ def backlog(*, scheduled: int, sent: int, ready_of_another: int) -> Callable[[sq
 
 
 # ======================================================================
+# POSTGRESQL
+# ======================================================================
+
+
+class Wire:
+    """A proxy before a server. While `deaf_after` is set, nothing goes back once a client has said that; `cut` ends it all."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self.deaf_after, self.forwards = port, b"", True
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+
+    def __enter__(self) -> Wire:
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._listener.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """End every connection, at once."""
+        while self._sockets:
+            with contextlib.suppress(OSError):
+                self._sockets.pop().shutdown(socket.SHUT_RDWR)
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client = self._listener.accept()[0]
+                server = socket.create_connection(("127.0.0.1", self._port))
+                self._sockets += [client, server]
+                deaf = threading.Event()
+                for source, target, is_client in ((client, server, True), (server, client, False)):
+                    threading.Thread(target=self._pump, args=(source, target, is_client, deaf), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, is_client: bool, deaf: threading.Event) -> None:
+        with contextlib.suppress(OSError), source, target:
+            while content := source.recv(65_536):
+                if is_client and self.deaf_after and self.deaf_after in content:
+                    deaf.set()
+                    if not self.forwards:
+                        continue
+                if is_client or not deaf.is_set():
+                    target.sendall(content)
+            target.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def queue_at(url: str) -> Iterator[QueueRig]:
+    """A queue in that database."""
+    with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Storage, "place", lambda folder: url)
+        rig = QueueRig(Path(), runner.run)
+        try:
+            yield rig
+        finally:
+            runner.run(rig.file.close())
+
+
+@pytest.mark.parametrize("forwards", [True, False])
+def test_what_became_of_a_commit_that_was_not_answered_is_found_out(
+    postgres_server: PostgresServer, postgres: str, monkeypatch: pytest.MonkeyPatch, forwards: bool
+) -> None:
+    monkeypatch.setattr(mailproxy, "ANSWER_S", 1.0)
+    monkeypatch.setattr(mailproxy, "BEGIN", [part.replace("'5s'", "'2s'") for part in mailproxy.BEGIN])
+    with (
+        Wire(postgres_server.port) as wire,
+        queue_at(postgres.replace(f":{postgres_server.port}", f":{wire.port}")) as rig,
+    ):
+        rig.accepted(submission("before"))
+        wire.forwards, wire.deaf_after = forwards, b"COMMIT"
+        asked = threading.Timer(1.5, lambda: setattr(wire, "deaf_after", b""))
+        asked.start()
+
+        if forwards:
+            rig.accepted(submission("a"))
+        else:
+            with pytest.raises(mailproxy.StorageUnavailable, match="cannot be written"):
+                rig.accept([submission("a")])
+        wire.deaf_after = b""
+
+        rig.accepted(submission("after"))
+        stored = ["before", "a", "after"] if forwards else ["before", "after"]
+        assert rig.sql("SELECT id FROM messages ORDER BY seq") == [(id_,) for id_ in stored]
+        assert not rig.file.refuses
+
+
+def test_when_nobody_can_say_whether_it_was_stored_the_client_is_told_to_submit_again(
+    postgres_server: PostgresServer, postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mailproxy, "ANSWER_S", 0.5)
+    monkeypatch.setattr(mailproxy, "CONNECT_S", 0.5)
+    with (
+        Wire(postgres_server.port) as wire,
+        queue_at(postgres.replace(f":{postgres_server.port}", f":{wire.port}")) as rig,
+    ):
+        wire.deaf_after = b"COMMIT"  # and so is whoever asks what became of it
+        with pytest.raises(mailproxy.StorageUnavailable, match="not known; submit it again with the same ids"):
+            rig.accept([submission("a")])
+
+        wire.deaf_after = b""
+        assert rig.accept([submission("a")]) == ["known"]
+
+
+def test_a_session_that_was_lost_while_nobody_needed_it_costs_nothing(
+    postgres_server: PostgresServer, postgres: str
+) -> None:
+    with queue_at(postgres) as rig:
+        rig.accepted(submission("a"))
+        rig.look_up("a")
+        ours = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{}' AND pid <> pg_backend_pid()"
+        postgres_server.run(ours.format(postgres.rpartition("/")[2]))
+
+        rig.accepted(submission("b"))
+        assert rig.fields_of("b")["status"] == "queued"
+
+
+def test_a_database_that_is_away_refuses_and_comes_back_by_itself(tmp_path: Path) -> None:
+    with PostgresServer() as server, queue_at(server.new_database()) as rig:
+        rig.accepted(submission("a"))
+        server.stop()
+        for asked in (lambda: rig.accept([submission("b")]), lambda: rig.look_up("a")):
+            with pytest.raises(mailproxy.StorageUnavailable, match="refused"):
+                asked()
+        assert rig.file.refuses
+
+        server.start()
+        rig.accepted(submission("b"))
+        assert not rig.file.refuses
+        assert ids(rig.claimed()) == ["a", "b"]
+
+
+def test_a_transaction_that_was_stopped_does_not_hold_the_others_for_long(
+    postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mailproxy, "BEGIN", [part.replace("'5s'", "'1s'") for part in mailproxy.BEGIN])
+    with queue_at(postgres) as rig, queue_at(postgres) as other:
+        stopped = threading.Event()
+
+        def stop(db: Any) -> None:
+            db.execute("UPDATE switches SET value = 1").fetchall()
+            stopped.wait(20)
+
+        async def both() -> list[Any]:
+            first = asyncio.ensure_future(rig.file.write(stop))
+            await asyncio.sleep(0.2)
+            while True:
+                with contextlib.suppress(mailproxy.StorageUnavailable):
+                    await asyncio.wait_for(asyncio.to_thread(other.accept, [submission("a")]), 10)
+                    stopped.set()
+                    return await asyncio.gather(first, return_exceptions=True)
+
+        (refused,) = rig.run(both())
+        assert isinstance(refused, mailproxy.StorageUnavailable)
+
+
+@pytest.mark.parametrize("setting", ["off", "local", "remote_apply"])
+def test_what_was_accepted_is_on_disk_whatever_the_role_is_set_to(
+    postgres_server: PostgresServer, postgres: str, setting: str
+) -> None:
+    postgres_server.run(f"ALTER DATABASE {postgres.rpartition('/')[2]} SET synchronous_commit = {setting}")
+    with queue_at(postgres) as rig:
+        (found,) = rig.run(rig.file.write(lambda db: db.execute("SHOW synchronous_commit").fetchone()))
+    assert found == ("on" if setting in ("off", "local") else setting)
+
+
+def test_what_does_not_fit_into_text_is_replaced_and_quotes_stay_quotes(postgres: str) -> None:
+    texts = ["\0", "\ud800", "'; DROP TABLE messages; --", "\\", "\\'", "%s %(x)s ?:x", "E'\\x00'", "\u2028 \U0001f600"]
+    with queue_at(postgres) as rig:
+        rig.accepted(*(submission(f"m{n}", payload=json.dumps({"subject": text})) for n, text in enumerate(texts)))
+        found = [rig.look_up(f"m{n}")[0].payload["subject"] for n in range(len(texts))]
+        assert found == texts
+        for claim, text in zip(rig.claimed(), texts, strict=True):
+            rig.recorded(claim, ERROR, error=text)
+        errors = [rig.fields_of(f"m{n}")["error"] for n in range(len(texts))]
+        assert errors == ["\N{REPLACEMENT CHARACTER}", "?", *texts[2:]]
+        assert rig.look_up("\0") is None
+
+
+WRONG = {
+    "password": ("{guarded}", 'password authentication failed for user "guarded"'),
+    "no password": ("postgresql://guarded@127.0.0.1:{port}/{name}", "no password"),
+    "database": ("postgresql://mailproxy@127.0.0.1:{port}/nowhere", 'database "nowhere" does not exist'),
+    "user": ("postgresql://nobody@127.0.0.1:{port}/{name}", 'role "nobody" does not exist'),
+    "rights": ("postgresql://stranger@127.0.0.1:{port}/{name}", "permission denied for schema public"),
+    "standby": ("{url}?options=-cdefault_transaction_read_only%3Don", "is read-only"),
+    "reference": ("postgresql://guarded:env:NOT_SET@127.0.0.1:{port}/{name}", "env:NOT_SET is not set"),
+    "URL": ("postgresql://mailproxy:Geheim%zz@127.0.0.1/{name}", "is not the URL of a database"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_with_a_database_is_said_in_one_sentence_at_the_start(
+    postgres_server: PostgresServer, postgres: str, tmp_path: Path, wrong: str
+) -> None:
+    with contextlib.suppress(psycopg.errors.DuplicateObject):
+        postgres_server.run("CREATE ROLE stranger LOGIN")
+    name, port = postgres.rpartition("/")[2], postgres_server.port
+    guarded = f"postgresql://guarded:Geheim@127.0.0.1:{port}/{name}"
+    url, words = (text.format(guarded=guarded, url=postgres, port=port, name=name) for text in WRONG[wrong])
+
+    for command in ("serve", "check"):
+        ended = run_command(command, "--db", url, "--port", "0", folder=tmp_path)
+
+        assert (ended.returncode, words in ended.stderr, "Traceback" in ended.stderr) == (2, True, False), ended
+        assert "Geheim" not in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(("version", "words"), [(2, "an older mailproxy"), (99, "a newer mailproxy")])
+def test_a_database_of_another_version_is_refused(postgres: str, version: int, words: str) -> None:
+    with queue_at(postgres) as rig:
+        rig.run(
+            rig.file.write(lambda db: db.execute("UPDATE switches SET value = ? WHERE name = 'schema'", (version,)))
+        )
+    with pytest.raises(mailproxy.ConfigurationError, match=words), queue_at(postgres):
+        pass
+
+
+def test_the_password_may_stand_elsewhere_and_is_never_shown(
+    postgres_server: PostgresServer, postgres: str, tmp_path: Path
+) -> None:
+    (tmp_path / "password").write_text("open sesame\n")
+    name = postgres.rpartition("/")[2]
+    postgres_server.run(f"ALTER DATABASE {name} OWNER TO guarded")
+    ways = {
+        "open%20sesame": {}, "env:PASSWORD": {"PASSWORD": "open sesame"}, f"file:{tmp_path}/password": {},
+        "": {"PGPASSWORD": "open sesame"},
+    }  # fmt: skip
+    for password, environment in ways.items():
+        url = f"postgresql://guarded{':' * bool(password)}{password}@127.0.0.1:{postgres_server.port}/{name}"
+        (tmp_path / "config.ini").write_text(f"[storage]\ndb_path = {url}\n")
+
+        ended = run_command("check", folder=tmp_path, environment=environment)
+
+        assert (ended.returncode, "The settings are right" in ended.stdout) == (0, True), ended
+        assert f"postgresql://guarded@127.0.0.1:{postgres_server.port}/{name}" in ended.stdout
+        assert not re.search("sesame|PASSWORD|/password", ended.stdout + ended.stderr), ended
+    assert run_command("backup", "copy", "--db", postgres, folder=tmp_path).stderr.startswith(
+        f"mailproxy: the queue is in PostgreSQL ({postgres}): back it up with pg_dump"
+    )
+
+
+def test_without_psycopg_it_is_said_how_to_get_it(tmp_path: Path) -> None:
+    (tmp_path / "psycopg.py").write_text("raise ImportError('No module named psycopg')\n")
+
+    ended = run_command("check", "--db", "postgresql://a@127.0.0.1/b", environment={"PYTHONPATH": str(tmp_path)})
+
+    assert (ended.returncode, "needs psycopg 3" in ended.stderr, "python3-psycopg" in ended.stderr) == (2, True, True)
+
+
+def test_daemons_that_start_together_make_the_tables_once(postgres: str) -> None:
+    files = [mailproxy.queue_file(postgres, {}, observe_commit=lambda seconds: None) for _ in range(8)]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda file: file.open(), files))
+    with asyncio.Runner() as runner:
+        for file in files:
+            runner.run(file.close())
+
+
+# ======================================================================
 # OUTBOUND HTTP
 # ======================================================================
 
