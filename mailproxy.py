@@ -28,6 +28,7 @@ The rooms, from the top of this file to its end; each uses only those above it:
     LOG AND METRICS             one event, one line; Prometheus
     QUEUE FILE, QUEUE           one SQLite file, group commit; every SQL statement
     POSTGRESQL                  the same queue in a database, for several daemons
+    LEASES                      several machines: who has which lane
     OUTBOUND HTTP, ATTACHMENTS  urllib with deadlines; URL, S3 -> bytes
     DELIVERY AGENT              one SMTP session, one transaction
     SUBMISSION BY SMTP          mail comes in by SMTP: the listener, sendmail -bs
@@ -83,6 +84,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import shutil
 import socket
 import sqlite3
@@ -684,6 +686,7 @@ class StorageSettings(NamedTuple):
         QUEUE_PLACE,
         "File of the queue (left out: mailproxy.db beside this file), or postgresql://USER@HOST/DATABASE.",
     )
+    node: str | None = fixed(None, LABEL, "Name of this daemon among several machines. Left out: host name and pid.")
 
 
 class ServerSettings(NamedTuple):
@@ -2445,9 +2448,13 @@ class SendWindows:
     """
 
     def __init__(self, limits: Mapping[str, int], counted: Iterable[tuple[float, int]] = ()) -> None:
-        self._windows = {"minute": _Window(60, 1), "hour": _Window(3_600, 60), "day": _Window(86_400, 60)}
         self.held = 0  # messages whose transactions are in progress
         self.limits = limits  # by the names of windows, such as {"minute": 30}
+        self.recount(counted)
+
+    def recount(self, counted: Iterable[tuple[float, int]]) -> None:
+        """Begin again with what was sent before; what is held stays held."""
+        self._windows = {"minute": _Window(60, 1), "hour": _Window(3_600, 60), "day": _Window(86_400, 60)}
         for until, n in sorted(counted):
             self.held += n
             self.count(until, n)
@@ -3062,21 +3069,20 @@ class Metrics:
     """The instruments of one daemon, named as its metrics. Counting costs a microsecond or two and waits
     for nothing; an account is counted under `label(account_id)`. Gauges are set when somebody looks."""
 
-    def __init__(self, version: str, wall: Callable[[], float] = time.time) -> None:
+    def __init__(self, version: str, wall: Callable[[], float] = time.time, node: str | None = None) -> None:
         import platform
 
         import prometheus_client  # loaded by the daemon only: it takes a tenth of a start
 
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # they would double the answer
-        self.accounts: set[str] = set()  # that have series
-        self.recent = Recent(wall)
+        self.accounts, self.recent = set[str](), Recent(wall)  # the first: that have series
         registry = prometheus_client.CollectorRegistry()
         # Everything as Prometheus' text format. Blocking: some 15 ms for each 1,000 series.
         self.exposition = functools.partial(prometheus_client.generate_latest, registry)
         counter = functools.partial(prometheus_client.Counter, namespace="mailproxy", registry=registry)
         gauge = functools.partial(prometheus_client.Gauge, namespace="mailproxy", registry=registry)
         timer = functools.partial(prometheus_client.Histogram, namespace="mailproxy", registry=registry)
-        account, by_source = ["account"], ["source", "outcome"]
+        account, by_source, of_node = ["account"], ["source", "outcome"], ["node"] if node else []
         by_reason, by_outcome = ["account", "reason"], ["account", "outcome"]
         self.messages_accepted = counter("messages_accepted", "Messages accepted from clients.", account)
         self.messages_rejected = counter("messages_rejected", "Messages refused at submission.")
@@ -3112,16 +3118,17 @@ class Metrics:
         self.oldest_pending_seconds = gauge("oldest_pending_seconds", "Age of the oldest undelivered message.")
         self.reports_unacknowledged = gauge("reports_unacknowledged", "States that the upstream has not acknowledged.")
         self.scheduler_active = gauge("scheduler_active", "1 while mail goes out, 0 while suspended.")
-        self.account_up = gauge("account_up", "1 when mail goes out, 0 when the account's server refuses us.", account)
-        self.smtp_connections = gauge("smtp_connections", "Open SMTP connections.", ["account", "state"])
-
+        up = "1 when mail goes out, 0 when the account's server refuses us."
+        self.account_up = gauge("account_up", up, account + of_node)
+        self.smtp_connections = gauge("smtp_connections", "Open SMTP connections.", ["account", "state", *of_node])
         for outcome in REPORT_OUTCOMES:
             self.report_requests.labels(outcome)
         for source, outcome in itertools.product(Source, ("fetched", "cached", "deferred", "failed")):
             self.attachment_fetches.labels(source, outcome)
         prometheus_client.ProcessCollector(registry=registry)
         build = prometheus_client.Info("build", "Version of mailproxy.", namespace="mailproxy", registry=registry)
-        build.info({"version": version, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version})
+        about = {"version": version, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
+        build.info(about | dict.fromkeys(of_node, str(node)))
 
     def know(self, account_id: str) -> None:
         """Begin the counters of an account at 0, before the first event; not its histograms, which are many series."""
@@ -4487,10 +4494,23 @@ class Queue:
             on_wire = on_wire or not self._on_wire.keys().isdisjoint(changed)
         return on_wire
 
-    async def switch(self, name: str) -> bool | None:
-        """A switch as it was last set, None when it never was."""
-        rows = await self._ask("SELECT value FROM switches WHERE name = :name", name=name)
-        return bool(rows[0]["value"]) if rows else None
+    async def switches(self) -> dict[str, int]:
+        """The switches as they were last set; run_now counts."""
+        return {row["name"]: row["value"] for row in await self._ask("SELECT name, value FROM switches")}
+
+    async def suspensions(self) -> tuple[set[str], set[str]]:
+        """The accounts and the batches that are suspended."""
+        accounts = await self._ask("SELECT account_id FROM suspensions")
+        batches = await self._ask("SELECT batch_code FROM suspended_batches")
+        return {row["account_id"] for row in accounts}, {row["batch_code"] for row in batches}
+
+    async def count_run_now(self) -> int:
+        """Let other nodes see that there was a run-now; return how many there were."""
+        counted = (
+            "INSERT INTO switches VALUES ('run_now', 1) ON CONFLICT (name) DO UPDATE SET value = switches.value + 1 "
+            "RETURNING value"
+        )
+        return int(await self.file.write(lambda db: db.execute(counted).fetchone()[0]))
 
     async def set_switch(self, name: str, value: bool) -> None:
         switched = "INSERT INTO switches VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
@@ -5067,6 +5087,278 @@ def queue_file(db_path: str, environ: Mapping[str, str], **observers: Callable[.
     """The file or the database, which is not open yet. Raises ConfigurationError."""
     kind = PostgresFile if is_database(db_path) else QueueFile
     return kind(with_password(db_path, environ), SCHEMA, MIGRATIONS, USED_BY_MIGRATIONS, **observers)
+
+
+# ======================================================================
+# LEASES - several machines: which lanes are run here, and which elsewhere
+# ======================================================================
+#
+# Only with a queue in PostgreSQL. Each daemon has a row in `nodes`, which lasts LEASE_S by the clock of the database
+# and is renewed by a thread of its own; the lanes that it has taken (rows of `leases`; the reporter is one more) last
+# as long as that row. Who finds a row that has run out buries the node: its row, leases and claims go in one commit.
+# So a lease that is there is valid, and a node that can renew its row has lost nothing. The node counts its own time
+# from before a renewal was sent, on a clock that runs on while the process is stopped, and begins no transaction when
+# that is over. All there is to know stands in tables and is looked at; a NOTIFY only says that a look is worth while.
+
+REPORTER = ""  # its lane; those of accounts are called as they are
+LEASE_S = 15.0  # how long a node lasts that does not renew its row
+RENEWALS = 5  # in that time
+DRIFT_SHARE = 2 / 15  # of it, for clocks that do not run alike
+LOOK_PAUSE_S = 0.1  # between two looks, or two notifications, at least
+QUIET_S = 60.0  # a lane that had no mail for so long is given up: who gets the next has it
+RENEW = "UPDATE nodes SET until_ts = clock_timestamp() + make_interval(secs => %(lease_s)s) WHERE instance = %(mine)s"
+SHOW = (
+    "UPDATE leases SET shown = new.value FROM json_each_text(%(shown)s) AS new "
+    "WHERE account_id = new.key AND instance = %(mine)s"
+)
+LOOK_AT_TABLES = (
+    "SELECT changes, least((SELECT min(deferred_ts) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
+    "AND deferred_ts IS NOT NULL), (SELECT min(expires_ts) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
+    "AND expires_ts IS NOT NULL)), EXISTS (SELECT 1 FROM messages WHERE report_order IS NOT NULL), "
+    "EXISTS (SELECT 1 FROM nodes WHERE until_ts <= clock_timestamp()), "
+    "ARRAY(SELECT account_id FROM tallies WHERE ready > 0), "
+    "ARRAY(SELECT account_id FROM leases WHERE instance <> %(mine)s) FROM counters"
+)
+ENTER = (
+    "INSERT INTO nodes VALUES (:node, :mine, clock_timestamp() + make_interval(secs => :lease_s), :accounts) "
+    "ON CONFLICT (node) DO NOTHING"
+)
+# A lane that has mail (the reporter is always wanted) and nobody has; or that is ours by a commit whose answer was lost.
+TAKE = (
+    "INSERT INTO leases SELECT id, :mine, NULL FROM unnest(CAST(:ids AS text[])) AS id "
+    "WHERE EXISTS (SELECT 1 FROM nodes WHERE instance = :mine) "
+    "AND (id = '' OR EXISTS (SELECT 1 FROM tallies WHERE account_id = id AND ready > 0)) "
+    "ON CONFLICT (account_id) DO UPDATE SET instance = excluded.instance WHERE leases.instance = excluded.instance "
+    "RETURNING account_id"
+)
+
+
+def uptime() -> float:
+    """Seconds, also those for which the process, or the machine, was stopped."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def digest_of(account: Account) -> str:
+    """Tells whether two nodes have the same account; so short that it does not tell the password."""
+    given = [getattr(value, "given", value) for value in account]
+    return hashlib.sha256(repr(given).encode()).hexdigest()[:4]
+
+
+class Look(NamedTuple):
+    """What the tables say to all nodes."""
+
+    changes: int  # goes up with each change of accounts, suspensions, switches and nodes
+    due_ts: float | None  # no row is due, or to be given up, before that
+    unreported: bool
+    dead: bool  # a node is to be buried
+    waiting: Sequence[str]  # accounts with ready mail
+    elsewhere: Sequence[str]  # lanes that other nodes have
+
+
+class Leases:
+    """The row of this node, and the lanes that it has. It belongs to the event loop, but for what `_keep` does.
+
+    `seen` is told of each look; `shown` gives the states of the lanes here, as JSON, for the status of other nodes.
+    """
+
+    def __init__(self, file: PostgresFile, node: str, look_s: Callable[[], float], log: logging.Logger) -> None:
+        self.file, self.node, self._log = file, node, log
+        self.accounts: Mapping[str, str] = {}  # digests of those of config.ini
+        self.held: set[str] = set()
+        self.elsewhere: frozenset[str] = frozenset()
+        self.changes = -1
+        self.buried = True  # there is no row (any more), and so no lane
+        self.dead = False
+        self.seen: Callable[[Look], None] = lambda look: None
+        self.shown: Callable[[], Mapping[str, str]] = dict
+        self._look_s, self._beat_s = look_s, LEASE_S / RENEWALS
+        self._until = -math.inf  # nothing begins after that; all times are of uptime()
+        self._well_since = self._unseen_since = math.inf  # renewals succeed; a look waits for the event loop
+        self._told = self._look_now = self._leaving = False
+        self._to_show: dict[str, str] = {}
+        self._was_shown: Mapping[str, str] = {}
+        self._loop = asyncio.get_running_loop()
+        self._bell, self._ear = socket.socketpair()
+        self._bell.setblocking(False)
+        self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
+
+    def lasts(self) -> bool:
+        """True while a transaction may begin."""
+        return uptime() < self._until
+
+    async def _write(self, sql: str, **values: object) -> list[Any]:
+        values["mine"] = self.file.instance
+        return await self.file.write(lambda db: db.execute(sql, values).fetchall())
+
+    async def enter(self) -> None:
+        """Begin, or begin anew, with no lanes. A row of this name is waited for: it may be that of a process that is
+        gone. Raises ConfigurationError when it is renewed meanwhile, StorageUnavailable."""
+        values: dict[str, Any] = {"node": self.node, "lease_s": LEASE_S, "accounts": as_json(self.accounts)}
+        values["mine"] = secrets.token_hex(8)
+
+        def work(db: Any) -> Any:
+            _bury(db, "node = :node AND until_ts <= clock_timestamp()", values)
+            db.execute(ENTER, values)
+            return db.execute("SELECT until_ts FROM nodes WHERE node = :node AND instance <> :mine", values).fetchone()
+
+        self.held.clear()
+        began, before = uptime(), None
+        while (found := await self.file.write(work)) is not None:
+            if before not in (None, found):
+                raise ConfigurationError(f"The node {self.node} runs already; give each daemon a `node` of its own.")
+            before = found
+            await asyncio.sleep(self._beat_s / 2)
+            began = uptime()
+        self.file.instance, self.buried = values["mine"], False
+        self._until, self._unseen_since = began + LEASE_S * (1 - DRIFT_SHARE), math.inf
+        if self._keeper.ident is None:
+            self._keeper.start()
+        self.ring(look=True)
+
+    async def take(self, ids: Iterable[str]) -> set[str]:
+        """Take the lanes of these accounts that have mail and nobody has; return which."""
+        taken = {row[0] for row in await self._write(TAKE, ids=list(ids))}
+        self.held |= taken
+        return taken
+
+    async def reports(self) -> bool:
+        """True when this node is the reporter; who is hears that there may be something to report."""
+        free = REPORTER not in self.elsewhere and self.lasts()
+        if REPORTER in self.held or (free and await self.take([REPORTER])):
+            return True
+        self.ring(tell=True)
+        return False
+
+    async def give_up(self, ids: Sequence[str]) -> None:
+        """Let others have these lanes, of which nothing is on the wire."""
+        self.held.difference_update(ids)
+        gone = "DELETE FROM leases WHERE account_id = ANY(:ids) AND instance = :mine RETURNING 1"
+        await self._write(gone, ids=list(ids))
+        self.ring(tell=True)
+
+    async def bury(self) -> None:
+        """Remove the nodes whose time is over: what they had is free."""
+        self.dead = False
+        await self.file.write(lambda db: _bury(db, "until_ts <= clock_timestamp()", {}))
+        self.ring(look=True)
+
+    async def leave(self) -> None:
+        """Give up all that is left, and end."""
+        with contextlib.suppress(StorageUnavailable):
+            await self.file.write(lambda db: _bury(db, "instance = :mine", {"mine": self.file.instance}))
+        self._leaving, self._until = True, -math.inf
+        self.ring(tell=True)
+        if self._keeper.is_alive():
+            await self._loop.run_in_executor(None, self._keeper.join, self._beat_s)
+
+    async def everywhere(self) -> tuple[dict[str, dict[str, Any]], int]:
+        """What the node that has it shows of each lane, with its name; how many messages are on the wire."""
+
+        def work(db: Any) -> tuple[dict[str, dict[str, Any]], int]:
+            rows = db.execute("SELECT account_id, node, shown FROM leases JOIN nodes USING (instance)").fetchall()
+            lanes = {account_id: {**json.loads(shown or "{}"), "node": node} for account_id, node, shown in rows}
+            return lanes, db.execute("SELECT count(*) FROM claims").fetchone()[0]
+
+        return await self.file.read(work)
+
+    async def compare(self, accounts: Mapping[str, str]) -> None:
+        """Let other nodes see what accounts config.ini has now."""
+        self.accounts = accounts
+        new = "UPDATE nodes SET accounts = :accounts WHERE instance = :mine RETURNING 1"
+        await self._write(new, accounts=as_json(accounts))
+        self.ring(tell=True)
+
+    async def differing(self) -> set[tuple[str, str]]:
+        """Accounts of config.ini (the first) that another node (the second) has otherwise, or not at all."""
+        others, mine = "SELECT node, accounts FROM nodes WHERE node <> :node", self.accounts.items()
+        rows = await self.file.read(lambda db: db.execute(others, {"node": self.node}).fetchall())
+        return {(id_, node) for node, said in rows for id_, _ in mine ^ json.loads(said).items()}
+
+    def ring(self, *, tell: bool = False, look: bool = False) -> None:
+        """Have the other nodes look (there is mail for their lanes, a lane is free, something has changed); or look."""
+        self._told, self._look_now = self._told or tell, self._look_now or look
+        with contextlib.suppress(BlockingIOError):
+            self._bell.send(b"!")
+
+    def _see(self, look: Look) -> None:
+        self._unseen_since = math.inf
+        self.elsewhere, self.changes, self.dead = frozenset(look.elsewhere), look.changes, look.dead
+        self.seen(look)
+        shown = self.shown()
+        self._to_show |= dict(shown.items() - self._was_shown.items())
+        self._was_shown = shown
+
+    # -- the keeper's thread
+
+    def _keep(self) -> None:
+        """Renew the row, look and notify the others, until this node leaves."""
+        session: Any = None
+        renewed_at = looked_at = told_at = -math.inf
+        while not self._leaving or self._told:
+            now, pause_s = uptime(), LOOK_PAUSE_S
+            try:
+                if session is None:
+                    session = self.file.connect()
+                    session.execute("LISTEN mailproxy")
+                with self.file.deadline(session, LEASE_S / 3):
+                    if now >= renewed_at + self._beat_s:
+                        renewed_at = now
+                        self._renew(session, now)
+                    if self._told and (self._leaving or now >= told_at + LOOK_PAUSE_S):
+                        self._told, told_at = False, now
+                        session.execute("SELECT pg_notify('mailproxy', %s)", [self.node])
+                    if now >= looked_at + (LOOK_PAUSE_S if self._look_now else min(self._look_s(), self._beat_s)):
+                        self._look_now, looked_at = False, now
+                        self._look(session, now)
+                if not (self._look_now or self._told):
+                    pause_s = min(self._look_s(), self._beat_s)
+            except Exception as error:  # the row runs out, unless the next try is better
+                if self._well_since < math.inf:
+                    event(self._log, logging.WARNING, "the lease cannot be renewed", node=self.node, error=str(error))
+                with contextlib.suppress(Exception):
+                    session.close()
+                session, self._well_since = None, math.inf
+                if self._leaving:
+                    return
+            waiting = select.poll()
+            waiting.register(self._ear, select.POLLIN)
+            if session is not None and not self._look_now:
+                waiting.register(session.fileno(), select.POLLIN)
+            for descriptor, _ in waiting.poll(0 if self._leaving else math.ceil(pause_s * 1000)):
+                if descriptor == self._ear.fileno():
+                    self._ear.recv(4096)
+                else:
+                    self._look_now = True  # which reads what came
+        session.close()
+
+    def _renew(self, session: Any, now: float) -> None:
+        """Renew the row, unless the event loop hangs: then others are to take the lanes."""
+        if self.buried or self._leaving or now - self._unseen_since > 2 * self._beat_s:
+            return
+        values = {"mine": self.file.instance, "lease_s": LEASE_S}
+        if not session.execute(RENEW, values).rowcount:
+            self.buried, self._until = True, -math.inf
+            return
+        self._until, self._well_since = now + LEASE_S * (1 - DRIFT_SHARE), min(self._well_since, now)
+        if self._to_show:
+            shown, self._to_show = self._to_show, {}
+            session.execute(SHOW, {**values, "shown": as_json(shown)})
+
+    def _look(self, session: Any, now: float) -> None:
+        look = Look(*session.execute(LOOK_AT_TABLES, {"mine": self.file.instance}).fetchone())
+        if now - self._well_since <= self._beat_s:  # the database was away: the others come back, too
+            look = look._replace(dead=False)
+        self._unseen_since = min(self._unseen_since, now)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._see, look)
+
+
+def _bury(db: Any, which: str, values: Mapping[str, object]) -> None:
+    """Remove nodes, and all that they had: what was on the wire there may have been sent, or not."""
+    found = db.execute(f"DELETE FROM nodes WHERE {which} RETURNING instance", values).fetchall()  # noqa: S608 - constants
+    for table in ("leases", "claims") if found else ():
+        dead = {"dead": [row[0] for row in found]}
+        db.execute(f"DELETE FROM {table} WHERE instance = ANY(:dead)", dead)  # noqa: S608 - constants only
 
 
 # ======================================================================
@@ -8330,6 +8622,7 @@ class Lane:
     generation: int = 0  # failures of what began in an earlier one tell nothing
     believes: int = 0  # nor does success of what began in an earlier one than this
     deleted: bool = False  # the account is gone, and its mail ends with it
+    mine: bool = True  # False: another node has it, or nobody
     has_mail: bool = True  # until a claim finds less than it asked for
     retried_first: bool = False
     ready: deque[tuple[Claim, Composed | None]] = field(default_factory=deque)  # None: composed on the way
@@ -8366,7 +8659,9 @@ class Lane:
 
     def wants(self, now: float, most: int) -> int:
         """Messages to claim now: one for each free connection, and a little work ahead."""
-        if not self.has_mail or self.state in RESTING or (self.state is LaneState.LIMITED and now < self.until):
+        if not (self.has_mail and self.mine) or self.state in RESTING:
+            return 0
+        if self.state is LaneState.LIMITED and now < self.until:
             return 0
         free = max(0, self.connections_free(now, most))
         if self.state is LaneState.PROBING:
@@ -8392,6 +8687,12 @@ class Lane:
     def connections(self) -> int:
         """The sessions that are open."""
         return sum(session.usable for session in self.sessions)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nothing is claimed, and nothing known of the server that others should not forget."""
+        at_work = self.ready or self.preparing or self.busy or self.windows.held
+        return not at_work and self.state in (LaneState.UP, LaneState.SUSPENDED)
 
     # -- what it learns
 
@@ -8492,9 +8793,11 @@ class Dispatcher(Loop):
     active: bool = True
     log_deliveries: bool = False
     lanes: dict[str, Lane] = field(default_factory=dict)
+    leases: Leases | None = None  # with several machines
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._quiet_since: dict[str, float] = {}  # lanes that are mine and have no mail
         self._marked: dict[Lane, None] = {}  # lanes for the next turn to look at, in this order
         self._slots = Shares(self.settings.max_concurrency)  # a transaction each
         self._tasks: set[asyncio.Task[None]] = set()
@@ -8517,6 +8820,14 @@ class Dispatcher(Loop):
                 self._mark(lane)
         self.ring()
 
+    def see(self, look: Look, held: set[str]) -> None:
+        """There is mail in lanes that are ours or nobody's, or soon will be; others that we hold have none."""
+        now, lanes, before = self.clock.monotonic(), self.lanes, self._quiet_since
+        quiet = held - {REPORTER} - set(look.waiting)
+        self._quiet_since = {id_: before.get(id_, now if id_ in lanes else -math.inf) for id_ in quiet}
+        self.queue.next_ts = min(self.queue.next_ts, math.inf if look.due_ts is None else look.due_ts)
+        self.wake(set(look.waiting).difference(look.elsewhere))
+
     def run_now(self) -> None:
         """End all cooling and look at once; in test_mode the one way to get mail out."""
         self._asked = self.settings.test_mode
@@ -8532,7 +8843,10 @@ class Dispatcher(Loop):
         counted = [(min(now + until - wall, now), n) for until, n in standing.sends]
         windows = self._held_windows.pop(account.id, None) or SendWindows(account.limits, counted)
         windows.limits = account.limits
+        if self.leases is not None:
+            windows.recount(counted)  # another node may have sent meanwhile
         lane = self.lanes[account.id] = Lane(account, windows, self.clock)
+        lane.mine = self.leases is None or account.id in self.leases.held
         if standing.suspended:
             lane.become(LaneState.SUSPENDED)
         elif standing.held_back and not windows.room(now):
@@ -8572,9 +8886,14 @@ class Dispatcher(Loop):
         self.metrics.forget(account_id)
         lane.deleted = lane.account.source != "config"
         lane.become(LaneState.SUSPENDED)
+        self._let_others(lane)
+
+    def _let_others(self, lane: Lane) -> None:
+        """Deliver nothing more in this lane; what is on the wire finishes, and counts for who has it then."""
+        lane.mine = False
         self._recall(lane)
         if lane.windows.held:
-            self._held_windows[account_id] = lane.windows
+            self._held_windows[lane.account.id] = lane.windows
 
     def suspend(self) -> None:
         self.active = False
@@ -8615,6 +8934,8 @@ class Dispatcher(Loop):
     # -- the loop
 
     async def turn(self) -> float:
+        if self.leases is not None and not await self._look_after_leases(self.leases):
+            return self.settings.send_interval_seconds
         self._slots.total = self.settings.max_concurrency
         self._slots.alone = self.memory.alone = len(self.lanes) == 1
         await self._follow_clock()
@@ -8623,7 +8944,9 @@ class Dispatcher(Loop):
         if self.queue.file.refuses:
             await self.queue.answers()
         if self._cooled_may_go:
-            self.wake(await self.queue.let_go(list(self.lanes), ("connection", "login")))
+            elsewhere = self.leases.elsewhere if self.leases else ()
+            own = [account_id for account_id in self.lanes if account_id not in elsewhere]
+            self.wake(await self.queue.let_go(own, ("connection", "login")))
             self._cooled_may_go = False
         now = self.clock.wall()
         if self.queue.next_ts <= now:
@@ -8637,6 +8960,8 @@ class Dispatcher(Loop):
                 event(self.log, logging.WARNING, what, message=id_, account=account_id, error=how.error)
                 self.reports_due()
         if self.active:
+            if self.leases is not None:
+                await self._take_lanes(self.leases)
             await self._look_after_lanes()
         until_due_s = self.queue.next_ts - self.clock.wall()
         if self.settings.test_mode and until_due_s > 0 and not (self._tasks or (self.active and self._marked)):
@@ -8651,7 +8976,7 @@ class Dispatcher(Loop):
         clock and handing the change to the writer: what is written after it goes by the new one.
         """
         since, step_s = int(self.clock.started_at), self.clock.follow()
-        if not step_s:
+        if not step_s or self.leases is not None:  # other machines have clocks of their own
             return
         try:
             await self.queue.move_times(step_s, since)
@@ -8659,6 +8984,50 @@ class Dispatcher(Loop):
             self.clock.move(-step_s)  # the next turn sees it again
             raise
         event(self.log, logging.WARNING, "the wall clock was set", seconds=step_s)
+
+    async def _look_after_leases(self, leases: Leases) -> bool:
+        """Give up the lanes that are lost, or had no mail for long; False while nothing may begin."""
+        if leases.buried:  # others have the lanes by now
+            for lane in self.lanes.values():
+                self._let_others(lane)
+            await leases.enter()
+        elif not leases.lasts():
+            for lane in self.lanes.values():
+                self._recall(lane)
+            return False
+        if leases.dead:
+            await leases.bury()
+        now = self.clock.monotonic()
+        await self._give_up([id_ for id_, since in self._quiet_since.items() if now >= since + QUIET_S])
+        return True
+
+    async def _give_up(self, account_ids: Iterable[str]) -> None:
+        """Let other nodes have those of these lanes of which nothing is on the wire."""
+        gone = [id_ for id_ in account_ids if id_ not in self.lanes or self.lanes[id_].is_quiet]
+        for account_id in gone:
+            self._quiet_since.pop(account_id, None)
+            if lane := self.lanes.get(account_id):
+                self._let_others(lane)
+        if gone and self.leases is not None:
+            await self.leases.give_up(gone)
+
+    async def _take_lanes(self, leases: Leases) -> None:
+        """Take those of the marked lanes that have mail, if nobody has them, and tell the nodes that have the others."""
+        others = [
+            lane for lane in self._marked if lane.has_mail and not lane.mine and lane.state is not LaneState.SUSPENDED
+        ]
+        if not others:
+            return
+        for lane in others:
+            del self._marked[lane]
+            lane.has_mail = False
+        wanted = {lane.account.id for lane in others} - leases.elsewhere
+        taken = await leases.take(wanted) if wanted else set()
+        for account_id in taken & self.lanes.keys():
+            standing = await self.queue.standing(account_id)
+            self.add_lane(self.lanes[account_id].account, standing)
+        if len(taken) < len(others):
+            leases.ring(tell=True)
 
     async def _look_after_lanes(self) -> None:
         """Put waiting mail of the marked lanes on free connections, and claim more where it can be taken."""
@@ -8760,7 +9129,8 @@ class Dispatcher(Loop):
 
     def _may_go(self, lane: Lane) -> bool:
         """False at the end, while no outcome could be recorded, and for a lane that rests."""
-        return self.active and not (self._stopping or self.queue.file.refuses) and lane.state not in RESTING
+        may = self.active and lane.mine and not (self._stopping or self.queue.file.refuses)
+        return may and lane.state not in RESTING
 
     def _start_work(self, lane: Lane) -> None:
         """Put free connections to work; what may not go any more goes back."""
@@ -9031,7 +9401,7 @@ class Dispatcher(Loop):
         await self._slots.take(lane, 1)
         begun = self.clock.monotonic()
         try:
-            if lane.sessions[session] != lane.generation:
+            if lane.sessions[session] != lane.generation or not (self.leases is None or self.leases.lasts()):
                 return {}
             chunking = turn.chunking and self.settings.chunking and lane.bdat is not False
             session.bdat, content, utf8 = session.bdat or lane.bdat, composed.content, composed.smtputf8
@@ -9226,8 +9596,13 @@ class Dispatcher(Loop):
             self._recall(lane)
 
     async def drained(self) -> None:
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        while True:
+            if self.leases is not None:
+                with contextlib.suppress(StorageUnavailable):
+                    await self._give_up([id_ for id_, lane in self.lanes.items() if lane.mine])
+            if not self._tasks:
+                return
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
 
     def cut(self) -> None:
         """End what is still on the wire; those messages stay in the queue."""
@@ -9324,6 +9699,7 @@ class Reporter(Loop):
     metrics: Metrics
     log: logging.Logger
     submissions: int = 0  # accepted so far
+    leases: Leases | None = None  # with several machines one of them reports
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -9356,6 +9732,8 @@ class Reporter(Loop):
     async def turn(self) -> float:
         if self.delivery.test_mode and not self._pass_is_open:
             return REPORTER_SLEEP_S
+        if self.leases is not None and not await self.leases.reports():
+            return REPORTER_SLEEP_S
         house_is_kept = await self._keep_house()
         pause_s = await self._report() if self.client.client_sync_url is not None else REPORTER_SLEEP_S
         if pause_s > 0 and not self.dispatching():
@@ -9376,6 +9754,8 @@ class Reporter(Loop):
         states = await self._due_states()
         if wait_s > 0 and not states:
             return wait_s
+        if self.leases is not None and not self.leases.lasts():
+            return STORAGE_PAUSE_S
         self._why = Why.CALLING
         answer = await self._answer_to(states)
         self.metrics.report_requests.labels(answer.outcome).inc()
@@ -9727,6 +10107,12 @@ class ControlPlane:
     in_thread: InThread
     log: logging.Logger
     settings: Callable[[], Settings]
+    leases: Leases | None = None  # with several machines
+    _changes: int = -1  # of accounts and switches, up to which they are known
+    _runs: int = 0  # run-nows of all nodes
+    _batches: set[str] = field(default_factory=set)  # that are suspended
+    _differing: set[tuple[str, str]] = field(default_factory=set)  # accounts that another node has otherwise
+    _configured: Sequence[Account] = ()
     _wrote_at: float = -math.inf  # for a look whether the storage answers
     _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
     _console: Response = field(default_factory=console_answer)
@@ -9768,6 +10154,8 @@ class ControlPlane:
         """Readiness: the storage answers, both loops turn."""
         if problem := self.stalled_loop():
             raise HttpError(503, problem, code="internal")
+        if self.leases is not None and self.leases.buried:
+            raise HttpError(503, "the lease of this node is over")
         # Anybody may ask, so it is tried once a second at most.
         if self.queue.file.refuses or self.clock.monotonic() >= self._wrote_at + 1:
             try:
@@ -9793,14 +10181,18 @@ class ControlPlane:
         now = self.clock.monotonic()
         pending = {id_: tally.ready + tally.waiting for id_, tally in tallies.items()}
         accounts: dict[str, dict[str, object]] = {}
+        shown, in_delivery = await self.leases.everywhere() if self.leases else ({}, self.queue.in_delivery)
         for id_, lane in self.dispatcher.lanes.items():
-            state = {**lane.status(), "connections": lane.connections, "pending": pending.get(id_, 0)}
-            left = lane.windows.left(now)
-            accounts[id_] = {**state, "limits_left": left} if left else state
+            accounts[id_] = {**self._lane(lane, now), "pending": pending.get(id_, 0)}
+            if self.leases is not None:  # the node that has the lane knows how it is
+                elsewhere = {} if lane.mine else shown.get(id_, {})
+                accounts[id_] |= {"node": self.leases.node if lane.mine else None, **elsewhere}
         for id_ in pending.keys() - accounts.keys():
             if pending[id_]:  # mail that waits for its account to come back
                 gone = {"state": NOT_FOUND, "reason": NOT_FOUND, "since": None, "until": None}
                 accounts[id_] = {**gone, "connections": 0, "pending": pending[id_]}
+        reporter = shown.get(REPORTER, {}).get("node")
+        several = {"node": self.leases.node, "reporter": reporter} if self.leases else {}
         return json_response(
             {
                 "ok": True,
@@ -9808,15 +10200,26 @@ class ControlPlane:
                 "version": __version__,
                 "pending": sum(pending.values()),
                 "deferred": sum(tally.waiting for tally in tallies.values()),
-                "in_delivery": self.queue.in_delivery,
+                "in_delivery": in_delivery,
                 "failed": await self.queue.failed(),
                 "unreported": sum(tally.unreported for tally in tallies.values()),
                 "oldest_pending_ts": oldest_ts,
                 "suspended_batches": sorted(self.queue.suspended_batches),
                 "accounts": accounts,
                 "recent": self.metrics.recent.columns(),
+                **several,
             }
         )
+
+    @staticmethod
+    def _lane(lane: Lane, now: float) -> dict[str, object]:
+        left = lane.windows.left(now)
+        return {**lane.status(), "connections": lane.connections, **({"limits_left": left} if left else {})}
+
+    def lanes_here(self) -> dict[str, str]:
+        """The states of the lanes of this node, for the others to show."""
+        now = self.clock.monotonic()
+        return {id_: as_json(self._lane(lane, now)) for id_, lane in self.dispatcher.lanes.items() if lane.mine}
 
     async def get_metrics(self, request: Request) -> Response:
         """Metrics for Prometheus."""
@@ -9827,10 +10230,15 @@ class ControlPlane:
         metrics.oldest_pending_seconds.set(0 if oldest is None else max(0.0, self.clock.wall() - oldest))
         metrics.reports_unacknowledged.set(sum(tally.unreported for tally in tallies.values()))
         metrics.scheduler_active.set(self.dispatcher.active)
+        node = [self.leases.node] if self.leases else []
         for account_id, lane in self.dispatcher.lanes.items():
-            metrics.account_up.labels(account_id).set(lane.state not in IN_TROUBLE)
-            metrics.smtp_connections.labels(account_id, "busy").set(lane.busy)
-            metrics.smtp_connections.labels(account_id, "idle").set(max(0, len(lane.sessions) - lane.busy))
+            if lane.mine:
+                metrics.account_up.labels(account_id, *node).set(lane.state not in IN_TROUBLE)
+                metrics.smtp_connections.labels(account_id, "busy", *node).set(lane.busy)
+                metrics.smtp_connections.labels(account_id, "idle", *node).set(max(0, len(lane.sessions) - lane.busy))
+            else:
+                metrics.account_up.remove_by_labels({"account": account_id})
+                metrics.smtp_connections.remove_by_labels({"account": account_id})
         return Response(200, await self.in_thread(metrics.exposition), "text/plain; version=0.0.4; charset=utf-8")
 
     async def get_openapi(self, request: Request) -> Response:
@@ -9964,6 +10372,10 @@ class ControlPlane:
         await request.json_object()  # no field is known, but a bad body is told
         self.reporter.run_now()
         self.dispatcher.run_now()
+        if self.leases is not None:
+            async with self._one_at_a_time:
+                self._runs = await self.queue.count_run_now()
+            self._tell_nodes()
         return json_response({"ok": True})
 
     async def suspend(self, request: Request) -> Response:
@@ -10009,6 +10421,7 @@ class ControlPlane:
             else:
                 await self.queue.set_switch("active", active)
                 (dispatcher.activate if active else dispatcher.suspend)()
+        self._tell_nodes()
         what = "delivery activated" if active else "delivery suspended"
         event(self.log, logging.INFO, what, account=account_id, batch=batch_code)
         return json_response({"ok": True, "active": active})
@@ -10124,6 +10537,7 @@ class ControlPlane:
                 self.dispatcher.replace_account(account)
             else:
                 self.dispatcher.add_lane(account, standing)
+        self._tell_nodes()
         event(self.log, logging.INFO, "account set", account=account.id)
         unknown = [key for key, value in fields.items() if key not in ACCOUNT_KEYS and value is not None]
         return json_response(
@@ -10133,42 +10547,88 @@ class ControlPlane:
     async def delete_account(self, request: Request) -> Response:
         """Remove an account; its undelivered messages become errors."""
         # Should the storage refuse in between, the account is gone and the same call again ends the rest of them.
-        account_id, ended = request.parameters["id"], list[Disposition]()
-        after: int | None = 0
+        account_id = request.parameters["id"]
         async with self._one_at_a_time:
             self._refuse_configured(account_id)
             known = account_id in self.dispatcher.lanes
             if known:
                 await self.queue.delete_account(account_id)
                 self.dispatcher.remove_lane(account_id)
-            while after is not None:
-                some, after = await self.queue.fail_orphans(account_id, after, "account deleted")
-                ended += some
+                self._tell_nodes()
+            ended = await self._fail_orphans(account_id)
         if not (known or ended):
             raise HttpError(404, NO_ACCOUNT)
-        for how in ended:
-            self.metrics.count_ended(self.metrics.label(account_id), how)
         failed = sum(how.status is Status.ERROR for how in ended)
-        self.reporter.ring()
         event(self.log, logging.INFO, "account deleted", account=account_id, failed=failed)
         return json_response({"ok": True, "failed": failed})
+
+    async def _fail_orphans(self, account_id: str) -> list[Disposition]:
+        """End the undelivered messages of a deleted account."""
+        ended, after = list[Disposition](), cast(int | None, 0)
+        while after is not None:
+            some, after = await self.queue.fail_orphans(account_id, after, "account deleted")
+            ended += some
+        for how in ended:
+            self.metrics.count_ended(self.metrics.label(account_id), how)
+        self.reporter.ring()
+        return ended
 
     async def renew_accounts(self, configured: Sequence[Account]) -> None:
         """Take over the accounts of config.ini; they win over those added over HTTP. The mail of an account that is
         gone stays where it is: it may come back."""
         async with self._one_at_a_time:
-            stored = stored_accounts(
-                await self.queue.accounts(), self.settings().delivery, functools.partial(event, self.log, logging.ERROR)
-            )
-            wanted = {account.id: account for account in (*stored, *configured)}
-            for account_id in self.dispatcher.lanes.keys() - wanted.keys():
-                self.dispatcher.remove_lane(account_id)
-            for account in wanted.values():
-                if account.id not in self.dispatcher.lanes:
-                    self.dispatcher.add_lane(account, await self.queue.standing(account.id))
-                elif account != self._account(account.id):
-                    await self.queue.let_go([account.id])
-                    self.dispatcher.replace_account(account)
+            await self._renew_accounts(configured)
+
+    async def _renew_accounts(self, configured: Sequence[Account]) -> None:
+        stored = stored_accounts(
+            await self.queue.accounts(), self.settings().delivery, functools.partial(event, self.log, logging.ERROR)
+        )
+        self._configured = configured
+        wanted = {account.id: account for account in (*stored, *configured)}
+        for account_id in self.dispatcher.lanes.keys() - wanted.keys():
+            is_stored = self.dispatcher.lanes[account_id].account.source != "config"
+            self.dispatcher.remove_lane(account_id)
+            if is_stored and self.leases is not None:  # deleted through another node; here some was accepted meanwhile
+                await self._fail_orphans(account_id)
+        for account in wanted.values():
+            if account.id not in self.dispatcher.lanes:
+                self.dispatcher.add_lane(account, await self.queue.standing(account.id))
+            elif account != self._account(account.id):
+                await self.queue.let_go([account.id])
+                self.dispatcher.replace_account(account)
+
+    async def follow(self, leases: Leases) -> None:
+        """Take over what was changed through other nodes."""
+        changes, dispatcher = leases.changes, self.dispatcher
+        if changes == self._changes:
+            return
+        async with self._one_at_a_time:
+            await self._renew_accounts(self._configured)
+            accounts, batches = await self.queue.suspensions()
+            for id_, lane in list(dispatcher.lanes.items()):
+                if (id_ in accounts) is not (lane.state is LaneState.SUSPENDED):
+                    (dispatcher.suspend_lane if id_ in accounts else dispatcher.activate_lane)(id_)
+            if batches != self._batches:
+                self._batches = batches
+                dispatcher.recall()
+            switches = await self.queue.switches()
+            active, runs = bool(switches.get("active", dispatcher.active)), switches.get("run_now", 0)
+            if active is not dispatcher.active:
+                (dispatcher.activate if active else dispatcher.suspend)()
+            if runs > self._runs:
+                self._runs = runs
+                self.reporter.run_now()
+                dispatcher.run_now()
+            differing = await leases.differing()
+            for account_id, node in sorted(differing - self._differing):
+                what = "an account of config.ini differs from that of another node"
+                event(self.log, logging.WARNING, what, account=account_id, node=node)
+            self._changes, self._differing = changes, differing
+
+    def _tell_nodes(self) -> None:
+        """Accounts or switches have changed: other nodes are to look."""
+        if self.leases is not None:
+            self.leases.ring(tell=True)
 
     def _account(self, account_id: str) -> Account | None:
         lane = self.dispatcher.lanes.get(account_id)
@@ -10323,13 +10783,18 @@ class Daemon:
         self._hurry = asyncio.Event()
         self._asked_to_renew = asyncio.Event()
         self._systemd = SystemdNotifier(environ)
-        self._metrics = Metrics(__version__, self._clock.wall)
+        self._node = settings.storage.node or f"{socket.gethostname()}-{os.getpid()}"
+        several = is_database(settings.storage.db_path)
+        self._metrics = Metrics(__version__, self._clock.wall, self._node if several else None)
         self._pools = [  # a look-up or a file server that hangs keeps a thread, and must hold up nobody else
             concurrent.futures.ThreadPoolExecutor(256, "network"),
             concurrent.futures.ThreadPoolExecutor(WORK_THREADS, "work"),
         ]
         self._network, self._work = InThread(self._pools[0]), InThread(self._pools[1], computes=True)
         self._tokens: tuple[bytes, ...] = ()
+        self._waits = False  # for its database
+        self._leases: Leases | None = None
+        self._changed = asyncio.Event()  # perhaps: through another node
         self._queue = Queue(
             queue_file(
                 settings.storage.db_path,
@@ -10353,12 +10818,10 @@ class Daemon:
             loop.add_signal_handler(signal.SIGTERM, self.stop)
             loop.add_signal_handler(signal.SIGINT, self.stop)
             loop.add_signal_handler(signal.SIGHUP, self._asked_to_renew.set)
-        self._queue.file.open()
         try:
-            await self._build(configured)
-            status = await self._serve(await self._listen(), started)
-        except StorageUnavailable as error:
-            raise ConfigurationError(str(error)) from None
+            await self._build()
+            self._waits = not await self._begin(configured)
+            status = await self._serve(await self._listen(), started, configured)
         finally:
             await self._queue.file.close()
             loop.set_default_executor(concurrent.futures.ThreadPoolExecutor())  # the loop waits for this one at its end
@@ -10373,9 +10836,32 @@ class Daemon:
             self._hurry.set()
         self._stopping.set()
 
-    async def _build(self, configured: Sequence[Account]) -> None:
+    async def _begin(self, configured: Sequence[Account]) -> bool:
+        """Open the queue, and take up what was left in it; False while its database is away."""
+        queue, dispatcher = self._queue, self._dispatcher
+        try:
+            await self._network(queue.file.open)
+            await queue.load()
+            dispatcher.active = bool((await queue.switches()).get("active", self.settings.scheduler.active))
+            await self._control.renew_accounts(configured)
+            if self._leases is not None:
+                self._leases.accounts = {account.id: digest_of(account) for account in configured}
+                await self._leases.enter()
+        except StorageUnavailable as error:
+            if self._leases is None:
+                raise ConfigurationError(str(error)) from None
+            if not self._waits:
+                event(self._log, logging.WARNING, "the database is waited for", error=str(error))
+            return False
+        return True
+
+    async def _build(self) -> None:
         queue, settings, clock, metrics = self._queue, self.settings, self._clock, self._metrics
-        await queue.load()
+        if isinstance(queue.file, PostgresFile):
+            self._leases = Leases(
+                queue.file, self._node, lambda: self.settings.delivery.send_interval_seconds, self._log
+            )
+            self._leases.seen, self._leases.shown = self._see, lambda: self._control.lanes_here()
         memory_bytes = settings.attachments.memory_budget_bytes
         self._agent = await delivery_agent(self._environ, self._network)
         self._reporter = Reporter(
@@ -10388,6 +10874,7 @@ class Daemon:
             in_thread=self._work,
             metrics=metrics,
             log=self._log,
+            leases=self._leases,
         )
         self._dispatcher = Dispatcher(
             queue,
@@ -10401,14 +10888,12 @@ class Daemon:
             metrics=metrics,
             log=self._log,
             reports_due=self._reporter.ring,
+            leases=self._leases,
         )
         self._dispatcher.log_deliveries = settings.logging.delivery_activity
         queue.file.meanwhile = self._dispatcher.compose_ahead
-        active = await queue.switch("active")
-        self._dispatcher.active = settings.scheduler.active if active is None else active
         rooms = (queue, self._dispatcher, self._reporter)
-        self._control = ControlPlane(*rooms, clock, metrics, self._work, self._log, lambda: self.settings)
-        await self._control.renew_accounts(configured)
+        self._control = ControlPlane(*rooms, clock, metrics, self._work, self._log, lambda: self.settings, self._leases)
 
     async def _listen(self) -> str:
         """Open the HTTP side; return where it is, as a URL."""
@@ -10481,15 +10966,39 @@ class Daemon:
             )
         return most
 
-    async def _serve(self, where: str, started: Callable[[str], None]) -> int:
+    def _see(self, look: Look) -> None:
+        """Several machines: what a look at the tables tells the loops."""
+        assert self._leases is not None
+        self._dispatcher.see(look, self._leases.held)
+        if look.unreported or REPORTER not in look.elsewhere:
+            self._reporter.ring()
+        self._changed.set()
+
+    async def _follow(self, leases: Leases) -> None:
+        """Take over what was changed through other nodes."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            try:
+                await self._control.follow(leases)
+            except StorageUnavailable:  # the next look is soon
+                continue
+
+    async def _serve(self, where: str, started: Callable[[str], None], configured: Sequence[Account]) -> int:
+        event(self._log, logging.INFO, "mailproxy listens", at=where, version=__version__, pid=os.getpid())
+        watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
+        while self._waits and not self._stopping.is_set():
+            self._systemd.tell("READY=1")
+            await self._ends(asyncio.create_task(self._stopping.wait()), STORAGE_PAUSE_S)
+            self._waits = not await self._begin(configured)
         loops = {
             asyncio.create_task(self._dispatcher.run(), name="dispatcher"),
             asyncio.create_task(self._reporter.run(), name="reporter"),
         }
-        watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
         beside = [asyncio.create_task(self._renew()), asyncio.create_task(self._take_spool())]
+        if self._leases is not None:
+            beside.append(asyncio.create_task(self._follow(self._leases)))
         asked = asyncio.create_task(self._stopping.wait(), name="stop")
-        event(self._log, logging.INFO, "mailproxy listens", at=where, version=__version__, pid=os.getpid())
         accounts = [lane.account for lane in self._dispatcher.lanes.values()]
         for warning in await self._work(
             lambda: [*self.settings.warnings, *left_open(self.settings, accounts, self._environ)]
@@ -10530,6 +11039,8 @@ class Daemon:
         for task in ends:
             task.cancel()
         await asyncio.gather(*ends, return_exceptions=True)
+        if self._leases is not None:
+            await self._leases.leave()
 
     async def _ends(self, task: asyncio.Future[Any], within_s: float | None) -> bool:
         """Wait for a task, but not when the daemon is told a second time to stop; True when it has ended."""
@@ -10570,7 +11081,7 @@ class Daemon:
     async def _feed_watchdog(self) -> None:
         """Tell systemd that we live, as long as both loops turn."""
         while (interval_s := self._systemd.watchdog_interval_s) is not None:
-            if self._control.stalled_loop() is None:
+            if self._waits or self._control.stalled_loop() is None:
                 self._systemd.tell("WATCHDOG=1")
             await asyncio.sleep(interval_s)
 
@@ -10595,6 +11106,8 @@ class Daemon:
                 self._dispatcher.fetcher = self._fetcher()
                 self._agent.contexts.clear()  # certificates may have changed
                 await self._control.renew_accounts(accounts)
+                if self._leases is not None:
+                    await self._leases.compare({account.id: digest_of(account) for account in accounts})
                 self._smtp.names = await self._network(lambda: local_names(self.settings.sendmail))
                 event(self._log, logging.INFO, "configuration reloaded", needs_restart=", ".join(fixed) or None)
             except ConfigurationError as error:
@@ -10654,6 +11167,8 @@ class Daemon:
 
     def _authorised(self, request: Request) -> bool:
         """True with one of the tokens, compared in constant time, or when none is configured."""
+        if self._waits:
+            raise StorageUnavailable("The database of the queue does not answer yet.")
         if not self._tokens:
             return True
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
