@@ -1495,6 +1495,30 @@ def test_the_file_keeps_the_budget_that_the_readme_names() -> None:
     assert len(SOURCE.splitlines()) <= int(budget[1].replace(",", "")) <= 12_800
 
 
+def test_the_tables_of_the_pages_are_those_of_the_program() -> None:
+    printed = {name: table for text in PAGES.values() for name, _, table in PRINTED.findall(text)}
+
+    assert printed == {name: table() for name, table in TABLES_OF_PAGES.items()}, write_papers.__doc__
+
+
+def test_the_links_of_the_pages_lead_somewhere() -> None:
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", text)):
+            path, _, anchor = target.partition("#")
+            if "://" in target:
+                continue
+            leads_to = (README.parent / page).parent / path if path else README.parent / page
+            assert leads_to.exists(), f"{page}: {target}"
+            if anchor:
+                assert anchor in heading_anchors(leads_to.read_text(encoding="utf-8")), f"{page}: {target}"
+
+
+def test_the_readme_is_short_and_leads_to_each_page() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 200
+    for page in PAGES:
+        assert page == "README.md" or f"]({page})" in PAGES["README.md"]
+
+
 def test_no_private_name_of_the_standard_library_is_used() -> None:
     tree = syntax_tree()
     own = {"_make", "_asdict", "_replace", "_field_defaults", "_exit"}  # which are documented
@@ -17348,12 +17372,6 @@ def write_papers() -> None:
         (README.parent / page).write_text(printed, encoding="utf-8")
 
 
-def test_the_tables_of_the_pages_are_those_of_the_program() -> None:
-    printed = {name: table for text in PAGES.values() for name, _, table in PRINTED.findall(text)}
-
-    assert printed == {name: table() for name, table in TABLES_OF_PAGES.items()}, write_papers.__doc__
-
-
 def blocks(page: str, *kinds: str) -> list[tuple[str, str]]:
     """The code blocks of these kinds, each with its kind, but those that .ci/run or somebody runs by hand."""
     return [(kind, text) for mark, kind, text in BLOCK.findall(PAGES[page]) if kind in kinds and not mark]
@@ -17575,24 +17593,6 @@ def heading_anchors(text: str) -> set[str]:
     """The anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_the_links_of_the_pages_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", PAGES[page])):
-        path, _, anchor = target.partition("#")
-        if "://" in target:
-            continue
-        leads_to = (README.parent / page).parent / path if path else README.parent / page
-        assert leads_to.exists(), target
-        if anchor:
-            assert anchor in heading_anchors(leads_to.read_text(encoding="utf-8")), target
-
-
-def test_the_readme_is_short_and_leads_to_each_page() -> None:
-    assert len(PAGES["README.md"].splitlines()) <= 200
-    for page in PAGES:
-        assert page == "README.md" or f"]({page})" in PAGES["README.md"]
 
 
 def test_the_page_about_providers_shows_the_log_line_as_it_is() -> None:
