@@ -5524,13 +5524,10 @@ class WholeAnswer(http.client.HTTPResponse):
         self.fp = file
 
 
-def connected(
-    target: HttpTarget, proxy: HttpTarget | None, deadline: HttpDeadline, resolve: Resolver, trust: Trust
-) -> socket.socket:
+def connected(target: HttpTarget, deadline: HttpDeadline, resolve: Resolver, trust: Trust) -> socket.socket:
     """A socket for a request to the target, by TLS if it is https; the deadline keeps it, and closes it in the end. It
-    is connected to an address that was looked up once and judged by `resolve`: of the target, or of its proxy."""
-    near, failure = proxy or target, OSError("the name has no address")
-    addresses = resolve(near.host, near.port)
+    is connected to an address that was looked up once and judged by `resolve`."""
+    addresses, failure = resolve(target.host, target.port), OSError("the name has no address")
     for tried, (family, address) in enumerate(addresses):
         deadline.socket = plain = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -5547,14 +5544,6 @@ def connected(
     plain.settimeout(deadline.left_s())
     if target.scheme == "http":
         return plain
-    if proxy is not None:  # it is to connect to the host (RFC 9110 9.3.6)
-        place = f"{target.netloc.removesuffix(f':{target.port}')}:{target.port}"
-        secret = f"Proxy-Authorization: {proxy.authorization}\r\n" if proxy.authorization else ""
-        plain.sendall(f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{secret}\r\n".encode("latin-1"))
-        with WholeAnswer(plain, method="CONNECT") as answer:
-            answer.begin()
-            if not 200 <= answer.status < 300:
-                raise OSError(f"the proxy answered {answer.status}")
     secured = trust().wrap_socket(plain, server_hostname=target.host, do_handshake_on_connect=False)
     deadline.socket = secured
     secured.do_handshake()
@@ -5585,35 +5574,28 @@ def http_request(
     trust: Trust = lambda: tls_context(None),
     policy: AddressPolicy | None = None,
     resolve: Resolver = resolve_name,
-    proxies: bool = True,
     into: BinaryIO | None = None,
     is_gzip_file: Callable[[Mapping[str, str]], bool] = lambda headers: False,
 ) -> HttpAnswer:
     """One request, one answer of whatever status. Blocks up to `timeout_s`, if the name is found in time. Of a GET
     without headers some `redirects` are followed, each judged anew; beyond these they are answers. The body of a
-    success goes `into` a file when there is one, as it came where its headers say `is_gzip_file`. Without a policy (the
-    URL is the operator's) the proxies of the environment are used; with one they would connect where nobody judged."""
+    success goes `into` a file when there is one, as it came where its headers say `is_gzip_file`. Without a policy the
+    URL is the operator's. Proxies of the environment are not used: they would connect to what nobody has judged."""
     target = asked_at(url)
     deadline = HttpDeadline(timeout_s)
     try:
         judged = resolve if policy is None else lambda host, port: policy.permitted(host, resolve(host, port))
         for _ in range(redirects + 1):
-            proxy = _proxy_before(target) if proxies and policy is None else None
-            place = target.path
             sent = {"Host": target.netloc, "User-Agent": "mailproxy", "Connection": "close"}
             if target.authorization is not None:
                 sent["Authorization"] = target.authorization
-            if proxy is not None and target.scheme == "http":
-                place = target.url
-                if proxy.authorization is not None:
-                    sent["Proxy-Authorization"] = proxy.authorization
             sent |= {name.title(): value for name, value in (headers or {}).items()}
             try:
                 with contextlib.closing(http.client.HTTPConnection(target.host, target.port)) as connection:
                     connection.response_class = WholeAnswer
-                    connection.sock = connected(target, proxy, deadline, judged, trust)
+                    connection.sock = connected(target, deadline, judged, trust)
                     with contextlib.suppress(BrokenPipeError):  # the body is too large: the answer says so
-                        connection.request(method, place, body, sent)
+                        connection.request(method, target.path, body, sent)
                     with connection.getresponse() as response:
                         answer = _read_answer(response, target, max_bytes, into, is_gzip_file)
                 deadline.left_s()  # a body without a length may have ended there
@@ -5626,19 +5608,6 @@ def http_request(
     finally:
         deadline.end()
     raise HttpFailure(f"more than {redirects} redirects, the last one to {target}", transient=False)
-
-
-def _proxy_before(target: HttpTarget) -> HttpTarget | None:
-    """The proxy that the environment names for a target."""
-    import urllib.request  # takes its time, and few requests need it
-
-    url = urllib.request.getproxies().get(target.scheme)
-    if not url or urllib.request.proxy_bypass(target.netloc):
-        return None
-    try:
-        return http_target(url if "://" in url else f"http://{url}")
-    except ValueError:
-        raise HttpFailure("the proxy in the environment is not an HTTP proxy", transient=True) from None
 
 
 def _redirected(target: HttpTarget, location: str) -> HttpTarget:
@@ -11294,9 +11263,7 @@ class Client(NamedTuple):
             place, prefix, resolve = "http://localhost", "", lambda host, port: [(socket.AF_UNIX, daemon.path)]
         ask = functools.partial(http_request, method, place + prefix + path, body=body, headers=headers)
         try:
-            answer = ask(
-                timeout_s=CLIENT_PATIENCE_S, max_bytes=sys.maxsize, trust=self._trust, resolve=resolve, proxies=False
-            )
+            answer = ask(timeout_s=CLIENT_PATIENCE_S, max_bytes=sys.maxsize, trust=self._trust, resolve=resolve)
         except HttpFailure as failure:
             absent = isinstance(failure.__cause__, ConnectionRefusedError | FileNotFoundError)
             hint = "; start it with `mailproxy serve`, or name it by --url or MAILPROXY_URL" if absent else ""
@@ -12064,7 +12031,6 @@ class Demo:
 
 def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Five messages through a daemon of their own."""
-    os.environ["no_proxy"] = "*"  # urllib reads it there; nothing here leaves the machine
     configure_logging("error", "text")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # tidies up just as well
     with tempfile.TemporaryDirectory(prefix="mailproxy-demo-") as folder:
