@@ -12145,14 +12145,6 @@ def _message_row(record: Mapping[str, Any], now: float) -> tuple[Any, ...]:
     return (id_, status, record["account_id"], to, subject, record["attempts"], accepted, remark)
 
 
-def _queued_in_words(answer: dict[str, Any]) -> list[str]:
-    return [f"{counted(answer['queued'], 'message')} queued again"]
-
-
-def _removed_in_words(answer: dict[str, Any]) -> list[str]:
-    return [f"{counted(answer['removed'], 'message')} removed"]
-
-
 def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, object]) -> NoReturn:
     """The newest messages of a list, then each one that is new or has changed, until Ctrl-C. A daemon that goes away is
     waited for."""
@@ -12229,7 +12221,8 @@ def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Ma
             fields = {**page, "messages": fields["messages"] + page["messages"]}
         whose = f" of account {args.account}" if account else ""
         whose = f" of batch {filters['batch_code']}" if "batch_code" in filters else whose
-        print(words.format(whose=whose, **fields) if isinstance(words, str) else "\n".join(words(fields)))
+        messages = counted(fields.get("queued", fields.get("removed", 0)), "message")
+        print(words.format(whose=whose, messages=messages) if isinstance(words, str) else "\n".join(words(fields)))
         if fields.get("next"):
             print(f"There are more; --after {fields['next']} shows them.", file=sys.stderr)
     if path == "/status" and (problem := client.ask("GET", "/ready").fields.get("error")):
@@ -12285,13 +12278,12 @@ def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
 def _overrides(args: argparse.Namespace) -> dict[str, str]:
     """The settings that stand on the command line, by "section.key"."""
     overrides = {}
-    for assignment in args.set:
+    for assignment in getattr(args, "set", ()):
         name, equals, text = assignment.partition("=")
         if not equals:
             raise ConfigurationError(f"--set {name}: write SECTION.KEY=VALUE, such as server.port=8000")
         overrides[name.strip()] = text
-    named = {"server.host": args.host, "server.port": args.port, "storage.db_path": args.db}
-    return overrides | {name: text for name, text in named.items() if text is not None}
+    return overrides | {name: text for name, text in vars(args).items() if "." in name and text is not None}
 
 
 def share_one_heap() -> None:
@@ -12455,8 +12447,7 @@ async def _try_servers(
 
 def backup(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """A copy of the queue as it is at one instant, readable by the owner only."""
-    queue = read_settings(args.config, environ, {"storage.db_path": args.db} if args.db else {}).storage.db_path
-    target = args.file
+    queue, target = read_settings(args.config, environ, _overrides(args)).storage.db_path, args.file
     if is_database(queue):
         raise ConfigurationError(f"the queue is in PostgreSQL ({without_password(queue)}): back it up with pg_dump")
     if not os.path.isfile(queue):
@@ -12522,11 +12513,11 @@ def _listing_limit(text: str) -> int:
 
 
 CONFIG = option("--config", metavar="FILE", help="left out: MAILPROXY_CONFIG, ./config.ini, /etc/mailproxy/config.ini")
-DB = option("--db", metavar="FILE", help="file of the queue")
+DB = option("--db", dest="storage.db_path", metavar="FILE", help="file of the queue")
 SERVING = (
     CONFIG,
-    option("--host", help="address to listen on"),
-    option("--port", help="TCP port to listen on"),
+    option("--host", dest="server.host", metavar="HOST", help="address to listen on"),
+    option("--port", dest="server.port", metavar="PORT", help="TCP port to listen on"),
     DB,
     option("--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="any setting; may be repeated"),
 )
@@ -12625,13 +12616,14 @@ COMMANDS = (
     asks("run-now", "POST /commands/run-now", "delivery and reporting begin now", (), "deliver and report at once"),
     asks("suspend", "POST /{place}/suspend", SUSPENDED, WHAT_RESTS, "stop delivery; submission and reports go on"),
     asks("activate", "POST /{place}/activate", "delivery{whose} is active", WHAT_RESTS, "resume delivery"),
-    asks("retry", "POST /commands/retry-messages", _queued_in_words, IDS, "queue failed messages again"),
-    asks("delete", "POST /commands/delete-messages", _removed_in_words, IDS, "remove messages, whatever their state"),
+    asks("retry", "POST /commands/retry-messages", "{messages} queued again", IDS, "queue failed messages again"),
+    asks(
+        "delete", "POST /commands/delete-messages", "{messages} removed", IDS, "remove messages, whatever their state"
+    ),
 )
 
 EXAMPLES = """\
 mailproxy serve --config /etc/mailproxy/config.ini
-mailproxy serve --port 8025 --set smtp.host=mail.example.com --set smtp.port=587
 mailproxy check --connect
 mailproxy check --config new.ini && mv new.ini config.ini
 mailproxy send --from shop@example.com --to jane@example.com --subject Hi --body "Thank you!"
@@ -12639,12 +12631,9 @@ mailproxy send --from a@x.example --to b@x.example --subject May --attach may.pd
 mailproxy send newsletter.eml --to jane@example.com --id newsletter-7-jane
 mailproxy send --csv people.csv --from shop@example.com --subject News --body - < news.txt
 mailproxy sendmail -t -i < message
-mailproxy sendmail -f shop@example.com jane@example.com < message
 mailproxy backup /var/backups/mailproxy.db
-mailproxy backup --config /etc/mailproxy/config.ini --force nightly.db
 mailproxy status --json | jq .pending
 mailproxy messages --status error
-mailproxy messages --active --account billing --limit 1000
 mailproxy messages --to ann@example.net --since 1d
 mailproxy messages --refused --last 20
 mailproxy messages --follow
@@ -12652,9 +12641,7 @@ mailproxy messages --status error --json | jq -r '.messages[].id' | xargs mailpr
 mailproxy message invoice-4711
 mailproxy message invoice-4711 --eml > invoice.eml
 mailproxy suspend --account billing
-mailproxy suspend --batch newsletter-7
 mailproxy activate --account billing
-mailproxy activate --batch newsletter-7
 mailproxy retry invoice-4711 invoice-4712
 mailproxy delete invoice-4711"""
 
