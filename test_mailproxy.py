@@ -17301,12 +17301,13 @@ PRINTED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n)(.*?)(?=<!-- end -->)", re.
 
 def fields_table(fields: Mapping[str, mailproxy.Field]) -> str:
     """Fields of a JSON object that clients send, as Markdown."""
-    rows = [
-        f"| `{name}`{'*' if field.required else ''} | {field.type.replace(' | ', ' or ')} | {field.words} |"
-        for name, field in fields.items()
-    ]
+    lines = ["| field | type | meaning |", "|---|---|---|"]
+    for name, (kind, meaning, required) in fields.items():
+        types = re.sub(r"(\w+)\[\]", r"list of \1", kind).replace(" | ", " or ")
+        words = meaning.replace("<", "\\<")  # which would make a link of an address
+        lines.append(f"| `{name}`{'*' if required else ''} | {types} | {words} |")
     needed = ["", "\\* must be there"] if any(field.required for field in fields.values()) else []
-    return "\n".join(["| field | type | meaning |", "|---|---|---|", *rows, *needed]) + "\n"
+    return "\n".join([*lines, *needed]) + "\n"
 
 
 def listing_table() -> str:
