@@ -3209,7 +3209,7 @@ class QueueFile:
 
     errors: tuple[type[Exception], ...] = (sqlite3.Error,)
     mistakes: tuple[type[Exception], ...] = MISTAKES  # of those: what is wrong with the work, not with the storage
-    sends_late = False  # a piece of work has ended only when what it asked last was sent
+    sends_late = False  # what a piece of work asks last is not sent before its end
     listed: Callable[[Sequence[Any]], Any] = staticmethod(as_json)  # values for: IN (SELECT value FROM json_each(...))
     instance = ""  # the daemon's name among several
 
@@ -3349,7 +3349,7 @@ class QueueFile:
             self._at_work, self._waiting = self._waiting, []
             self._writer.submit(self._commit, self._at_work)
 
-    def _commit(self, group: Sequence[_Wish]) -> None:
+    def _commit(self, group: Sequence[_Wish], at_once: bool = False) -> None:
         """Write a group, and answer each of it after the COMMIT. The writer's thread."""
         started = time.monotonic()
         together: dict[object, list[_Wish]] = {}
@@ -3365,7 +3365,7 @@ class QueueFile:
                     connection.execute("SAVEPOINT piece")
                 try:
                     results = piece[0].work(connection, [wish.item for wish in piece])
-                    if self.sends_late:
+                    if self.sends_late and (at_once or len(pieces) > 1):
                         connection.send()
                     answers += list(zip(piece, results, strict=True))
                 except Exception as error:
@@ -3384,8 +3384,10 @@ class QueueFile:
                     group[0].answer.get_loop().call_soon_threadsafe(self.meanwhile)
             connection.execute("COMMIT")
         except Exception as error:
-            self.refuses = True
             self._close_writing()
+            if isinstance(error, self.mistakes) and not at_once:  # of the one piece, that went out with the COMMIT
+                return self._commit(group, at_once=True)
+            self.refuses = True
             self._observe_refusal()
             why = f"the queue cannot be written: {self.why(error)}"
             why = str(error) if isinstance(error, StorageUnavailable) else why
@@ -4689,6 +4691,10 @@ DIALECT = tuple(
         (r"\b(?:NOT INDEXED|INDEXED BY \w+|OR FAIL) ", ""),
         (r"(WHERE id = column2\))$", r"\1 ORDER BY column1"),  # a hashed anti join has no order
         (r"^INSERT OR IGNORE (.*)", r"INSERT \1 ON CONFLICT DO NOTHING"),
+        (
+            r"\(SELECT coalesce\(max\(number\), 0\) \+ 1 FROM attempts WHERE seq = \?\)",
+            "next_attempt(?)",
+        ),  # planned once
         (r"\binstr\(", "strpos("),
         (r"CAST\((\w+) AS INTEGER\)", r"CAST(trunc(\1) AS BIGINT)"),
         (r":(\w+)", r"%(\1)s"),
@@ -4761,6 +4767,9 @@ CREATE FUNCTION forget_messages() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 END $$;
 CREATE TRIGGER forget_messages AFTER DELETE ON messages REFERENCING OLD TABLE AS gone
     EXECUTE FUNCTION forget_messages();
+CREATE FUNCTION next_attempt(BIGINT) RETURNS BIGINT LANGUAGE plpgsql AS $$ BEGIN
+    RETURN (SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = $1);
+END $$;
 CREATE FUNCTION forget_old_attempts() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     DELETE FROM attempts WHERE seq = new.seq AND number <= new.number - 100;
     RETURN NULL;
@@ -4778,16 +4787,25 @@ def translated(sql: str) -> str:
     return sql
 
 
-def literal(value: object) -> str:
-    """A value as a part of a statement. PostgreSQL knows \\ and ' in E'' only doubled, whatever its settings are."""
-    if isinstance(value, str):
-        return "E'" + value.replace("\\", "\\\\").replace("'", "''") + "'"
-    if isinstance(value, bytes):
-        return f"decode('{value.hex()}', 'hex')"
-    if isinstance(value, list):
-        text = any(isinstance(one, str) for one in value)
-        return f"CAST(ARRAY[{', '.join(map(literal, value))}] AS {'TEXT' if text else 'BIGINT'}[])" if value else "'{}'"
-    return "NULL" if value is None else str(value)
+def quoted(text: str) -> str:
+    """PostgreSQL knows \\ and ' in E'' only doubled, whatever its settings are."""
+    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
+
+
+def _array(values: Sequence[Any]) -> str:
+    kind = "TEXT" if any(isinstance(one, str) for one in values) else "BIGINT"
+    return f"CAST(ARRAY[{', '.join(map(literal, values))}] AS {kind}[])" if values else "'{}'"
+
+
+LITERALS: Mapping[type, Callable[[Any], str]] = {
+    str: quoted, int: str, float: repr, bool: str, types.NoneType: lambda _: "NULL", list: _array,
+    bytes: lambda content: f"decode('{content.hex()}', 'hex')",
+}  # fmt: skip
+
+
+def literal(value: Any) -> str:
+    """A value as a part of a statement."""
+    return LITERALS.get(type(value), quoted)(value)
 
 
 class LateCursor:
@@ -4832,6 +4850,7 @@ class PostgresConnection:
     def __init__(self, file: PostgresFile, *, writes: bool) -> None:
         self._file, self._writes = file, writes
         self._session: Any = None
+        self._cursor: Any = None
         self._waiting: list[tuple[str, LateCursor]] = []
         self._numbers = 0, 0
         self._writer = secrets.token_hex(8)
@@ -4882,10 +4901,13 @@ class PostgresConnection:
             cursor.nextset()
 
     def _run(self, text: bytes) -> Any:
-        session = self._session = self._session or self._file.connect()
+        if self._session is None:
+            self._session = self._file.connect()
+            self._cursor = self._session.cursor()
+        session = self._session
         try:
             with self._file.deadline(session, ANSWER_S):
-                return session.cursor().execute(text)
+                return self._cursor.execute(text)
         finally:
             if session.closed:
                 self._session = None
