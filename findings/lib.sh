@@ -53,6 +53,19 @@ SYSTEM
     start unshare --mount --uts --pid --fork --kill-child --propagation private sh -eu system.sh
 }
 
+# sink [KEYWORD ...]: an SMTP server on port $port that offers these, refuses recipients named refused, and keeps each mail in a
+# file mail-NUMBER, and what clients say in the file commands
+sink() {
+    port=$(free_port)
+    echo "$SINK" >sink.py
+    echo >log
+    start python3 sink.py "$port" "$@"
+    until grep -q ready log; do
+        kill -0 "$server" || cannot "$(cat log)"
+        sleep 0.1
+    done
+}
+
 # client PORT: runs the Python of standard input with smtp connected, and compares what it prints;
 # say(LINE) prints a command and its reply, heard(CODE, TEXT) a reply
 client() {
@@ -92,4 +105,40 @@ def heard(code, text):
 def say(line):
     print("C: " + line)
     heard(*smtp.docmd(line))
+'
+
+SINK='
+import pathlib, socketserver, sys
+
+class Session(socketserver.StreamRequestHandler):
+    def reply(self, *lines):
+        self.wfile.write("".join(line + "\r\n" for line in lines).encode())
+
+    def handle(self):
+        self.reply("220 sink.example ESMTP")
+        for line in self.rfile:
+            command = line.decode(errors="backslashreplace").rstrip("\r\n")
+            with open("commands", "a") as file:
+                print("C:", command, file=file)
+            verb = command[:4].upper()
+            if verb == "EHLO":
+                self.reply(*(f"250-{word}" for word in ["sink.example", *sys.argv[2:]]), "250 HELP")
+            elif verb == "RCPT" and "<refused@" in command:
+                self.reply("550 5.1.1 no such user here")
+            elif verb == "DATA":
+                self.reply("354 go on")
+                content = b"".join(iter(self.rfile.readline, b".\r\n"))
+                number = len(list(pathlib.Path().glob("mail-*"))) + 1
+                pathlib.Path(f"mail-{number}").write_bytes(content)
+                self.reply("250 2.0.0 taken")
+            elif verb == "QUIT":
+                return self.reply("221 2.0.0 bye")
+            else:
+                self.reply("250 2.1.0 ok")
+
+socketserver.ThreadingTCPServer.allow_reuse_address = True
+socketserver.ThreadingTCPServer.daemon_threads = True
+with socketserver.ThreadingTCPServer(("127.0.0.1", int(sys.argv[1])), Session) as server:
+    print("ready", flush=True)
+    server.serve_forever()
 '
