@@ -66,6 +66,13 @@ sink() {
     done
 }
 
+# exim_conf PORT: a configuration of Exim that hands all mail to that port
+exim_conf() {
+    printf '%s\n' 'primary_hostname = origin.example' 'spool_directory = /run/exim' 'log_file_path = /run/exim/%slog' \
+        'keep_environment =' 'begin routers' 'all:' 'driver = manualroute' 'transport = out' 'route_list = * 127.0.0.1' \
+        'self = send' 'begin transports' 'out:' 'driver = smtp' "port = $1"
+}
+
 # client PORT: runs the Python of standard input with smtp connected, and compares what it prints;
 # say(LINE) prints a command and its reply, heard(CODE, TEXT) a reply
 client() {

@@ -22,22 +22,7 @@ sink ENHANCEDSTATUSCODES
 trap 'kill "$sink"; cleaned_up' EXIT
 sink=$server
 printf 'To: bob@one.example, carol@one.example\nSubject: hello\n\ntext\n' >mail
-cat >exim.conf <<EOF
-primary_hostname = origin.example
-spool_directory = /run/exim
-log_file_path = /run/exim/%slog
-keep_environment =
-begin routers
-all:
-  driver = manualroute
-  transport = out
-  route_list = * 127.0.0.1
-  self = send
-begin transports
-out:
-  driver = smtp
-  port = $port
-EOF
+exim_conf "$port" >exim.conf
 cat >main.cf <<EOF
 compatibility_level = 3.6
 myhostname = origin.example
