@@ -17277,6 +17277,15 @@ def test_the_flask_example_sends_one_mail_an_order_and_hears_of_it(tmp_path: Pat
     assert len(smtp.received) == 1
 
 
+# -- findings
+
+
+def test_the_papers_tell_of_every_script_in_findings_and_of_no_other() -> None:
+    papers = "".join(PROGRAM.with_name("docs").joinpath(name).read_text() for name in ("clients.md", "providers.md"))
+    scripts = {path.name for path in PROGRAM.with_name("findings").glob("*.sh") if os.access(path, os.X_OK)}
+    assert scripts == set(re.findall(r"`([a-z0-9-]+\.sh)`", papers))
+
+
 # ======================================================================
 # README - it and the pages of docs/: what they say is done, by one reader, in an empty folder
 # ======================================================================

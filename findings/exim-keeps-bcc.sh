@@ -1,9 +1,8 @@
 #!/bin/bash
 # Exim 4.96 (Debian 12, as sendmail) leaves Bcc in the mail when the recipients are arguments: everybody reads who else has it.
 #
-# Only with -t does it take the field out. Postfix, dma and msmtp always do, so a program that was tried with one of these, names the
-# recipients on the command line (as mutt, git and most libraries do) and leaves Bcc to the sendmail, betrays it here. Take the field
-# out before.
+# Only with -t does it take the field out. Postfix 3.7 and dma 0.13 always do, so a program that was tried with one of these, names the
+# recipients on the command line and leaves Bcc to the sendmail, betrays it here. Take the field out before.
 #
 #     sendmail -t:
 #     C: RCPT TO:<bob@one.example>

@@ -1,9 +1,9 @@
 #!/bin/bash
 # Python's email takes the quotes from a local part like "a..b", so that the address cannot be used any more.
 #
-# There are mailboxes with two dots in a row, or one at the end (of Japanese mobile phones, above all). RFC 5321 (4.1.2) has them in
-# quotes. The newer API of Python reads them right, and writes them without: into the header of whoever answers or forwards with it,
-# and, by smtplib.send_message(), into RCPT TO. Some servers refuse that (501), others deliver it. Give the recipients yourself.
+# There are mailboxes with two dots in a row, or one at the end (those of Japanese mobile phones, for instance). RFC 5321 (4.1.2) has them
+# in quotes. The newer API of Python reads them right, and writes them without: into the header of whoever answers or forwards with it,
+# and, by smtplib.send_message(), into RCPT TO, where it is a syntax error. Give the recipients yourself.
 #
 #     read:            "a..b"@one.example
 #     addr_spec:       a..b@one.example

@@ -1,7 +1,7 @@
 #!/bin/bash
 # sendmail -t with recipients on the command line too: Exim 4.96 takes them off the list, Postfix 3.7 and dma 0.13 add them.
 #
-# Exim does as Sendmail's manual says: who stands on the command line gets no copy, even when the header names him. A script that was
+# Exim does as some manuals of old say: who stands on the command line gets no copy, even when the header names him. A script that was
 # written where another sendmail is (an archive address behind -t, say) loses those recipients there, with exit status 0 and not
 # a word in the log. (`extract_addresses_remove_arguments = false` in Exim's configuration makes it add them.) Give all recipients as
 # arguments and leave -t away, or name all in the header (Bcc, for who is not to be seen).
