@@ -8270,7 +8270,9 @@ class Typist:
         self.file = self.line.makefile("rb")
 
     def ended(self) -> bool:
-        return self.file.read() == b""
+        """Whether the server closed the connection; this side is closed then, too, for which the server waits."""
+        with self.file, self.line:
+            return self.file.read() == b""
 
 
 def mail_of(subject: str, message_id: str = "", body: str = "Hello\r\n") -> str:
@@ -9673,10 +9675,11 @@ async def test_stopping_closes_idle_connections_at_once_and_answers_requests_in_
     sender.write(b"x")
     service.release.set()
 
-    for reader in (sending, busy):
+    for reader, its_writer in ((sending, sender), (busy, writer)):
         answer = await read_http_answer(reader)
         assert (answer.status, answer.headers["connection"]) == (200, "close")
         assert await reader.read() == b""
+        its_writer.close()
     await stopping
 
 
@@ -13559,12 +13562,12 @@ def test_a_suspended_batch_rests_and_nothing_else_does(daemon: Daemon, smtp: Smt
     def titled(id_: str, **fields: Any) -> dict[str, Any]:
         return mail(id_, subject=id_, **fields)
 
-    expires = int(time.time()) + 4
     daemon.submit(titled("back", to="greylist1@example.com", batch_code="b"))
     daemon.submit(titled("bad", to="perm@example.com", batch_code="b"))
     daemon.wait_status("back", "deferred")
     daemon.wait_status("bad", "error")
     assert daemon.post("/commands/suspend?batch_code=b").json == {"ok": True, "active": False}
+    expires = int(time.time()) + 2
     daemon.submit(
         titled("later", batch_code="b"), titled("other", batch_code="c"), titled("bare"),
         titled("scheduled", batch_code="b", deferred_ts=int(time.time()) + 1),
@@ -15241,10 +15244,10 @@ ADDRESS_LISTS = [  # what they say by RFC 5322; None: nothing that can be read w
     *((text, None) for text in (
         "Cron Daemon", "d@e.example c@b.example", "x@c <y@c>", "a@b; c@d", "x@c N <y@c>", 'o"brien@c', "a@b, <c@d", "a@b>", "(a@b",
         "a@", "@b", "a@b@c", "undisclosed-recipients:", "a: b: c@d;;", "a: b@c; d@e", "a@b:", "a@b\x01", "[1.2.3.4]",
-        ":" * 1000, "a" + ":" * 1000, "(" * 100_000, "<" * 100_000, "a " * 100_000, "a." * 100_000 + ":",
+        ":" * 1000, "a" + ":" * 1000, "(" * 100_000, "<" * 100_000, "a " * 50_000, "a." * 50_000 + ":",
     )),
     ("(" * 100_000 + ")" * 100_000 + "a@b", ["a@b"]),
-    ("a@b," * 100_000, ["a@b"] * 100_000),
+    ("a@b," * 30_000, ["a@b"] * 30_000),
 ]  # fmt: skip
 
 
@@ -15254,7 +15257,7 @@ def test_a_list_of_addresses_is_read_whole_or_not_at_all_in_linear_time(text: st
     spots = mailproxy.read_addresses(text.encode("utf-8", "surrogateescape"))
 
     assert (None if spots is None else [address for address, _ in spots]) == addresses
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 3
 
 
 NAMES = mailproxy.LocalNames("vm.test", "vm", None, {})
@@ -15839,7 +15842,7 @@ def test_typescript_refuses_nonsense_by_the_types_made_of_openapi_json(described
 
     tools = folder / "node_modules" / ".bin"
     run_generator(folder, tools / "openapi-typescript", "openapi.json", "-o", "api.ts")
-    run_generator(folder, tools / "tsc", "--noEmit", "--strict", "--lib", "es2020", "program.ts")
+    run_generator(folder, tools / "tsc", "--skipLibCheck", "--noEmit", "--strict", "--lib", "es5", "program.ts")
 
 
 @pytest.mark.timeout(180)
