@@ -88,7 +88,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import HealthCheck, given, settings
-from psycopg.rows import dict_row
 
 import mailproxy
 from mailproxy import Attachment, Reply, S3Object, Source
@@ -831,7 +830,9 @@ class Daemon:
         self.token, self.within = token, within
         self.port = 0
         self.process: subprocess.Popen[bytes] | Forked | None = None
-        self._environment = {**_plain_environment(), "HOME": str(folder), **(environment or {})}
+        shared = str(self.config["storage"]["db_path"]).startswith("postgresql:")
+        shorter = {"PAUSES": '{"LEASE_S": 2}'} if shared else {}
+        self._environment = {**_plain_environment(), "HOME": str(folder), **shorter, **(environment or {})}
         self._log_file = folder / "daemon.log"
         self._threads = threading.local()  # a kept connection for each thread
         self._connections: list[http.client.HTTPConnection] = []  # of all threads, to the present process
@@ -965,12 +966,23 @@ class Daemon:
         """A connection that reads the queue as an operator's sqlite3 or psql does; its rows have names."""
         where = str(self.config["storage"]["db_path"])
         if where.startswith("postgresql:"):
-            with psycopg.connect(where, autocommit=True, row_factory=dict_row, prepare_threshold=None) as connection:
+            with psycopg.connect(where, autocommit=True, prepare_threshold=None) as connection:
+                connection.row_factory = NamedRow.factory
                 yield connection
             return
         with contextlib.closing(sqlite3.connect(f"file:{urllib.parse.quote(where)}?mode=ro", uri=True)) as file:
             file.row_factory = sqlite3.Row
             yield file
+
+    def change(self, statement: str, *values: int) -> None:
+        """Change the queue behind the daemon's back; each {} is a number."""
+        where = str(self.config["storage"]["db_path"])
+        if where.startswith("postgresql:"):
+            with psycopg.connect(where) as connection:
+                connection.execute(statement.format(*values).encode())
+            return
+        with contextlib.closing(sqlite3.connect(where, isolation_level=None)) as file:
+            file.execute(statement.format(*values))
 
     def _story(self, message_id: str) -> dict[str, Any]:
         answer = self.get("/message/" + urllib.parse.quote(message_id, safe=""))
@@ -1332,6 +1344,18 @@ class PgBouncer:
         return False
 
 
+class NamedRow(dict[str, Any]):
+    """A row whose columns have names and places, as those of sqlite3.Row."""
+
+    @classmethod
+    def factory(cls, cursor: psycopg.Cursor[Any]) -> Callable[[Sequence[Any]], NamedRow]:
+        names = [column.name for column in cursor.description or ()]
+        return lambda values: cls(zip(names, values, strict=True))
+
+    def __missing__(self, place: int) -> Any:
+        return list(self.values())[place]
+
+
 class Storage:
     """What daemons and queues of the tests take for db_path: a file in their folder, if no test says otherwise."""
 
@@ -1381,7 +1405,6 @@ def on(*engines: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 both_engines, only_sqlite, also_pgbouncer = on(*ENGINES), on("sqlite"), on(*ENGINES, "pgbouncer")
-daemon_on_both = both_engines if hasattr(mailproxy, "Leases") else only_sqlite
 
 
 @pytest.fixture(scope="session")
@@ -10289,7 +10312,7 @@ QUICK: dict[str, dict[str, object]] = {"delivery": {"retry_delays": 0}, "smtp": 
 # -- what a server says decides about its message
 
 
-@daemon_on_both
+@both_engines
 def test_what_the_server_does_decides_about_the_message(tmp_path: Path, reports: ReportReceiver) -> None:
     stories = {  # recipient: status in the end, attempts, the beginning of the error
         "ok@example.com": ("sent", 1, None),
@@ -10330,7 +10353,7 @@ def test_what_the_server_does_decides_about_the_message(tmp_path: Path, reports:
         assert state_of(daemon) == "up"
 
 
-@daemon_on_both
+@both_engines
 def test_what_went_to_some_is_sent_and_says_so_wherever_one_looks_however_the_others_ended(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -10348,8 +10371,7 @@ def test_what_went_to_some_is_sent_and_says_so_wherever_one_looks_however_the_ot
         for id_ in ("deleted", "expired"):
             daemon.wait_status(id_, "deferred")
         failed = daemon.delete("/account/gone").json["failed"]
-        with contextlib.closing(sqlite3.connect(daemon.folder / "queue.db")) as db, db:  # no test waits until 2096
-            db.execute("UPDATE messages SET expires_ts = 1 WHERE id = 'expired'")
+        daemon.change("UPDATE messages SET expires_ts = 1 WHERE id = 'expired'")  # no test waits until 2096
         daemon.submit(letter("due", deferred_ts=1))  # something is due: it looks
 
         for id_, error in {
@@ -10415,7 +10437,7 @@ def test_what_not_every_server_takes_goes_out_as_the_server_can_take_it(
     assert by_subject["later"].message["Date"].datetime.timestamp() == later
 
 
-@daemon_on_both
+@both_engines
 def test_many_recipients_are_split_and_who_was_accepted_is_never_sent_to_again(
     tmp_path: Path, reports: ReportReceiver
 ) -> None:
@@ -10443,7 +10465,7 @@ def test_many_recipients_are_split_and_who_was_accepted_is_never_sent_to_again(
         assert record["error"].startswith("1 of 3 recipients refused: 550 5.1.1 No such user")
 
 
-@daemon_on_both
+@both_engines
 def test_between_two_transactions_of_a_message_kill_9_sends_nothing_twice_and_a_deleted_account_nothing_more(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -10924,7 +10946,7 @@ def test_what_is_given_back_or_not_waited_for_any_more_goes_to_others() -> None:
 # -- limits
 
 
-@daemon_on_both
+@both_engines
 def test_a_limit_is_exact_with_many_connections_and_submitters(tmp_path: Path, reports: ReportReceiver) -> None:
     with SmtpServer() as smtp, SleepyDaemon(tmp_path, reports=reports) as daemon:
         limited = account_at("main", smtp, max_connections=16, limit_per_minute=20, limit_per_day=1_000_000)
@@ -10954,7 +10976,7 @@ def test_a_limit_is_exact_with_many_connections_and_submitters(tmp_path: Path, r
         assert "late" not in subjects(smtp)
 
 
-@daemon_on_both
+@both_engines
 def test_what_was_on_the_wire_at_kill_9_takes_nothing_from_the_limits_and_what_was_sent_without_one_counts(
     tmp_path: Path, smtp: SmtpServer
 ) -> None:
@@ -10976,16 +10998,15 @@ def test_what_was_on_the_wire_at_kill_9_takes_nothing_from_the_limits_and_what_w
         assert (daemon.status()["accounts"]["main"]["limits_left"], len(smtp.received)) == ({"day": 0}, 12)
 
 
-@daemon_on_both
+@both_engines
 def test_minute_hour_and_day_hold_together_across_kill_9(tmp_path: Path, smtp: SmtpServer) -> None:
     """Time passes by making what was sent older, while the daemon is down."""
 
     def after(seconds: int) -> str:
         daemon.kill()
-        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
-            moved = {"seconds": seconds, "minutes": math.ceil(seconds / 60)}
-            db.execute("UPDATE sends SET until_ts = until_ts - :seconds, minute = -(minute - :minutes)", moved)
-            db.execute("UPDATE sends SET minute = -minute")
+        moved = "UPDATE sends SET until_ts = until_ts - {}, minute = -(minute - {})"
+        daemon.change(moved, seconds, math.ceil(seconds / 60))
+        daemon.change("UPDATE sends SET minute = -minute")
         daemon.start()
         judged = daemon.log.count("message=m-29 ")
         ask(daemon, "/account", account)  # what waited for the limit is judged again
@@ -10997,8 +11018,8 @@ def test_minute_hour_and_day_hold_together_across_kill_9(tmp_path: Path, smtp: S
         "main", smtp, limit_per_minute=3, limit_per_hour=5, limit_per_day=6, max_connections=16, batch_size=100
     )
     with SleepyDaemon(tmp_path) as daemon:
-        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
-            db.execute("INSERT INTO sends VALUES ('main', :until / 60, :until, 1)", {"until": int(time.time()) - 7200})
+        two_hours_ago = int(time.time()) - 7200
+        daemon.change("INSERT INTO sends VALUES ('main', {}, {}, 1)", two_hours_ago // 60, two_hours_ago)
         ask(daemon, "/account", account)
         daemon.submit(*letters("m", 30, "slow50ms@example.com", account_id="main"))
         daemon.wait_status("m-29", "deferred")
@@ -11058,7 +11079,7 @@ def counted_sends(daemon: Daemon) -> int:
         return int(db.execute("SELECT coalesce(sum(n), 0) FROM sends WHERE account_id = 'main'").fetchone()[0])
 
 
-@daemon_on_both
+@both_engines
 def test_a_limit_that_counts_recipients_is_exact_over_connections_and_restarts(
     tmp_path: Path, smtp: SmtpServer
 ) -> None:
@@ -11120,13 +11141,12 @@ def test_the_slots_of_refused_recipients_come_back_and_a_message_beyond_the_whol
         assert [len(received.recipients) for received in parts_of_many] == [6, 1]
 
 
-@daemon_on_both
+@both_engines
 def test_when_the_window_opens_those_that_waited_go_first(tmp_path: Path, smtp: SmtpServer) -> None:
     with SleepyDaemon(tmp_path, {"smtp": {"limit_per_minute": 20, "max_connections": 1}}, smtp=smtp) as daemon:
         daemon.stop()
         opens_ts = int(time.time()) + 2
-        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
-            db.execute("INSERT INTO sends VALUES ('default', ?, ?, 20)", (opens_ts // 60 - 1, opens_ts - 60))
+        daemon.change("INSERT INTO sends VALUES ('default', {}, {}, 20)", opens_ts // 60 - 1, opens_ts - 60)
         daemon.start()
         daemon.submit(*letters("m", 80))
 
@@ -11159,7 +11179,7 @@ def test_run_now_in_test_mode_brings_out_what_is_due_and_no_more(
         reports.wait_for_entry("next", "sent")
 
 
-@daemon_on_both
+@both_engines
 def test_mail_is_given_up_for_its_age_only_after_a_try_and_expires_wherever_it_waits(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -11230,7 +11250,7 @@ def test_what_waits_for_a_connection_or_an_attachment_expires_at_its_time(
         daemon.kill()
 
 
-@daemon_on_both
+@both_engines
 def test_one_connection_keeps_to_priority_and_order_and_lets_retries_take_turns(
     tmp_path: Path, smtp: SmtpServer
 ) -> None:
@@ -11377,7 +11397,7 @@ def test_a_suspended_account_delivers_nothing_and_others_go_on(tmp_path: Path, s
         assert len(smtp.received) == 26
 
 
-@daemon_on_both
+@both_engines
 def test_the_mail_of_a_deleted_account_ends_as_errors(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver, black_hole: socket.socket
 ) -> None:
@@ -12332,7 +12352,7 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
         yield Relay(daemon, smtp, reports)
 
 
-@daemon_on_both
+@both_engines
 def test_a_result_is_reported_within_a_second_with_all_its_members_and_a_deferral_with_its_reason(relay: Relay) -> None:
     daemon, smtp, reports = relay
     daemon.submit(mail("later", deferred_ts=int(time.time()) + 3_600))
@@ -12369,7 +12389,7 @@ def test_a_result_is_reported_within_a_second_with_all_its_members_and_a_deferra
     assert daemon.post("/commands/delete-messages", {"ids": ["back", "later"]}).json["removed"] == 2
 
 
-@daemon_on_both
+@both_engines
 def test_a_burst_makes_few_calls_in_order(daemon: Daemon, reports: ReportReceiver) -> None:
     reports.wait_for(lambda r: r.calls)
 
@@ -12397,7 +12417,7 @@ def test_a_steady_stream_of_results_makes_few_calls(daemon: Daemon, reports: Rep
     assert len(reports.calls) <= 4 + (time.monotonic() - began) / 0.3
 
 
-@daemon_on_both
+@both_engines
 def test_without_an_acknowledgement_nothing_is_stamped_and_run_now_tries_at_once(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -12554,7 +12574,7 @@ def test_the_upstream_may_use_every_endpoint_from_inside_the_call(relay: Relay) 
     assert statuses == [200] * 7
 
 
-@daemon_on_both
+@both_engines
 def test_a_purged_message_is_remembered_as_sent(daemon: Daemon, reports: ReportReceiver) -> None:
     daemon.submit(mail("gone"), mail("bad", to="perm@example.com"), mail("later", deferred_ts=9_000_000_000))
     wait_until(lambda: reports.entries_of("gone") and reports.entries_of("bad"), "the reports")
@@ -12592,7 +12612,7 @@ def counted(daemon: Daemon) -> dict[str, Any]:
             "count(*) FILTER (WHERE error_ts IS NOT NULL) AS failed, "
             "count(*) FILTER (WHERE report_order IS NOT NULL) AS unreported, "
             "min(created_at) FILTER (WHERE pending) AS oldest_pending_ts "
-            "FROM (SELECT *, sent_ts IS NULL AND error_ts IS NULL AS pending FROM messages)"
+            "FROM (SELECT *, sent_ts IS NULL AND error_ts IS NULL AS pending FROM messages) AS judged"
         ).fetchone()
     return dict(row)
 
@@ -12724,7 +12744,7 @@ def test_metrics_have_the_names_of_the_contract_and_true_numbers(
     assert "example.com" not in text
 
 
-@daemon_on_both
+@both_engines
 def test_the_numbers_of_status_are_those_of_the_table_whatever_happens(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -12905,7 +12925,7 @@ def test_a_batch_of_many_megabytes_holds_up_nobody(judge: Daemon) -> None:
 # -- commands
 
 
-@daemon_on_both
+@both_engines
 def test_the_same_id_again_replaces_what_was_not_sent_and_a_retry_takes_only_what_failed(
     daemon: Daemon, smtp: SmtpServer
 ) -> None:
@@ -13012,7 +13032,7 @@ def test_of_an_id_that_is_known_only_the_first_in_a_batch_counts_and_what_is_wro
     assert judge.message("known")["message"] == {key: value for key, value in first.items() if value is not None}
 
 
-@daemon_on_both
+@both_engines
 def test_a_submission_that_is_repeated_succeeds_whatever_became_of_it_and_nobody_gets_it_twice(
     tmp_path: Path, smtp: SmtpServer
 ) -> None:
@@ -13115,7 +13135,7 @@ def test_who_is_in_doubt_gets_a_failed_message_again_only_where_the_account_or_t
         assert (smtp.visits["dropdata+2@example.com"], smtp.visits["late@example.com"]) == (1, 2)
 
 
-@daemon_on_both
+@both_engines
 def test_however_often_a_message_is_submitted_while_it_is_delivered_it_goes_out_once(
     daemon: Daemon, smtp: SmtpServer
 ) -> None:
@@ -13136,7 +13156,7 @@ def test_however_often_a_message_is_submitted_while_it_is_delivered_it_goes_out_
     assert (len(smtp.received), set(ids.values())) == (20, {1})
 
 
-@daemon_on_both
+@both_engines
 def test_what_is_on_the_wire_is_neither_replaced_nor_deleted(relay: Relay) -> None:
     daemon, smtp, _ = relay
     daemon.submit(mail("slow", to="slow2@example.com"))
@@ -13393,7 +13413,7 @@ def test_a_record_has_every_member_and_the_payload(shelf: Daemon) -> None:
     assert shelf.get("/message/m-5").json == {"ok": True, "message": record, "attempts": []}
 
 
-@daemon_on_both
+@both_engines
 def test_pages_are_complete_while_mail_is_delivered_and_contents_are_left_out_unless_asked_for(
     quiet: Daemon, smtp: SmtpServer
 ) -> None:
@@ -13434,7 +13454,7 @@ def test_pages_are_complete_while_mail_is_delivered_and_contents_are_left_out_un
         ("perm@example.com, greylist1@example.com", "deferred", ("rcpt", 450, "4.7.1")),
     ],
 )
-@daemon_on_both
+@both_engines
 def test_the_timeline_tells_of_every_attempt_with_the_reply_that_made_it_end_so(
     relay: Relay, to: str, outcome: str, reply: tuple[str, int, str]
 ) -> None:
@@ -13522,7 +13542,7 @@ def test_no_default_account_is_needed_and_secrets_by_reference_are_not_in_the_da
         assert "s3cret" not in daemon.log
 
 
-@daemon_on_both
+@both_engines
 def test_a_replaced_account_delivers_as_it_says_now_and_suspensions_hold_also_after_a_restart(
     daemon: Daemon, smtp: SmtpServer
 ) -> None:
@@ -13554,7 +13574,7 @@ def test_a_replaced_account_delivers_as_it_says_now_and_suspensions_hold_also_af
         assert daemon.delete("/account/web%2F1").status == 200
 
 
-@daemon_on_both
+@both_engines
 def test_a_suspended_batch_rests_and_nothing_else_does(daemon: Daemon, smtp: SmtpServer) -> None:
     def arrived() -> list[str]:
         return sorted(one.message["Subject"] for one in smtp.received)
@@ -13600,7 +13620,7 @@ def test_a_suspended_batch_rests_and_nothing_else_does(daemon: Daemon, smtp: Smt
     assert arrived() == ["bare", "last", "later", "other", "scheduled"]
 
 
-@daemon_on_both
+@both_engines
 def test_what_is_claimed_of_a_batch_comes_back_when_it_is_suspended(daemon: Daemon, smtp: SmtpServer) -> None:
     daemon.submit(*[mail(f"m-{n}", "slow100ms@example.com", batch_code="b") for n in range(200)])
     wait_until(lambda: len(smtp.received) > 3, "the first ones")
@@ -13632,7 +13652,7 @@ def test_a_bad_batch_code_suspends_nothing(shelf: Daemon, query: str, body: Any)
     assert (shelf.status()["suspended_batches"], shelf.status()["active"]) == ([], False)
 
 
-@daemon_on_both
+@both_engines
 def test_the_undelivered_mail_of_a_deleted_account_becomes_reported_errors_also_when_it_is_retried(
     daemon: Daemon, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -13696,7 +13716,7 @@ def test_where_the_storage_refuses_an_account_is_neither_added_nor_deleted(tmp_p
         assert daemon.message("m")["error"] == "account deleted"
 
 
-@daemon_on_both
+@both_engines
 def test_accounts_that_come_and_go_in_the_midst_of_everything_break_nothing(
     daemon: Daemon, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
@@ -14018,7 +14038,7 @@ def test_nothing_is_lost_while_the_daemon_and_its_servers_are_killed(tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@daemon_on_both
+@both_engines
 def test_a_signal_ends_it_after_what_is_in_progress(tmp_path: Path, smtp: SmtpServer, number: int) -> None:
     with Daemon(tmp_path, smtp=smtp) as daemon:
         daemon.submit(mail(to="slow500ms@example.com"))
