@@ -9014,9 +9014,10 @@ class Dispatcher(Loop):
             lane.has_mail = False
         wanted = {lane.account.id for lane in others} - leases.elsewhere
         taken = await leases.take(wanted) if wanted else set()
-        for account_id in taken & self.lanes.keys():
+        for account_id in taken:
             standing = await self.queue.standing(account_id)
-            self.add_lane(self.lanes[account_id].account, standing)
+            if lane := self.lanes.get(account_id):  # not deleted meanwhile
+                self.add_lane(lane.account, standing)
         if len(taken) < len(others):
             leases.ring(tell=True)
 
