@@ -9016,8 +9016,8 @@ class Dispatcher(Loop):
         taken = await leases.take(wanted) if wanted else set()
         for account_id in taken:
             standing = await self.queue.standing(account_id)
-            if lane := self.lanes.get(account_id):  # not deleted meanwhile
-                self.add_lane(lane.account, standing)
+            if account_id in self.lanes:  # not deleted meanwhile
+                self.add_lane(self.lanes[account_id].account, standing)
         if len(taken) < len(others):
             leases.ring(tell=True)
 
