@@ -354,7 +354,8 @@ class Claim(NamedTuple):
     payload: str | None  # JSON as stored; None when it is large and still to be read
     addressees: int = 1  # recipients of its envelope that are not settled
     served: bool = False  # a transaction of this very turn has reached a server
-    slots: int | None = None  # recipients its account's limits let it have now; None: they count it as one message
+    slots: int = 1  # held of its account's limits, until it has used them
+    by_recipient: bool = False  # those are slots of recipients
 
 
 # --- URLs ---------------------------------------------------------------------
@@ -2294,9 +2295,9 @@ def settle(
 
 
 def slots_used(claim: Claim, attempt: Attempt, disposition: Disposition) -> int:
-    """What an attempt has used of the slots of a claim whose account's limits count recipients."""
-    if not attempt.replies and disposition.slot_used:  # nobody knows
-        return claim.slots or 0
+    """What an attempt has used of the slots of a claim."""
+    if not claim.by_recipient or (not attempt.replies and disposition.slot_used):  # the latter: nobody knows
+        return claim.slots * disposition.slot_used
     return sum(reply.accepted or reply.in_doubt for reply in attempt.replies.values())
 
 
@@ -2482,7 +2483,7 @@ class SendWindows:
     def count(self, now: float, n: int = 1) -> None:
         """These held messages were sent, not later than now."""
         self.give_back(n)
-        for window in self._windows.values():
+        for window in self._windows.values() if n else ():
             window.add(now, n)
 
 
@@ -4590,13 +4591,13 @@ def _claim_of(row: Sequence[Any]) -> Claim:
     """A claim of a row; a damaged one has no payload, and so fails by itself when it is composed: what was sent,
     and to whom, must not be guessed."""
     recipients = _recipients_of(row[9])
-    numbers = (*row[3:4], *row[5:8], row[8] or 0, *row[10:12], row[13])
-    if (recipients is None) != (row[9] is None) or not all(isinstance(number, int | float) for number in numbers):
+    numbers = (row[3], *row[5:8], row[8] or 0, *row[10:12], row[13])
+    if (recipients is None) != (row[9] is None) or not {int, float}.issuperset(map(type, numbers)):
         return Claim(row[0], row[1], row[2], 0, "", 0, 0.0, 0, None, None, 0, 0, "")
     left = row[13]
     if recipients:  # at least one is left, whatever an earlier program counted
         left = max(1, left - sum(outcome.status is not Status.DEFERRED for outcome in recipients.values()))
-    return Claim._make((*row[:9], recipients, *row[10:13], left, False, None))
+    return Claim._make((*row[:9], recipients, *row[10:13], left, False, 1, False))
 
 
 def _recipients_of(column: str | None) -> Outcomes | None:
@@ -8494,7 +8495,7 @@ class Shares:
     async def take(self, lane: object, amount: int) -> int:
         """Wait until the lane may have so much more, and return it: all but what is kept for others, at most."""
         amount = min(amount, self.total - self.total // KEPT_SHARE)
-        if not self.waiting and self._fits(lane, amount):
+        if not self.waiting and self.fits(lane, amount):
             return amount
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting[granted] = lane, amount
@@ -8522,13 +8523,13 @@ class Shares:
                 return
             if granted.done():  # its task was cancelled, and takes it out
                 continue
-            if lane in passed_over or not self._fits(lane, amount):
+            if lane in passed_over or not self.fits(lane, amount):
                 passed_over.add(lane)
             else:
                 del self.waiting[granted]
                 granted.set_result(None)
 
-    def _fits(self, lane: object, amount: int) -> bool:
+    def fits(self, lane: object, amount: int) -> bool:
         """Give the lane so much if it may have it now."""
         has = self.of.get(lane, 0)
         kept = self.total // KEPT_SHARE if has and not self.alone else 0
@@ -9086,7 +9087,7 @@ class Dispatcher(Loop):
             needed = 1
             if account.limit_counts == "recipients":  # a message to more than may ever go at once goes in parts
                 needed = claim.addressees if claim.addressees <= most else max(1, min(most, room))
-                claim = claim._replace(slots=needed)
+                claim = claim._replace(slots=needed, by_recipient=True)
             if needed > room:
                 rest = claims[len(fitting) :]
                 if fitting or waits:
@@ -9235,7 +9236,7 @@ class Dispatcher(Loop):
             now = self.clock.wall()
             await self._conclude(lane, claim, Attempt(now, now, {}), untouched(claim))
             return
-        lane.windows.give_back(1 if claim.slots is None else claim.slots)
+        lane.windows.give_back(claim.slots)
         self.queue.release([claim])  # at once: the account may be deleted during any wait
         lane.has_mail = True
         self._mark(lane)
@@ -9287,7 +9288,9 @@ class Dispatcher(Loop):
     async def _transact(self, lane: Lane, claim: Claim, composed: Composed, turn: Turn) -> Claim | None:
         """One transaction; the claim as it goes on at once with the recipients that are left, None: it is over."""
         generation, started_at = lane.generation, self.clock.wall()
-        if claim.slots == 0 or (claim.expires_ts is not None and claim.expires_ts <= started_at):
+        if (claim.by_recipient and not claim.slots) or (
+            claim.expires_ts is not None and claim.expires_ts <= started_at
+        ):
             await self._release(lane, claim)
             return None
         before = claim.recipients or {}
@@ -9311,7 +9314,8 @@ class Dispatcher(Loop):
             elif session is not None:
                 name, reused = session.name, session.transactions > 0
                 served = turn.served(left, lane.account, session.offers) if len(left) > 1 else (left[0],)
-                envelope = Envelope(composed.envelope.sender, served[: claim.slots])
+                served = served[: claim.slots] if claim.by_recipient else served
+                envelope = Envelope(composed.envelope.sender, served)
                 if not session.offers.eight_bit_mime and not composed.content.isascii():
                     what = "8-bit content goes as it is to a server without 8BITMIME"
                     event(self.log, logging.WARNING, what, account=lane.account.id, message=claim.id)
@@ -9390,7 +9394,8 @@ class Dispatcher(Loop):
     ) -> dict[str, Reply]:
         """One SMTP transaction in its slot: a reply for each recipient, or none when the lane was called back
         before, or the server does not know BDAT. The session is idle then, or gone."""
-        await self._slots.take(lane, 1)
+        if self._slots.waiting or not self._slots.fits(lane, 1):
+            await self._slots.take(lane, 1)
         begun = self.clock.monotonic()
         try:
             if lane.sessions[session] != lane.generation or not (self.leases is None or self.leases.lasts()):
@@ -9439,15 +9444,10 @@ class Dispatcher(Loop):
         if disposition.status is not Status.QUEUED or self._stopping or lane.deleted or lane.state is LaneState.COOLING:
             await self._conclude(lane, claim, attempt, disposition)
             return None
-        used, slots = 0, claim.slots
-        if slots is not None:
-            used = slots_used(claim, attempt, disposition)
-            slots -= used
-            if used:
-                lane.windows.count(self.clock.monotonic(), used)
+        used, served = slots_used(claim, attempt, disposition), claim.served or disposition.slot_used
+        lane.windows.count(self.clock.monotonic(), used)
         await self._record(Outcome(claim, attempt, disposition, sent=used))
-        served = claim.served or disposition.slot_used
-        return claim._replace(recipients=disposition.recipients, served=served, slots=slots)
+        return claim._replace(recipients=disposition.recipients, served=served, slots=claim.slots - used)
 
     def _judge(
         self, lane: Lane, claim: Claim, attempt: Attempt, generation: int, untried: Sequence[str]
@@ -9505,15 +9505,12 @@ class Dispatcher(Loop):
             disposition = given_up(disposition, "account deleted")
         elif disposition.status is Status.DEFERRED and disposition.deferred_ts is None:
             disposition = disposition._replace(deferred_ts=lane.next_try_ts())
-        used, slots = int(claim.served or disposition.slot_used), 1
-        if claim.slots is not None:
-            used, slots = slots_used(claim, attempt, disposition), claim.slots
+        used = slots_used(claim, attempt, disposition)
         await self._record(Outcome(claim, attempt, disposition, sent=used))
         self._tell(claim, attempt, disposition)
-        if used:
-            lane.windows.count(self.clock.monotonic(), used)
-        if used < slots:
-            lane.windows.give_back(slots - used)
+        lane.windows.count(self.clock.monotonic(), used)
+        if used < claim.slots:
+            lane.windows.give_back(claim.slots - used)
             self._mark(lane)
         if disposition.status is Status.QUEUED:
             self.queue.release([claim])
