@@ -3186,6 +3186,7 @@ class Metrics:
 BUSY_TIMEOUT_MS = 3000  # another process holds the write lock: refuse after this
 CHECKPOINT_PAGES = 4000  # of the WAL (16 MB): then it is copied into the file, which takes some milliseconds
 MOST_GATHERED = 64  # pieces of work that wait: then they are written
+PATIENT_TURNS = 8  # of the loop that may bring nothing, while fewer wait than were written the last time
 MISTAKES = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
 
 
@@ -3241,6 +3242,7 @@ class QueueFile:
         self._reading: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None  # kept: asking which one runs is a system call
         self._waiting: list[_Wish] = []
+        self._gathered = 0  # so many were written the last time
         self._at_work: Sequence[_Wish] = ()  # what the writer has and has not answered
 
     # -- opening and closing
@@ -3337,17 +3339,17 @@ class QueueFile:
         self._waiting.append(_Wish(work, item, answer))
         return answer
 
-    def _hand_over(self, seen: int = 0, patience: int = 1) -> None:
-        """Give the writer all that waits, once two turns of the loop brought nothing more; while it is at work more
-        gathers, for its next commit."""
+    def _hand_over(self, seen: int = 0, patience: int = 0) -> None:
+        """Give the writer all that waits, once some turns of the loop brought nothing more; while it is at work more
+        gathers, for its next commit. Who asked together the last time is waited for somewhat longer."""
         waiting = len(self._waiting)
         if self._at_work or not waiting:
             return
         if waiting < MOST_GATHERED and (waiting > seen or patience):
-            patience = 1 if waiting > seen else patience - 1
+            patience = patience - 1 if waiting == seen else 1 if waiting >= self._gathered else PATIENT_TURNS
             self._waiting[0].answer.get_loop().call_soon(self._hand_over, waiting, patience)
         else:
-            self._at_work, self._waiting = self._waiting, []
+            self._at_work, self._waiting, self._gathered = self._waiting, [], waiting
             self._writer.submit(self._commit, self._at_work)
 
     def _commit(self, group: Sequence[_Wish], at_once: bool = False) -> None:
@@ -3402,7 +3404,7 @@ class QueueFile:
     def _answer(self, answers: Iterable[tuple[_Wish, Any]]) -> None:
         """Hand each caller its result, unless it gave up waiting, and the writer what waits meanwhile."""
         self._at_work = ()
-        self._hand_over(len(self._waiting))
+        self._hand_over()
         for wish, result in answers:
             if wish.answer.cancelled():
                 continue
@@ -8636,6 +8638,8 @@ class Lane:
     refusal: object = None  # what the latest messages were told, one after the other
     refused: set[int] = field(default_factory=set)  # those messages
     grows_at: float = -math.inf
+    transactions_s: list[float] = field(default_factory=list)  # that the metrics have not been told of
+    waits_s: list[float] = field(default_factory=list)  # the same of messages that were sent to all
 
     def __post_init__(self) -> None:
         self.since = int(self.clock.wall())
@@ -8796,6 +8800,7 @@ class Dispatcher(Loop):
         self._asked = False  # run-now in test_mode: turn until nothing is left to do
         self._cooled_may_go = True  # at the start, and at run-now: what waits for a server's next try is ready
         self._held_windows: dict[str, SendWindows] = {}  # of accounts that went with mail on the wire
+        self._at_work: set[Lane] = set()  # lanes with busy connections
 
     @property
     def busy(self) -> bool:
@@ -8926,6 +8931,7 @@ class Dispatcher(Loop):
     # -- the loop
 
     async def turn(self) -> float:
+        self.count_sent()
         if self.leases is not None and not await self._look_after_leases(self.leases):
             return self.settings.send_interval_seconds
         self._slots.total = self.settings.max_concurrency
@@ -9132,6 +9138,7 @@ class Dispatcher(Loop):
         free = lane.connections_free(self.clock.monotonic(), self.settings.max_concurrency)
         for _ in range(min(len(lane.ready), free)):
             lane.busy += 1
+            self._at_work.add(lane)
             self._spawn(self._work(lane))
 
     async def _prepare(self, lane: Lane, claim: Claim) -> None:
@@ -9206,9 +9213,23 @@ class Dispatcher(Loop):
         smtputf8 = message.raw is None and not content.isascii()
         return Composed(content, Envelope(message.return_path, message.recipients), smtputf8)
 
+    def count_sent(self) -> None:
+        """Tell the metrics of what was sent since the last time: for many at once that takes less."""
+        for lane in self._at_work:
+            label, transactions_s, waits_s = self.metrics.label(lane.account.id), lane.transactions_s, lane.waits_s
+            lane.transactions_s, lane.waits_s = [], []
+            for histogram, seconds in ((self.metrics.transactions, transactions_s), (self.metrics.waits, waits_s)):
+                observe = histogram(label).observe if seconds else float
+                for one in seconds:
+                    observe(one)
+            if waits_s:
+                self.metrics.sent(label).inc(len(waits_s))
+                self.metrics.recent.count("sent", len(waits_s))
+
     def compose_ahead(self) -> None:
         """Compose what the connections at work will take next; for now most of them wait for the disk."""
-        for lane in self.lanes.values():
+        self.count_sent()
+        for lane in self._at_work:
             for place in range(min(len(lane.ready), lane.busy)):
                 claim, composed = lane.ready[place]
                 with contextlib.suppress(Exception):  # it is tried again, and told of, when its turn has come
@@ -9254,6 +9275,9 @@ class Dispatcher(Loop):
                 await self._deliver(lane, claim, composed)
         finally:
             lane.busy -= 1
+            if not lane.busy:
+                self.count_sent()
+                self._at_work.discard(lane)
             self._mark(lane)
 
     def _part_with(self, lane: Lane, session: Session) -> None:
@@ -9408,7 +9432,7 @@ class Dispatcher(Loop):
             now = self.clock.monotonic()
             lane.bdat = True if session.bdat and lane.bdat is None else lane.bdat
             lane.seconds_each += (max(now - begun, 0.0005) - lane.seconds_each) / 4
-            self.metrics.transactions(self.metrics.label(lane.account.id)).observe(now - begun)
+            lane.transactions_s.append(now - begun)
             if lane.keeps(session, now) and self._may_go(lane):
                 lane.idle.append(session)
             else:
@@ -9507,7 +9531,10 @@ class Dispatcher(Loop):
             disposition = disposition._replace(deferred_ts=lane.next_try_ts())
         used = slots_used(claim, attempt, disposition)
         await self._record(Outcome(claim, attempt, disposition, sent=used))
-        self._tell(claim, attempt, disposition)
+        if disposition is SENT_TO_ALL and not self.log_deliveries:
+            lane.waits_s.append(max(0.0, attempt.ended_at - claim.ready_at))
+        else:
+            self._tell(claim, attempt, disposition)
         lane.windows.count(self.clock.monotonic(), used)
         if used < claim.slots:
             lane.windows.give_back(claim.slots - used)
@@ -10167,6 +10194,7 @@ class ControlPlane:
     async def get_status(self, request: Request) -> Response:
         """What waits, and the state of each account."""
         tallies, oldest_ts = await self.queue.tallies()
+        self.dispatcher.count_sent()
         now = self.clock.monotonic()
         pending = {id_: tally.ready + tally.waiting for id_, tally in tallies.items()}
         accounts: dict[str, dict[str, object]] = {}
@@ -10213,6 +10241,7 @@ class ControlPlane:
     async def get_metrics(self, request: Request) -> Response:
         """Metrics for Prometheus."""
         tallies, oldest = await self.queue.tallies()
+        self.dispatcher.count_sent()
         metrics = self.metrics
         metrics.messages_pending.set(sum(tally.ready + tally.waiting for tally in tallies.values()))
         metrics.messages_in_delivery.set(self.queue.in_delivery)

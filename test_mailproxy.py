@@ -10638,6 +10638,7 @@ def test_what_connections_take_next_is_composed_ahead_and_what_cannot_be_fails_w
     lane = dispatcher.lanes["main"] = mailproxy.Lane(account, mailproxy.SendWindows({}), dispatcher.clock)
     payload = json.dumps({"id": "m", "from": "a@example.com", "to": ["b@example.org"], "subject": "S", "body": "B"})
     lane.busy = 2
+    dispatcher._at_work.add(lane)
     lane.ready += [(claimed()._replace(payload=text), None) for text in ("{}", payload, payload)]
 
     dispatcher.compose_ahead()
