@@ -529,21 +529,21 @@ def word(*words: str, **others: str) -> Kind:
     return choice({**dict(zip(words, words, strict=True)), **others})
 
 
-def integer(low: int, high: int = LARGEST_INTEGER, words: str = "a whole number") -> Kind:
-    def parse(value: str) -> int:
-        return fit(int(value), low <= int(value) <= high and re.fullmatch(r"\s*[+-]?[0-9]+\s*", value))
+def number(low: float, high: float, words: str, read: Callable[[str], float], json: str, *types: type) -> Kind:
+    def parse(value: str) -> float:
+        found = read(value)
+        return fit(found, low <= found <= high and re.fullmatch(r"\s*[+-]?[0-9.]+\s*", value))
 
-    most = "" if high == LARGEST_INTEGER else f" to {high}"
-    return Kind(f"{words} from {low}{most}", parse, "integer", (int,))
+    most = "" if high in (LARGEST_INTEGER, LONGEST_S) else f" to {high:.0f}"
+    return Kind(f"{words} from {low:g}{most}", parse, json, types)
+
+
+def integer(low: int, high: int = LARGEST_INTEGER, words: str = "a whole number") -> Kind:
+    return number(low, high, words, int, "integer", int)
 
 
 def seconds(low: float, high: float = LONGEST_S) -> Kind:
-    def parse(value: str) -> float:
-        number = float(value) if "." in value else int(value)
-        return fit(number, low <= number <= high and re.fullmatch(r"\s*[0-9.]+\s*", value))
-
-    most = "" if high == LONGEST_S else f" to {high:.0f}"
-    return Kind(f"a number of seconds from {low:g}{most}", parse, "number", (int, float))
+    return number(low, high, "a number of seconds", lambda v: float(v) if "." in v else int(v), "number", int, float)
 
 
 def many(words: str, read: Callable[[str], Any], json: str = "string", between: str = r"[,\s]", least: int = 1) -> Kind:
