@@ -29,9 +29,9 @@ The rooms, from the top of this file to its end; each uses only those above it:
     QUEUE FILE, QUEUE           one SQLite file, group commit; every SQL statement
     POSTGRESQL                  the same queue in a database, for several daemons
     LEASES                      several machines: who has which lane
-    OUTBOUND HTTP, ATTACHMENTS  urllib with deadlines; URL, S3 -> bytes
+    OUTBOUND HTTP, ATTACHMENTS  HTTP requests with a deadline; URL, S3 -> bytes
     DELIVERY AGENT              one SMTP session, one transaction
-    SUBMISSION BY SMTP          mail comes in by SMTP: the listener, sendmail -bs
+    SUBMISSION BY SMTP          mail that comes in by SMTP: the listener, sendmail -bs
     HTTP SERVER                 a strict little HTTP/1.1 server
     CONSOLE                     the page for a browser
     DISPATCHER, REPORTER        the two loops: mail goes out, reports go out
@@ -619,7 +619,7 @@ LISTENING = Kind(
         value, (at := re.fullmatch(r"(?:[^\s/:]+|\[[\da-f:.]+\]):(\d{1,5})", value)) and int(at[1]) < 65_536
     ),
 )
-HOST = Kind("the name or the address of a server; its port is a setting of its own, port", _server)
+HOST = Kind("the name or the address of a server, without a port", _server)
 EHLO_NAME = Kind("a host name, or an address literal such as [192.0.2.1]", _ehlo_name)
 REPLY = "codes from 400 to 599, each with an enhanced code, words of the text, or both: 554 5.7.0, 550 daily limit"
 REPLIES = many(REPLY, _account_reply, between="[,\n]", least=0)
@@ -2930,6 +2930,7 @@ class Clock:
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
+LOG_TIME = "%Y-%m-%dT%H:%M:%SZ"  # UTC
 JOURNAL_PRIORITIES = ((logging.ERROR, "<3>"), (logging.WARNING, "<4>"), (logging.INFO, "<6>"), (logging.NOTSET, "<7>"))
 
 
@@ -2961,11 +2962,13 @@ def _text_line(record: logging.LogRecord, fields: Mapping[str, object], trace: s
     if journal:
         opening = indent = next(prefix for level, prefix in JOURNAL_PRIORITIES if record.levelno >= level)
     else:
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        now = time.strftime(LOG_TIME, time.gmtime(record.created))
         opening, indent = f"{now} {record.levelname} ", ""
     line = opening + _escaped(record.getMessage())
     for name, value in fields.items():
         text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        if name == "until" and isinstance(value, int):
+            text = time.strftime(LOG_TIME, time.gmtime(value))
         if not text or not text.isprintable() or any(c in text for c in ' "=\\'):
             quoted = text.replace("\\", "\\\\").replace('"', '\\"')
             text = f'"{_escaped(quoted)}"'
@@ -8371,7 +8374,7 @@ $("activate").onclick = () => act("commands/activate", {}, () => "Delivery is on
 $("retry").onclick = () => act("commands/retry-messages", {ids: [opened]}, done =>
   done.queued ? `${opened} is queued anew` : `${opened} was not queued: it has not failed, or its account is gone`);
 $("delete").onclick = () => {
-  put($("question"), `Delete the message ${opened}? It cannot be had back, and is not reported any more.`);
+  put($("question"), `Delete the message ${opened}? It cannot be restored, and is not reported any more.`);
   $("ask").showModal();
 };
 $("no").onclick = () => $("ask").close();
@@ -9198,7 +9201,7 @@ class Dispatcher(Loop):
         self, claim: Claim, payload: str, contents: Mapping[int, bytes] | None = None, fetched: Sequence[Any] = ()
     ) -> Composed | Reply:
         """The message with its contents and what was fetched, by the rules of the house; or the reply that says
-        what of it cannot be had. Blocks where there are parts."""
+        what of it cannot be fetched. Blocks where there are parts."""
         message_id, redirect_to = claim.message_id.strip("<>"), self.settings.redirect_to
         fields = read_json(payload)[0]
         if not claim.parts and redirect_to is None and (usual := compose_usual(fields, message_id, claim.created_at)):
@@ -10715,7 +10718,7 @@ def ids_of(fields: Mapping[str, object]) -> list[str]:
 # ======================================================================
 #
 # The composition root: the one place that knows all rooms. A loop that dies takes the daemon down with it, loudly,
-# because a proxy that looks alive and delivers nothing is the worst of all.
+# because nobody would notice a daemon that answers and delivers nothing.
 
 WORK_THREADS = 4
 OPEN_FILES = 65_536  # wanted; what the machine allows counts
@@ -12123,7 +12126,7 @@ def _status_in_words(status: dict[str, Any]) -> list[str]:
         accounts.append((id_, account["state"], account.get("pending"), account["connections"], why))
     if not accounts:
         return [*lines, "", "There is no account yet: set [smtp] in config.ini, or use POST /account."]
-    return [*lines, "", *table(("ACCOUNT", "STATE", "PENDING", "CONNECTIONS", "WHY"), accounts)]
+    return [*lines, "", *table(("ACCOUNT", "STATE", "PENDING", "CONNECTIONS", "REASON"), accounts)]
 
 
 def _accounts_in_words(answer: dict[str, Any]) -> list[str]:

@@ -3594,11 +3594,13 @@ def test_a_line_is_time_level_sentence_and_fields_and_a_traceback_indented_below
     lines.configure()
 
     mailproxy.event(LOG, logging.INFO, "100%s\nINFO forged", message="m1", account=None, seconds=0.12345, to=["a", "b"])
+    mailproxy.event(LOG, logging.INFO, "cooling", until=1795869769)
     mailproxy.event(LOG, logging.ERROR, "it failed", exc_info=ValueError("a\n2026 INFO forged\x1b"), message="m1")
 
-    line, failure, *traceback = lines.read()
+    line, until, failure, *traceback = lines.read()
     assert datetime.datetime.fromisoformat(line[:20]).tzinfo is datetime.UTC
     assert line[20:] == " INFO 100%s\\nINFO forged message=m1 seconds=0.123 to=a,b"
+    assert until[20:] == " INFO cooling until=2026-11-28T12:42:49Z"
     assert failure[20:] == " ERROR it failed message=m1"
     assert traceback == ["    ValueError: a", "    2026 INFO forged\\x1b"]
 
