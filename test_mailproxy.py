@@ -17445,6 +17445,7 @@ class Reader:
         own |= {"MAILPROXY_CLIENT_CLIENT_SYNC_URL": reports.url, "SSL_CERT_FILE": str(ca.ca_file)}
         own |= {"MAILPROXY_SUBMISSION_LISTEN": f"127.0.0.1:{submission_port}"}
         own |= {"SMTP_PASSWORD": "secret"}  # exported in one terminal, and the other too
+        own |= {"PAUSES": json.dumps({"GATHER_S": 0.01, "REST_S": 0.01})}
         self._outside: dict[str, Any] = {
             "cwd": folder,
             "env": {**_plain_environment(), **own},
