@@ -3154,10 +3154,15 @@ class Metrics:
             kept.cache_clear()
         for instrument in (
             self.messages_accepted, self.messages_sent, self.messages_failed, self.messages_partly_refused,
-            self.messages_deferred, self.rate_limited, self.queue_wait_seconds, self.smtp_connects, self.smtp_transaction_seconds,
-            self.account_up, self.smtp_connections,
+            self.messages_deferred, self.rate_limited, self.queue_wait_seconds, self.smtp_connects,
+            self.smtp_transaction_seconds,
         ):  # fmt: skip
             instrument.remove_by_labels({"account": account_id})
+
+    def hide(self, account_id: str) -> None:
+        """End the series of a lane that is not run here any more."""
+        for gauge in (self.account_up, self.smtp_connections):
+            gauge.remove_by_labels({"account": account_id})
 
     def count_ended(self, label: str, disposition: Disposition) -> None:
         """A message is final: sent, to some of its recipients at least, or failed."""
@@ -4503,7 +4508,7 @@ class Queue:
         return on_wire
 
     async def switches(self) -> dict[str, int]:
-        """The switches as they were last set; run_now counts."""
+        """The switches as they were last set, and how often there were commands that all nodes follow."""
         return {row["name"]: row["value"] for row in await self._ask("SELECT name, value FROM switches")}
 
     async def suspensions(self) -> tuple[set[str], set[str]]:
@@ -4512,13 +4517,13 @@ class Queue:
         batches = await self._ask("SELECT batch_code FROM suspended_batches")
         return {row["account_id"] for row in accounts}, {row["batch_code"] for row in batches}
 
-    async def count_run_now(self) -> int:
-        """Let other nodes see that there was a run-now; return how many there were."""
-        counted = (
-            "INSERT INTO switches VALUES ('run_now', 1) ON CONFLICT (name) DO UPDATE SET value = switches.value + 1 "
+    async def count(self, command: str) -> int:
+        """Let other nodes see that there was a command; return how many there were."""
+        one_more = (
+            "INSERT INTO switches VALUES (:name, 1) ON CONFLICT (name) DO UPDATE SET value = switches.value + 1 "
             "RETURNING value"
         )
-        return int(await self.file.write(lambda db: db.execute(counted).fetchone()[0]))
+        return int(await self.file.write(lambda db: db.execute(one_more, {"name": command}).fetchone()[0]))
 
     async def set_switch(self, name: str, value: bool) -> None:
         switched = "INSERT INTO switches VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
@@ -5133,6 +5138,7 @@ LEASE_S = 15.0  # how long a node lasts that does not renew its row
 RENEWALS = 5  # in that time
 DRIFT_SHARE = 2 / 15  # of it, for clocks that do not run alike
 LOOK_PAUSE_S = 0.1  # between two looks, or two notifications, at least
+SHOW_PAUSE_S = 1.0  # between two times that the states of lanes are written for others
 QUIET_S = 60.0  # a lane that had no mail for so long is given up: who gets the next has it
 RENEW = "UPDATE nodes SET until_ts = clock_timestamp() + make_interval(secs => %(lease_s)s) WHERE instance = %(mine)s"
 SHOW = (
@@ -5276,7 +5282,7 @@ class Leases:
             await self.file.write(lambda db: _bury(db, "instance = :mine", {"mine": self.file.instance}))
         self._leaving, self._until = True, -math.inf
         self.ring(tell=True)
-        if self._keeper.is_alive():
+        if self._keeper.ident is not None:
             await self._loop.run_in_executor(None, self._keeper.join, self._beat_s)
 
     async def everywhere(self) -> tuple[dict[str, dict[str, Any]], int]:
@@ -5312,16 +5318,16 @@ class Leases:
         self._unseen_since = math.inf
         self.elsewhere, self.changes, self.dead = frozenset(look.elsewhere), look.changes, look.dead
         self.seen(look)
-        shown = self.shown()
-        self._to_show |= dict(shown.items() - self._was_shown.items())
-        self._was_shown = shown
+        if not self._to_show:  # what was shown last is written
+            shown = self.shown()
+            self._to_show, self._was_shown = dict(shown.items() - self._was_shown.items()), shown
 
     # -- the keeper's thread
 
     def _keep(self) -> None:
         """Renew the row, look and notify the others, until this node leaves."""
         session: Any = None
-        renewed_at = looked_at = told_at = -math.inf
+        renewed_at = looked_at = told_at = shown_at = -math.inf
         while not self._leaving or self._told:
             now, pause_s = uptime(), LOOK_PAUSE_S
             try:
@@ -5330,11 +5336,14 @@ class Leases:
                     session.execute("LISTEN mailproxy")
                 with self.file.deadline(session, LEASE_S / 3):
                     if now >= renewed_at + self._beat_s:
-                        renewed_at = now
                         self._renew(session, now)
+                        renewed_at = now
                     if self._told and (self._leaving or now >= told_at + LOOK_PAUSE_S):
                         self._told, told_at = False, now
                         session.execute("SELECT pg_notify('mailproxy', %s)", [self.node])
+                    if self._to_show and now >= shown_at + SHOW_PAUSE_S:
+                        (shown, self._to_show), shown_at = (self._to_show, {}), now
+                        session.execute(SHOW, {"mine": self.file.instance, "shown": as_json(shown)})
                     if now >= looked_at + (LOOK_PAUSE_S if self._look_now else min(self._look_s(), self._beat_s)):
                         self._look_now, looked_at = False, now
                         self._look(session, now)
@@ -5357,7 +5366,8 @@ class Leases:
                     self._ear.recv(4096)
                 else:
                     self._look_now = True  # which reads what came
-        session.close()
+        for one in (session, self._bell, self._ear):
+            one.close()
 
     def _renew(self, session: Any, now: float) -> None:
         """Renew the row, unless the event loop hangs: then others are to take the lanes."""
@@ -5368,9 +5378,6 @@ class Leases:
             self.buried, self._until = True, -math.inf
             return
         self._until, self._well_since = now + LEASE_S * (1 - DRIFT_SHARE), min(self._well_since, now)
-        if self._to_show:
-            shown, self._to_show = self._to_show, {}
-            session.execute(SHOW, {**values, "shown": as_json(shown)})
 
     def _look(self, session: Any, now: float) -> None:
         look = Look(*session.execute(LOOK_AT_TABLES, {"mine": self.file.instance}).fetchone())
@@ -8231,7 +8238,8 @@ function patch(list, template, entries, fill) {
 function fillAccount(part, id, account) {
   put(part(".id"), id); put(part(".state"), account.state); part(".state").dataset.state = account.state;
   const until = account.until && `next try in ${span(Math.max(0, account.until - Date.now() / 1000))}`;
-  put(part(".reason"), [account.reason, until, `${account.pending} waiting`].filter(Boolean).join(" · "));
+  const node = account.node && `on node ${account.node}`;
+  put(part(".reason"), [account.reason, until, `${account.pending} waiting`, node].filter(Boolean).join(" · "));
   part(".reason").title = account.until ? EXACT.format(new Date(account.until * 1000)) : "";
   if (!part("button")) for (const what of ["Suspend", "Activate"]) {
     const button = make("button", `${what} ${id}`), path = `account/${encodeURIComponent(id)}/${what.toLowerCase()}`;
@@ -8260,7 +8268,8 @@ function draw(recent) {
 }
 function showStatus(status) {
   $("login").hidden = true; $("all").hidden = $("steer").hidden = false;
-  put($("delivery"), status.active ? "Delivery is on" : "Delivery is suspended: Activate lets mail out again");
+  const delivery = status.active ? "Delivery is on" : "Delivery is suspended: Activate lets mail out again";
+  put($("delivery"), status.node ? `${delivery} · node ${status.node}` : delivery);
   for (const name of ["deferred", "in_delivery", "failed"]) put($(name), status[name].toLocaleString());
   const waiting = status.pending - status.in_delivery, oldest = status.oldest_pending_ts;
   put($("waiting"), waiting.toLocaleString());
@@ -8825,7 +8834,8 @@ class Dispatcher(Loop):
         now, lanes, before = self.clock.monotonic(), self.lanes, self._quiet_since
         quiet = held - {REPORTER} - set(look.waiting)
         self._quiet_since = {id_: before.get(id_, now if id_ in lanes else -math.inf) for id_ in quiet}
-        self.queue.next_ts = min(self.queue.next_ts, math.inf if look.due_ts is None else look.due_ts)
+        if look.due_ts is not None:  # the node that put it off goes first, if it is still there
+            self.queue.next_ts = min(self.queue.next_ts, look.due_ts + 1)
         self.wake(set(look.waiting).difference(look.elsewhere))
 
     def run_now(self) -> None:
@@ -8892,6 +8902,9 @@ class Dispatcher(Loop):
         """Deliver nothing more in this lane; what is on the wire finishes, and counts for who has it then."""
         lane.mine = False
         self._recall(lane)
+        self.metrics.hide(lane.account.id)
+        if lane.state is not LaneState.SUSPENDED:
+            lane.become(LaneState.UP)
         if lane.windows.held:
             self._held_windows[lane.account.id] = lane.windows
 
@@ -9026,8 +9039,9 @@ class Dispatcher(Loop):
         taken = await leases.take(wanted) if wanted else set()
         for account_id in taken:
             standing = await self.queue.standing(account_id)
-            if account_id in self.lanes:  # not deleted meanwhile
-                self.add_lane(self.lanes[account_id].account, standing)
+            found = self.lanes.get(account_id)
+            if found is not None and not found.mine:  # it may have gone, or come anew, meanwhile
+                self.add_lane(found.account, standing)
         if len(taken) < len(others):
             leases.ring(tell=True)
 
@@ -9970,12 +9984,13 @@ ANSWERS: Mapping[str, str] = {
     "Status": (
         "ok: boolean, active: boolean, version: string, pending: integer, deferred: integer, in_delivery: integer, "
         "failed: integer, unreported: integer, oldest_pending_ts: time | null, suspended_batches: string[], "
-        "accounts: AccountStatus{}, recent: TenSeconds[]"
+        "accounts: AccountStatus{}, recent: TenSeconds[], node?: string, reporter?: string | null"
     ),
     "TenSeconds": "ts: time, accepted: integer, sent: integer, deferred: integer, failed: integer",
     "AccountStatus": (
         "state: 'up' | 'probing' | 'cooling' | 'limited' | 'suspended' | 'account not found', reason: string | null, "
-        "since: time | null, until: time | null, connections: integer, pending: integer, limits_left?: integer{}"
+        "since: time | null, until: time | null, connections: integer, pending: integer, limits_left?: integer{}, "
+        "node?: string | null"
     ),
     "Submitted": "ok: boolean, queued: integer, rejected: Rejection[], known?: string[], warnings?: Warning[]",
     "Rejection": "id: string | null, reason: string, code: RejectionCode, field?: string",
@@ -10128,7 +10143,7 @@ class ControlPlane:
     settings: Callable[[], Settings]
     leases: Leases | None = None  # with several machines
     _changes: int = -1  # of accounts and switches, up to which they are known
-    _runs: int = 0  # run-nows of all nodes
+    _counted: dict[str, int] = field(default_factory=dict)  # commands that this node has followed
     _batches: set[str] = field(default_factory=set)  # that are suspended
     _differing: set[tuple[str, str]] = field(default_factory=set)  # accounts that another node has otherwise
     _configured: Sequence[Account] = ()
@@ -10257,9 +10272,6 @@ class ControlPlane:
                 metrics.account_up.labels(account_id, *node).set(lane.state not in IN_TROUBLE)
                 metrics.smtp_connections.labels(account_id, "busy", *node).set(lane.busy)
                 metrics.smtp_connections.labels(account_id, "idle", *node).set(max(0, len(lane.sessions) - lane.busy))
-            else:
-                metrics.account_up.remove_by_labels({"account": account_id})
-                metrics.smtp_connections.remove_by_labels({"account": account_id})
         return Response(200, await self.in_thread(metrics.exposition), "text/plain; version=0.0.4; charset=utf-8")
 
     async def get_openapi(self, request: Request) -> Response:
@@ -10395,8 +10407,7 @@ class ControlPlane:
         self.dispatcher.run_now()
         if self.leases is not None:
             async with self._one_at_a_time:
-                self._runs = await self.queue.count_run_now()
-            self._tell_nodes()
+                await self._tell_nodes("run_now")
         return json_response({"ok": True})
 
     async def suspend(self, request: Request) -> Response:
@@ -10442,7 +10453,7 @@ class ControlPlane:
             else:
                 await self.queue.set_switch("active", active)
                 (dispatcher.activate if active else dispatcher.suspend)()
-        self._tell_nodes()
+            await self._tell_nodes(f"renew {account_id}" if account_id and active else "")
         what = "delivery activated" if active else "delivery suspended"
         event(self.log, logging.INFO, what, account=account_id, batch=batch_code)
         return json_response({"ok": True, "active": active})
@@ -10558,7 +10569,7 @@ class ControlPlane:
                 self.dispatcher.replace_account(account)
             else:
                 self.dispatcher.add_lane(account, standing)
-        self._tell_nodes()
+            await self._tell_nodes(f"renew {account.id}")
         event(self.log, logging.INFO, "account set", account=account.id)
         unknown = [key for key, value in fields.items() if key not in ACCOUNT_KEYS and value is not None]
         return json_response(
@@ -10575,7 +10586,7 @@ class ControlPlane:
             if known:
                 await self.queue.delete_account(account_id)
                 self.dispatcher.remove_lane(account_id)
-                self._tell_nodes()
+                await self._tell_nodes()
             ended = await self._fail_orphans(account_id)
         if not (known or ended):
             raise HttpError(404, NO_ACCOUNT)
@@ -10626,29 +10637,29 @@ class ControlPlane:
         async with self._one_at_a_time:
             await self._renew_accounts(self._configured)
             accounts, batches = await self.queue.suspensions()
-            for id_, lane in list(dispatcher.lanes.items()):
-                if (id_ in accounts) is not (lane.state is LaneState.SUSPENDED):
+            switches, differing = await self.queue.switches(), await leases.differing()
+            new = {name for name in switches if switches[name] > self._counted.get(name, 0) and self._changes >= 0}
+            for id_, lane in dispatcher.lanes.items():
+                if (lane.state is LaneState.SUSPENDED) is not (id_ in accounts) or f"renew {id_}" in new:
                     (dispatcher.suspend_lane if id_ in accounts else dispatcher.activate_lane)(id_)
             if batches != self._batches:
-                self._batches = batches
                 dispatcher.recall()
-            switches = await self.queue.switches()
-            active, runs = bool(switches.get("active", dispatcher.active)), switches.get("run_now", 0)
+            active = bool(switches.get("active", dispatcher.active))
             if active is not dispatcher.active:
                 (dispatcher.activate if active else dispatcher.suspend)()
-            if runs > self._runs:
-                self._runs = runs
+            if "run_now" in new:
                 self.reporter.run_now()
                 dispatcher.run_now()
-            differing = await leases.differing()
             for account_id, node in sorted(differing - self._differing):
                 what = "an account of config.ini differs from that of another node"
                 event(self.log, logging.WARNING, what, account=account_id, node=node)
-            self._changes, self._differing = changes, differing
+            self._changes, self._batches, self._counted, self._differing = changes, batches, switches, differing
 
-    def _tell_nodes(self) -> None:
-        """Accounts or switches have changed: other nodes are to look."""
+    async def _tell_nodes(self, command: str = "") -> None:
+        """Have other nodes take over what was changed, and do the same: run_now, or try the server of an account now."""
         if self.leases is not None:
+            if command:
+                self._counted[command] = await self.queue.count(command)
             self.leases.ring(tell=True)
 
     def _account(self, account_id: str) -> Account | None:
@@ -11006,7 +11017,8 @@ class Daemon:
                 continue
 
     async def _serve(self, where: str, started: Callable[[str], None], configured: Sequence[Account]) -> int:
-        event(self._log, logging.INFO, "mailproxy listens", at=where, version=__version__, pid=os.getpid())
+        node, pid = self._leases and self._leases.node, os.getpid()
+        event(self._log, logging.INFO, "mailproxy listens", at=where, version=__version__, pid=pid, node=node)
         watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
         while self._waits and not self._stopping.is_set():
             self._systemd.tell("READY=1")
@@ -12118,15 +12130,19 @@ def _status_in_words(status: dict[str, Any]) -> list[str]:
         ("unreported", status["unreported"]),
         ("suspended batches", ", ".join(status.get("suspended_batches", ()))),
         ("version", status["version"]),
+        ("node", status.get("node")),
+        ("reporter", status.get("reporter")),
     )
+    node = ("NODE",) if "node" in status else ()
     accounts = []
     for id_, account in status["accounts"].items():
         again = account["until"] and f"again {relative(account['until'], now)}"
         why = joined(", ", account["reason"], again)
-        accounts.append((id_, account["state"], account.get("pending"), account["connections"], why))
+        row = (id_, account["state"], account.get("pending"), account["connections"])
+        accounts.append((*row, *(account.get(name.lower()) for name in node), why))
     if not accounts:
         return [*lines, "", "There is no account yet: set [smtp] in config.ini, or use POST /account."]
-    return [*lines, "", *table(("ACCOUNT", "STATE", "PENDING", "CONNECTIONS", "REASON"), accounts)]
+    return [*lines, "", *table(("ACCOUNT", "STATE", "PENDING", "CONNECTIONS", *node, "REASON"), accounts)]
 
 
 def _accounts_in_words(answer: dict[str, Any]) -> list[str]:

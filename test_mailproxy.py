@@ -1515,7 +1515,7 @@ def test_the_file_keeps_the_budget_that_the_readme_names() -> None:
     budget = re.search(r"budget of\s+([0-9,]+) lines", PROGRAM.with_name("README.md").read_text(encoding="utf-8"))
 
     assert budget
-    assert len(SOURCE.splitlines()) <= int(budget[1].replace(",", "")) <= 12_800
+    assert len(SOURCE.splitlines()) <= int(budget[1].replace(",", "")) <= 12_820
 
 
 def test_the_tables_of_the_pages_are_those_of_the_program() -> None:
@@ -5240,19 +5240,25 @@ def test_an_account_deleted_through_one_node_is_gone_from_the_other(pair: Pair) 
     pair.reports.wait_for_entry(scheduled["id"], "error")
 
 
-def test_run_now_through_one_node_ends_the_cooling_of_a_lane_of_another(pair: Pair) -> None:
+@pytest.mark.parametrize("how", ["run-now", "activate", "replace"])
+def test_the_cooling_of_a_lane_is_shown_and_ended_through_any_node(pair: Pair, how: str) -> None:
     with MoodySmtpServer(GREETING=["554 no"]) as server:
         lane = pair.lane(host=server.host, port=server.port)
         pair.a.submit(letter(f"{lane}-m", account_id=lane))
-        _, (other,) = owner_of([pair.a, pair.b], lane)
+        has, (other,) = owner_of([pair.a, pair.b], lane)
 
         def seen_by_the_other() -> bool:
             shown = other.status()["accounts"][lane]
             return shown["state"] == "cooling" and "no" in shown["reason"] and shown["until"] > time.time()
 
         wait_until(seen_by_the_other, "the state of the lane", 5)
-        ask(other, "/commands/run-now")
+        command = {"run-now": "/commands/run-now", "activate": f"/account/{lane}/activate", "replace": "/account"}[how]
+        ask(other, command, account_at(lane, server) if how == "replace" else None)
         other.wait_status(f"{lane}-m", "sent", 4)
+
+        said = run_command("status", "--url", f"http://127.0.0.1:{other.port}").stdout
+        assert re.search(rf"{lane} +\w+ .* {has.config['storage']['node']}\b", said)
+        assert re.search(rf"node +{other.config['storage']['node']}\n", said)
 
 
 def test_the_metrics_name_the_node(pair: Pair) -> None:
@@ -5279,7 +5285,7 @@ def test_others_take_the_lanes_of_a_node_that_was_killed(
         daemons[0].submit(letter("m-0"))
         daemons[0].wait_status("m-0", "sent")
         has, (other,) = owner_of(daemons)
-        other.submit(*letters("n", 4), letter("slow", "slow3@example.com", priority=0))
+        other.submit(*letters("n", 4), letter("slow", "slow2@example.com", priority=0))
         wait_until(lambda: other.status()["in_delivery"], "the last one", 10)
         wait_until(lambda: len(smtp.received) == 5, "those before it")
         has.kill()
@@ -5426,6 +5432,33 @@ def test_behind_a_pooler_a_look_now_and_then_takes_the_place_of_notifications(
         other.submit(letter("last"))
         other.wait_status("last", "sent")
         reports.wait_for_entry("last", "sent")
+
+
+def test_a_node_whose_event_loop_hangs_does_not_keep_its_lanes(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailproxy, "LEASE_S", 1.0)
+
+    def runs_out(db: Any) -> bool:
+        return bool(db.execute("SELECT until_ts < clock_timestamp() FROM nodes").fetchone()[0])
+
+    async def story() -> None:
+        file = mailproxy.PostgresFile(
+            postgres, mailproxy.SCHEMA, mailproxy.MIGRATIONS, observe_commit=lambda seconds: None
+        )
+        file.open()
+        leases = mailproxy.Leases(file, "a", lambda: 0.1, logging.getLogger("mailproxy"))
+        await leases.enter()
+        await asyncio.sleep(1.2)
+        assert leases.lasts()
+        assert not await file.read(runs_out)
+
+        time.sleep(2)
+
+        assert not leases.lasts()
+        assert await file.read(runs_out)
+        await leases.leave()
+        await file.close()
+
+    asyncio.run(story())
 
 
 def test_a_database_that_is_away_at_the_start_is_waited_for(
