@@ -17611,6 +17611,10 @@ def test_the_pages_mention_no_command_option_or_metric_that_is_not_there() -> No
     assert len(mentioned) > 8
     for words in mentioned:
         assert mailproxy.parsed(shlex.split(words))
+    for script, words in {found for text in pages for found in re.findall(r"\b(bench/\w+\.py)([^`#\n]*)", text)}:
+        its_source = (README.parent / script).read_text(encoding="utf-8")
+        for option in re.findall(r"--\w+", words):
+            assert f'"{option}"' in its_source, script
     named = {name for text in pages for name in re.findall(r"\bmailproxy_[a-z_]+\b", text)}
     assert named - {"mailproxy_token"} <= set(re.findall(r"\w+", metrics_table()))
 
