@@ -17603,6 +17603,11 @@ def test_each_route_is_in_the_pages_by_a_line_of_curl_and_each_code_of_an_answer
         assert by_curl, f"{method} {path}"
     for code in re.findall(r"'(\w+)'", "".join(kind.json for kind in mailproxy.WORDS.values())):
         assert f"`{code}`" in PAGES["docs/api.md"], code
+    statuses: dict[int, str] = {}
+    for status, codes in re.findall(r"^\| (\d{3}) \| ([^|]+) \|", PAGES["docs/api.md"], re.MULTILINE):
+        statuses[int(status)] = statuses.get(int(status), "") + codes
+    assert statuses.keys() == mailproxy.PROBLEMS.keys() - {429}  # which is never answered
+    assert all(f"`{mailproxy.PROBLEMS[status]}`" in codes for status, codes in statuses.items())
 
 
 def test_the_pages_mention_no_command_option_or_metric_that_is_not_there() -> None:
