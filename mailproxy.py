@@ -3421,9 +3421,13 @@ class QueueFile:
             else:
                 wish.answer.set_result(result)
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> Any:
         """The writing connection, also after a failure: what is on disk was uncertain then."""
-        self._writing = connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        self._writing = self.connect()
+        return self._writing
+
+    def connect(self) -> Any:
+        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
@@ -3870,6 +3874,10 @@ class Queue:
                 report = db.execute("SELECT max(report_order) FROM messages WHERE report_order IS NOT NULL").fetchone()
                 self.file.last_seq, self.file.last_report = seq[0] if seq else 0, report[0] or 0
             self._read_batches(db)
+            if db.execute("SELECT 1 FROM switches WHERE name = 'moved'").fetchone():
+                raise ConfigurationError(
+                    f"the queue {self.file.path} was moved by `mailproxy import`; start the other one"
+                )
 
         await self.file.write(work)
         for batch_code in self.suspended_batches:  # the last run may have ended amid this
@@ -5114,6 +5122,68 @@ def is_away(error: Any) -> bool:
     """Whether waiting may help."""
     told = str(error)
     return bool(AWAY.search(told)) or not (error.sqlstate or WRONG.search(told))
+
+
+# The tables of a queue that `mailproxy import` copies as they are; besides them what the switches say, and the numbers.
+MOVED = (
+    "messages", "contents", "attempts", "sought", "sends", "sent_ids", "accounts", "suspensions", "suspended_batches",
+    "tallies",
+)  # fmt: skip
+NOT_MOVED = "('schema', 'answers', 'run_now', 'moved')"  # of the switches
+
+
+def move(source: QueueFile, target: QueueFile) -> int:
+    """Copy a queue into an empty one, and mark it, so that nobody sends its mail again; return the number of messages.
+    Both are open, and one of them is a database. Blocking. Raises ConfigurationError when it must not be."""
+    with contextlib.ExitStack() as stack:
+        there, here = (stack.enter_context(contextlib.closing(file.connect())) for file in (source, target))
+        for session, file in ((there, source), (here, target)):
+            session.execute("BEGIN")
+            if isinstance(file, PostgresFile):  # a file is locked while it is open
+                session.execute("LOCK TABLE nodes, counters IN ACCESS EXCLUSIVE MODE")
+                if node := session.execute("SELECT node FROM nodes WHERE until_ts > clock_timestamp()").fetchone():
+                    raise ConfigurationError(f"the database {file.path} is in use by the node {node[0]}; stop it first")
+                if session.execute("SELECT EXISTS (SELECT 1 FROM claims)").fetchone()[0]:
+                    what = "holds mail that was on the wire when a node died; start one there, and stop it again"
+                    raise ConfigurationError(f"the database {file.path} {what}")
+        for table in MOVED:
+            if here.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0]:  # noqa: S608 - constants only
+                raise ConfigurationError(f"the queue {target.path} is not empty; only an empty one takes another in")
+        here.execute("DELETE FROM failures")
+        here.execute("DELETE FROM switches WHERE name <> 'schema'")
+        for table in (*MOVED, "failures", "switches"):
+            which = f"WHERE name NOT IN {NOT_MOVED}" if table == "switches" else ""
+            _copy(there, here, table, f"SELECT * FROM {table} {which} ORDER BY 1")  # noqa: S608 - constants only
+        if isinstance(source, PostgresFile):
+            (last_seq,) = there.execute("SELECT last_seq FROM counters").fetchone()
+            here.execute("DELETE FROM sqlite_sequence WHERE name = 'messages'")
+            here.execute("INSERT INTO sqlite_sequence VALUES ('messages', ?)", (last_seq,))
+        else:
+            last_seq = there.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'messages'").fetchone()[0] or 0
+            last_report = there.execute("SELECT max(report_order) FROM messages").fetchone()[0] or 0
+            here.execute(f"UPDATE counters SET last_seq = {last_seq}, last_report = {last_report}")  # noqa: S608
+        (messages,) = here.execute("SELECT count(*) FROM messages").fetchone()
+        there.execute("INSERT INTO switches VALUES ('moved', 1) ON CONFLICT DO NOTHING")
+        there.execute(
+            "COMMIT"
+        )  # before the other: if only one succeeds, it can be done again, and nothing is sent twice
+        here.execute("COMMIT")
+    return int(messages)
+
+
+def _copy(there: Any, here: Any, table: str, sql: str) -> None:
+    rows = there if isinstance(there, sqlite3.Connection) else there.cursor(name=f"rows of {table}")
+    rows = rows.execute(sql)
+    names = [column[0] for column in rows.description]
+    if isinstance(here, sqlite3.Connection):
+        marks = ", ".join("?" * len(names))
+        here.executemany(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks})", rows)  # noqa: S608
+    else:
+        with here.cursor().copy(f"COPY {table} ({', '.join(names)}) FROM STDIN") as copy:
+            for row in rows:
+                copy.write_row(
+                    [one.replace("\0", "\N{REPLACEMENT CHARACTER}") if isinstance(one, str) else one for one in row]
+                )
 
 
 def queue_file(db_path: str, environ: Mapping[str, str], **observers: Callable[..., None]) -> QueueFile:
@@ -12554,6 +12624,30 @@ def backup(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return 0
 
 
+# --- import --------------------------------------------------------------
+
+
+def import_queue(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Move a queue from a file into the database that is configured, or from a database into a new file."""
+    places = args.file, read_settings(args.config, environ, _overrides(args)).storage.db_path
+    if is_database(places[0]) == is_database(places[1]):
+        raise ConfigurationError("one of the two must be a file and the other a database: see db_path, or --db")
+    if not (is_database(places[0]) or os.path.isfile(places[0])):
+        raise CommandFailed(f"there is no queue at {places[0]}")
+    source, target = files = [queue_file(place, environ, observe_commit=lambda seconds: None) for place in places]
+    with contextlib.ExitStack() as stack:
+        for file in files:
+            file.open()
+            stack.callback(lambda one: asyncio.run(one.close()), file)
+        try:
+            messages = move(source, target)
+        except (*source.errors, *target.errors) as error:
+            why = PostgresFile.why(error)
+            raise CommandFailed(f"{source.path} was not moved to {target.path}: {why}") from None
+    print(f"{counted(messages, 'message')} moved from {source.path} to {target.path}")
+    return 0
+
+
 # --- the table of commands, and main -------------------------------------
 
 
@@ -12643,6 +12737,7 @@ BACKING_UP = (
     CONFIG,
     DB,
 )
+IMPORTING = (option("file", metavar="FILE", help="the file, or the URL of the database, to move from"), CONFIG, DB)
 WHAT_RESTS = (
     option("--account", metavar="ID", help="only this account; left out: all delivery"),
     option("--batch-code", "--batch", metavar="CODE", help="only this batch, and what is submitted to it later"),
@@ -12677,6 +12772,7 @@ COMMANDS = (
     Command("send", send, (*SENDING, *ASKING), "submit a message, an .eml file, or the rows of a CSV file"),
     Command("sendmail", sendmail, AS_SENDMAIL, "submit a message from standard input, as sendmail(8) does"),
     Command("backup", backup, BACKING_UP, "copy the queue to a file while the daemon runs"),
+    Command("import", import_queue, IMPORTING, "move a queue from SQLite to PostgreSQL, or back"),
     asks("status", "GET /status", _status_in_words, (), "show the state of the daemon and its accounts"),
     asks("messages", "GET /messages", _messages_in_words, FILTERS, "list messages, in order of acceptance"),
     asks("message", "GET /message/{id}", _message_in_words, ID, "show one message and every attempt to deliver it"),

@@ -4571,7 +4571,7 @@ def test_a_queue_of_version_1_goes_on_as_the_newest_one(tmp_path: Path) -> None:
         assert rig.tallies()[0]["main"] == (1, 2, 2)
         assert [(rig.failed(),)] == rig.sql("SELECT count(*) FROM messages WHERE error_ts IS NOT NULL")
         assert rig.standing("main") == mailproxy.Standing([(NOW + 2, 2)], suspended=True, held_back=False)
-        assert (rig.switch("active"), list(rig.accounts())) == (True, ["main"])
+        assert (rig.switches()["active"], list(rig.accounts())) == (1, ["main"])
         assert [state.entry["id"] for state in rig.unreported(10)] == ["sent", "retry"]
         verdicts = rig.accept([submission("sent", payload="{}"), submission("purged"), submission("new")])
         assert verdicts == ["known", "known", None]
@@ -5090,6 +5090,56 @@ def test_without_psycopg_it_is_said_how_to_get_it(tmp_path: Path) -> None:
     ended = run_command("check", "--db", "postgresql://a@127.0.0.1/b", environment={"PYTHONPATH": str(tmp_path)})
 
     assert (ended.returncode, "needs psycopg 3" in ended.stderr, "python3-psycopg" in ended.stderr) == (2, True, True)
+
+
+def everything_in(rig: QueueRig) -> dict[str, list[Any]]:
+    """All rows of all tables that are moved, numbers as SQLite has them."""
+    rows = {table: sorted(rig.sql(f"SELECT * FROM {table}"), key=repr) for table in (*mailproxy.MOVED, "failures")}  # noqa: S608
+    switches = f"SELECT name, value FROM switches WHERE name NOT IN {mailproxy.NOT_MOVED} ORDER BY name"  # noqa: S608
+    return {**rows, "switches": rig.sql(switches)}
+
+
+def test_a_queue_moves_into_the_database_and_back_and_nothing_is_lost_or_sent_twice(
+    postgres: str, smtp: SmtpServer, tmp_path: Path
+) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    old, new = (tmp_path / name / "queue.db" for name in ("old", "new"))
+    old.write_bytes(lzma.decompress(QUEUE_OF_VERSION_2.read_bytes()))
+    with asyncio.Runner() as runner:
+        rig = QueueRig(tmp_path / "old", runner.run)
+        (seq,) = rig.sql("SELECT seq FROM sqlite_sequence WHERE name = 'messages'")
+        rig.suspend_batch("rests")
+        before = everything_in(rig)
+        refused = run_command("import", old, "--db", postgres)
+        assert (refused.returncode, "in use" in refused.stderr) == (2, True), refused
+        runner.run(rig.file.close())
+
+    moved = run_command("import", old, "--db", postgres)
+    assert (moved.returncode, moved.stdout) == (0, f"13 messages moved from {old} to {postgres}\n"), moved
+    for again, words in (
+        (run_command("import", old, "--db", postgres), "is not empty"),
+        (run_command("serve", "--db", old), "was moved"),
+    ):
+        assert (again.returncode, words in again.stderr) == (2, True), again
+    with queue_at(postgres) as rig:
+        assert everything_in(rig) == before
+        assert rig.sql("SELECT last_seq FROM counters") == [seq]
+        rig.run(rig.file.write(lambda db: db.execute("INSERT INTO claims VALUES (1, 'gone')")))
+        claimed = run_command("import", postgres, "--db", new)
+        assert (claimed.returncode, "on the wire" in claimed.stderr) == (2, True), claimed
+        rig.run(rig.file.write(lambda db: db.execute("DELETE FROM claims")))
+
+    back = run_command("import", postgres, "--db", new)
+    assert (back.returncode, new.stat().st_mode & 0o777) == (0, 0o600), back
+    with asyncio.Runner() as runner:
+        rig = QueueRig(tmp_path / "new", runner.run)
+        assert everything_in(rig) == before
+        assert rig.sql("SELECT seq FROM sqlite_sequence WHERE name = 'messages'") == [seq]
+        assert rig.tallies()[0] == {row[0]: row[1:] for row in before["tallies"]}
+        rig.accepted(submission("next"))
+        assert rig.sql("SELECT max(seq) FROM messages") == [(seq[0] + 1,)]
+        runner.run(rig.file.close())
 
 
 def test_daemons_that_start_together_make_the_tables_once(postgres: str) -> None:
