@@ -3888,7 +3888,7 @@ class Queue:
 
     async def _do(self, *statements: str, **values: object) -> int:
         """Run statements as one piece of work; return the number of rows that the last one changed."""
-        return await self.file.write(lambda db: [db.execute(sql, values).rowcount for sql in statements][-1])
+        return await self.file.write(lambda db: [db.execute(sql, values) for sql in statements][-1].rowcount)
 
     async def _ask(self, sql: str, **values: object) -> list[dict[str, Any]]:
         """Read rows, each as {column: value}."""
@@ -4688,10 +4688,6 @@ ANSWER_S = 10.0  # so long the database may be silent; then the connection is gi
 CONNECT_S = 5
 LONG_CONTENT_BYTES = 65_536  # sent as it is; shorter ones as a part of the statement
 SCHEMA_LOCK = 0x6D61696C  # of those who start together: one makes the tables
-SESSION = {
-    "connect_timeout": CONNECT_S, "application_name": "mailproxy", "keepalives_idle": 10, "keepalives_interval": 5,
-    "keepalives_count": 3, "tcp_user_timeout": 15_000,
-}  # fmt: skip
 BEGIN = (
     "BEGIN",
     "SELECT set_config('lock_timeout', '5s', true), set_config('statement_timeout', '30s', true), "
@@ -4710,10 +4706,7 @@ DIALECT = tuple(
         (r"\b(?:NOT INDEXED|INDEXED BY \w+|OR FAIL) ", ""),
         (r"(WHERE id = column2\))$", r"\1 ORDER BY column1"),  # a hashed anti join has no order
         (r"^INSERT OR IGNORE (.*)", r"INSERT \1 ON CONFLICT DO NOTHING"),
-        (
-            r"\(SELECT coalesce\(max\(number\), 0\) \+ 1 FROM attempts WHERE seq = \?\)",
-            "next_attempt(?)",
-        ),  # planned once
+        (r"\(SELECT coalesce\(max.*? WHERE seq = \?\)", "next_attempt(?)"),  # which is planned once
         (r"\binstr\(", "strpos("),
         (r"CAST\((\w+) AS INTEGER\)", r"CAST(trunc(\1) AS BIGINT)"),
         (r":(\w+)", r"%(\1)s"),
@@ -4806,61 +4799,42 @@ def translated(sql: str) -> str:
     return sql
 
 
-def quoted(text: str) -> str:
-    """PostgreSQL knows \\ and ' in E'' only doubled, whatever its settings are."""
-    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
-
-
-def _array(values: Sequence[Any]) -> str:
-    kind = "TEXT" if any(isinstance(one, str) for one in values) else "BIGINT"
-    return f"CAST(ARRAY[{', '.join(map(literal, values))}] AS {kind}[])" if values else "'{}'"
-
-
-LITERALS: Mapping[type, Callable[[Any], str]] = {
-    str: quoted, int: str, float: repr, bool: str, types.NoneType: lambda _: "NULL", list: _array,
-    bytes: lambda content: f"decode('{content.hex()}', 'hex')",
-}  # fmt: skip
-
-
 def literal(value: Any) -> str:
-    """A value as a part of a statement."""
-    return LITERALS.get(type(value), quoted)(value)
+    """A value as a part of a statement. PostgreSQL knows \\ and ' in E'' only doubled, whatever its settings are."""
+    kind = type(value)
+    if value is None or kind is int or kind is float or kind is bool:
+        return "NULL" if value is None else str(value)
+    if kind is bytes:
+        return f"decode('{value.hex()}', 'hex')"
+    if kind is list:
+        of = "TEXT" if any(isinstance(one, str) for one in value) else "BIGINT"
+        return f"CAST(ARRAY[{', '.join(map(literal, value))}] AS {of}[])" if value else "'{}'"
+    text = value.replace("\\", "\\\\").replace("'", "''")
+    return f"E'{text}'"
 
 
 class LateCursor:
-    """The cursor of a statement that is sent when somebody looks at it."""
+    """The cursor of a statement, which is sent when somebody looks at it."""
+
+    rows: Iterator[Any]
+    rowcount: int
+    description: Sequence[tuple[str]]
 
     def __init__(self, send: Callable[[], None]) -> None:
-        self._send: Callable[[], None] | None = send
-        self._rowcount, self._columns, self._rows = -1, list[tuple[str]](), iter(list[Any]())
+        self._send = send
 
-    def came(self, cursor: Any) -> None:
-        """Take the result that the session's cursor stands at."""
-        result, self._send, self._rowcount = cursor.pgresult, None, cursor.rowcount
-        if result.nfields:
-            self._columns = [(result.fname(n).decode(),) for n in range(result.nfields)]
-            self._rows = iter(cursor.fetchall())
-
-    @property
-    def rowcount(self) -> int:
-        if self._send:
-            self._send()
-        return self._rowcount
-
-    @property
-    def description(self) -> Sequence[tuple[str]]:
-        return self._columns if self.rowcount is not None else []
+    def __getattr__(self, name: str) -> Any:
+        self._send()  # which sets what is not there yet
+        return object.__getattribute__(self, name)
 
     def __iter__(self) -> Iterator[Any]:
-        if self._send:
-            self._send()
-        return self._rows
+        return self.rows
 
     def fetchone(self) -> Any:
-        return next(iter(self), None)
+        return next(self.rows, None)
 
     def fetchall(self) -> list[Any]:
-        return list(self)
+        return list(self.rows)
 
 
 class PostgresConnection:
@@ -4890,7 +4864,7 @@ class PostgresConnection:
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> None:
         for row in rows:
-            if any(isinstance(value, bytes) and len(value) > LONG_CONTENT_BYTES for value in row):
+            if isinstance(row[-1], bytes) and len(row[-1]) > LONG_CONTENT_BYTES:
                 self.send()
                 with self._file.deadline(self._session, ANSWER_S):
                     self._session.execute(translated(sql), row)
@@ -4916,7 +4890,9 @@ class PostgresConnection:
                 raise
             cursor = self._run(text.encode(errors="replace"))
         for _, answer in waiting:
-            answer.came(cursor)
+            columns, answer.rowcount = cursor.pgresult.nfields, cursor.rowcount
+            answer.description = [(cursor.pgresult.fname(n).decode(),) for n in range(columns)]
+            answer.rows = iter(cursor.fetchall() if columns else ())
             cursor.nextset()
 
     def _run(self, text: bytes) -> Any:
@@ -4961,7 +4937,7 @@ class PostgresConnection:
     def _was_committed(self, number: int) -> bool:
         """What became of a transaction whose end was not answered: the lock is free once it has ended. Raises
         StorageUnavailable when that cannot be found out."""
-        until = time.monotonic() + CONNECT_S
+        until = time.monotonic() + 2 * CONNECT_S
         last = f"SELECT number FROM commits WHERE writer = '{self._writer}'"  # noqa: S608 - nothing from outside
         while True:
             try:
@@ -4988,19 +4964,8 @@ class PostgresFile(QueueFile):
     listed: Callable[[Sequence[Any]], Any] = staticmethod(lambda values: list(values))
     sends_late = True
 
-    def __init__(
-        self,
-        path: str,
-        schema: str,
-        migrations: Sequence[str] = (),
-        functions: Sequence[Callable[[Any], str | None]] = (),
-        *,
-        observe_commit: Callable[[float], None],
-        observe_refusal: Callable[[], None] = lambda: None,
-    ) -> None:
-        super().__init__(
-            path, schema, migrations, functions, observe_commit=observe_commit, observe_refusal=observe_refusal
-        )
+    def __init__(self, path: str, *schema: Any, **observers: Any) -> None:
+        super().__init__(path, *schema, **observers)
         try:
             import psycopg
             import psycopg.conninfo
@@ -5009,17 +4974,16 @@ class PostgresFile(QueueFile):
                 f"a queue in PostgreSQL needs psycopg 3 ({error}): install the package python3-psycopg, or "
                 f"psycopg[binary] by pip, for {sys.executable}"
             ) from None
-        self._psycopg, self.errors, self.mistakes = (
-            psycopg,
-            (psycopg.Error,),
-            (psycopg.IntegrityError, psycopg.DataError),
-        )
+        self._psycopg, self.errors = psycopg, (psycopg.Error,)
+        self.mistakes = (psycopg.IntegrityError, psycopg.DataError)
         self.path, self.folder = without_password(path), tempfile.gettempdir()
         try:
-            self._where: dict[str, Any] = SESSION | psycopg.conninfo.conninfo_to_dict(path)
+            self._where: dict[str, Any] = {
+                "connect_timeout": CONNECT_S, "application_name": "mailproxy", **psycopg.conninfo.conninfo_to_dict(path),
+            }  # fmt: skip
         except psycopg.Error:
             raise ConfigurationError(f"db_path is not the URL of a database: {self.path}") from None
-        self._deadlines: dict[object, tuple[Any, float]] = {}
+        self._deadlines: dict[Any, float] = {}
         self._deadlines_lock = threading.Lock()
         self._ended = threading.Event()
 
@@ -5043,16 +5007,15 @@ class PostgresFile(QueueFile):
             raise ConfigurationError(f"the database {self.path} cannot be used: {self.why(error)}") from None
 
     def _make_tables(self, session: Any, *, for_good: bool) -> None:
-        newest = len(self._migrations) + 1
-        encoding, read_only = session.execute(
-            "SELECT current_setting('server_encoding'), current_setting('transaction_read_only')"
-        ).fetchone()
-        if session.info.server_version < 140_000:
-            raise ConfigurationError(f"the database {self.path} is older than PostgreSQL 14, which the queue needs")
-        if encoding != "UTF8":
-            raise ConfigurationError(f"the database {self.path} is encoded in {encoding}; create one in UTF8")
-        if read_only == "on":
-            raise ConfigurationError(f"the database {self.path} is read-only, as a standby is; name the primary")
+        newest, settings = len(self._migrations) + 1, ("server_encoding", "transaction_read_only")
+        encoding, read_only = (session.execute(f"SHOW {name}").fetchone()[0] for name in settings)
+        for is_wrong, why in (
+            (session.info.server_version < 140_000, "is older than PostgreSQL 14, which the queue needs"),
+            (encoding != "UTF8", f"is encoded in {encoding}; create one in UTF8"),
+            (read_only == "on", "is read-only, as a standby is; name the primary"),
+        ):
+            if is_wrong:
+                raise ConfigurationError(f"the database {self.path} {why}")
         with session.transaction(force_rollback=not for_good):
             session.execute(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
             if session.execute("SELECT to_regclass('switches')").fetchone() == (None,):
@@ -5076,25 +5039,20 @@ class PostgresFile(QueueFile):
     @contextlib.contextmanager
     def deadline(self, session: Any, seconds: float) -> Iterator[None]:
         """Give the session up should this take longer: a proxy, or a dead network, may swallow what is sent."""
-        key = object()
-        with self._deadlines_lock:
-            self._deadlines[key] = session, time.monotonic() + seconds
+        self._deadlines[session] = time.monotonic() + seconds
         try:
             yield
         finally:
-            with self._deadlines_lock:
-                del self._deadlines[key]
+            with self._deadlines_lock:  # afterwards it may be closed, and its descriptor be another's
+                del self._deadlines[session]
 
     def _watch(self) -> None:
         while not self._ended.wait(0.5):
-            with self._deadlines_lock:
-                late = [session for session, until in self._deadlines.values() if until < time.monotonic()]
-                for session in late:
-                    with (
-                        contextlib.suppress(OSError, *self.errors),
-                        socket.socket(fileno=os.dup(session.fileno())) as one,
-                    ):
-                        one.shutdown(socket.SHUT_RDWR)
+            with self._deadlines_lock, contextlib.suppress(OSError, RuntimeError, *self.errors):
+                for session, until in self._deadlines.items():
+                    if until < time.monotonic():
+                        with socket.socket(fileno=os.dup(session.fileno())) as one:
+                            one.shutdown(socket.SHUT_RDWR)
 
     def _connect(self) -> Any:
         self._writing = PostgresConnection(self, writes=True)
@@ -5124,12 +5082,8 @@ def is_away(error: Any) -> bool:
     return bool(AWAY.search(told)) or not (error.sqlstate or WRONG.search(told))
 
 
-# The tables of a queue that `mailproxy import` copies as they are; besides them what the switches say, and the numbers.
-MOVED = (
-    "messages", "contents", "attempts", "sought", "sends", "sent_ids", "accounts", "suspensions", "suspended_batches",
-    "tallies",
-)  # fmt: skip
-NOT_MOVED = "('schema', 'answers', 'run_now', 'moved')"  # of the switches
+TABLES = re.findall(r"^CREATE TABLE (\w+)", SCHEMA, re.MULTILINE)
+OWN_SWITCHES = "('schema', 'answers', 'run_now', 'moved')"  # those that are not moved with a queue
 
 
 def move(source: QueueFile, target: QueueFile) -> int:
@@ -5146,27 +5100,24 @@ def move(source: QueueFile, target: QueueFile) -> int:
                 if session.execute("SELECT EXISTS (SELECT 1 FROM claims)").fetchone()[0]:
                     what = "holds mail that was on the wire when a node died; start one there, and stop it again"
                     raise ConfigurationError(f"the database {file.path} {what}")
-        for table in MOVED:
-            if here.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0]:  # noqa: S608 - constants only
+        for table in TABLES:
+            which = f"WHERE name NOT IN {OWN_SWITCHES}" if table == "switches" else ""
+            is_filled = f"SELECT EXISTS (SELECT 1 FROM {table})"  # noqa: S608 - constants only
+            if table not in ("switches", "failures") and here.execute(is_filled).fetchone()[0]:
                 raise ConfigurationError(f"the queue {target.path} is not empty; only an empty one takes another in")
-        here.execute("DELETE FROM failures")
-        here.execute("DELETE FROM switches WHERE name <> 'schema'")
-        for table in (*MOVED, "failures", "switches"):
-            which = f"WHERE name NOT IN {NOT_MOVED}" if table == "switches" else ""
+            here.execute(f"DELETE FROM {table} {which}")  # noqa: S608 - constants only
             _copy(there, here, table, f"SELECT * FROM {table} {which} ORDER BY 1")  # noqa: S608 - constants only
         if isinstance(source, PostgresFile):
-            (last_seq,) = there.execute("SELECT last_seq FROM counters").fetchone()
             here.execute("DELETE FROM sqlite_sequence WHERE name = 'messages'")
-            here.execute("INSERT INTO sqlite_sequence VALUES ('messages', ?)", (last_seq,))
+            last_seq = there.execute("SELECT last_seq FROM counters").fetchone()
+            here.execute("INSERT INTO sqlite_sequence VALUES ('messages', ?)", last_seq)
         else:
             last_seq = there.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'messages'").fetchone()[0] or 0
             last_report = there.execute("SELECT max(report_order) FROM messages").fetchone()[0] or 0
             here.execute(f"UPDATE counters SET last_seq = {last_seq}, last_report = {last_report}")  # noqa: S608
         (messages,) = here.execute("SELECT count(*) FROM messages").fetchone()
         there.execute("INSERT INTO switches VALUES ('moved', 1) ON CONFLICT DO NOTHING")
-        there.execute(
-            "COMMIT"
-        )  # before the other: if only one succeeds, it can be done again, and nothing is sent twice
+        there.execute("COMMIT")  # first: should the other fail it can be done again, and nothing is sent twice
         here.execute("COMMIT")
     return int(messages)
 
@@ -5174,16 +5125,14 @@ def move(source: QueueFile, target: QueueFile) -> int:
 def _copy(there: Any, here: Any, table: str, sql: str) -> None:
     rows = there if isinstance(there, sqlite3.Connection) else there.cursor(name=f"rows of {table}")
     rows = rows.execute(sql)
-    names = [column[0] for column in rows.description]
+    names = ", ".join(column[0] for column in rows.description)
     if isinstance(here, sqlite3.Connection):
-        marks = ", ".join("?" * len(names))
-        here.executemany(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks})", rows)  # noqa: S608
-    else:
-        with here.cursor().copy(f"COPY {table} ({', '.join(names)}) FROM STDIN") as copy:
-            for row in rows:
-                copy.write_row(
-                    [one.replace("\0", "\N{REPLACEMENT CHARACTER}") if isinstance(one, str) else one for one in row]
-                )
+        marks = ", ".join("?" * len(rows.description))
+        here.executemany(f"INSERT INTO {table} ({names}) VALUES ({marks})", rows)  # noqa: S608
+        return
+    with here.cursor().copy(f"COPY {table} ({names}) FROM STDIN") as copy:
+        for row in rows:
+            copy.write_row([one.replace("\0", "\ufffd") if isinstance(one, str) else one for one in row])
 
 
 def queue_file(db_path: str, environ: Mapping[str, str], **observers: Callable[..., None]) -> QueueFile:

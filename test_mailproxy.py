@@ -5094,8 +5094,10 @@ def test_without_psycopg_it_is_said_how_to_get_it(tmp_path: Path) -> None:
 
 def everything_in(rig: QueueRig) -> dict[str, list[Any]]:
     """All rows of all tables that are moved, numbers as SQLite has them."""
-    rows = {table: sorted(rig.sql(f"SELECT * FROM {table}"), key=repr) for table in (*mailproxy.MOVED, "failures")}  # noqa: S608
-    switches = f"SELECT name, value FROM switches WHERE name NOT IN {mailproxy.NOT_MOVED} ORDER BY name"  # noqa: S608
+    rows = {
+        table: sorted(rig.sql(f"SELECT * FROM {table}"), key=repr) for table in mailproxy.TABLES if table != "switches"
+    }  # noqa: S608
+    switches = f"SELECT name, value FROM switches WHERE name NOT IN {mailproxy.OWN_SWITCHES} ORDER BY name"  # noqa: S608
     return {**rows, "switches": rig.sql(switches)}
 
 
