@@ -1515,7 +1515,7 @@ def test_the_file_keeps_the_budget_that_the_readme_names() -> None:
     budget = re.search(r"budget of\s+([0-9,]+) lines", PROGRAM.with_name("README.md").read_text(encoding="utf-8"))
 
     assert budget
-    assert len(SOURCE.splitlines()) <= int(budget[1].replace(",", "")) <= 12_820
+    assert len(SOURCE.splitlines()) <= int(budget[1].replace(",", "")) <= 12_860
 
 
 def test_the_tables_of_the_pages_are_those_of_the_program() -> None:
@@ -5094,9 +5094,8 @@ def test_without_psycopg_it_is_said_how_to_get_it(tmp_path: Path) -> None:
 
 def everything_in(rig: QueueRig) -> dict[str, list[Any]]:
     """All rows of all tables that are moved, numbers as SQLite has them."""
-    rows = {
-        table: sorted(rig.sql(f"SELECT * FROM {table}"), key=repr) for table in mailproxy.TABLES if table != "switches"
-    }  # noqa: S608
+    tables = [table for table in mailproxy.TABLES if table != "switches"]
+    rows = {table: sorted(rig.sql(f"SELECT * FROM {table}"), key=repr) for table in tables}  # noqa: S608
     switches = f"SELECT name, value FROM switches WHERE name NOT IN {mailproxy.OWN_SWITCHES} ORDER BY name"  # noqa: S608
     return {**rows, "switches": rig.sql(switches)}
 
