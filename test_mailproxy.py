@@ -704,7 +704,7 @@ def called(port: int, method: str, path: str, headers: Mapping[str, str] | None 
 FORKER = """
 import contextlib, gc, json, os, signal, socket, sys
 sys.path[0] = sys.argv[1]
-import argparse, configparser, csv, ctypes, difflib, html, urllib.request, mailproxy, prometheus_client
+import argparse, configparser, csv, ctypes, difflib, html, urllib.request, mailproxy, prometheus_client, psycopg
 
 def taken(descriptor):
     return socket.socket(fileno=descriptor)
@@ -12432,11 +12432,24 @@ class Relay(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
-    folder = tmp_path_factory.mktemp("relay")
-    with SmtpServer() as smtp, ReportReceiver() as reports, Daemon(folder, smtp=smtp, reports=reports) as daemon:
-        reports.wait_for(lambda r: r.calls)
-        yield Relay(daemon, smtp, reports)
+def relays(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Relay]]:
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def relay_on(engine: str) -> Relay:
+            smtp, reports = stack.enter_context(SmtpServer()), stack.enter_context(ReportReceiver())
+            folder = tmp_path_factory.mktemp(engine)
+            daemon = stack.enter_context(Daemon(folder, smtp=smtp, reports=reports))
+            reports.wait_for(lambda r: r.calls)
+            return Relay(daemon, smtp, reports)
+
+        yield relay_on
+
+
+@pytest.fixture
+def relay(request: pytest.FixtureRequest, relays: Callable[[str], Relay]) -> Relay:
+    """One for all tests on an engine."""
+    return relays(request.getfixturevalue("engine") if "engine" in request.fixturenames else "sqlite")
 
 
 @both_engines
