@@ -6374,6 +6374,15 @@ class Answer(NamedTuple):
         return " ".join((str(self.code), *self.lines))
 
 
+def _reply_line(line: bytes) -> tuple[bool, Answer] | None:
+    """A line of a reply: whether more follow, and the reply that it would be by itself (RFC 5321 4.2.1)."""
+    found = _REPLY_LINE.fullmatch(line.rstrip(b"\r"))
+    return found and (found[2] == b"-", Answer(int(found[1]), ((found[3] or b"").decode("utf-8", "replace"),)))
+
+
+_usual_reply_line = functools.lru_cache(maxsize=64)(_reply_line)  # to most commands a server always says the same
+
+
 class Offers(NamedTuple):
     """What the server says it can do, and what the connection is."""
 
@@ -6422,7 +6431,7 @@ class Session(asyncio.Protocol):
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._unread = b""  # an unfinished line
-        self._code, self._lines = b"", list[str]()  # of an unfinished reply
+        self._code, self._lines = 0, list[str]()  # of an unfinished reply
         self._reply_bytes = 0
         self._answers: list[Answer] = []
         self._expected = self._positive = 0  # the latter: of those
@@ -6455,7 +6464,7 @@ class Session(asyncio.Protocol):
         elif smtputf8 and not self.offers.smtputf8:
             text = "the message needs SMTPUTF8, which the server does not offer"
             refusal = Reply(Stage.MAIL, 550, text, "5.6.7", Cause.LOCAL)
-        elif _UNSPEAKABLE.search(addresses):
+        elif not addresses.isprintable() and _UNSPEAKABLE.search(addresses):
             refusal = Reply(Stage.MAIL, 501, "an address with control characters", "5.1.3", Cause.LOCAL)
         elif self.broken is not None:  # while it was idle
             refusal = local_reply(Stage.MAIL, self.broken[1], Cause.LOST)
@@ -6474,7 +6483,7 @@ class Session(asyncio.Protocol):
         commands = [_Command(f"{mail}\r\n".encode(), Stage.MAIL), *recipients, _DATA]
         self.transactions += 1
         chunking = chunking and self.offers.chunking and self.offers.pipelining and not careful and self._clean
-        chunking = chunking and self._loop.time() - self._heard_at <= FRESH_S and len(content) <= LARGEST_CHUNK_BYTES
+        chunking = chunking and time.monotonic() - self._heard_at <= FRESH_S and len(content) <= LARGEST_CHUNK_BYTES
         chunk = chunk_of(content) if chunking else b""
         self._chunked = chunking and len(chunk) <= min(LARGEST_CHUNK_BYTES, self.offers.size_bytes or math.inf)
         if self._chunked:
@@ -6626,7 +6635,7 @@ class Session(asyncio.Protocol):
         come `then` goes, and has its answer, when the commands before it were all granted.
         """
         self._answers, self._expected, self._positive, self._then = [], answers, 0, then
-        self._patience_s, self._deadline = timeout_s, self._loop.time() + timeout_s
+        self._patience_s, self._deadline = timeout_s, time.monotonic() + timeout_s
         if self._watchdog is None or self._watchdog.when() > self._deadline:
             self._watch()
         if self.broken is None:
@@ -6655,19 +6664,21 @@ class Session(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Read lines; the last one of a reply has no hyphen behind its code (RFC 5321 4.2.1)."""
         *lines, self._unread = (self._unread + data).split(b"\n")
-        self._heard_at = self._loop.time()
+        self._heard_at = time.monotonic()
         for line in lines:
-            found = _REPLY_LINE.fullmatch(line.rstrip(b"\r"))
+            found = _usual_reply_line(line) if len(line) < 100 else _reply_line(line)
             self._reply_bytes += len(line)
-            if found is None or (self._lines and self._code != found[1]):
+            if found is None or (self._lines and self._code != found[1].code):
                 return self._break_off(Cause.LOCAL, f"malformed reply: {line[:200].decode('utf-8', 'replace')}")
             if self._reply_bytes > LONGEST_REPLY_BYTES:
                 break
-            self._code, hyphen, text = found.groups(b"")
-            self._lines.append(text.decode("utf-8", "replace"))
-            if hyphen == b"-":
-                continue
-            answer = Answer(int(self._code), tuple(self._lines))
+            more, answer = found
+            if more or self._lines:
+                self._code = answer.code
+                self._lines += answer.lines
+                if more:
+                    continue
+                answer = Answer(answer.code, tuple(self._lines))
             self._lines, self._reply_bytes = [], 0
             if asked_for := self._expected > 0:
                 self._answers.append(answer)
