@@ -2535,10 +2535,7 @@ def compose(message: Message, parts: Sequence[Attachment], *, date: float) -> by
 
 
 # Most mail: from one mailbox to another, with plain words on short lines. What is given can stand as it is.
-_USUAL_FIELDS = frozenset((
-    "id", "account_id", "from", "to", "subject", "body", "text", "priority", "batch_code", "message_id",
-    "deferred_ts", "expires_ts",
-))  # fmt: skip
+_USUAL_FIELDS = MESSAGE_FIELDS.keys() - {*BESIDE_RAW, "cc", "bcc", "return_path", "raw"} | {"subject", "body", "text"}
 _USUAL_MAILBOX = re.compile(rf"((?:[\w'&\-]+ )+<)?({PLAIN_ADDRESS})(?(1)>)", re.ASCII)
 _USUAL_LENGTH = 66  # characters of a mailbox or subject
 
@@ -2762,8 +2759,6 @@ def _text_entity(text: str, subtype: str) -> Entity:
 
 def has_short_lines(octets: bytes) -> bool:
     """True when no line is longer than every server takes; lines end with CRLF."""
-    if len(octets) <= TEXT_BLOCK:
-        return max(map(len, octets.split(b"\r\n"))) <= LONGEST_LINE
     return all(max(map(len, lines.split(b"\r\n"))) <= LONGEST_LINE for lines in _complete_lines(octets))
 
 
@@ -3110,9 +3105,6 @@ class Metrics:
         self.http_requests = functools.cache(requests.labels)
         self.http_request_seconds = functools.cache(durations.labels)
         self.accepted = functools.cache(self.messages_accepted.labels)
-        self.sent = functools.cache(self.messages_sent.labels)
-        self.waits = functools.cache(self.queue_wait_seconds.labels)
-        self.transactions = functools.cache(self.smtp_transaction_seconds.labels)
         self.auth_failures = counter("auth_failures", "HTTP requests with a missing or wrong token.")
         self.storage_commit_seconds = timer("storage_commit_seconds", "Duration of commits.", buckets=COMMITS_S)
         self.storage_commit_failures = counter("storage_commit_failures", "Commits that the storage refused.")
@@ -3150,8 +3142,7 @@ class Metrics:
     def forget(self, account_id: str) -> None:
         """End the series of an account that is gone."""
         self.accounts.discard(account_id)
-        for kept in (self.accepted, self.sent, self.waits, self.transactions):
-            kept.cache_clear()
+        self.accepted.cache_clear()
         for instrument in (
             self.messages_accepted, self.messages_sent, self.messages_failed, self.messages_partly_refused,
             self.messages_deferred, self.rate_limited, self.queue_wait_seconds, self.smtp_connects,
@@ -3170,7 +3161,7 @@ class Metrics:
             self.messages_failed.labels(label).inc()
             self.recent.count("failed")
             return
-        self.sent(label).inc()
+        self.messages_sent.labels(label).inc()
         self.recent.count("sent")
         if disposition.error is not None:
             self.messages_partly_refused.labels(label).inc()
@@ -8842,7 +8833,7 @@ class Dispatcher(Loop):
         self._asked = False  # run-now in test_mode: turn until nothing is left to do
         self._cooled_may_go = True  # at the start, and at run-now: what waits for a server's next try is ready
         self._held_windows: dict[str, SendWindows] = {}  # of accounts that went with mail on the wire
-        self._at_work: set[Lane] = set()  # lanes with busy connections
+        self._at_work: set[Lane] = set()  # lanes with busy connections, or with something to tell the metrics
 
     @property
     def busy(self) -> bool:
@@ -9265,13 +9256,16 @@ class Dispatcher(Loop):
         for lane in self._at_work:
             label, transactions_s, waits_s = self.metrics.label(lane.account.id), lane.transactions_s, lane.waits_s
             lane.transactions_s, lane.waits_s = [], []
-            for histogram, seconds in ((self.metrics.transactions, transactions_s), (self.metrics.waits, waits_s)):
-                observe = histogram(label).observe if seconds else float
+            for histogram, seconds in (
+                (self.metrics.smtp_transaction_seconds, transactions_s), (self.metrics.queue_wait_seconds, waits_s),
+            ):  # fmt: skip
+                observe = histogram.labels(label).observe if seconds else float
                 for one in seconds:
                     observe(one)
             if waits_s:
-                self.metrics.sent(label).inc(len(waits_s))
+                self.metrics.messages_sent.labels(label).inc(len(waits_s))
                 self.metrics.recent.count("sent", len(waits_s))
+        self._at_work = {lane for lane in self._at_work if lane.busy}
 
     def compose_ahead(self) -> None:
         """Compose what the connections at work will take next; for now most of them wait for the disk."""
@@ -9322,9 +9316,6 @@ class Dispatcher(Loop):
                 await self._deliver(lane, claim, composed)
         finally:
             lane.busy -= 1
-            if not lane.busy:
-                self.count_sent()
-                self._at_work.discard(lane)
             self._mark(lane)
 
     def _part_with(self, lane: Lane, session: Session) -> None:
@@ -9578,9 +9569,10 @@ class Dispatcher(Loop):
             disposition = disposition._replace(deferred_ts=lane.next_try_ts())
         used = slots_used(claim, attempt, disposition)
         await self._record(Outcome(claim, attempt, disposition, sent=used))
-        if disposition is SENT_TO_ALL and not self.log_deliveries:
+        if disposition.status is Status.SENT:
+            self._at_work.add(lane)
             lane.waits_s.append(max(0.0, attempt.ended_at - claim.ready_at))
-        else:
+        if disposition is not SENT_TO_ALL or self.log_deliveries:
             self._tell(claim, attempt, disposition)
         lane.windows.count(self.clock.monotonic(), used)
         if used < claim.slots:
@@ -9619,12 +9611,10 @@ class Dispatcher(Loop):
     def _tell(self, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
         label, connection = self.metrics.label(claim.account_id), attempt.connection or None
         if disposition.status is Status.SENT:
-            self.metrics.count_ended(label, disposition)
-            self.metrics.waits(label).observe(max(0.0, attempt.ended_at - claim.ready_at))
             if disposition.error is not None:
-                self._say(
-                    claim, "message sent to some", logging.WARNING, connection=connection, error=disposition.error
-                )
+                self.metrics.messages_partly_refused.labels(label).inc()
+                error = disposition.error
+                self._say(claim, "message sent to some", logging.WARNING, connection=connection, error=error)
             elif self.log_deliveries:
                 self._say(claim, "message sent", connection=connection, recipients=len(attempt.replies))
         elif disposition.status is Status.ERROR:
