@@ -17435,7 +17435,7 @@ def fields_table(fields: Mapping[str, mailproxy.Field]) -> str:
     """Fields of a JSON object that clients send, as Markdown."""
     lines = ["| field | type | meaning |", "|---|---|---|"]
     for name, (kind, meaning, required) in fields.items():
-        types = re.sub(r"(\w+)\[\]", r"list of \1", kind).replace(" | ", " or ")
+        types = re.sub(r"(\w+)\[\]", r"list of \1s", kind).replace(" | ", " or ")
         words = meaning.replace("<", "\\<")  # which would make a link of an address
         lines.append(f"| `{name}`{'*' if required else ''} | {types} | {words} |")
     needed = ["", "\\* must be there"] if any(field.required for field in fields.values()) else []
