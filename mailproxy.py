@@ -12116,6 +12116,7 @@ class Demo:
 def demo(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Five messages through a daemon of their own."""
     configure_logging("error", "text")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background program has it ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # tidies up just as well
     with tempfile.TemporaryDirectory(prefix="mailproxy-demo-") as folder:
         with contextlib.suppress(*([KeyboardInterrupt] if args.keep else [])):

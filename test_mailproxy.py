@@ -17003,6 +17003,17 @@ def test_compose_starts_the_image_beside_a_prometheus_and_a_grafana_that_know_of
     assert "admin" not in grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD"]
 
 
+def test_the_demo_that_is_kept_ends_at_sigterm_also_where_nobody_can_press_ctrl_c(tmp_path: Path) -> None:
+    told = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, "-u", STARTER, "demo", "--keep"]
+    environment = {**_plain_environment(), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(told, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert any("It goes on until" in line for line in process.stdout)
+        process.terminate()
+        assert process.wait(10) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- Prometheus and Grafana
 
 
