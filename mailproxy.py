@@ -930,8 +930,7 @@ AWS_VARIABLES = {  # that stand in for what [s3] leaves out; the first one wins
     "AWS_SESSION_TOKEN": "session_token", "AWS_ENDPOINT_URL_S3": "endpoint",
     "AWS_REGION": "region", "AWS_DEFAULT_REGION": "region",
 }  # fmt: skip
-# What Kubernetes puts into the environment about a Service whose name begins with mailproxy: no settings.
-SERVICE_LINK = re.compile(r"MAILPROXY_(.+_)?(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP)|PORT=(tcp|udp|sctp)://)")
+ENVIRONMENT_OF_KUBERNETES = re.compile(r"MAILPROXY_(.+_)?(SERVICE_(HOST|PORT)|PORT(_\d+_(TCP|UDP|SCTP)|=\w+://))")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -1004,7 +1003,7 @@ def _in_file(path: str) -> Iterator[tuple[str, str, str, str]]:
 def read_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
     """All settings, each judged for itself: what a client of the daemon needs; `overrides` are the command line's,
     by "section.key". Blocking: reads a file. Raises ConfigurationError."""
-    environ = {name: text for name, text in environ.items() if not SERVICE_LINK.match(f"{name}={text}")}
+    environ = {name: text for name, text in environ.items() if not ENVIRONMENT_OF_KUBERNETES.match(f"{name}={text}")}
     usual = (path for path in ("./config.ini", SYSTEM_CONFIG) if os.path.exists(path))
     path = config or environ.get("MAILPROXY_CONFIG") or next(usual, None)
     variables = {f"MAILPROXY_{row.section}_{row.key}".upper(): row for rows in TABLE.values() for row in rows}
