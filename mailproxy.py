@@ -1131,8 +1131,7 @@ def _revealed(settings: Settings, section: str, key: str, secret: Secret, enviro
 
 
 def api_tokens(settings: Settings, environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Every token that opens the HTTP side, read now; none means that nobody is asked for one.
-    Blocking: may read files. Raises ConfigurationError."""
+    """Every API token, read now; none means that nobody is asked for one. Blocking. Raises ConfigurationError."""
     tokens: list[str] = []
     for secret in settings.server.api_token:
         found = _revealed(settings, "server", "api_token", secret, environ).replace(",", " ").split()
@@ -1143,8 +1142,7 @@ def api_tokens(settings: Settings, environ: Mapping[str, str]) -> tuple[str, ...
 
 
 def load_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
-    """All settings, judged for themselves and together, as the daemon needs them. Blocking.
-    Raises ConfigurationError."""
+    """All settings, judged together, too, as the daemon needs them. Blocking. Raises ConfigurationError."""
     settings = read_settings(config, environ, overrides)
     check_listening(settings, api_tokens(settings, environ))
     for row in SETTINGS_TABLE:  # files that the clients of the daemon need not be able to read
@@ -1184,8 +1182,7 @@ MAILNAME = "/etc/mailname"
 
 
 def full_host_name() -> str:
-    """The name of this host with its domain, "" where it has none that means something elsewhere. Blocking: may ask the
-    name service."""
+    """The name of this host with its domain, "" where it has none that means something elsewhere. Blocking."""
     name = socket.gethostname()
     full_name = name if "." in name else socket.getfqdn(name)
     is_full = full_name.startswith(f"{name}.") or "." in name
@@ -6009,8 +6006,7 @@ class AttachmentFetcher:
         self._turns: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
 
     async def fetch_all(self, attachments: Sequence[Attachment]) -> tuple[Fetched | None, ...] | Reply:
-        """What the attachments of a message refer to, None for one that came with its content; or the
-        reply that says why it cannot be fetched."""
+        """What the attachments refer to, None for one that came with its content; or why it cannot be fetched."""
         fetched: list[Fetched | None] = []
         together = 0
         for attachment in attachments:
@@ -6026,8 +6022,7 @@ class AttachmentFetcher:
     def parts(
         self, attachments: Sequence[Attachment], fetched: Sequence[Fetched | None]
     ) -> tuple[Attachment, ...] | Reply:
-        """All parts of one message, or the reply that says why there are none. Blocks; the caller has
-        reserved the memory."""
+        """All parts of one message, or why there are none. Blocks; the caller has reserved the memory."""
         parts: list[Attachment] = []
         together = 0
         for attachment, one in zip(attachments, fetched, strict=True):
@@ -7126,8 +7121,7 @@ _SUBMISSION_FIELD = re.compile(rb"(?im)^X-Mailproxy-(Account|Priority|Id)[ \t]*:
 
 
 class Listener:
-    """A server on asyncio's streams with a bounded number of clients: each is served by the run() of what `client`
-    makes, which is waited for when it stops while it is `busy`."""
+    """A server with a bounded number of clients, each served by what `client` makes; a `busy` one is waited for."""
 
     client: Callable[[asyncio.StreamReader, asyncio.StreamWriter, str, bool], Any]
 
@@ -7145,8 +7139,7 @@ class Listener:
         return tuple(listening.getsockname()[:2] for listening in listener.sockets)
 
     async def start_unix(self, path: str, mode: int = 0o660) -> None:
-        """Listens on a Unix socket of this mode, in the place of one that a crash left behind. OSError when a living
-        process listens there, or a file is in the way."""
+        """Listens on a Unix socket of this mode. OSError when a living process does, or a file is in the way."""
         with socket.socket(socket.AF_UNIX) as probe:  # asyncio removes any socket that it finds
             probe.settimeout(1)
             with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
@@ -7352,8 +7345,7 @@ class SmtpSession(Served):
         return text
 
     async def _content(self, file: tempfile.SpooledTemporaryFile[bytes], in_memory: int) -> tuple[int, str]:
-        """Read a mail into the file, up to CRLF . CRLF; return its size, and the reply to one that cannot be taken, which is
-        read to its end, too."""
+        """Read a mail into the file, to its end; return its size, and the reply to one that cannot be taken."""
         left, size, refusal, after_crlf, most = self._buffer, 0, "", True, self.server.most_bytes()
         while True:
             end = 0 if after_crlf and left.startswith(b".\r\n") else left.find(b"\r\n.\r\n") + 2
@@ -7709,8 +7701,8 @@ def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, objec
 def parse_large_json_object(body: bytes, judged: str | None = None) -> dict[str, object]:
     """The same of a large body; 413 for one of so many values that they would take the memory. Blocking. Long strings
     are read separately: each step is short, and between two the event loop gets the interpreter."""
-    values = sum(number_of(mark, body) * weight for mark, weight in ((b"[", 1), (b"{", 1), (b'"', 0.5)))
-    if values > JSON_VALUES and values - 0.5 * number_of(b'\\"', body) > JSON_VALUES:  # less the quotes within texts
+    values = body.count(b"[") + body.count(b"{") + body.count(b'"') / 2
+    if values > JSON_VALUES and values - body.count(b'\\"') / 2 > JSON_VALUES:  # less the quotes within texts
         raise HttpError(413, f"the JSON has more than {JSON_VALUES} values")
     cut: dict[str, str] = {}
     with contextlib.suppress(HttpError, ValueError):
@@ -7719,11 +7711,6 @@ def parse_large_json_object(body: bytes, judged: str | None = None) -> dict[str,
         if not cut:  # none of them was the name of a field
             return content
     return parse_json_object(body, judged)  # finds the words for what is wrong
-
-
-def number_of(mark: bytes, body: bytes) -> int:
-    """How often a mark is there, nearly exactly; counted in short steps. Blocking."""
-    return sum(body.count(mark, start, start + STEP_BYTES) for start in range(0, len(body), STEP_BYTES))
 
 
 def without_long_strings(body: bytes, cut: dict[str, str]) -> bytes:
@@ -10326,8 +10313,7 @@ class ControlPlane:
         return json_response({**answer, **({"warnings": warnings} if warnings else {})})
 
     async def store(self, judged: Sequence[Submission], rejected: list[dict[str, object]]) -> tuple[int, list[str]]:
-        """Store what was judged; return how many are queued, and the ids that are known. What is refused is added to
-        `rejected`; everybody is told."""
+        """Store what was judged, and tell everybody; return how many are queued, and the ids that are known."""
         lanes = self.dispatcher.lanes  # an account may be gone meanwhile
         judged = [one if one.account_id in lanes or one.flaw else one._replace(flaw=NOT_FOUND) for one in judged]
         accepted, known = [], []
@@ -10777,8 +10763,7 @@ class SystemdNotifier:
 
 
 def spooled_files(spool: str) -> list[str]:
-    """The oldest files in the spool, which is made where it is missing; a dot begins the name of what is not whole, or
-    set aside. Blocking. Raises OSError."""
+    """The oldest files in the spool; a dot begins the name of what is not whole, or set aside. Blocking: OSError."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(spool)
         os.chmod(spool, 0o1733)  # whatever the umask
@@ -10859,8 +10844,7 @@ class Daemon:
     # -- the life of it
 
     async def run(self, *, started: Callable[[str], None] = lambda url: None, signals: bool = True) -> int:
-        """Serve until stop() or a signal; `started` learns where it listens. Returns the exit status. Raises
-        ConfigurationError when it cannot start."""
+        """Serve until stop() or a signal; return the exit status. Raises ConfigurationError when it cannot start."""
         self._tokens = tuple(token.encode() for token in api_tokens(self.settings, self._environ))
         configured = configured_accounts(self.settings)
         loop = asyncio.get_running_loop()
@@ -11295,27 +11279,9 @@ CLOCK = "%Y-%m-%d %H:%M:%S"
 class CommandFailed(MailproxyError):
     """A command could not do what it was asked to; the text says why, `status` is that of sysexits.h."""
 
-    def __init__(self, sentence: str, status: int = os.EX_TEMPFAIL) -> None:
+    def __init__(self, sentence: str, status: int = os.EX_TEMPFAIL, http_status: int = 0) -> None:
         super().__init__(sentence)
-        self.status = status
-
-
-class DaemonAnswer(NamedTuple):
-    """What a daemon answered; a refusal is an answer too."""
-
-    http_status: int
-    text: str  # as it came
-    fields: dict[str, Any]
-
-    def granted(self) -> dict[str, Any]:
-        """The fields. Raises CommandFailed where they are a refusal."""
-        if self.http_status == 401:
-            raise CommandFailed("the daemon requires a valid token: set MAILPROXY_TOKEN", os.EX_NOPERM)
-        if not self.fields["ok"]:
-            later = self.http_status >= 500 or self.http_status in (408, 429)
-            reason = self.fields.get("error", f"HTTP {self.http_status}")
-            raise CommandFailed(str(reason), os.EX_TEMPFAIL if later else os.EX_UNAVAILABLE)
-        return self.fields
+        self.status, self.http_status = status, http_status
 
 
 class Client(NamedTuple):
@@ -11325,14 +11291,26 @@ class Client(NamedTuple):
     token: str | None = None
     certificate: str | None = None  # the daemon's own, from its config.ini
 
-    def ask(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> DaemonAnswer:
-        """One request. Raises CommandFailed when no daemon answers, ConfigurationError for what is no URL."""
+    def ask(
+        self, method: str, path: str, fields: Mapping[str, object] | None = None, *, shown: bool = False
+    ) -> dict[str, Any]:
+        """The fields of the answer to one request, which is printed as it came when it is to be `shown`. Raises
+        CommandFailed when it is a refusal, but for one that names single messages, or when no daemon answers."""
         status, content = self.fetch(method, path, fields)
+        answered: Any = None
         with contextlib.suppress(ValueError):
             answered = json.loads(content)
-            if isinstance(answered, dict) and "ok" in answered:
-                return DaemonAnswer(status, content.decode("utf-8", "backslashreplace"), answered)
-        raise CommandFailed(f"{self.url} answers (HTTP {status}), but not as mailproxy does")
+        if not isinstance(answered, dict) or "ok" not in answered:
+            raise CommandFailed(f"{self.url} answers (HTTP {status}), but not as mailproxy does")
+        if shown and status != 413:  # then smaller batches may be submitted
+            print(content.decode("utf-8", "backslashreplace").rstrip("\n"))
+        if status == 401:
+            raise CommandFailed("the daemon requires a valid token: set MAILPROXY_TOKEN", os.EX_NOPERM)
+        if not answered["ok"] and "rejected" not in answered:
+            may_pass = status >= 500 or status in (408, 429)
+            reason = str(answered.get("error", f"HTTP {status}"))
+            raise CommandFailed(reason, os.EX_TEMPFAIL if may_pass else os.EX_UNAVAILABLE, status)
+        return answered
 
     def fetch(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> tuple[int, bytes]:
         """The same, for the status and the bytes of the answer, whatever they are."""
@@ -11378,8 +11356,7 @@ def daemon_target(url: str) -> HttpTarget:
 def find_daemon(
     environ: Mapping[str, str], url: str | None = None, token: str | None = None, config: str | None = None
 ) -> Client:
-    """The daemon a command means: options, then environment, then the daemon's own config.ini. Blocking: reads files.
-    Raises ConfigurationError."""
+    """The daemon a command means: by options, environment, config.ini. Blocking. Raises ConfigurationError."""
     url = (url or environ.get("MAILPROXY_URL", "")).rstrip("/")
     token = token or environ.get("MAILPROXY_TOKEN") or None
     if token:
@@ -11460,8 +11437,7 @@ def facts(*pairs: tuple[str, object]) -> list[str]:
 
 
 def paint(text: str, kind: str) -> str:
-    """Green, yellow or red, by the first letter of a reply or a status. In a terminal that can, unless NO_COLOR
-    (no-color.org) asks for none."""
+    """Green, yellow or red in a terminal, by the first letter of a reply or a status; NO_COLOR (no-color.org): none."""
     colour = {"2": "32", "s": "32", "4": "33", "d": "33", "5": "31", "e": "31"}.get(kind[:1])
     plain = not on_terminal() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return text if colour is None or plain else f"\x1b[{colour}m{text}\x1b[0m"
@@ -11546,13 +11522,13 @@ COLUMNS = MESSAGE_FIELDS.keys() - {"raw"}
 def submit(client: Client, messages: Sequence[Mapping[str, object]], *, show: bool) -> dict[str | None, str]:
     """Submit some messages; return by id why they were refused, or KNOWN where the daemon had them already. Raises
     CommandFailed when none of them was even judged."""
-    answer = client.ask("POST", "/commands/add-messages", {"messages": messages})
-    if answer.http_status == 413 and len(messages) > 1:  # the daemon wants smaller batches
+    try:
+        fields = client.ask("POST", "/commands/add-messages", {"messages": messages}, shown=show)
+    except CommandFailed as failure:
+        if failure.http_status != 413 or len(messages) < 2:
+            raise
         half = len(messages) // 2
         return submit(client, messages[:half], show=show) | submit(client, messages[half:], show=show)
-    if show:
-        print(answer.text.rstrip("\n"))
-    fields = answer.fields if "rejected" in answer.fields else answer.granted()
     reasons = {entry["id"]: entry["reason"] for entry in fields["rejected"]}
     return reasons | dict.fromkeys(fields.get("known", ()), KNOWN)
 
@@ -11601,8 +11577,7 @@ def _file_content(path: str) -> bytes:
 
 
 def send_csv(client: Client, path: str, common: Mapping[str, Any], *, show_answers: bool) -> int:
-    """Submit the rows of a CSV file, with what they have in common; 1 when some were refused. What went out in an
-    earlier run does not go out again. Raises ConfigurationError, CommandFailed."""
+    """Submit the rows of a CSV file; 1 when some were refused. Raises ConfigurationError, CommandFailed."""
     rows = csv_rows(path, known_anyway=common)
     bar = on_terminal() and not show_answers
     clear = "\r\x1b[K" if bar else ""
@@ -11845,8 +11820,7 @@ class SendmailCall(NamedTuple):
 
 
 def sendmail_call(words: Sequence[str]) -> SendmailCall:
-    """The options of sendmail(8), in any order with the recipients; those that mean nothing here pass. Raises
-    CommandFailed."""
+    """The options of sendmail(8), in any order; those that mean nothing here pass. Raises CommandFailed."""
     import getopt
 
     end = words.index("--") if "--" in words else len(words)
@@ -12060,7 +12034,7 @@ class Demo:
     # -- the part of the application
 
     async def _ask(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> dict[str, Any]:
-        return (await asyncio.to_thread(self._client.ask, method, path, fields)).granted()
+        return await asyncio.to_thread(self._client.ask, method, path, fields)
 
     async def _submit(self) -> None:
         """Five messages, named after what will happen to them."""
@@ -12234,8 +12208,7 @@ def _message_row(record: Mapping[str, Any], now: float) -> tuple[Any, ...]:
 
 
 def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, object]) -> NoReturn:
-    """The newest messages of a list, then each one that is new or has changed, until Ctrl-C. A daemon that goes away is
-    waited for."""
+    """The newest messages, then each one that is new or has changed, until Ctrl-C; a daemon that is away is waited for."""
     known: dict[str, object] | None = None  # how the messages were at the last look
     away = False
     while True:
@@ -12274,12 +12247,11 @@ def _newest(client: Client, filters: Mapping[str, object], known: Mapping[str, o
 
 
 def _page(client: Client, query: Mapping[str, object]) -> dict[str, Any]:
-    return client.ask("GET", f"/messages?{urllib.parse.urlencode(query)}").granted()
+    return client.ask("GET", f"/messages?{urllib.parse.urlencode(query)}")
 
 
 def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    """Ask the daemon once and show its answer: as it came with --json, else in words for people. 1 when it left
-    messages as they are: they are named, by why."""
+    """Ask the daemon once and show its answer. 1 when it left messages as they are: they are named, by why."""
     client = find_daemon(environ, args.url, args.token, args.config)
     id_, account = (urllib.parse.quote(getattr(args, name, None) or "", safe="") for name in ("id", "account"))
     method, path = request.format(id=id_, place=f"account/{account}" if account else "commands").split(" ")
@@ -12298,10 +12270,7 @@ def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Ma
         _follow(client, args, filters)
     if filters:
         path = f"{path}?{urllib.parse.urlencode(filters)}"
-    answer = client.ask(method, path, {"ids": args.ids} if "ids" in args else None)
-    if args.json:
-        print(answer.text.rstrip("\n"))
-    fields = answer.granted()
+    fields = client.ask(method, path, {"ids": args.ids} if "ids" in args else None, shown=args.json)
     if not args.json:
         while fields.get("next") and len(fields["messages"]) < args.limit:  # a search may take more than one answer
             more = {"after": fields["next"], "limit": args.limit - len(fields["messages"])}
@@ -12313,8 +12282,8 @@ def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Ma
         print(words.format(whose=whose, messages=messages) if isinstance(words, str) else "\n".join(words(fields)))
         if fields.get("next"):
             print(f"There are more; --after {fields['next']} shows them.", file=sys.stderr)
-    if path == "/status" and (problem := client.ask("GET", "/ready").fields.get("error")):
-        raise CommandFailed(f"not ready: {problem}")
+    if path == "/status":
+        client.ask("GET", "/ready")
     reasons = {"not_found": "not found", "not_failed": "not failed", "in_delivery": "in delivery"}
     left_out = [f"{why}: {', '.join(fields[key])}" for key, why in reasons.items() if "ids" in args and fields.get(key)]
     if left_out:
@@ -12348,7 +12317,7 @@ def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
             speak_smtp(keep, local_names(settings.sendmail), settings.attachments.max_message_bytes)
         elif call.mode == "p":
             client = find_daemon(environ, config=config)
-            queue = client.ask("GET", f"/messages?active_only=1&limit={LISTING_LIMIT}").granted()
+            queue = client.ask("GET", f"/messages?active_only=1&limit={LISTING_LIMIT}")
             print("\n".join(_messages_in_words(queue) if queue["messages"] else ["Mail queue is empty"]))
         return os.EX_OK
     except MailproxyError as error:
@@ -12466,8 +12435,7 @@ def show_servers(settings: Settings, configured: Sequence[Account], environ: Map
 
 
 def own_address(account: Account) -> str:
-    """A sender that the server may know: the login name when it is an address, else a name at the server's domain; ""
-    (which RFC 5321 4.5.5 wants to be taken) where there is none."""
+    """A sender that the server may know: the login name, or a name at the server's domain; "" (RFC 5321 4.5.5)."""
     user, host = account.user or "", account.host.rstrip(".")
     if user.isascii() and re.fullmatch(r"[^@\s<>]+@[^@\s<>]+", user):
         return user
@@ -12739,7 +12707,6 @@ COMMANDS = (
 EXAMPLES = """\
 mailproxy serve --config /etc/mailproxy/config.ini
 mailproxy check --connect
-mailproxy check --config new.ini && mv new.ini config.ini
 mailproxy send --from shop@example.com --to jane@example.com --subject Hi --body "Thank you!"
 mailproxy send --from a@x.example --to b@x.example --subject May --attach may.pdf --body - < text
 mailproxy send newsletter.eml --to jane@example.com --id newsletter-7-jane
@@ -12749,7 +12716,6 @@ mailproxy backup /var/backups/mailproxy.db
 mailproxy status --json | jq .pending
 mailproxy messages --status error
 mailproxy messages --to ann@example.net --since 1d
-mailproxy messages --refused --last 20
 mailproxy messages --follow
 mailproxy messages --status error --json | jq -r '.messages[].id' | xargs mailproxy retry
 mailproxy message invoice-4711
@@ -12806,8 +12772,7 @@ def parsed(words: Sequence[str]) -> tuple[Command, argparse.Namespace]:
 
 
 def run(words: Sequence[str]) -> int:
-    """One command, its failure made a sentence: 0 when it is done, 1 when it failed, 2 for usage or configuration.
-    sendmail has the exit statuses of sysexits.h."""
+    """One command, its failure made a sentence; the exit status."""
     try:
         status = 0 if words else 2
         match words:

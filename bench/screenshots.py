@@ -71,7 +71,7 @@ async def main(folder: Path) -> None:
             ("/account", account),
             ("/commands/add-messages", {"messages": [*bills, {**letter, "subject": "News", "body": "."}]}),
         ):
-            (await asyncio.to_thread(client.ask, "POST", path, fields)).granted()
+            await asyncio.to_thread(client.ask, "POST", path, fields)
         await asyncio.sleep(3)
         await asyncio.to_thread(take, f"{client.url}/", folder)
         running.cancel()
