@@ -3974,7 +3974,7 @@ class Queue:
         now, first = self._now(), self.file.last_seq + 1
         at = int(now)
         self.file.last_seq += len(submissions)
-        rows, most_at_once, inserted, done = [], 32, 0, 0
+        rows, most_at_once, inserted, done = [], 32, list[Any](), 0
         for seq, s in enumerate(submissions, first):
             waits = s.deferred_ts is not None and s.deferred_ts > now
             schedule = (s.deferred_ts, "schedule", s.deferred_ts) if waits else (None, None, now)
@@ -3985,10 +3985,10 @@ class Queue:
                 most_at_once = 1
         while done < len(rows):
             n = min(most_at_once, 1 << (len(rows) - done).bit_length() - 1)
-            values = list(itertools.chain.from_iterable(rows[done : done + n]))
-            inserted, done = inserted + db.execute(INSERT_ROWS[n], values).rowcount, done + n
+            inserted.append(db.execute(INSERT_ROWS[n], list(itertools.chain.from_iterable(rows[done : done + n]))))
+            done += n
         stored = [True] * len(rows)
-        if inserted < len(rows):
+        if sum(cursor.rowcount for cursor in inserted) < len(rows):
             there = {row[0] for row in db.execute("SELECT seq FROM messages WHERE seq >= :first", {"first": first})}
             stored = [row[0] in there for row in rows]
         new = list(itertools.compress(zip(rows, submissions, strict=True), stored))
@@ -4027,8 +4027,9 @@ class Queue:
         taken: list[list[Claim]] = []
 
         def work(db: Database, _: object) -> list[None]:
-            for order in orders:
-                taken.append(self._ready(db, order))
+            asked = [self._ask_for_ready(db, order) for order in orders]  # of all, before the first is read
+            for order, found in zip(orders, asked, strict=True):
+                taken.append(self._best(order, *found))
                 self._on_wire.update((claim.seq, claim) for claim in taken[-1])
             if self.file.instance and any(taken):
                 seqs = self.file.listed([claim.seq for claims in taken for claim in claims])
@@ -4043,17 +4044,22 @@ class Queue:
             raise
         return taken
 
-    def _ready(self, db: Database, order: Order) -> list[Claim]:
-        """The best ready messages that are not on the wire: by priority, and within one new and retried mail in turn."""
+    def _ask_for_ready(self, db: Database, order: Order) -> tuple[Any, Iterable[Any], Iterable[Any]]:
+        """Whether the lane is this daemon's (None: it is the only one); its ready mail, new and retried, that is not on
+        the wire."""
         on_wire = list(self._on_wire.values())  # a copy: the loop's thread may take some out meanwhile
         taken = self.file.listed(
             [claim.seq for claim in on_wire if claim.account_id == order.account_id] + list(order.passed_over)
         )
         values = {"account": order.account_id, "most": order.most, "on_wire": taken, "small": SMALL_PAYLOAD_BYTES}
+        lane = {"account": order.account_id, "instance": self.file.instance}
+        leased = db.execute(LEASED, lane) if self.file.instance else None
+        new, retried = (_rows(db, CLAIM_COLUMNS, READY, values | {"turn": turn}) for turn in (0, 1))
+        return leased, new, retried
+
+    def _best(self, order: Order, leased: Any, *both: Iterable[Any]) -> list[Claim]:
+        """The best of what is ready: by priority, and within one new and retried mail in turn."""
         ranked: list[tuple[int, int, bool, Claim]] = []
-        values["instance"] = self.file.instance
-        leased = db.execute(LEASED, values) if self.file.instance else None
-        both = [_rows(db, CLAIM_COLUMNS, READY, values | {"turn": turn}) for turn in (0, 1)]
         if leased and not leased.fetchone():
             return []
         for turn, rows in enumerate(both):
@@ -4678,8 +4684,8 @@ SCHEMA_LOCK = 0x6D61696C  # of those who start together: one makes the tables
 BEGIN = (
     "BEGIN",
     "SELECT set_config('lock_timeout', '5s', true), set_config('statement_timeout', '30s', true), "
-    "set_config('idle_in_transaction_session_timeout', '5s', true)",
-    "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') IN ('off', 'local')",
+    "set_config('idle_in_transaction_session_timeout', '5s', true), CASE "
+    "WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN set_config('synchronous_commit', 'on', true) END",
     "SELECT last_seq, last_report, changes FROM counters FOR UPDATE",
 )
 # Where SQLite says the one, PostgreSQL says the other.
