@@ -3972,6 +3972,25 @@ def test_what_was_asked_before_the_end_is_written_and_nothing_afterwards(tmp_pat
         asyncio.run(file.write(insert(20)))
 
 
+def test_who_asked_together_the_last_time_shares_a_commit_again_though_one_comes_after_the_other(
+    tmp_path: Path,
+) -> None:
+    commits: list[float] = []
+
+    async def write(first: int, turns: int) -> int:
+        before = len(commits)
+        writes = []
+        for x in range(first, first + 10):
+            writes.append(asyncio.ensure_future(file.write(insert(x))))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        await asyncio.gather(*writes)
+        return len(commits) - before
+
+    with queue_file(tmp_path, observe=commits.append) as (file, run):
+        assert [run(write(10, 0)), run(write(20, 3))] == [1, 1]
+
+
 def test_while_the_disk_writes_the_loop_can_do_something(tmp_path: Path) -> None:
     with queue_file(tmp_path) as (file, run):
         done: list[str] = []
