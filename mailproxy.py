@@ -10189,15 +10189,15 @@ class ControlPlane:
         )
 
     async def show_console(self, request: Request) -> Response:
-        """The console, a page for a browser."""
+        """Show the console, a page for a browser."""
         return self._console
 
     async def check_health(self, request: Request) -> Response:
-        """Liveness; touches no storage."""
+        """Check liveness; touches no storage."""
         return json_response({"ok": True, "status": "ok"})
 
     async def check_ready(self, request: Request) -> Response:
-        """Readiness: the storage answers, both loops turn."""
+        """Check readiness: the storage answers, both loops run."""
         if problem := self.stalled_loop():
             raise HttpError(503, problem, code="internal")
         if self.leases is not None and self.leases.buried:
@@ -10222,7 +10222,7 @@ class ControlPlane:
         return None
 
     async def get_status(self, request: Request) -> Response:
-        """What waits, and the state of each account."""
+        """Show what waits, and the state of each account."""
         tallies, oldest_ts = await self.queue.tallies()
         self.dispatcher.count_sent()
         now = self.clock.monotonic()
@@ -10269,7 +10269,7 @@ class ControlPlane:
         return {id_: as_json(self._lane(lane, now)) for id_, lane in self.dispatcher.lanes.items() if lane.mine}
 
     async def get_metrics(self, request: Request) -> Response:
-        """Metrics for Prometheus."""
+        """Show metrics for Prometheus."""
         tallies, oldest = await self.queue.tallies()
         self.dispatcher.count_sent()
         metrics = self.metrics
@@ -10287,7 +10287,7 @@ class ControlPlane:
         return Response(200, await self.in_thread(metrics.exposition), "text/plain; version=0.0.4; charset=utf-8")
 
     async def get_openapi(self, request: Request) -> Response:
-        """This document."""
+        """Describe the HTTP interface (this document)."""
         paths: dict[str, dict[str, object]] = {}
         for row in self.routes():
             paths.setdefault(row.pattern, {})[row.method.lower()] = operation_of(row)
@@ -10412,7 +10412,7 @@ class ControlPlane:
                 event(self.log, logging.WARNING, "message rejected", message=entry["id"], reason=entry["reason"])
 
     async def run_now(self, request: Request) -> Response:
-        """Wake dispatch and reporting at once."""
+        """Deliver and report at once."""
         await request.json_object()  # no field is known, but a bad body is told
         self.reporter.run_now()
         self.dispatcher.run_now()
@@ -10422,19 +10422,19 @@ class ControlPlane:
         return json_response({"ok": True})
 
     async def suspend(self, request: Request) -> Response:
-        """Deliver nothing, or nothing of a batch, also after a restart; submission and reporting go on."""
+        """Suspend delivery, or that of a batch, also over a restart; submission and reporting go on."""
         return await self._switch(request, active=False)
 
     async def activate(self, request: Request) -> Response:
-        """Deliver again, or a batch again."""
+        """Resume delivery, or that of a batch."""
         return await self._switch(request, active=True)
 
     async def suspend_account(self, request: Request) -> Response:
-        """Deliver nothing through an account, also after a restart."""
+        """Suspend delivery through an account, also over a restart."""
         return await self._switch(request, active=False)
 
     async def activate_account(self, request: Request) -> Response:
-        """Deliver through an account again, at once."""
+        """Resume delivery through an account, at once."""
         return await self._switch(request, active=True)
 
     async def _switch(self, request: Request, *, active: bool) -> Response:
@@ -10476,7 +10476,7 @@ class ControlPlane:
         return json_response({"ok": True, "removed": removed, "not_found": not_found, "in_delivery": on_wire})
 
     async def retry_messages(self, request: Request) -> Response:
-        """Give failed messages a new life."""
+        """Queue failed messages again."""
         ids = ids_of(await request.json_object())
         queued, not_found, not_failed, of_no_account = await self.queue.retry(ids, self.dispatcher.lanes)
         self.dispatcher.wake(self.dispatcher.lanes)
@@ -10500,7 +10500,7 @@ class ControlPlane:
         return json_response({"ok": True, "removed": removed})
 
     async def list_messages(self, request: Request) -> Response:
-        """Messages in order of acceptance."""
+        """List messages in order of acceptance."""
         return Response(200, self._listing(**asked(request.query, LISTING)))
 
     async def _listing(
@@ -10535,7 +10535,7 @@ class ControlPlane:
         return shown() if record.size_bytes <= JSON_AT_ONCE_BYTES else await self.in_thread(shown)
 
     async def get_message(self, request: Request) -> Response:
-        """A message and the timeline of its attempts."""
+        """Show a message and the timeline of its attempts."""
         with_contents = asked(request.query, CONTENT).get("content", False)
         found = await self.queue.look_up(request.parameters["id"])
         if found is None:
@@ -10545,7 +10545,7 @@ class ControlPlane:
         return Response(200, b'{"ok": true, "message": %b, "attempts": %b}\n' % (shown, as_json(attempts).encode()))
 
     async def get_eml(self, request: Request) -> Response:
-        """A message as it goes on the wire; what has to be fetched is fetched now."""
+        """Show a message as it goes on the wire; what has to be fetched is fetched now."""
         claim = await self.queue.as_claim(request.parameters["id"])
         if claim is None:
             raise HttpError(404, NO_MESSAGE)
@@ -10563,7 +10563,7 @@ class ControlPlane:
             self.dispatcher.memory.give_back(self, composed.memory_bytes)
 
     async def list_accounts(self, request: Request) -> Response:
-        """Accounts, without their secrets."""
+        """List accounts, without their secrets."""
         accounts = [account_fields(lane.account) for lane in self.dispatcher.lanes.values()]
         return json_response({"ok": True, "accounts": accounts})
 
