@@ -3142,14 +3142,9 @@ class Metrics:
         for instrument in (
             self.messages_accepted, self.messages_sent, self.messages_failed, self.messages_partly_refused,
             self.messages_deferred, self.rate_limited, self.queue_wait_seconds, self.smtp_connects,
-            self.smtp_transaction_seconds,
+            self.smtp_transaction_seconds, self.account_up, self.smtp_connections,
         ):  # fmt: skip
             instrument.remove_by_labels({"account": account_id})
-
-    def hide(self, account_id: str) -> None:
-        """End the series of a lane that is not run here any more."""
-        for gauge in (self.account_up, self.smtp_connections):
-            gauge.remove_by_labels({"account": account_id})
 
     def count_ended(self, label: str, disposition: Disposition) -> None:
         """A message is final: sent, to some of its recipients at least, or failed."""
@@ -4734,9 +4729,10 @@ POSTGRES_SCHEMA = f"""
 CREATE TABLE counters (last_seq BIGINT NOT NULL, last_report BIGINT NOT NULL, changes BIGINT NOT NULL);
 INSERT INTO counters VALUES (0, 0, 0);               -- changes: of what daemons keep in memory
 CREATE TABLE nodes (                                 -- the daemons; until_ts by the clock of the database
-    node TEXT PRIMARY KEY, instance TEXT NOT NULL UNIQUE, until_ts TIMESTAMP WITH TIME ZONE NOT NULL, accounts TEXT
+    node TEXT PRIMARY KEY, instance TEXT NOT NULL UNIQUE, until_ts TIMESTAMP WITH TIME ZONE NOT NULL,
+    accounts TEXT NOT NULL, shown TEXT NOT NULL
 );
-CREATE TABLE leases (account_id TEXT PRIMARY KEY, instance TEXT NOT NULL, shown TEXT);  -- '': the reporter
+CREATE TABLE leases (account_id TEXT PRIMARY KEY, instance TEXT NOT NULL);  -- '': the reporter
 CREATE TABLE claims (seq BIGINT PRIMARY KEY, instance TEXT NOT NULL);  -- what is on the wire
 CREATE TABLE commits (                               -- the number of each writer's last one
     writer TEXT PRIMARY KEY, number BIGINT NOT NULL, at TIMESTAMP WITH TIME ZONE NOT NULL
@@ -4750,7 +4746,6 @@ END $$;
 CREATE TRIGGER changed AFTER INSERT OR UPDATE OR DELETE ON accounts EXECUTE FUNCTION count_change();
 CREATE TRIGGER changed AFTER INSERT OR UPDATE OR DELETE ON suspensions EXECUTE FUNCTION count_change();
 CREATE TRIGGER changed AFTER INSERT OR UPDATE OR DELETE ON suspended_batches EXECUTE FUNCTION count_change();
-CREATE TRIGGER changed AFTER INSERT OR UPDATE OF accounts ON nodes EXECUTE FUNCTION count_change();
 CREATE TRIGGER changed AFTER INSERT OR UPDATE ON switches
     FOR EACH ROW WHEN (new.name <> 'answers') EXECUTE FUNCTION count_change();
 CREATE FUNCTION tally_update() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -5150,28 +5145,33 @@ LEASE_S = 15.0  # how long a node lasts that does not renew its row
 RENEWALS = 5  # in that time
 DRIFT_SHARE = 2 / 15  # of it, for clocks that do not run alike
 LOOK_PAUSE_S = 0.1  # between two looks, or two notifications, at least
-SHOW_PAUSE_S = 1.0  # between two times that the states of lanes are written for others
-QUIET_S = 60.0  # a lane that had no mail for so long is given up: who gets the next has it
-RENEW = "UPDATE nodes SET until_ts = clock_timestamp() + make_interval(secs => %(lease_s)s) WHERE instance = %(mine)s"
-SHOW = (
-    "UPDATE leases SET shown = new.value FROM json_each_text(%(shown)s) AS new "
-    "WHERE account_id = new.key AND instance = %(mine)s"
+RENEW = (
+    "UPDATE nodes SET until_ts = clock_timestamp() + make_interval(secs => %s), accounts = %s, shown = %s "
+    "WHERE instance = %s"
 )
 LOOK_AT_TABLES = (
     "SELECT changes, least((SELECT min(deferred_ts) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
     "AND deferred_ts IS NOT NULL), (SELECT min(expires_ts) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
-    "AND expires_ts IS NOT NULL)), EXISTS (SELECT 1 FROM messages WHERE report_order IS NOT NULL), "
+    "AND expires_ts IS NOT NULL), CAST('infinity' AS double precision)), "
+    "EXISTS (SELECT 1 FROM messages WHERE report_order IS NOT NULL), "
     "EXISTS (SELECT 1 FROM nodes WHERE until_ts <= clock_timestamp()), "
     "ARRAY(SELECT account_id FROM tallies WHERE ready > 0), "
-    "ARRAY(SELECT account_id FROM leases WHERE instance <> %(mine)s) FROM counters"
+    "ARRAY(SELECT account_id FROM leases WHERE instance <> %(mine)s), "
+    "(SELECT json_object_agg(node, CAST(accounts AS json)) FROM nodes WHERE instance <> %(mine)s) FROM counters"
 )
 ENTER = (
-    "INSERT INTO nodes VALUES (:node, :mine, clock_timestamp() + make_interval(secs => :lease_s), :accounts) "
+    "INSERT INTO nodes VALUES (:node, :mine, clock_timestamp() + make_interval(secs => :lease_s), :accounts, '{}') "
     "ON CONFLICT (node) DO NOTHING"
+)
+# Remove nodes, and all that they had: what was on the wire there may have been sent, or not.
+BURY = (
+    "WITH dead AS (DELETE FROM nodes WHERE until_ts <= clock_timestamp() OR instance = :gone RETURNING instance), "
+    "free AS (DELETE FROM leases WHERE instance IN (SELECT instance FROM dead)) "
+    "DELETE FROM claims WHERE instance IN (SELECT instance FROM dead)"
 )
 # A lane that has mail (the reporter is always wanted) and nobody has; or that is ours by a commit whose answer was lost.
 TAKE = (
-    "INSERT INTO leases SELECT id, :mine, NULL FROM unnest(CAST(:ids AS text[])) AS id "
+    "INSERT INTO leases SELECT id, :mine FROM unnest(CAST(:ids AS text[])) AS id "
     "WHERE EXISTS (SELECT 1 FROM nodes WHERE instance = :mine) "
     "AND (id = '' OR EXISTS (SELECT 1 FROM tallies WHERE account_id = id AND ready > 0)) "
     "ON CONFLICT (account_id) DO UPDATE SET instance = excluded.instance WHERE leases.instance = excluded.instance "
@@ -5184,45 +5184,38 @@ def uptime() -> float:
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-def digest_of(account: Account) -> str:
-    """Tells whether two nodes have the same account; so short that it does not tell the password."""
-    given = [getattr(value, "given", value) for value in account]
-    return hashlib.sha256(repr(given).encode()).hexdigest()[:4]
+def digests_of(accounts: Iterable[Account]) -> str:
+    """Tell whether two nodes have the same accounts (JSON); so short that they do not tell the passwords."""
+    given = {account.id: repr([getattr(value, "given", value) for value in account]) for account in accounts}
+    return as_json({id_: hashlib.sha256(said.encode()).hexdigest()[:4] for id_, said in given.items()})
 
 
 class Look(NamedTuple):
     """What the tables say to all nodes."""
 
-    changes: int  # goes up with each change of accounts, suspensions, switches and nodes
-    due_ts: float | None  # no row is due, or to be given up, before that
-    unreported: bool
-    dead: bool  # a node is to be buried
-    waiting: Sequence[str]  # accounts with ready mail
-    elsewhere: Sequence[str]  # lanes that other nodes have
+    changes: int = -1  # goes up with each change of accounts, suspensions and switches
+    due_ts: float = math.inf  # no row is due, or to be given up, before that
+    unreported: bool = False
+    dead: bool = False  # a node is to be buried
+    waiting: Sequence[str] = ()  # accounts with ready mail
+    elsewhere: Sequence[str] = ()  # lanes that other nodes have
+    accounts: Mapping[str, Mapping[str, str]] | None = None  # digests_of those of config.ini, by node
 
 
 class Leases:
-    """The row of this node, and the lanes that it has. It belongs to the event loop, but for what `_keep` does.
-
-    `seen` is told of each look; `shown` gives the states of the lanes here, as JSON, for the status of other nodes.
-    """
+    """The row of this node, and the lanes that it has. It belongs to the event loop, but for what `_keep` does."""
 
     def __init__(self, file: PostgresFile, node: str, look_s: Callable[[], float], log: logging.Logger) -> None:
         self.file, self.node, self._log = file, node, log
-        self.accounts: Mapping[str, str] = {}  # digests of those of config.ini
+        self.accounts = self._shown = "{}"  # digests_of those of config.ini; the states of the lanes, as JSON
         self.held: set[str] = set()
-        self.elsewhere: frozenset[str] = frozenset()
-        self.changes = -1
+        self.last, self.seen = Look(), asyncio.Event()
+        self.shown: Callable[[], Mapping[str, object]] = dict  # the states of the lanes here
         self.buried = True  # there is no row (any more), and so no lane
-        self.dead = False
-        self.seen: Callable[[Look], None] = lambda look: None
-        self.shown: Callable[[], Mapping[str, str]] = dict
         self._look_s, self._beat_s = look_s, LEASE_S / RENEWALS
         self._until = -math.inf  # nothing begins after that; all times are of uptime()
         self._well_since = self._unseen_since = math.inf  # renewals succeed; a look waits for the event loop
         self._told = self._look_now = self._leaving = False
-        self._to_show: dict[str, str] = {}
-        self._was_shown: Mapping[str, str] = {}
         self._loop = asyncio.get_running_loop()
         self._bell, self._ear = socket.socketpair()
         self._bell.setblocking(False)
@@ -5239,11 +5232,11 @@ class Leases:
     async def enter(self) -> None:
         """Begin, or begin anew, with no lanes. A row of this name is waited for: it may be that of a process that is
         gone. Raises ConfigurationError when it is renewed meanwhile, StorageUnavailable."""
-        values: dict[str, Any] = {"node": self.node, "lease_s": LEASE_S, "accounts": as_json(self.accounts)}
-        values["mine"] = secrets.token_hex(8)
+        mine = secrets.token_hex(8)
+        values = {"node": self.node, "mine": mine, "lease_s": LEASE_S, "accounts": self.accounts, "gone": ""}
 
         def work(db: Any) -> Any:
-            _bury(db, "node = :node AND until_ts <= clock_timestamp()", values)
+            db.execute(BURY, values)
             db.execute(ENTER, values)
             return db.execute("SELECT until_ts FROM nodes WHERE node = :node AND instance <> :mine", values).fetchone()
 
@@ -5251,11 +5244,11 @@ class Leases:
         began, before = uptime(), None
         while (found := await self.file.write(work)) is not None:
             if before not in (None, found):
-                raise ConfigurationError(f"The node {self.node} runs already; give each daemon a `node` of its own.")
+                raise ConfigurationError(f"the node {self.node} runs already: give each daemon a `node` of its own")
             before = found
             await asyncio.sleep(self._beat_s / 2)
             began = uptime()
-        self.file.instance, self.buried = values["mine"], False
+        self.file.instance, self.buried = mine, False
         self._until, self._unseen_since = began + LEASE_S * (1 - DRIFT_SHARE), math.inf
         if self._keeper.ident is None:
             self._keeper.start()
@@ -5267,79 +5260,59 @@ class Leases:
         self.held |= taken
         return taken
 
-    async def reports(self) -> bool:
-        """True when this node is the reporter; who is hears that there may be something to report."""
-        free = REPORTER not in self.elsewhere and self.lasts()
-        if REPORTER in self.held or (free and await self.take([REPORTER])):
-            return True
-        self.ring(tell=True)
-        return False
-
     async def give_up(self, ids: Sequence[str]) -> None:
         """Let others have these lanes, of which nothing is on the wire."""
         self.held.difference_update(ids)
-        gone = "DELETE FROM leases WHERE account_id = ANY(:ids) AND instance = :mine RETURNING 1"
-        await self._write(gone, ids=list(ids))
+        await self._write("DELETE FROM leases WHERE account_id = ANY(:ids) AND instance = :mine", ids=ids)
         self.ring(tell=True)
 
     async def bury(self) -> None:
         """Remove the nodes whose time is over: what they had is free."""
-        self.dead = False
-        await self.file.write(lambda db: _bury(db, "until_ts <= clock_timestamp()", {}))
+        self.last = self.last._replace(dead=False)
+        await self._write(BURY, gone="")
         self.ring(look=True)
 
     async def leave(self) -> None:
         """Give up all that is left, and end."""
         with contextlib.suppress(StorageUnavailable):
-            await self.file.write(lambda db: _bury(db, "instance = :mine", {"mine": self.file.instance}))
+            await self._write(BURY, gone=self.file.instance)
         self._leaving, self._until = True, -math.inf
         self.ring(tell=True)
         if self._keeper.ident is not None:
             await self._loop.run_in_executor(None, self._keeper.join, self._beat_s)
 
     async def everywhere(self) -> tuple[dict[str, dict[str, Any]], int]:
-        """What the node that has it shows of each lane, with its name; how many messages are on the wire."""
+        """Who has each lane, and what that node shows of it; how many messages are on the wire."""
 
         def work(db: Any) -> tuple[dict[str, dict[str, Any]], int]:
-            rows = db.execute("SELECT account_id, node, shown FROM leases JOIN nodes USING (instance)").fetchall()
-            lanes = {account_id: {**json.loads(shown or "{}"), "node": node} for account_id, node, shown in rows}
-            return lanes, db.execute("SELECT count(*) FROM claims").fetchone()[0]
+            lanes = db.execute("SELECT account_id, node FROM leases JOIN nodes USING (instance)")
+            nodes, (on_wire,) = db.execute("SELECT node, shown FROM nodes"), db.execute("SELECT count(*) FROM claims")
+            shown = {node: json.loads(said) for node, said in nodes}
+            return {id_: {**shown.get(node, {}).get(id_, {}), "node": node} for id_, node in lanes}, on_wire[0]
 
         return await self.file.read(work)
 
-    async def compare(self, accounts: Mapping[str, str]) -> None:
-        """Let other nodes see what accounts config.ini has now."""
-        self.accounts = accounts
-        new = "UPDATE nodes SET accounts = :accounts WHERE instance = :mine RETURNING 1"
-        await self._write(new, accounts=as_json(accounts))
-        self.ring(tell=True)
-
-    async def differing(self) -> set[tuple[str, str]]:
+    def differing(self) -> set[tuple[str, str]]:
         """Accounts of config.ini (the first) that another node (the second) has otherwise, or not at all."""
-        others, mine = "SELECT node, accounts FROM nodes WHERE node <> :node", self.accounts.items()
-        rows = await self.file.read(lambda db: db.execute(others, {"node": self.node}).fetchall())
-        return {(id_, node) for node, said in rows for id_, _ in mine ^ json.loads(said).items()}
+        mine, others = json.loads(self.accounts).items(), (self.last.accounts or {}).items()
+        return {(id_, node) for node, said in others for id_, _ in mine ^ said.items()}
 
     def ring(self, *, tell: bool = False, look: bool = False) -> None:
         """Have the other nodes look (there is mail for their lanes, a lane is free, something has changed); or look."""
         self._told, self._look_now = self._told or tell, self._look_now or look
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):
             self._bell.send(b"!")
 
     def _see(self, look: Look) -> None:
-        self._unseen_since = math.inf
-        self.elsewhere, self.changes, self.dead = frozenset(look.elsewhere), look.changes, look.dead
-        self.seen(look)
-        if not self._to_show:  # what was shown last is written
-            shown = self.shown()
-            self._to_show, self._was_shown = dict(shown.items() - self._was_shown.items()), shown
+        self.last, self._unseen_since, self._shown = look, math.inf, as_json(self.shown())
+        self.seen.set()
 
     # -- the keeper's thread
 
     def _keep(self) -> None:
         """Renew the row, look and notify the others, until this node leaves."""
         session: Any = None
-        renewed_at = looked_at = told_at = shown_at = -math.inf
+        renewed_at = looked_at = told_at = -math.inf
         while not self._leaving or self._told:
             now, pause_s = uptime(), LOOK_PAUSE_S
             try:
@@ -5353,9 +5326,6 @@ class Leases:
                     if self._told and (self._leaving or now >= told_at + LOOK_PAUSE_S):
                         self._told, told_at = False, now
                         session.execute("SELECT pg_notify('mailproxy', %s)", [self.node])
-                    if self._to_show and now >= shown_at + SHOW_PAUSE_S:
-                        (shown, self._to_show), shown_at = (self._to_show, {}), now
-                        session.execute(SHOW, {"mine": self.file.instance, "shown": as_json(shown)})
                     if now >= looked_at + (LOOK_PAUSE_S if self._look_now else min(self._look_s(), self._beat_s)):
                         self._look_now, looked_at = False, now
                         self._look(session, now)
@@ -5385,11 +5355,10 @@ class Leases:
         """Renew the row, unless the event loop hangs: then others are to take the lanes."""
         if self.buried or self._leaving or now - self._unseen_since > 2 * self._beat_s:
             return
-        values = {"mine": self.file.instance, "lease_s": LEASE_S}
-        if not session.execute(RENEW, values).rowcount:
+        if session.execute(RENEW, [LEASE_S, self.accounts, self._shown, self.file.instance]).rowcount:
+            self._until, self._well_since = now + LEASE_S * (1 - DRIFT_SHARE), min(self._well_since, now)
+        else:
             self.buried, self._until = True, -math.inf
-            return
-        self._until, self._well_since = now + LEASE_S * (1 - DRIFT_SHARE), min(self._well_since, now)
 
     def _look(self, session: Any, now: float) -> None:
         look = Look(*session.execute(LOOK_AT_TABLES, {"mine": self.file.instance}).fetchone())
@@ -5398,14 +5367,6 @@ class Leases:
         self._unseen_since = min(self._unseen_since, now)
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._see, look)
-
-
-def _bury(db: Any, which: str, values: Mapping[str, object]) -> None:
-    """Remove nodes, and all that they had: what was on the wire there may have been sent, or not."""
-    found = db.execute(f"DELETE FROM nodes WHERE {which} RETURNING instance", values).fetchall()  # noqa: S608 - constants
-    for table in ("leases", "claims") if found else ():
-        dead = {"dead": [row[0] for row in found]}
-        db.execute(f"DELETE FROM {table} WHERE instance = ANY(:dead)", dead)  # noqa: S608 - constants only
 
 
 # ======================================================================
@@ -8709,12 +8670,6 @@ class Lane:
         """The sessions that are open."""
         return sum(session.usable for session in self.sessions)
 
-    @property
-    def is_quiet(self) -> bool:
-        """Nothing is claimed, and nothing known of the server that others should not forget."""
-        at_work = self.ready or self.preparing or self.busy or self.windows.held
-        return not at_work and self.state in (LaneState.UP, LaneState.SUSPENDED)
-
     # -- what it learns
 
     def become(self, state: LaneState, until: float = math.inf) -> None:
@@ -8818,7 +8773,6 @@ class Dispatcher(Loop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._quiet_since: dict[str, float] = {}  # lanes that are mine and have no mail
         self._marked: dict[Lane, None] = {}  # lanes for the next turn to look at, in this order
         self._slots = Shares(self.settings.max_concurrency)  # a transaction each
         self._tasks: set[asyncio.Task[None]] = set()
@@ -8841,15 +8795,6 @@ class Dispatcher(Loop):
                 lane.has_mail = True
                 self._mark(lane)
         self.ring()
-
-    def see(self, look: Look, held: set[str]) -> None:
-        """There is mail in lanes that are ours or nobody's, or soon will be; others that we hold have none."""
-        now, lanes, before = self.clock.monotonic(), self.lanes, self._quiet_since
-        quiet = held - {REPORTER} - set(look.waiting)
-        self._quiet_since = {id_: before.get(id_, now if id_ in lanes else -math.inf) for id_ in quiet}
-        if look.due_ts is not None:  # the node that put it off goes first, if it is still there
-            self.queue.next_ts = min(self.queue.next_ts, look.due_ts + 1)
-        self.wake(set(look.waiting).difference(look.elsewhere))
 
     def run_now(self) -> None:
         """End all cooling and look at once; in test_mode the one way to get mail out."""
@@ -8915,7 +8860,6 @@ class Dispatcher(Loop):
         """Deliver nothing more in this lane; what is on the wire finishes, and counts for who has it then."""
         lane.mine = False
         self._recall(lane)
-        self.metrics.hide(lane.account.id)
         if lane.state is not LaneState.SUSPENDED:
             lane.become(LaneState.UP)
         if lane.windows.held:
@@ -8971,7 +8915,7 @@ class Dispatcher(Loop):
         if self.queue.file.refuses:
             await self.queue.answers()
         if self._cooled_may_go:
-            elsewhere = self.leases.elsewhere if self.leases else ()
+            elsewhere = self.leases.last.elsewhere if self.leases else ()
             own = [account_id for account_id in self.lanes if account_id not in elsewhere]
             self.wake(await self.queue.let_go(own, ("connection", "login")))
             self._cooled_may_go = False
@@ -9013,7 +8957,7 @@ class Dispatcher(Loop):
         event(self.log, logging.WARNING, "the wall clock was set", seconds=step_s)
 
     async def _look_after_leases(self, leases: Leases) -> bool:
-        """Give up the lanes that are lost, or had no mail for long; False while nothing may begin."""
+        """See whether this node still lasts; False while nothing may begin."""
         if leases.buried:  # others have the lanes by now
             for lane in self.lanes.values():
                 self._let_others(lane)
@@ -9022,21 +8966,9 @@ class Dispatcher(Loop):
             for lane in self.lanes.values():
                 self._recall(lane)
             return False
-        if leases.dead:
+        if leases.last.dead:
             await leases.bury()
-        now = self.clock.monotonic()
-        await self._give_up([id_ for id_, since in self._quiet_since.items() if now >= since + QUIET_S])
         return True
-
-    async def _give_up(self, account_ids: Iterable[str]) -> None:
-        """Let other nodes have those of these lanes of which nothing is on the wire."""
-        gone = [id_ for id_ in account_ids if id_ not in self.lanes or self.lanes[id_].is_quiet]
-        for account_id in gone:
-            self._quiet_since.pop(account_id, None)
-            if lane := self.lanes.get(account_id):
-                self._let_others(lane)
-        if gone and self.leases is not None:
-            await self.leases.give_up(gone)
 
     async def _take_lanes(self, leases: Leases) -> None:
         """Take those of the marked lanes that have mail, if nobody has them, and tell the nodes that have the others."""
@@ -9048,7 +8980,7 @@ class Dispatcher(Loop):
         for lane in others:
             del self._marked[lane]
             lane.has_mail = False
-        wanted = {lane.account.id for lane in others} - leases.elsewhere
+        wanted = {lane.account.id for lane in others}.difference(leases.last.elsewhere)
         taken = await leases.take(wanted) if wanted else set()
         for account_id in taken:
             standing = await self.queue.standing(account_id)
@@ -9641,10 +9573,14 @@ class Dispatcher(Loop):
             self._recall(lane)
 
     async def drained(self) -> None:
+        """Until nothing is on the wire; each lane goes to another node as soon as nothing of it is."""
         while True:
-            if self.leases is not None:
+            free = [lane for lane in self.lanes.values() if lane.mine and not lane.windows.held]
+            for lane in free:
+                lane.mine = False
+            if free and self.leases is not None:
                 with contextlib.suppress(StorageUnavailable):
-                    await self._give_up([id_ for id_, lane in self.lanes.items() if lane.mine])
+                    await self.leases.give_up([lane.account.id for lane in free])
             if not self._tasks:
                 return
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -9777,8 +9713,10 @@ class Reporter(Loop):
     async def turn(self) -> float:
         if self.delivery.test_mode and not self._pass_is_open:
             return REPORTER_SLEEP_S
-        if self.leases is not None and not await self.leases.reports():
-            return REPORTER_SLEEP_S
+        if (leases := self.leases) is not None and REPORTER not in leases.held:
+            leases.ring(tell=True)  # there may be something to report
+            if not leases.lasts() or REPORTER in leases.last.elsewhere or not await leases.take([REPORTER]):
+                return REPORTER_SLEEP_S
         house_is_kept = await self._keep_house()
         pause_s = await self._report() if self.client.client_sync_url is not None else REPORTER_SLEEP_S
         if pause_s > 0 and not self.dispatching():
@@ -10157,7 +10095,6 @@ class ControlPlane:
     _changes: int = -1  # of accounts and switches, up to which they are known
     _counted: dict[str, int] = field(default_factory=dict)  # commands that this node has followed
     _batches: set[str] = field(default_factory=set)  # that are suspended
-    _differing: set[tuple[str, str]] = field(default_factory=set)  # accounts that another node has otherwise
     _configured: Sequence[Account] = ()
     _wrote_at: float = -math.inf  # for a look whether the storage answers
     _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -10263,10 +10200,10 @@ class ControlPlane:
         left = lane.windows.left(now)
         return {**lane.status(), "connections": lane.connections, **({"limits_left": left} if left else {})}
 
-    def lanes_here(self) -> dict[str, str]:
+    def lanes_here(self) -> dict[str, object]:
         """The states of the lanes of this node, for the others to show."""
         now = self.clock.monotonic()
-        return {id_: as_json(self._lane(lane, now)) for id_, lane in self.dispatcher.lanes.items() if lane.mine}
+        return {id_: self._lane(lane, now) for id_, lane in self.dispatcher.lanes.items() if lane.mine}
 
     async def get_metrics(self, request: Request) -> Response:
         """Show metrics for Prometheus."""
@@ -10279,6 +10216,8 @@ class ControlPlane:
         metrics.reports_unacknowledged.set(sum(tally.unreported for tally in tallies.values()))
         metrics.scheduler_active.set(self.dispatcher.active)
         node = [self.leases.node] if self.leases else []
+        for gauge in (metrics.account_up, metrics.smtp_connections):
+            gauge.clear()  # other nodes may have some of the lanes by now
         for account_id, lane in self.dispatcher.lanes.items():
             if lane.mine:
                 metrics.account_up.labels(account_id, *node).set(lane.state not in IN_TROUBLE)
@@ -10617,38 +10556,36 @@ class ControlPlane:
         return ended
 
     async def renew_accounts(self, configured: Sequence[Account]) -> None:
-        """Take over the accounts of config.ini; they win over those added over HTTP. The mail of an account that is
-        gone stays where it is: it may come back."""
+        """Take over the accounts of config.ini; they win over those added over HTTP.
+
+        The mail of an account that is gone stays where it is: it may come back.
+        """
         async with self._one_at_a_time:
-            await self._renew_accounts(configured)
+            stored = stored_accounts(
+                await self.queue.accounts(), self.settings().delivery, functools.partial(event, self.log, logging.ERROR)
+            )
+            self._configured = configured
+            wanted = {account.id: account for account in (*stored, *configured)}
+            for account_id in self.dispatcher.lanes.keys() - wanted.keys():
+                is_stored = self.dispatcher.lanes[account_id].account.source != "config"
+                self.dispatcher.remove_lane(account_id)
+                if is_stored and self.leases is not None:  # deleted through another node, and mail was accepted since
+                    await self._fail_orphans(account_id)
+            for account in wanted.values():
+                if account.id not in self.dispatcher.lanes:
+                    self.dispatcher.add_lane(account, await self.queue.standing(account.id))
+                elif account != self._account(account.id):
+                    await self.queue.let_go([account.id])
+                    self.dispatcher.replace_account(account)
 
-    async def _renew_accounts(self, configured: Sequence[Account]) -> None:
-        stored = stored_accounts(
-            await self.queue.accounts(), self.settings().delivery, functools.partial(event, self.log, logging.ERROR)
-        )
-        self._configured = configured
-        wanted = {account.id: account for account in (*stored, *configured)}
-        for account_id in self.dispatcher.lanes.keys() - wanted.keys():
-            is_stored = self.dispatcher.lanes[account_id].account.source != "config"
-            self.dispatcher.remove_lane(account_id)
-            if is_stored and self.leases is not None:  # deleted through another node; here some was accepted meanwhile
-                await self._fail_orphans(account_id)
-        for account in wanted.values():
-            if account.id not in self.dispatcher.lanes:
-                self.dispatcher.add_lane(account, await self.queue.standing(account.id))
-            elif account != self._account(account.id):
-                await self.queue.let_go([account.id])
-                self.dispatcher.replace_account(account)
-
-    async def follow(self, leases: Leases) -> None:
-        """Take over what was changed through other nodes."""
-        changes, dispatcher = leases.changes, self.dispatcher
+    async def follow(self, changes: int) -> None:
+        """Take over what was changed through other nodes, up to that count of changes."""
         if changes == self._changes:
             return
+        await self.renew_accounts(self._configured)
         async with self._one_at_a_time:
-            await self._renew_accounts(self._configured)
+            dispatcher, switches = self.dispatcher, await self.queue.switches()
             accounts, batches = await self.queue.suspensions()
-            switches, differing = await self.queue.switches(), await leases.differing()
             new = {name for name in switches if switches[name] > self._counted.get(name, 0) and self._changes >= 0}
             for id_, lane in dispatcher.lanes.items():
                 if (lane.state is LaneState.SUSPENDED) is not (id_ in accounts) or f"renew {id_}" in new:
@@ -10661,10 +10598,7 @@ class ControlPlane:
             if "run_now" in new:
                 self.reporter.run_now()
                 dispatcher.run_now()
-            for account_id, node in sorted(differing - self._differing):
-                what = "an account of config.ini differs from that of another node"
-                event(self.log, logging.WARNING, what, account=account_id, node=node)
-            self._changes, self._batches, self._counted, self._differing = changes, batches, switches, differing
+            self._changes, self._batches, self._counted = changes, batches, switches
 
     async def _tell_nodes(self, command: str = "") -> None:
         """Have other nodes take over what was changed, and do the same: run_now, or try the server of an account now."""
@@ -10836,7 +10770,6 @@ class Daemon:
         self._tokens: tuple[bytes, ...] = ()
         self._waits = False  # for its database
         self._leases: Leases | None = None
-        self._changed = asyncio.Event()  # perhaps: through another node
         self._queue = Queue(
             queue_file(
                 settings.storage.db_path,
@@ -10886,7 +10819,7 @@ class Daemon:
             dispatcher.active = bool((await queue.switches()).get("active", self.settings.scheduler.active))
             await self._control.renew_accounts(configured)
             if self._leases is not None:
-                self._leases.accounts = {account.id: digest_of(account) for account in configured}
+                self._leases.accounts = digests_of(configured)
                 await self._leases.enter()
         except StorageUnavailable as error:
             if self._leases is None:
@@ -10902,7 +10835,7 @@ class Daemon:
             self._leases = Leases(
                 queue.file, self._node, lambda: self.settings.delivery.send_interval_seconds, self._log
             )
-            self._leases.seen, self._leases.shown = self._see, lambda: self._control.lanes_here()
+            self._leases.shown = lambda: self._control.lanes_here()
         memory_bytes = settings.attachments.memory_budget_bytes
         self._agent = await delivery_agent(self._environ, self._network)
         self._reporter = Reporter(
@@ -11007,23 +10940,23 @@ class Daemon:
             )
         return most
 
-    def _see(self, look: Look) -> None:
-        """Several machines: what a look at the tables tells the loops."""
-        assert self._leases is not None
-        self._dispatcher.see(look, self._leases.held)
-        if look.unreported or REPORTER not in look.elsewhere:
-            self._reporter.ring()
-        self._changed.set()
-
     async def _follow(self, leases: Leases) -> None:
-        """Take over what was changed through other nodes."""
+        """Several machines: tell the loops what each look at the tables shows."""
+        told = set[tuple[str, str]]()
         while True:
-            await self._changed.wait()
-            self._changed.clear()
-            try:
-                await self._control.follow(leases)
-            except StorageUnavailable:  # the next look is soon
-                continue
+            await leases.seen.wait()
+            leases.seen.clear()
+            look = leases.last  # who put a row off goes first, if it is still there
+            self._queue.next_ts = min(self._queue.next_ts, look.due_ts + 1)
+            self._dispatcher.wake(set(look.waiting).difference(look.elsewhere))
+            if look.unreported or REPORTER not in look.elsewhere:
+                self._reporter.ring()
+            for account_id, node in sorted(leases.differing() - told):
+                what = "an account of config.ini differs from that of another node"
+                event(self._log, logging.WARNING, what, account=account_id, node=node)
+            told = leases.differing()
+            with contextlib.suppress(StorageUnavailable):  # the next look is soon
+                await self._control.follow(look.changes)
 
     async def _serve(self, where: str, started: Callable[[str], None], configured: Sequence[Account]) -> int:
         node, pid = self._leases and self._leases.node, os.getpid()
@@ -11039,7 +10972,8 @@ class Daemon:
         }
         beside = [asyncio.create_task(self._renew()), asyncio.create_task(self._take_spool())]
         if self._leases is not None:
-            beside.append(asyncio.create_task(self._follow(self._leases)))
+            beside.append(asyncio.create_task(self._follow(self._leases), name="follower"))
+            loops.add(beside[-1])
         asked = asyncio.create_task(self._stopping.wait(), name="stop")
         accounts = [lane.account for lane in self._dispatcher.lanes.values()]
         for warning in await self._work(
@@ -11149,7 +11083,7 @@ class Daemon:
                 self._agent.contexts.clear()  # certificates may have changed
                 await self._control.renew_accounts(accounts)
                 if self._leases is not None:
-                    await self._leases.compare({account.id: digest_of(account) for account in accounts})
+                    self._leases.accounts = digests_of(accounts)
                 self._smtp.names = await self._network(lambda: local_names(self.settings.sendmail))
                 event(self._log, logging.INFO, "configuration reloaded", needs_restart=", ".join(fixed) or None)
             except ConfigurationError as error:
