@@ -10854,12 +10854,12 @@ def test_connections_that_are_open_log_in_as_soon_as_the_first_is_in(tmp_path: P
 def test_a_server_that_trickles_costs_its_own_mail_a_timeout_and_nobody_else_anything(
     tmp_path: Path, smtp: SmtpServer
 ) -> None:
-    slow = {"timeout": 0.5, "max_connections": 1, "max_messages_per_connection": 1}
+    slow = {"timeout": 1, "max_connections": 1, "max_messages_per_connection": 1}
     with MoodySmtpServer() as moody, SleepyDaemon(tmp_path, {"delivery": {"retry_delays": 3600}}, smtp=smtp) as daemon:
         ask(daemon, "/account", account_at("slow", moody, **slow))
         for verb, attempts, error in (
-            ("MAIL", 1, "no answer within 0.5 s"), ("RCPT", 1, "no answer within 0.5 s"),
-            ("DATA", 1, "no answer within 0.5 s"), ("GREETING", 0, "no answer in time"), ("EHLO", 0, "no answer in time"),
+            ("MAIL", 1, "no answer within 1 s"), ("RCPT", 1, "no answer within 1 s"),
+            ("DATA", 1, "no answer within 1 s"), ("GREETING", 0, "no answer in time"), ("EHLO", 0, "no answer in time"),
         ):  # fmt: skip
             moody.moods[verb] = deque(["trickle"])
             daemon.submit(letter(verb, account_id="slow"), letter(f"other {verb}"))
