@@ -176,7 +176,7 @@ def run(plan: Plan, folder: Path, tell: Callable[[str], None] = print) -> Verdic
             node.daemon.wait_until_serving()
         enough = threading.Event()
         stack.callback(enough.set)
-        clients = [NodesClient(number, plan.seed, nodes, enough) for number in range(plan.clients)]
+        clients = [NodesClient(number, plan.seed, nodes, enough) for number in range(3 * plan.clients)]
         for client in clients:
             client.start()
         troubles = trouble_again_and_again(plan, nodes, database, tell)
