@@ -5333,7 +5333,8 @@ class Leases:
                     pause_s = min(self._look_s(), self._beat_s)
             except Exception as error:  # the row runs out, unless the next try is better
                 if self._well_since < math.inf:
-                    event(self._log, logging.WARNING, "the lease cannot be renewed", node=self.node, error=self.file.why(error))
+                    why = self.file.why(error)
+                    event(self._log, logging.WARNING, "the lease cannot be renewed", node=self.node, error=why)
                 with contextlib.suppress(Exception):
                     session.close()
                 session, self._well_since = None, math.inf
