@@ -4483,6 +4483,7 @@ class Queue:
             ended.append(SUSPEND)
         every = {"suspended": 0, "first": 0, "last": LARGEST_INTEGER, "most": LARGEST_INTEGER}
         await self._do(*ended, batch_code=batch_code, **every)
+        self.suspended_batches.discard(batch_code)  # which may have been read again meanwhile
 
     async def _mark_batch(self, batch_code: str, suspended: int) -> bool:
         """Have the pending messages of a batch in the part of the index that claims look at (0), or in the other (2);
@@ -9576,10 +9577,10 @@ class Dispatcher(Loop):
     async def drained(self) -> None:
         """Until nothing is on the wire; each lane goes to another node as soon as nothing of it is."""
         while True:
-            free = [lane for lane in self.lanes.values() if lane.mine and not lane.windows.held]
+            free = [lane for lane in self.lanes.values() if self.leases and lane.mine and not lane.windows.held]
             for lane in free:
                 lane.mine = False
-            if free and self.leases is not None:
+            if free and self.leases:
                 with contextlib.suppress(StorageUnavailable):
                     await self.leases.give_up([lane.account.id for lane in free])
             if not self._tasks:
