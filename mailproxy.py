@@ -974,7 +974,7 @@ def _value(origin: str, section: str, key: str, text: str) -> Any:
 
 
 def _in_file(path: str) -> Iterator[tuple[str, str, str, str]]:
-    """What stands in config.ini: origin, section, key, text. Blocking. Errors name lines, never their text: it may hold a secret."""
+    """Origin, section, key, text of each setting in config.ini. Blocking. Errors never quote a line: secrets."""
     import configparser
 
     parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
@@ -5392,9 +5392,9 @@ CODINGS = (*UNDONE_CODINGS, "br", "zstd", "compress", "x-compress", "dcb", "dcz"
 
 # What is not on the public Internet (RFC 6890 and its registry), spelled out because
 # ipaddress.is_global differs between releases of Python and counts multicast as public.
-# 100.64: behind a carrier's NAT, metadata of some clouds; 168.63.129.16: public by its number, the host's own services in
-# Azure; 169.254: link-local, metadata of most clouds; 192.88.99: 6to4 relays; from 224 on: multicast, reserved, broadcast.
-# From 2001::/23 on: protocol assignments (Teredo among them), documentation, 6to4 (may hold any IPv4 address), documentation.
+# 100.64: behind a carrier's NAT, metadata of some clouds; 168.63.129.16: public by its number, services of Azure; 169.254:
+# link-local, metadata of most clouds; 192.88.99: 6to4 relays; from 224 on: multicast, reserved, broadcast. From 2001::/23
+# on: protocol assignments (with Teredo), documentation, 6to4 (may hold any IPv4 address), documentation.
 NOT_PUBLIC = """0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 168.63.129.16/32 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24
     192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4
     2001::/23 2001:db8::/32 2002::/16 3fff::/20"""
@@ -5470,7 +5470,7 @@ class AddressPolicy:
             if named or is_public(number):
                 allowed.append(address)
         if addresses and not allowed:
-            reason = f"the address {addresses[0][1][0]} of {host} is not public, and [attachments] allow_hosts does not name it"
+            reason = f"{host} ({addresses[0][1][0]}) is not public, and [attachments] allow_hosts does not name it"
             raise HttpFailure(reason, transient=False)
         return allowed
 
@@ -5535,8 +5535,7 @@ class WholeAnswer(http.client.HTTPResponse):
 
 
 def connected(target: HttpTarget, deadline: HttpDeadline, resolve: Resolver, trust: Trust) -> socket.socket:
-    """A socket for a request to the target, by TLS if it is https; the deadline keeps it, and closes it in the end. It
-    is connected to an address that was looked up once and judged by `resolve`."""
+    """A socket to an address that `resolve` has judged, with TLS for https; the deadline keeps it, and closes it."""
     addresses, failure = resolve(target.host, target.port), OSError("the name has no address")
     for tried, (family, address) in enumerate(addresses):
         deadline.socket = plain = socket.socket(family, socket.SOCK_STREAM)
@@ -5588,9 +5587,8 @@ def http_request(
     is_gzip_file: Callable[[Mapping[str, str]], bool] = lambda headers: False,
 ) -> HttpAnswer:
     """One request, one answer of whatever status. Blocks up to `timeout_s`, if the name is found in time. Of a GET
-    without headers some `redirects` are followed, each judged anew; beyond these they are answers. The body of a
-    success goes `into` a file when there is one, as it came where its headers say `is_gzip_file`. Without a policy the
-    URL is the operator's. Proxies of the environment are not used: they would connect to what nobody has judged."""
+    without headers some `redirects` are followed, each judged anew. The body of a success goes `into` a file when there
+    is one, as it came where its headers say `is_gzip_file`. Proxies of the environment are not used."""
     target = asked_at(url)
     deadline = HttpDeadline(timeout_s)
     try:
@@ -5869,9 +5867,8 @@ def sign_s3(
     region: str,
     now: float,
 ) -> dict[str, str]:
-    """`headers` and those that make a request to S3 authentic at this time (signature version 4); `keys` are the key
-    id, the secret, and the session token if there is one. The path of the target is signed as it is sent: every segment
-    encoded once, nothing normalised."""
+    """`headers` and those that sign a request to S3 (version 4) at this time; `keys` are key id, secret, session token.
+    The path of the target is signed as it is sent: every segment encoded once, nothing normalised."""
     stamp = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
     sent = {name.lower(): value for name, value in headers.items()}
     sent |= {"host": target.netloc, "x-amz-content-sha256": payload_sha256, "x-amz-date": stamp}
@@ -5951,9 +5948,8 @@ def copy_regular_file(base: str, steps: Sequence[str], max_bytes: int, into: Bin
 
 @dataclass(eq=False, repr=False)
 class AttachmentFetcher:
-    """Gets the bytes of attachments, each once in a burst, into files: a slow server holds no memory. The files lie in
-    `folder` and have no names. Secrets are read in the thread of a fetch; one that cannot be read defers the
-    message."""
+    """Gets the bytes of attachments, each once in a burst, into files without names in `folder`: a slow server holds no
+    memory. A secret that cannot be read defers the message."""
 
     settings: AttachmentSettings
     client: ClientSettings
@@ -5972,7 +5968,7 @@ class AttachmentFetcher:
         self._client_trust = functools.cache(functools.partial(tls_context, self.client.ca_file))
         # Under way, or done and of use until then (monotonic); what was used last stands last.
         self._fetches: dict[object, tuple[asyncio.Task[Fetched | Reply], float]] = {}
-        self._turns: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
+        self._hosts: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
 
     async def fetch_all(self, attachments: Sequence[Attachment]) -> tuple[Fetched | None, ...] | Reply:
         """What the attachments refer to, None for one that came with its content; or why it cannot be fetched."""
@@ -6014,7 +6010,7 @@ class AttachmentFetcher:
         return failed_fetch(f"the attachments together are larger than the {most} bytes allowed", 552)
 
     async def fetch(self, attachment: Attachment) -> Fetched | Reply:
-        """One attachment that is elsewhere, or why it cannot be fetched. Who asks while a fetch is under way joins it."""
+        """One attachment that is elsewhere, or why it cannot be fetched. A fetch that is under way is joined."""
         key = (*attachment[1:3], attachment.s3, attachment.content_md5, is_gzip_file(attachment, {}))  # where, and what
         task, until = self._fetches.pop(key, (None, 0.0))
         outcome = "fetched"
@@ -6024,7 +6020,7 @@ class AttachmentFetcher:
             if isinstance(fetched, Reply) or fetched.keep_s:
                 outcome = "cached"
         if outcome == "fetched":
-            task = asyncio.create_task(self._fetch_in_turn(attachment), name="attachment")
+            task = asyncio.create_task(self._fetch_when_free(attachment), name="attachment")
             self._fetches[key] = task, math.inf
             task.add_done_callback(functools.partial(self._keep, key))
             fetched = await asyncio.shield(task)
@@ -6050,21 +6046,21 @@ class AttachmentFetcher:
             if fetched is None or kept > KEPT_FILES or size_bytes > self.settings.cache_bytes:
                 del self._fetches[other]
 
-    async def _fetch_in_turn(self, attachment: Attachment) -> Fetched | Reply:
+    async def _fetch_when_free(self, attachment: Attachment) -> Fetched | Reply:
         url = attachment.s3.endpoint if attachment.s3 else attachment.location
         try:
             host = http_target(url or "").netloc
         except ValueError:  # the configuration knows where, or the fetch itself will say it
             host = attachment.source.value
-        turns = self._turns.setdefault(host, asyncio.Semaphore(FETCHES_PER_HOST))
+        free = self._hosts.setdefault(host, asyncio.Semaphore(FETCHES_PER_HOST))
         timeout_s = self.settings.timeout_seconds
         try:
             async with asyncio.timeout(timeout_s):
-                await turns.acquire()
+                await free.acquire()
         except TimeoutError:
             return failed_fetch(f"{host} is still busy with other attachments", 451)
         call = asyncio.ensure_future(self.in_thread(functools.partial(self._fetch_blocking, attachment)))
-        call.add_done_callback(lambda _: turns.release())  # a call that hangs keeps its turn
+        call.add_done_callback(lambda _: free.release())  # a call that hangs keeps its place
         # It ends itself in time, but for the look-up of a name and a file server that hangs.
         await asyncio.wait([call], timeout=timeout_s + 1)
         return call.result() if call.done() else failed_fetch(f"no answer from {host} within {timeout_s:g} s", 451)
@@ -7075,7 +7071,7 @@ class DeliveryAgent:
 #
 # A strict little SMTP server (RFC 5321, RFC 6409) for mail on its way out: the listener, `sendmail -bs` and the mail
 # server of the demo share it. Its invariant: 250 to the end of data is said when the mail is on disk. Only CRLF . CRLF
-# ends a mail, and one with a bare CR or LF in it is refused, so that nobody can hide a second one inside. All is bounded.
+# ends a mail, and one with a bare CR or LF in it is refused, so that nobody can hide a second one in it. All is bounded.
 
 READ_BYTES = 65_536
 COMMAND_BYTES, AUTH_BYTES = 4_096, 12_288  # RFC 4954 4
@@ -7236,7 +7232,7 @@ def reply_to_submission(id_: str, reason: object) -> str:
 
 @dataclass(slots=True, eq=False, repr=False)
 class SmtpSession(Served):
-    """One client, its commands answered in turn; replies gather until it is waited for (RFC 2920 3.2)."""
+    """One client, its commands answered one after another; replies gather until it is waited for (RFC 2920 3.2)."""
 
     server: SmtpServer
     busy: bool = False  # a mail is coming in, or being stored
@@ -7597,8 +7593,7 @@ class Request:
         return await self.in_thread(lambda: parse_large_json_object(body, judged))
 
     def read_head(self, head: bytes) -> str:
-        """Fill in what a head says, and return the target; HttpError for one that is not strictly right. No folding, no
-        white space before the colon (RFC 9112 5), one Host that can be one (3.2)."""
+        """Fill in what a head says, and return the target; HttpError for one that is not strictly right (RFC 9112)."""
         self.id = request_id_in(head)
         line, _, fields = head.decode("latin-1").removeprefix("\r\n").partition("\r\n")
         parts = REQUEST_LINE.fullmatch(line)
@@ -7668,8 +7663,7 @@ def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, objec
 
 
 def parse_large_json_object(body: bytes, judged: str | None = None) -> dict[str, object]:
-    """The same of a large body; 413 for one of so many values that they would take the memory. Blocking. Long strings
-    are read separately: each step is short, and between two the event loop gets the interpreter."""
+    """The same of a large body; 413 for one of too many values. Blocking, in steps that let the event loop run."""
     values = body.count(b"[") + body.count(b"{") + body.count(b'"') / 2
     if values > JSON_VALUES and values - body.count(b'\\"') / 2 > JSON_VALUES:  # less the quotes within texts
         raise HttpError(413, f"the JSON has more than {JSON_VALUES} values")
@@ -7891,7 +7885,7 @@ class ServedConnection(Served):
         return await route.handler(request)
 
     async def _receive(self, timeout_s: float) -> None:
-        """Add what the client sends next to the buffer. HttpError 408 when nothing comes in time, 400 when nothing will."""
+        """Add what the client sends next to the buffer. HttpError 408 when it is late, 400 when there is no more."""
         try:
             async with asyncio.timeout(timeout_s):
                 received = await self.reader.read(READ_BYTES)
@@ -7919,8 +7913,7 @@ class ServedConnection(Served):
         return head
 
     async def _read_body(self, length: int | None, *, kept: bool) -> bytes:
-        """A body of this length, or in chunks when it is None (RFC 9112 7.1); b"" unless it is to be kept. Extensions
-        and trailers are passed over."""
+        """A body of this length, or in chunks when it is None (RFC 9112 7.1); b"" unless it is to be kept."""
         body = io.BytesIO(bytes(length or 0)) if kept else None  # to grow is to copy; its getvalue() is no copy
         if length is not None:
             await self._copy(length, body)
@@ -8053,7 +8046,7 @@ class HttpServer(Listener):
         if methods:
             request.route = next(iter(methods.values())).pattern
         if self.foreign(request):
-            sentence = "the request may come from a page of another site: use 127.0.0.1 in the URL, or set api_token in [server]"
+            sentence = "the request may come from a page of another site: use 127.0.0.1, or set api_token in [server]"
             raise HttpError(403, sentence, code="foreign_origin")
         if not (route and route.public) and not self.authorised(request):
             sentence = "Invalid or missing API token"
@@ -10082,7 +10075,7 @@ Judged = tuple[list[Submission], list[dict[str, object]], dict[str, Sequence[str
 
 @dataclass(slots=True, eq=False, repr=False)
 class ControlPlane:
-    """The handlers of the route table: their names and first lines are those of openapi.json. Accounts change one at a
+    """The handlers of the route table: their names and docstrings are those of openapi.json. Accounts change one at a
     time, on disk before it is in force: what the storage refuses has changed nothing."""
 
     queue: Queue
@@ -10558,10 +10551,7 @@ class ControlPlane:
         return ended
 
     async def renew_accounts(self, configured: Sequence[Account]) -> None:
-        """Take over the accounts of config.ini; they win over those added over HTTP.
-
-        The mail of an account that is gone stays where it is: it may come back.
-        """
+        """Take over the accounts of config.ini, which win over those of HTTP; mail of one that is gone stays."""
         async with self._one_at_a_time:
             stored = stored_accounts(
                 await self.queue.accounts(), self.settings().delivery, functools.partial(event, self.log, logging.ERROR)
@@ -10682,7 +10672,7 @@ WORK_THREADS = 4
 OPEN_FILES = 65_536  # wanted; what the machine allows counts
 HTTP_SHARE = 4  # one in so many of them, at most
 SPOOL_PAUSE_S = 2.0  # between two looks into it
-SPOOL_TURN = 1000  # files of one look
+SPOOL_FILES = 1000  # files of one look
 
 
 class SystemdNotifier:
@@ -10710,7 +10700,7 @@ def spooled_files(spool: str) -> list[str]:
         os.mkdir(spool)
         os.chmod(spool, 0o1733)  # whatever the umask
     with os.scandir(spool) as entries:
-        return sorted(itertools.islice((entry.path for entry in entries if entry.name[0] != "."), SPOOL_TURN))
+        return sorted(itertools.islice((entry.path for entry in entries if entry.name[0] != "."), SPOOL_FILES))
 
 
 def spooled_content(path: str, most_bytes: int) -> bytes:
@@ -11095,7 +11085,7 @@ class Daemon:
             self._systemd.tell("READY=1")
 
     def _read_again(self) -> tuple[Settings, list[str], Sequence[str], list[Account]]:
-        """The configuration as it is now, but for what stays until a restart (named); its tokens and accounts. Blocking."""
+        """The configuration as it is now, but for what stays until a restart (named); tokens, accounts. Blocking."""
         assert self._reload is not None
         settings, fixed = renewed(self.settings, self._reload())
         tokens = api_tokens(settings, self._environ)
@@ -11157,9 +11147,8 @@ class Daemon:
 
     def _is_foreign(self, request: Request) -> bool:
         """True for what a page of another site may have a browser send to the loopback address of its reader, where no
-        token is asked for, which it cannot have: its Origin (RFC 6454 7) is not ours, Sec-Fetch-Site says so, or it asks by
-        a name that anybody can own and let point here (DNS rebinding). Over a Unix socket only a proxy passes such requests
-        on: its names and TLS are its own."""
+        token is asked for: its Origin (RFC 6454 7) is not ours, Sec-Fetch-Site says so, or it asks by a name that
+        anybody can let point here (DNS rebinding). Over a Unix socket a proxy has names and TLS of its own."""
         if self._tokens:
             return False
         headers, over_unix = request.headers, request.peer == "unix"
@@ -11351,9 +11340,8 @@ def cut(text: str, width: int, *, middle: bool = False) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], kinds: Sequence[str] = ()) -> list[str]:
-    """Lines of aligned columns, those of the rows in the colours of their kinds. Where they are too wide for the
-    terminal, long ids and addresses lose their middle and texts their end, the widest first; then the last column its
-    end, for it says why; then the lines."""
+    """Lines of aligned columns, in the colours of their kinds. Where they are too wide for the terminal, long ids and
+    addresses lose their middle and texts their end, the widest first; then the last column its end; then the lines."""
     width = output_width()
     cells = [[_escaped("" if cell is None else str(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(map(text_width, column)) for column in zip(*cells, strict=True)]
@@ -11462,8 +11450,7 @@ COLUMNS = MESSAGE_FIELDS.keys() - {"raw"}
 
 
 def submit(client: Client, messages: Sequence[Mapping[str, object]], *, show: bool) -> dict[str | None, str]:
-    """Submit some messages; return by id why they were refused, or KNOWN where the daemon had them already. Raises
-    CommandFailed when none of them was even judged."""
+    """Submit messages; return by id why they were refused, or KNOWN. Raises CommandFailed when none was judged."""
     try:
         fields = client.ask("POST", "/commands/add-messages", {"messages": messages}, shown=show)
     except CommandFailed as failure:
@@ -11566,8 +11553,7 @@ def send_csv(client: Client, path: str, common: Mapping[str, Any], *, show_answe
 
 
 def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int, dict[str, str | None]]]:
-    """The rows of a CSV file by column, each with its line. Blocking. Raises ConfigurationError, CommandFailed. Every
-    column means a field of a message, once; and what every message needs is there."""
+    """The rows of a CSV file by column, each with its line. Blocking. Raises ConfigurationError, CommandFailed."""
     import csv
 
     try:
@@ -11599,8 +11585,7 @@ def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int
 
 def csv_message(row: Mapping[str, str | None], common: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, Any]:
     """The message that a row means; an empty cell is left out, but for an empty subject. Attachments are names of files
-    with commas between, or JSON. Without an id it has one that the same row has again in the next run; a row that is
-    there twice has two. Raises Rejected, CommandFailed."""
+    with commas between, or JSON. An id that is made up is the same in the next run. Raises Rejected, CommandFailed."""
     if None in row:
         raise Rejected("more cells than columns")
     fields: dict[str, Any] = {name: cell for name, cell in row.items() if cell or (name == "subject" and cell == "")}
@@ -11817,9 +11802,8 @@ def login_name() -> str:
 
 
 def submit_or_keep(settings: Settings, environ: Mapping[str, str], fields: Mapping[str, object]) -> str | None:
-    """Hand a message of this machine over, or keep it for the daemon; the reason where it is refused. By submit_socket
-    where there is one: not everybody may read the token. Blocking. Raises ConfigurationError where that may not be, and
-    CommandFailed."""
+    """Hand a message over (by submit_socket where there is one: not everybody may read the token), or keep it for the
+    daemon; the reason where it is refused. Blocking. Raises ConfigurationError, CommandFailed."""
     local, spool = settings.server.submit_socket, settings.sendmail.spool
     try:
         by_socket = local and not environ.get("MAILPROXY_URL")
@@ -11905,7 +11889,7 @@ class Demo:
         return 0
 
     def _tell(self, who: str, whom: str, about: str, what: str) -> None:
-        """Something passed, about a message or its recipient; it is shown in its turn."""
+        """Something passed, about a message or its recipient; it is shown later, in order."""
         at_s = time.monotonic() - self._started_at
         id_ = f"{about.partition('@')[0]:<12}" if about else ""
         self._lines.put_nowait(
@@ -12150,7 +12134,7 @@ def _message_row(record: Mapping[str, Any], now: float) -> tuple[Any, ...]:
 
 
 def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, object]) -> NoReturn:
-    """The newest messages, then each one that is new or has changed, until Ctrl-C; a daemon that is away is waited for."""
+    """The newest messages, then what is new or has changed, until Ctrl-C; a daemon that is away is waited for."""
     known: dict[str, object] | None = None  # how the messages were at the last look
     away = False
     while True:

@@ -6247,7 +6247,7 @@ def test_a_forbidden_address_and_a_wrong_scheme_fail():
         forbidden = fetched(from_url(server.url()), allow_hosts=())
         assert server.connections == 0
 
-    assert_failed(forbidden, transient=False, saying="127.0.0.1 is not public")
+    assert_failed(forbidden, transient=False, saying="127.0.0.1 (127.0.0.1) is not public")
     assert_failed(fetched(from_url("ftp://h/x")), transient=False, saying="not a valid http or https URL")
 
 
