@@ -216,6 +216,11 @@ class Daemon:
         raise BenchError(f"/proc knows no {name}")
 
 
+def postgres_programs() -> Path:
+    newest = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), default=None)
+    return Path(os.environ.get("POSTGRES_BIN", newest or "no-postgresql"))
+
+
 class Postgres:
     """A PostgreSQL with an empty cluster of its own, as the package sets it up: every commit is on the disk.
 
@@ -223,8 +228,7 @@ class Postgres:
     """
 
     def __init__(self, folder: Path, **settings: object) -> None:
-        newest = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), default=None)
-        programs = Path(os.environ.get("POSTGRES_BIN", newest or "no-postgresql"))
+        programs = postgres_programs()
         self.port = free_port()
         self._folder = Path(tempfile.mkdtemp(prefix="postgres-", dir=folder))
         self._data = self._folder / "data"
@@ -495,6 +499,14 @@ def machine() -> str:
         f"{processor()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, "
         f"SQLite {sqlite3.sqlite_version}, {datetime.date.today().isoformat()}, load {os.getloadavg()[0]:.1f} at the end"
     )
+
+
+def postgres_version() -> str:
+    """As it tells it, or nothing where there is none."""
+    with contextlib.suppress(OSError):
+        command = [postgres_programs() / "postgres", "--version"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.partition(" (PostgreSQL) ")[2].split()[0]
+    return ""
 
 
 def processor() -> str:

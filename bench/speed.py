@@ -1019,9 +1019,10 @@ def with_table(page: str, row: str, table: str) -> str:
 
 
 def circumstances(bench: Bench) -> str:
+    postgres = f" PostgreSQL {version}." if (version := rig.postgres_version()) else ""
     sink = "smtp-sink of Postfix" if find_smtp_sink() else "our own in Python, as smtp-sink is not installed"
     quick = " Quick run: the figures mean little." if bench.quick else ""
-    return f"{rig.machine()}. Rounds: {bench.rounds}. Fast sink without CHUNKING: {sink}.{quick}"
+    return f"{rig.machine()}. Rounds: {bench.rounds}. Fast sink without CHUNKING: {sink}.{postgres}{quick}"
 
 
 def main() -> int:
