@@ -12519,7 +12519,7 @@ def _listing_limit(text: str) -> int:
 
 
 CONFIG = option("--config", metavar="FILE", help="left out: MAILPROXY_CONFIG, ./config.ini, /etc/mailproxy/config.ini")
-DB = option("--db", dest="storage.db_path", metavar="FILE", help="file of the queue")
+DB = option("--db", dest="storage.db_path", metavar="FILE", help="file or URL of the queue")
 SERVING = (
     CONFIG,
     option("--host", dest="server.host", metavar="HOST", help="address to listen on"),
@@ -12639,6 +12639,7 @@ mailproxy send newsletter.eml --to jane@example.com --id newsletter-7-jane
 mailproxy send --csv people.csv --from shop@example.com --subject News --body - < news.txt
 mailproxy sendmail -t -i < message
 mailproxy backup /var/backups/mailproxy.db
+mailproxy import mailproxy.db --config /etc/mailproxy/config.ini
 mailproxy status --json | jq .pending
 mailproxy messages --status error
 mailproxy messages --to ann@example.net --since 1d
