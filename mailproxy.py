@@ -1043,7 +1043,13 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
         elif value:
             account_id = "default" if section == "smtp" else section.removeprefix("account:")
             accounts.setdefault(account_id, {})[key] = value
-    if not sections["storage"].get("db_path"):
+    db_path = sections["storage"].get("db_path")
+    if db_path and db_path.startswith(("env:", "file:")):  # the URL of a database has a password in it
+        try:
+            sections["storage"]["db_path"] = reveal(Secret(db_path), environ)
+        except SecretUnavailable as error:
+            raise ConfigurationError(f"{origins['storage', 'db_path']}: [storage] db_path: {error}") from None
+    elif not db_path:
         folder = os.path.dirname(path) if path and os.path.isfile(path) else ""  # not of /dev/null
         beside, here = (os.path.abspath(os.path.join(one, "mailproxy.db")) for one in (folder, ""))
         is_here = os.path.exists(here) and not os.path.exists(beside)

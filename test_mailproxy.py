@@ -5118,9 +5118,9 @@ def test_the_password_may_stand_elsewhere_and_is_never_shown(
     }  # fmt: skip
     for password, environment in ways.items():
         url = f"postgresql://guarded{':' * bool(password)}{password}@127.0.0.1:{postgres_server.port}/{name}"
-        (tmp_path / "config.ini").write_text(f"[storage]\ndb_path = {url}\n")
+        (tmp_path / "config.ini").write_text(f"[storage]\ndb_path = {url if password else 'env:WHOLE'}\n")
 
-        ended = run_command("check", folder=tmp_path, environment=environment)
+        ended = run_command("check", folder=tmp_path, environment={**environment, "WHOLE": url})
 
         assert (ended.returncode, "The settings are right" in ended.stdout) == (0, True), ended
         assert f"postgresql://guarded@127.0.0.1:{postgres_server.port}/{name}" in ended.stdout
