@@ -3990,7 +3990,9 @@ class Queue:
             done += n
         stored = [True] * len(rows)
         if sum(cursor.rowcount for cursor in inserted) < len(rows):
-            there = {row[0] for row in db.execute("SELECT seq FROM messages WHERE seq >= :first", {"first": first})}
+            those = {"first": first, "last": first + len(rows) - 1}
+            found = db.execute("SELECT seq FROM messages WHERE seq BETWEEN :first AND :last", those)
+            there = {row[0] for row in found}
             stored = [row[0] in there for row in rows]
         new = list(itertools.compress(zip(rows, submissions, strict=True), stored))
         counts: dict[tuple[str, bool], int] = {}
@@ -4691,22 +4693,19 @@ BEGIN = (
     "SELECT last_seq, last_report, changes FROM counters FOR UPDATE",
 )
 # Where SQLite says the one, PostgreSQL says the other.
-DIALECT = tuple(
-    (re.compile(ours, re.DOTALL), theirs)
-    for ours, theirs in (
-        (r"%", "%%"),
-        (r"\bNOT IN \(SELECT value FROM json_each\(:(\w+)\)\)", r"<> ALL (%(\1)s)"),
-        (r"\bIN \(SELECT value FROM json_each\(:(\w+)\)\)", r"= ANY (%(\1)s)"),
-        (r"\bjson_each\(:(\w+)\)", r"json_each_text(%(\1)s) AS json_each"),
-        (r"\b(?:NOT INDEXED|INDEXED BY \w+|OR FAIL) ", ""),
-        (r"(WHERE id = column2\))$", r"\1 ORDER BY column1"),  # a hashed anti join has no order
-        (r"^INSERT OR IGNORE (.*)", r"INSERT \1 ON CONFLICT DO NOTHING"),
-        (r"\(SELECT coalesce\(max.*? WHERE seq = \?\)", "next_attempt(?)"),  # which is planned once
-        (r"\binstr\(", "strpos("),
-        (r"CAST\((\w+) AS INTEGER\)", r"CAST(trunc(\1) AS BIGINT)"),
-        (r":(\w+)", r"%(\1)s"),
-        (r"\?", "%s"),
-    )
+DIALECT = (
+    (r"%", "%%"),
+    (r"\bNOT IN \(SELECT value FROM json_each\(:(\w+)\)\)", r"<> ALL (%(\1)s)"),
+    (r"\bIN \(SELECT value FROM json_each\(:(\w+)\)\)", r"= ANY (%(\1)s)"),
+    (r"\bjson_each\(:(\w+)\)", r"json_each_text(%(\1)s) AS json_each"),
+    (r"\b(?:NOT INDEXED|INDEXED BY \w+|OR FAIL) ", ""),
+    (r"(WHERE id = column2\))$", r"\1 ORDER BY column1"),  # a hashed anti join has no order
+    (r"^INSERT OR IGNORE (.*)", r"INSERT \1 ON CONFLICT DO NOTHING"),
+    (r"\(SELECT coalesce\(max.*? WHERE seq = \?\)", "next_attempt(?)"),  # which is planned once
+    (r"\binstr\(", "strpos("),
+    (r"CAST\((\w+) AS INTEGER\)", r"CAST(trunc(\1) AS BIGINT)"),
+    (r":(\w+)", r"%(\1)s"),
+    (r"\?", "%s"),
 )
 DIALECT_OF_SCHEMA = (
     (r"CREATE TRIGGER .*?\nEND;\n", ""),
@@ -4787,10 +4786,10 @@ CREATE TRIGGER forget_old_attempts AFTER INSERT ON attempts
 
 
 @functools.cache
-def translated(sql: str) -> str:
+def translated(sql: str, dialect: Sequence[tuple[str, str]] = DIALECT) -> str:
     """A statement for PostgreSQL, as a template for the % of Python."""
-    for ours, theirs in DIALECT:
-        sql = ours.sub(theirs, sql)
+    for ours, theirs in dialect:
+        sql = re.sub(ours, theirs, sql, flags=re.DOTALL)
     return sql
 
 
@@ -4997,7 +4996,8 @@ class PostgresFile(QueueFile):
             with self.connect() as session:
                 self._make_tables(session, for_good=make)
         except self._psycopg.Error as error:
-            if is_away(error):
+            told = str(error)
+            if AWAY.search(told) or not (error.sqlstate or WRONG.search(told)):
                 raise StorageUnavailable(f"the database {self.path} cannot be reached: {self.why(error)}") from None
             raise ConfigurationError(f"the database {self.path} cannot be used: {self.why(error)}") from None
 
@@ -5014,9 +5014,7 @@ class PostgresFile(QueueFile):
         with session.transaction(force_rollback=not for_good):
             session.execute(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
             if session.execute("SELECT to_regclass('switches')").fetchone() == (None,):
-                schema = self._schema
-                for ours, theirs in DIALECT_OF_SCHEMA:
-                    schema = re.sub(ours, theirs, schema, flags=re.DOTALL)
+                schema = translated(self._schema, DIALECT_OF_SCHEMA)
                 session.execute(f"{schema}; {POSTGRES_SCHEMA.format(version=newest)}")
             found = session.execute("SELECT value FROM switches WHERE name = 'schema'").fetchone()
             session.execute("DELETE FROM commits WHERE at < now() - interval '1 day'")
@@ -5063,18 +5061,11 @@ class PostgresFile(QueueFile):
         return " ".join(told.split()).rstrip(".")
 
 
-# What a server, or libpq, says that waiting does not mend; and what it does.
+# What waiting does not mend, unless a server or a pooler says that it does.
 WRONG = re.compile("FATAL|no password supplied|SSL|certificate|service file")
 AWAY = re.compile(
-    "starting up|shutting down|not yet accepting|recovery|too many|remaining connection slots|cannot connect to server|"
-    "query_wait_timeout|server_login_retry|closed the connection"
+    "starting up|shutting down|not yet acc|recovery|too many|slots|cannot connect|_timeout|_retry|closed the"
 )
-
-
-def is_away(error: Any) -> bool:
-    """Whether waiting may help."""
-    told = str(error)
-    return bool(AWAY.search(told)) or not (error.sqlstate or WRONG.search(told))
 
 
 TABLES = re.findall(r"^CREATE TABLE (\w+)", SCHEMA, re.MULTILINE)
