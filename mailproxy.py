@@ -1043,13 +1043,7 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
         elif value:
             account_id = "default" if section == "smtp" else section.removeprefix("account:")
             accounts.setdefault(account_id, {})[key] = value
-    db_path = sections["storage"].get("db_path")
-    if db_path and db_path.startswith(("env:", "file:")):  # the URL of a database has a password in it
-        try:
-            sections["storage"]["db_path"] = reveal(Secret(db_path), environ)
-        except SecretUnavailable as error:
-            raise ConfigurationError(f"{origins['storage', 'db_path']}: [storage] db_path: {error}") from None
-    elif not db_path:
+    if not sections["storage"].get("db_path"):
         folder = os.path.dirname(path) if path and os.path.isfile(path) else ""  # not of /dev/null
         beside, here = (os.path.abspath(os.path.join(one, "mailproxy.db")) for one in (folder, ""))
         is_here = os.path.exists(here) and not os.path.exists(beside)
@@ -1337,28 +1331,34 @@ def account_fields(account: Account) -> dict[str, object]:
 
 
 def is_database(db_path: str) -> bool:
-    return db_path.startswith(("postgresql://", "postgres://"))
+    """Whether it is the URL of a database, or says where that is."""
+    return db_path.startswith(("postgresql://", "postgres://", "env:", "file:"))
 
 
 def without_password(db_path: str) -> str:
     """A path, or the URL of a database as people may see it."""
     scheme, separator, rest = db_path.partition("://")
-    if not is_database(db_path):
+    if not separator or not is_database(db_path):
         return db_path
     user, at, where = rest.partition("?")[0].rpartition("@")
     return f"{scheme}{separator}{user.partition(':')[0]}{at}{where}"
 
 
 def with_password(db_path: str, environ: Mapping[str, str]) -> str:
-    """The same with its password from the environment or a file, where it says so. Raises ConfigurationError."""
-    found = re.fullmatch(r"(postgres(?:ql)?://[^:@/]*:)((?:env|file)(?::|%3A).*)(@[^@]*)", db_path)
-    if found is None:
-        return db_path
+    """The same with what is in the environment or a file: all of it, or its password. Raises ConfigurationError."""
+    url, password = "postgres(?:ql)?://", "(?:env|file)(?::|%3A).*"
     try:
-        password = reveal(Secret(urllib.parse.unquote(found[2])), environ)
+        if db_path.startswith(("env:", "file:")):
+            whole = reveal(Secret(db_path), environ)
+            if not re.match(url, whole):
+                raise SecretUnavailable(f"{db_path} is not the URL of a database")
+            return whole
+        if found := re.fullmatch(f"({url}[^:@/]*:)({password})(@[^@]*)", db_path):
+            password = reveal(Secret(urllib.parse.unquote(found[2])), environ)
+            return found[1] + urllib.parse.quote(password, safe="") + found[3]
     except SecretUnavailable as error:
         raise ConfigurationError(f"db_path: {error}") from None
-    return found[1] + urllib.parse.quote(password, safe="") + found[3]
+    return db_path
 
 
 def renewed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:

@@ -5123,7 +5123,8 @@ def test_the_password_may_stand_elsewhere_and_is_never_shown(
         ended = run_command("check", folder=tmp_path, environment={**environment, "WHOLE": url})
 
         assert (ended.returncode, "The settings are right" in ended.stdout) == (0, True), ended
-        assert f"postgresql://guarded@127.0.0.1:{postgres_server.port}/{name}" in ended.stdout
+        shown = f"postgresql://guarded@127.0.0.1:{postgres_server.port}/{name}" if password else "env:WHOLE"
+        assert re.search(rf"storage.db_path +{re.escape(shown)} ", ended.stdout)
         assert not re.search("sesame|PASSWORD|/password", ended.stdout + ended.stderr), ended
     assert run_command("backup", "copy", "--db", postgres, folder=tmp_path).stderr.startswith(
         f"mailproxy: the queue is in PostgreSQL ({postgres}): back it up with pg_dump"
