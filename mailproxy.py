@@ -10088,6 +10088,7 @@ class ControlPlane:
     _counted: dict[str, int] = field(default_factory=dict)  # commands that this node has followed
     _batches: set[str] = field(default_factory=set)  # that are suspended
     _configured: Sequence[Account] = ()
+    _definitions: Mapping[str, str] = field(default_factory=dict)  # of the other accounts
     _wrote_at: float = -math.inf  # for a look whether the storage answers
     _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
     _console: Response = field(default_factory=console_answer)
@@ -10550,12 +10551,15 @@ class ControlPlane:
     async def renew_accounts(self, configured: Sequence[Account]) -> None:
         """Take over the accounts of config.ini, which win over those of HTTP; mail of one that is gone stays."""
         async with self._one_at_a_time:
-            stored = stored_accounts(
-                await self.queue.accounts(), self.settings().delivery, functools.partial(event, self.log, logging.ERROR)
-            )
-            self._configured = configured
+            definitions, known = await self.queue.accounts(), self._definitions
+            if configured is not self._configured:
+                known = {}
+            new = {id_: said for id_, said in definitions.items() if said != known.get(id_)}
+            complain = functools.partial(event, self.log, logging.ERROR)
+            stored = stored_accounts(new, self.settings().delivery, complain)
+            self._configured, self._definitions = configured, definitions
             wanted = {account.id: account for account in (*stored, *configured)}
-            for account_id in self.dispatcher.lanes.keys() - wanted.keys():
+            for account_id in self.dispatcher.lanes.keys() - wanted.keys() - (definitions.keys() - new.keys()):
                 is_stored = self.dispatcher.lanes[account_id].account.source != "config"
                 self.dispatcher.remove_lane(account_id)
                 if is_stored and self.leases is not None:  # deleted through another node, and mail was accepted since
