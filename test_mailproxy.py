@@ -5378,7 +5378,7 @@ def test_the_metrics_name_the_node(pair: Pair) -> None:
 def test_others_take_the_lanes_of_a_node_that_was_killed(
     tmp_path: Path, postgres: str, smtp: SmtpServer, reports: ReportReceiver
 ) -> None:
-    config = {"smtp": {"limit_per_minute": 8}}
+    config = {"smtp": {"limit_per_minute": 8, "max_connections": 2}}  # one is slow, the other keeps to the order
     with nodes(tmp_path, postgres, smtp=smtp, reports=reports, config=config) as daemons:
         daemons[0].submit(letter("m-0"))
         daemons[0].wait_status("m-0", "sent")
@@ -10795,11 +10795,18 @@ def test_what_an_old_limit_holds_back_while_the_account_is_replaced_goes_by_the_
     dispatcher = dispatcher_of(rig.queue, mailproxy.Clock(lambda: rig.now, lambda: rig.now))
     account = mailproxy.Account(id="main", host="mx.test", port=25, limit_per_day=1)
     rig.accepted(submission("m"))
+    record, replacement = rig.queue.record, asyncio.Event()
+
+    async def record_late(outcome: mailproxy.Outcome) -> None:
+        await replacement.wait()
+        await record(outcome)
 
     async def replaced() -> None:
+        rig.queue.record = record_late
         dispatcher.add_lane(account, mailproxy.Standing([(int(rig.now), 1)], suspended=False, held_back=False))
         await dispatcher.turn()  # it takes "m", to be held back
         dispatcher.replace_account(account._replace(limit_per_day=None))
+        replacement.set()
         await dispatcher.drained()
         await dispatcher.turn()
         await dispatcher.drained()
