@@ -5058,7 +5058,7 @@ class PostgresFile(QueueFile):
     def why(error: BaseException) -> str:
         """An error of psycopg in one line, without what it shows of rows."""
         told = getattr(getattr(error, "diag", None), "message_primary", None) or str(error)
-        return " ".join(told.split()).rstrip(".")
+        return " ".join(line.strip() for line in told.splitlines() if line[:1] != "\t").rstrip(".")  # a tab: a hint
 
 
 # What waiting does not mend, unless a server or a pooler says that it does.
