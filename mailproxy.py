@@ -10557,7 +10557,6 @@ class ControlPlane:
             new = {id_: said for id_, said in definitions.items() if said != known.get(id_)}
             complain = functools.partial(event, self.log, logging.ERROR)
             stored = stored_accounts(new, self.settings().delivery, complain)
-            self._configured, self._definitions = configured, definitions
             wanted = {account.id: account for account in (*stored, *configured)}
             for account_id in self.dispatcher.lanes.keys() - wanted.keys() - (definitions.keys() - new.keys()):
                 is_stored = self.dispatcher.lanes[account_id].account.source != "config"
@@ -10570,6 +10569,7 @@ class ControlPlane:
                 elif account != self._account(account.id):
                     await self.queue.let_go([account.id])
                     self.dispatcher.replace_account(account)
+            self._configured, self._definitions = configured, definitions  # now that all is taken over
 
     async def follow(self, changes: int) -> None:
         """Take over what was changed through other nodes, up to that count of changes."""
