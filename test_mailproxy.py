@@ -1226,7 +1226,8 @@ class PostgresServer:
     def __init__(self, **settings: object) -> None:
         self.host, self.port = "127.0.0.1", free_port()
         given = {"listen_addresses": self.host, "port": self.port, "fsync": "off", "full_page_writes": "off"}
-        self._settings = {**given, "shared_buffers": "32MB", "max_connections": 200, **settings}
+        given |= {"autovacuum": "off", "shared_buffers": "32MB", "max_connections": 200}  # for the life of a test
+        self._settings = {**given, **settings}
         self._databases, self._used = itertools.count(1), list[str]()
         self.process: subprocess.Popen[bytes] | None = None
 
