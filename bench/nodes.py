@@ -32,7 +32,7 @@ CONNECTIONS = sum(LANES.values())
 LIMIT_PER_MINUTE = 120  # of the account limited
 LONGER_THAN_A_LEASE_S = 18.0
 RECORDED_S = 3.0  # so long after its delivery a message may not be recorded yet, on a busy machine
-MANNER = Manner(message_s=0.003, chunking=True, refuses=True)
+MANNER = Manner(message_s=0.15, chunking=True, refuses=True)  # so that mail waits, claimed, in whoever is stopped
 
 
 class Trouble(NamedTuple):
@@ -298,7 +298,7 @@ def judged(
         "beyond the limit": beyond_the_limit(deliveries, troubles),
         "out of order": out_of_order(deliveries, troubles),
         "sent by two nodes at a time": sent_by_two(deliveries, troubles),
-        "reported out of order": reported_out_of_order(deliveries, reported),
+        "reported out of order": reported_out_of_order(deliveries, reported, troubles),
     }
 
 
@@ -368,12 +368,18 @@ def sent_by_two(deliveries: Mapping[str, Sequence[Delivery]], troubles: Sequence
     return wrong
 
 
-def reported_out_of_order(deliveries: Mapping[str, Sequence[Delivery]], reported: Sequence[str]) -> list[str]:
-    """Of the lane with one connection: messages that were sent once are reported (at first) as they were sent."""
+def reported_out_of_order(
+    deliveries: Mapping[str, Sequence[Delivery]], reported: Sequence[str], troubles: Sequence[Trouble]
+) -> list[str]:
+    """Of the lane with one connection: messages that were sent once, and recorded at once, are reported as they were sent."""
     first: dict[str, int] = {}
     for number, key in enumerate(reported):
         first.setdefault(key, number)
-    once = [key for _, key in in_lane(deliveries, "ordered") if len(deliveries[key]) == 1 and key in first]
+    once = [
+        key
+        for delivery, key in in_lane(deliveries, "ordered")
+        if len(deliveries[key]) == 1 and key in first and not any(trouble.explains(delivery) for trouble in troubles)
+    ]
     return [f"{later} before {earlier}" for earlier, later in pairwise(once) if first[earlier] > first[later]]
 
 
