@@ -10290,11 +10290,11 @@ class MoodySmtpServer:
 
     `moods` maps a verb ("GREETING", "EHLO", "MAIL", "RCPT", "DATA", "." for the end of data) to
     what it says the next times; afterwards it is friendly. That is a reply (a 421 hangs up too),
-    "drop" (hangs up), "trickle" (a byte now and then, without end), or seconds to wait before the
-    friendly reply. `friendly` replies take the place of the usual ones.
+    "drop" (hangs up), "trickle" (a byte now and then, without end), or seconds, or an event, to wait for
+    before the friendly reply. `friendly` replies take the place of the usual ones.
     """
 
-    def __init__(self, *, friendly: Mapping[str, str] | None = None, **moods: list[str | float]) -> None:
+    def __init__(self, *, friendly: Mapping[str, str] | None = None, **moods: list[Any]) -> None:
         self.moods = {verb: deque(said) for verb, said in moods.items()}
         self.friendly = {**FRIENDLY, **(friendly or {})}
         self.heard: Counter[str] = Counter()  # verbs
@@ -10346,6 +10346,9 @@ class MoodySmtpServer:
         """Answer a verb; what was said, or nothing when that was the end."""
         self.heard[verb] += 1
         mood = self.moods[verb].popleft() if self.moods.get(verb) else 0.0
+        if isinstance(mood, threading.Event):
+            mood.wait(60)
+            mood = 0.0
         if mood == "drop":
             return ""
         while mood == "trickle" and not self._stopping.wait(0.05):
@@ -10703,7 +10706,8 @@ def test_a_lane_whose_server_is_down_waits_and_leaves_its_other_mail_alone_until
 
 
 def test_after_cooling_one_connection_finds_out_before_others_follow(tmp_path: Path) -> None:
-    with moody_daemon(tmp_path, QUICK, GREETING=["554 Not now"] * 50, MAIL=[0.8] + [0.02] * 30) as (moody, daemon):
+    go_on = threading.Event()
+    with moody_daemon(tmp_path, QUICK, GREETING=["554 Not now"] * 50, MAIL=[go_on] + [0.02] * 30) as (moody, daemon):
         daemon.submit(*letters("m", 30))
         daemon.wait_for_log("account cooling down")
         wait_still(daemon)
@@ -10713,6 +10717,7 @@ def test_after_cooling_one_connection_finds_out_before_others_follow(tmp_path: P
         ask(daemon, "/commands/run-now")
         wait_until(lambda: moody.heard["MAIL"] == 1, "the probe")
         alone = moody.most_connections
+        go_on.set()
         wait_until(lambda: len(moody.received) == 30, "all the mail")
 
         assert alone == 1
