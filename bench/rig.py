@@ -256,7 +256,11 @@ class Postgres:
         """SIGINT sends its clients away (fast), SIGQUIT is a crash (immediate)."""
         if self._process is not None:
             self._process.send_signal(how)
-            self._process.wait(STOP_PATIENCE_S)
+            try:
+                self._process.wait(STOP_PATIENCE_S)
+            except subprocess.TimeoutExpired:  # seen once of fast, while connections were held up on the way
+                self._process.send_signal(signal.SIGQUIT)
+                self._process.wait(STOP_PATIENCE_S)
             self._process = None
 
     def url(self, database: str, port: int | None = None) -> str:
