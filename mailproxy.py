@@ -459,7 +459,7 @@ class SecretUnavailable(MailproxyError):
 
 
 class StorageUnavailable(MailproxyError):
-    """The queue file refuses to be written; nothing of the refused write was kept."""
+    """The queue cannot be written or read; nothing of the write was kept, unless the text says that this is not known."""
 
 
 # ======================================================================
@@ -11137,7 +11137,7 @@ class Daemon:
     def _authorised(self, request: Request) -> bool:
         """True with one of the tokens, compared in constant time, or when none is configured."""
         if self._waits:
-            raise StorageUnavailable("The database of the queue does not answer yet.")
+            raise StorageUnavailable("the database of the queue does not answer yet")
         if not self._tokens:
             return True
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")

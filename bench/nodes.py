@@ -32,7 +32,7 @@ CONNECTIONS = sum(LANES.values())
 LIMIT_PER_MINUTE = 120  # of the account limited
 LONGER_THAN_A_LEASE_S = 18.0
 RECORDED_S = 3.0  # so long after its delivery a message may not be recorded yet, on a busy machine
-MANNER = Manner(message_s=0.15, chunking=True, refuses=True)  # so that mail waits, claimed, in whoever is stopped
+MANNER = Manner(message_s=0.05, chunking=True, refuses=True)  # so that mail waits, claimed, in whoever is stopped
 
 
 class Trouble(NamedTuple):
@@ -212,7 +212,7 @@ class NodesClient(Client):
     """Goes to any node, and to another with the same messages when it got no answer, or a 503."""
 
     def __init__(self, number: int, seed: int, nodes: Sequence[Node], enough: threading.Event) -> None:
-        super().__init__(number, seed, nodes[0].daemon.port, enough, pause_s=0.01)
+        super().__init__(number, seed, nodes[0].daemon.port, enough, pause_s=0.15)
         self._nodes = nodes
 
     def next_port(self) -> int:
