@@ -161,10 +161,12 @@ def wait_until(
 
 
 def free_port() -> int:
-    """A port nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens on just now, of those that Linux gives to no outgoing connection meanwhile."""
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
 
 
 @contextlib.contextmanager
@@ -10307,6 +10309,10 @@ class MoodySmtpServer:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.host, self.port = self._listener.getsockname()
 
+    @property
+    def connections(self) -> int:
+        return len(self._open)
+
     def __enter__(self) -> MoodySmtpServer:
         threading.Thread(target=self._accept, daemon=True).start()
         return self
@@ -10711,6 +10717,7 @@ def test_after_cooling_one_connection_finds_out_before_others_follow(tmp_path: P
         daemon.submit(*letters("m", 30))
         daemon.wait_for_log("account cooling down")
         wait_still(daemon)
+        wait_until(lambda: not moody.connections, "the refused connection to end")
         moody.moods["GREETING"].clear()
         moody.most_connections = 0
 
