@@ -18,19 +18,9 @@
 . "$(dirname "$0")/lib.sh"
 
 debian chasquid=1.11-2+b2
-port=$(free_port)
-mkdir -p etc/certs/chasquid.example etc/domains/here.example
+mkdir -p etc/domains/here.example
 echo 'bob: ann@here.example' >etc/domains/here.example/aliases
-openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=chasquid.example -keyout etc/certs/chasquid.example/privkey.pem \
-    -out etc/certs/chasquid.example/fullchain.pem 2>log
-cat >etc/chasquid.conf <<EOF
-hostname: "chasquid.example"
-smtp_address: "127.0.0.1:$port"
-submission_address: ""
-data_dir: "$dir/data"
-mail_log_path: "<stderr>"
-EOF
-start root/usr/bin/chasquid -config_dir etc -alsologtostderr
+start_chasquid
 
 client "$port" <<'EOF'
 smtp.ehlo()

@@ -48,6 +48,16 @@ done
 mount -t tmpfs none /run
 mount -t tmpfs none /var/spool
 user() { echo "\$1:x:\$2:\$2::/:/bin/false" >>/etc/passwd; echo "\$1:x:\$2:" >>/etc/group; }
+install_postfix() { # with main.cf, a log of its own, and nothing that listens
+    user postfix 64002
+    echo postdrop:x:64003: >>/etc/group
+    mkdir -p /etc/postfix /var/spool/postfix
+    cp main.cf /etc/postfix
+    sed "s/^smtp  *inet.*//; s/^#postlog/postlog/; s/^\(smtp  *unix .* - .* \)y /\1n /" \
+        /usr/share/postfix/master.cf.dist >/etc/postfix/master.cf
+    postfix set-permissions create-missing
+    postfix start
+}
 $1
 SYSTEM
     start unshare --mount --uts --pid --fork --kill-child --propagation private sh -eu system.sh
@@ -64,6 +74,24 @@ sink() {
         kill -0 "$server" || cannot "$(cat log)"
         sleep 0.1
     done
+}
+
+# postfix_conf PORT [LINE ...]: a main.cf of Postfix that hands all mail to that port
+postfix_conf() {
+    printf '%s\n' 'compatibility_level = 3.6' 'myhostname = origin.example' 'mydestination =' \
+        'inet_interfaces = loopback-only' 'inet_protocols = ipv4' "relayhost = [127.0.0.1]:$1" \
+        'maillog_file = /var/log/postfix.log' "${@:2}"
+}
+
+# start_chasquid: with its default settings, on $port, for the domains and aliases that are in etc/domains
+start_chasquid() {
+    port=$(free_port)
+    mkdir -p etc/certs/chasquid.example etc/domains
+    openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=chasquid.example \
+        -keyout etc/certs/chasquid.example/privkey.pem -out etc/certs/chasquid.example/fullchain.pem 2>log
+    printf '%s\n' 'hostname: "chasquid.example"' "smtp_address: \"127.0.0.1:$port\"" 'submission_address: ""' \
+        "data_dir: \"$dir/data\"" 'mail_log_path: "<stderr>"' >etc/chasquid.conf
+    start root/usr/bin/chasquid -config_dir etc -alsologtostderr
 }
 
 # exim_conf PORT: a configuration of Exim that hands all mail to that port

@@ -18,25 +18,10 @@ sink PIPELINING
 trap 'kill "$sink"; cleaned_up' EXIT
 sink=$server
 printf 'From: ann@origin.example\nSubject: hello\nMessage-ID: <one@origin.example>\n\ntext\n' >mail
-cat >main.cf <<EOF
-compatibility_level = 3.6
-myhostname = origin.example
-mydestination =
-inet_interfaces = loopback-only
-inet_protocols = ipv4
-relayhost = [127.0.0.1]:$port
-maillog_file = /var/log/postfix.log
-smtp_destination_concurrency_limit = 1
-EOF
+postfix_conf "$port" 'smtp_destination_concurrency_limit = 1' >main.cf
 # shellcheck disable=SC2016 # it is for that shell
 start_as_installed '
-user postfix 64002
-echo postdrop:x:64003: >>/etc/group
-mkdir -p /etc/postfix /var/spool/postfix
-cp main.cf /etc/postfix
-sed "s/^smtp  *inet.*//; s/^#postlog/postlog/; s/^\(smtp  *unix .* - .* \)y /\1n /" /usr/share/postfix/master.cf.dist >/etc/postfix/master.cf
-postfix set-permissions create-missing
-postfix start
+install_postfix
 sendmail -i -f ann@origin.example $(seq --format "user%g@one.example" 51) <mail
 until [ -s mail-1 ] && [ -s mail-2 ]; do sleep 0.1; done'
 timeout 60 tail --pid="$server" -f /dev/null || cannot "$(tail -5 log)"

@@ -23,28 +23,17 @@ trap 'kill "$sink"; cleaned_up' EXIT
 sink=$server
 printf 'To: bob@one.example, carol@one.example\nSubject: hello\n\ntext\n' >mail
 exim_conf "$port" >exim.conf
-cat >main.cf <<EOF
-compatibility_level = 3.6
-myhostname = origin.example
-mydestination =
-inet_interfaces = loopback-only
-inet_protocols = ipv4
-relayhost = [127.0.0.1]:$port
-maillog_file = /var/log/postfix.log
-EOF
+postfix_conf "$port" >main.cf
 printf 'SMARTHOST 127.0.0.1\nPORT %s\nMAILNAME origin.example\n' "$port" >dma.conf
 # shellcheck disable=SC2016 # it is for that shell
 start_as_installed '
 user Debian-exim 64001
-user postfix 64002
-echo postdrop:x:64003: >>/etc/group
-mkdir -p /run/exim /etc/postfix /var/spool/postfix /etc/dma /var/spool/dma
+mkdir -p /run/exim /etc/dma /var/spool/dma
 chown Debian-exim:Debian-exim /run/exim
 chown root:mail /var/spool/dma
 chmod 2775 /var/spool/dma
-cp exim.conf /etc; cp main.cf /etc/postfix; cp dma.conf /etc/dma
+cp exim.conf /etc; cp dma.conf /etc/dma
 chmod 0644 /etc/exim.conf
-sed "s/^smtp  *inet.*//; s/^#postlog/postlog/; s/^\(smtp  *unix .* - .* \)y /\1n /" /usr/share/postfix/master.cf.dist >/etc/postfix/master.cf
 
 try() {
     program=$1; shift
@@ -55,8 +44,7 @@ try() {
     echo "$program:" $(sed -n "s/C: RCPT TO:<\(.*\)@.*/\1/p" commands | sort) >>seen
 }
 try Exim exim4 -C /etc/exim.conf -odf
-postfix set-permissions create-missing
-postfix start
+install_postfix
 try Postfix sendmail
 try dma dma -D'
 echo 'To: bob@one.example, carol@one.example; sendmail -t carol@one.example dan@one.example' >seen
