@@ -286,10 +286,12 @@ class Postgres:
             return cursor.fetchall() if cursor.description else []
 
     def _answers(self) -> bool:
+        import psycopg
+
         assert self._process is not None
         if self._process.poll() is not None:
             raise BenchError(f"PostgreSQL ended: {(self._folder / 'log').read_text(errors='replace')[-2000:]}")
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(psycopg.Error):
             return self.rows("postgres", "SELECT 1") == [(1,)]
         return False
 
