@@ -2538,7 +2538,7 @@ def compose(message: Message, parts: Sequence[Attachment], *, date: float) -> by
 
 # Most mail: from one mailbox to another, with plain words on short lines. What is given can stand as it is.
 _USUAL_FIELDS = MESSAGE_FIELDS.keys() - {*BESIDE_RAW, "cc", "bcc", "return_path", "raw"} | {"subject", "body", "text"}
-_USUAL_MAILBOX = re.compile(rf"((?:[\w'&\-]+ )+<)?({PLAIN_ADDRESS})(?(1)>)", re.ASCII)
+_UNQUOTED_MAILBOX = re.compile(rf"((?:[\w'&\-]+ )+<)?({PLAIN_ADDRESS})(?(1)>)", re.ASCII)
 _USUAL_LENGTH = 66  # characters of a mailbox or subject
 
 
@@ -2549,7 +2549,7 @@ def compose_usual(fields: Mapping[str, Any], message_id: str, date: float) -> tu
     to = to[0] if len(to) == 1 else ""
     if not (message_id and subject and fields.keys() <= _USUAL_FIELDS):
         return None
-    from_, to_ = _USUAL_MAILBOX.fullmatch(sender), _USUAL_MAILBOX.fullmatch(to)
+    from_, to_ = _UNQUOTED_MAILBOX.fullmatch(sender), _UNQUOTED_MAILBOX.fullmatch(to)
     are_short = max(len(sender), len(to), len(subject)) <= _USUAL_LENGTH
     if not (from_ and to_ and are_short and _SHORT_TEXT.fullmatch(subject) and "=?" not in subject):
         return None
@@ -6008,7 +6008,8 @@ class AttachmentFetcher:
 
     async def fetch(self, attachment: Attachment) -> Fetched | Reply:
         """One attachment that is elsewhere, or why it cannot be fetched. A fetch that is under way is joined."""
-        key = (*attachment[1:3], attachment.s3, attachment.content_md5, is_gzip_file(attachment, {}))  # where, and what
+        where = (attachment.source, attachment.location, attachment.s3)
+        key = (*where, attachment.content_md5, is_gzip_file(attachment, {}))
         task, until = self._fetches.pop(key, (None, 0.0))
         outcome = "fetched"
         if task is not None and until > self.monotonic():
@@ -10372,15 +10373,11 @@ class ControlPlane:
     async def _switch(self, request: Request, *, active: bool) -> Response:
         """A batch is named in the query or in the body, an account in the path."""
         fields, account_id = await request.json_object(), request.parameters.get("id")
-        named = [
-            *request.query.get("batch_code", ()),
-            *([fields["batch_code"]] if fields.get("batch_code") is not None else []),
-        ]
-        batch_code, dispatcher = None, self.dispatcher
+        named, batch_code, dispatcher = [*request.query.get("batch_code", ())], None, self.dispatcher
+        if (given := fields.get("batch_code")) is not None:
+            named.append(given if isinstance(given, str) else "")
         if named and account_id is None:
-            batch_code = asked({"batch_code": [one if isinstance(one, str) else "" for one in named]}, BATCH)[
-                "batch_code"
-            ]
+            batch_code = asked({"batch_code": named}, BATCH)["batch_code"]
         async with self._one_at_a_time:
             if batch_code is not None:
                 if active:
