@@ -17486,7 +17486,7 @@ def test_the_papers_tell_of_every_script_in_findings_and_of_no_other() -> None:
 # An `sh` block is run as it stands; `console` blocks have commands behind `$ `, and below each what it answers. That
 # must come true but for numbers in words, times, and what `...` stands for. A `python` block is run, the settings of an
 # `ini` block are right for `check`, a message in a `json` block is taken, the lines of a `log` block are in the log. .ci/run runs the blocks marked `ci`, and those
-# marked `by hand` take too long. What stands between `table` and `end` is printed from the program.
+# marked `by hand` take too long, or have a test of their own. What stands between `table` and `end` is printed from the program.
 
 README = PROGRAM.with_name("README.md")
 FIRST = ("api.md", "configuration.md")  # of docs/: what is typed there, others go on from
@@ -17695,6 +17695,43 @@ class Reader:
 
     def _shell(self, commands: str) -> list[str]:
         return ["bash", "-euo", "pipefail", "-c", self.there(commands)]
+
+
+def test_what_operations_says_of_several_machines_makes_a_database_nodes_and_a_copy_to_restore(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    make, ini, copy = (text for mark, _, text in BLOCK.findall(PAGES["docs/operations.md"]) if "by hand" in mark)
+    with PostgresServer() as server:
+        server.run("DROP ROLE mailproxy")
+        own = {"PGHOST": server.host, "PGPORT": str(server.port), "PGUSER": "postgres"}
+        own["PATH"] = f"{server.programs()}:{os.environ['PATH']}"
+        outside: dict[str, Any] = {"cwd": tmp_path, "env": {**_plain_environment(), **own}, "timeout": 60}
+        type_ = functools.partial(subprocess.run, shell=True, check=True, **outside)
+        (tmp_path / "token").write_text("sesame\n")
+        places = {"db.example.net": f"{server.host}:{server.port}", "10.0.0.11": "127.0.0.1"}
+        for place, here in {**places, "/etc/mailproxy/token": str(tmp_path / "token")}.items():
+            assert place in ini
+            ini = ini.replace(place, here)
+
+        type_(make)
+        (tmp_path / "node.ini").write_text(ini)
+        checked = run_command("check", "--config", tmp_path / "node.ini")
+        assert checked.returncode == 0, checked.stderr
+        settings = mailproxy.read_settings(str(tmp_path / "node.ini"), {}, {})
+        with Daemon(tmp_path, {"storage": settings.storage._asdict()}, smtp=smtp) as daemon:
+            daemon.submit(letter("kept"), letter("later", deferred_ts=9_999_999_998))
+            wait_sent(daemon, "kept")
+            assert daemon.status()["node"] == "node-a"
+            type_(copy)
+        type_("createdb --owner mailproxy restored && pg_restore --dbname restored mailproxy.dump")
+
+        restored = {"db_path": server.url("restored"), "node": "node-a"}
+        with Daemon(tmp_path, {"storage": restored}, smtp=smtp) as daemon:
+            assert [daemon.message(id_)["status"] for id_ in ("kept", "later")] == ["sent", "deferred"]
+            answer = daemon.post("/commands/add-messages", {"messages": [letter("kept"), letter("new")]}).json
+            assert (answer["queued"], answer["known"]) == (1, ["kept"])
+            wait_sent(daemon, "new")
+    assert subjects(smtp) == ["kept", "new"]
 
 
 def test_the_commands_of_the_pages_do_what_they_say(tmp_path: Path, ca: PrivateCA, reports: ReportReceiver) -> None:
