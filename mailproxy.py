@@ -9961,16 +9961,6 @@ def json_schema(type_: str) -> dict[str, object]:
     return {"anyOf": schemas}
 
 
-def object_schema(members: Mapping[str, tuple[str, str | None, bool]]) -> dict[str, object]:
-    """The schema of an object; of each member type, words, and whether it has to be there."""
-    properties = {
-        name: {**json_schema(type_), "description": words} if words else json_schema(type_)
-        for name, (type_, words, _) in members.items()
-    }
-    required = [name for name, (_, _, is_required) in members.items() if is_required]
-    return {"type": "object", "properties": properties, "required": required}
-
-
 def named_schemas() -> dict[str, object]:
     """What the operations refer to: bodies, answers, and what is in them."""
     shown = {
@@ -9978,15 +9968,17 @@ def named_schemas() -> dict[str, object]:
     }
     shown["source"] = Field("'http' | 'config'", "Where it was defined.")
     schemas: dict[str, object] = {name: json_schema(kind.json) for name, kind in WORDS.items()}
-    for name, given in {**GIVEN, "ShownAccount": shown}.items():  # null means left out, everywhere
-        fields = {
-            key: (one.type + " | null" * (not one.required), one.words, one.required) for key, one in given.items()
-        }
-        schemas[name] = object_schema(fields)
+    told: dict[str, Mapping[str, Field]] = {}
     for name, answer in ANSWERS.items():
-        members = dict(member.split(": ") for member in answer.split(", "))
-        told = {key.rstrip("?"): (type_, None, not key.endswith("?")) for key, type_ in members.items()}
-        schemas[name] = object_schema(told)
+        members = (member.split(": ") for member in answer.split(", "))
+        told[name] = {key.rstrip("?"): Field(type_, "", not key.endswith("?")) for key, type_ in members}
+    for name, fields in {**GIVEN, "ShownAccount": shown, **told}.items():
+        properties = {}
+        for key, (type_, words, is_required) in fields.items():  # null means left out, everywhere
+            schema = json_schema(type_ if is_required or name in told else f"{type_} | null")
+            properties[key] = {**schema, **({"description": words} if words else {})}
+        required = [key for key, one in fields.items() if one.required]
+        schemas[name] = {"type": "object", "properties": properties, "required": required}
     return schemas
 
 
@@ -10123,10 +10115,10 @@ class ControlPlane:
             if self.leases is not None:  # the node that has the lane knows how it is
                 elsewhere = {} if lane.mine else shown.get(id_, {})
                 accounts[id_] |= {"node": self.leases.node if lane.mine else None, **elsewhere}
-        for id_ in pending.keys() - accounts.keys():
-            if pending[id_]:  # mail that waits for its account to come back
+        for id_, waiting in pending.items():
+            if waiting and id_ not in accounts:  # for its account to come back
                 gone = {"state": NOT_FOUND, "reason": NOT_FOUND, "since": None, "until": None}
-                accounts[id_] = {**gone, "connections": 0, "pending": pending[id_]}
+                accounts[id_] = {**gone, "connections": 0, "pending": waiting}
         reporter = shown.get(REPORTER, {}).get("node")
         several = {"node": self.leases.node, "reporter": reporter} if self.leases else {}
         return json_response(
@@ -10221,7 +10213,24 @@ class ControlPlane:
                 known.append(one.id)
             else:
                 rejected.append(rejection(one.id, verdict))
-        self._tell_of_submissions(accepted, known, rejected)
+        self.reporter.submissions += len(accepted)
+        if any(one.once for one in accepted):  # one that failed may have ended again
+            self.reporter.ring()
+        by_account = collections.Counter([one.account_id for one in accepted])
+        for account_id, number in by_account.items():
+            self.metrics.accepted(self.metrics.label(account_id)).inc(number)
+            self.metrics.recent.count("accepted", number)
+        if by_account:
+            self.dispatcher.wake(by_account)
+        level = logging.INFO if self.dispatcher.log_deliveries else logging.DEBUG
+        if self.log.isEnabledFor(level):
+            for one in accepted:
+                event(self.log, level, "message accepted", message=one.id, account=one.account_id)
+            for id_ in known:
+                event(self.log, level, "message known", message=id_)
+        for entry in rejected:
+            self.metrics.messages_rejected.inc()
+            event(self.log, logging.WARNING, "message rejected", message=entry["id"], reason=entry["reason"])
         return len(accepted), known
 
     async def submit_mail(self, mail: SmtpMail, host: str) -> str:
@@ -10278,29 +10287,6 @@ class ControlPlane:
                 event(self.log, logging.ERROR, "internal error in a submission", message=id_, exc_info=error)
                 rejected.append(rejection(id_, "invalid message: it could not be understood"))
         return good, rejected, unknown
-
-    def _tell_of_submissions(
-        self, accepted: Sequence[Submission], known: Sequence[str], rejected: Sequence[Mapping[str, object]]
-    ) -> None:
-        self.reporter.submissions += len(accepted)
-        by_account = collections.Counter([submission.account_id for submission in accepted])
-        if any(submission.once for submission in accepted):  # one that failed may have ended again
-            self.reporter.ring()
-        for account_id, number in by_account.items():
-            self.metrics.accepted(self.metrics.label(account_id)).inc(number)
-            self.metrics.recent.count("accepted", number)
-        if by_account:
-            self.dispatcher.wake(by_account)
-        level = logging.INFO if self.dispatcher.log_deliveries else logging.DEBUG
-        if self.log.isEnabledFor(level):
-            for submission in accepted:
-                event(self.log, level, "message accepted", message=submission.id, account=submission.account_id)
-            for id_ in known:
-                event(self.log, level, "message known", message=id_)
-        if rejected:
-            self.metrics.messages_rejected.inc(len(rejected))
-            for entry in rejected:
-                event(self.log, logging.WARNING, "message rejected", message=entry["id"], reason=entry["reason"])
 
     async def run_now(self, request: Request) -> Response:
         """Deliver and report at once."""
@@ -12116,16 +12102,12 @@ def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, obje
 
 
 def _newest(client: Client, filters: Mapping[str, object], known: Mapping[str, object]) -> list[Any]:
-    """The newest messages, oldest first: a page of them, and more as long as all of a page are new."""
-    query: dict[str, object] = {**filters, "order": "desc", "limit": FOLLOWED_MESSAGES}
-    query.pop("after", None)
-    records: list[Any] = []
-    while True:
-        page = _page(client, query)
-        records += page["messages"]
-        if not (known and page["next"]) or any(record["id"] in known for record in page["messages"]):
-            return records[::-1]
-        query["after"] = page["next"]
+    """The newest messages, oldest first; many more of them where all are new."""
+    for most in (FOLLOWED_MESSAGES, LISTING_LIMIT):
+        records = _page(client, {**filters, "order": "desc", "limit": most})["messages"]
+        if not known or any(record["id"] in known for record in records):
+            break
+    return cast("list[Any]", records[::-1])
 
 
 def _page(client: Client, query: Mapping[str, object]) -> dict[str, Any]:
@@ -12149,7 +12131,7 @@ def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Ma
             sys.stdout.buffer.write(content)
             return 0
     if "follow" in args and args.follow:
-        _follow(client, args, filters)
+        _follow(client, args, {name: value for name, value in filters.items() if name != "after"})
     if filters:
         path = f"{path}?{urllib.parse.urlencode(filters)}"
     fields = client.ask(method, path, {"ids": args.ids} if "ids" in args else None, shown=args.json)
@@ -12266,7 +12248,7 @@ def check(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     problems = [*_start_problems(settings, environ), *left_open(settings, accounts, environ)]
     for problem in problems:
         complain(problem)
-    failed = args.connect and not show_servers(settings, accounts, environ)
+    failed = args.connect and not asyncio.run(show_servers(settings, accounts, environ))
     named = ", ".join(f"{account.id} ({account.host}:{account.port})" for account in accounts)
     way = f"mail goes out through {named}" if named else "there is no account yet: set [smtp], or POST /account"
     if problems or failed:
@@ -12304,18 +12286,6 @@ def _start_problems(settings: Settings, environ: Mapping[str, str]) -> Iterator[
 CONNECT_PATIENCE_S = 30.0  # for all that is said to one account's server
 
 
-def show_servers(settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]) -> bool:
-    """Ask the server of each account, those in the queue file too, to take mail; show what it offers; True: all do."""
-    tried = asyncio.run(_try_servers(settings, configured, environ))
-    rows, kinds = [row for row, _ in tried], ["sent" if cure is None else "error" for _, cure in tried]
-    columns = ("ACCOUNT", "SERVER", "TLS", "AUTH", "SIZE", "SMTPUTF8", "PIPELINING", "RESULT")
-    print("\n".join(["", *table(columns, rows, kinds)] if rows else ["There is no account to log into."]))
-    failed = {str(row[0]): cure for row, cure in tried if cure is not None}
-    for account_id, cure in failed.items():
-        complain(f"no mail can leave through {account_id}{cure and f': {cure}'}")
-    return not failed
-
-
 def own_address(account: Account) -> str:
     """A sender that the server may know: the login name, or a name at the server's domain; "" (RFC 5321 4.5.5)."""
     user, host = account.user or "", account.host.rstrip(".")
@@ -12326,58 +12296,59 @@ def own_address(account: Account) -> str:
     return "" if ":" in host or "." not in host or host[-1].isdigit() else f"{local_part}@{domain}"
 
 
-async def _try_servers(
-    settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]
-) -> list[tuple[tuple[object, ...], str | None]]:
-    """For each account, all at once: a row with what its server offers, and when it was refused what to do, or ""."""
-    accounts = {account.id: account for account in configured}
-    db_path = settings.storage.db_path
+async def show_servers(settings: Settings, configured: Sequence[Account], environ: Mapping[str, str]) -> bool:
+    """Ask the server of each account, those in the queue file too, to take mail, all at once; show what it offers, and
+    say what to do where it refuses. True: all do."""
+    accounts, db_path = {account.id: account for account in configured}, settings.storage.db_path
     if is_database(db_path) or await asyncio.to_thread(os.path.exists, db_path):  # and those that were added over HTTP
         file = queue_file(db_path, environ, observe_commit=lambda seconds: None)
-        stored: list[Account] = []
         try:
             with contextlib.suppress(StorageUnavailable):  # as was said above
                 stored = stored_accounts(await Queue(file, now=time.time).accounts(), settings.delivery, complain)
+                accounts = {account.id: account for account in stored} | accounts
         finally:
             await file.close()
-        accounts = {account.id: account for account in stored} | accounts
-    pool = concurrent.futures.ThreadPoolExecutor(8, "check")
-    agent = await delivery_agent(environ, InThread(pool))
+    agent = await delivery_agent(environ, InThread())
+    tried = await asyncio.gather(*(_try_server(agent, account) for account in accounts.values()))
+    rows, kinds = [row for row, _ in tried], ["sent" if cure is None else "error" for _, cure in tried]
+    columns = ("ACCOUNT", "SERVER", "TLS", "AUTH", "SIZE", "SMTPUTF8", "PIPELINING", "RESULT")
+    print("\n".join(["", *table(columns, rows, kinds)] if rows else ["There is no account to log into."]))
+    for row, cure in tried:
+        if cure is not None:
+            complain(f"no mail can leave through {row[0]}{cure and f': {cure}'}")
+    return "error" not in kinds
 
-    async def tried(account: Account) -> tuple[tuple[object, ...], str | None]:
-        sender, offers, reply = own_address(account), None, None
-        account = account._replace(timeout=min(account.timeout or 25.0, 25.0))  # what is said then helps more
-        try:
-            async with asyncio.timeout(CONNECT_PATIENCE_S):
-                session = await agent.open_session(account, name="check")
-                if isinstance(session, Session):
-                    offers = session.offers
-                    reply = await session.probe(sender)
-                    await session.quit()
-                else:
-                    reply = session
-        except TimeoutError:
-            text = f"no answer within {CONNECT_PATIENCE_S:g} s"
-            reply = reply or local_reply(Stage.MAIL if offers else Stage.CONNECT, text, Cause.TIMEOUT)
-        result = f"logged in as {account.user}" if account.user else "connected"
-        result += f", takes mail from <{sender}>"
-        verdict = None if reply.accepted else about(reply, account, relays=False)
-        if verdict and verdict.about is About.MESSAGE and sender != account.user:  # it is only a guess
-            result, verdict = result.replace("takes", "not") + f": {reply.words}", None
-        elif verdict:
-            asked = f" (to mail from <{sender}>)" if reply.stage is Stage.MAIL else ""
-            result = f"{reply.stage}: {reply.words}{asked}"
-        shown: tuple[object, ...] = ("",) * 5
-        if offers:
-            size = size_in_words(offers.size_bytes) if offers.size_bytes else "any"
-            utf8, pipelining = ("yes" if offered else "no" for offered in (offers.smtputf8, offers.pipelining))
-            shown = (offers.tls or "none", " ".join(offers.auth).upper() or "none", size, utf8, pipelining)
-        return (account.id, f"{account.host}:{account.port}", *shown, result), verdict and verdict.cure
 
+async def _try_server(agent: DeliveryAgent, account: Account) -> tuple[tuple[object, ...], str | None]:
+    """A row with what the server of an account offers, and when it refuses mail what to do, or ""."""
+    sender, offers, reply = own_address(account), None, None
+    account = account._replace(timeout=min(account.timeout or 25.0, 25.0))  # what is said then helps more
     try:
-        return await asyncio.gather(*map(tried, accounts.values()))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        async with asyncio.timeout(CONNECT_PATIENCE_S):
+            session = await agent.open_session(account, name="check")
+            if isinstance(session, Session):
+                offers = session.offers
+                reply = await session.probe(sender)
+                await session.quit()
+            else:
+                reply = session
+    except TimeoutError:
+        text = f"no answer within {CONNECT_PATIENCE_S:g} s"
+        reply = reply or local_reply(Stage.MAIL if offers else Stage.CONNECT, text, Cause.TIMEOUT)
+    result = f"logged in as {account.user}" if account.user else "connected"
+    result += f", takes mail from <{sender}>"
+    verdict = None if reply.accepted else about(reply, account, relays=False)
+    if verdict and verdict.about is About.MESSAGE and sender != account.user:  # it is only a guess
+        result, verdict = result.replace("takes", "not") + f": {reply.words}", None
+    elif verdict:
+        asked = f" (to mail from <{sender}>)" if reply.stage is Stage.MAIL else ""
+        result = f"{reply.stage}: {reply.words}{asked}"
+    shown: tuple[object, ...] = ("",) * 5
+    if offers:
+        size = size_in_words(offers.size_bytes) if offers.size_bytes else "any"
+        utf8, pipelining = ("yes" if offered else "no" for offered in (offers.smtputf8, offers.pipelining))
+        shown = (offers.tls or "none", " ".join(offers.auth).upper() or "none", size, utf8, pipelining)
+    return (account.id, f"{account.host}:{account.port}", *shown, result), verdict and verdict.cure
 
 
 # --- backup --------------------------------------------------------------
