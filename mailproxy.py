@@ -7719,20 +7719,15 @@ def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, list[str]
     if not target.startswith("/") or "#" in target:
         raise HttpError(400, "the request target is not a path")
     path, _, query = target.partition("?")
-    segments = path.split("/")
-    try:
-        if "%" in target:
-            if BAD_ESCAPE.search(target):
-                raise ValueError
-            segments = [urllib.parse.unquote(segment, errors="strict") for segment in segments]
-        fields = urllib.parse.parse_qs(query, keep_blank_values=True, errors="strict") if query else {}
-    except ValueError:
-        bad = [one for one in query.split("&") if BAD_ESCAPE.search(one) or "\ufffd" in urllib.parse.unquote(one)]
-        if bad:
-            wanted = f"{bad[0].partition('=')[0][:80]}: must be percent-encoded UTF-8 without NUL"
-            raise HttpError(400, wanted, code="bad_field") from None
-        raise HttpError(400, "the path is not percent-encoded UTF-8 without NUL") from None
-    return path, tuple(segments), fields
+    for part in (path, *query.split("&")) if "%" in target else ():
+        try:
+            fit(urllib.parse.unquote(part, errors="strict"), not BAD_ESCAPE.search(part))
+        except ValueError:
+            what, code = f"{part.partition('=')[0][:80]}: must be", "bad_field"
+            what, code = ("the path is not", "bad_request") if part is path else (what, code)
+            raise HttpError(400, f"{what} percent-encoded UTF-8 without NUL", code=code) from None
+    segments = tuple(map(urllib.parse.unquote, path.split("/")) if "%" in path else path.split("/"))
+    return path, segments, urllib.parse.parse_qs(query, keep_blank_values=True) if query else {}
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -10456,9 +10451,8 @@ class ControlPlane:
             await self._tell_nodes(f"renew {account.id}")
         event(self.log, logging.INFO, "account set", account=account.id)
         unknown = [key for key, value in fields.items() if key not in ACCOUNT_KEYS and value is not None]
-        return json_response(
-            {"ok": True, **({"warnings": [{"id": account.id, "unknown": unknown}]} if unknown else {})}
-        )
+        warnings = {"warnings": [{"id": account.id, "unknown": unknown}]} if unknown else {}
+        return json_response({"ok": True, **warnings})
 
     async def delete_account(self, request: Request) -> Response:
         """Remove an account; its undelivered messages become errors."""
@@ -11326,25 +11320,21 @@ def output_width() -> int:
 
 def size_in_words(size_bytes: int) -> str:
     """A size in the unit a person would choose: 40 B, 12.5 kB, 3.5 MB."""
-    for unit, unit_bytes in (("GB", 10**9), ("MB", 10**6), ("kB", 1000)):
-        if size_bytes >= unit_bytes:
-            return f"{size_bytes / unit_bytes:.1f} {unit}"
-    return f"{size_bytes} B"
-
-
-def duration(seconds: float) -> str:
-    """A time span in the unit a person would choose: 40 s, 12 min, 3 h, 5 d."""
-    for unit, size_s in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size_s:
-            return f"{seconds // size_s:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"
+    units = (("GB", 10**9), ("MB", 10**6), ("kB", 1000))
+    return next(
+        (f"{size_bytes / of_unit:.1f} {unit}" for unit, of_unit in units if size_bytes >= of_unit), f"{size_bytes} B"
+    )
 
 
 def relative(ts: float | None, now: float) -> str:
-    """How long ago, or how far ahead; "" for never."""
+    """How long ago, or how far ahead, in the unit a person would choose (40 s, 12 min, 3 h, 5 d); "" for never."""
     if ts is None:
         return ""
-    return f"{duration(now - ts)} ago" if ts <= now else f"in {duration(ts - now)}"
+    span_s, units = abs(now - ts), (("d", 86_400), ("h", 3600), ("min", 60))
+    words = next(
+        (f"{span_s // of_unit:.0f} {unit}" for unit, of_unit in units if span_s >= 2 * of_unit), f"{span_s:.0f} s"
+    )
+    return f"{words} ago" if ts <= now else f"in {words}"
 
 
 def local_time(ts: float | None, now: float) -> str:
@@ -11832,11 +11822,9 @@ class Demo:
 
     def _tell(self, who: str, whom: str, about: str, what: str) -> None:
         """Something passed, about a message or its recipient; it is shown later, in order."""
-        at_s = time.monotonic() - self._started_at
-        id_ = f"{about.partition('@')[0]:<12}" if about else ""
-        self._lines.put_nowait(
-            f"{at_s:6.2f}s  {who:<9} -> {whom:<9}  {id_}{paint(what, what.removeprefix('report: '))}"
-        )
+        at_s, id_ = time.monotonic() - self._started_at, f"{about.partition('@')[0]:<12}" if about else ""
+        words = paint(what, what.removeprefix("report: "))
+        self._lines.put_nowait(f"{at_s:6.2f}s  {who:<9} -> {whom:<9}  {id_}{words}")
 
     # -- the part of the mail server
 
@@ -11901,9 +11889,6 @@ class Demo:
 
     # -- the part of the application
 
-    async def _ask(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> dict[str, Any]:
-        return await asyncio.to_thread(self._client.ask, method, path, fields)
-
     async def _submit(self) -> None:
         """Five messages, named after what will happen to them."""
         picture = {"filename": "picture.png", "content": DEMO_PICTURE, "content_id": "picture", "inline": True}
@@ -11919,9 +11904,7 @@ class Demo:
         common = {"from": "mailproxy <demo@app.example>"}
         messages = [{"id": id_, "to": f"{id_}@demo.example", **common, **fields} for id_, fields in own.items()]
         self._tell("app", "mailproxy", "", f"POST /commands/add-messages: {len(messages)} messages")
-        answer = await self._ask("POST", "/commands/add-messages", {"messages": messages})
-        if answer["queued"] != len(messages):
-            raise CommandFailed(f"the demo failed: the submission was answered with {json.dumps(answer)}")
+        await asyncio.to_thread(self._client.ask, "POST", "/commands/add-messages", {"messages": messages})
         self._tell("mailproxy", "app", "", '200 "queued": 5, that is: safe on disk')
 
     async def _take_report(self, request: Request) -> Response:
@@ -11940,7 +11923,7 @@ class Demo:
         """The table at the end. Raises CommandFailed when it is not the expected one."""
         rows = []
         for id_ in DEMO_OUTCOMES:
-            story = await self._ask("GET", f"/message/{id_}")
+            story = await asyncio.to_thread(self._client.ask, "GET", f"/message/{id_}")
             reply = reply_in_words(story["attempts"][-1])
             rows.append((id_, story["message"]["status"], story["message"]["attempts"], reply))
         columns = ("MESSAGE", "STATUS", "ATTEMPTS", "WHAT THE SERVER SAID")
@@ -11987,13 +11970,9 @@ def _status_in_words(status: dict[str, Any]) -> list[str]:
     lines = facts(
         ("delivery", "active" if status["active"] else "suspended; `mailproxy activate` resumes it"),
         ("pending", joined(", the oldest accepted ", str(status["pending"]), oldest)),
-        ("deferred", status["deferred"]),
-        ("in delivery", status["in_delivery"]),
-        ("unreported", status["unreported"]),
+        *((name.replace("_", " "), status[name]) for name in ("deferred", "in_delivery", "unreported")),
         ("suspended batches", ", ".join(status.get("suspended_batches", ()))),
-        ("version", status["version"]),
-        ("node", status.get("node")),
-        ("reporter", status.get("reporter")),
+        *((name, status.get(name)) for name in ("version", "node", "reporter")),
     )
     node = ("NODE",) if "node" in status else ()
     accounts = []
@@ -12268,11 +12247,10 @@ def _start_problems(settings: Settings, environ: Mapping[str, str]) -> Iterator[
         yield str(error)
     for row in SETTINGS_TABLE:
         path = row.of(settings) if row.kind in (SOCKET_PATH, QUEUE_PLACE) else None
-        path = None if path and is_database(path) else path
-        folder = os.path.dirname(os.path.abspath(path or "."))
-        if path and not os.path.isdir(folder):
+        folder = os.path.dirname(os.path.abspath(path)) if path and not is_database(path) else ""
+        if folder and not os.path.isdir(folder):
             yield f"[{row.section}] {row.key}: the folder {folder} does not exist; create it"
-        elif path and not os.access(folder, os.W_OK | os.X_OK):
+        elif folder and not os.access(folder, os.W_OK | os.X_OK):
             yield f"[{row.section}] {row.key}: the folder {folder} cannot be written by this user"
     for section in (settings.server, settings.submission):
         try:
@@ -12625,9 +12603,16 @@ def parsed(words: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     return command, parser.parse_args(words[1:])
 
 
-def run(words: Sequence[str]) -> int:
-    """One command, its failure made a sentence; the exit status."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command of these words, or of those that the program was called with, its failure made a sentence; return
+    its exit status."""
     try:
+        if argv is None and callable(signal.getsignal(signal.SIGINT)):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a subject need not fit the terminal's characters
+        words = [*AS_CALLED.get(os.path.basename(sys.argv[0]), ()), *sys.argv[1:]] if argv is None else argv
         status = 0 if words else 2
         match words:
             case [] | ["-h" | "--help" | "help"]:
@@ -12644,9 +12629,8 @@ def run(words: Sequence[str]) -> int:
                 status = command.run(args, os.environ)
         print(end="", flush=True)
         return status
-    except ConfigurationError as error:
-        complain(error)
-        return 2
+    except KeyboardInterrupt:
+        return 130  # as a shell has it: 128 and SIGINT
     except OSError as error:  # of stdout: what is still in its buffer goes nowhere, without a complaint at exit
         with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
@@ -12656,20 +12640,7 @@ def run(words: Sequence[str]) -> int:
         return 1
     except Exception as error:
         complain(error if isinstance(error, MailproxyError) else f"internal error: {type(error).__name__}: {error}")
-        return 1
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command of these words, or of those that the program was called with; return its exit status."""
-    try:
-        if argv is None and callable(signal.getsignal(signal.SIGINT)):
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # a subject need not fit the terminal's characters
-        return run([*AS_CALLED.get(os.path.basename(sys.argv[0]), ()), *sys.argv[1:]] if argv is None else argv)
-    except KeyboardInterrupt:
-        return 130  # as a shell has it: 128 and SIGINT
+        return 2 if isinstance(error, ConfigurationError) else 1
     finally:
         if argv is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # what was to be done is done
