@@ -3351,14 +3351,18 @@ class QueueFile:
     def _commit(self, group: Sequence[_Wish], at_once: bool = False) -> None:
         """Write a group, and answer each of it after the COMMIT. The writer's thread."""
         started = time.monotonic()
-        together: dict[object, list[_Wish]] = {}
-        for wish in group:
-            together.setdefault(wish.work, []).append(wish)
-        pieces, answers = list(together.values()), list[tuple[_Wish, Any]]()
+        answers = list[tuple[_Wish, Any]]()
         try:
             connection: Any = self._writing or self._connect()
             changes = connection.total_changes
             connection.execute("BEGIN IMMEDIATE")
+            more = self._waiting.copy()  # others may have written until now
+            self._at_work = group = [*group, *more]
+            del self._waiting[: len(more)]
+            together: dict[object, list[_Wish]] = {}
+            for wish in group:
+                together.setdefault(wish.work, []).append(wish)
+            pieces = list(together.values())
             for number, piece in enumerate(pieces):
                 if number:  # before the first there is nothing to keep
                     connection.execute("SAVEPOINT piece")
@@ -4688,9 +4692,16 @@ SCHEMA_LOCK = 0x6D61696C  # of those who start together: one makes the tables
 BEGIN = (
     "BEGIN",
     "SELECT set_config('lock_timeout', '5s', true), set_config('statement_timeout', '30s', true), "
-    "set_config('idle_in_transaction_session_timeout', '5s', true), CASE "
-    "WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN set_config('synchronous_commit', 'on', true) END",
+    "set_config('idle_in_transaction_session_timeout', '5s', true), set_config('synchronous_commit', 'off', true)",
     "SELECT last_seq, last_report, changes FROM counters FOR UPDATE",
+)
+# What waits for the disk is a transaction of its own, while others may write again. It has what was written before it,
+# so that nothing is answered, or goes on the wire, that is not on the disk.
+END = (
+    "COMMIT",
+    "SELECT CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') "
+    "THEN set_config('synchronous_commit', 'on', true) END",
+    "UPDATE commits SET at = now() WHERE writer = '{}'",
 )
 # Where SQLite says the one, PostgreSQL says the other.
 DIALECT = (
@@ -4919,7 +4930,7 @@ class PostgresConnection:
             f"INSERT INTO commits VALUES ('{self._writer}', {number}, now()) "  # noqa: S608 - nothing from outside
             "ON CONFLICT (writer) DO UPDATE SET number = excluded.number, at = excluded.at"
         )
-        answer = self._add("COMMIT")
+        answer = self._end()
         try:
             self.send()
         except self._file.errors:
@@ -4928,6 +4939,9 @@ class PostgresConnection:
         self.total_changes = number
         return answer
 
+    def _end(self) -> LateCursor:
+        return [self._add(sql.format(self._writer)) for sql in END][-1]
+
     def _was_committed(self, number: int) -> bool:
         """What became of a transaction whose end was not answered: the lock is free once it has ended. Raises
         StorageUnavailable when that cannot be found out."""
@@ -4935,7 +4949,8 @@ class PostgresConnection:
         last = f"SELECT number FROM commits WHERE writer = '{self._writer}'"  # noqa: S608 - nothing from outside
         while True:
             try:
-                (*_, answer, _) = [self._add(sql) for sql in (*BEGIN, last, "COMMIT")]
+                (*_, answer) = [self._add(sql) for sql in (*BEGIN, last)]
+                self._end()
                 return bool(answer.fetchone() == (number,))
             except self._file.errors:
                 if time.monotonic() > until:

@@ -3994,6 +3994,24 @@ def test_who_asked_together_the_last_time_shares_a_commit_again_though_one_comes
         assert [run(write(10, 0)), run(write(20, 3))] == [1, 1]
 
 
+def test_what_is_asked_while_another_process_writes_comes_along_with_the_first(tmp_path: Path) -> None:
+    commits: list[float] = []
+
+    async def write() -> None:
+        with another_process(tmp_path, "BEGIN IMMEDIATE"):
+            writes = [asyncio.ensure_future(file.write(insert(1)))]
+            for _ in range(20):  # in so many turns of the loop the writer has it
+                await asyncio.sleep(0)
+            writes += [asyncio.ensure_future(file.write(insert(x))) for x in range(2, 20)]
+            await asyncio.sleep(0)
+        await asyncio.gather(*writes)
+
+    with queue_file(tmp_path, observe=commits.append) as (file, run):
+        run(write())
+        assert len(commits) == 1
+    assert rows_of(tmp_path) == list(range(1, 20))
+
+
 def test_while_the_disk_writes_the_loop_can_do_something(tmp_path: Path) -> None:
     with queue_file(tmp_path) as (file, run):
         done: list[str] = []
@@ -5051,10 +5069,18 @@ def test_a_transaction_that_was_stopped_does_not_hold_the_others_for_long(
 def test_what_was_accepted_is_on_disk_whatever_the_role_is_set_to(
     postgres_server: PostgresServer, postgres: str, setting: str
 ) -> None:
+    def position(db: Any) -> str:
+        db.execute("INSERT INTO switches VALUES ('any', 1) ON CONFLICT (name) DO UPDATE SET value = switches.value + 1")
+        return str(db.execute("SELECT pg_current_wal_insert_lsn()").fetchone()[0])
+
+    def is_flushed(written: str, db: Any) -> bool:
+        return bool(db.execute(f"SELECT pg_current_wal_flush_lsn() > CAST('{written}' AS pg_lsn)").fetchone()[0])
+
     postgres_server.run(f"ALTER DATABASE {postgres.rpartition('/')[2]} SET synchronous_commit = {setting}")
     with queue_at(postgres) as rig:
-        (found,) = rig.run(rig.file.write(lambda db: db.execute("SHOW synchronous_commit").fetchone()))
-    assert found == ("on" if setting in ("off", "local") else setting)
+        for _ in range(20):  # now and then the server flushes by itself
+            written = rig.run(rig.file.write(position))
+            assert rig.run(rig.file.read(functools.partial(is_flushed, written)))
 
 
 def test_what_does_not_fit_into_text_is_replaced_and_quotes_stay_quotes(postgres: str) -> None:
