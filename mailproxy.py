@@ -5166,7 +5166,7 @@ LOOK_AT_TABLES = (
     "SELECT changes, least((SELECT min(deferred_ts) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
     "AND deferred_ts IS NOT NULL), (SELECT min(expires_ts) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
     "AND expires_ts IS NOT NULL), CAST('infinity' AS double precision)), "
-    "EXISTS (SELECT 1 FROM messages WHERE report_order IS NOT NULL), "
+    "EXISTS (SELECT 1 FROM tallies WHERE unreported > 0), "
     "EXISTS (SELECT 1 FROM nodes WHERE until_ts <= clock_timestamp()), "
     "ARRAY(SELECT account_id FROM tallies WHERE ready > 0), "
     "ARRAY(SELECT account_id FROM leases WHERE instance <> %(mine)s), "
@@ -5216,27 +5216,31 @@ class Look(NamedTuple):
 
 
 class Leases:
-    """The row of this node, and the lanes that it has. It belongs to the event loop, but for what `_keep` does."""
+    """The row of this node, and the lanes that it has; without a `node` there is only this one, and it has all.
+    It belongs to the event loop, but for what `_keep` does."""
 
-    def __init__(self, file: PostgresFile, node: str, look_s: Callable[[], float], log: logging.Logger) -> None:
-        self.file, self.node, self._log = file, node, log
-        self.accounts = self._shown = "{}"  # digests_of those of config.ini; the states of the lanes, as JSON
-        self.held: set[str] = set()
-        self.last, self.seen = Look(), asyncio.Event()
+    accounts = _shown = "{}"  # digests_of those of config.ini; what is shown, as JSON
+    elsewhere: Sequence[str] = ()  # lanes that other nodes have
+    _last = Look()
+    _told = _look_now = _leaving = False
+    _well_since = _unseen_since = math.inf  # renewals succeed; a look waits for the event loop; times are of uptime()
+
+    def __init__(self, file: Any = None, node: str | None = None, look_s: Any = None, log: Any = None) -> None:
+        self.file, self.node, self._look_s, self._log = cast(PostgresFile, file), node, look_s, log
         self.shown: Callable[[], Mapping[str, object]] = dict  # the states of the lanes here
-        self.buried = True  # there is no row (any more), and so no lane
-        self._look_s, self._beat_s = look_s, LEASE_S / RENEWALS
-        self._until = -math.inf  # nothing begins after that; all times are of uptime()
-        self._well_since = self._unseen_since = math.inf  # renewals succeed; a look waits for the event loop
-        self._told = self._look_now = self._leaving = False
-        self._loop = asyncio.get_running_loop()
-        self._bell, self._ear = socket.socketpair()
-        self._bell.setblocking(False)
+        self.buried = node is not None  # there is no row (any more), and so no lane
+        self._until = -math.inf  # nothing begins after that
+        self._held: set[str] = set()
+        self._seen, self._beat_s = asyncio.Event(), LEASE_S / RENEWALS
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
+
+    def has(self, lane: str) -> bool:
+        """True when the lane of this account (REPORTER: of the reports) is run here."""
+        return self.node is None or lane in self._held
 
     def lasts(self) -> bool:
         """True while a transaction may begin."""
-        return uptime() < self._until
+        return self.node is None or uptime() < self._until
 
     async def _write(self, sql: str, **values: object) -> list[Any]:
         values["mine"] = self.file.instance
@@ -5245,6 +5249,8 @@ class Leases:
     async def enter(self) -> None:
         """Begin, or begin anew, with no lanes. A row of this name is waited for: it may be that of a process that is
         gone. Raises ConfigurationError when it is renewed meanwhile, StorageUnavailable."""
+        if self.node is None:
+            return
         mine = secrets.token_hex(8)
         values = {"node": self.node, "mine": mine, "lease_s": LEASE_S, "accounts": self.accounts, "gone": ""}
 
@@ -5253,7 +5259,7 @@ class Leases:
             db.execute(ENTER, values)
             return db.execute("SELECT until_ts FROM nodes WHERE node = :node AND instance <> :mine", values).fetchone()
 
-        self.held.clear()
+        self._held.clear()
         began, before = uptime(), None
         while (found := await self.file.write(work)) is not None:
             if before not in (None, found):
@@ -5264,50 +5270,67 @@ class Leases:
         self.file.instance, self.buried = mine, False
         self._until, self._unseen_since = began + LEASE_S * (1 - DRIFT_SHARE), math.inf
         if self._keeper.ident is None:
+            self._loop, (self._bell, self._ear) = asyncio.get_running_loop(), socket.socketpair()
+            self._bell.setblocking(False)
             self._keeper.start()
         self.ring(look=True)
 
-    async def take(self, ids: Iterable[str]) -> set[str]:
-        """Take the lanes of these accounts that have mail and nobody has; return which."""
-        taken = {row[0] for row in await self._write(TAKE, ids=list(ids))}
-        self.held |= taken
+    async def take(self, lanes: Iterable[str]) -> set[str]:
+        """Take the lanes that have mail and nobody has; return which. The nodes that have others are told to look."""
+        asked = set(lanes)
+        wanted = list(asked.difference(self.elsewhere))
+        taken = {row[0] for row in await self._write(TAKE, ids=wanted)} if wanted else set()
+        self._held |= taken
+        if taken != asked:
+            self.ring(tell=True)
         return taken
 
-    async def give_up(self, ids: Sequence[str]) -> None:
+    async def give_up(self, lanes: Iterable[str]) -> None:
         """Let others have these lanes, of which nothing is on the wire."""
-        self.held.difference_update(ids)
-        await self._write("DELETE FROM leases WHERE account_id = ANY(:ids) AND instance = :mine", ids=ids)
-        self.ring(tell=True)
-
-    async def bury(self) -> None:
-        """Remove the nodes whose time is over: what they had is free."""
-        self.last = self.last._replace(dead=False)
-        await self._write(BURY, gone="")
-        self.ring(look=True)
+        if held := self._held.intersection(lanes):
+            self._held -= held
+            with contextlib.suppress(StorageUnavailable):
+                await self._write(
+                    "DELETE FROM leases WHERE account_id = ANY(:ids) AND instance = :mine", ids=list(held)
+                )
+            self.ring(tell=True)
 
     async def leave(self) -> None:
         """Give up all that is left, and end."""
+        if self._keeper.ident is None:
+            return
         with contextlib.suppress(StorageUnavailable):
             await self._write(BURY, gone=self.file.instance)
         self._leaving, self._until = True, -math.inf
         self.ring(tell=True)
-        if self._keeper.ident is not None:
-            await self._loop.run_in_executor(None, self._keeper.join, self._beat_s)
+        await self._loop.run_in_executor(None, self._keeper.join, self._beat_s)
 
-    async def everywhere(self) -> tuple[dict[str, dict[str, Any]], int]:
-        """Who has each lane, and what that node shows of it; how many messages are on the wire."""
+    async def everywhere(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        """What GET /status shows of several machines: of each lane who has it, and how it is there; and of them all."""
 
-        def work(db: Any) -> tuple[dict[str, dict[str, Any]], int]:
-            lanes = db.execute("SELECT account_id, node FROM leases JOIN nodes USING (instance)")
+        def work(db: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+            leases = db.execute("SELECT account_id, node FROM leases JOIN nodes USING (instance)")
             nodes, (on_wire,) = db.execute("SELECT node, shown FROM nodes"), db.execute("SELECT count(*) FROM claims")
-            shown = {node: json.loads(said) for node, said in nodes}
-            return {id_: {**shown.get(node, {}).get(id_, {}), "node": node} for id_, node in lanes}, on_wire[0]
+            shown = {node: json.loads(said) for node, said in nodes} | {self.node: {}}  # what is known better
+            lanes = {id_: {**shown.get(node, {}).get(id_, {}), "node": node} for id_, node in leases}
+            reporter = lanes.get(REPORTER, {}).get("node")
+            return lanes, {"node": self.node, "reporter": reporter, "in_delivery": on_wire[0]}
 
-        return await self.file.read(work)
+        return await self.file.read(work) if self.node else ({}, {})
+
+    async def look(self) -> Look:
+        """What the next look shows. Nodes whose time is over are removed: what they had is free."""
+        await self._seen.wait()
+        self._seen.clear()
+        if self._last.dead:
+            with contextlib.suppress(StorageUnavailable):
+                await self._write(BURY, gone="")
+            self.ring(look=True)
+        return self._last
 
     def differing(self) -> set[tuple[str, str]]:
         """Accounts of config.ini (the first) that another node (the second) has otherwise, or not at all."""
-        mine, others = json.loads(self.accounts).items(), (self.last.accounts or {}).items()
+        mine, others = json.loads(self.accounts).items(), (self._last.accounts or {}).items()
         return {(id_, node) for node, said in others for id_, _ in mine ^ said.items()}
 
     def ring(self, *, tell: bool = False, look: bool = False) -> None:
@@ -5317,8 +5340,9 @@ class Leases:
             self._bell.send(b"!")
 
     def _see(self, look: Look) -> None:
-        self.last, self._unseen_since, self._shown = look, math.inf, as_json(self.shown())
-        self.seen.set()
+        self._last, self.elsewhere, self._unseen_since = look, look.elsewhere, math.inf
+        self._shown = as_json(self.shown())
+        self._seen.set()
 
     # -- the keeper's thread
 
@@ -5372,7 +5396,7 @@ class Leases:
         if session.execute(RENEW, [LEASE_S, self.accounts, self._shown, self.file.instance]).rowcount:
             self._until, self._well_since = now + LEASE_S * (1 - DRIFT_SHARE), min(self._well_since, now)
         else:
-            self.buried, self._until = True, -math.inf
+            self._until, self.buried = -math.inf, True
 
     def _look(self, session: Any, now: float) -> None:
         look = Look(*session.execute(LOOK_AT_TABLES, {"mine": self.file.instance}).fetchone())
@@ -8730,7 +8754,7 @@ class Dispatcher(Loop):
     active: bool = True
     log_deliveries: bool = False
     lanes: dict[str, Lane] = field(default_factory=dict)
-    leases: Leases | None = None  # with several machines
+    leases: Leases = field(default_factory=Leases)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -8772,10 +8796,10 @@ class Dispatcher(Loop):
         counted = [(min(now + until - wall, now), n) for until, n in standing.sends]
         windows = self._held_windows.pop(account.id, None) or SendWindows(account.limits, counted)
         windows.limits = account.limits
-        if self.leases is not None:
-            windows.recount(counted)  # another node may have sent meanwhile
+        if self.leases.node:
+            windows.recount(counted)  # another one may have sent meanwhile
         lane = self.lanes[account.id] = Lane(account, windows, self.clock)
-        lane.mine = self.leases is None or account.id in self.leases.held
+        lane.mine = self.leases.has(account.id)
         if standing.suspended:
             lane.become(LaneState.SUSPENDED)
         elif standing.held_back and not windows.room(now):
@@ -8866,8 +8890,12 @@ class Dispatcher(Loop):
 
     async def turn(self) -> float:
         self.count_sent()
-        if self.leases is not None and not await self._look_after_leases(self.leases):
-            return self.settings.send_interval_seconds
+        if not self.leases.lasts():  # nothing may begin; when it is buried, others have the lanes by now
+            for lane in self.lanes.values():
+                (self._let_others if self.leases.buried else self._recall)(lane)
+            if not self.leases.buried:
+                return self.settings.send_interval_seconds
+            await self.leases.enter()
         self._slots.total = self.settings.max_concurrency
         self._slots.alone = self.memory.alone = len(self.lanes) == 1
         await self._follow_clock()
@@ -8876,8 +8904,7 @@ class Dispatcher(Loop):
         if self.queue.file.refuses:
             await self.queue.answers()
         if self._cooled_may_go:
-            elsewhere = self.leases.last.elsewhere if self.leases else ()
-            own = [account_id for account_id in self.lanes if account_id not in elsewhere]
+            own = self.lanes.keys() - self.leases.elsewhere
             self.wake(await self.queue.let_go(own, ("connection", "login")))
             self._cooled_may_go = False
         now = self.clock.wall()
@@ -8892,8 +8919,6 @@ class Dispatcher(Loop):
                 event(self.log, logging.WARNING, what, message=id_, account=account_id, error=how.error)
                 self.reports_due()
         if self.active:
-            if self.leases is not None:
-                await self._take_lanes(self.leases)
             await self._look_after_lanes()
         until_due_s = self.queue.next_ts - self.clock.wall()
         if self.settings.test_mode and until_due_s > 0 and not (self._tasks or (self.active and self._marked)):
@@ -8908,7 +8933,7 @@ class Dispatcher(Loop):
         clock and handing the change to the writer: what is written after it goes by the new one.
         """
         since, step_s = int(self.clock.started_at), self.clock.follow()
-        if not step_s or self.leases is not None:  # other machines have clocks of their own
+        if not step_s or self.leases.node:  # other machines have clocks of their own
             return
         try:
             await self.queue.move_times(step_s, since)
@@ -8917,46 +8942,16 @@ class Dispatcher(Loop):
             raise
         event(self.log, logging.WARNING, "the wall clock was set", seconds=step_s)
 
-    async def _look_after_leases(self, leases: Leases) -> bool:
-        """See whether this node still lasts; False while nothing may begin."""
-        if leases.buried:  # others have the lanes by now
-            for lane in self.lanes.values():
-                self._let_others(lane)
-            await leases.enter()
-        elif not leases.lasts():
-            for lane in self.lanes.values():
-                self._recall(lane)
-            return False
-        if leases.last.dead:
-            await leases.bury()
-        return True
-
-    async def _take_lanes(self, leases: Leases) -> None:
-        """Take those of the marked lanes that have mail, if nobody has them, and tell the nodes that have the others."""
-        others = [
-            lane for lane in self._marked if lane.has_mail and not lane.mine and lane.state is not LaneState.SUSPENDED
-        ]
-        if not others:
-            return
-        for lane in others:
-            del self._marked[lane]
-            lane.has_mail = False
-        wanted = {lane.account.id for lane in others}.difference(leases.last.elsewhere)
-        taken = await leases.take(wanted) if wanted else set()
-        for account_id in taken:
-            standing = await self.queue.standing(account_id)
-            found = self.lanes.get(account_id)
-            if found is not None and not found.mine:  # it may have gone, or come anew, meanwhile
-                self.add_lane(found.account, standing)
-        if len(taken) < len(others):
-            leases.ring(tell=True)
-
     async def _look_after_lanes(self) -> None:
         """Put waiting mail of the marked lanes on free connections, and claim more where it can be taken."""
         marked, self._marked = self._marked, {}
-        orders: dict[Lane, Order] = {}
+        orders, others = dict[Lane, Order](), list[Lane]()
         try:
             for lane in marked:
+                if not lane.mine:
+                    if lane.has_mail and lane.state is not LaneState.SUSPENDED:
+                        others.append(lane)
+                    continue
                 now = self.clock.monotonic()
                 if lane.until <= now:
                     if lane.state is LaneState.LIMITED:  # those that waited keep their place
@@ -8980,13 +8975,25 @@ class Dispatcher(Loop):
                     if lane.timer is not None:
                         lane.timer.cancel()
                     lane.timer = asyncio.get_running_loop().call_at(due_at, self._mark, lane)
+            if others:
+                await self._take_lanes(others)
             if orders:
                 await self._claim(orders)
         except StorageUnavailable:
-            for lane in orders:
+            for lane in (*orders, *others):
                 lane.has_mail = True
             self._marked = {**marked, **self._marked}
             raise
+
+    async def _take_lanes(self, others: Sequence[Lane]) -> None:
+        """Take the lanes of these accounts, which have mail, unless another node has them."""
+        for lane in others:
+            lane.has_mail = False
+        for account_id in await self.leases.take([lane.account.id for lane in others]):
+            standing = await self.queue.standing(account_id)
+            found = self.lanes.get(account_id)
+            if found is not None and not found.mine:  # it may have gone, or come anew, meanwhile
+                self.add_lane(found.account, standing)
 
     async def _claim(self, orders: Mapping[Lane, Order]) -> None:
         """Take the lanes' next messages out of the queue: small ones are ready, others are put together first."""
@@ -9345,7 +9352,7 @@ class Dispatcher(Loop):
             await self._slots.take(lane, 1)
         begun = self.clock.monotonic()
         try:
-            if lane.sessions[session] != lane.generation or not (self.leases is None or self.leases.lasts()):
+            if lane.sessions[session] != lane.generation or not self.leases.lasts():
                 return {}
             chunking = turn.chunking and self.settings.chunking and lane.bdat is not False
             session.bdat, content, utf8 = session.bdat or lane.bdat, composed.content, composed.smtputf8
@@ -9536,12 +9543,7 @@ class Dispatcher(Loop):
     async def drained(self) -> None:
         """Until nothing is on the wire; each lane goes to another node as soon as nothing of it is."""
         while True:
-            free = [lane for lane in self.lanes.values() if self.leases and lane.mine and not lane.windows.held]
-            for lane in free:
-                lane.mine = False
-            if free and self.leases:
-                with contextlib.suppress(StorageUnavailable):
-                    await self.leases.give_up([lane.account.id for lane in free])
+            await self.leases.give_up(id_ for id_, lane in self.lanes.items() if not lane.windows.held)
             if not self._tasks:
                 return
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -9641,7 +9643,7 @@ class Reporter(Loop):
     metrics: Metrics
     log: logging.Logger
     submissions: int = 0  # accepted so far
-    leases: Leases | None = None  # with several machines one of them reports
+    leases: Leases = field(default_factory=Leases)  # of several machines one reports
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -9674,10 +9676,8 @@ class Reporter(Loop):
     async def turn(self) -> float:
         if self.delivery.test_mode and not self._pass_is_open:
             return REPORTER_SLEEP_S
-        if (leases := self.leases) is not None and REPORTER not in leases.held:
-            leases.ring(tell=True)  # there may be something to report
-            if not leases.lasts() or REPORTER in leases.last.elsewhere or not await leases.take([REPORTER]):
-                return REPORTER_SLEEP_S
+        if not (self.leases.has(REPORTER) or await self.leases.take([REPORTER])):
+            return REPORTER_SLEEP_S
         house_is_kept = await self._keep_house()
         pause_s = await self._report() if self.client.client_sync_url is not None else REPORTER_SLEEP_S
         if pause_s > 0 and not self.dispatching():
@@ -9698,7 +9698,7 @@ class Reporter(Loop):
         states = await self._due_states()
         if wait_s > 0 and not states:
             return wait_s
-        if self.leases is not None and not self.leases.lasts():
+        if not self.leases.lasts():
             return STORAGE_PAUSE_S
         self._why = Why.CALLING
         answer = await self._answer_to(states)
@@ -9839,6 +9839,15 @@ def stored_accounts(
         except Rejected as error:
             complain(f"account {account_id} of the queue is left out; replace it by POST /account: {error}")
     return accounts
+
+
+class Known(NamedTuple):
+    """What the queue says of accounts and switches."""
+
+    definitions: Mapping[str, str]  # of the accounts that were added over HTTP
+    switches: dict[str, int]  # commands of all nodes, too: how often they were given
+    suspended: set[str]  # accounts
+    batches: set[str]  # that are suspended
 
 
 QueryFields = Mapping[str, tuple[Kind, str]]  # what a value must be, and what it is for
@@ -10044,12 +10053,9 @@ class ControlPlane:
     in_thread: InThread
     log: logging.Logger
     settings: Callable[[], Settings]
-    leases: Leases | None = None  # with several machines
-    _changes: int = -1  # of accounts and switches, up to which they are known
-    _counted: dict[str, int] = field(default_factory=dict)  # commands that this node has followed
-    _batches: set[str] = field(default_factory=set)  # that are suspended
+    leases: Leases
     _configured: Sequence[Account] = ()
-    _definitions: Mapping[str, str] = field(default_factory=dict)  # of the other accounts
+    _known: Known | None = None  # what the lanes go by
     _wrote_at: float = -math.inf  # for a look whether the storage answers
     _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
     _console: Response = field(default_factory=console_answer)
@@ -10091,7 +10097,7 @@ class ControlPlane:
         """Check readiness: the storage answers, both loops run."""
         if problem := self.stalled_loop():
             raise HttpError(503, problem, code="internal")
-        if self.leases is not None and self.leases.buried:
+        if self.leases.buried:
             raise HttpError(503, "the lease of this node is over")
         # Anybody may ask, so it is tried once a second at most.
         if self.queue.file.refuses or self.clock.monotonic() >= self._wrote_at + 1:
@@ -10119,18 +10125,14 @@ class ControlPlane:
         now = self.clock.monotonic()
         pending = {id_: tally.ready + tally.waiting for id_, tally in tallies.items()}
         accounts: dict[str, dict[str, object]] = {}
-        shown, in_delivery = await self.leases.everywhere() if self.leases else ({}, self.queue.in_delivery)
+        shown, of_all = await self.leases.everywhere()
+        nobody = {"node": None} if of_all else {}
         for id_, lane in self.dispatcher.lanes.items():
-            accounts[id_] = {**self._lane(lane, now), "pending": pending.get(id_, 0)}
-            if self.leases is not None:  # the node that has the lane knows how it is
-                elsewhere = {} if lane.mine else shown.get(id_, {})
-                accounts[id_] |= {"node": self.leases.node if lane.mine else None, **elsewhere}
+            accounts[id_] = {**self._lane(lane, now), "pending": pending.get(id_, 0), **shown.get(id_, nobody)}
         for id_, waiting in pending.items():
             if waiting and id_ not in accounts:  # for its account to come back
                 gone = {"state": NOT_FOUND, "reason": NOT_FOUND, "since": None, "until": None}
                 accounts[id_] = {**gone, "connections": 0, "pending": waiting}
-        reporter = shown.get(REPORTER, {}).get("node")
-        several = {"node": self.leases.node, "reporter": reporter} if self.leases else {}
         return json_response(
             {
                 "ok": True,
@@ -10138,14 +10140,14 @@ class ControlPlane:
                 "version": __version__,
                 "pending": sum(pending.values()),
                 "deferred": sum(tally.waiting for tally in tallies.values()),
-                "in_delivery": in_delivery,
+                "in_delivery": self.queue.in_delivery,
                 "failed": await self.queue.failed(),
                 "unreported": sum(tally.unreported for tally in tallies.values()),
                 "oldest_pending_ts": oldest_ts,
                 "suspended_batches": sorted(self.queue.suspended_batches),
                 "accounts": accounts,
                 "recent": self.metrics.recent.columns(),
-                **several,
+                **of_all,
             }
         )
 
@@ -10169,7 +10171,7 @@ class ControlPlane:
         metrics.oldest_pending_seconds.set(0 if oldest is None else max(0.0, self.clock.wall() - oldest))
         metrics.reports_unacknowledged.set(sum(tally.unreported for tally in tallies.values()))
         metrics.scheduler_active.set(self.dispatcher.active)
-        node = [self.leases.node] if self.leases else []
+        node = [self.leases.node] if self.leases.node else []
         for gauge in (metrics.account_up, metrics.smtp_connections):
             gauge.clear()  # other nodes may have some of the lanes by now
         for account_id, lane in self.dispatcher.lanes.items():
@@ -10303,7 +10305,7 @@ class ControlPlane:
         await request.json_object()  # no field is known, but a bad body is told
         self.reporter.run_now()
         self.dispatcher.run_now()
-        if self.leases is not None:
+        if self.leases.node:
             async with self._one_at_a_time:
                 await self._tell_nodes("run_now")
         return json_response({"ok": True})
@@ -10498,56 +10500,67 @@ class ControlPlane:
         self.reporter.ring()
         return ended
 
-    async def renew_accounts(self, configured: Sequence[Account]) -> None:
-        """Take over the accounts of config.ini, which win over those of HTTP; mail of one that is gone stays."""
+    async def take_over(self, configured: Sequence[Account] | None = None) -> None:
+        """Go by what config.ini says, and by what the queue does, which other nodes may have changed. The accounts of
+        config.ini, where they were read again, win over those of HTTP; mail of one that is gone stays."""
         async with self._one_at_a_time:
-            definitions, known = await self.queue.accounts(), self._definitions
-            if configured is not self._configured:
-                known = {}
-            new = {id_: said for id_, said in definitions.items() if said != known.get(id_)}
+            dispatcher = self.dispatcher
+            said = Known(await self.queue.accounts(), await self.queue.switches(), *await self.queue.suspensions())
+            known = self._known or said._replace(definitions={})
+            if configured is not None:  # then all are looked at
+                self._configured, self.leases.accounts = configured, digests_of(configured)
+                self._known = known = known._replace(definitions={})
+            new = {id_: one for id_, one in said.definitions.items() if one != known.definitions.get(id_)}
             complain = functools.partial(event, self.log, logging.ERROR)
             stored = stored_accounts(new, self.settings().delivery, complain)
-            wanted = {account.id: account for account in (*stored, *configured)}
-            for account_id in self.dispatcher.lanes.keys() - wanted.keys() - (definitions.keys() - new.keys()):
-                is_stored = self.dispatcher.lanes[account_id].account.source != "config"
-                self.dispatcher.remove_lane(account_id)
-                if is_stored and self.leases is not None:  # deleted through another node, and mail was accepted since
+            wanted = {account.id: account for account in (*stored, *self._configured)}
+            for account_id in dispatcher.lanes.keys() - wanted.keys() - said.definitions.keys():
+                is_configured = dispatcher.lanes[account_id].account.source == "config"
+                dispatcher.remove_lane(account_id)
+                if not is_configured:  # deleted through another node, and mail was accepted since
                     await self._fail_orphans(account_id)
             for account in wanted.values():
-                if account.id not in self.dispatcher.lanes:
-                    self.dispatcher.add_lane(account, await self.queue.standing(account.id))
+                if account.id not in dispatcher.lanes:
+                    dispatcher.add_lane(account, await self.queue.standing(account.id))
                 elif account != self._account(account.id):
                     await self.queue.let_go([account.id])
-                    self.dispatcher.replace_account(account)
-            self._configured, self._definitions = configured, definitions  # now that all is taken over
-
-    async def follow(self, changes: int) -> None:
-        """Take over what was changed through other nodes, up to that count of changes."""
-        if changes == self._changes:
-            return
-        await self.renew_accounts(self._configured)
-        async with self._one_at_a_time:
-            dispatcher, switches = self.dispatcher, await self.queue.switches()
-            accounts, batches = await self.queue.suspensions()
-            new = {name for name in switches if switches[name] > self._counted.get(name, 0) and self._changes >= 0}
+                    dispatcher.replace_account(account)
+            commands = {name for name, number in said.switches.items() if number > known.switches.get(name, 0)}
             for id_, lane in dispatcher.lanes.items():
-                if (lane.state is LaneState.SUSPENDED) is not (id_ in accounts) or f"renew {id_}" in new:
-                    (dispatcher.suspend_lane if id_ in accounts else dispatcher.activate_lane)(id_)
-            if batches != self._batches:
+                if (lane.state is LaneState.SUSPENDED) is not (id_ in said.suspended) or f"renew {id_}" in commands:
+                    (dispatcher.suspend_lane if id_ in said.suspended else dispatcher.activate_lane)(id_)
+            if said.batches != known.batches:
                 dispatcher.recall()
-            active = bool(switches.get("active", dispatcher.active))
-            if active is not dispatcher.active:
+            if (active := bool(said.switches.get("active", dispatcher.active))) is not dispatcher.active:
                 (dispatcher.activate if active else dispatcher.suspend)()
-            if "run_now" in new:
+            if "run_now" in commands:
                 self.reporter.run_now()
                 dispatcher.run_now()
-            self._changes, self._batches, self._counted = changes, batches, switches
+            self._known = said  # now that all is taken over
+
+    async def follow(self) -> None:
+        """Several machines: do what each look at the tables shows."""
+        leases, told, changes = self.leases, set[tuple[str, str]](), -1
+        while True:
+            look = await leases.look()  # who put a row off goes first, if it is still there
+            self.queue.next_ts = min(self.queue.next_ts, look.due_ts + 1)
+            self.dispatcher.wake(set(look.waiting).difference(look.elsewhere))
+            if look.unreported or REPORTER not in look.elsewhere:
+                self.reporter.ring()
+            for account_id, node in sorted(leases.differing() - told):
+                what = "an account of config.ini differs from that of another node"
+                event(self.log, logging.WARNING, what, account=account_id, node=node)
+            told = leases.differing()
+            if look.changes != changes:
+                with contextlib.suppress(StorageUnavailable):  # the next look is soon
+                    await self.take_over()
+                    changes = look.changes
 
     async def _tell_nodes(self, command: str = "") -> None:
         """Have other nodes take over what was changed, and do the same: run_now, or try the server of an account now."""
-        if self.leases is not None:
+        if self.leases.node and self._known:
             if command:
-                self._counted[command] = await self.queue.count(command)
+                self._known.switches[command] = await self.queue.count(command)
             self.leases.ring(tell=True)
 
     def _account(self, account_id: str) -> Account | None:
@@ -10702,9 +10715,9 @@ class Daemon:
         self._hurry = asyncio.Event()
         self._asked_to_renew = asyncio.Event()
         self._systemd = SystemdNotifier(environ)
-        self._node = settings.storage.node or f"{socket.gethostname()}-{os.getpid()}"
-        several = is_database(settings.storage.db_path)
-        self._metrics = Metrics(__version__, self._clock.wall, self._node if several else None)
+        node = settings.storage.node or f"{socket.gethostname()}-{os.getpid()}"
+        self._node = node if is_database(settings.storage.db_path) else None
+        self._metrics = Metrics(__version__, self._clock.wall, self._node)
         self._pools = [  # a look-up or a file server that hangs keeps a thread, and must hold up nobody else
             concurrent.futures.ThreadPoolExecutor(256, "network"),
             concurrent.futures.ThreadPoolExecutor(WORK_THREADS, "work"),
@@ -10712,7 +10725,6 @@ class Daemon:
         self._network, self._work = InThread(self._pools[0]), InThread(self._pools[1], computes=True)
         self._tokens: tuple[bytes, ...] = ()
         self._waits = False  # for its database
-        self._leases: Leases | None = None
         self._queue = Queue(
             queue_file(
                 settings.storage.db_path,
@@ -10755,17 +10767,13 @@ class Daemon:
 
     async def _begin(self, configured: Sequence[Account]) -> bool:
         """Open the queue, and take up what was left in it; False while its database is away."""
-        queue, dispatcher = self._queue, self._dispatcher
         try:
-            await self._network(queue.file.open)
-            await queue.load()
-            dispatcher.active = bool((await queue.switches()).get("active", self.settings.scheduler.active))
-            await self._control.renew_accounts(configured)
-            if self._leases is not None:
-                self._leases.accounts = digests_of(configured)
-                await self._leases.enter()
+            await self._network(self._queue.file.open)
+            await self._queue.load()
+            await self._control.take_over(configured)
+            await self._leases.enter()
         except StorageUnavailable as error:
-            if self._leases is None:
+            if self._node is None:
                 raise ConfigurationError(str(error)) from None
             if not self._waits:
                 event(self._log, logging.WARNING, "the database is waited for", error=str(error))
@@ -10774,11 +10782,7 @@ class Daemon:
 
     async def _build(self) -> None:
         queue, settings, clock, metrics = self._queue, self.settings, self._clock, self._metrics
-        if isinstance(queue.file, PostgresFile):
-            self._leases = Leases(
-                queue.file, self._node, lambda: self.settings.delivery.send_interval_seconds, self._log
-            )
-            self._leases.shown = lambda: self._control.lanes_here()
+        self._leases = Leases(queue.file, self._node, lambda: self.settings.delivery.send_interval_seconds, self._log)
         memory_bytes = settings.attachments.memory_budget_bytes
         self._agent = await delivery_agent(self._environ, self._network)
         self._reporter = Reporter(
@@ -10805,12 +10809,14 @@ class Daemon:
             metrics=metrics,
             log=self._log,
             reports_due=self._reporter.ring,
+            active=settings.scheduler.active,
             leases=self._leases,
         )
         self._dispatcher.log_deliveries = settings.logging.delivery_activity
         queue.file.meanwhile = self._dispatcher.compose_ahead
         rooms = (queue, self._dispatcher, self._reporter)
         self._control = ControlPlane(*rooms, clock, metrics, self._work, self._log, lambda: self.settings, self._leases)
+        self._leases.shown = self._control.lanes_here
 
     async def _listen(self) -> str:
         """Open the HTTP side; return where it is, as a URL."""
@@ -10883,26 +10889,8 @@ class Daemon:
             )
         return most
 
-    async def _follow(self, leases: Leases) -> None:
-        """Several machines: tell the loops what each look at the tables shows."""
-        told = set[tuple[str, str]]()
-        while True:
-            await leases.seen.wait()
-            leases.seen.clear()
-            look = leases.last  # who put a row off goes first, if it is still there
-            self._queue.next_ts = min(self._queue.next_ts, look.due_ts + 1)
-            self._dispatcher.wake(set(look.waiting).difference(look.elsewhere))
-            if look.unreported or REPORTER not in look.elsewhere:
-                self._reporter.ring()
-            for account_id, node in sorted(leases.differing() - told):
-                what = "an account of config.ini differs from that of another node"
-                event(self._log, logging.WARNING, what, account=account_id, node=node)
-            told = leases.differing()
-            with contextlib.suppress(StorageUnavailable):  # the next look is soon
-                await self._control.follow(look.changes)
-
     async def _serve(self, where: str, started: Callable[[str], None], configured: Sequence[Account]) -> int:
-        node, pid = self._leases and self._leases.node, os.getpid()
+        pid, node = os.getpid(), self._node
         event(self._log, logging.INFO, "mailproxy listens", at=where, version=__version__, pid=pid, node=node)
         watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
         while self._waits and not self._stopping.is_set():
@@ -10913,10 +10901,9 @@ class Daemon:
             asyncio.create_task(self._dispatcher.run(), name="dispatcher"),
             asyncio.create_task(self._reporter.run(), name="reporter"),
         }
-        beside = [asyncio.create_task(self._renew()), asyncio.create_task(self._take_spool())]
-        if self._leases is not None:
-            beside.append(asyncio.create_task(self._follow(self._leases), name="follower"))
-            loops.add(beside[-1])
+        follower = asyncio.create_task(self._control.follow(), name="follower")
+        beside = [follower, asyncio.create_task(self._renew()), asyncio.create_task(self._take_spool())]
+        loops.add(follower)
         asked = asyncio.create_task(self._stopping.wait(), name="stop")
         accounts = [lane.account for lane in self._dispatcher.lanes.values()]
         for warning in await self._work(
@@ -10958,8 +10945,7 @@ class Daemon:
         for task in ends:
             task.cancel()
         await asyncio.gather(*ends, return_exceptions=True)
-        if self._leases is not None:
-            await self._leases.leave()
+        await self._leases.leave()
 
     async def _ends(self, task: asyncio.Future[Any], within_s: float | None) -> bool:
         """Wait for a task, but not when the daemon is told a second time to stop; True when it has ended."""
@@ -11024,9 +11010,7 @@ class Daemon:
                 self._reporter.ring()
                 self._dispatcher.fetcher = self._fetcher()
                 self._agent.contexts.clear()  # certificates may have changed
-                await self._control.renew_accounts(accounts)
-                if self._leases is not None:
-                    self._leases.accounts = digests_of(accounts)
+                await self._control.take_over(accounts)
                 self._smtp.names = await self._network(lambda: local_names(self.settings.sendmail))
                 event(self._log, logging.INFO, "configuration reloaded", needs_restart=", ".join(fixed) or None)
             except ConfigurationError as error:
