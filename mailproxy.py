@@ -60,7 +60,6 @@ import binascii
 import collections
 import concurrent.futures
 import contextlib
-import email
 import email.message
 import email.utils
 import enum
@@ -101,17 +100,7 @@ import urllib.parse
 import weakref
 import zlib
 from collections import deque
-from collections.abc import (
-    AsyncGenerator,
-    Awaitable,
-    Callable,
-    Container,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
 from contextvars import ContextVar
 from dataclasses import InitVar, dataclass, field
 from datetime import UTC, datetime
@@ -1238,6 +1227,12 @@ def judged(kind: Kind, value: object, field: str) -> Any:
         raise Rejected(f"invalid {field}: must be {kind.words}") from None
 
 
+def require(fits: object, field: str, flaw: str) -> None:
+    """Raises Rejected, with what is wrong with a field, unless it fits."""
+    if not fits:
+        raise Rejected(f"invalid {field}: {flaw}")
+
+
 class Field(NamedTuple):
     """A field of a JSON object that clients send: what openapi.json says of it."""
 
@@ -1254,14 +1249,12 @@ ACCOUNT_FIELDS, OAUTH2_FIELDS = nested({
 })  # fmt: skip
 
 
-def parse_account(fields: object, *, source: str = "http", defaults: DeliverySettings = DeliverySettings()) -> Account:
+def parse_account(fields: Any, *, source: str = "http", defaults: DeliverySettings = DeliverySettings()) -> Account:
     """An account from JSON or the words of config.ini; null and empty mean left out. Raises Rejected."""
-    if not isinstance(fields, dict):
-        raise Rejected("invalid account: must be an object")
-    inner = fields.get("oauth2")
-    if not (inner is None or inner == "" or isinstance(inner, dict)):
-        raise Rejected("invalid oauth2: must be an object")
-    given = {**fields, **{f"oauth2_{key}": value for key, value in (inner or {}).items()}}
+    require(isinstance(fields, dict), "account", "must be an object")
+    inner = {} if fields.get("oauth2") in (None, "") else fields["oauth2"]
+    require(isinstance(inner, dict), "oauth2", "must be an object")
+    given = {**fields, **{f"oauth2_{key}": value for key, value in inner.items()}}
     values: dict[str, Any] = {"source": source}
     for row in (ACCOUNT_ID, *ACCOUNT_TABLE):
         value = given.get(row.key)
@@ -1272,16 +1265,13 @@ def parse_account(fields: object, *, source: str = "http", defaults: DeliverySet
         elif row.else_of:
             values[row.key] = getattr(defaults, row.else_of)
     account = Account(**values)
-    oauth2 = account.oauth2.keys()
-    has_grant = "refresh_token" in oauth2 or oauth2 >= {"client_secret", "scope"}
-    for wrong, problem in (
-        ((inner or oauth2) and not oauth2 >= {"token_url", "client_id"}, "oauth2: needs token_url and client_id"),
-        (oauth2 and not has_grant, "oauth2: needs refresh_token, or client_secret and scope"),
-        (account.auth in ("xoauth2", "oauthbearer") and not oauth2, f"auth: {account.auth} needs oauth2"),
-        (account.client_key and not account.client_cert, "client_key: requires client_cert"),
-    ):
-        if wrong:
-            raise Rejected(f"invalid {problem}")
+    if inner or account.oauth2:
+        oauth2 = account.oauth2.keys()
+        has_grant = "refresh_token" in oauth2 or oauth2 >= {"client_secret", "scope"}
+        require(oauth2 >= {"token_url", "client_id"}, "oauth2", "needs token_url and client_id")
+        require(has_grant, "oauth2", "needs refresh_token, or client_secret and scope")
+    require(account.oauth2 or "oauth" not in account.auth, "auth", f"{account.auth} needs oauth2")
+    require(account.client_cert or not account.client_key, "client_key", "requires client_cert")
     return account
 
 
@@ -1507,9 +1497,7 @@ def parse_mailboxes(value: object, field: str, *, exactly_one: bool = False) -> 
         if not isinstance(text, str):
             wanted = "one address in a string" if exactly_one else "addresses, in a list or in one string"
             raise Rejected(f"invalid {field}: must be {wanted}")
-        if _PLAIN_ADDRESS.fullmatch(text) and len(text) <= LONGEST_ADDRESS:
-            found.append(Mailbox("", text))
-        elif (usual := _COMMON_MAILBOX.fullmatch(text)) and len(usual[2]) <= LONGEST_ADDRESS:
+        if (usual := _COMMON_MAILBOX.fullmatch(text)) and len(usual[2]) <= LONGEST_ADDRESS:
             found.append(Mailbox((usual[1] or "").strip(), usual[2]))
         else:
             found.extend(_mailboxes_of(line_of(text, field), field))
@@ -1553,8 +1541,8 @@ def parse_addr_spec(text: str, field: str) -> str:
         return address
     local_part, at, domain = address.rpartition("@")
     shape = _QUOTED_STRING if local_part.startswith('"') else _DOTTED
-    if not at or not shape.fullmatch(local_part) or not local_part.isprintable():
-        raise Rejected(f"invalid {field}: {_shown(address)} is not an address")
+    is_local_part = at and shape.fullmatch(local_part) and local_part.isprintable()
+    require(is_local_part, field, f"{_shown(address)} is not an address")
     if len(addr_spec(local_part + at).encode()) > LONGEST_LOCAL_PART + 1:
         raise Rejected(f"invalid {field}: the part before the @ has more than {LONGEST_LOCAL_PART} octets")
     try:
@@ -1570,8 +1558,7 @@ def parse_addr_spec(text: str, field: str) -> str:
     except ValueError:
         raise Rejected(f"invalid {field}: {_shown(domain)} is not a domain or an address literal") from None
     address = f"{local_part}@{domain}"
-    if len(address.encode()) > LONGEST_ADDRESS:
-        raise Rejected(f"invalid {field}: an address has at most {LONGEST_ADDRESS} octets")
+    require(len(address.encode()) <= LONGEST_ADDRESS, field, f"an address has at most {LONGEST_ADDRESS} octets")
     return address
 
 
@@ -1589,30 +1576,28 @@ _FIELD_NAME = re.compile(r"[!-9;-~]{1,76}")  # ftext, RFC 5322 3.6.8
 _OURS = frozenset(("from", "to", "cc", "bcc", "mime-version", "return-path"))
 _ONCE = frozenset(("subject", "date", "message-id", "reply-to", "sender", "in-reply-to", "references"))
 _MEANS_A_FIELD = ("subject", "message-id", "reply-to")
-_MESSAGE_ID = re.compile(r"[!-;=?-~]+")
+_ID = "[!-;=?-~]"  # printable ASCII but angle brackets
+_MESSAGE_ID = re.compile(rf"(<\s*)?((?=[^@]+@{_ID}){_ID}{{1,{LONGEST_MESSAGE_ID}}})(?(1)\s*>)")
+_CONTENT_ID = re.compile(rf"{_ID}{{0,{LONGEST_ID}}}")
 
 
-def _extra_headers(given: object) -> tuple[tuple[tuple[str, str], ...], dict[str, str]]:
+def _extra_headers(given: Any) -> tuple[tuple[tuple[str, str], ...], dict[str, str]]:
     """The headers of a submission; apart from them, by name, those that mean a field of the message."""
-    if not isinstance(given, dict):
-        raise Rejected("invalid headers: must be an object of names and values")
+    require(isinstance(given, dict), "headers", "must be an object of names and values")
     others: list[tuple[str, str]] = []
     once: dict[str, str] = {}
     for name, values in given.items():
         lower = name.lower()
-        if not _FIELD_NAME.fullmatch(name):
-            raise Rejected(f"invalid headers: {_shown(name)} is not the name of a header")
-        if lower in _OURS or lower.startswith("content-"):
-            raise Rejected(f"invalid headers: {name} cannot be given here")
+        is_ours = lower in _OURS or lower.startswith("content-")
+        require(_FIELD_NAME.fullmatch(name), "headers", f"{_shown(name)} is not the name of a header")
+        require(not is_ours, "headers", f"{name} cannot be given here")
         for value in values if isinstance(values, list) else [values]:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER
             if value is None:
                 continue
-            if not is_number and not isinstance(value, str):
-                raise Rejected(f"invalid headers: {name} must be a string, a number or a list of them")
+            fits = isinstance(value, str) or (type(value) in (int, float) and abs(value) <= LARGEST_INTEGER)
+            require(fits, "headers", f"{name} must be a string, a number or a list of them")
             text = line_of(str(value).replace("\t", " "), "headers").strip(" ")
-            if lower in once:
-                raise Rejected(f"invalid headers: {lower} can be given only once")
+            require(lower not in once, "headers", f"{lower} can be given only once")
             if lower in _ONCE:
                 once[lower] = text
             if lower not in _MEANS_A_FIELD:
@@ -1627,13 +1612,9 @@ def _extra_headers(given: object) -> tuple[tuple[tuple[str, str], ...], dict[str
 
 def _message_id(value: object, field: str) -> str:
     """A Message-ID without its angle brackets (RFC 5322 3.6.4, but for its finer points)."""
-    text = line_of(value, field).strip()
-    if text.startswith("<") and text.endswith(">"):
-        text = text[1:-1].strip()
-    has_two_sides = 0 < text.find("@") < len(text) - 1
-    if not _MESSAGE_ID.fullmatch(text) or not has_two_sides or len(text) > LONGEST_MESSAGE_ID:
-        raise Rejected(f"invalid {field}: a Message-ID looks like <left@right>, in ASCII and without spaces")
-    return text
+    if found := _MESSAGE_ID.fullmatch(line_of(value, field).strip()):
+        return found[2]
+    raise Rejected(f"invalid {field}: a Message-ID looks like <left@right>, in ASCII and without spaces")
 
 
 # --- base64 and raw messages ----------------------------------------------
@@ -1674,10 +1655,7 @@ HEADER_FIELD = re.compile(rb"[!-9;-~]+[ \t]*:")
 
 def with_crlf(text: bytes) -> bytes:
     """The same text with every line end CRLF, bare CR, bare LF and CR CR LF included (RFC 5321 2.3.8)."""
-    if b"\r" not in text:
-        return text.replace(b"\n", b"\r\n")
-    line_ends = text.count(b"\r\n")
-    if text.count(b"\r") == text.count(b"\n") == line_ends:
+    if text.count(b"\r") == text.count(b"\n") == text.count(b"\r\n"):
         return text
     text = text.replace(b"\r\r\n", b"\n").replace(b"\r\n", b"\n")
     return text.replace(b"\r", b"\n").replace(b"\n", b"\r\n")
@@ -1708,19 +1686,15 @@ def subject_of_raw(raw: bytes) -> str:
 def _raw_message(given: object) -> tuple[bytes, str | None]:
     """A complete message that may be sent, and its own Message-ID ("" when it has a strange one)."""
     content = given if isinstance(given, bytes) else _decoded_content(given, "raw")
-    if b"\0" in content:
-        raise Rejected("invalid raw: must not have NUL characters")
+    require(b"\0" not in content, "raw", "must not have NUL characters")
     fields, _ = split_raw(content)
-    if not all(HEADER_FIELD.match(field) for field in fields):
-        raise Rejected("invalid raw: does not begin with the header of a message (RFC 5322)")
+    require(all(map(HEADER_FIELD.match, fields)), "raw", "does not begin with the header of a message (RFC 5322)")
     own = next((field for field in fields if field[:1] in b"Mm" and field_name(field) == b"message-id"), None)
     if own is None:
         return content, None
-    words = own.partition(b":")[2].decode("utf-8", "replace").split()
-    try:
-        return content, _message_id(words[0] if words else "", "raw")
-    except Rejected:
-        return content, ""
+    first, *_ = own.partition(b":")[2].decode("utf-8", "replace").split() or [""]
+    found = _MESSAGE_ID.fullmatch(first)
+    return content, found[2] if found else ""
 
 
 # --- attachments ----------------------------------------------------------
@@ -1734,15 +1708,13 @@ _FETCH_MODES = {
 }  # fmt: skip
 
 
-def _attachments(value: object, contents: Mapping[int, bytes] | None) -> tuple[Attachment, ...]:
+def _attachments(value: Any, contents: Mapping[int, bytes] | None) -> tuple[Attachment, ...]:
     """The attachments of a message; `contents` are those that were taken out for keeping."""
-    if not isinstance(value, list):
-        raise Rejected("invalid attachments: must be a list")
+    require(isinstance(value, list), "attachments", "must be a list")
     found = []
     for index, given in enumerate(value):
         field = f"attachments: attachment {index + 1}"
-        if not isinstance(given, dict):
-            raise Rejected(f"invalid {field}: must be an object")
+        require(isinstance(given, dict), field, "must be an object")
         if unknown := {key: value for key, value in given.items() if key not in ATTACHMENT_FIELDS}:
             _must_be_storable(unknown, "attachments")
         if contents is not None and not any(given.get(source) is not None for source in _SOURCES):
@@ -1753,15 +1725,11 @@ def _attachments(value: object, contents: Mapping[int, bytes] | None) -> tuple[A
         content_id = _text(given, "content_id", field).strip().removeprefix("<").removesuffix(">")
         content_md5 = _text(given, "content_md5", field).strip()
         inline, filename = given.get("inline"), _text(given, "filename", field)
-        type_found = CONTENT_TYPE.fullmatch(content_type)
-        if content_type and not (type_found and len(content_type) <= 255):
-            raise Rejected(f"invalid {field}: content_type must be like application/pdf")
-        if content_id and not (_MESSAGE_ID.fullmatch(content_id) and len(content_id) <= LONGEST_ID):
-            raise Rejected(f"invalid {field}: content_id must be ASCII without spaces and angle brackets")
-        if content_md5 and not re.fullmatch("[0-9a-fA-F]{32}", content_md5):
-            raise Rejected(f"invalid {field}: content_md5 must be 32 hexadecimal digits")
-        if not (inline is None or isinstance(inline, bool)):
-            raise Rejected(f"invalid {field}: inline must be true or false")
+        type_found = CONTENT_TYPE.fullmatch(content_type) if len(content_type) <= 255 else None
+        require(type_found or not content_type, field, "content_type must be like application/pdf")
+        require(_CONTENT_ID.fullmatch(content_id), field, "content_id must be ASCII without spaces and angle brackets")
+        require(re.fullmatch("([0-9a-fA-F]{32})?", content_md5), field, "content_md5 must be 32 hexadecimal digits")
+        require(inline is None or isinstance(inline, bool), field, "inline must be true or false")
         media_type = type_found[1].lower() + type_found[2] if type_found else None
         source |= {"content_type": media_type, "content_id": content_id or None, "inline": bool(inline)}
         found.append(Attachment(filename, content_md5=content_md5.lower() or None, **source))
@@ -1776,13 +1744,10 @@ def stored_attachments(payload: str) -> tuple[Attachment, ...]:
 def _source(given: Mapping[str, Any], field: str) -> dict[str, Any]:
     """Where the bytes of an attachment are, in the fields of Attachment that say so."""
     named = [source for source in _SOURCES if given.get(source) is not None]
-    if len(named) > 1:
-        raise Rejected(f"invalid {field}: names more than one source: {' and '.join(named)}")
-    if not named:
-        raise Rejected(f"invalid {field}: has no source: content, url, s3 or storage_path")
+    require(len(named) < 2, field, f"names more than one source: {' and '.join(named)}")
+    require(named, field, "has no source: content, url, s3 or storage_path")
     value, place, mode = given[named[0]], f"{field}: {named[0]}", _text(given, "fetch_mode", field)
-    if named == ["content"] and not given.get("filename"):
-        raise Rejected(f"invalid {field}: has no filename")
+    require(given.get("filename") or named != ["content"], field, "has no filename")
     if named == ["s3"]:
         return {"source": Source.S3, "s3": _s3_object(value, field)}
     if named != ["storage_path"]:
@@ -1793,8 +1758,7 @@ def _source(given: Mapping[str, Any], field: str) -> dict[str, Any]:
         start = value[:8].lower()
         usual = {"base64:": "base64", "http://": "http_url", "https://": "http_url", "/": "filesystem"}
         mode = mode or next((mode for prefix, mode in usual.items() if start.startswith(prefix)), "endpoint")
-        if mode not in _FETCH_MODES:
-            raise Rejected(f"invalid {field}: fetch_mode must be endpoint, http_url, base64 or filesystem")
+        require(mode in _FETCH_MODES, field, "fetch_mode must be endpoint, http_url, base64 or filesystem")
         source = _FETCH_MODES[mode]
         value = value[7:] if mode == "base64" and start.startswith("base64:") else value
     if source is Source.CONTENT:
@@ -1803,15 +1767,13 @@ def _source(given: Mapping[str, Any], field: str) -> dict[str, Any]:
     return {"source": source, "location": location}
 
 
-def _s3_object(given: object, field: str) -> S3Object:
-    if not isinstance(given, dict):
-        raise Rejected(f"invalid {field}: s3 must be an object")
+def _s3_object(given: Any, field: str) -> S3Object:
+    require(isinstance(given, dict), field, "s3 must be an object")
     _must_be_storable(given, "attachments")
     texts: dict[str, Any] = {key: _text(given, key, field) or None for key in S3_FIELDS if key != "key"}
-    if not texts["bucket"] or not isinstance(given.get("key"), str) or not given["key"]:
-        raise Rejected(f"invalid {field}: s3 needs bucket and key")
-    if texts["addressing"] not in (None, "path", "virtual", "auto"):
-        raise Rejected(f"invalid {field}: addressing must be path, virtual or auto")
+    require(texts["bucket"] and isinstance(given.get("key"), str) and given["key"], field, "s3 needs bucket and key")
+    is_known = texts["addressing"] in (None, "path", "virtual", "auto")
+    require(is_known, field, "addressing must be path, virtual or auto")
     if texts["endpoint"]:
         texts["endpoint"] = judged(HTTP_URL, texts["endpoint"], f"{field}: endpoint")
     return S3Object(key=given["key"], **texts)
@@ -1846,7 +1808,7 @@ def parse_message(
     if client_id is None or client_id == "":
         raise Rejected("missing id")
     client_id = line_of(client_id, "id", most=LONGEST_ID)
-    sender, return_path, to, cc, bcc = _envelope_of(fields)
+    envelope = _envelope_of(fields)
     content, id_in_content = _content_of(fields, contents)
     own_id = None if own_id is None else _message_id(own_id, "message_id")
     for known_id in (id_in_content, message_id):  # whoever has the last word comes last
@@ -1854,32 +1816,24 @@ def parse_message(
     for name, when in () if contents is not None else (("deferred_ts", deferred_ts), ("expires_ts", expires_ts)):
         if when is not None and not (type(when) is int and 0 <= when <= LATEST_TIME):
             raise Rejected(f"invalid {name}: must be a time in whole Unix seconds, not milliseconds")
-    is_raw = content[-1] is not None
     return Message(  # by the order of its fields: naming them takes twice the time
         client_id,
         "default" if account_id is None else line_of(account_id, "account_id", most=LONGEST_ID),
-        sender,
-        to,
-        cc,
-        bcc,
-        return_path,
-        f"{new_id()}@{sender.address.rpartition('@')[2]}" if own_id is None else own_id,
+        *envelope,
+        f"{new_id()}@{envelope[0].address.rpartition('@')[2]}" if own_id is None else own_id,
         default_priority if priority is None else judged(PRIORITY, priority, "priority"),
         deferred_ts,
         expires_ts,
         None if batch_code is None else line_of(batch_code, "batch_code"),
         *content,
-        () if not is_raw and fields.keys() <= MESSAGE_FIELDS.keys() else _unknown_fields(fields, is_raw),
     )
 
 
 Mailboxes: TypeAlias = tuple[Mailbox, ...]
-Headers: TypeAlias = tuple[tuple[str, str], ...]
-Content: TypeAlias = tuple[str, str | None, str | None, Headers, Mailboxes, tuple[Attachment, ...], bytes | None]
 
 
-def _envelope_of(fields: Mapping[str, Any]) -> tuple[Mailbox, str, Mailboxes, Mailboxes, Mailboxes]:
-    """From, the envelope sender, and to, cc, bcc."""
+def _envelope_of(fields: Mapping[str, Any]) -> tuple[Mailbox, Mailboxes, Mailboxes, Mailboxes, str]:
+    """The fields of Message from sender to return_path."""
     given, name, return_path = fields.get("from"), fields.get("from_name"), fields.get("return_path")
     if given is None or (isinstance(given, str) and not given.strip()):
         raise Rejected("missing from")
@@ -1906,17 +1860,17 @@ def _envelope_of(fields: Mapping[str, Any]) -> tuple[Mailbox, str, Mailboxes, Ma
             return Mailbox(mailbox.name, spellings.setdefault((local_part, domain.lower()), mailbox.address))
 
         to, cc, bcc = (tuple(map(alike, group)) for group in (to, cc, bcc))
-    return sender, return_path, to, cc, bcc
+    return sender, to, cc, bcc, return_path
 
 
-def _content_of(fields: Mapping[str, Any], contents: Mapping[int, bytes] | None) -> tuple[Content, str | None]:
-    """The fields of Message from subject to raw, and the Message-ID in them."""
+def _content_of(fields: Mapping[str, Any], contents: Mapping[int, bytes] | None) -> tuple[tuple[Any, ...], str | None]:
+    """The fields of Message from subject to unknown, and the Message-ID in them."""
     get = fields.get
-    if contents is not None and RAW_CONTENT in contents:
-        return (*NO_CONTENT, contents[RAW_CONTENT]), None
-    if get("raw") is not None:
+    raw, raw_id = (contents or {}).get(RAW_CONTENT), None
+    if raw is None and get("raw") is not None:
         raw, raw_id = _raw_message(get("raw"))
-        return (*NO_CONTENT, raw), raw_id
+    if raw is not None:
+        return (*NO_CONTENT, raw, _unknown_fields(fields, MESSAGE_FIELDS.keys() - BESIDE_RAW)), raw_id
     subject, given, attachments, reply_to = get("subject"), get("headers"), get("attachments"), get("reply_to")
     if subject is None:
         raise Rejected("missing subject")
@@ -1930,7 +1884,8 @@ def _content_of(fields: Mapping[str, Any], contents: Mapping[int, bytes] | None)
         reply_to = parse_mailboxes(special["reply-to"], "headers") or reply_to
     own_id = _message_id(special["message-id"], "headers") if "message-id" in special else None
     attachments = () if attachments is None else _attachments(attachments, contents)
-    return (subject, text, html, headers, reply_to, attachments, None), own_id
+    unknown = () if fields.keys() <= MESSAGE_FIELDS.keys() else _unknown_fields(fields, MESSAGE_FIELDS.keys())
+    return (subject, text, html, headers, reply_to, attachments, None, unknown), own_id
 
 
 def _bodies_of(fields: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -1942,14 +1897,12 @@ def _bodies_of(fields: Mapping[str, Any]) -> tuple[str | None, str | None]:
         kind, html = ("html" if html else kind), None
     if kind not in (None, "plain", "html"):
         raise Rejected("invalid content_type: must be plain or html")
-    if body is None and text is None and html is None:
-        raise Rejected("missing body")
     if body is not None and (html if kind == "html" else text) is not None:
         raise Rejected("invalid body: is given twice, as body and as " + ("html" if kind == "html" else "text"))
-    if body is not None and kind == "html":
-        html = body
-    elif body is not None:
-        text = body
+    if body is not None:
+        text, html = (text, body) if kind == "html" else (body, html)
+    if text is None and html is None:
+        raise Rejected("missing body")
     for value, name in ((text, "text"), (html, "html")):
         if value is None:
             continue
@@ -1965,11 +1918,9 @@ def _bodies_of(fields: Mapping[str, Any]) -> tuple[str | None, str | None]:
     return text, html
 
 
-def _unknown_fields(fields: Mapping[str, object], is_raw: bool) -> tuple[str, ...]:
+def _unknown_fields(fields: Mapping[str, object], known: Set[str]) -> tuple[str, ...]:
     """The fields that mean nothing in this message; they are kept, so they must be fit for that."""
-    unknown = [name for name in fields if name not in MESSAGE_FIELDS]
-    if is_raw:
-        unknown += [name for name in BESIDE_RAW if name in fields]
+    unknown = [name for name in fields if name not in known]
     for name in unknown:
         _must_be_storable({name: fields[name]}, name if name.isprintable() else repr(name))
     return tuple(name for name in unknown if fields[name] is not None)
@@ -3928,7 +3879,7 @@ class Queue:
         return [[one if one != STORE else None if next(stored) else UNDECIDED for one in batch] for batch in decided]
 
     def _decide(
-        self, db: Database, new: list[Submission], on_wire: Container[int], found: Sequence[Any] | None,
+        self, db: Database, new: list[Submission], on_wire: Set[int], found: Sequence[Any] | None,
         submission: Submission, seq: int | None, is_same: bool,
     ) -> str | None:  # fmt: skip
         """The verdict on a submission that was compared with that row (None: there was none), from what is there now."""
@@ -4022,10 +3973,10 @@ class Queue:
 
     # -- delivery
 
-    def _on_the_wire(self, db: Database, seqs: Sequence[int]) -> Container[int]:
+    def _on_the_wire(self, db: Database, seqs: Sequence[int]) -> Set[int]:
         """What is on the wire here, and of these rows those that another daemon has there."""
         if not self.file.instance:
-            return self._on_wire
+            return self._on_wire.keys()
         found = db.execute(CLAIMED_BY_OTHERS, {"seqs": self.file.listed(seqs), "instance": self.file.instance})
         return self._on_wire.keys() | {row[0] for row in found}
 
