@@ -110,9 +110,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
 if __name__ == "__main__" and not all(map(importlib.util.find_spec, ("aiosmtplib", "prometheus_client"))):
-    needed = "aiosmtplib prometheus-client"
-    remedy = f"run `python3 -m pip install {needed}`, or use mailproxy.pyz, which contains them"
-    print(f"mailproxy: the packages {needed.replace(' ', ' and ')} are needed: {remedy}", file=sys.stderr)
+    remedy = "run `python3 -m pip install aiosmtplib prometheus-client`, or use mailproxy.pyz, which contains them"
+    print(f"mailproxy: the packages aiosmtplib and prometheus-client are needed: {remedy}", file=sys.stderr)
     sys.exit(2)
 
 import aiosmtplib
@@ -349,7 +348,7 @@ class Claim(NamedTuple):
 
 # --- URLs ---------------------------------------------------------------------
 
-DOTS = re.compile("[.\u3002\uff0e\uff61]")  # RFC 3490 3.1
+
 HOST_OF_URL = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*")
 # What may stand unencoded in a request line; "%" because the caller's own encoding is kept.
 PATH_CHARACTERS = "/%:@!$&'()*+,;=~-._"
@@ -415,7 +414,7 @@ def a_labels(name: str) -> str:
     """The name of a host as DNS has it (RFC 5890), or ValueError."""
     if name.isascii():
         return name
-    labels = DOTS.split(name)
+    labels = re.split("[.\u3002\uff0e\uff61]", name)  # RFC 3490 3.1
     for i, label in enumerate(labels):
         if "ß" in label or "ς" in label:  # letters of their own since IDNA 2008; the codec still maps them away
             labels[i] = "xn--" + unicodedata.normalize("NFC", label.lower()).encode("punycode").decode()
@@ -490,6 +489,20 @@ def fit(value: T, fits: object) -> T:
     if not fits:
         raise ValueError
     return value
+
+
+def judged(kind: Kind, value: object, field: str) -> Any:
+    """A field of JSON as its kind reads it. Raises Rejected."""
+    try:
+        return kind.read(value)
+    except ValueError:
+        raise Rejected(f"invalid {field}: must be {kind.words}") from None
+
+
+def require(fits: object, field: str, flaw: str) -> None:
+    """Raises Rejected, with what is wrong with a field, unless it fits."""
+    if not fits:
+        raise Rejected(f"invalid {field}: {flaw}")
 
 
 NOT_FOR_ONE_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]|([\ud800-\udfff])")
@@ -913,7 +926,7 @@ def as_written(value: object) -> str:
 # --- reading: file, environment, command line ----------------------------
 
 SYSTEM_CONFIG = "/etc/mailproxy/config.ini"
-ENVIRONMENT_OF_THE_CLIENT = ("MAILPROXY_CONFIG", "MAILPROXY_URL", "MAILPROXY_TOKEN")
+
 AWS_VARIABLES = {  # that stand in for what [s3] leaves out; the first one wins
     "AWS_ACCESS_KEY_ID": "access_key_id", "AWS_SECRET_ACCESS_KEY": "secret_access_key",
     "AWS_SESSION_TOKEN": "session_token", "AWS_ENDPOINT_URL_S3": "endpoint",
@@ -951,10 +964,9 @@ def _value(origin: str, section: str, key: str, text: str) -> Any:
     if "\n" in text and not row.kind.many:
         raise ConfigurationError(f"{where}: continues on several lines; is the next line indented by mistake?")
     try:
-        if text or not (row.default in (None, (), "") or row.section == "smtp"):
-            value = row.kind.parse(text)
-            return text if row.section == "smtp" else value
-        return "" if row.section == "smtp" else row.default
+        is_judged = text or not (row.default in (None, (), "") or row.section == "smtp")
+        value = row.kind.parse(text) if is_judged else row.default
+        return text if row.section == "smtp" else value
     except ValueError:
         quoted = text[:1] in ("'", '"')
         shown = "the value" if row.kind.secret else text[:100] if quoted else f'"{text[:100]}"'
@@ -1009,12 +1021,11 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     origins = {(section, key): origin for origin, section, key, _ in written}
     own_key = values.get(("s3", "access_key_id"))
     for name, key in AWS_VARIABLES.items():  # a session token belongs to the key id it was issued with
-        if environ.get(name) and not (key == "session_token" and own_key):
-            origin = f"environment variable {name}"
-            value = _value(origin, "s3", key, environ[name] if key in ("region", "endpoint") else f"env:{name}")
-            if values.get(("s3", key)) is None:
-                values["s3", key], origins["s3", key] = value, origin
-    known = (*variables, *ENVIRONMENT_OF_THE_CLIENT)
+        if environ.get(name) and not values.get(("s3", key)) and not (key == "session_token" and own_key):
+            text, origins["s3", key] = environ[name], f"environment variable {name}"
+            text = text if key in ("region", "endpoint") else f"env:{name}"
+            values["s3", key] = _value(origins["s3", key], "s3", key, text)
+    known = (*variables, "MAILPROXY_CONFIG", "MAILPROXY_URL", "MAILPROXY_TOKEN")
     warnings = [
         f"environment variable {name} matches no setting and is ignored{nearest(name, known)}"
         for name in sorted(environ)
@@ -1042,13 +1053,8 @@ def read_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     if "host" not in accounts.get("default", {"host": ""}):
         del accounts["default"]
         warnings.append("[smtp] has no host: there is no default account")
-    return Settings(
-        **{section: CLASSES[section](**given) for section, given in sections.items()},
-        accounts=accounts,
-        source=path,
-        warnings=tuple(warnings),
-        origins=origins,
-    )
+    each = {section: CLASSES[section](**given) for section, given in sections.items()}
+    return Settings(**each, accounts=accounts, source=path, warnings=tuple(warnings), origins=origins)
 
 
 # --- what settings mean together, and secrets ----------------------------
@@ -1197,10 +1203,8 @@ class LocalNames(NamedTuple):
         """The addresses that a recipient means; mail to a mere host name would become an error that nobody is told."""
         if "@" in name:
             return [name]
-        if not self.domain and name.lower() not in self.aliases:
-            raise Rejected(
-                f"invalid to: this host has no domain: set aliases ({name}: address) or domain in [sendmail]"
-            )
+        remedy = f"set aliases ({name}: address) or domain in [sendmail]"
+        require(self.domain or name.lower() in self.aliases, "to", f"this host has no domain: {remedy}")
         return self.aliases.get(name.lower()) or [f"{name}@{self.domain}"]
 
 
@@ -1217,20 +1221,6 @@ def local_names(sendmail: SendmailSettings) -> LocalNames:
 
 
 # --- accounts ------------------------------------------------------------
-
-
-def judged(kind: Kind, value: object, field: str) -> Any:
-    """A field of JSON as its kind reads it. Raises Rejected."""
-    try:
-        return kind.read(value)
-    except ValueError:
-        raise Rejected(f"invalid {field}: must be {kind.words}") from None
-
-
-def require(fits: object, field: str, flaw: str) -> None:
-    """Raises Rejected, with what is wrong with a field, unless it fits."""
-    if not fits:
-        raise Rejected(f"invalid {field}: {flaw}")
 
 
 class Field(NamedTuple):
@@ -1457,10 +1447,8 @@ def _must_be_storable(value: object, field: str) -> None:
     """Refuses what could not be written as JSON again, in fields that are kept without being understood."""
     try:
         as_json(value).encode()
-    except UnicodeEncodeError:
-        raise Rejected(f"invalid {field}: is not valid Unicode (a lone surrogate)") from None
-    except (ValueError, RecursionError):
-        raise Rejected(f"invalid {field}: cannot be kept as JSON") from None
+    except (ValueError, RecursionError):  # a lone surrogate, NaN, too many levels
+        raise Rejected(f"invalid {field}: cannot be kept as JSON in UTF-8") from None
 
 
 def _shown(text: str) -> str:
@@ -2622,13 +2610,9 @@ def _encoded_words(text: str, *, beside: int) -> Iterator[str]:
     octets = text.encode()
     start, room = 0, max(9, min(45, (SHORT_LINE - 2 - len(" =?utf-8?b??=") - beside) // 4 * 3))
     while start < len(octets):
-        encoding, end = "b", 0 if len(octets) - start > room else len(octets)
-        for cut in () if end else range(start + room, start, -3):
-            if octets[cut] & 0xC0 != 0x80:
-                end = end or cut
-                if b" " in octets[cut - 1 : cut + 1]:
-                    end = cut
-                    break
+        cuts = [cut for cut in range(start + room, start, -3) if cut < len(octets) and octets[cut] & 0xC0 != 0x80]
+        at_space = [cut for cut in cuts if b" " in octets[cut - 1 : cut + 1]]
+        encoding, end = "b", len(octets) if len(octets) - start <= room else [*at_space, *cuts, 0][0]
         if end:
             encoded = binascii.b2a_base64(octets[start:end], newline=False).decode()
         else:  # all the cuts are in the middle of characters: one character less, and they are not
@@ -2730,16 +2714,9 @@ _BLANK_BEYOND_76 = re.compile(rb"=(?=(?:20|09)\r)(?<=[^\n]{75})")
 
 
 def _quoted_printable(octets: bytes) -> Iterator[bytes]:
-    """RFC 2045 6.7; a line that is very long in several steps, each but the last ended by a soft line break."""
+    """RFC 2045 6.7, in pieces of complete lines."""
     for lines in _complete_lines(octets):
-        start = 0
-        while len(lines) - start > 2 * TEXT_BLOCK:
-            stop = start + TEXT_BLOCK
-            if lines[stop - 1 : stop + 1] == b"\r\n":
-                stop -= 1
-            yield _BLANK_BEYOND_76.sub(b"=\r\n=", binascii.b2a_qp(lines[start:stop] + b"~\r\n"))[:-3] + b"=\r\n"
-            start = stop
-        yield _BLANK_BEYOND_76.sub(b"=\r\n=", binascii.b2a_qp(lines[start:]))
+        yield _BLANK_BEYOND_76.sub(b"=\r\n=", binascii.b2a_qp(lines))
 
 
 def _base64_lines(octets: bytes) -> Iterator[bytes]:
