@@ -2173,19 +2173,13 @@ class Disposition(NamedTuple):
 SENT_TO_ALL = Disposition(Status.SENT, LaneSignal.UP, counted=True, slot_used=True)
 IN_DOUBT = "in doubt: "  # begins the text of what has no answer after its end
 UNTRIED = RecipientOutcome(Status.DEFERRED, 451, "not tried yet")  # while others of the message have an outcome
+TOO_MANY_RECIPIENTS = r"452 |... [45]\.5\.3$|552 $"  # RFC 5321 4.5.3.1.10: old servers say 552
 
 
 def spoken(reply: Reply) -> str:
     """A reply as an error text: the server's words with their codes, or only ours."""
     text = reply.words if reply.cause is Cause.SERVER else reply.text
     return f"{IN_DOUBT}{text}" if reply.in_doubt else text
-
-
-def _too_many(reply: Reply) -> bool:
-    """True when a recipient was refused for the number of them (RFC 5321 4.5.3.1.10: old servers say 552)."""
-    too_many = reply.code == 452 or (reply.enhanced_code or "").endswith(".5.3")
-    too_many = too_many or (reply.code == 552 and reply.enhanced_code is None)
-    return too_many and reply.stage is Stage.RCPT and not reply.accepted
 
 
 def settle(
@@ -2209,8 +2203,13 @@ def settle(
     replies, failure = attempt.replies, attempt.first_failure
     if failure is None and replies and not (untried or claim.recipients):  # as nearly all mail goes
         return SENT_TO_ALL
+    retry_at = _retry_at(claim, account, now, jitter)
     if failure is not None and failure.stage in (Stage.ATTACHMENT, Stage.COMPOSITION):
-        return _settle_incomplete(claim, failure, account, now, jitter)
+        incomplete = untouched(claim)._replace(counted=True, error=spoken(failure))
+        if failure.permanent or retry_at is None:
+            return given_up(incomplete, spoken(failure))
+        retry_at = max(retry_at, math.ceil(now + (failure.retry_after_s or 0)))
+        return incomplete._replace(status=Status.DEFERRED, deferred_ts=retry_at, reason="attachment")
     relays = relays or any(reply.accepted for reply in replies.values())
     refusals = {one: reply for one, reply in replies.items() if not reply.accepted}
     verdicts = {reply: about(reply, account, relays=relays) for reply in set(refusals.values())}
@@ -2226,7 +2225,7 @@ def settle(
             return untouched(claim)._replace(lane=lane, verdict=verdict)
         if verdict.about is About.MESSAGE:  # lost by a new connection: that counts
             unheard = set()
-    settled = _settle_recipients(claim, attempt, account, now, jitter, [*unheard, *untried])
+    settled = _settle_recipients(claim, attempt, account, retry_at, [*unheard, *untried])
     if verdict.about is About.ACCOUNT or (nobody and verdict.about is About.SESSION):
         blamed = next(replies[one] for one, it in said.items() if it is verdict)
         if nobody and ("" in replies or not claim.recipients):
@@ -2271,22 +2270,12 @@ def given_up(disposition: Disposition, why: str) -> Disposition:
         status, in_doubt = Status.SENT, [text for text in refused if text.startswith(IN_DOUBT)]
         what = f"refused or {in_doubt[0]}" if in_doubt else f"refused: {refused[0]}" if refused else ""
         error = f"{len(refused)} of {len(outcomes)} recipients {what}" if refused else None
-    return disposition._replace(status=status, error=error, deferred_ts=None, recipients=outcomes or None, reason="")
-
-
-def _settle_incomplete(claim: Claim, failure: Reply, account: Account, now: float, jitter: float) -> Disposition:
-    """A message that could not be put together: later, or never."""
-    disposition = untouched(claim)._replace(counted=True)
-    if failure.permanent or _out_of_retries(claim, account, now):
-        return given_up(disposition, spoken(failure))
-    retry_at = max(_retry_at(claim, account, now, jitter), math.ceil(now + (failure.retry_after_s or 0)))
-    return disposition._replace(
-        status=Status.DEFERRED, error=spoken(failure), deferred_ts=retry_at, reason="attachment"
-    )
+    recipients = outcomes if refused else None
+    return disposition._replace(status=status, error=error, deferred_ts=None, recipients=recipients, reason="")
 
 
 def _settle_recipients(
-    claim: Claim, attempt: Attempt, account: Account, now: float, jitter: float, left: Sequence[str]
+    claim: Claim, attempt: Attempt, account: Account, retry_at: int | None, left: list[str]
 ) -> Disposition:
     """Each recipient has a reply of its own but those `left` for another transaction; the message is done when every
     one is final. Who was refused for now, while others were accepted, is asked once more at once."""
@@ -2294,10 +2283,11 @@ def _settle_recipients(
     accepted = any(reply.accepted for reply in replies.values())
     in_doubt = any(reply.in_doubt for reply in replies.values())
     lane = LaneSignal.UP if any(reply.cause is Cause.SERVER for reply in replies.values()) else LaneSignal.NONE
-    outcomes, left = dict(claim.recipients or {}), list(left)
+    outcomes = dict(claim.recipients or {})
     for address, reply in replies.items():
-        again = accepted and reply.stage is Stage.RCPT and (reply.transient or _too_many(reply))
-        if _too_many(reply) if again else address in left:
+        too_many = re.match(TOO_MANY_RECIPIENTS, f"{reply.code} {reply.enhanced_code or ''}")
+        again = accepted and reply.stage is Stage.RCPT and (reply.transient or too_many)
+        if too_many if again else address in left:
             left.append(address)
             continue
         left += [address] if again else []
@@ -2312,25 +2302,19 @@ def _settle_recipients(
     disposition = disposition._replace(counted=True)
     refused = [outcome for outcome in outcomes.values() if outcome.status is not Status.SENT]
     refused.sort(key=lambda outcome: (not outcome.text.startswith(IN_DOUBT), outcome.status is Status.ERROR))
-    waits = any(outcome.status is Status.DEFERRED for outcome in refused)
-    if waits and not _out_of_retries(claim, account, now):
-        reason, retry_at = "in_doubt" if in_doubt else "retry", _retry_at(claim, account, now, jitter)
+    if retry_at is not None and any(outcome.status is Status.DEFERRED for outcome in refused):
+        reason = "in_doubt" if in_doubt else "retry"
         return disposition._replace(status=Status.DEFERRED, error=refused[0].text, deferred_ts=retry_at, reason=reason)
-    final = given_up(disposition, refused[0].text if refused else "")
-    return final if refused else final._replace(recipients=None)
+    return given_up(disposition, refused[0].text if refused else "")
 
 
-def _retry_at(claim: Claim, account: Account, now: float, jitter: float) -> int:
-    """When the schedule, its last pause repeated, has the next attempt, spread by a fifth either way;
-    `jitter` lies between -1 and 1."""
-    pause_s = account.retry_delays[min(claim.attempts + 1, len(account.retry_delays)) - 1]
-    return math.ceil(now + pause_s * (1 + 0.2 * jitter))
-
-
-def _out_of_retries(claim: Claim, account: Account, now: float) -> bool:
-    if account.max_retries and claim.attempts + 1 > account.max_retries:
-        return True
-    return now - claim.ready_at >= account.max_age_seconds
+def _retry_at(claim: Claim, account: Account, now: float, jitter: float) -> int | None:
+    """When the schedule, its last pause repeated, has the next attempt, spread by a fifth either way; None: there is
+    none, since the message is too old or was tried too often. `jitter` lies between -1 and 1."""
+    attempts, delays = claim.attempts + 1, account.retry_delays
+    if 0 < account.max_retries < attempts or now - claim.ready_at >= account.max_age_seconds:
+        return None
+    return math.ceil(now + delays[min(attempts, len(delays)) - 1] * (1 + 0.2 * jitter))
 
 
 # ======================================================================
