@@ -6258,11 +6258,6 @@ def data_pieces(content: bytes) -> Iterator[tuple[bytes, bool]]:
         start = end
 
 
-def chunk_of(content: bytes) -> bytes:
-    """A content, whose line ends are CRLF, as BDAT carries it (RFC 3030): its last line has an end too."""
-    return content if content.endswith(b"\n") or not content else content + b"\r\n"
-
-
 class Answer(NamedTuple):
     """One reply as it came: its code and the lines of its text."""
 
@@ -6383,7 +6378,7 @@ class Session(asyncio.Protocol):
         self.transactions += 1
         chunking = chunking and self.offers.chunking and self.offers.pipelining and not careful and self._clean
         chunking = chunking and time.monotonic() - self._heard_at <= FRESH_S and len(content) <= LARGEST_CHUNK_BYTES
-        chunk = chunk_of(content) if chunking else b""
+        chunk = content if not chunking or not content or content.endswith(b"\n") else content + b"\r\n"  # RFC 3030
         self._chunked = chunking and len(chunk) <= min(LARGEST_CHUNK_BYTES, self.offers.size_bytes or math.inf)
         if self._chunked:
             commands[-1] = _Command(b"BDAT %d LAST\r\n%b" % (len(chunk), chunk), Stage.END_OF_DATA)
@@ -6399,12 +6394,10 @@ class Session(asyncio.Protocol):
         """What the server says to mail from this sender; none follows."""
         command = _Command(f"MAIL FROM:<{addr_spec(sender)}>\r\n".encode(), Stage.MAIL)
         answers = await self._ask(command.line, 1, self._timeout_s or REPLY_TIMEOUT_S)
-        if not answers:
-            return self._unanswered(Stage.MAIL)
-        if not 200 <= answers[0].code < 300:
-            return self._refusal(command, answers[0])
-        await self._ask(_RSET.line, 1, self._timeout_s or REPLY_TIMEOUT_S)
-        return server_reply(Stage.MAIL, answers[0].code, answers[0].lines)
+        reply = self._reply_to(command, answers[0]) if answers else self._unanswered(Stage.MAIL)
+        if reply.accepted:
+            await self._ask(_RSET.line, 1, self._timeout_s or REPLY_TIMEOUT_S)
+        return reply
 
     async def quit(self) -> None:
         """Say goodbye and close politely (close_notify under TLS), each within a few seconds."""
@@ -6422,7 +6415,7 @@ class Session(asyncio.Protocol):
         self._clean, chunked = False, self._chunked
         refusals: dict[str, Reply] = {}  # of single recipients
         verdict: Reply | None = None  # the reply for all others
-        taken = go_ahead = False
+        taken = go_ahead = False  # a recipient; the last command, so that the content may go, or has gone
         small = b"" if chunked or len(content) > CONTENT_PIECE_BYTES else next(data_pieces(content))[0]
         packets = [commands[:-1], commands[-1:]] if careful else [commands]
         for packet in packets if self.offers.pipelining else [[command] for command in commands]:
@@ -6438,84 +6431,64 @@ class Session(asyncio.Protocol):
             for command, answer in zip(packet, answers, strict=False):
                 granted = answer.code == 354 if command is _DATA else 200 <= answer.code < 300
                 if granted:
-                    taken = taken or command.recipient is not None
-                    go_ahead = command is _DATA
-                elif verdict is None and not (chunked and (answer.code < 400 or command is commands[-1])):
-                    reply = self._refusal(command, answer)
+                    taken, go_ahead = taken or command.recipient is not None, command is commands[-1]
+                elif verdict is None:
+                    reply = self._reply_to(command, answer)
                     if command.recipient is None or reply.code == 421 or reply.cause is not Cause.SERVER:
                         verdict = reply
                     else:
                         refusals[command.recipient] = reply
-            if verdict is None and len(answers) < len(packet) and not chunked:
-                verdict = self._unanswered(packet[len(answers)].stage)
-        left = verdict is None and len(refusals) < len(recipients)
-        if chunked:
-            verdict = self._reply_to_chunk(answers, len(answers) == len(commands), verdict, left)
-            if left and verdict is None:  # the server does not know BDAT
+            if verdict is None and len(answers) < len(packet):
+                stage = packet[len(answers)].stage
+                if chunked:  # in doubt, unless the server closed without a reply (they come in order), or not all went
+                    self.bdat = bool(self.bdat)  # it may be BDAT that ended the connection
+                    unheard = self._unsent or (self.broken == _CLOSED and not answers)
+                    stage = (Stage.DATA if answers else Stage.MAIL) if unheard else Stage.END_OF_DATA
+                verdict = self._unanswered(stage)
+        left = len(refusals) < len(recipients)
+        if left and chunked and (verdict is None or verdict.stage is Stage.END_OF_DATA):
+            if verdict is not None and _NO_BDAT.match(verdict.words):
+                self._break_off(Cause.LOCAL, f"the answer does not fit: {answers[-1]}")
                 return {}
-        elif left:
-            verdict = await self._send_content(content, answers[len(packet) :] if went else None)
+            if self.broken is not None and self.broken[0] is Cause.LOCAL:  # who knows what was said to the content
+                verdict = self._unanswered(Stage.END_OF_DATA)
+        if left and verdict is None:
+            done = answers[-1:] if chunked else answers[len(packet) :] if went else None
+            verdict = await self._send_content(content, done)
             self._clean = verdict.accepted
-        elif go_ahead and taken:
-            self._break_off(Cause.LOCAL, "the server took a recipient without a sender")
+            self.bdat = chunked or self.bdat
+        elif go_ahead and (chunked or taken):  # for nobody, or without a sender
+            self._break_off(Cause.LOCAL, f"the answer does not fit: {answers[-1]}")
         elif go_ahead:  # for nobody: an empty content ends it (RFC 2920 3.1)
             await self._ask(b".\r\n", 1, self._timeout_s or REPLY_TIMEOUT_S)
         return {one: refusals.get(one) or cast(Reply, verdict) for one in recipients}
 
-    def _reply_to_chunk(self, answers: list[Answer], complete: bool, verdict: Reply | None, left: bool) -> Reply | None:
-        """The reply for all who were not refused by themselves; None: there is nobody `left`, or the server does not
-        know BDAT. Without a reply they are in doubt, unless the server closed the connection without any (they come in
-        order), or not all was sent."""
-        final = server_reply(Stage.END_OF_DATA, *answers[-1]) if complete else None
-        unknown = left and final is not None and _NO_BDAT.match(final.words) is not None
-        misfits = [answer for answer in answers if 300 <= answer.code < 400]
-        misfits += answers[-1:] if unknown or (final is not None and final.accepted and not left) else []
-        if misfits:
-            self._break_off(Cause.LOCAL, f"the answer does not fit: {misfits[0]}")
-        if misfits or not (final or verdict or self.bdat):
-            self.bdat = False  # or it may be BDAT that ended the connection
-        if unknown or not left:
-            return verdict
-        if final is None or misfits or (self.broken is not None and self.broken[0] is Cause.LOCAL):
-            unheard = self._unsent or (self.broken == _CLOSED and not answers)
-            final = self._unanswered((Stage.DATA if answers else Stage.MAIL) if unheard else Stage.END_OF_DATA)
-        self._clean = final.accepted
-        self.bdat = self._clean or self.bdat
-        return final
-
     async def _send_content(self, content: bytes, answers: list[Answer] | None) -> Reply:
-        """The server's reply to the content, which is in doubt once its end is written; `answers` to one that went
-        by itself."""
-        stage = Stage.END_OF_DATA
-        if answers is None and self.broken is not None:
-            return self._unanswered(Stage.DATA)
+        """The server's reply to the content, which is in doubt once its end is written; `answers` to one that has
+        gone."""
+        stage = Stage.DATA if answers is None else Stage.END_OF_DATA
         for piece, last in data_pieces(content) if answers is None else ():
+            if answers or self.broken is not None:
+                break
             stage = Stage.END_OF_DATA if last else Stage.DATA
             patience_s = self._end_of_data_timeout_s if last else self._timeout_s or DATA_TIMEOUT_S
             answers = await self._ask(piece, 1, patience_s, more=not last)
-            if answers or self.broken is not None:
-                break
         if not answers:
             return self._unanswered(stage)
-        answer = answers[0]
         if stage is Stage.DATA:
             self._break_off(Cause.LOST, "the server did not wait for the end of the content")
-            if answer.code < 400:
-                return unfitting_reply(stage, str(answer))
-        elif 300 <= answer.code < 400:
-            self._break_off(Cause.LOCAL, f"the answer does not fit: {answer}")
-            return self._unanswered(stage)
-        return server_reply(stage, answer.code, answer.lines)
+        return self._reply_to(_Command(b"", stage), answers[0])
 
-    def _refusal(self, command: _Command, answer: Answer) -> Reply:
-        if answer.code < 400:
-            reply = unfitting_reply(command.stage, str(answer))
-            self._break_off(Cause.LOCAL, reply.text)
-            return reply
+    def _reply_to(self, command: _Command, answer: Answer) -> Reply:
+        """What an answer says; after one that does not fit the command nothing is believed."""
+        if 300 <= answer.code < 400 or (answer.code < 400 and command.stage is Stage.DATA):
+            self._break_off(Cause.LOCAL, f"the answer does not fit: {answer}")
+            in_doubt = self._chunked or command.stage is Stage.END_OF_DATA
+            return self._unanswered(Stage.END_OF_DATA) if in_doubt else unfitting_reply(command.stage, str(answer))
         if command is _RSET and answer.code != 421:
             self._break_off(Cause.LOST, f"RSET was refused: {answer}")
             return self._unanswered(Stage.MAIL)
-        return server_reply(command.stage, answer.code, answer.lines)
+        return server_reply(command.stage, *answer)
 
     def _unanswered(self, stage: Stage) -> Reply:
         """The reply in place of one that did not come. After the final dot the mail is in doubt,
@@ -6647,37 +6620,40 @@ def _scrubbed(reply: Reply, secret: str) -> Reply:
     return reply._replace(text=re.sub(re.escape(start) + r"\S*", "***", text))
 
 
-async def _connect(account: Account, in_thread: InThread) -> socket.socket | Reply:
+class NoSession(Exception):
+    """Ends the opening of a session; the reply says why."""
+
+    def __init__(self, reply: Reply) -> None:
+        self.reply = reply
+
+
+async def _connect(account: Account, in_thread: InThread) -> socket.socket:
     """Look the host up and try its addresses in turn, all within one timeout: each gets its
-    share of what is left, so that a dead first address does not use it up."""
+    share of what is left, so that a dead first address does not use it up. Raises NoSession."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + (account.timeout or CONNECT_TIMEOUT_S)
     look_up = functools.partial(socket.getaddrinfo, account.host, account.port, type=socket.SOCK_STREAM)
+    failures, addresses = list[str](), list[Any]()
     try:
         async with asyncio.timeout_at(deadline):
             addresses = await in_thread(look_up)
     except TimeoutError:
-        return local_reply(Stage.CONNECT, f"no answer to the look-up of {account.host}", Cause.TIMEOUT)
+        failures = [f"no answer to the look-up of {account.host}"]
     except (OSError, UnicodeError) as failure:
-        reason = getattr(failure, "strerror", None) or failure
-        return local_reply(Stage.CONNECT, f"look-up of {account.host} failed: {reason}")
-    failures, cause = [], Cause.LOCAL
+        failures = [f"look-up of {account.host} failed: {getattr(failure, 'strerror', None) or failure}"]
     for tried, (family, kind, protocol, _, address) in enumerate(addresses):
         try:
-            sock = socket.socket(family, kind, protocol)
-            try:
+            with contextlib.ExitStack() as unless_connected:
+                sock = unless_connected.enter_context(socket.socket(family, kind, protocol))
                 sock.setblocking(False)
                 async with asyncio.timeout((deadline - loop.time()) / (len(addresses) - tried)):
                     await loop.sock_connect(sock, address)
+                unless_connected.pop_all()
                 return sock
-            except BaseException:
-                sock.close()
-                raise
         except OSError as failure:  # TimeoutError is one
-            cause = Cause.TIMEOUT if isinstance(failure, TimeoutError) else cause
             reason = os.strerror(failure.errno) if failure.errno else "no answer in time"
             failures.append(f"{account.host}[{address[0]}]:{account.port}: {reason}")
-    return local_reply(Stage.CONNECT, "; ".join(failures), cause)
+    raise NoSession(local_reply(Stage.CONNECT, "; ".join(failures)))
 
 
 async def _say_hello(smtp: aiosmtplib.SMTP, greeting: str) -> None:
@@ -6770,9 +6746,6 @@ async def _log_in(smtp: aiosmtplib.SMTP, account: Account, secret: str) -> None:
 def client_tls_context(account: Account) -> ssl.SSLContext:
     """How the account's connections are encrypted: `ca_file` stands in place of the system's
     authorities; without verification any certificate will do. Blocking: reads files."""
-    for file in filter(None, (account.ca_file, account.client_cert, account.client_key)):
-        if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe could block for ever
-            raise OSError(errno.EINVAL, "not a regular file", file)
     context = ssl.create_default_context(cafile=account.ca_file)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if account.ca_file:  # of Python 3.13 on defaults; private authorities rarely follow RFC 5280 to the letter
@@ -6792,7 +6765,7 @@ def client_tls_context(account: Account) -> ssl.SSLContext:
 class _Grant:
     """What is known of one account's access; of the present settings only."""
 
-    oauth2: Mapping[str, Any]
+    oauth2: dict[str, Any]
     token: str | None = field(default=None, repr=False)
     expires_at: float = 0.0
     refresh_token: str | None = field(default=None, repr=False)  # the latest one, when it is rotated
@@ -6864,14 +6837,10 @@ class TokenKeeper:
 
     def _post(self, grant: _Grant, timeout_s: float) -> tuple[int, bytes]:
         """Blocking: may read secrets from files, and asks the token endpoint."""
-        oauth2 = grant.oauth2
-        fields = {name: oauth2[name] for name in ("client_id", "scope") if name in oauth2}
-        fields["grant_type"] = "refresh_token" if "refresh_token" in oauth2 else "client_credentials"
-        if "client_secret" in oauth2:
-            fields["client_secret"] = self.reveal(oauth2["client_secret"])
-        if "refresh_token" in oauth2:
-            fields["refresh_token"] = grant.refresh_token or self.reveal(oauth2["refresh_token"])
-        return self.post_form(oauth2["token_url"], fields, timeout_s)
+        fields = grant.oauth2 | ({"refresh_token": grant.refresh_token} if grant.refresh_token else {})
+        fields = {name: self.reveal(it) if isinstance(it, Secret) else it for name, it in fields.items()}
+        fields["grant_type"] = "refresh_token" if "refresh_token" in fields else "client_credentials"
+        return self.post_form(fields.pop("token_url"), fields, timeout_s)
 
 
 # ----- the agent
@@ -6901,50 +6870,26 @@ class DeliveryAgent:
     ) -> Session | Reply:
         """Connect and log in, or the reply that says why not; a refused access token is renewed once.
 
-        `connected` is called once there is a connection, `may_log_in` is awaited before each login.
-        """
-        secret = await self._secret(account) if account.user else None
-        if isinstance(secret, Reply):
-            return secret
-        context = await self._tls_context(account)
-        if isinstance(context, Reply):
-            return context
-        connection = await _connect(account, self.in_thread)
-        if isinstance(connection, Reply):
-            return connection
-        connected()
-        own = str(connection.getsockname()[0]).partition("%")[0]
-        smtp = aiosmtplib.SMTP(
-            hostname=account.host.removesuffix("."),
-            sock=connection,
-            local_hostname=account.hostname or self.hostname or (f"[IPv6:{own}]" if ":" in own else f"[{own}]"),
-            timeout=account.timeout or CONNECT_TIMEOUT_S,
-            use_tls=account.encryption == "implicit",
-            start_tls=False,
-            tls_context=context,
-        )
-        offers: Offers | Reply | None = None
-        try:
-            offers, secret = await self._introduce(smtp, account, secret, may_log_in)
-        finally:
-            if not isinstance(offers, Offers) and smtp.transport is not None:
-                cast(asyncio.Transport, smtp.transport).abort()
-        if isinstance(offers, Offers):
-            transport = cast(asyncio.Transport, smtp.transport)  # of which aiosmtplib hears no more
-            return Session(transport, name, offers, account.timeout, self.end_of_data_timeout_s)
-        if account.oauth2_token_url and secret and offers.stage is Stage.AUTH and offers.permanent and not renewed:
-            self.tokens.invalidate(account, secret)
-            return await self.open_session(account, name=name, connected=connected, may_log_in=may_log_in, renewed=True)
-        return offers
-
-    async def _introduce(
-        self, smtp: aiosmtplib.SMTP, account: Account, secret: str | None, may_log_in: Callable[[], Awaitable[object]]
-    ) -> tuple[Offers | Reply, str | None]:
-        """Greeting, EHLO, TLS, login: what the server offers then, or the reply that says where it ended; and the
-        secret shown. TLS is what the account says: a STARTTLS that fails is never followed by mail in clear (RFC 3207).
+        `connected` is called once there is a connection, `may_log_in` is awaited before each login. TLS is what the
+        account says: a STARTTLS that fails is never followed by mail in clear (RFC 3207).
         """
         encryption, stage = account.encryption, Stage.CONNECT
+        session = smtp = secret = None
         try:
+            secret = await self._secret(account) if account.user else None
+            context = await self._tls_context(account)
+            connection = await _connect(account, self.in_thread)
+            connected()
+            own = str(connection.getsockname()[0]).partition("%")[0]
+            smtp = aiosmtplib.SMTP(
+                hostname=account.host.removesuffix("."),
+                sock=connection,
+                local_hostname=account.hostname or self.hostname or (f"[IPv6:{own}]" if ":" in own else f"[{own}]"),
+                timeout=account.timeout or CONNECT_TIMEOUT_S,
+                use_tls=encryption == "implicit",
+                start_tls=False,
+                tls_context=context,
+            )
             greeting = (await smtp.connect()).message
             stage = Stage.EHLO
             await _say_hello(smtp, greeting)
@@ -6960,41 +6905,50 @@ class DeliveryAgent:
             if secret is not None:
                 stage = Stage.AUTH
                 await may_log_in()
-                latest = await self._secret(account) if account.oauth2_token_url else secret
-                if isinstance(latest, Reply):  # no newer token
-                    return latest, None
-                secret = latest
+                secret = await self._secret(account) if account.oauth2_token_url else secret  # there may be a newer one
                 await _log_in(smtp, account, secret)
                 stage = Stage.EHLO  # once more: some servers offer more to who has logged in
                 hello = await smtp.execute_command(b"EHLO", str(smtp.local_hostname).encode())
                 if hello.code == 250:
                     smtp.last_ehlo_response = hello
-            return _offers_of(smtp, methods), secret
+            transport = cast(asyncio.Transport, smtp.transport)  # of which aiosmtplib hears no more
+            session = Session(transport, name, _offers_of(smtp, methods), account.timeout, self.end_of_data_timeout_s)
+            return session
+        except NoSession as failure:
+            return failure.reply
         except (aiosmtplib.SMTPException, OSError, ValueError) as failure:
             greeted = isinstance(failure, aiosmtplib.SMTPResponseException)
             greeted = greeted or isinstance(failure.__cause__, aiosmtplib.SMTPException)
             if stage is Stage.CONNECT and encryption == "implicit" and not greeted:
                 stage = Stage.TLS
             reply = _reply_of_failure(stage, failure, account)
-            return _scrubbed(reply, secret) if secret and stage is Stage.AUTH else reply, secret
+        finally:
+            if session is None and smtp is not None and smtp.transport is not None:
+                cast(asyncio.Transport, smtp.transport).abort()
+        reply = _scrubbed(reply, secret) if secret and stage is Stage.AUTH else reply
+        if account.oauth2_token_url and secret and reply.stage is Stage.AUTH and reply.permanent and not renewed:
+            self.tokens.invalidate(account, secret)
+            return await self.open_session(account, name=name, connected=connected, may_log_in=may_log_in, renewed=True)
+        return reply
 
-    async def _secret(self, account: Account) -> str | Reply:
-        """The account's password, or its access token, before the server is bothered."""
+    async def _secret(self, account: Account) -> str:
+        """The account's password, or its access token, before the server is bothered. Raises NoSession."""
         if account.oauth2_token_url:
-            return await self.tokens.token(account)
+            token = await self.tokens.token(account)
+            if isinstance(token, Reply):
+                raise NoSession(token)
+            return token
         if account.password is None:
             return ""
         try:
             async with asyncio.timeout(account.timeout or CONNECT_TIMEOUT_S):
                 return await self.in_thread(functools.partial(self.reveal, account.password))
-        except TimeoutError:
-            return local_reply(Stage.AUTH, "the password cannot be read in time")
-        except SecretUnavailable as failure:
-            return local_reply(Stage.AUTH, str(failure))
+        except (TimeoutError, SecretUnavailable) as failure:
+            raise NoSession(local_reply(Stage.AUTH, str(failure) or "the password cannot be read in time")) from None
 
-    async def _tls_context(self, account: Account) -> ssl.SSLContext | Reply | None:
+    async def _tls_context(self, account: Account) -> ssl.SSLContext | None:
         """The TLS context of the account's files: shared and kept, because it takes 20 ms and 900 kB; made anew
-        for an account that was replaced. None: the account wants no TLS."""
+        for an account that was replaced. None: the account wants no TLS. Raises NoSession."""
         if account.encryption == "never":
             return None
         made_of = (account.verify_tls, account.ca_file, account.client_cert, account.client_key)
@@ -7008,10 +6962,11 @@ class DeliveryAgent:
             async with asyncio.timeout(account.timeout or CONNECT_TIMEOUT_S):
                 return await asyncio.shield(self.contexts[made_of])
         except TimeoutError:
-            return local_reply(Stage.TLS, "the certificate files cannot be read in time", Cause.TIMEOUT)
+            reply = local_reply(Stage.TLS, "the certificate files cannot be read in time", Cause.TIMEOUT)
         except (OSError, ValueError) as failure:  # ssl.SSLError is an OSError
             self.contexts.pop(made_of, None)
-            return local_reply(Stage.TLS, f"the account's certificate files cannot be used: {failure}")
+            reply = local_reply(Stage.TLS, f"the account's certificate files cannot be used: {failure}")
+        raise NoSession(reply)
 
 
 # ======================================================================
