@@ -6978,6 +6978,7 @@ class DeliveryAgent:
 # ends a mail, and one with a bare CR or LF in it is refused, so that nobody can hide a second one in it. All is bounded.
 
 READ_BYTES = 65_536
+CRLF = b"\r\n"
 COMMAND_BYTES, AUTH_BYTES = 4_096, 12_288  # RFC 4954 4
 SMTP_RECIPIENTS, SMTP_ERRORS, SMTP_IDLE_S = 1_000, 20, 300.0  # of a mail; of a connection since its last mail
 SMTP_MEMORY_BYTES = 64 * 2**20  # for all mails that are coming in; larger ones are in files meanwhile
@@ -6998,7 +6999,7 @@ class Listener:
         self.most_clients, self.stopping = most_clients, False
         self.tls: ssl.SSLContext | None = None
         self._listeners: list[asyncio.Server] = []
-        self._unix_sockets: dict[str, int] = {}  # and their inodes
+        self._unix_sockets: list[str] = []
         self._connections: dict[asyncio.Task[None], Any] = {}
 
     async def start_tcp(self, host: str, port: int, tls: ssl.SSLContext | None) -> tuple[tuple[str, int], ...]:
@@ -7018,7 +7019,7 @@ class Listener:
         os.chmod(path, mode)  # before anybody can connect
         await listener.start_serving()
         self._keep(listener)
-        self._unix_sockets[path] = os.stat(path).st_ino
+        self._unix_sockets.append(path)
 
     def _keep(self, listener: asyncio.Server) -> None:
         """What asyncio calls backlog is also how many it accepts in one step; the kernel may let more of them wait."""
@@ -7030,10 +7031,9 @@ class Listener:
     async def stop(self, grace_s: float) -> None:
         """Stops listening, serves the busy ones within `grace_s`, then cuts what is left."""
         self.stopping = True
-        for path, inode in self._unix_sockets.items():
+        while self._unix_sockets:
             with contextlib.suppress(OSError):
-                if os.stat(path).st_ino == inode:  # else somebody else listens there now
-                    os.unlink(path)
+                os.unlink(self._unix_sockets.pop())
         for listener in self._listeners:
             listener.close()
         for task, client in self._connections.items():
@@ -7073,9 +7073,7 @@ class Served:
     _buffer: bytes = b""  # received and not yet understood
     _timer: Any = None
 
-    async def serve(self) -> None:
-        """Answer the client until it leaves, or has to."""
-        raise NotImplementedError
+    serve: ClassVar[Callable[[Any], Awaitable[None]]]  # answers the client until it leaves, or has to
 
     async def run(self) -> None:
         """Serve the client, and let it read the last answer: to close while it still sends would destroy that."""
@@ -7214,19 +7212,17 @@ class SmtpSession(Served):
         return text
 
     async def _content(self, file: tempfile.SpooledTemporaryFile[bytes], in_memory: int) -> tuple[int, str]:
-        """Read a mail into the file, to its end; return its size, and the reply to one that cannot be taken."""
-        left, size, refusal, after_crlf, most = self._buffer, 0, "", True, self.server.most_bytes()
+        """Read a mail into the file, to its end, after a CRLF of our own: so each of its lines follows one. Return its
+        size, and the reply to one that cannot be taken."""
+        left, size, refusal, most = CRLF + self._buffer, -len(CRLF), "", self.server.most_bytes()
         while True:
-            end = 0 if after_crlf and left.startswith(b".\r\n") else left.find(b"\r\n.\r\n") + 2
-            cut = end if end != 1 else max(len(left) - 4, 0)
-            cut -= left[cut - 1 : cut] == b"\r"
-            piece, left = left[:cut], left[cut:]
-            if not piece.count(b"\r") == piece.count(b"\n") == piece.count(b"\r\n"):
+            end = left.find(b"\r\n.\r\n") + len(CRLF)
+            cut = end if end > 1 else left.find(b"\r", max(len(left) - 4, 0))  # where the end may have begun
+            piece, left = (left[:cut], left[cut:]) if cut >= 0 else (left, b"")
+            if not piece.count(b"\r") == piece.count(b"\n") == piece.count(CRLF):
                 refusal = refusal or "554 5.6.0 The message contains a bare CR or LF (RFC 5321 2.3.8)"
-            if piece:
-                stuffed, after_crlf = after_crlf and piece.startswith(b"."), piece.endswith(b"\r\n")
-                piece = piece[stuffed:].replace(b"\r\n.", b"\r\n")
-                size += len(piece)
+            piece = piece.replace(b"\r\n.", CRLF)
+            size += len(piece)
             if size > most:
                 refusal = refusal or f"552 5.3.4 A message may have at most {most} octets"
             try:
@@ -7236,7 +7232,7 @@ class SmtpSession(Served):
                     await self.server.in_thread(functools.partial(file.write, piece))
             except OSError as error:
                 refusal = f"452 4.3.1 The message cannot be stored: {error.strerror}"
-            if end != 1:
+            if end > 1:
                 self._buffer = left[3:]
                 return size, refusal
             left += await self._receive()
@@ -7319,7 +7315,7 @@ class SmtpSession(Served):
                 self._idle_at = math.inf
                 await self._flush()
                 if not reply:
-                    file.seek(0)
+                    file.seek(len(CRLF))
                     async with server.one_large if size > in_memory else contextlib.nullcontext():
                         content = file.read() if size <= in_memory else await server.in_thread(file.read)
                         reply = await server.take(SmtpMail(sender, recipients, content, self._login or ""))
