@@ -6216,6 +6216,8 @@ def _reply_of_failure(stage: Stage, failure: Exception, account: Account) -> Rep
         if 400 <= failure.code < 600:
             return server_reply(stage, failure.code, failure.message.split("\n"))
         return unfitting_reply(stage, f"{failure.code} {failure.message}".removeprefix("-1 "))
+    if stage is Stage.CONNECT and implicit and not isinstance(failure.__cause__, aiosmtplib.SMTPException):
+        stage = Stage.TLS  # the server has not greeted yet
     while isinstance(failure.__cause__, OSError):
         failure = failure.__cause__
     if isinstance(failure, ssl.SSLCertVerificationError):
@@ -6917,10 +6919,6 @@ class DeliveryAgent:
         except NoSession as failure:
             return failure.reply
         except (aiosmtplib.SMTPException, OSError, ValueError) as failure:
-            greeted = isinstance(failure, aiosmtplib.SMTPResponseException)
-            greeted = greeted or isinstance(failure.__cause__, aiosmtplib.SMTPException)
-            if stage is Stage.CONNECT and encryption == "implicit" and not greeted:
-                stage = Stage.TLS
             reply = _reply_of_failure(stage, failure, account)
         finally:
             if session is None and smtp is not None and smtp.transport is not None:
