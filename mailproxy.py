@@ -6629,35 +6629,6 @@ class NoSession(Exception):
         self.reply = reply
 
 
-async def _connect(account: Account, in_thread: InThread) -> socket.socket:
-    """Look the host up and try its addresses in turn, all within one timeout: each gets its
-    share of what is left, so that a dead first address does not use it up. Raises NoSession."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + (account.timeout or CONNECT_TIMEOUT_S)
-    look_up = functools.partial(socket.getaddrinfo, account.host, account.port, type=socket.SOCK_STREAM)
-    failures, addresses = list[str](), list[Any]()
-    try:
-        async with asyncio.timeout_at(deadline):
-            addresses = await in_thread(look_up)
-    except TimeoutError:
-        failures = [f"no answer to the look-up of {account.host}"]
-    except (OSError, UnicodeError) as failure:
-        failures = [f"look-up of {account.host} failed: {getattr(failure, 'strerror', None) or failure}"]
-    for tried, (family, kind, protocol, _, address) in enumerate(addresses):
-        try:
-            with contextlib.ExitStack() as unless_connected:
-                sock = unless_connected.enter_context(socket.socket(family, kind, protocol))
-                sock.setblocking(False)
-                async with asyncio.timeout((deadline - loop.time()) / (len(addresses) - tried)):
-                    await loop.sock_connect(sock, address)
-                unless_connected.pop_all()
-                return sock
-        except OSError as failure:  # TimeoutError is one
-            reason = os.strerror(failure.errno) if failure.errno else "no answer in time"
-            failures.append(f"{account.host}[{address[0]}]:{account.port}: {reason}")
-    raise NoSession(local_reply(Stage.CONNECT, "; ".join(failures)))
-
-
 async def _say_hello(smtp: aiosmtplib.SMTP, greeting: str) -> None:
     """EHLO, or HELO to a server that does not know it (RFC 5321 3.2); who knows neither may be one of LMTP."""
     try:
@@ -6879,19 +6850,8 @@ class DeliveryAgent:
         session = smtp = secret = None
         try:
             secret = await self._secret(account) if account.user else None
-            context = await self._tls_context(account)
-            connection = await _connect(account, self.in_thread)
+            smtp = await self._connect(account)
             connected()
-            own = str(connection.getsockname()[0]).partition("%")[0]
-            smtp = aiosmtplib.SMTP(
-                hostname=account.host.removesuffix("."),
-                sock=connection,
-                local_hostname=account.hostname or self.hostname or (f"[IPv6:{own}]" if ":" in own else f"[{own}]"),
-                timeout=account.timeout or CONNECT_TIMEOUT_S,
-                use_tls=encryption == "implicit",
-                start_tls=False,
-                tls_context=context,
-            )
             greeting = (await smtp.connect()).message
             stage = Stage.EHLO
             await _say_hello(smtp, greeting)
@@ -6928,6 +6888,44 @@ class DeliveryAgent:
             self.tokens.invalidate(account, secret)
             return await self.open_session(account, name=name, connected=connected, may_log_in=may_log_in, renewed=True)
         return reply
+
+    async def _connect(self, account: Account) -> aiosmtplib.SMTP:
+        """Look the host up and try its addresses in turn, all within one timeout: each gets its
+        share of what is left, so that a dead first address does not use it up. Raises NoSession."""
+        context = await self._tls_context(account)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + (account.timeout or CONNECT_TIMEOUT_S)
+        look_up = functools.partial(socket.getaddrinfo, account.host, account.port, type=socket.SOCK_STREAM)
+        failures, addresses = list[str](), list[Any]()
+        try:
+            async with asyncio.timeout_at(deadline):
+                addresses = await self.in_thread(look_up)
+        except TimeoutError:
+            failures = [f"no answer to the look-up of {account.host}"]
+        except (OSError, UnicodeError) as failure:
+            failures = [f"look-up of {account.host} failed: {getattr(failure, 'strerror', None) or failure}"]
+        for tried, (family, kind, protocol, _, address) in enumerate(addresses):
+            try:
+                with contextlib.ExitStack() as unless_connected:
+                    sock = unless_connected.enter_context(socket.socket(family, kind, protocol))
+                    sock.setblocking(False)
+                    async with asyncio.timeout((deadline - loop.time()) / (len(addresses) - tried)):
+                        await loop.sock_connect(sock, address)
+                    own = str(sock.getsockname()[0]).partition("%")[0]
+                    unless_connected.pop_all()
+                    return aiosmtplib.SMTP(
+                        hostname=account.host.removesuffix("."),
+                        sock=sock,
+                        local_hostname=account.hostname or self.hostname or f"[{'IPv6:' if ':' in own else ''}{own}]",
+                        timeout=account.timeout or CONNECT_TIMEOUT_S,
+                        use_tls=account.encryption == "implicit",
+                        start_tls=False,
+                        tls_context=context,
+                    )
+            except OSError as failure:  # TimeoutError is one
+                reason = os.strerror(failure.errno) if failure.errno else "no answer in time"
+                failures.append(f"{account.host}[{address[0]}]:{account.port}: {reason}")
+        raise NoSession(local_reply(Stage.CONNECT, "; ".join(failures)))
 
     async def _secret(self, account: Account) -> str:
         """The account's password, or its access token, before the server is bothered. Raises NoSession."""
