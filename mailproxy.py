@@ -7889,9 +7889,7 @@ class HttpServer(Listener):
         if not methods and any(segments[2:3]):
             request.parameters = {"id": segments[2]}
             methods = self._rows.get((*segments[:2], None, *segments[3:]), {})
-        route = methods.get(request.method)
-        if route is None and request.method == "HEAD":
-            route = methods.get("GET")
+        route = methods.get("GET" if request.method == "HEAD" else request.method)
         if methods:
             request.route = next(iter(methods.values())).pattern
         if self.foreign(request):
@@ -8591,7 +8589,9 @@ class Lane:
             until = self.next_try_ts()
         elif self.state is LaneState.LIMITED:
             reason, until = "rate limit reached", math.ceil(self.clock.wall() + self.until - self.clock.monotonic())
-        return {"state": self.state, "reason": reason, "since": self.since, "until": until}
+        left = self.windows.left(self.clock.monotonic())
+        status = {"state": self.state, "reason": reason, "since": self.since, "until": until}
+        return {**status, "connections": self.connections, **({"limits_left": left} if left else {})}
 
 
 @dataclass(eq=False, repr=False)
@@ -9917,7 +9917,6 @@ class ControlPlane:
     _known: Known | None = None  # what the lanes go by
     _wrote_at: float = -math.inf  # for a look whether the storage answers
     _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _console: Response = field(default_factory=console_answer)
 
     def routes(self) -> tuple[Route, ...]:
         return (
@@ -9946,7 +9945,7 @@ class ControlPlane:
 
     async def show_console(self, request: Request) -> Response:
         """Show the console, a page for a browser."""
-        return self._console
+        return console_answer()
 
     async def check_health(self, request: Request) -> Response:
         """Check liveness; touches no storage."""
@@ -9981,44 +9980,35 @@ class ControlPlane:
         """Show what waits, and the state of each account."""
         tallies, oldest_ts = await self.queue.tallies()
         self.dispatcher.count_sent()
-        now = self.clock.monotonic()
         pending = {id_: tally.ready + tally.waiting for id_, tally in tallies.items()}
-        accounts: dict[str, dict[str, object]] = {}
         shown, of_all = await self.leases.everywhere()
-        nobody = {"node": None} if of_all else {}
-        for id_, lane in self.dispatcher.lanes.items():
-            accounts[id_] = {**self._lane(lane, now), "pending": pending.get(id_, 0), **shown.get(id_, nobody)}
+        nobody, lanes = {"node": None} if of_all else {}, self.dispatcher.lanes.items()
+        accounts = {
+            id_: {**lane.status(), "pending": pending.get(id_, 0), **shown.get(id_, nobody)} for id_, lane in lanes
+        }
         for id_, waiting in pending.items():
             if waiting and id_ not in accounts:  # for its account to come back
                 gone = {"state": NOT_FOUND, "reason": NOT_FOUND, "since": None, "until": None}
                 accounts[id_] = {**gone, "connections": 0, "pending": waiting}
-        return json_response(
-            {
-                "ok": True,
-                "active": self.dispatcher.active,
-                "version": __version__,
-                "pending": sum(pending.values()),
-                "deferred": sum(tally.waiting for tally in tallies.values()),
-                "in_delivery": self.queue.in_delivery,
-                "failed": await self.queue.failed(),
-                "unreported": sum(tally.unreported for tally in tallies.values()),
-                "oldest_pending_ts": oldest_ts,
-                "suspended_batches": sorted(self.queue.suspended_batches),
-                "accounts": accounts,
-                "recent": self.metrics.recent.columns(),
-                **of_all,
-            }
-        )
-
-    @staticmethod
-    def _lane(lane: Lane, now: float) -> dict[str, object]:
-        left = lane.windows.left(now)
-        return {**lane.status(), "connections": lane.connections, **({"limits_left": left} if left else {})}
+        status = {
+            "ok": True,
+            "active": self.dispatcher.active,
+            "version": __version__,
+            "pending": sum(pending.values()),
+            "deferred": sum(tally.waiting for tally in tallies.values()),
+            "in_delivery": self.queue.in_delivery,
+            "failed": await self.queue.failed(),
+            "unreported": sum(tally.unreported for tally in tallies.values()),
+            "oldest_pending_ts": oldest_ts,
+            "suspended_batches": sorted(self.queue.suspended_batches),
+            "accounts": accounts,
+            "recent": self.metrics.recent.columns(),
+        }
+        return json_response({**status, **of_all})
 
     def lanes_here(self) -> dict[str, object]:
         """The states of the lanes of this node, for the others to show."""
-        now = self.clock.monotonic()
-        return {id_: self._lane(lane, now) for id_, lane in self.dispatcher.lanes.items() if lane.mine}
+        return {id_: lane.status() for id_, lane in self.dispatcher.lanes.items() if lane.mine}
 
     async def get_metrics(self, request: Request) -> Response:
         """Show metrics for Prometheus."""
@@ -11625,9 +11615,7 @@ def submit_or_keep(settings: Settings, environ: Mapping[str, str], fields: Mappi
 # An application, the daemon and a mail server in one process, over real sockets; what
 # passes between them is shown as it happens. Nothing leaves the machine, or stays on it.
 
-DEMO_OUTCOMES: Mapping[str, str] = MappingProxyType(
-    {"plain": "sent", "picture": "sent", "refused": "error", "greylisted": "sent", "scheduled": "sent"}
-)
+DEMO_OUTCOMES = {"plain": "sent", "picture": "sent", "refused": "error", "greylisted": "sent", "scheduled": "sent"}
 DEMO_PICTURE = (  # PNG, 32 by 32 green pixels
     "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAQMAAABJtOi3AAAAA1BMVEUgoFBaW5YnAAAADElEQVR42mNgGNwAAACgAAGO+7G0AAAAAElFTkSuQmCC"
 )
@@ -12187,7 +12175,7 @@ async def _try_server(agent: DeliveryAgent, account: Account) -> tuple[tuple[obj
     return (account.id, f"{account.host}:{account.port}", *shown, result), verdict and verdict.cure
 
 
-# --- backup --------------------------------------------------------------
+# --- backup and import ---------------------------------------------------
 
 
 def backup(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -12229,9 +12217,6 @@ def backup(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         raise CommandFailed(f"{queue} cannot be copied: {error}") from None
     print(f"{target}: {counted(messages, 'message')}, {size_in_words(os.path.getsize(target))}, checked")
     return 0
-
-
-# --- import --------------------------------------------------------------
 
 
 def import_queue(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
