@@ -4602,7 +4602,7 @@ CONNECT_S = 5
 LONG_CONTENT_BYTES = 65_536  # sent as it is; shorter ones as a part of the statement
 SCHEMA_LOCK = 0x6D61696C  # of those who start together: one makes the tables
 BEGIN = (
-    "BEGIN",
+    "BEGIN ISOLATION LEVEL READ COMMITTED",
     "SELECT set_config('lock_timeout', '5s', true), set_config('statement_timeout', '30s', true), "
     "set_config('idle_in_transaction_session_timeout', '5s', true), set_config('synchronous_commit', 'off', true)",
     "SELECT last_seq, last_report, changes FROM counters FOR UPDATE",
@@ -4799,7 +4799,7 @@ class PostgresConnection:
         if not waiting:
             return
         text = ";\n".join(sql for sql, _ in waiting).replace("\0", "\N{REPLACEMENT CHARACTER}")
-        may_repeat = self._session is not None and (not self._writes or waiting[0][0] == "BEGIN")
+        may_repeat = self._session is not None and (not self._writes or waiting[0][0] == BEGIN[0])
         try:
             cursor = self._run(text.encode(errors="replace"))
         except self._file.errors:
@@ -4830,6 +4830,7 @@ class PostgresConnection:
         file.last_seq, file.last_report, changes = answer.fetchone()
         self._numbers = file.last_seq, file.last_report
         if changes != file.changes:
+            file.check_version(self)
             file.changes = changes
             file.on_change(self)
         return answer
@@ -4929,7 +4930,7 @@ class PostgresFile(QueueFile):
             raise ConfigurationError(f"the database {self.path} cannot be used: {self.why(error)}") from None
 
     def _make_tables(self, session: Any, *, for_good: bool) -> None:
-        newest, settings = len(self._migrations) + 1, ("server_encoding", "transaction_read_only")
+        settings = "server_encoding", "transaction_read_only"
         encoding, read_only = (session.execute(f"SHOW {name}").fetchone()[0] for name in settings)
         for is_wrong, why in (
             (session.info.server_version < 140_000, "is older than PostgreSQL 14, which the queue needs"),
@@ -4942,10 +4943,14 @@ class PostgresFile(QueueFile):
             session.execute(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
             if session.execute("SELECT to_regclass('switches')").fetchone() == (None,):
                 schema = translated(self._schema, DIALECT_OF_SCHEMA)
-                session.execute(f"{schema}; {POSTGRES_SCHEMA.format(version=newest)}")
-            found = session.execute("SELECT value FROM switches WHERE name = 'schema'").fetchone()
+                session.execute(f"{schema}; {POSTGRES_SCHEMA.format(version=len(self._migrations) + 1)}")
             session.execute("DELETE FROM commits WHERE at < now() - interval '1 day'")
-        version = found[0] if found else 0
+            self.check_version(session)
+
+    def check_version(self, db: Any) -> None:
+        """Raise ConfigurationError unless the tables are of this version."""
+        newest, found = len(self._migrations) + 1, db.execute("SELECT value FROM switches WHERE name = 'schema'")
+        (version,) = found.fetchone() or (0,)
         if version != newest:
             raise ConfigurationError(
                 f"the database {self.path} was written by {'an older' if version < newest else 'a newer'} mailproxy "
@@ -4989,7 +4994,9 @@ class PostgresFile(QueueFile):
 
 
 # What waiting does not mend, unless a server or a pooler says that it does.
-WRONG = re.compile("FATAL|no password supplied|SSL|certificate|service file")
+WRONG = re.compile(
+    r"FATAL|no password supplied|SSL|certificate|service file|invalid \w+ (?:number|value)|could not match"
+)
 AWAY = re.compile(
     "starting up|shutting down|not yet acc|recovery|too many|slots|cannot connect|_timeout|_retry|closed the"
 )
@@ -5090,9 +5097,9 @@ ENTER = (
 )
 # Remove nodes, and all that they had: what was on the wire there may have been sent, or not.
 BURY = (
-    "WITH dead AS (DELETE FROM nodes WHERE until_ts <= clock_timestamp() OR instance = :gone RETURNING instance), "
-    "free AS (DELETE FROM leases WHERE instance IN (SELECT instance FROM dead)) "
-    "DELETE FROM claims WHERE instance IN (SELECT instance FROM dead)"
+    "WITH dead AS (DELETE FROM nodes WHERE until_ts <= clock_timestamp() OR instance = :gone RETURNING *), "
+    "free AS (DELETE FROM leases WHERE instance IN (SELECT instance FROM dead)), "
+    "wire AS (DELETE FROM claims WHERE instance IN (SELECT instance FROM dead)) SELECT node FROM dead"
 )
 # A lane that has mail (the reporter is always wanted) and nobody has; or that is ours by a commit whose answer was lost.
 TAKE = (
@@ -5111,7 +5118,8 @@ def uptime() -> float:
 
 def digests_of(accounts: Iterable[Account]) -> str:
     """Tell whether two nodes have the same accounts (JSON); so short that they do not tell the passwords."""
-    given = {account.id: repr([getattr(value, "given", value) for value in account]) for account in accounts}
+    alike = [account._replace(hostname=None) for account in accounts]  # which is a node's own
+    given = {account.id: repr([getattr(value, "given", value) for value in account]) for account in alike}
     return as_json({id_: hashlib.sha256(said.encode()).hexdigest()[:4] for id_, said in given.items()})
 
 
@@ -5236,7 +5244,8 @@ class Leases:
         self._seen.clear()
         if self._last.dead:
             with contextlib.suppress(StorageUnavailable):
-                await self._write(BURY, gone="")
+                for (node,) in await self._write(BURY, gone=""):
+                    event(self._log, logging.INFO, "a node is gone: others take its lanes over", node=node)
             self.ring(look=True)
         return self._last
 

@@ -5083,6 +5083,29 @@ def test_what_was_accepted_is_on_disk_whatever_the_role_is_set_to(
             assert rig.run(rig.file.read(functools.partial(is_flushed, written)))
 
 
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_daemons_write_in_turn_whatever_isolation_the_role_is_set_to(
+    postgres_server: PostgresServer, postgres: str, level: str
+) -> None:
+    postgres_server.run(f"ALTER DATABASE {postgres.rpartition('/')[2]} SET default_transaction_isolation = '{level}'")
+    with queue_at(postgres) as rig:
+        (found,) = rig.run(rig.file.write(lambda db: db.execute("SHOW transaction_isolation").fetchone()))
+    assert found == "read committed"
+
+
+def test_a_database_that_becomes_one_of_another_version_is_not_written_and_waited_for(postgres: str) -> None:
+    with queue_at(postgres) as rig, psycopg.connect(postgres, autocommit=True) as connection:
+        rig.accepted(submission("a"))
+        connection.execute("UPDATE switches SET value = value + 1 WHERE name = 'schema'")
+        for _ in range(2):
+            with pytest.raises(mailproxy.StorageUnavailable, match="a newer mailproxy"):
+                rig.accept([submission("b")])
+
+        connection.execute("UPDATE switches SET value = value - 1 WHERE name = 'schema'")
+        rig.accepted(submission("b"))
+        assert not rig.file.refuses
+
+
 def test_what_does_not_fit_into_text_is_replaced_and_quotes_stay_quotes(postgres: str) -> None:
     texts = ["\0", "\ud800", "'; DROP TABLE messages; --", "\\", "\\'", "%s %(x)s ?:x", "E'\\x00'", "\u2028 \U0001f600"]
     with queue_at(postgres) as rig:
@@ -5105,6 +5128,7 @@ WRONG = {
     "standby": ("{url}?options=-cdefault_transaction_read_only%3Don", "is read-only"),
     "reference": ("postgresql://guarded:env:NOT_SET@127.0.0.1:{port}/{name}", "env:NOT_SET is not set"),
     "URL": ("postgresql://mailproxy:Geheim%zz@127.0.0.1/{name}", "is not the URL of a database"),
+    "port": ("postgresql://mailproxy:Geheim@127.0.0.1:port/{name}", 'invalid integer value "port"'),
 }
 
 
@@ -5419,6 +5443,7 @@ def test_others_take_the_lanes_of_a_node_that_was_killed(
         other.submit(*letters("o", 6))
 
         other.wait_status("slow", "sent")
+        other.wait_for_log(f"others take its lanes over node={has.config['storage']['node']}")
         wait_until(lambda: other.status()["accounts"]["default"]["state"] == "limited", "the limit", 10)
         sent = [message["id"] for message in other.get("/messages?status=sent").json["messages"]]
         reports.wait_for(lambda reports: {entry["id"] for entry in reports.acknowledged} >= set(sent))
@@ -5521,6 +5546,7 @@ def test_accounts_of_config_ini_that_differ_are_named_in_the_logs_of_both(
         assert "differs" not in a.log + b.log
         b.config["account:x"]["port"] = 26
         b.config["account:y"] = {"host": "my.example.com", "port": 25}
+        b.config["delivery"] = {"hostname": "b.example.com"}  # which is a node's own
         b.write_config()
         b.signal(signal.SIGHUP)
         for daemon, node in ((a, "b"), (b, "a")):
