@@ -4979,7 +4979,7 @@ def test_what_became_of_a_commit_that_was_not_answered_is_found_out(
         queue_at(postgres.replace(f":{postgres_server.port}", f":{wire.port}")) as rig,
     ):
         rig.accepted(submission("before"))
-        wire.forwards, wire.deaf_after = forwards, b"COMMIT"
+        wire.forwards, wire.deaf_after = forwards, b"COMMIT;"
         asked = threading.Timer(1.5, lambda: setattr(wire, "deaf_after", b""))
         asked.start()
 
@@ -5005,7 +5005,7 @@ def test_when_nobody_can_say_whether_it_was_stored_the_client_is_told_to_submit_
         Wire(postgres_server.port) as wire,
         queue_at(postgres.replace(f":{postgres_server.port}", f":{wire.port}")) as rig,
     ):
-        wire.deaf_after = b"COMMIT"  # and so is whoever asks what became of it
+        wire.deaf_after = b"COMMIT;"  # and so is whoever asks what became of it
         with pytest.raises(mailproxy.StorageUnavailable, match="not known; submit it again with the same ids"):
             rig.accept([submission("a")])
 
