@@ -7077,8 +7077,17 @@ class Served:
     _unread: bool = True  # the client may still be sending
     _buffer: bytes = b""  # received and not yet understood
     _timer: Any = None
+    _idle_at: float = math.inf  # when it will have been idle for too long, on the monotonic clock
 
     serve: ClassVar[Callable[[Any], Awaitable[None]]]  # answers the client until it leaves, or has to
+
+    def watch(self, patience_s: float, end: Callable[[], object]) -> None:
+        """End it when it is idle for too long. A timer for each request or command would take a fifth of its time."""
+        left_s = self._idle_at - time.monotonic()
+        if left_s > 0:
+            self._timer = asyncio.get_running_loop().call_later(min(left_s, patience_s), self.watch, patience_s, end)
+        else:
+            end()
 
     async def run(self) -> None:
         """Serve the client, and let it read the last answer: to close while it still sends would destroy that."""
@@ -7144,7 +7153,6 @@ class SmtpSession(Served):
     server: SmtpServer
     busy: bool = False  # a mail is coming in, or being stored
     _replies: list[str] = field(default_factory=list)
-    _idle_at: float = 0.0  # when it will have been idle for too long, on the monotonic clock
     _farewell: str = "421 4.3.2 Shutting down, try again later"
     _errors: int = 0
     _encrypted: bool = False
@@ -7157,7 +7165,13 @@ class SmtpSession(Served):
         self._last, greeting = self.turned_away, f"220 {self.server.names.host} ESMTP"
         self._replies += ["421 4.3.2 Too many connections" if self._last else greeting]
         self._idle_at = time.monotonic() + SMTP_IDLE_S
-        self._watch(asyncio.current_task())
+        session = asyncio.current_task()
+
+        def farewell() -> None:
+            if session and session.cancel():
+                self._farewell = "421 4.4.2 Idle for too long"
+
+        self.watch(SMTP_IDLE_S, farewell)
         with contextlib.suppress(asyncio.CancelledError):
             while not (self._last or self.server.stopping):
                 try:
@@ -7175,14 +7189,6 @@ class SmtpSession(Served):
         self._replies += [] if self._last else [self._farewell]
         async with asyncio.timeout(CLOSE_S):
             await self._flush()
-
-    def _watch(self, session: asyncio.Task[Any] | None) -> None:
-        """End it when it is idle for too long. A timer for each command would take a tenth of the time of a mail."""
-        left_s = self._idle_at - time.monotonic()
-        if left_s > 0:
-            self._timer = asyncio.get_running_loop().call_later(min(left_s, SMTP_IDLE_S), self._watch, session)
-        elif session and session.cancel():
-            self._farewell = "421 4.4.2 Idle for too long"
 
     async def _flush(self) -> None:
         """Send the replies that have gathered."""
@@ -7642,18 +7648,17 @@ class ServedConnection(Served):
     """One client, its requests answered one after another."""
 
     server: HttpServer
-    idle_until: float = 0.0  # then it is ended, on the monotonic clock; inf while there is a request
 
     @property
     def busy(self) -> bool:
-        return self.idle_until == math.inf
+        return self._idle_at == math.inf
 
     async def serve(self) -> None:
         """Answer one request after another until the connection ends."""
         limits = self.server.limits
         patience_s = TURNED_AWAY_S if self.turned_away else limits.idle_timeout_seconds
-        self.idle_until = time.monotonic() + patience_s
-        self._end_if_idle(patience_s)
+        self._idle_at = time.monotonic() + patience_s
+        self.watch(patience_s, self.writer.transport.abort)
         if self.server.tls:
             await self.writer.start_tls(self.server.tls, ssl_handshake_timeout=limits.head_timeout_seconds)
         # A write counts as done when all of it has left for the kernel: nothing unread outlives its deadline.
@@ -7662,21 +7667,13 @@ class ServedConnection(Served):
             if self._buffer:
                 await asyncio.sleep(0)  # requests in a row must not keep the loop from everybody else
             elif not self.server.stopping:
-                self.idle_until = time.monotonic() + patience_s
+                self._idle_at = time.monotonic() + patience_s
                 self._buffer = await self.reader.read(READ_BYTES)
-                self.idle_until = math.inf
+                self._idle_at = math.inf
             if not self._buffer:
                 break
             await self._exchange()
         self._unread = self._unread or bool(self._buffer)
-
-    def _end_if_idle(self, patience_s: float) -> None:
-        """Comes again for as long as the connection lives: a timer for each request would take a fifth of its time."""
-        left_s = self.idle_until - time.monotonic()
-        if left_s > 0:
-            self._timer = asyncio.get_running_loop().call_later(min(left_s, patience_s), self._end_if_idle, patience_s)
-        else:
-            self.writer.transport.abort()
 
     async def _exchange(self) -> None:
         """One request and its answer, whatever the request is."""
@@ -7877,11 +7874,11 @@ class HttpServer(Listener):
     """Listens, and has each request answered by the row of the route table it belongs to."""
 
     routes: InitVar[Sequence[Route]]
-    limits: ServerSettings
     authorised: Callable[[Request], bool]  # asked about all but public rows, before anything else is told
-    observe: Callable[[Request, int, float], None]  # learns of every answer: request, status, seconds
-    in_thread: InThread
     log_failure: Callable[[Request, Exception], None]  # what a handler raised; the client gets a bare 500
+    limits: ServerSettings = field(default_factory=ServerSettings)
+    observe: Callable[[Request, int, float], None] = lambda *_: None  # learns of every answer: request, status, seconds
+    in_thread: InThread = field(default_factory=InThread)
     foreign: Callable[[Request], bool] = lambda request: False  # a page of another site sent it: 403 on any path
 
     def __post_init__(self, routes: Sequence[Route]) -> None:
@@ -11341,7 +11338,7 @@ def send_csv(client: Client, path: str, common: Mapping[str, Any], *, show_answe
     return 1 if refused else 0
 
 
-def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int, dict[str, str | None]]]:
+def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int, dict[str | None, Any]]]:
     """The rows of a CSV file by column, each with its line. Blocking. Raises ConfigurationError, CommandFailed."""
     import csv
 
@@ -11351,9 +11348,9 @@ def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int
         raise CommandFailed(f"{path} is not UTF-8 text: save it in that encoding") from None
     head = text.partition("\n")[0]
     csv.field_size_limit(67_108_864)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     try:
-        columns = [name.strip().lower() for name in next(reader, [])]
+        columns = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         while columns and not columns[-1]:
             columns.pop()
         for name in columns:
@@ -11366,18 +11363,17 @@ def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int
         for name in ("from", "to", "subject"):
             if name not in columns and name not in known_anyway:
                 raise ConfigurationError(f"{path}: the column {name} is missing; add it, or give --{name} for all rows")
-        cells = (row if any(row[len(columns) :]) else row[: len(columns)] for row in reader)
-        return [(reader.line_num, dict(itertools.zip_longest(columns, row))) for row in cells if row]
+        return [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise CommandFailed(f"{path} line {reader.line_num} is not CSV: {error}") from None
+        raise CommandFailed(f"{path} line {reader.reader.line_num} is not CSV: {error}") from None
 
 
-def csv_message(row: Mapping[str, str | None], common: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, Any]:
+def csv_message(row: dict[str | None, Any], common: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, Any]:
     """The message that a row means; an empty cell is left out, but for an empty subject. Attachments are names of files
     with commas between, or JSON. An id that is made up is the same in the next run. Raises Rejected, CommandFailed."""
-    if None in row:
+    if any(row.pop(None, ())):
         raise Rejected("more cells than columns")
-    fields: dict[str, Any] = {name: cell for name, cell in row.items() if cell or (name == "subject" and cell == "")}
+    fields: dict[Any, Any] = {name: cell for name, cell in row.items() if cell or (name == "subject" and cell == "")}
     for name in ("deferred_ts", "expires_ts"):
         if fields.get(name, "").isdecimal():
             fields[name] = int(fields[name])
@@ -11649,8 +11645,7 @@ class Demo:
     """The whole thing in one process: application, daemon and mail server, over real sockets."""
 
     def __init__(self, folder: str, *, patience_s: float = 15.0, keep: bool = False) -> None:
-        self._folder, self._keep = folder, keep
-        self._patience_s = patience_s
+        self._folder, self._keep, self._patience_s = folder, keep, patience_s
         self._lines: asyncio.Queue[str] = asyncio.Queue()  # what passed, and is not shown yet
         self._outcomes: dict[str, str] = {}  # as reported
         self._taken = 0  # mails that the mail server took
@@ -11685,8 +11680,7 @@ class Demo:
 
     def _reply_to_recipient(self, recipient: str) -> str | None:
         """refused@ has no mailbox here, greylisted@ is told to come back the first time."""
-        name = recipient.partition("@")[0]
-        reply = self._refusals.pop(name, None) if name == "greylisted" else self._refusals.get(name)
+        reply = self._refusals.pop(recipient.partition("@")[0], None)  # what is refused does not come back
         if reply:
             self._tell("mailproxy", "smtp", recipient, f"RCPT TO:<{recipient}>")
             self._tell("smtp", "mailproxy", recipient, reply)
@@ -11711,10 +11705,7 @@ class Demo:
         stack.push_async_callback(server.stop, 1)
         app = HttpServer(
             [Route("POST", "/reports", self._take_report, public=True)],
-            limits=ServerSettings(),
             authorised=lambda request: False,
-            observe=lambda request, status, seconds: None,
-            in_thread=InThread(),
             log_failure=lambda request, failure: complain(f"the receiver of reports failed: {failure!r}"),
         )
         (host, port), *_ = await app.start_tcp("127.0.0.1", 0, None)

@@ -9857,7 +9857,7 @@ async def test_stopping_closes_idle_connections_at_once_and_answers_requests_in_
     await service.started.wait()
     sending, sender = await service.connect()
     sender.write(http_request("POST", "/length", headers="Content-Length: 2\r\n") + b"x")
-    await http_until(lambda: [each.idle_until for each in service.server._connections.values()].count(math.inf) == 2)
+    await http_until(lambda: [each._idle_at for each in service.server._connections.values()].count(math.inf) == 2)
 
     stopping = asyncio.create_task(service.server.stop(20))
     assert await idle.read() == b""
