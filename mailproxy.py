@@ -3675,6 +3675,11 @@ QUEUE_ANEW = (
     "report_order = NULL, ready_at = :ready_at, updated_at = :now, deferred_ts = :deferred, deferral = :deferral, "
     "expires_ts = :expires, recipients = :recipients WHERE seq = :seq AND error_ts IS NOT NULL"
 )
+# The numbers given last, in a file.
+NUMBERS_OF_FILE = (
+    "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'messages'), 0), "
+    "coalesce((SELECT max(report_order) FROM messages WHERE report_order IS NOT NULL), 0)"
+)
 # The value changes each time, for SQLite writes nothing where nothing changes.
 SAY_IT_ANSWERS = (
     "INSERT INTO switches VALUES ('answers', 1) ON CONFLICT (name) DO UPDATE SET value = 1 - switches.value"
@@ -3762,6 +3767,7 @@ class Queue:
         self._on_wire: dict[int, Claim] = {}  # changed in the writer's thread; in the loop's only to take claims out
         self.suspended_batches: set[str] = set()
         self._aged: dict[str, tuple[float, str]] = {}  # by account: what give_up_aged is asked for
+        self._reported = 0  # the highest place acknowledged: what an index still has before it is dead
         self.next_ts: float = 0  # no row is due, or to be given up, before that; 0: look
 
     @property
@@ -3774,9 +3780,7 @@ class Queue:
         def work(db: Database) -> None:
             db.execute(SAY_IT_ANSWERS)
             if isinstance(db, sqlite3.Connection):
-                seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").fetchone()
-                report = db.execute("SELECT max(report_order) FROM messages WHERE report_order IS NOT NULL").fetchone()
-                self.file.last_seq, self.file.last_report = seq[0] if seq else 0, report[0] or 0
+                self.file.last_seq, self.file.last_report = db.execute(NUMBERS_OF_FILE).fetchone()
             self._read_batches(db)
             if db.execute("SELECT 1 FROM switches WHERE name = 'moved'").fetchone():
                 raise ConfigurationError(
@@ -3784,6 +3788,7 @@ class Queue:
                 )
 
         await self.file.write(work)
+        self._reported = 0
         for batch_code in self.suspended_batches:  # the last run may have ended amid this
             await self._mark_batch(batch_code, 2)
 
@@ -4170,8 +4175,10 @@ class Queue:
 
     async def unreported(self, most: int) -> list[State]:
         """The oldest states the upstream has not acknowledged, in the order they came about."""
-        which = "WHERE report_order IS NOT NULL ORDER BY report_order LIMIT :most"
-        rows = await self.file.read(lambda db: list(_rows(db, STATE_COLUMNS, which, {"most": most})))
+        which = "WHERE report_order > :after ORDER BY report_order LIMIT :most"
+        values = {"after": self._reported, "most": most}
+        rows = await self.file.read(lambda db: list(_rows(db, STATE_COLUMNS, which, values)))
+        self._reported = self._reported if rows else 0  # a database that was restored gives places anew
         states = [dict(zip(STATE_FIELDS, row, strict=True)) for row in rows]
         return [State(row.pop("report_order"), _with_recipients(row)) for row in states]
 
@@ -4181,9 +4188,10 @@ class Queue:
             "UPDATE messages SET reported_ts = :now, report_order = NULL "
             "WHERE report_order IN (SELECT value FROM json_each(:places))"
         )
-        return await self._do(
-            stamp, now=int(self._now()), places=self.file.listed([state.report_order for state in states])
-        )
+        places = [state.report_order for state in states]
+        stamped = await self._do(stamp, now=int(self._now()), places=self.file.listed(places))
+        self._reported = max([self._reported, *places])
+        return stamped
 
     # -- what operators and clients ask for
 
@@ -4322,9 +4330,11 @@ class Queue:
     async def tallies(self) -> tuple[dict[str, Tally], int | None]:
         """The counts of each account that ever had a message; when the oldest undelivered one was accepted."""
         rows = await self._ask("SELECT account_id, ready, waiting, unreported FROM tallies")
+        tallies = {row.pop("account_id"): Tally(**row) for row in rows}
         oldest = "SELECT created_at FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT 1"
-        times = [row["created_at"] for row in await self._ask(oldest)]
-        return {row.pop("account_id"): Tally(**row) for row in rows}, times[0] if times else None
+        is_any = any(tally.ready or tally.waiting for tally in tallies.values())  # else it would go over dead entries
+        times = [row["created_at"] for row in await self._ask(oldest)] if is_any else []
+        return tallies, times[0] if times else None
 
     async def failed(self) -> int:
         """How many messages were given up and are in the table."""
@@ -5032,9 +5042,8 @@ def move(source: QueueFile, target: QueueFile) -> int:
             last_seq = there.execute("SELECT last_seq FROM counters").fetchone()
             here.execute("INSERT INTO sqlite_sequence VALUES ('messages', ?)", last_seq)
         else:
-            last_seq = there.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'messages'").fetchone()[0] or 0
-            last_report = there.execute("SELECT max(report_order) FROM messages").fetchone()[0] or 0
-            here.execute(f"UPDATE counters SET last_seq = {last_seq}, last_report = {last_report}")  # noqa: S608
+            numbers = there.execute(NUMBERS_OF_FILE).fetchone()
+            here.execute("UPDATE counters SET last_seq = %s, last_report = %s", numbers)
         (messages,) = here.execute("SELECT count(*) FROM messages").fetchone()
         there.execute("INSERT INTO switches VALUES ('moved', 1) ON CONFLICT DO NOTHING")
         there.execute("COMMIT")  # first: should the other fail it can be done again, and nothing is sent twice

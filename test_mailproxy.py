@@ -4403,6 +4403,22 @@ def test_states_are_reported_in_the_order_they_came_about_and_stamped_unless_the
     assert [(s.entry["id"], s.entry["status"]) for s in rig.unreported(10)] == [("b", "sent")]
 
 
+def test_what_was_acknowledged_is_passed_over_until_nothing_is_left_to_report(rig: QueueRig) -> None:
+    rig.accepted(submission("a"), submission("b"), submission("c"))
+    for claim in rig.claimed():
+        rig.recorded(claim, SENT)
+    rig.acknowledge(rig.unreported(2))
+    rig.sql("UPDATE messages SET report_order = 1 WHERE id = 'a'")  # as in a database that was restored
+
+    asked = []
+    for _ in range(4):
+        states = rig.unreported(2)
+        asked.append([state.entry["id"] for state in states])
+        rig.acknowledge(states)
+
+    assert asked == [["c"], [], ["a"], []]
+
+
 def test_a_message_that_has_expired_is_given_up_unless_it_is_on_the_wire_and_sent_where_some_have_it(
     rig: QueueRig,
 ) -> None:
