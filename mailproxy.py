@@ -3570,14 +3570,12 @@ RECORD_COLUMNS = (
     "error_ts, error, reported_ts, batch_code, attempts, message_id, recipients, subject, size_bytes, payload"
 )
 RECORD_OF_ID = f"SELECT {RECORD_COLUMNS} FROM messages WHERE id = :id"  # noqa: S608 - constants only
-# What a listing may go along, in the order of acceptance: an index, or what a search found before.
-ALONG = {
-    "all": "NOT INDEXED WHERE ",
-    "sought": "WHERE seq IN (SELECT value FROM json_each(:seqs)) AND ",
-    "pending": "INDEXED BY messages_pending WHERE sent_ts IS NULL AND error_ts IS NULL AND ",
-    "refused": "INDEXED BY messages_refused WHERE error IS NOT NULL "
-    "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND ",
-}
+# What a listing may go along, in the order of acceptance; or what a search found.
+ALL = "NOT INDEXED WHERE"
+PENDING = "INDEXED BY messages_pending WHERE sent_ts IS NULL AND error_ts IS NULL AND"
+REFUSED = "INDEXED BY messages_refused WHERE error IS NOT NULL AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND"
+NEXT_PENDING = f"SELECT min(seq) FROM messages {PENDING} seq > :after"  # noqa: S608 - constants only
+FOUND = "WHERE seq IN (SELECT value FROM json_each(:seqs)) AND"
 CHOSEN = (
     "seq BETWEEN :first AND :last AND created_at BETWEEN :since AND :until "
     "AND (NOT :active_only OR (sent_ts IS NULL AND error_ts IS NULL)) "
@@ -3585,16 +3583,6 @@ CHOSEN = (
     "AND (:account_id IS NULL OR account_id = :account_id) AND (:batch_code IS NULL OR batch_code = :batch_code) "
     f"AND (:status IS NULL OR {STATUS_OF_ROW} = :status) ORDER BY seq"
 )
-PAGE_OF_RECORDS = {
-    (order, way): f"SELECT {RECORD_COLUMNS} FROM messages {ALONG[way]} {CHOSEN} {order} LIMIT :most"  # noqa: S608
-    for order in ("asc", "desc")
-    for way in ALONG
-}
-FROM_THERE = {**ALONG, "sought": ALONG["all"]}
-FIRST_OF_PAGE = {
-    "asc": {way: f"SELECT min(seq) FROM messages {there} seq > :after" for way, there in FROM_THERE.items()},  # noqa: S608
-    "desc": {way: f"SELECT max(seq) FROM messages {there} seq < :after" for way, there in FROM_THERE.items()},  # noqa: S608
-}
 SEARCH = (
     "SELECT first_seq, text FROM sought WHERE last_seq BETWEEN :first AND :last + :together AND first_seq <= :last "
     "AND created_at BETWEEN :since AND :until AND instr(text, :to) > 0 AND instr(text, :subject) > 0 ORDER BY last_seq"
@@ -4292,23 +4280,26 @@ class Queue:
         values |= {"active_only": active_only, "now": self._now(), "together": SOUGHT_TOGETHER}
         to = values["to"] = f"\n{only['to'].casefold()}\n" if "to" in only else ""
         subject = values["subject"] = only.get("subject", "").casefold()
-        way = "sought" if only.keys() & {"since", "until"} else "all"
-        if to or subject:
-            way = "sought"
-        elif values["refused"] or values["status"] == Status.ERROR:
-            way = "refused"
+        there = ALL
+        if values["refused"] or values["status"] == Status.ERROR:
+            there = REFUSED
         elif active_only or values["status"] in (Status.QUEUED, Status.DEFERRED):
-            way = "pending"
+            there = PENDING
+        searches = to or subject or (there is ALL and only.keys() & {"since", "until"})
+        first_of, beyond, order = ("max", "<", "DESC") if newest_first else ("min", ">", "ASC")
+        next_seq = f"SELECT {first_of}(seq) FROM messages {there} seq {beyond} :after"  # noqa: S608 - constants only
+        which = f"{FOUND if searches else there} {CHOSEN} {order} LIMIT :most"
+        chosen = f"SELECT {RECORD_COLUMNS} FROM messages {which}"  # noqa: S608 - constants only
 
         def work(db: Database) -> tuple[list[Record], int | None]:
             records, size_bytes, at, ends_at = list[Record](), 0, after, time.monotonic() + READING_S
             while at == after or time.monotonic() < ends_at:
-                first = db.execute(FIRST_OF_PAGE[order][way], {"after": at}).fetchone()[0]
+                first = db.execute(next_seq, {"after": at}).fetchone()[0]
                 if first is None:
                     return records, None
                 at = first + (1 - LOOK if newest_first else LOOK - 1)
                 values.update(first=min(first, at), last=max(first, at), most=most - len(records))
-                if way == "sought":
+                if searches:
                     found = [
                         first_seq + n
                         for first_seq, text in db.execute(SEARCH, values)
@@ -4318,7 +4309,7 @@ class Queue:
                     if not found:
                         continue
                     values["seqs"] = self.file.listed(found)
-                for row in _named(db.execute(PAGE_OF_RECORDS[order, way], values)):
+                for row in _named(db.execute(chosen, values)):
                     size_bytes += len(row["payload"])
                     records.append(_record(row))
                     if len(records) == most or size_bytes > PAGE_BYTES:
@@ -4426,7 +4417,7 @@ class Queue:
         after, on_wire = cast(int | None, 0), False
 
         def work(db: Database) -> tuple[list[int], int | None]:
-            first = db.execute(FIRST_OF_PAGE["asc"]["pending"], {"after": after}).fetchone()[0]
+            first = db.execute(NEXT_PENDING, {"after": after}).fetchone()[0]
             if first is None:
                 return [], None
             last = first + STRETCH - 1
