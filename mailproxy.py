@@ -3120,7 +3120,6 @@ class QueueFile:
     errors: tuple[type[Exception], ...] = (sqlite3.Error,)
     mistakes: tuple[type[Exception], ...] = MISTAKES  # of those: what is wrong with the work, not with the storage
     sends_late = False  # what a piece of work asks last is not sent before its end
-    listed: Callable[[Sequence[Any]], Any] = staticmethod(as_json)  # values for: IN (SELECT value FROM json_each(...))
     instance = ""  # the daemon's name among several
 
     def __init__(
@@ -3160,6 +3159,7 @@ class QueueFile:
         if sqlite3.sqlite_version_info < (3, 35):  # the first that knows RETURNING
             version = sqlite3.sqlite_version
             raise ConfigurationError(f"SQLite {version} is too old: run mailproxy with a Python that has 3.35 or newer")
+        sqlite3.register_adapter(list, as_json)  # for IN (SELECT value FROM json_each(:values))
         if not os.path.isdir(self.folder):
             raise ConfigurationError(f"the folder {self.folder} of db_path does not exist; create it first")
         try:
@@ -3588,7 +3588,7 @@ SEARCH = (
     "AND created_at BETWEEN :since AND :until AND instr(text, :to) > 0 AND instr(text, :subject) > 0 ORDER BY last_seq"
 )
 READY = (
-    "WHERE account_id = :account AND turn = :turn AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL "
+    "account_id = :account AND turn = :turn AND sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL "
     "AND seq NOT IN (SELECT value FROM json_each(:on_wire)) ORDER BY priority, seq LIMIT :most"
 )
 STATE_COLUMNS = (
@@ -3630,8 +3630,7 @@ INSERT_ROWS = {
 }
 LET_GO = (
     "UPDATE messages SET deferred_ts = NULL, deferral = NULL, report_order = NULL "
-    "WHERE account_id = :id AND deferral IN (SELECT value FROM json_each(:deferrals)) "
-    "AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
+    "WHERE account_id = :id AND deferral IN ('limit', 'connection', 'login') AND deferred_ts IS NOT NULL "
     "AND sent_ts IS NULL AND error_ts IS NULL"
 )
 # 2 suspends messages of a batch, 0 lets them go.
@@ -3641,7 +3640,7 @@ SUSPEND = (
     "AND turn & 2 <> :suspended ORDER BY seq LIMIT :most) RETURNING seq"
 )
 # Of several daemons: that the account's lane is this one's, and what it has on the wire.
-LEASED = "SELECT 1 FROM leases WHERE account_id = :account AND instance = :instance"
+LEASED = "EXISTS (SELECT 1 FROM leases WHERE account_id = :account AND instance = :instance)"
 CLAIM = (
     "INSERT INTO claims SELECT seq, :instance FROM unnest(:seqs) AS seq "
     "ON CONFLICT (seq) DO UPDATE SET instance = excluded.instance"
@@ -3650,9 +3649,28 @@ CLAIMED = "SELECT seq FROM claims WHERE seq IN (SELECT value FROM json_each(:seq
 CLAIMED_BY_OTHERS = CLAIMED.replace("instance =", "instance <>")
 SETTLED = "DELETE FROM claims WHERE seq IN (SELECT value FROM json_each(:seqs)) AND instance = :instance"
 UNCLAIM = "DELETE FROM claims WHERE instance = :instance AND seq NOT IN (SELECT value FROM json_each(:on_wire))"
+LET_DUE_GO = (
+    "UPDATE messages SET deferred_ts = NULL, deferral = NULL, report_order = NULL WHERE seq IN "
+    "(SELECT seq FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
+    "AND deferred_ts IS NOT NULL AND deferred_ts <= :now ORDER BY deferred_ts LIMIT :most) RETURNING account_id"
+)
+EXPIRED = (
+    "SELECT seq, id, account_id, recipients, deferred_ts IS NOT NULL, "
+    "'expired: expires_ts has passed' || coalesce('; last: ' || error, '') FROM messages "
+    "WHERE sent_ts IS NULL AND error_ts IS NULL AND expires_ts IS NOT NULL AND expires_ts <= :now "
+    "ORDER BY expires_ts LIMIT :most"
+)
+# When something is due or expires next; text, in a damaged row, is larger than any number.
+NEXT_TS = (
+    "SELECT min(ts) FROM (SELECT min(deferred_ts) AS ts FROM messages WHERE sent_ts IS NULL "
+    "AND error_ts IS NULL AND deferred_ts IS NOT NULL AND deferred_ts <= :largest "
+    "UNION ALL SELECT min(expires_ts) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
+    "AND expires_ts IS NOT NULL AND (expires_ts > :now OR :more) AND expires_ts <= :largest) AS times"
+)
 # An account's mail that is ready, or waits for its server or its limit, and could have gone before that moment.
 AGED = (
-    "SELECT seq, id, recipients, deferred_ts IS NOT NULL FROM messages WHERE account_id = :account "
+    "SELECT seq, id, account_id, recipients, deferred_ts IS NOT NULL, "
+    "'expired: max_age_seconds reached; last: ' || :last FROM messages WHERE account_id = :account "
     "AND ready_at <= :before AND sent_ts IS NULL AND error_ts IS NULL "
     "AND (deferred_ts IS NULL OR deferral IN ('limit', 'connection', 'login')) AND turn < 2 ORDER BY ready_at LIMIT :most"
 )
@@ -3872,7 +3890,7 @@ class Queue:
         values = {
             "seq": seq, "now": int(now), "ready_at": waits or now, "deferred": waits, "expires": expires_ts,
             "deferral": "schedule" if waits else None, "recipients": as_json(recipients) if recipients else None,
-            "suspended": self.file.listed(list(self.suspended_batches)),
+            "suspended": list(self.suspended_batches),
         }  # fmt: skip
         db.execute(QUEUE_ANEW, values)
         if recipients == done:
@@ -3927,11 +3945,11 @@ class Queue:
 
     # -- delivery
 
-    def _on_the_wire(self, db: Database, seqs: Sequence[int]) -> Set[int]:
+    def _on_the_wire(self, db: Database, seqs: list[int]) -> Set[int]:
         """What is on the wire here, and of these rows those that another daemon has there."""
         if not self.file.instance:
             return self._on_wire.keys()
-        found = db.execute(CLAIMED_BY_OTHERS, {"seqs": self.file.listed(seqs), "instance": self.file.instance})
+        found = db.execute(CLAIMED_BY_OTHERS, {"seqs": seqs, "instance": self.file.instance})
         return self._on_wire.keys() | {row[0] for row in found}
 
     async def claim(self, orders: Sequence[Order]) -> list[list[Claim]]:
@@ -3940,11 +3958,11 @@ class Queue:
 
         def work(db: Database, _: object) -> list[None]:
             asked = [self._ask_for_ready(db, order) for order in orders]  # of all, before the first is read
-            for order, found in zip(orders, asked, strict=True):
-                taken.append(self._best(order, *found))
+            for order, both in zip(orders, asked, strict=True):
+                taken.append(_best(order, both))
                 self._on_wire.update((claim.seq, claim) for claim in taken[-1])
             if self.file.instance and any(taken):
-                seqs = self.file.listed([claim.seq for claims in taken for claim in claims])
+                seqs = [claim.seq for claims in taken for claim in claims]
                 db.execute(CLAIM, {"seqs": seqs, "instance": self.file.instance})
             return [None]
 
@@ -3956,31 +3974,15 @@ class Queue:
             raise
         return taken
 
-    def _ask_for_ready(self, db: Database, order: Order) -> tuple[Any, Iterable[Any], Iterable[Any]]:
-        """Whether the lane is this daemon's (None: it is the only one); its ready mail, new and retried, that is not on
-        the wire."""
+    def _ask_for_ready(self, db: Database, order: Order) -> list[Iterable[Any]]:
+        """The lane's ready mail, new and retried, that is not on the wire; none while another daemon has the lane."""
         on_wire = list(self._on_wire.values())  # a copy: the loop's thread may take some out meanwhile
-        taken = self.file.listed(
-            [claim.seq for claim in on_wire if claim.account_id == order.account_id] + list(order.passed_over)
-        )
+        taken = [claim.seq for claim in on_wire if claim.account_id == order.account_id] + list(order.passed_over)
         values = {"account": order.account_id, "most": order.most, "on_wire": taken, "small": SMALL_PAYLOAD_BYTES}
-        lane = {"account": order.account_id, "instance": self.file.instance}
-        leased = db.execute(LEASED, lane) if self.file.instance else None
-        new, retried = (_rows(db, CLAIM_COLUMNS, READY, values | {"turn": turn}) for turn in (0, 1))
-        return leased, new, retried
-
-    def _best(self, order: Order, leased: Any, *both: Iterable[Any]) -> list[Claim]:
-        """The best of what is ready: by priority, and within one new and retried mail in turn."""
-        ranked: list[tuple[int, int, bool, Claim]] = []
-        if leased and not leased.fetchone():
-            return []
-        for turn, rows in enumerate(both):
-            places = collections.Counter[int]()
-            for claim in map(_claim_of, rows):
-                ranked.append((claim.priority, places[claim.priority], bool(turn) != order.retried_first, claim))
-                places[claim.priority] += 1
-        ranked.sort(key=lambda entry: entry[:3])
-        return [claim for *_, claim in ranked[: order.most]]
+        which = f"WHERE {READY}"
+        if self.file.instance:
+            values["instance"], which = self.file.instance, f"WHERE {LEASED} AND {READY}"
+        return [_rows(db, CLAIM_COLUMNS, which, values | {"turn": turn}) for turn in (0, 1)]
 
     def release(self, claims: Iterable[Claim]) -> None:
         """Put claims back untouched: they were never on the wire."""
@@ -3993,8 +3995,7 @@ class Queue:
 
     def _unclaim(self, db: Database, released: Sequence[Any]) -> Sequence[Any]:
         """Delete the claims of this daemon that it does not know of."""
-        taken = self.file.listed(list(self._on_wire))
-        db.execute(UNCLAIM, {"instance": self.file.instance, "on_wire": taken})
+        db.execute(UNCLAIM, {"instance": self.file.instance, "on_wire": list(self._on_wire)})
         return released
 
     async def record(self, outcome: Outcome) -> None:
@@ -4036,8 +4037,8 @@ class Queue:
         seqs = [one.claim.seq for one in outcomes if one.disposition.status is not Status.SENT]
         ended = [one.claim.seq for one in outcomes if one.disposition.status is not Status.QUEUED]
         instance = self.file.instance
-        claimed = db.execute(CLAIMED, {"seqs": self.file.listed(seqs), "instance": instance}) if seqs else ()
-        db.execute(SETTLED, {"seqs": self.file.listed(ended), "instance": instance})
+        claimed = db.execute(CLAIMED, {"seqs": seqs, "instance": instance}) if seqs else ()
+        db.execute(SETTLED, {"seqs": ended, "instance": instance})
         ours = {row[0] for row in claimed}
         return [one for one in outcomes if one.disposition.status is Status.SENT or one.claim.seq in ours]
 
@@ -4057,50 +4058,24 @@ class Queue:
     async def catch_up(self) -> tuple[set[str], list[tuple[str, str, Disposition]]]:
         """Make the rows ready whose time has come, and end the pending ones that have expired or are too old; return
         the accounts that got mail, and (id, account, how) of each message that ended."""
-        values = {
-            "now": int(self._now()),
-            "most": CHUNK,
-            "overdue": CHUNK + len(self._on_wire),
-            "largest": LARGEST_INTEGER,
-        }
+        values = {"now": int(self._now()), "largest": LARGEST_INTEGER, "most": CHUNK}
         aged, self._aged = self._aged, {}
 
         def work(db: Database) -> tuple[set[str], list[tuple[str, str, Disposition]], float]:
-            released = db.execute(
-                "UPDATE messages SET deferred_ts = NULL, deferral = NULL, report_order = NULL WHERE seq IN "
-                "(SELECT seq FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
-                "AND deferred_ts IS NOT NULL AND deferred_ts <= :now ORDER BY deferred_ts LIMIT :most) "
-                "RETURNING account_id",
-                values,
-            ).fetchall()
-            rows = db.execute(
-                "SELECT seq, id, account_id, error, recipients FROM messages "
-                "WHERE sent_ts IS NULL AND error_ts IS NULL AND expires_ts IS NOT NULL AND expires_ts <= :now "
-                "ORDER BY expires_ts LIMIT :overdue",
-                values,
-            ).fetchall()
-            ended, on_wire = [], self._on_the_wire(db, [row[0] for row in rows])
-            for seq, id_, account_id, error, recipients in rows:
-                if seq not in on_wire:
-                    why = "expired: expires_ts has passed" + (f"; last: {error}" if error else "")
-                    ended.append((id_, account_id, self._give_up(db, seq, why, _recipients_of(recipients))))
-            (next_ts,) = db.execute(  # text, in a damaged row, is larger than any number
-                "SELECT min(ts) FROM (SELECT min(deferred_ts) AS ts FROM messages WHERE sent_ts IS NULL "
-                "AND error_ts IS NULL AND deferred_ts IS NOT NULL AND deferred_ts <= :largest "
-                "UNION ALL SELECT min(expires_ts) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
-                "AND expires_ts IS NOT NULL AND (expires_ts > :now OR :more) AND expires_ts <= :largest) AS times",
-                {**values, "more": len(ended) >= CHUNK},
-            ).fetchone()
+            released = db.execute(LET_DUE_GO, values).fetchall()
+            most = CHUNK + len(self._on_wire)
+            rows = db.execute(EXPIRED, values | {"most": most}).fetchall()
             for account_id, (before, last) in list(aged.items()):
-                why = f"expired: max_age_seconds reached; last: {last}"
-                most = max(0, values["overdue"] - len(ended))
-                found = db.execute(AGED, {"account": account_id, "before": before, "most": most}).fetchall()
-                for seq, id_, recipients, held_back in found:
-                    if held_back or seq not in self._on_wire:
-                        ended.append((id_, account_id, self._give_up(db, seq, why, _recipients_of(recipients))))
-                if len(ended) < CHUNK:
+                asked = {"account": account_id, "before": before, "last": last, "most": max(0, most - len(rows))}
+                rows += db.execute(AGED, asked).fetchall()
+                if len(rows) < most:
                     del aged[account_id]
-            return {row[0] for row in released}, ended, next_ts or math.inf
+            on_wire, ended = self._on_the_wire(db, [row[0] for row in rows]), dict[int, tuple[str, str, Disposition]]()
+            for seq, id_, account_id, recipients, waits, why in rows:
+                if seq not in ended and (waits or seq not in on_wire):
+                    ended[seq] = id_, account_id, self._give_up(db, seq, why, _recipients_of(recipients))
+            (next_ts,) = db.execute(NEXT_TS, values | {"more": len(ended) >= CHUNK}).fetchone()
+            return {row[0] for row in released}, list(ended.values()), next_ts or math.inf
 
         self.next_ts, next_ts = math.inf, 0.0  # what changes meanwhile lowers it again
         try:
@@ -4125,8 +4100,8 @@ class Queue:
 
     async def let_go(self, account_ids: Iterable[str], deferrals: Sequence[str] = HELD_BACK) -> set[str]:
         """Make messages ready that wait for one of these reasons; return which of the accounts got mail."""
-        rows = [{"id": id_, "deferrals": self.file.listed(deferrals)} for id_ in account_ids]
-        sql = LET_GO + " RETURNING account_id"
+        rows = [{"id": id_, "deferrals": list(deferrals)} for id_ in account_ids]
+        sql = f"{LET_GO} AND deferral IN (SELECT value FROM json_each(:deferrals)) RETURNING account_id"  # noqa: S608
         return await self.file.write(lambda db: {row[0] for one in rows for row in db.execute(sql, one).fetchall()})
 
     async def move_times(self, step_s: int, since: int) -> None:
@@ -4177,7 +4152,7 @@ class Queue:
             "WHERE report_order IN (SELECT value FROM json_each(:places))"
         )
         places = [state.report_order for state in states]
-        stamped = await self._do(stamp, now=int(self._now()), places=self.file.listed(places))
+        stamped = await self._do(stamp, now=int(self._now()), places=places)
         self._reported = max([self._reported, *places])
         return stamped
 
@@ -4191,10 +4166,7 @@ class Queue:
             taken = self._on_the_wire(db, [row[0] for row in found.values()])
             on_wire = [id_ for id_ in ids if id_ in found and found[id_][0] in taken]
             gone = [row[0] for row in found.values() if row[0] not in taken]
-            db.execute(
-                "DELETE FROM messages WHERE seq IN (SELECT value FROM json_each(:gone))",
-                {"gone": self.file.listed(gone)},
-            )
+            db.execute("DELETE FROM messages WHERE seq IN (SELECT value FROM json_each(:gone))", {"gone": gone})
             return len(gone), [id_ for id_ in ids if id_ not in found], on_wire
 
         return await self.file.write(work)
@@ -4308,7 +4280,7 @@ class Queue:
                     ]
                     if not found:
                         continue
-                    values["seqs"] = self.file.listed(found)
+                    values["seqs"] = found
                 for row in _named(db.execute(chosen, values)):
                     size_bytes += len(row["payload"])
                     records.append(_record(row))
@@ -4348,11 +4320,8 @@ class Queue:
         await self._do(
             "INSERT INTO accounts VALUES (:id, :definition) "
             "ON CONFLICT (id) DO UPDATE SET definition = excluded.definition",
-            LET_GO,
-            id=account_id,
-            definition=definition,
-            deferrals=self.file.listed(HELD_BACK),
-        )
+            LET_GO, id=account_id, definition=definition,
+        )  # fmt: skip
 
     async def delete_account(self, account_id: str) -> None:
         """Remove the account's definition and suspension; its messages are failed by fail_orphans."""
@@ -4389,8 +4358,7 @@ class Queue:
 
     async def activate(self, account_id: str) -> None:
         """End the suspension of an account; its mail that was held back is ready."""
-        ended = "DELETE FROM suspensions WHERE account_id = :id"
-        await self._do(ended, LET_GO, id=account_id, deferrals=self.file.listed(HELD_BACK))
+        await self._do("DELETE FROM suspensions WHERE account_id = :id", LET_GO, id=account_id)
 
     async def suspend_batch(self, batch_code: str) -> bool:
         """Keep a batch, and what is submitted to it later, from being claimed; True when some of it is claimed now."""
@@ -4517,6 +4485,18 @@ def _rows(db: Database, columns: str, which: str, values: Mapping[str, object]) 
         return cast(list[Sequence[Any]], read_json(f"[{text}]")[0])
     except (sqlite3.OperationalError, ValueError):  # a damaged one, that is no JSON
         return db.execute(f"SELECT {columns} FROM messages {which}", values)  # noqa: S608 - constants only
+
+
+def _best(order: Order, both: Sequence[Iterable[Any]]) -> list[Claim]:
+    """The best of what is ready: by priority, and within one new and retried mail in turn."""
+    ranked: list[tuple[int, int, bool, Claim]] = []
+    for turn, rows in enumerate(both):
+        places = collections.Counter[int]()
+        for claim in map(_claim_of, rows):
+            ranked.append((claim.priority, places[claim.priority], bool(turn) != order.retried_first, claim))
+            places[claim.priority] += 1
+    ranked.sort(key=lambda entry: entry[:3])
+    return [claim for *_, claim in ranked[: order.most]]
 
 
 def _claim_of(row: Sequence[Any]) -> Claim:
@@ -4884,7 +4864,6 @@ class PostgresConnection:
 class PostgresFile(QueueFile):
     """The database, in the place of the file. `path` is its URL; what people see of it has no password."""
 
-    listed: Callable[[Sequence[Any]], Any] = staticmethod(lambda values: list(values))
     sends_late = True
 
     def __init__(self, path: str, *schema: Any, **observers: Any) -> None:
