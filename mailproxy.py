@@ -3863,8 +3863,7 @@ class Queue:
         if submission.flaw is not None:
             return submission.flaw
         if is_same and seq is not None:
-            outcomes = _recipients_of(recipients) or {}
-            self._queue_anew(db, seq, outcomes, submission.deferred_ts, submission.expires_ts, submission.once)
+            self._queue_anew(db, seq, _recipients_of(recipients) or {}, submission)
             return None
         if is_sent or '["sent"' in (recipients or ""):
             return "already sent"
@@ -3874,13 +3873,10 @@ class Queue:
         new.append(submission)
         return STORE
 
-    def _queue_anew(
-        self, db: Database, seq: int, outcomes: Outcomes,
-        deferred_ts: int | None = None, expires_ts: int | None = None, once: bool = False,
-    ) -> Outcomes | None:  # fmt: skip
+    def _queue_anew(self, db: Database, seq: int, outcomes: Outcomes, by: Submission | None = None) -> Outcomes | None:
         """Give a failed message a new life; return its recipients, of whom those served stay so, and with `once`
         those in doubt. When nobody is left it ends again."""
-        now = self._now()
+        now, (deferred_ts, expires_ts, once) = self._now(), (*by[3:5], by.once) if by else (None, None, False)
         done = {
             address: outcome for address, outcome in outcomes.items()
             if outcome.status is Status.SENT or (once and outcome.text.startswith(IN_DOUBT))
@@ -3922,11 +3918,7 @@ class Queue:
             there = {row[0] for row in found}
             stored = [row[0] in there for row in rows]
         new = list(itertools.compress(zip(rows, submissions, strict=True), stored))
-        counts: dict[tuple[str, bool], int] = {}
-        for row, s in new:
-            kind = s.account_id, row[6] is not None
-            counts[kind] = counts.get(kind, 0) + 1
-        for (account_id, waits), n in counts.items():
+        for (account_id, waits), n in collections.Counter((s.account_id, row[6] is not None) for row, s in new).items():
             db.execute(
                 "INSERT INTO tallies VALUES (:account, :ready, :waiting, 0) ON CONFLICT (account_id) DO UPDATE SET "
                 "ready = tallies.ready + excluded.ready, waiting = tallies.waiting + excluded.waiting",
@@ -4290,18 +4282,16 @@ class Queue:
 
         return await self.file.read(work)
 
-    async def tallies(self) -> tuple[dict[str, Tally], int | None]:
-        """The counts of each account that ever had a message; when the oldest undelivered one was accepted."""
+    async def tallies(self) -> tuple[dict[str, Tally], int | None, int]:
+        """The counts of each account that ever had a message; when the oldest undelivered one was accepted; how many
+        were given up and are in the table."""
         rows = await self._ask("SELECT account_id, ready, waiting, unreported FROM tallies")
         tallies = {row.pop("account_id"): Tally(**row) for row in rows}
         oldest = "SELECT created_at FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT 1"
         is_any = any(tally.ready or tally.waiting for tally in tallies.values())  # else it would go over dead entries
         times = [row["created_at"] for row in await self._ask(oldest)] if is_any else []
-        return tallies, times[0] if times else None
-
-    async def failed(self) -> int:
-        """How many messages were given up and are in the table."""
-        return int((await self._ask("SELECT n FROM failures"))[0]["n"])
+        (failures,) = await self._ask("SELECT n FROM failures")
+        return tallies, times[0] if times else None, failures["n"]
 
     async def answers(self) -> None:
         """Raise StorageUnavailable unless the file can be written now: it is tried."""
@@ -4989,49 +4979,43 @@ OWN_SWITCHES = "('schema', 'answers', 'run_now', 'moved')"  # those that are not
 def move(source: QueueFile, target: QueueFile) -> int:
     """Copy a queue into an empty one, and mark it, so that nobody sends its mail again; return the number of messages.
     Both are open, and one of them is a database. Blocking. Raises ConfigurationError when it must not be."""
-    with contextlib.ExitStack() as stack:
-        there, here = (stack.enter_context(contextlib.closing(file.connect())) for file in (source, target))
-        for session, file in ((there, source), (here, target)):
+    with contextlib.closing(source.connect()) as there, contextlib.closing(target.connect()) as here:
+        inward = isinstance(target, PostgresFile)
+        database, path = (here, target.path) if inward else (there, source.path)
+        for session in (there, here):
             session.execute("BEGIN")
-            if isinstance(file, PostgresFile):  # a file is locked while it is open
-                session.execute("LOCK TABLE nodes, counters IN ACCESS EXCLUSIVE MODE")
-                if node := session.execute("SELECT node FROM nodes WHERE until_ts > clock_timestamp()").fetchone():
-                    raise ConfigurationError(f"the database {file.path} is in use by the node {node[0]}; stop it first")
-                if session.execute("SELECT EXISTS (SELECT 1 FROM claims)").fetchone()[0]:
-                    what = "holds mail that was on the wire when a node died; start one there, and stop it again"
-                    raise ConfigurationError(f"the database {file.path} {what}")
+        database.execute("LOCK TABLE nodes, counters IN ACCESS EXCLUSIVE MODE")  # a file is locked while it is open
+        if node := database.execute("SELECT node FROM nodes WHERE until_ts > clock_timestamp()").fetchone():
+            raise ConfigurationError(f"the database {path} is in use by the node {node[0]}; stop it first")
+        if database.execute("SELECT 1 FROM claims").fetchone():
+            what = "holds mail that was on the wire when a node died; start one there, and stop it again"
+            raise ConfigurationError(f"the database {path} {what}")
         for table in TABLES:
             which = f"WHERE name NOT IN {OWN_SWITCHES}" if table == "switches" else ""
-            is_filled = f"SELECT EXISTS (SELECT 1 FROM {table})"  # noqa: S608 - constants only
-            if table not in ("switches", "failures") and here.execute(is_filled).fetchone()[0]:
+            is_filled = f"SELECT 1 FROM {table} LIMIT 1"  # noqa: S608 - constants only
+            if table not in ("switches", "failures") and here.execute(is_filled).fetchone():
                 raise ConfigurationError(f"the queue {target.path} is not empty; only an empty one takes another in")
             here.execute(f"DELETE FROM {table} {which}")  # noqa: S608 - constants only
-            _copy(there, here, table, f"SELECT * FROM {table} {which} ORDER BY 1")  # noqa: S608 - constants only
-        if isinstance(source, PostgresFile):
+            rows = (there if inward else there.cursor(name=table)).execute(f"SELECT * FROM {table} {which} ORDER BY 1")  # noqa: S608
+            if not inward:
+                marks = ", ".join("?" * len(rows.description))
+                here.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)  # noqa: S608 - constants only
+                continue
+            with here.cursor().copy(f"COPY {table} FROM STDIN") as copy:
+                for row in rows:
+                    copy.write_row([one.replace("\0", "\ufffd") if isinstance(one, str) else one for one in row])
+        if inward:
+            numbers = there.execute(NUMBERS_OF_FILE).fetchone()
+            here.execute("UPDATE counters SET last_seq = %s, last_report = %s", numbers)
+        else:
             here.execute("DELETE FROM sqlite_sequence WHERE name = 'messages'")
             last_seq = there.execute("SELECT last_seq FROM counters").fetchone()
             here.execute("INSERT INTO sqlite_sequence VALUES ('messages', ?)", last_seq)
-        else:
-            numbers = there.execute(NUMBERS_OF_FILE).fetchone()
-            here.execute("UPDATE counters SET last_seq = %s, last_report = %s", numbers)
         (messages,) = here.execute("SELECT count(*) FROM messages").fetchone()
         there.execute("INSERT INTO switches VALUES ('moved', 1) ON CONFLICT DO NOTHING")
         there.execute("COMMIT")  # first: should the other fail it can be done again, and nothing is sent twice
         here.execute("COMMIT")
     return int(messages)
-
-
-def _copy(there: Any, here: Any, table: str, sql: str) -> None:
-    rows = there if isinstance(there, sqlite3.Connection) else there.cursor(name=f"rows of {table}")
-    rows = rows.execute(sql)
-    names = ", ".join(column[0] for column in rows.description)
-    if isinstance(here, sqlite3.Connection):
-        marks = ", ".join("?" * len(rows.description))
-        here.executemany(f"INSERT INTO {table} ({names}) VALUES ({marks})", rows)  # noqa: S608
-        return
-    with here.cursor().copy(f"COPY {table} ({names}) FROM STDIN") as copy:
-        for row in rows:
-            copy.write_row([one.replace("\0", "\ufffd") if isinstance(one, str) else one for one in row])
 
 
 def queue_file(db_path: str, environ: Mapping[str, str], **observers: Callable[..., None]) -> QueueFile:
@@ -9963,7 +9947,7 @@ class ControlPlane:
 
     async def get_status(self, request: Request) -> Response:
         """Show what waits, and the state of each account."""
-        tallies, oldest_ts = await self.queue.tallies()
+        tallies, oldest_ts, failed = await self.queue.tallies()
         self.dispatcher.count_sent()
         pending = {id_: tally.ready + tally.waiting for id_, tally in tallies.items()}
         shown, of_all = await self.leases.everywhere()
@@ -9982,7 +9966,7 @@ class ControlPlane:
             "pending": sum(pending.values()),
             "deferred": sum(tally.waiting for tally in tallies.values()),
             "in_delivery": self.queue.in_delivery,
-            "failed": await self.queue.failed(),
+            "failed": failed,
             "unreported": sum(tally.unreported for tally in tallies.values()),
             "oldest_pending_ts": oldest_ts,
             "suspended_batches": sorted(self.queue.suspended_batches),
@@ -9997,7 +9981,7 @@ class ControlPlane:
 
     async def get_metrics(self, request: Request) -> Response:
         """Show metrics for Prometheus."""
-        tallies, oldest = await self.queue.tallies()
+        tallies, oldest, _ = await self.queue.tallies()
         self.dispatcher.count_sent()
         metrics = self.metrics
         metrics.messages_pending.set(sum(tally.ready + tally.waiting for tally in tallies.values()))
