@@ -3451,19 +3451,19 @@ CREATE TRIGGER tally_delete AFTER DELETE ON messages BEGIN
         waiting = waiting - (old.sent_ts IS NULL AND old.error_ts IS NULL AND old.deferred_ts IS NOT NULL),
         unreported = unreported - (old.report_order IS NOT NULL)
     WHERE account_id = old.account_id;
-    DELETE FROM contents WHERE seq = old.seq;
-    DELETE FROM attempts WHERE seq = old.seq;
 END;
 CREATE TRIGGER remember_sent AFTER DELETE ON messages
     WHEN old.sent_ts IS NOT NULL OR old.recipients LIKE '%["sent"%' BEGIN
     INSERT INTO sent_ids VALUES (old.id, coalesce(old.sent_ts, old.updated_at))
-        ON CONFLICT DO UPDATE SET sent_ts = excluded.sent_ts;
+        ON CONFLICT (id) DO UPDATE SET sent_ts = excluded.sent_ts;
 END;
 CREATE TABLE sought (                                -- what searches look at: of rows that were stored together,
     last_seq INTEGER PRIMARY KEY, first_seq INTEGER NOT NULL, created_at INTEGER NOT NULL,
     text TEXT NOT NULL                               -- sought() of each, with a record separator between
 );
-CREATE TRIGGER forget_sought AFTER DELETE ON messages BEGIN
+CREATE TRIGGER forget_message AFTER DELETE ON messages BEGIN
+    DELETE FROM contents WHERE seq = old.seq;
+    DELETE FROM attempts WHERE seq = old.seq;
     DELETE FROM sought WHERE last_seq = (SELECT min(last_seq) FROM sought WHERE last_seq >= old.seq)
         AND NOT EXISTS (SELECT 1 FROM messages WHERE seq BETWEEN first_seq AND last_seq);
 END;
@@ -3472,7 +3472,7 @@ CREATE TABLE failures (n INTEGER NOT NULL);          -- rows that were given up
 INSERT INTO failures VALUES (0);
 CREATE TRIGGER count_failures AFTER UPDATE OF error_ts ON messages
     WHEN (new.error_ts IS NULL) <> (old.error_ts IS NULL) BEGIN
-    UPDATE failures SET n = n + (new.error_ts IS NOT NULL) - (old.error_ts IS NOT NULL);
+    UPDATE failures SET n = n + CASE WHEN new.error_ts IS NULL THEN -1 ELSE 1 END;
 END;
 CREATE TRIGGER forget_failure AFTER DELETE ON messages WHEN old.error_ts IS NOT NULL BEGIN
     UPDATE failures SET n = n - 1;
@@ -4602,7 +4602,13 @@ DIALECT = (
     (r"\?", "%s"),
 )
 DIALECT_OF_SCHEMA = (
-    (r"CREATE TRIGGER .*?\nEND;\n", ""),
+    (r"CREATE TRIGGER tally_.*?\nEND;\n", ""),
+    (r"WHEN ([^;]*?) BEGIN", r"WHEN (\1) BEGIN"),
+    (
+        r"CREATE TRIGGER (\w+) (AFTER [\w ]+ ON \w+)(.*?) BEGIN\n(.*?)\nEND;\n",
+        r"CREATE FUNCTION \1() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN\n\4\n    RETURN NULL;\nEND $$;\n"
+        r"CREATE TRIGGER \1 \2 FOR EACH ROW\3 EXECUTE FUNCTION \1();\n",
+    ),
     (r"INTEGER PRIMARY KEY AUTOINCREMENT", "BIGINT PRIMARY KEY"),
     (r"\bINTEGER\b", "BIGINT"),
     (r"\bTEXT\b", 'TEXT COLLATE "C"'),
@@ -4610,8 +4616,8 @@ DIALECT_OF_SCHEMA = (
     (r"\bBLOB\b", "BYTEA"),
     (r" WITHOUT ROWID", ""),
 )
-# The triggers of SCHEMA, once for all rows of a statement; and what only several daemons need.
-KEEP_COUNTS = """
+# The tallies of SCHEMA, kept once for all rows of a statement; and what only several daemons need.
+KEEP_TALLIES = """CREATE FUNCTION tally_{event}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     UPDATE tallies SET ready = tallies.ready + more.ready, waiting = tallies.waiting + more.waiting,
         unreported = tallies.unreported + more.unreported
     FROM (
@@ -4619,12 +4625,13 @@ KEEP_COUNTS = """
             coalesce(sum(n) FILTER (WHERE sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NULL), 0) AS ready,
             coalesce(sum(n) FILTER (WHERE sent_ts IS NULL AND error_ts IS NULL AND deferred_ts IS NOT NULL), 0) AS waiting,
             coalesce(sum(n) FILTER (WHERE report_order IS NOT NULL), 0) AS unreported
-        FROM ({changed}) AS changed GROUP BY account_id
+        FROM (SELECT -1 AS n, * FROM gone {there}) AS changed GROUP BY account_id
     ) AS more
     WHERE tallies.account_id = more.account_id AND (more.ready <> 0 OR more.waiting <> 0 OR more.unreported <> 0);
-    UPDATE failures SET n = failures.n + more.n
-        FROM (SELECT sum(n) AS n FROM ({changed}) AS changed WHERE error_ts IS NOT NULL) AS more WHERE more.n <> 0;
-"""
+    RETURN NULL;
+END $$;
+CREATE TRIGGER tally_{event} AFTER {event} ON messages REFERENCING OLD TABLE AS gone {new}
+    EXECUTE FUNCTION tally_{event}();"""
 POSTGRES_SCHEMA = f"""
 CREATE TABLE counters (last_seq BIGINT NOT NULL, last_report BIGINT NOT NULL, changes BIGINT NOT NULL);
 INSERT INTO counters VALUES (0, 0, 0);               -- changes: of what daemons keep in memory
@@ -4648,34 +4655,11 @@ CREATE TRIGGER changed AFTER INSERT OR UPDATE OR DELETE ON suspensions EXECUTE F
 CREATE TRIGGER changed AFTER INSERT OR UPDATE OR DELETE ON suspended_batches EXECUTE FUNCTION count_change();
 CREATE TRIGGER changed AFTER INSERT OR UPDATE ON switches
     FOR EACH ROW WHEN (new.name <> 'answers') EXECUTE FUNCTION count_change();
-CREATE FUNCTION tally_update() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-    {KEEP_COUNTS.format(changed="SELECT 1 AS n, * FROM there UNION ALL SELECT -1, * FROM gone")}
-    RETURN NULL;
-END $$;
-CREATE TRIGGER tally_update AFTER UPDATE ON messages REFERENCING OLD TABLE AS gone NEW TABLE AS there
-    EXECUTE FUNCTION tally_update();
-CREATE FUNCTION forget_messages() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-    {KEEP_COUNTS.format(changed="SELECT -1 AS n, * FROM gone")}
-    DELETE FROM contents USING gone WHERE contents.seq = gone.seq;
-    DELETE FROM attempts USING gone WHERE attempts.seq = gone.seq;
-    INSERT INTO sent_ids SELECT id, coalesce(sent_ts, updated_at) FROM gone
-        WHERE sent_ts IS NOT NULL OR recipients LIKE '%["sent"%' ON CONFLICT (id) DO UPDATE SET sent_ts = excluded.sent_ts;
-    DELETE FROM sought WHERE last_seq IN
-            (SELECT (SELECT min(last_seq) FROM sought WHERE last_seq >= gone.seq) FROM gone)
-        AND NOT EXISTS (SELECT 1 FROM messages WHERE seq BETWEEN first_seq AND last_seq);
-    RETURN NULL;
-END $$;
-CREATE TRIGGER forget_messages AFTER DELETE ON messages REFERENCING OLD TABLE AS gone
-    EXECUTE FUNCTION forget_messages();
+{KEEP_TALLIES.format(event="UPDATE", there="UNION ALL SELECT 1, * FROM there", new="NEW TABLE AS there")}
+{KEEP_TALLIES.format(event="DELETE", there="", new="")}
 CREATE FUNCTION next_attempt(BIGINT) RETURNS BIGINT LANGUAGE plpgsql AS $$ BEGIN
     RETURN (SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = $1);
 END $$;
-CREATE FUNCTION forget_old_attempts() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-    DELETE FROM attempts WHERE seq = new.seq AND number <= new.number - 100;
-    RETURN NULL;
-END $$;
-CREATE TRIGGER forget_old_attempts AFTER INSERT ON attempts
-    FOR EACH ROW WHEN (new.number > 100) EXECUTE FUNCTION forget_old_attempts();
 """  # noqa: S608 - constants only
 
 
