@@ -148,15 +148,15 @@ def install_from_npm(folder: Path, *packages: str) -> Path:
     return folder
 
 
-def wait_until(
-    condition: Callable[[], Any], what: str | Callable[[], str], timeout: float = 30, pause: float = 0.01
-) -> Any:
-    """The first true value of the condition; a failure that says what never came after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+def wait_until(condition: Callable[[], Any], what: str | Callable[[], str], timeout: float = 30) -> Any:
+    """The first true value of the condition, which is asked ever less often; a failure that says what never came
+    after `timeout` seconds."""
+    began = time.monotonic()
     while not (value := condition()):
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > timeout:
             pytest.fail(f"{what() if callable(what) else what}: not within {timeout} s")
-        time.sleep(pause)
+        time.sleep(min(max(waited / 10, 0.005), 0.1))
     return value
 
 
@@ -704,44 +704,58 @@ def called(port: int, method: str, path: str, headers: Mapping[str, str] | None 
 
 
 FORKER = """
-import contextlib, gc, json, os, signal, socket, sys
+import contextlib, gc, json, os, select, socket, sys
 sys.path[0] = sys.argv[1]
 import argparse, configparser, csv, ctypes, difflib, html, urllib.request, mailproxy, prometheus_client, psycopg
 
 def taken(descriptor):
     return socket.socket(fileno=descriptor)
 
-orders = taken(os.dup(0))
+orders, running = taken(os.dup(0)), {}  # by what tells of their end: processes, and who wants to hear of it
 gc.freeze()
 while True:
-    order, files, *_ = socket.recv_fds(orders, 1_000_000, 4)
-    if order and not os.fork():
-        break
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG if order else 0)[0]:
-            pass
-    if not order:
+    ready = select.select([orders] * (orders.fileno() >= 0) + [*running], [], [])[0]
+    for ended in running.keys() & ready:
+        child, line = running.pop(ended)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with contextlib.suppress(OSError):
+            line.send(b"%d" % status)
+        line.close()
+        os.close(ended)
+    if orders in ready:
+        order, files, *_ = socket.recv_fds(orders, 1_000_000, 4)
+        if not order:
+            orders.close()
+        elif child := os.fork():
+            line = taken(files.pop())
+            line.send(b"%d" % child)
+            running[os.pidfd_open(child)] = child, line
+            for file in files:
+                os.close(file)
+        else:
+            break
+    if orders.fileno() < 0 and not running:
         sys.exit()
-    for file in files:
-        os.close(file)
 orders.close()
-for descriptor, file in enumerate(files[:3]):
-    os.dup2(file, descriptor)
+for ended, (_, line) in running.items():
+    os.close(ended)
+    line.close()
+for descriptor, file in enumerate(files):
+    if descriptor < 3:
+        os.dup2(file, descriptor)
     os.close(file)
-line = taken(files[3])
-if child := os.fork():  # and this one waits for it
-    os.closerange(0, 3)
-    line.send(b"%d" % child)
-    line.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    os._exit(0)
-line.close()
 sys.argv, folder, environment = json.loads(order)
 os.chdir(folder)
 os.environ.clear()
 os.environ.update(environment)
 sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1, errors="backslashreplace")
 vars(mailproxy).update(json.loads(os.environ.get("PAUSES", "{}")))
-sys.exit(mailproxy.main())
+try:
+    status = mailproxy.main()
+except SystemExit as end:
+    status = end.code
+sys.stdout.flush()
+os._exit(status)  # what Python does at its end costs more than a command
 """
 
 
@@ -1230,7 +1244,7 @@ class PostgresServer:
         given = {"listen_addresses": self.host, "port": self.port, "fsync": "off", "full_page_writes": "off"}
         given |= {"autovacuum": "off", "shared_buffers": "32MB", "max_connections": 200}  # for the life of a test
         self._settings = {**given, **settings}
-        self._databases, self._used = itertools.count(1), list[str]()
+        self._databases, self._used = itertools.count(1), collections.defaultdict[bool, list[str]](list)
         self.process: subprocess.Popen[bytes] | None = None
 
     @staticmethod
@@ -1295,31 +1309,34 @@ class PostgresServer:
         return self.url(name)
 
     @contextlib.contextmanager
-    def lending(self) -> Iterator[Callable[[], str]]:
-        """Makes databases as new_database() does, in a tenth of its time where one that was given back is emptied."""
+    def lending(self, *, tables: bool = True) -> Iterator[Callable[[], str]]:
+        """Makes databases with the tables of a new queue, or with none, in a tenth of their time where one that was
+        given back is emptied."""
         lent: list[str] = []
 
         def lend() -> str:
-            if not self._used:
+            if not self._used[tables]:
                 lent.append(self.new_database().rpartition("/")[2])
+                if tables:
+                    mailproxy.queue_file(self.url(lent[-1]), {}, observe_commit=lambda seconds: None).examine(make=True)
+                    self.run(KEEP_TABLES, database=lent[-1])
                 return self.url(lent[-1])
-            name = self._used.pop()
+            name = self._used[tables].pop()
             lent.append(name)
-            self.run(f"ALTER DATABASE {name} RESET ALL", f"ALTER DATABASE {name} OWNER TO mailproxy")
             others = "datname = current_database() AND pid <> pg_backend_pid()"
             self.run(
+                f"ALTER DATABASE {name} RESET ALL", f"ALTER DATABASE {name} OWNER TO mailproxy",
                 f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}",  # noqa: S608
-                "DROP SCHEMA public CASCADE", "CREATE SCHEMA public AUTHORIZATION pg_database_owner",
-                "GRANT USAGE ON SCHEMA public TO PUBLIC", database=name,
+                *([EMPTY_TABLES] if tables else DROP_TABLES), database=name,
             )  # fmt: skip
             return self.url(name)
 
         yield lend
-        self._used += lent
+        self._used[tables] += lent
 
     def run(self, *statements: str, database: str = "postgres") -> None:
         """Run statements as the superuser, each in a transaction of its own."""
-        with psycopg.connect(self.url(database, "postgres"), autocommit=True) as connection:
+        with psycopg.connect(self.url(database, "postgres"), autocommit=True, options=WRITABLE) as connection:
             for statement in statements:
                 connection.execute(statement)
 
@@ -1330,6 +1347,30 @@ class PostgresServer:
             self.run("SELECT 1")
             return True
         return False
+
+
+WRITABLE = "-c default_transaction_read_only=off"
+DROP_TABLES = (
+    "DROP SCHEMA public CASCADE", "CREATE SCHEMA public AUTHORIZATION pg_database_owner",
+    "GRANT USAGE ON SCHEMA public TO PUBLIC",
+)  # fmt: skip
+KEEP_TABLES = """DO $$ DECLARE name text; BEGIN  -- as they are
+    CREATE SCHEMA untouched;
+    FOR name IN SELECT tablename FROM pg_tables WHERE schemaname = 'public' LOOP
+        EXECUTE format('CREATE TABLE untouched.%1$I AS TABLE public.%1$I', name);
+    END LOOP;
+END $$"""
+EMPTY_TABLES = """DO $$ DECLARE name text; BEGIN  -- but for what was kept
+    SET LOCAL session_replication_role = replica;  -- without their triggers
+    FOR name IN SELECT tablename FROM pg_tables WHERE schemaname = 'public' LOOP
+        IF pg_relation_size(name::regclass) > 100000 THEN
+            EXECUTE format('TRUNCATE %I', name);
+        ELSE
+            EXECUTE format('DELETE FROM %I', name);  -- in less time
+        END IF;
+        EXECUTE format('INSERT INTO %1$I TABLE untouched.%1$I', name);
+    END LOOP;
+END $$"""
 
 
 class PgBouncer:
@@ -1408,7 +1449,7 @@ def pgbouncer(postgres_server: PostgresServer) -> Iterator[PgBouncer]:
 @pytest.fixture
 def postgres(postgres_server: PostgresServer) -> Iterator[str]:
     """The URL of an empty database."""
-    with postgres_server.lending() as lend:
+    with postgres_server.lending(tables=False) as lend:
         yield lend()
 
 
@@ -10067,9 +10108,7 @@ class Browser:
         return " ".join(str(self.js(shown, selector)).split())  # innerText is there of what is hidden, too
 
     def sees(self, words: str, selector: str = "body") -> None:
-        wait_until(
-            lambda: words in self.text(selector), lambda: f"{words!r} in {self.text(selector)[:2000]!r}", 10, 0.05
-        )
+        wait_until(lambda: words in self.text(selector), lambda: f"{words!r} in {self.text(selector)[:2000]!r}", 10)
 
     def focus(self) -> tuple[str, str]:
         """Role and accessible name of what has the keyboard."""
