@@ -7100,7 +7100,6 @@ class SmtpSession(Served):
     server: SmtpServer
     busy: bool = False  # a mail is coming in, or being stored
     _replies: list[str] = field(default_factory=list)
-    _farewell: str = "421 4.3.2 Shutting down, try again later"
     _errors: int = 0
     _encrypted: bool = False
     _login: str | None = None
@@ -7112,13 +7111,7 @@ class SmtpSession(Served):
         self._last, greeting = self.turned_away, f"220 {self.server.names.host} ESMTP"
         self._replies += ["421 4.3.2 Too many connections" if self._last else greeting]
         self._idle_at = time.monotonic() + SMTP_IDLE_S
-        session = asyncio.current_task()
-
-        def farewell() -> None:
-            if session and session.cancel():
-                self._farewell = "421 4.4.2 Idle for too long"
-
-        self.watch(SMTP_IDLE_S, farewell)
+        self.watch(SMTP_IDLE_S, cast(asyncio.Task[Any], asyncio.current_task()).cancel)
         with contextlib.suppress(asyncio.CancelledError):
             while not (self._last or self.server.stopping):
                 try:
@@ -7133,7 +7126,9 @@ class SmtpSession(Served):
                     self._last, reply = True, "421 4.7.0 Too many errors"
                 self._replies += [reply] if reply else []
                 self.busy = False
-        self._replies += [] if self._last else [self._farewell]
+        is_idle = time.monotonic() >= self._idle_at
+        farewell = "421 4.4.2 Idle for too long" if is_idle else "421 4.3.2 Shutting down, try again later"
+        self._replies += [] if self._last else [farewell]
         async with asyncio.timeout(CLOSE_S):
             await self._flush()
 
