@@ -5333,12 +5333,17 @@ class HttpAnswer(NamedTuple):
     encoded_md5: str = ""  # of the body as it came, where a content encoding was undone
 
 
-def asked_at(url: str) -> HttpTarget:
-    """The target of a URL, or HttpFailure when it is none."""
+def asked_at(url: str, base: HttpTarget | None = None) -> HttpTarget:
+    """The target of a URL, or HttpFailure when it is none; with a base that of its Location header. A password in the
+    URL stays with the server it was meant for."""
     try:
-        return http_target(url)
-    except ValueError as error:
-        raise HttpFailure(str(error), transient=False) from None
+        target = http_target(urllib.parse.urljoin(base.url, url) if base else url)
+    except ValueError:
+        leads = f"{base} redirects to what is " if base else ""
+        raise HttpFailure(f"{leads}not a valid http or https URL", transient=False) from None
+    if base and target[:3] == base[:3] and target.authorization is None:  # scheme, host and port
+        return target._replace(authorization=base.authorization)
+    return target
 
 
 # --- which addresses may be reached ------------------------------------------
@@ -5400,8 +5405,7 @@ class HttpDeadline:
 
     def left_s(self) -> float:
         """Raises TimeoutError when nothing is left."""
-        left = self.at - time.monotonic()
-        if left <= 0:
+        if (left := self.at - time.monotonic()) <= 0:
             raise TimeoutError
         return left
 
@@ -5516,23 +5520,11 @@ def http_request(
                 raise failure from None if isinstance(error, ValueError) else error
             if not redirects or answer.status not in (301, 302, 303, 307, 308) or "location" not in answer.headers:
                 return answer
-            target = _redirected(target, answer.headers["location"])
+            location = answer.headers["location"].encode("latin-1", "replace")  # as http.client reads headers
+            target = asked_at(location.decode("utf-8", "replace"), target)
     finally:
         deadline.end()
     raise HttpFailure(f"more than {redirects} redirects, the last one to {target}", transient=False)
-
-
-def _redirected(target: HttpTarget, location: str) -> HttpTarget:
-    """Where a Location header leads; a password in the URL stays with the server it was meant for."""
-    location = location.encode("latin-1", "replace").decode("utf-8", "replace")  # http.client reads Latin-1
-    try:
-        next_target = http_target(urllib.parse.urljoin(target.url, location))
-    except ValueError:
-        reason = f"{target} redirects to what is not a valid http or https URL"
-        raise HttpFailure(reason, transient=False) from None
-    if next_target[:3] == target[:3] and next_target.authorization is None:  # scheme, host and port
-        return next_target._replace(authorization=target.authorization)
-    return next_target
 
 
 def _http_failure(error: Exception, target: HttpTarget, timeout_s: float, *, is_over: bool) -> HttpFailure:
@@ -5872,6 +5864,8 @@ class AttachmentFetcher:
         self._client_trust = functools.cache(functools.partial(tls_context, self.client.ca_file))
         # Under way, or done and of use until then (monotonic); what was used last stands last.
         self._fetches: dict[object, tuple[asyncio.Task[Fetched | Reply], float]] = {}
+        most = self.settings.max_message_bytes
+        self._too_large = failed_fetch(f"the attachments together are larger than the {most} bytes allowed", 552)
         self._hosts: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
 
     async def fetch_all(self, attachments: Sequence[Attachment]) -> tuple[Fetched | None, ...] | Reply:
@@ -5884,7 +5878,7 @@ class AttachmentFetcher:
                 return one
             together += one.size_bytes if one is not None else 0
             if together > self.settings.max_message_bytes:
-                return self._too_large_together()
+                return self._too_large
             fetched.append(one)
         return tuple(fetched)
 
@@ -5902,16 +5896,11 @@ class AttachmentFetcher:
             if len(content) > self.settings.max_attachment_bytes:
                 return failed_fetch(f"it is larger than the {self.settings.max_attachment_bytes} bytes allowed", 552)
             if together > self.settings.max_message_bytes:
-                return self._too_large_together()
-            is_unchecked = one is None and attachment.content_md5
-            if is_unchecked and (refusal := md5_refusal(attachment, io.BytesIO(content))):
+                return self._too_large
+            if one is None and (refusal := md5_refusal(attachment, io.BytesIO(content))):
                 return refusal
             parts.append(complete(attachment, content, *told))
         return tuple(parts)
-
-    def _too_large_together(self) -> Reply:
-        most = self.settings.max_message_bytes
-        return failed_fetch(f"the attachments together are larger than the {most} bytes allowed", 552)
 
     async def fetch(self, attachment: Attachment) -> Fetched | Reply:
         """One attachment that is elsewhere, or why it cannot be fetched. A fetch that is under way is joined."""
@@ -6029,20 +6018,18 @@ class AttachmentFetcher:
         keys = self.reveal(s3.access_key_id), self.reveal(s3.secret_access_key), token
         policy = self._policy if wanted.endpoint else None
 
-        def ask(region: str) -> tuple[HttpAnswer, dict[str, str]]:
+        import html  # rarely needed, and takes its time
+
+        regions = [wanted.region or s3.region or "us-east-1"]
+        for region in regions:  # the second, where there is one, is named by the first answer
             target = s3_target(wanted, s3, region)
             headers = sign_s3("GET", target, {}, EMPTY_SHA256, keys, region, self.now())
             answer = http("GET", target.url, headers=headers, policy=policy, trust=self._trust)
-            import html  # rarely needed, and takes its time
-
             found = S3_ERROR.findall(answer.body)
-            return answer, {name.decode(): html.unescape(text.decode("utf-8", "replace")) for name, text in found}
-
-        region = wanted.region or s3.region or "us-east-1"
-        answer, error = ask(region)
-        right = answer.headers.get("x-amz-bucket-region") or error.get("Region", "")
-        if answer.status in (301, 307, 400) and S3_REGION.fullmatch(right) and right != region:
-            answer, error = ask(right)
+            error = {name.decode(): html.unescape(text.decode("utf-8", "replace")) for name, text in found}
+            right = answer.headers.get("x-amz-bucket-region") or error.get("Region", "")
+            is_wrong = answer.status in (301, 307, 400) and S3_REGION.fullmatch(right) and right != region
+            regions += [right] if is_wrong and len(regions) == 1 else []
         words = ": ".join(error[name] for name in ("Code", "Message") if error.get(name))
         # The longest first: one may be part of another.
         for secret in sorted(filter(None, keys), key=len, reverse=True):
@@ -6062,7 +6049,7 @@ class AttachmentFetcher:
         other_md5 = answer.encoded_md5
         if attachment.content_md5 and "gzip" in headers.get("content-encoding", "").lower() and not other_md5:
             other_md5 = undone_md5(file, self.settings.max_attachment_bytes)
-        if attachment.content_md5 and (mismatch := md5_refusal(attachment, file, other_md5)):
+        if mismatch := md5_refusal(attachment, file, other_md5):
             return mismatch
         if "content-disposition" in headers:
             name = disposition_filename(headers["content-disposition"]) or name
@@ -6089,12 +6076,13 @@ def undone_md5(file: BinaryIO, max_bytes: int) -> str:
 
 def md5_refusal(attachment: Attachment, file: BinaryIO, other_md5: str = "") -> Reply | None:
     """Why the content is not the one that was announced, before or after its content encoding was undone. Blocks."""
+    if attachment.content_md5 is None:
+        return None
     file.seek(0)
     digest = hashlib.file_digest(cast(io.BytesIO, file), lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    announced = attachment.content_md5 or ""
-    if announced.lower() in (digest, other_md5):
+    if attachment.content_md5.lower() in (digest, other_md5):
         return None
-    return failed_fetch(f"its MD5 is {digest}, not {announced} as announced", 554)
+    return failed_fetch(f"its MD5 is {digest}, not {attachment.content_md5} as announced", 554)
 
 
 # ======================================================================
