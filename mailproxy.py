@@ -5934,10 +5934,9 @@ class AttachmentFetcher:
         for other, (done, until) in reversed(list(self._fetches.items())):
             if until == math.inf:
                 continue
-            fetched = done.result() if until > now else None
-            if isinstance(fetched, Fetched):
-                kept, size_bytes = kept + 1, size_bytes + fetched.size_bytes
-            if fetched is None or kept > KEPT_FILES or size_bytes > self.settings.cache_bytes:
+            if until > now:
+                kept, size_bytes = kept + 1, size_bytes + cast(Fetched, done.result()).size_bytes
+            if until <= now or kept > KEPT_FILES or size_bytes > self.settings.cache_bytes:
                 del self._fetches[other]
 
     async def _fetch_when_free(self, attachment: Attachment) -> Fetched | Reply:
@@ -6193,9 +6192,7 @@ def data_pieces(content: bytes) -> Iterator[tuple[bytes, bool]]:
         last = end >= len(content)
         if not last:
             end = content.rfind(b"\n", start, end) + 1 or end
-        piece = content[start:end]
-        if b"\n." in piece:
-            piece = piece.replace(b"\n.", b"\n..")
+        piece = content[start:end].replace(b"\n.", b"\n..")
         if piece.startswith(b".") and (start == 0 or content[start - 1] == 10):  # a line feed
             piece = b"." + piece
         if last:
@@ -6271,8 +6268,7 @@ class Session(asyncio.Protocol):
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._unread = b""  # an unfinished line
-        self._code, self._lines = 0, list[str]()  # of an unfinished reply
-        self._reply_bytes = 0
+        self._lines, self._reply_bytes = list[Answer](), 0  # of an unfinished reply
         self._answers: list[Answer] = []
         self._expected = self._positive = 0  # the latter: of those
         self._then = b""  # a content that goes when all commands are granted
@@ -6486,17 +6482,16 @@ class Session(asyncio.Protocol):
         for line in lines:
             found = _usual_reply_line(line) if len(line) < 100 else _reply_line(line)
             self._reply_bytes += len(line)
-            if found is None or (self._lines and self._code != found[1].code):
+            if found is None or (self._lines and self._lines[0].code != found[1].code):
                 return self._break_off(Cause.LOCAL, f"malformed reply: {line[:200].decode('utf-8', 'replace')}")
             if self._reply_bytes > LONGEST_REPLY_BYTES:
                 break
             more, answer = found
             if more or self._lines:
-                self._code = answer.code
-                self._lines += answer.lines
+                self._lines.append(answer)
                 if more:
                     continue
-                answer = Answer(answer.code, tuple(self._lines))
+                answer = Answer(answer.code, tuple([one.lines[0] for one in self._lines]))
             self._lines, self._reply_bytes = [], 0
             if asked_for := self._expected > 0:
                 self._answers.append(answer)
@@ -6614,15 +6609,12 @@ async def _log_in(smtp: aiosmtplib.SMTP, account: Account, secret: str) -> None:
 
     The method is the one asked for, or the best that both know: in clear one that hides the password comes first.
     """
-    wanted = ["cram-md5", "plain", "login"]
-    if account.auth == "oauthbearer":
-        wanted = ["oauthbearer"]
-    elif account.oauth2_token_url:
-        wanted = ["xoauth2", "oauthbearer"]
+    in_clear = smtp.get_transport_info("sslcontext") is None
+    wanted = ["cram-md5", "plain", "login"] if in_clear else ["plain", "login", "cram-md5"]
+    if account.oauth2_token_url:
+        wanted = ["oauthbearer"] if account.auth == "oauthbearer" else ["xoauth2", "oauthbearer"]
     elif account.auth != "auto":
         wanted = [account.auth]
-    elif smtp.get_transport_info("sslcontext") is not None:
-        wanted = ["plain", "login", "cram-md5"]
     offered = smtp.server_auth_methods
     method = next((method for method in wanted if method in offered), None)
     if method is None:
@@ -6731,11 +6723,9 @@ class TokenKeeper:
             return local_reply(Stage.AUTH, "no answer from the token endpoint in time", Cause.TIMEOUT)
         except (MailproxyError, OSError, ValueError) as failure:
             return local_reply(Stage.AUTH, f"token endpoint: {failure}", Cause.LOST)
-        answer: Any = None
-        with contextlib.suppress(ValueError, RecursionError):
-            answer = json.loads(body)
-        if not isinstance(answer, dict):
-            answer = {}
+        answer: dict[str, Any] = {}
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            answer = {**json.loads(body)}
         token = answer.get("access_token")
         if status != 200 or not isinstance(token, str) or not token.isprintable() or not token:
             error = answer.get("error")  # not its description, which may repeat what we sent
@@ -6744,8 +6734,8 @@ class TokenKeeper:
                 return Reply(Stage.AUTH, 535, text, "5.7.8", Cause.LOCAL)
             return Reply(Stage.AUTH, 454, text, "4.7.0")
         life_s = 3_600.0  # when the endpoint does not say
-        with contextlib.suppress(TypeError, ValueError, OverflowError):  # some send the number as a string
-            life_s = min(max(0.0, float(answer.get("expires_in"))), 86_400.0)
+        with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):  # some send the number as a string
+            life_s = min(max(0.0, float(answer["expires_in"])), 86_400.0)
         grant.token = token
         grant.expires_at = self.monotonic() + life_s - min(60.0, life_s / 2)
         if isinstance(answer.get("refresh_token"), str):
