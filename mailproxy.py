@@ -294,10 +294,6 @@ class Secret:
 
     given: str = field(repr=False)
 
-    @property
-    def is_reference(self) -> bool:
-        return self.given.startswith(("env:", "file:"))
-
 
 class RecipientOutcome(NamedTuple):
     """What became of one recipient: status is sent, error or deferred."""
@@ -463,7 +459,7 @@ class StorageUnavailable(MailproxyError):
 LARGEST_INTEGER = 2**63 - 1
 LONGEST_S = 100 * 365 * 86_400
 LONGEST_ID = 255  # characters
-SUN_PATH = 103  # bytes of the path of a socket on macOS; Linux has 107
+REFERENCES = ("env:", "file:")  # what a secret begins with that is elsewhere
 PRIORITIES = {"immediate": 0, "high": 1, "medium": 2, "low": 3}
 
 
@@ -613,7 +609,7 @@ PATH = TEXT._replace(words="a path")
 QUEUE_PLACE = TEXT._replace(words="a path, or the URL of a PostgreSQL database")
 READABLE_FILE = PATH._replace(words="the path of a file that can be read")
 ABSOLUTE_PATH = Kind("an absolute path", lambda value: fit(TEXT.parse(value), value.startswith("/")))
-SOCKET_PATH = Kind("a path of at most 103 bytes", lambda value: fit(value, len(os.fsencode(value)) <= SUN_PATH))
+SOCKET_PATH = Kind("a path of at most 103 bytes", lambda value: fit(value, len(os.fsencode(value)) <= 103))  # of macOS
 LISTENING_HOST = Kind("an address or a host name", lambda value: fit(value.strip("[]"), not re.search(r"[\s/]", value)))
 LISTENING = Kind(
     "an address and a port, such as 127.0.0.1:2525 or [::1]:2525",
@@ -632,7 +628,7 @@ URL = Kind(
 )
 SECRET = Kind(
     "a secret: itself, env:NAME or file:/path",
-    lambda value: Secret(fit(TEXT.parse(value), value not in ("env:", "file:"))),
+    lambda value: Secret(fit(TEXT.parse(value), value not in REFERENCES)),
     secret=True,
 )
 SECRETS = many("secrets, each itself, env:NAME or file:/path", SECRET.parse)._replace(secret=True)
@@ -671,14 +667,12 @@ class Setting(NamedTuple):
         return getattr(getattr(settings, self.section), attribute_of(self.key))
 
 
-def row(default: T, kind: Kind, meaning: str, *, else_of: str = "") -> T:
+def row(default: T, kind: Kind, meaning: str, *, at_start: bool = False, else_of: str = "") -> T:
     """A setting, where its section is declared; `rows_of` puts its default in its place."""
-    return cast(T, Setting("", "", default, kind, meaning, else_of=else_of))
+    return cast(T, Setting("", "", default, kind, meaning, at_start, else_of))
 
 
-def fixed(default: T, kind: Kind, meaning: str) -> T:
-    """A setting that only a restart can change."""
-    return cast(T, Setting("", "", default, kind, meaning, at_start=True))
+fixed = functools.partial(row, at_start=True)  # what only a restart can change
 
 
 class StorageSettings(NamedTuple):
@@ -919,7 +913,7 @@ def as_written(value: object) -> str:
     if isinstance(value, tuple):
         return ", ".join(as_written(item) for item in value)
     if isinstance(value, Secret):
-        return value.given if value.is_reference else "(set)"
+        return value.given if value.given.startswith(REFERENCES) else "(set)"
     return "" if value is None else str(value)
 
 
@@ -944,8 +938,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _keys_of(origin: str, section: str) -> Mapping[str, Setting]:
     """The rows of a section by their keys. Raises ConfigurationError."""
-    account_id = section.removeprefix("account:")
-    if account_id == section and section not in CLASSES:
+    if section not in CLASSES and not section.startswith("account:"):
         known = nearest(section.lower(), [*CLASSES, "account:ID"])
         raise ConfigurationError(f"{origin}: [{section}]: unknown section{known}")
     if section == "account:default":
@@ -1098,7 +1091,7 @@ def webhook_key(secret: str) -> bytes:
 def reveal(secret: Secret, environ: Mapping[str, str]) -> str:
     """The secret itself: as given, from the environment, or from a file without its last line end.
     Blocking: may read a file. Raises SecretUnavailable."""
-    if not secret.is_reference:
+    if not secret.given.startswith(REFERENCES):
         return secret.given
     kind, _, name = secret.given.partition(":")
     try:
@@ -1118,21 +1111,17 @@ def reveal(secret: Secret, environ: Mapping[str, str]) -> str:
     return text
 
 
-def _revealed(settings: Settings, section: str, key: str, secret: Secret, environ: Mapping[str, str]) -> str:
-    try:
-        return reveal(secret, environ)
-    except SecretUnavailable as error:
-        raise _complaint(settings, section, key, str(error)) from None
-
-
 def api_tokens(settings: Settings, environ: Mapping[str, str]) -> tuple[str, ...]:
     """Every API token, read now; none means that nobody is asked for one. Blocking. Raises ConfigurationError."""
     tokens: list[str] = []
-    for secret in settings.server.api_token:
-        found = _revealed(settings, "server", "api_token", secret, environ).replace(",", " ").split()
-        if not found or not all(re.fullmatch(r"[\x21-\x7e]+", token) for token in found):
-            raise _complaint(settings, "server", "api_token", "a token must be ASCII without spaces")
-        tokens += found
+    try:
+        for secret in settings.server.api_token:
+            found = reveal(secret, environ).replace(",", " ").split()
+            if not found or not all(re.fullmatch(r"[\x21-\x7e]+", token) for token in found):
+                raise SecretUnavailable("a token must be ASCII without spaces")
+            tokens += found
+    except SecretUnavailable as error:
+        raise _complaint(settings, "server", "api_token", str(error)) from None
     return tuple(dict.fromkeys(tokens))
 
 
@@ -1140,34 +1129,29 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
     """All settings, judged together, too, as the daemon needs them. Blocking. Raises ConfigurationError."""
     settings = read_settings(config, environ, overrides)
     check_listening(settings, api_tokens(settings, environ))
-    for row in SETTINGS_TABLE:  # files that the clients of the daemon need not be able to read
-        path = row.of(settings) if row.kind is READABLE_FILE else None
-        if path and (os.path.isdir(path) or not os.access(path, os.R_OK)):
-            raise _complaint(settings, row.section, row.key, f'"{path}" is not {row.kind.words}')
-    client = settings.client  # its credentials: readable, and fit for a header
-    for row in TABLE["client"]:
-        secret = getattr(client, row.key)
-        if isinstance(secret, Secret):
-            text = _revealed(settings, "client", row.key, secret, environ)
+    needs = {"tls_cert": "tls_key", "tls_key": "tls_cert", "client_sync_password": "client_sync_user"}
+    for row in SETTINGS_TABLE:  # files and secrets that the clients of the daemon need not be able to read
+        value, needed = row.of(settings), needs.get(row.key)
+        complaint = functools.partial(_complaint, settings, row.section, row.key)
+        if row.kind is READABLE_FILE and value and (os.path.isdir(value) or not os.access(value, os.R_OK)):
+            raise complaint(f'"{value}" is not {row.kind.words}')
+        if row.section == "client" and isinstance(value, Secret):  # fit for a header
+            try:
+                text = reveal(value, environ)
+                _ = row.key == "client_sync_secret" and webhook_key(text)
+            except SecretUnavailable as error:
+                raise complaint(str(error)) from None
+            except ValueError:
+                remedy = "openssl rand -base64 32 makes one"
+                raise complaint(f"must be base64, with or without whsec_ before it: {remedy}") from None
             if row.key == "client_sync_token" and not re.fullmatch(r"[\x21-\x7e]+", text):
-                raise _complaint(settings, "client", row.key, "must be ASCII without spaces to go into a header")
+                raise complaint("must be ASCII without spaces to go into a header")
             if re.search(r"[\x00-\x1f\x7f]", text):
-                raise _complaint(settings, "client", row.key, "holds a line break or another control character")
-            if row.key == "client_sync_secret":
-                try:
-                    webhook_key(text)
-                except ValueError:
-                    problem = "must be base64, with or without whsec_ before it: openssl rand -base64 32 makes one"
-                    raise _complaint(settings, "client", row.key, problem) from None
-    if client.client_sync_password and not client.client_sync_user:
-        raise _complaint(settings, "client", "client_sync_password", "requires client_sync_user")
-    if ":" in (client.client_sync_user or ""):
-        raise _complaint(settings, "client", "client_sync_user", "must not hold a colon (RFC 7617)")
-    for section, (key, needed) in itertools.product(
-        ("server", "submission"), itertools.permutations(("tls_cert", "tls_key"))
-    ):
-        if getattr(getattr(settings, section), key) and not getattr(getattr(settings, section), needed):
-            raise _complaint(settings, section, key, f"requires {needed}")
+                raise complaint("holds a line break or another control character")
+        if value and needed and not getattr(getattr(settings, row.section), needed):
+            raise complaint(f"requires {needed}")
+        if row.key == "client_sync_user" and ":" in (value or ""):
+            raise complaint("must not hold a colon (RFC 7617)")
     return settings
 
 
@@ -1312,7 +1296,7 @@ def account_fields(account: Account) -> dict[str, object]:
 
 def is_database(db_path: str) -> bool:
     """Whether it is the URL of a database, or says where that is."""
-    return db_path.startswith(("postgresql://", "postgres://", "env:", "file:"))
+    return db_path.startswith(("postgresql://", "postgres://", *REFERENCES))
 
 
 def without_password(db_path: str) -> str:
@@ -1328,7 +1312,7 @@ def with_password(db_path: str, environ: Mapping[str, str]) -> str:
     """The same with what is in the environment or a file: all of it, or its password. Raises ConfigurationError."""
     url, password = "postgres(?:ql)?://", "(?:env|file)(?::|%3A).*"
     try:
-        if db_path.startswith(("env:", "file:")):
+        if db_path.startswith(REFERENCES):
             whole = reveal(Secret(db_path), environ)
             if not re.match(url, whole):
                 raise SecretUnavailable(f"{db_path} is not the URL of a database")
@@ -1420,7 +1404,7 @@ S3_FIELDS: Mapping[str, Field] = {
 BESIDE_RAW = (  # what means nothing where a raw message stands instead
     "from_name", "reply_to", "subject", "body", "content_type", "text", "html", "headers", "attachments",
 )  # fmt: skip
-NO_CONTENT = ("", None, None, (), (), ())  # what Message has from subject to attachments beside a raw message
+
 RAW_CONTENT = -1  # where a raw message stands among the contents; attachments count from 0
 
 LONGEST_ADDRESS = 254  # octets, RFC 5321 4.5.3.1.3 less the angle brackets
@@ -1461,6 +1445,7 @@ def _shown(text: str) -> str:
 _ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?"
 PLAIN_ADDRESS = rf"(?=[^@]{{1,64}}@){_ATEXT}+(?:\.{_ATEXT}+)*@{_LABEL}(?:\.{_LABEL})*"
+
 _PLAIN_ADDRESS = re.compile(PLAIN_ADDRESS)
 _COMMON_MAILBOX = re.compile(rf"(?:([\w .'&\-]*+)<)?({PLAIN_ADDRESS})(?(1)>)")  # spares most the general way
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
@@ -1576,9 +1561,8 @@ def _extra_headers(given: Any) -> tuple[tuple[tuple[str, str], ...], dict[str, s
     once: dict[str, str] = {}
     for name, values in given.items():
         lower = name.lower()
-        is_ours = lower in _OURS or lower.startswith("content-")
         require(_FIELD_NAME.fullmatch(name), "headers", f"{_shown(name)} is not the name of a header")
-        require(not is_ours, "headers", f"{name} cannot be given here")
+        require(lower not in _OURS and not lower.startswith("content-"), "headers", f"{name} cannot be given here")
         for value in values if isinstance(values, list) else [values]:
             if value is None:
                 continue
@@ -1703,8 +1687,7 @@ def _attachments(value: Any, contents: Mapping[int, bytes] | None) -> tuple[Atta
     for index, given in enumerate(value):
         field = f"attachments: attachment {index + 1}"
         require(isinstance(given, dict), field, "must be an object")
-        if unknown := {key: value for key, value in given.items() if key not in ATTACHMENT_FIELDS}:
-            _must_be_storable(unknown, "attachments")
+        _must_be_storable({key: given[key] for key in given.keys() - ATTACHMENT_FIELDS.keys()}, "attachments")
         if contents is not None and not any(given.get(source) is not None for source in _SOURCES):
             source: dict[str, Any] = {"source": Source.CONTENT, "content": contents.get(index, b"")}
         else:
@@ -1835,11 +1818,10 @@ def _envelope_of(fields: Mapping[str, Any]) -> tuple[Mailbox, Mailboxes, Mailbox
         return_path = ""
     else:
         return_path = parse_mailboxes(return_path, "return_path", exactly_one=True)[0].address
-    to, cc, bcc = parse_mailboxes(fields.get("to"), "to"), fields.get("cc"), fields.get("bcc")
+    to, cc = parse_mailboxes(fields.get("to"), "to"), parse_mailboxes(fields.get("cc"), "cc")
+    bcc = parse_mailboxes(fields.get("bcc"), "bcc")
     if not to:
         raise Rejected("missing to")
-    cc = () if cc is None else parse_mailboxes(cc, "cc")
-    bcc = () if bcc is None else parse_mailboxes(bcc, "bcc")
     if cc or bcc or len(to) > 1:  # one mentioned again, its domain in other capitals, has its first spelling
         spellings: dict[tuple[str, str], str] = {}
 
@@ -1858,7 +1840,7 @@ def _content_of(fields: Mapping[str, Any], contents: Mapping[int, bytes] | None)
     if raw is None and get("raw") is not None:
         raw, raw_id = _raw_message(get("raw"))
     if raw is not None:
-        return (*NO_CONTENT, raw, _unknown_fields(fields, MESSAGE_FIELDS.keys() - BESIDE_RAW)), raw_id
+        return ("", None, None, (), (), (), raw, _unknown_fields(fields, MESSAGE_FIELDS.keys() - BESIDE_RAW)), raw_id
     subject, given, attachments, reply_to = get("subject"), get("headers"), get("attachments"), get("reply_to")
     if subject is None:
         raise Rejected("missing subject")
@@ -2522,12 +2504,10 @@ _PIECES_OF_NAME = re.compile(r"\S(?:.{0,58}\S)?(?= |\Z)|\S+")  # whole words, of
 
 def _message_header(message: Message, date: float) -> Iterator[str]:
     """The header lines of the message itself; its extra headers replace what would be generated."""
-    yield _address_header("From", (message.sender,))
-    yield _address_header("To", message.to)
-    if message.cc:
-        yield _address_header("Cc", message.cc)
-    if message.reply_to:
-        yield _address_header("Reply-To", message.reply_to)
+    groups = {"From": (message.sender,), "To": message.to, "Cc": message.cc, "Reply-To": message.reply_to}
+    for name, mailboxes in groups.items():
+        if mailboxes:
+            yield _address_header(name, mailboxes)
     yield _text_header("Subject", message.subject)
     if not any(name.lower() == "date" for name, _ in message.headers):
         yield _date_header(date)
