@@ -1818,10 +1818,10 @@ def _envelope_of(fields: Mapping[str, Any]) -> tuple[Mailbox, Mailboxes, Mailbox
         return_path = ""
     else:
         return_path = parse_mailboxes(return_path, "return_path", exactly_one=True)[0].address
-    to, cc = parse_mailboxes(fields.get("to"), "to"), parse_mailboxes(fields.get("cc"), "cc")
-    bcc = parse_mailboxes(fields.get("bcc"), "bcc")
+    to = parse_mailboxes(fields.get("to"), "to")
     if not to:
         raise Rejected("missing to")
+    cc, bcc = parse_mailboxes(fields.get("cc"), "cc"), parse_mailboxes(fields.get("bcc"), "bcc")
     if cc or bcc or len(to) > 1:  # one mentioned again, its domain in other capitals, has its first spelling
         spellings: dict[tuple[str, str], str] = {}
 
