@@ -9747,9 +9747,7 @@ def json_schema(type_: str) -> dict[str, object]:
 
 def named_schemas() -> dict[str, object]:
     """What the operations refer to: bodies, answers, and what is in them."""
-    shown = {
-        name: field._replace(required=False) for name, field in ACCOUNT_FIELDS.items() if name not in SECRET_FIELDS
-    }
+    shown = {key: one._replace(required=False) for key, one in ACCOUNT_FIELDS.items() if key not in SECRET_FIELDS}
     shown["source"] = Field("'http' | 'config'", "Where it was defined.")
     schemas: dict[str, object] = {name: json_schema(kind.json) for name, kind in WORDS.items()}
     told: dict[str, Mapping[str, Field]] = {}
@@ -9886,12 +9884,10 @@ class ControlPlane:
         """Show what waits, and the state of each account."""
         tallies, oldest_ts, failed = await self.queue.tallies()
         self.dispatcher.count_sent()
-        pending = {id_: tally.ready + tally.waiting for id_, tally in tallies.items()}
+        pending = collections.Counter({id_: tally.ready + tally.waiting for id_, tally in tallies.items()})
         shown, of_all = await self.leases.everywhere()
         nobody, lanes = {"node": None} if of_all else {}, self.dispatcher.lanes.items()
-        accounts = {
-            id_: {**lane.status(), "pending": pending.get(id_, 0), **shown.get(id_, nobody)} for id_, lane in lanes
-        }
+        accounts = {id_: {**lane.status(), "pending": pending[id_], **shown.get(id_, nobody)} for id_, lane in lanes}
         for id_, waiting in pending.items():
             if waiting and id_ not in accounts:  # for its account to come back
                 gone = {"state": NOT_FOUND, "reason": NOT_FOUND, "since": None, "until": None}
@@ -11075,9 +11071,7 @@ def output_width() -> int:
 def size_in_words(size_bytes: int) -> str:
     """A size in the unit a person would choose: 40 B, 12.5 kB, 3.5 MB."""
     units = (("GB", 10**9), ("MB", 10**6), ("kB", 1000))
-    return next(
-        (f"{size_bytes / of_unit:.1f} {unit}" for unit, of_unit in units if size_bytes >= of_unit), f"{size_bytes} B"
-    )
+    return next((f"{size_bytes / n:.1f} {unit}" for unit, n in units if size_bytes >= n), f"{size_bytes} B")
 
 
 def relative(ts: float | None, now: float) -> str:
@@ -11085,9 +11079,7 @@ def relative(ts: float | None, now: float) -> str:
     if ts is None:
         return ""
     span_s, units = abs(now - ts), (("d", 86_400), ("h", 3600), ("min", 60))
-    words = next(
-        (f"{span_s // of_unit:.0f} {unit}" for unit, of_unit in units if span_s >= 2 * of_unit), f"{span_s:.0f} s"
-    )
+    words = next((f"{span_s // n:.0f} {unit}" for unit, n in units if span_s >= 2 * n), f"{span_s:.0f} s")
     return f"{words} ago" if ts <= now else f"in {words}"
 
 
@@ -11345,9 +11337,8 @@ def read_addresses(text: bytes) -> list[tuple[str, slice]] | None:
         if element.lastindex:
             first, end = element.span(element.lastindex)
             local_end = kinds.find("@", first, end) if "@" in element[element.lastindex] else end
-            name, address = (
-                b"".join(token[0] for token in tokens[slice(*span)]) for span in (element.span(1), (first, end))
-            )
+            spans = element.span(1), (first, end)
+            name, address = (b"".join(token[0] for token in tokens[slice(*span)]) for span in spans)
             if element[1] and name != address:  # an address may stand as its own name, though not quoted
                 return None
             local_part = slice(tokens[first].start(), tokens[local_end - 1].end())
@@ -12175,9 +12166,7 @@ SERVING = (
     DB,
     option("--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="any setting; may be repeated"),
 )
-CONNECTING = option(
-    "--connect", action="store_true", help="ask each account's server to take mail; show what it offers"
-)
+CONNECT = option("--connect", action="store_true", help="ask each account's server to take mail; show what it offers")
 ASKING = (
     option("--url", help="http(s)://HOST:PORT or unix:/path; left out: MAILPROXY_URL, or as config.ini says"),
     option("--token", help="API token; MAILPROXY_TOKEN, env:NAME or file:/path hides it from other users"),
@@ -12260,7 +12249,7 @@ KEEPING = option("--keep", action="store_true", help="keep it running, for a loo
 COMMANDS = (
     Command("serve", serve, SERVING, "run the daemon"),
     Command("demo", demo, (KEEPING,), "show everything at work on this machine, without configuration"),
-    Command("check", check, (CONNECTING, *SERVING), "check the configuration and show what is in force"),
+    Command("check", check, (CONNECT, *SERVING), "check the configuration and show what is in force"),
     Command("send", send, (*SENDING, *ASKING), "submit a message, an .eml file, or the rows of a CSV file"),
     Command("sendmail", sendmail, AS_SENDMAIL, "submit a message from standard input, as sendmail(8) does"),
     Command("backup", backup, BACKING_UP, "copy the queue to a file while the daemon runs"),

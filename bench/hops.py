@@ -43,7 +43,7 @@ import mailproxy  # noqa: E402
 
 # Where a path begins (this function counts) and ends (this one does not); what is below a loop that only
 # happens to turn meanwhile is left out.
-CONNECTED, COMMITTED = "Listener._connected", "ControlPlane._tell_of_submissions"
+CONNECTED, COMMITTED = "Listener._connected", "Metrics.label"
 CLAIMED, TRANSACTION, RECORDED = "_claim_of", "Session.transact", "SendWindows.count"
 DISPATCHER, REPORTER = "Dispatcher.run", "Reporter.run"
 BUDGET = {"post": 40, "delivery": 85, "attachment": 65}
