@@ -2115,11 +2115,9 @@ def signature(reply: Reply) -> tuple[object, ...] | None:
     That is a refusal at MAIL or the end of data, or one for good at RCPT that is not about the recipient.
     """
     code = reply.enhanced_code or ""
-    if reply.cause is not Cause.SERVER or re.search(OF_THE_RECIPIENT, reply.text):
-        return None
-    if reply.stage is Stage.RCPT and (
-        reply.transient or re.match(r"5\.[12]\.", code) or re.search(UNKNOWN_RECIPIENT, reply.text)
-    ):
+    unknown = re.match(r"5\.[12]\.", code) or re.search(UNKNOWN_RECIPIENT, reply.text)
+    of_the_recipient = reply.stage is Stage.RCPT and (reply.transient or unknown)
+    if of_the_recipient or reply.cause is not Cause.SERVER or re.search(OF_THE_RECIPIENT, reply.text):
         return None
     text = re.sub(r'<[^<>]*>|"[^"]*"|\S*[\d@]\S*', "", reply.text)  # without what differs from one to the next
     return reply.stage, reply.code, code, " ".join(text.split())
@@ -5269,6 +5267,7 @@ Resolver: TypeAlias = "Callable[[str, int], Sequence[Address]]"
 Trust: TypeAlias = "Callable[[], ssl.SSLContext]"  # whoever asks often makes one context and keeps it
 
 BODY_PIECE_BYTES = 65_536  # read at a time from a body
+LONGEST_HEAD_LINE, MOST_HEAD_LINES = 65_537, 102  # read of a head, so that http.client refuses what has more
 PROBLEM_BYTES = 262_144  # read at most of a body that is not of a success
 UNDONE_CODINGS = ("gzip", "x-gzip", "deflate")
 # The content codings that are registered (RFC 9110 16.6); what else servers put there is none, and the bytes are plain.
@@ -5405,20 +5404,15 @@ class WholeAnswer(http.client.HTTPResponse):
     answers before it are read over (RFC 9110 15.2), where http.client takes them for the answer."""
 
     def begin(self, **limits: Any) -> None:
-        file = self.fp
-
-        def whole_line(limit: int = -1) -> bytes:
-            line = file.readline(limit)
-            if not line.endswith(b"\n"):  # a head ends with an empty line
-                raise http.client.IncompleteRead(line)
-            return line
-
-        lines = types.SimpleNamespace(readline=whole_line, flush=file.flush, close=file.close)
-        self.fp = cast(io.BufferedReader, lines)
+        file, head = self.fp, [b"HTTP/1.1 100"]
+        while re.match(rb"HTTP/1\.. 1\d\d", head[0]):
+            head = [file.readline(LONGEST_HEAD_LINE)]
+            while head[-1].strip() and head[-1].endswith(b"\n") and len(head) < MOST_HEAD_LINES:
+                head.append(file.readline(LONGEST_HEAD_LINE))
+            if not head[-1].endswith(b"\n"):  # a head ends with an empty line
+                raise http.client.IncompleteRead(head[-1])
+        self.fp = cast(io.BufferedReader, io.BytesIO(b"".join(head)))
         super().begin(**limits)
-        while 100 <= self.status < 200:
-            cast(Any, self).headers = None
-            super().begin(**limits)
         self.fp = file
 
 
@@ -6274,20 +6268,18 @@ class Session(asyncio.Protocol):
         addresses = " ".join((envelope.sender, *envelope.recipients))
         smtputf8 = smtputf8 or not addresses.isascii()
         refusal = None
-        if self.offers.size_bytes is not None and len(content) > self.offers.size_bytes:
-            text = f"message of {len(content)} bytes; the server takes {self.offers.size_bytes} at most"
-            refusal = Reply(Stage.MAIL, 552, text, "5.3.4", Cause.LOCAL)
+        if (most := self.offers.size_bytes) is not None and len(content) > most:
+            refusal = 552, f"message of {len(content)} bytes; the server takes {most} at most", "5.3.4"
         elif smtputf8 and not self.offers.smtputf8:
-            text = "the message needs SMTPUTF8, which the server does not offer"
-            refusal = Reply(Stage.MAIL, 550, text, "5.6.7", Cause.LOCAL)
+            refusal = 550, "the message needs SMTPUTF8, which the server does not offer", "5.6.7"
         elif not addresses.isprintable() and _UNSPEAKABLE.search(addresses):
-            refusal = Reply(Stage.MAIL, 501, "an address with control characters", "5.1.3", Cause.LOCAL)
-        elif self.broken is not None:  # while it was idle
-            refusal = local_reply(Stage.MAIL, self.broken[1], Cause.LOST)
+            refusal = 501, "an address with control characters", "5.1.3"
         if refusal is not None:
-            return dict.fromkeys(envelope.recipients, refusal)
+            return dict.fromkeys(envelope.recipients, Reply(Stage.MAIL, *refusal, Cause.LOCAL))
+        if self.broken is not None:  # while it was idle
+            return dict.fromkeys(envelope.recipients, local_reply(Stage.MAIL, self.broken[1], Cause.LOST))
         mail = f"MAIL FROM:<{addr_spec(envelope.sender)}>"
-        if self.offers.size_bytes is not None:
+        if most is not None:
             mail += f" SIZE={len(content)}"
         if not content.isascii():
             if self.offers.eight_bit_mime:  # without the offer it goes as it is
@@ -6301,7 +6293,7 @@ class Session(asyncio.Protocol):
         chunking = chunking and self.offers.chunking and self.offers.pipelining and not careful and self._clean
         chunking = chunking and time.monotonic() - self._heard_at <= FRESH_S and len(content) <= LARGEST_CHUNK_BYTES
         chunk = content if not chunking or not content or content.endswith(b"\n") else content + b"\r\n"  # RFC 3030
-        self._chunked = chunking and len(chunk) <= min(LARGEST_CHUNK_BYTES, self.offers.size_bytes or math.inf)
+        self._chunked = chunking and len(chunk) <= min(LARGEST_CHUNK_BYTES, most or math.inf)
         if self._chunked:
             commands[-1] = _Command(b"BDAT %d LAST\r\n%b" % (len(chunk), chunk), Stage.END_OF_DATA)
         elif not self._clean:
@@ -6542,10 +6534,7 @@ def _scrubbed(reply: Reply, secret: str) -> Reply:
 
 
 class NoSession(Exception):
-    """Ends the opening of a session; the reply says why."""
-
-    def __init__(self, reply: Reply) -> None:
-        self.reply = reply
+    """Ends the opening of a session; its argument is the reply that says why."""
 
 
 async def _say_hello(smtp: aiosmtplib.SMTP, greeting: str) -> None:
@@ -6655,8 +6644,7 @@ class _Grant:
     """What is known of one account's access; of the present settings only."""
 
     oauth2: dict[str, Any]
-    token: str | None = field(default=None, repr=False)
-    expires_at: float = 0.0
+    expires_at: float = -math.inf  # of the token that the latest fetch gave
     refresh_token: str | None = field(default=None, repr=False)  # the latest one, when it is rotated
     fetch: asyncio.Future[str | Reply] | None = None  # the latest, maybe still going on
 
@@ -6681,22 +6669,26 @@ class TokenKeeper:
         oauth2, grant = account.oauth2, self.grants.get(account.id)
         if grant is None or grant.oauth2 != oauth2:
             grant = self.grants[account.id] = _Grant(oauth2)
-        if grant.token is not None and self.monotonic() < grant.expires_at:
-            return grant.token
-        if grant.fetch is None or grant.fetch.done():
+        if grant.fetch is None or (grant.fetch.done() and self.monotonic() >= grant.expires_at):
             grant.fetch = asyncio.ensure_future(self._fetch(grant, account.timeout or CONNECT_TIMEOUT_S))
         return await asyncio.shield(grant.fetch)
 
     def invalidate(self, account: Account, token: str) -> None:
         """The server refused this token: the next one asked for is fetched anew."""
         grant = self.grants[account.id]
-        if grant.token == token:
-            grant.token = None
+        if grant.fetch is not None and grant.fetch.done() and grant.fetch.result() == token:
+            grant.expires_at = -math.inf
 
     async def _fetch(self, grant: _Grant, timeout_s: float) -> str | Reply:
+        def post() -> tuple[int, bytes]:  # blocking: may read secrets from files
+            fields = grant.oauth2 | ({"refresh_token": grant.refresh_token} if grant.refresh_token else {})
+            fields = {name: self.reveal(it) if isinstance(it, Secret) else it for name, it in fields.items()}
+            fields["grant_type"] = "refresh_token" if "refresh_token" in fields else "client_credentials"
+            return self.post_form(fields.pop("token_url"), fields, timeout_s)
+
         try:
             async with asyncio.timeout(timeout_s):
-                status, body = await self.in_thread(functools.partial(self._post, grant, timeout_s))
+                status, body = await self.in_thread(post)
         except SecretUnavailable as failure:
             return local_reply(Stage.AUTH, str(failure))
         except TimeoutError:
@@ -6716,18 +6708,10 @@ class TokenKeeper:
         life_s = 3_600.0  # when the endpoint does not say
         with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):  # some send the number as a string
             life_s = min(max(0.0, float(answer["expires_in"])), 86_400.0)
-        grant.token = token
         grant.expires_at = self.monotonic() + life_s - min(60.0, life_s / 2)
         if isinstance(answer.get("refresh_token"), str):
             grant.refresh_token = answer["refresh_token"]
         return token
-
-    def _post(self, grant: _Grant, timeout_s: float) -> tuple[int, bytes]:
-        """Blocking: may read secrets from files, and asks the token endpoint."""
-        fields = grant.oauth2 | ({"refresh_token": grant.refresh_token} if grant.refresh_token else {})
-        fields = {name: self.reveal(it) if isinstance(it, Secret) else it for name, it in fields.items()}
-        fields["grant_type"] = "refresh_token" if "refresh_token" in fields else "client_credentials"
-        return self.post_form(fields.pop("token_url"), fields, timeout_s)
 
 
 # ----- the agent
@@ -6791,7 +6775,7 @@ class DeliveryAgent:
             session = Session(transport, name, _offers_of(smtp, methods), account.timeout, self.end_of_data_timeout_s)
             return session
         except NoSession as failure:
-            return failure.reply
+            return cast(Reply, failure.args[0])
         except (aiosmtplib.SMTPException, OSError, ValueError) as failure:
             reply = _reply_of_failure(stage, failure, account)
         finally:
