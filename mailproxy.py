@@ -920,7 +920,6 @@ def as_written(value: object) -> str:
 # --- reading: file, environment, command line ----------------------------
 
 SYSTEM_CONFIG = "/etc/mailproxy/config.ini"
-
 AWS_VARIABLES = {  # that stand in for what [s3] leaves out; the first one wins
     "AWS_ACCESS_KEY_ID": "access_key_id", "AWS_SECRET_ACCESS_KEY": "secret_access_key",
     "AWS_SESSION_TOKEN": "session_token", "AWS_ENDPOINT_URL_S3": "endpoint",
@@ -1060,10 +1059,9 @@ def _complaint(settings: Settings, section: str, key: str, problem: str) -> Conf
 
 def is_loopback(host: str) -> bool:
     """True for an address that nobody outside this machine can reach."""
-    try:
+    with contextlib.suppress(ValueError):
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return False
 
 
 def check_listening(settings: Settings, tokens: tuple[str, ...]) -> None:
@@ -1165,10 +1163,9 @@ def full_host_name() -> str:
     name = socket.gethostname()
     full_name = name if "." in name else socket.getfqdn(name)
     is_full = full_name.startswith(f"{name}.") or "." in name
-    try:
+    with contextlib.suppress(ValueError):
         return _ehlo_name(full_name) if is_full and "localhost" not in full_name.lower().split(".") else ""
-    except ValueError:
-        return ""
+    return ""
 
 
 class LocalNames(NamedTuple):
@@ -1649,10 +1646,9 @@ def subject_of_raw(raw: bytes) -> str:
     found = next((field for field in split_raw(raw)[0] if field_name(field) == b"subject"), b"")
     folded = found.partition(b":")[2].decode("utf-8", "replace")
     text = NOT_FOR_ONE_LINE.sub(" ", re.sub("[\r\n]+", "", folded)).strip()
-    try:
+    with contextlib.suppress(Rejected):
         return _decoded(text, "subject", longest=LONGEST_SUBJECT)
-    except Rejected:
-        return text
+    return text
 
 
 def _raw_message(given: object) -> tuple[bytes, str | None]:
@@ -1687,7 +1683,8 @@ def _attachments(value: Any, contents: Mapping[int, bytes] | None) -> tuple[Atta
     for index, given in enumerate(value):
         field = f"attachments: attachment {index + 1}"
         require(isinstance(given, dict), field, "must be an object")
-        _must_be_storable({key: given[key] for key in given.keys() - ATTACHMENT_FIELDS.keys()}, "attachments")
+        if unknown := {key: value for key, value in given.items() if key not in ATTACHMENT_FIELDS}:
+            _must_be_storable(unknown, "attachments")
         if contents is not None and not any(given.get(source) is not None for source in _SOURCES):
             source: dict[str, Any] = {"source": Source.CONTENT, "content": contents.get(index, b"")}
         else:
@@ -2429,8 +2426,6 @@ def compose(message: Message, parts: Sequence[Attachment], *, date: float) -> by
         return _completed(message, message.raw, date)
     entity = _message_body(message, parts)
     header = "\r\n".join([*_message_header(message, date), *entity.header])
-    if not parts:
-        return b"".join([f"{header}\r\n\r\n".encode(), *entity.body])
     base64_octets = sum(len(part.content) for part in parts) * 11 // 8  # rather more
     composed = io.BytesIO(bytes(base64_octets))  # to grow is to copy; its getvalue() is no copy
     composed.write(f"{header}\r\n\r\n".encode())
@@ -2496,7 +2491,6 @@ _SHORT_TEXT = re.compile(r"[!-~]+(?: [!-~]+)*")
 _NEEDS_ENCODING = re.compile(rf"[^ -~]+|=\?|  |\A | \Z|(?<![!-~])[!-~]{{{LONGEST_WORD}}}")
 _WORD = re.compile(" +[^ ]+")
 _PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]+(?: [A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]+)*")
-
 _PIECES_OF_NAME = re.compile(r"\S(?:.{0,58}\S)?(?= |\Z)|\S+")  # whole words, of 60 characters together
 
 
@@ -2637,6 +2631,10 @@ def _multipart(subtype: str, entities: Sequence[Entity], boundary: str) -> Entit
     return Entity(header, itertools.chain(*pieces, [f"--{line}--\r\n".encode()]))
 
 
+# b2a_qp counts a blank at the end of a line as one octet, and writes three.
+_BLANK_BEYOND_76 = re.compile(rb"=(?=(?:20|09)\r)(?<=[^\n]{75})")
+
+
 def _text_entity(text: str, subtype: str) -> Entity:
     """Text in complete lines, in the plainest encoding that brings it over unchanged."""
     octets = text.encode()
@@ -2651,7 +2649,8 @@ def _text_entity(text: str, subtype: str) -> Entity:
     if to_quote * 6 >= len(octets):  # each grows threefold: below a sixth that is less than base64's third
         encoding, body = "base64", _base64_lines(octets)
     elif to_quote or not (is_short or has_short_lines(octets)):
-        encoding, body = "quoted-printable", _quoted_printable(octets)
+        encoding, pieces = "quoted-printable", _complete_lines(octets)
+        body = (_BLANK_BEYOND_76.sub(b"=\r\n=", binascii.b2a_qp(lines)) for lines in pieces)
     header = [f'Content-Type: text/{subtype}; charset="utf-8"', f"Content-Transfer-Encoding: {encoding}"]
     return Entity(header, body)
 
@@ -2669,16 +2668,6 @@ def _complete_lines(octets: bytes) -> Iterator[bytes]:
         end = end if end > 1 else len(octets)
         yield octets[start:end]
         start = end
-
-
-# b2a_qp counts a blank at the end of a line as one octet, and writes three.
-_BLANK_BEYOND_76 = re.compile(rb"=(?=(?:20|09)\r)(?<=[^\n]{75})")
-
-
-def _quoted_printable(octets: bytes) -> Iterator[bytes]:
-    """RFC 2045 6.7, in pieces of complete lines."""
-    for lines in _complete_lines(octets):
-        yield _BLANK_BEYOND_76.sub(b"=\r\n=", binascii.b2a_qp(lines))
 
 
 def _base64_lines(octets: bytes) -> Iterator[bytes]:
@@ -2894,11 +2883,10 @@ class LineWriter(logging.Handler):
 
 def stderr_is_journal(environ: Mapping[str, str], descriptor: int = 2) -> bool:
     """True when stderr goes straight to journald (systemd.exec(5), JOURNAL_STREAM)."""
-    try:
+    with contextlib.suppress(OSError):
         found = os.fstat(descriptor)
-    except OSError:
-        return False
-    return environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+        return environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+    return False
 
 
 def configure_logging(level: str, line_format: str, *, journal: bool = False, descriptor: int = 2) -> None:
@@ -3044,13 +3032,10 @@ class Metrics:
 
     def count_ended(self, label: str, disposition: Disposition) -> None:
         """A message is final: sent, to some of its recipients at least, or failed."""
-        if disposition.status is Status.ERROR:
-            self.messages_failed.labels(label).inc()
-            self.recent.count("failed")
-            return
-        self.messages_sent.labels(label).inc()
-        self.recent.count("sent")
-        if disposition.error is not None:
+        is_sent = disposition.status is not Status.ERROR
+        (self.messages_sent if is_sent else self.messages_failed).labels(label).inc()
+        self.recent.count("sent" if is_sent else "failed")
+        if is_sent and disposition.error is not None:
             self.messages_partly_refused.labels(label).inc()
 
     def label(self, account_id: str) -> str:
