@@ -6621,7 +6621,7 @@ def client_tls_context(account: Account) -> ssl.SSLContext:
     return context
 
 
-# ----- access tokens
+# ----- the agent
 
 
 @dataclass(slots=True)
@@ -6635,85 +6635,22 @@ class _Grant:
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class TokenKeeper:
-    """Fetches access tokens and renews them before they expire (RFC 6749 4.4, 6).
-
-    The connections of an account share one token and one fetch. `post_form` blocks and
-    returns status and body; it raises MailproxyError, OSError or ValueError when there is none.
-    """
-
-    post_form: Callable[[str, Mapping[str, str], float], tuple[int, bytes]]  # URL, fields, timeout in s
-    reveal: Callable[[Secret], str]
-    in_thread: InThread
-    monotonic: Callable[[], float]
-    grants: dict[str, _Grant] = field(default_factory=dict)  # by account
-
-    async def token(self, account: Account) -> str | Reply:
-        """A token that is still good for a while. Who asks during a fetch gets what comes of it: a fetch
-        is a task, so it does not begin before all who ask at the same time have asked."""
-        oauth2, grant = account.oauth2, self.grants.get(account.id)
-        if grant is None or grant.oauth2 != oauth2:
-            grant = self.grants[account.id] = _Grant(oauth2)
-        if grant.fetch is None or (grant.fetch.done() and self.monotonic() >= grant.expires_at):
-            grant.fetch = asyncio.ensure_future(self._fetch(grant, account.timeout or CONNECT_TIMEOUT_S))
-        return await asyncio.shield(grant.fetch)
-
-    def invalidate(self, account: Account, token: str) -> None:
-        """The server refused this token: the next one asked for is fetched anew."""
-        grant = self.grants[account.id]
-        if grant.fetch is not None and grant.fetch.done() and grant.fetch.result() == token:
-            grant.expires_at = -math.inf
-
-    async def _fetch(self, grant: _Grant, timeout_s: float) -> str | Reply:
-        def post() -> tuple[int, bytes]:  # blocking: may read secrets from files
-            fields = grant.oauth2 | ({"refresh_token": grant.refresh_token} if grant.refresh_token else {})
-            fields = {name: self.reveal(it) if isinstance(it, Secret) else it for name, it in fields.items()}
-            fields["grant_type"] = "refresh_token" if "refresh_token" in fields else "client_credentials"
-            return self.post_form(fields.pop("token_url"), fields, timeout_s)
-
-        try:
-            async with asyncio.timeout(timeout_s):
-                status, body = await self.in_thread(post)
-        except SecretUnavailable as failure:
-            return local_reply(Stage.AUTH, str(failure))
-        except TimeoutError:
-            return local_reply(Stage.AUTH, "no answer from the token endpoint in time", Cause.TIMEOUT)
-        except (MailproxyError, OSError, ValueError) as failure:
-            return local_reply(Stage.AUTH, f"token endpoint: {failure}", Cause.LOST)
-        answer: dict[str, Any] = {}
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-            answer = {**json.loads(body)}
-        token = answer.get("access_token")
-        if status != 200 or not isinstance(token, str) or not token.isprintable() or not token:
-            error = answer.get("error")  # not its description, which may repeat what we sent
-            text = one_line(f"token endpoint: {status} {error if isinstance(error, str) else ''}")[:200]
-            if 400 <= status < 500 and status not in (408, 429):
-                return Reply(Stage.AUTH, 535, text, "5.7.8", Cause.LOCAL)
-            return Reply(Stage.AUTH, 454, text, "4.7.0")
-        life_s = 3_600.0  # when the endpoint does not say
-        with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):  # some send the number as a string
-            life_s = min(max(0.0, float(answer["expires_in"])), 86_400.0)
-        grant.expires_at = self.monotonic() + life_s - min(60.0, life_s / 2)
-        if isinstance(answer.get("refresh_token"), str):
-            grant.refresh_token = answer["refresh_token"]
-        return token
-
-
-# ----- the agent
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
 class DeliveryAgent:
-    """Opens sessions for all accounts. `hostname` is our name in EHLO where an account has none; "": the address of
-    the connection (RFC 5321 4.1.1.1)."""
+    """Opens sessions for all accounts; fetches access tokens, and renews them before they expire (RFC 6749 4.4, 6).
+
+    `hostname` is our name in EHLO where an account has none; "": the address of the connection (RFC 5321 4.1.1.1).
+    `post_form` blocks; it raises MailproxyError, OSError or ValueError when there is no answer.
+    """
 
     hostname: str
     reveal: Callable[[Secret], str]
     in_thread: InThread
-    tokens: TokenKeeper
+    post_form: Callable[[str, Mapping[str, str], float], tuple[int, bytes]]  # URL, fields, timeout in s: status, body
+    monotonic: Callable[[], float] = time.monotonic
     end_of_data_timeout_s: float = 600.0  # RFC 5321 4.5.3.2.6
     accounts: dict[str, Account] = field(default_factory=dict)  # the latest definition of each
     contexts: dict[tuple[object, ...], asyncio.Future[ssl.SSLContext]] = field(default_factory=dict)  # may be cleared
+    grants: dict[str, _Grant] = field(default_factory=dict)  # by account, whose connections share a token and a fetch
 
     async def open_session(
         self,
@@ -6768,7 +6705,7 @@ class DeliveryAgent:
                 cast(asyncio.Transport, smtp.transport).abort()
         reply = _scrubbed(reply, secret) if secret and stage is Stage.AUTH else reply
         if account.oauth2_token_url and secret and reply.stage is Stage.AUTH and reply.permanent and not renewed:
-            self.tokens.invalidate(account, secret)
+            self.invalidate(account, secret)
             return await self.open_session(account, name=name, connected=connected, may_log_in=may_log_in, renewed=True)
         return reply
 
@@ -6813,7 +6750,7 @@ class DeliveryAgent:
     async def _secret(self, account: Account) -> str:
         """The account's password, or its access token, before the server is bothered. Raises NoSession."""
         if account.oauth2_token_url:
-            token = await self.tokens.token(account)
+            token = await self.token(account)
             if isinstance(token, Reply):
                 raise NoSession(token)
             return token
@@ -6824,6 +6761,56 @@ class DeliveryAgent:
                 return await self.in_thread(functools.partial(self.reveal, account.password))
         except (TimeoutError, SecretUnavailable) as failure:
             raise NoSession(local_reply(Stage.AUTH, str(failure) or "the password cannot be read in time")) from None
+
+    async def token(self, account: Account) -> str | Reply:
+        """A token that is still good for a while. Who asks during a fetch gets what comes of it: a fetch
+        is a task, so it does not begin before all who ask at the same time have asked."""
+        oauth2, grant = account.oauth2, self.grants.get(account.id)
+        if grant is None or grant.oauth2 != oauth2:
+            grant = self.grants[account.id] = _Grant(oauth2)
+        if grant.fetch is None or (grant.fetch.done() and self.monotonic() >= grant.expires_at):
+            grant.fetch = asyncio.ensure_future(self._fetch_token(grant, account.timeout or CONNECT_TIMEOUT_S))
+        return await asyncio.shield(grant.fetch)
+
+    def invalidate(self, account: Account, token: str) -> None:
+        """The server refused this token: the next one asked for is fetched anew."""
+        grant = self.grants[account.id]
+        if grant.fetch is not None and grant.fetch.done() and grant.fetch.result() == token:
+            grant.expires_at = -math.inf
+
+    async def _fetch_token(self, grant: _Grant, timeout_s: float) -> str | Reply:
+        def post() -> tuple[int, bytes]:  # blocking: may read secrets from files
+            fields = grant.oauth2 | ({"refresh_token": grant.refresh_token} if grant.refresh_token else {})
+            fields = {name: self.reveal(it) if isinstance(it, Secret) else it for name, it in fields.items()}
+            fields["grant_type"] = "refresh_token" if "refresh_token" in fields else "client_credentials"
+            return self.post_form(fields.pop("token_url"), fields, timeout_s)
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                status, body = await self.in_thread(post)
+        except SecretUnavailable as failure:
+            return local_reply(Stage.AUTH, str(failure))
+        except TimeoutError:
+            return local_reply(Stage.AUTH, "no answer from the token endpoint in time", Cause.TIMEOUT)
+        except (MailproxyError, OSError, ValueError) as failure:
+            return local_reply(Stage.AUTH, f"token endpoint: {failure}", Cause.LOST)
+        answer: dict[str, Any] = {}
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            answer = {**json.loads(body)}
+        token = answer.get("access_token")
+        if status != 200 or not isinstance(token, str) or not token.isprintable() or not token:
+            error = answer.get("error")  # not its description, which may repeat what we sent
+            text = one_line(f"token endpoint: {status} {error if isinstance(error, str) else ''}")[:200]
+            if 400 <= status < 500 and status not in (408, 429):
+                return Reply(Stage.AUTH, 535, text, "5.7.8", Cause.LOCAL)
+            return Reply(Stage.AUTH, 454, text, "4.7.0")
+        life_s = 3_600.0  # when the endpoint does not say
+        with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):  # some send the number as a string
+            life_s = min(max(0.0, float(answer["expires_in"])), 86_400.0)
+        grant.expires_at = self.monotonic() + life_s - min(60.0, life_s / 2)
+        if isinstance(answer.get("refresh_token"), str):
+            grant.refresh_token = answer["refresh_token"]
+        return token
 
     async def _tls_context(self, account: Account) -> ssl.SSLContext | None:
         """The TLS context of the account's files: shared and kept, because it takes 20 ms and 900 kB; made anew
@@ -10415,8 +10402,7 @@ async def delivery_agent(environ: Mapping[str, str], in_thread: InThread) -> Del
         async with asyncio.timeout(2):
             hostname = await in_thread(full_host_name)
     revealed = functools.partial(reveal, environ=environ)
-    tokens = TokenKeeper(post_form=post_form, reveal=revealed, in_thread=in_thread, monotonic=time.monotonic)
-    return DeliveryAgent(hostname=hostname, reveal=revealed, in_thread=in_thread, tokens=tokens)
+    return DeliveryAgent(hostname=hostname, reveal=revealed, in_thread=in_thread, post_form=post_form)
 
 
 class Daemon:

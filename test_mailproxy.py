@@ -7209,12 +7209,11 @@ def no_form(url, fields, timeout_s):
 
 
 def smtp_agent(*, post_form=no_form, reveal=lambda secret: secret.given, end_of_data_timeout_s=1.0, hostname="us"):
-    tokens = mailproxy.TokenKeeper(post_form=post_form, reveal=reveal, in_thread=in_a_thread, monotonic=time.monotonic)
     return mailproxy.DeliveryAgent(
         hostname=hostname,
         reveal=reveal,
         in_thread=in_a_thread,
-        tokens=tokens,
+        post_form=post_form,
         end_of_data_timeout_s=end_of_data_timeout_s,
     )
 
@@ -7836,8 +7835,7 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next_one():
             looked_up.append(call.args[0])
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", where) for where in (("127.0.0.1", 1), good)]
 
-        tokens = mailproxy.TokenKeeper(post_form=no_form, reveal=str, in_thread=in_a_thread, monotonic=time.monotonic)
-        agent = mailproxy.DeliveryAgent(hostname="us", reveal=str, in_thread=two_addresses, tokens=tokens)
+        agent = mailproxy.DeliveryAgent(hostname="us", reveal=str, in_thread=two_addresses, post_form=no_form)
         async with listening:
             session = await agent.open_session(smtp_account(good[1], host="mail.x"), name="main-1")
             await session.quit()
@@ -8319,7 +8317,7 @@ def by_token(**fields):
 
 def keeper_of(endpoint, now=lambda: 0.0, in_thread=in_a_thread):
     reveal = operator.attrgetter("given")
-    return mailproxy.TokenKeeper(post_form=endpoint, reveal=reveal, in_thread=in_thread, monotonic=now)
+    return mailproxy.DeliveryAgent(hostname="us", post_form=endpoint, reveal=reveal, in_thread=in_thread, monotonic=now)
 
 
 @pytest.mark.parametrize(
