@@ -2985,6 +2985,9 @@ class Metrics:
         self.http_requests = functools.cache(requests.labels)
         self.http_request_seconds = functools.cache(durations.labels)
         self.accepted = functools.cache(self.messages_accepted.labels)
+        self.sent = functools.cache(self.messages_sent.labels)
+        self.waited = functools.cache(self.queue_wait_seconds.labels)
+        self.transacted = functools.cache(self.smtp_transaction_seconds.labels)
         self.auth_failures = counter("auth_failures", "HTTP requests with a missing or wrong token.")
         self.storage_commit_seconds = timer("storage_commit_seconds", "Duration of commits.", buckets=COMMITS_S)
         self.storage_commit_failures = counter("storage_commit_failures", "Commits that the storage refused.")
@@ -3022,7 +3025,8 @@ class Metrics:
     def forget(self, account_id: str) -> None:
         """End the series of an account that is gone."""
         self.accounts.discard(account_id)
-        self.accepted.cache_clear()
+        for series in (self.accepted, self.sent, self.waited, self.transacted):
+            series.cache_clear()
         for instrument in (
             self.messages_accepted, self.messages_sent, self.messages_failed, self.messages_partly_refused,
             self.messages_deferred, self.rate_limited, self.queue_wait_seconds, self.smtp_connects,
@@ -8122,13 +8126,18 @@ SMALL_PART = 200  # the first message of a lane does not wait for so small a par
 STORAGE_PAUSE_S = 1.0  # between two tries while the queue file refuses
 
 
+@dataclass(eq=False, repr=False)
 class Loop:
     """What turns until it is told to stop, and rests between two turns: until it is rung (also while it turned),
     or for as long as the turn says, in seconds. While the storage refuses, its work waits."""
 
     work: ClassVar[str]  # what the log calls it
+    queue: Queue
     clock: Clock
+    in_thread: InThread
+    metrics: Metrics
     log: logging.Logger
+    leases: Leases = field(default_factory=Leases, kw_only=True)  # of several machines one runs a lane, or reports
 
     def __post_init__(self) -> None:
         self.turned_at = self.clock.monotonic()
@@ -8323,13 +8332,9 @@ class Lane:
     bdat: bool | None = None  # its server knows it; False: gets it wrong
     accepted: int = 0  # transactions, since it began
     aside: dict[int, float] = field(default_factory=dict)  # messages a new session was refused with: wall-clock time
-    aside_too: bool = False  # they have their turn, too, because there is nothing else
     meant: collections.Counter[int] = field(default_factory=collections.Counter)  # how often others passed then
-    refusal: object = None  # what the latest messages were told, one after the other
-    refused: set[int] = field(default_factory=set)  # those messages
+    refused: dict[object, set[int]] = field(default_factory=dict)  # what the latest messages were told, and which
     grows_at: float = -math.inf
-    transactions_s: list[float] = field(default_factory=list)  # that the metrics have not been told of
-    waits_s: list[float] = field(default_factory=list)  # the same of messages that were sent to all
 
     def __post_init__(self) -> None:
         self.since = int(self.clock.wall())
@@ -8345,9 +8350,7 @@ class Lane:
 
     def wants(self, now: float, most: int) -> int:
         """Messages to claim now: one for each free connection, and a little work ahead."""
-        if not (self.has_mail and self.mine) or self.state in RESTING:
-            return 0
-        if self.state is LaneState.LIMITED and now < self.until:
+        if not self.has_mail or self.state not in (LaneState.UP, LaneState.PROBING):
             return 0
         free = max(0, self.connections_free(now, most))
         if self.state is LaneState.PROBING:
@@ -8403,14 +8406,12 @@ class Lane:
 
     def hears_the_same(self, refusal: object, seq: int) -> bool:
         """A message was refused; True when so many were before it, in the same words and with nothing accepted."""
-        if refusal != self.refusal:
-            self.refusal, self.refused = refusal, set()
-        self.refused.add(seq)
+        self.refused = {refusal: self.refused.get(refusal, set()) | {seq}}
         return self.refuses_all
 
     @property
     def refuses_all(self) -> bool:
-        return len(self.refused) >= SAME_REFUSALS
+        return any(len(seqs) >= SAME_REFUSALS for seqs in self.refused.values())
 
     def cool(self, signal: LaneSignal, reason: str, jitter: float, asked_s: float | None = None) -> None:
         """Leave the server alone for a while, longer each time or as it asked; then one connection finds out.
@@ -8461,21 +8462,15 @@ class Dispatcher(Loop):
     """Delivers due mail through the lanes; the only one who claims."""
 
     work = "delivery"
-    queue: Queue
     settings: DeliverySettings  # replaced when the configuration is read again
-    clock: Clock
+    fetcher: AttachmentFetcher  # replaced, too
     jitter: Callable[[], float]
     open_session: Callable[..., Coroutine[Any, Any, Session | Reply]]
-    fetcher: AttachmentFetcher  # replaced, too
     memory: Shares  # bytes, for messages while they are put together
-    in_thread: InThread
-    metrics: Metrics
-    log: logging.Logger
     reports_due: Callable[[], None]
     active: bool = True
     log_deliveries: bool = False
     lanes: dict[str, Lane] = field(default_factory=dict)
-    leases: Leases = field(default_factory=Leases)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -8485,7 +8480,7 @@ class Dispatcher(Loop):
         self._asked = False  # run-now in test_mode: turn until nothing is left to do
         self._cooled_may_go = True  # at the start, and at run-now: what waits for a server's next try is ready
         self._held_windows: dict[str, SendWindows] = {}  # of accounts that went with mail on the wire
-        self._at_work: set[Lane] = set()  # lanes with busy connections, or with something to tell the metrics
+        self._at_work: set[Lane] = set()  # lanes with busy connections
 
     @property
     def busy(self) -> bool:
@@ -8531,25 +8526,19 @@ class Dispatcher(Loop):
     def replace_account(self, account: Account) -> None:
         """Deliver by the new definition; connections in use finish their message, all others end."""
         lane = self.lanes[account.id]
-        lane.account = account
-        lane.windows.limits = account.limits
-        if lane.state is not LaneState.SUSPENDED:
-            self.activate_lane(account.id)
+        lane.account, lane.windows.limits = account, account.limits
+        self.switch_lane(account.id, active=lane.state is not LaneState.SUSPENDED)
 
-    def activate_lane(self, account_id: str) -> None:
-        """Try the account's server now; what was known of it is forgotten."""
+    def switch_lane(self, account_id: str, *, active: bool) -> None:
+        """Try the account's server now, or deliver nothing more for the account; what is on the wire finishes, and what
+        was known of the server is forgotten."""
         lane = self.lanes[account_id]
         self._recall(lane)
         lane.failures, lane.believes, lane.limit = 0, lane.generation, lane.account.max_connections
-        lane.accepted, lane.refusal, lane.refused, lane.bdat = 0, None, set(), None
-        lane.become(LaneState.UP)
+        lane.accepted, lane.refused, lane.bdat = 0, {}, None
+        lane.become(LaneState.UP if active else LaneState.SUSPENDED)
         lane.has_mail = True
         self._mark(lane)
-
-    def suspend_lane(self, account_id: str) -> None:
-        """Deliver nothing more for the account; what is on the wire finishes."""
-        self.lanes[account_id].become(LaneState.SUSPENDED)
-        self._recall(self.lanes[account_id])
 
     def remove_lane(self, account_id: str) -> None:
         """Stop delivering for an account that is gone; messages on the wire finish, for good or ill.
@@ -8571,18 +8560,16 @@ class Dispatcher(Loop):
         if lane.windows.held:
             self._held_windows[lane.account.id] = lane.windows
 
-    def suspend(self) -> None:
-        self.active = False
-        self.recall()
+    def switch(self, *, active: bool) -> None:
+        """Deliver, or begin nothing more."""
+        if active is not self.active:
+            self.active = active
+            self.recall()
 
     def recall(self) -> None:
         """Call back what is not on the wire yet; what may go all the same is claimed anew."""
         for lane in self.lanes.values():
             self._recall(lane)
-        self.wake(self.lanes)
-
-    def activate(self) -> None:
-        self.active = True
         self.wake(self.lanes)
 
     def _mark(self, lane: Lane) -> None:
@@ -8610,7 +8597,6 @@ class Dispatcher(Loop):
     # -- the loop
 
     async def turn(self) -> float:
-        self.count_sent()
         if not self.leases.lasts():  # nothing may begin; when it is buried, others have the lanes by now
             for lane in self.lanes.values():
                 (self._let_others if self.leases.buried else self._recall)(lane)
@@ -8686,10 +8672,7 @@ class Dispatcher(Loop):
                 room = lane.windows.room(now) if wants else 0
                 if room or (wants and not lane.windows.held):  # what is on the wire may yet give its slot back
                     most = min(wants, room) or lane.account.batch_size  # those are held back
-                    orders[lane] = Order(
-                        lane.account.id, most, lane.retried_first, frozenset(() if lane.aside_too else lane.aside)
-                    )
-                    lane.aside_too = False
+                    orders[lane] = Order(lane.account.id, most, lane.retried_first, frozenset(lane.aside))
                     lane.has_mail = False  # a wake during the claim sets it again
                 due_at = min([lane.until, *(session.opened_at + lane.account.ttl for session in lane.idle)])
                 if due_at < math.inf:
@@ -8718,13 +8701,13 @@ class Dispatcher(Loop):
 
     async def _claim(self, orders: Mapping[Lane, Order]) -> None:
         """Take the lanes' next messages out of the queue: small ones are ready, others are put together first."""
-        found = await self.queue.claim(list(orders.values()))
+        found, again = await self.queue.claim(list(orders.values())), dict[Lane, Order]()
         for (lane, order), claims in zip(orders.items(), found, strict=True):
+            if order.passed_over and not claims:  # there is nothing else: they have their turn, too
+                again[lane] = order._replace(passed_over=frozenset())
+                continue
             lane.has_mail = lane.has_mail or len(claims) == order.most
             lane.retried_first ^= bool(len(claims) % 2)
-            if lane.aside and not claims:
-                lane.has_mail = lane.aside_too = bool(order.passed_over)
-                self._mark(lane)
             for claim in self._fitting(lane, claims):
                 if claim.payload is not None and not claim.parts and claim.size_bytes <= COMPOSED_INLINE_BYTES:
                     lane.ready.append((claim, None))
@@ -8733,6 +8716,8 @@ class Dispatcher(Loop):
                     self._spawn(self._prepare(lane, claim))
                     self._mark(lane)  # it takes no connection yet: another may come
             self._start_work(lane)
+        if again:
+            await self._claim(again)
 
     def _fitting(self, lane: Lane, claims: Sequence[Claim]) -> list[Claim]:
         """Those of the claims that the limits of the account have room for, held from now on. When the first of them
@@ -8752,7 +8737,6 @@ class Dispatcher(Loop):
                     lane.has_mail = True
                 else:
                     self._hold_back(lane, rest, needed)
-                    windows.held += len(rest)
                 break
             room, windows.held = room - needed, windows.held + needed
             fitting.append(claim)
@@ -8773,7 +8757,7 @@ class Dispatcher(Loop):
         for claim in claims:
             waits = untouched(claim)._replace(status=Status.DEFERRED, error=why, deferred_ts=until_ts, reason="limit")
             ended = given_up(waits, why) if fails else waits
-            self._spawn(self._conclude(lane, claim, Attempt(wall, wall, {}), ended))
+            self._spawn(self._conclude(lane, claim._replace(slots=0), Attempt(wall, wall, {}), ended))
 
     # -- from claim to connection
 
@@ -8819,9 +8803,18 @@ class Dispatcher(Loop):
 
         What it refers to is fetched first: a slow server keeps no memory from other messages.
         """
-        fetched = await self._fetched(lane, claim) if claim.parts else ()
-        if isinstance(fetched, Reply):
-            return fetched
+        fetched: Sequence[Fetched | None] = ()
+        if claim.parts:
+            taken_bytes = await self.memory.take(lane, 0 if claim.payload else claim.size_bytes)
+            try:
+                payload = claim.payload or await self.queue.payload(claim.seq)
+                attachments = await self.in_thread(lambda: stored_attachments(payload))
+            finally:
+                self.memory.give_back(lane, taken_bytes)
+            found = await self.fetcher.fetch_all(attachments)
+            if isinstance(found, Reply):
+                return found
+            fetched = found
         size_bytes = claim.size_bytes + sum(one.size_bytes for one in fetched if one is not None)
         taken_bytes, kept_bytes = await self.memory.take(lane, size_bytes * BUILD_FACTOR), 0
         try:
@@ -8834,16 +8827,6 @@ class Dispatcher(Loop):
             return composed._replace(memory_bytes=kept_bytes)
         finally:
             self.memory.give_back(lane, taken_bytes - kept_bytes)
-
-    async def _fetched(self, lane: object, claim: Claim) -> Sequence[Fetched | None] | Reply:
-        """What the message refers to, or the reply that says why it cannot be fetched."""
-        taken_bytes = await self.memory.take(lane, 0 if claim.payload else claim.size_bytes)
-        try:
-            payload = claim.payload or await self.queue.payload(claim.seq)
-            attachments = await self.in_thread(lambda: stored_attachments(payload))
-        finally:
-            self.memory.give_back(lane, taken_bytes)
-        return await self.fetcher.fetch_all(attachments)
 
     def compose(
         self, claim: Claim, payload: str, contents: Mapping[int, bytes] | None = None, fetched: Sequence[Any] = ()
@@ -8864,25 +8847,8 @@ class Dispatcher(Loop):
         smtputf8 = message.raw is None and not content.isascii()
         return Composed(content, Envelope(message.return_path, message.recipients), smtputf8)
 
-    def count_sent(self) -> None:
-        """Tell the metrics of what was sent since the last time: for many at once that takes less."""
-        for lane in self._at_work:
-            label, transactions_s, waits_s = self.metrics.label(lane.account.id), lane.transactions_s, lane.waits_s
-            lane.transactions_s, lane.waits_s = [], []
-            for histogram, seconds in (
-                (self.metrics.smtp_transaction_seconds, transactions_s), (self.metrics.queue_wait_seconds, waits_s),
-            ):  # fmt: skip
-                observe = histogram.labels(label).observe if seconds else float
-                for one in seconds:
-                    observe(one)
-            if waits_s:
-                self.metrics.messages_sent.labels(label).inc(len(waits_s))
-                self.metrics.recent.count("sent", len(waits_s))
-        self._at_work = {lane for lane in self._at_work if lane.busy}
-
     def compose_ahead(self) -> None:
         """Compose what the connections at work will take next; for now most of them wait for the disk."""
-        self.count_sent()
         for lane in self._at_work:
             for place in range(min(len(lane.ready), lane.busy)):
                 claim, composed = lane.ready[place]
@@ -8892,17 +8858,15 @@ class Dispatcher(Loop):
 
     async def _unless_recalled(self, lane: Lane, expires_ts: int | None, work: Coroutine[Any, Any, T]) -> T | None:
         """What the work gives, or None when the lane was called back, or its message has expired, meanwhile."""
-        loop = asyncio.get_running_loop()
-        task = loop.create_task(work)
+        task = asyncio.get_running_loop().create_task(work)
         lane.recallable.add(task)
-        timer = None if expires_ts is None else loop.call_later(expires_ts - self.clock.wall(), task.cancel)
         try:
-            await asyncio.wait([task])
+            await asyncio.wait([task], timeout=None if expires_ts is None else expires_ts - self.clock.wall())
         finally:
-            if timer is not None:
-                timer.cancel()
             lane.recallable.discard(task)
             task.cancel()
+        if not task.done():
+            await asyncio.wait([task])
         return None if task.cancelled() else task.result()
 
     async def _release(self, lane: Lane, claim: Claim) -> None:
@@ -8929,6 +8893,8 @@ class Dispatcher(Loop):
                 await self._deliver(lane, claim, composed)
         finally:
             lane.busy -= 1
+            if not lane.busy:
+                self._at_work.discard(lane)
             self._mark(lane)
 
     def _part_with(self, lane: Lane, session: Session) -> None:
@@ -9083,7 +9049,7 @@ class Dispatcher(Loop):
             now = self.clock.monotonic()
             lane.bdat = True if session.bdat and lane.bdat is None else lane.bdat
             lane.seconds_each += (max(now - begun, 0.0005) - lane.seconds_each) / 4
-            lane.transactions_s.append(now - begun)
+            self.metrics.transacted(self.metrics.label(lane.account.id)).observe(now - begun)
             if lane.keeps(session, now) and self._may_go(lane):
                 lane.idle.append(session)
             else:
@@ -9100,7 +9066,7 @@ class Dispatcher(Loop):
         else:
             disposition = self._judge(lane, claim, attempt, generation, untried)
         if disposition.slot_used:
-            lane.accepted, lane.refusal, lane.refused = lane.accepted + 1, None, set()
+            lane.accepted, lane.refused = lane.accepted + 1, {}
             if lane.aside:
                 lane.others_pass(claim.seq, attempt.started_at)
                 self._mark(lane)
@@ -9183,8 +9149,10 @@ class Dispatcher(Loop):
         used = slots_used(claim, attempt, disposition)
         await self._record(Outcome(claim, attempt, disposition, sent=used))
         if disposition.status is Status.SENT:
-            self._at_work.add(lane)
-            lane.waits_s.append(max(0.0, attempt.ended_at - claim.ready_at))
+            label = self.metrics.label(claim.account_id)
+            self.metrics.sent(label).inc()
+            self.metrics.waited(label).observe(max(0.0, attempt.ended_at - claim.ready_at))
+            self.metrics.recent.count("sent")
         if disposition is not SENT_TO_ALL or self.log_deliveries:
             self._tell(claim, attempt, disposition)
         lane.windows.count(self.clock.monotonic(), used)
@@ -9223,21 +9191,19 @@ class Dispatcher(Loop):
 
     def _tell(self, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
         label, connection = self.metrics.label(claim.account_id), attempt.connection or None
-        if disposition.status is Status.SENT:
-            if disposition.error is not None:
-                self.metrics.messages_partly_refused.labels(label).inc()
-                error = disposition.error
-                self._say(claim, "message sent to some", logging.WARNING, connection=connection, error=error)
-            elif self.log_deliveries:
-                self._say(claim, "message sent", connection=connection, recipients=len(attempt.replies))
-        elif disposition.status is Status.ERROR:
+        status, error, until = disposition.status, disposition.error, disposition.deferred_ts
+        if status is Status.SENT and error is not None:
+            self.metrics.messages_partly_refused.labels(label).inc()
+            self._say(claim, "message sent to some", logging.WARNING, connection=connection, error=error)
+        elif status is Status.SENT and self.log_deliveries:
+            self._say(claim, "message sent", connection=connection, recipients=len(attempt.replies))
+        elif status is Status.ERROR:
             self.metrics.count_ended(label, disposition)
-            self._say(claim, "message failed", logging.WARNING, connection=connection, error=disposition.error)
-        elif disposition.status is Status.DEFERRED:
+            self._say(claim, "message failed", logging.WARNING, connection=connection, error=error)
+        elif status is Status.DEFERRED:
             self.metrics.messages_deferred.labels(label, disposition.reason).inc()
             self.metrics.recent.count("deferred")
-            until = disposition.deferred_ts
-            self._say(claim, "message deferred", connection=connection, until=until, error=disposition.error)
+            self._say(claim, "message deferred", connection=connection, until=until, error=error)
 
     def _say(self, claim: Claim, what: str, level: int = logging.INFO, **fields: Any) -> None:
         event(self.log, level, what, message=claim.id, account=claim.account_id, **fields)
@@ -9310,12 +9276,10 @@ def webhook_signature(key: bytes, message_id: str, timestamp: int, body: bytes) 
 
 def parse_acknowledgement(status: int, body: bytes) -> Acknowledgement:
     """What an answer to a report means; of its JSON only the few known fields are looked at."""
-    try:
+    answer: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(body)
-    except (ValueError, RecursionError):
-        answer = {}
-    if not isinstance(answer, dict):
-        answer = {}
+    answer = answer if isinstance(answer, dict) else {}
     remarks = tuple((name, _remark(answer[name])) for name in ("error", "not_found") if answer.get(name))
     if not 200 <= status < 300:
         return Acknowledgement("refused", f"the upstream answered {status}", remarks=remarks)
@@ -9354,17 +9318,11 @@ class Reporter(Loop):
     """Reports every state once it is on disk, until the upstream has acknowledged it."""
 
     work = "reporting"
-    queue: Queue
     client: ClientSettings  # this and the next are replaced when the configuration is read again
     delivery: DeliverySettings
-    clock: Clock
     call: Callable[[str, bytes], Awaitable[HttpAnswer]]  # an id, the same however often it is tried, and the body
     dispatching: Callable[[], bool]
-    in_thread: InThread
-    metrics: Metrics
-    log: logging.Logger
     submissions: int = 0  # accepted so far
-    leases: Leases = field(default_factory=Leases)  # of several machines one reports
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -9765,14 +9723,14 @@ class ControlPlane:
     time, on disk before it is in force: what the storage refuses has changed nothing."""
 
     queue: Queue
+    clock: Clock
+    in_thread: InThread
+    metrics: Metrics
+    log: logging.Logger
+    leases: Leases
     dispatcher: Dispatcher
     reporter: Reporter
-    clock: Clock
-    metrics: Metrics
-    in_thread: InThread
-    log: logging.Logger
     settings: Callable[[], Settings]
-    leases: Leases
     _configured: Sequence[Account] = ()
     _known: Known | None = None  # what the lanes go by
     _wrote_at: float = -math.inf  # for a look whether the storage answers
@@ -9839,7 +9797,6 @@ class ControlPlane:
     async def get_status(self, request: Request) -> Response:
         """Show what waits, and the state of each account."""
         tallies, oldest_ts, failed = await self.queue.tallies()
-        self.dispatcher.count_sent()
         pending = collections.Counter({id_: tally.ready + tally.waiting for id_, tally in tallies.items()})
         shown, of_all = await self.leases.everywhere()
         nobody, lanes = {"node": None} if of_all else {}, self.dispatcher.lanes.items()
@@ -9871,7 +9828,6 @@ class ControlPlane:
     async def get_metrics(self, request: Request) -> Response:
         """Show metrics for Prometheus."""
         tallies, oldest, _ = await self.queue.tallies()
-        self.dispatcher.count_sent()
         metrics = self.metrics
         metrics.messages_pending.set(sum(tally.ready + tally.waiting for tally in tallies.values()))
         metrics.messages_in_delivery.set(self.queue.in_delivery)
@@ -10052,10 +10008,10 @@ class ControlPlane:
                 if self._account(account_id) is None:
                     raise HttpError(404, NO_ACCOUNT)
                 await (self.queue.activate if active else self.queue.suspend)(account_id)
-                (dispatcher.activate_lane if active else dispatcher.suspend_lane)(account_id)
+                dispatcher.switch_lane(account_id, active=active)
             else:
                 await self.queue.set_switch("active", active)
-                (dispatcher.activate if active else dispatcher.suspend)()
+                dispatcher.switch(active=active)
             await self._tell_nodes(f"renew {account_id}" if account_id and active else "")
         what = "delivery activated" if active else "delivery suspended"
         event(self.log, logging.INFO, what, account=account_id, batch=batch_code)
@@ -10235,11 +10191,10 @@ class ControlPlane:
             commands = {name for name, number in said.switches.items() if number > known.switches.get(name, 0)}
             for id_, lane in dispatcher.lanes.items():
                 if (lane.state is LaneState.SUSPENDED) is not (id_ in said.suspended) or f"renew {id_}" in commands:
-                    (dispatcher.suspend_lane if id_ in said.suspended else dispatcher.activate_lane)(id_)
+                    dispatcher.switch_lane(id_, active=id_ not in said.suspended)
             if said.batches != known.batches:
                 dispatcher.recall()
-            if (active := bool(said.switches.get("active", dispatcher.active))) is not dispatcher.active:
-                (dispatcher.activate if active else dispatcher.suspend)()
+            dispatcher.switch(active=bool(said.switches.get("active", dispatcher.active)))
             if "run_now" in commands:
                 self.reporter.run_now()
                 dispatcher.run_now()
@@ -10431,15 +10386,9 @@ class Daemon:
         self._network, self._work = InThread(self._pools[0]), InThread(self._pools[1], computes=True)
         self._tokens: tuple[bytes, ...] = ()
         self._waits = False  # for its database
-        self._queue = Queue(
-            queue_file(
-                settings.storage.db_path,
-                environ,
-                observe_commit=self._metrics.storage_commit_seconds.observe,
-                observe_refusal=self._metrics.storage_commit_failures.inc,
-            ),
-            now=self._clock.wall,
-        )
+        took, refused = self._metrics.storage_commit_seconds.observe, self._metrics.storage_commit_failures.inc
+        file = queue_file(settings.storage.db_path, environ, observe_commit=took, observe_refusal=refused)
+        self._queue = Queue(file, now=self._clock.wall)
 
     # -- the life of it
 
@@ -10487,41 +10436,29 @@ class Daemon:
         return True
 
     async def _build(self) -> None:
-        queue, settings, clock, metrics = self._queue, self.settings, self._clock, self._metrics
+        settings, queue = self.settings, self._queue
         self._leases = Leases(queue.file, self._node, lambda: self.settings.delivery.send_interval_seconds, self._log)
         memory_bytes = settings.attachments.memory_budget_bytes
         self._agent = await delivery_agent(self._environ, self._network)
+        common = (queue, self._clock, self._work, self._metrics, self._log)
         self._reporter = Reporter(
-            queue,
-            settings.client,
-            settings.delivery,
-            clock=clock,
-            call=self._call_upstream,
-            dispatching=lambda: self._dispatcher.busy,
-            in_thread=self._work,
-            metrics=metrics,
-            log=self._log,
+            *common, settings.client, settings.delivery, self._call_upstream, lambda: self._dispatcher.busy,
             leases=self._leases,
-        )
+        )  # fmt: skip
         self._dispatcher = Dispatcher(
-            queue,
+            *common,
             settings.delivery,
-            clock=clock,
+            self._fetcher(),
             jitter=lambda: random.uniform(-1, 1),
             open_session=self._agent.open_session,
-            fetcher=self._fetcher(),
             memory=Shares(memory_bytes, small=memory_bytes // SMALL_PART),
-            in_thread=self._work,
-            metrics=metrics,
-            log=self._log,
             reports_due=self._reporter.ring,
             active=settings.scheduler.active,
+            log_deliveries=settings.logging.delivery_activity,
             leases=self._leases,
         )
-        self._dispatcher.log_deliveries = settings.logging.delivery_activity
         queue.file.meanwhile = self._dispatcher.compose_ahead
-        rooms = (queue, self._dispatcher, self._reporter)
-        self._control = ControlPlane(*rooms, clock, metrics, self._work, self._log, lambda: self.settings, self._leases)
+        self._control = ControlPlane(*common, self._leases, self._dispatcher, self._reporter, lambda: self.settings)
         self._leases.shown = self._control.lanes_here
 
     async def _listen(self) -> str:

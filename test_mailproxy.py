@@ -12299,8 +12299,8 @@ class ReporterRig(QueueRig):
         self.calls: list[tuple[float, str, list[str]]] = []  # when, id, ids of the messages
         self.inside: Callable[[], object] | None = None
         self.reporter = mailproxy.Reporter(
-            self.queue, mailproxy.ClientSettings(**{"client_sync_url": "http://upstream.test/", **client}),
-            mailproxy.DeliverySettings(**(delivery or {})), call=self._call, dispatching=lambda: False,
+            self.queue, client=mailproxy.ClientSettings(**{"client_sync_url": "http://upstream.test/", **client}),
+            delivery=mailproxy.DeliverySettings(**(delivery or {})), call=self._call, dispatching=lambda: False,
             clock=mailproxy.Clock(lambda: self.now, lambda: self.monotonic), in_thread=asyncio.to_thread,
             metrics=mailproxy.Metrics("test"), log=logging.getLogger("mailproxy"),
         )  # fmt: skip
