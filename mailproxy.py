@@ -5123,10 +5123,9 @@ class Leases:
         """Let others have these lanes, of which nothing is on the wire."""
         if held := self._held.intersection(lanes):
             self._held -= held
+            given_up = "DELETE FROM leases WHERE account_id = ANY(:ids) AND instance = :mine"
             with contextlib.suppress(StorageUnavailable):
-                await self._write(
-                    "DELETE FROM leases WHERE account_id = ANY(:ids) AND instance = :mine", ids=list(held)
-                )
+                await self._write(given_up, ids=list(held))
             self.ring(tell=True)
 
     async def leave(self) -> None:
@@ -8282,13 +8281,7 @@ class Turn:
         allowed = set(list(dict.fromkeys(domains.values()))[: offers.rcpt_domain_max])
         return tuple([one for one in left if not domains or domains[one] in allowed][: int(min(most, len(left)))])
 
-    def learn(
-        self,
-        replies: Mapping[str, Reply],
-        before: Mapping[str, Any],
-        after: Mapping[str, RecipientOutcome],
-        accepted: int,
-    ) -> None:
+    def learn(self, replies: Mapping[str, Reply], before: Outcomes, after: Outcomes, accepted: int) -> None:
         """A transaction is over, and the message goes on at once with who is left."""
         heard = {one for one in replies if after.get(one) is not before.get(one) and after[one] != UNTRIED}
         waits = {one for one in replies if one in after and after[one].status is Status.DEFERRED}
@@ -8372,11 +8365,6 @@ class Lane:
             and session.transactions < self.account.max_messages_per_connection
         )
 
-    @property
-    def connections(self) -> int:
-        """The sessions that are open."""
-        return sum(session.usable for session in self.sessions)
-
     # -- what it learns
 
     def become(self, state: LaneState, until: float = math.inf) -> None:
@@ -8452,9 +8440,10 @@ class Lane:
             until = self.next_try_ts()
         elif self.state is LaneState.LIMITED:
             reason, until = "rate limit reached", math.ceil(self.clock.wall() + self.until - self.clock.monotonic())
+        shown = {"state": self.state, "reason": reason, "since": self.since, "until": until}
         left = self.windows.left(self.clock.monotonic())
-        status = {"state": self.state, "reason": reason, "since": self.since, "until": until}
-        return {**status, "connections": self.connections, **({"limits_left": left} if left else {})}
+        connections = sum(session.usable for session in self.sessions)
+        return {**shown, "connections": connections, **({"limits_left": left} if left else {})}
 
 
 @dataclass(eq=False, repr=False)
@@ -8737,6 +8726,7 @@ class Dispatcher(Loop):
                     lane.has_mail = True
                 else:
                     self._hold_back(lane, rest, needed)
+                    windows.held += len(rest)
                 break
             room, windows.held = room - needed, windows.held + needed
             fitting.append(claim)
@@ -8757,7 +8747,7 @@ class Dispatcher(Loop):
         for claim in claims:
             waits = untouched(claim)._replace(status=Status.DEFERRED, error=why, deferred_ts=until_ts, reason="limit")
             ended = given_up(waits, why) if fails else waits
-            self._spawn(self._conclude(lane, claim._replace(slots=0), Attempt(wall, wall, {}), ended))
+            self._spawn(self._conclude(lane, claim, Attempt(wall, wall, {}), ended))
 
     # -- from claim to connection
 
@@ -8948,7 +8938,7 @@ class Dispatcher(Loop):
         session: Session | Reply | None = None
         name, reused = "", False
         if left and not replies:
-            session = self._idle(lane) or await self._session(lane, claim.expires_ts)
+            session = await self._session(lane, claim.expires_ts)
             if isinstance(session, Reply):
                 if generation == lane.generation or lane.state is LaneState.COOLING:
                     replies, left = {"": session}, []
@@ -8974,21 +8964,16 @@ class Dispatcher(Loop):
             turn.learn(replies, before, goes_on.recipients or {}, accepted)
         return goes_on
 
-    def _idle(self, lane: Lane) -> Session | None:
-        """An idle session of the lane that may go on."""
-        while lane.idle:
-            idle = lane.idle.pop()
-            if lane.keeps(idle, self.clock.monotonic()):
-                return idle
-            self._part_with(lane, idle)
-        return None
-
     async def _session(self, lane: Lane, expires_ts: int | None) -> Session | Reply | None:
-        """A new session of the lane; a reply says why there is none. None: called back, or expired.
+        """An idle session of the lane, or a new one; a reply says why there is none. None: called back, or expired.
 
         While no session is open, one connection goes first: the others may connect once its server answers,
         and log in once it is in.
         """
+        while lane.idle:
+            if lane.keeps(idle := lane.idle.pop(), self.clock.monotonic()):
+                return idle
+            self._part_with(lane, idle)
         generation, goes_first = lane.generation, not (lane.sessions or lane.first_is_in)
         if goes_first:
             lane.first_is_in = asyncio.Event()
@@ -9224,8 +9209,7 @@ class Dispatcher(Loop):
     def drain(self) -> None:
         """Claim nothing more; run() returns, and drained() when the transactions in progress have ended."""
         self.stop()
-        for lane in self.lanes.values():
-            self._recall(lane)
+        self.recall()
 
     async def drained(self) -> None:
         """Until nothing is on the wire; each lane goes to another node as soon as nothing of it is."""
@@ -9437,10 +9421,8 @@ class Reporter(Loop):
             self._failures += 1
             self._tried_up_to = states[-1].report_order if states else 0
             self._next_at, self._why = now + pause_s, Why.RETRY
-            event(
-                self.log, logging.WARNING, "report not acknowledged", entries=len(states), error=answer.problem,
-                next_try_in_seconds=pause_s,
-            )  # fmt: skip
+            what, entries, error = "report not acknowledged", len(states), answer.problem
+            event(self.log, logging.WARNING, what, entries=entries, error=error, next_try_in_seconds=pause_s)
             return
         event(self.log, logging.DEBUG, "report acknowledged", entries=len(states))
         if self._failures:
@@ -9820,10 +9802,6 @@ class ControlPlane:
             "recent": self.metrics.recent.columns(),
         }
         return json_response({**status, **of_all})
-
-    def lanes_here(self) -> dict[str, object]:
-        """The states of the lanes of this node, for the others to show."""
-        return {id_: lane.status() for id_, lane in self.dispatcher.lanes.items() if lane.mine}
 
     async def get_metrics(self, request: Request) -> Response:
         """Show metrics for Prometheus."""
@@ -10395,7 +10373,6 @@ class Daemon:
     async def run(self, *, started: Callable[[str], None] = lambda url: None, signals: bool = True) -> int:
         """Serve until stop() or a signal; return the exit status. Raises ConfigurationError when it cannot start."""
         self._tokens = tuple(token.encode() for token in api_tokens(self.settings, self._environ))
-        configured = configured_accounts(self.settings)
         loop = asyncio.get_running_loop()
         loop.set_default_executor(self._pools[0])  # asyncio looks up names there
         if signals:
@@ -10404,8 +10381,8 @@ class Daemon:
             loop.add_signal_handler(signal.SIGHUP, self._asked_to_renew.set)
         try:
             await self._build()
-            self._waits = not await self._begin(configured)
-            status = await self._serve(await self._listen(), started, configured)
+            self._waits = not await self._begin()
+            status = await self._serve(await self._listen(), started)
         finally:
             await self._queue.file.close()
             loop.set_default_executor(concurrent.futures.ThreadPoolExecutor())  # the loop waits for this one at its end
@@ -10420,8 +10397,9 @@ class Daemon:
             self._hurry.set()
         self._stopping.set()
 
-    async def _begin(self, configured: Sequence[Account]) -> bool:
+    async def _begin(self) -> bool:
         """Open the queue, and take up what was left in it; False while its database is away."""
+        configured = configured_accounts(self.settings)
         try:
             await self._network(self._queue.file.open)
             await self._queue.load()
@@ -10459,7 +10437,8 @@ class Daemon:
         )
         queue.file.meanwhile = self._dispatcher.compose_ahead
         self._control = ControlPlane(*common, self._leases, self._dispatcher, self._reporter, lambda: self.settings)
-        self._leases.shown = self._control.lanes_here
+        lanes = self._dispatcher.lanes
+        self._leases.shown = lambda: {id_: lane.status() for id_, lane in lanes.items() if lane.mine}
 
     async def _listen(self) -> str:
         """Open the HTTP side; return where it is, as a URL."""
@@ -10527,37 +10506,31 @@ class Daemon:
         wanted = self.settings.server.max_connections
         most = min(wanted, allowed // HTTP_SHARE)
         if most < wanted:
-            event(
-                self._log, logging.WARNING, "low limit of open files: fewer HTTP connections", files=allowed, most=most
-            )
+            what = "low limit of open files: fewer HTTP connections"
+            event(self._log, logging.WARNING, what, files=allowed, most=most)
         return most
 
-    async def _serve(self, where: str, started: Callable[[str], None], configured: Sequence[Account]) -> int:
+    async def _serve(self, where: str, started: Callable[[str], None]) -> int:
         pid, node = os.getpid(), self._node
         event(self._log, logging.INFO, "mailproxy listens", at=where, version=__version__, pid=pid, node=node)
         watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
         while self._waits and not self._stopping.is_set():
             self._systemd.tell("READY=1")
             await self._ends(asyncio.create_task(self._stopping.wait()), STORAGE_PAUSE_S)
-            self._waits = not await self._begin(configured)
-        loops = {
-            asyncio.create_task(self._dispatcher.run(), name="dispatcher"),
-            asyncio.create_task(self._reporter.run(), name="reporter"),
-        }
-        follower = asyncio.create_task(self._control.follow(), name="follower")
+            self._waits = not await self._begin()
+        runs = {"follower": self._control.follow, "dispatcher": self._dispatcher.run, "reporter": self._reporter.run}
+        follower, *loops = [asyncio.create_task(run(), name=name) for name, run in runs.items()]
         beside = [follower, asyncio.create_task(self._renew()), asyncio.create_task(self._take_spool())]
-        loops.add(follower)
         asked = asyncio.create_task(self._stopping.wait(), name="stop")
-        accounts = [lane.account for lane in self._dispatcher.lanes.values()]
-        for warning in await self._work(
-            lambda: [*self.settings.warnings, *left_open(self.settings, accounts, self._environ)]
-        ):
+        settings, accounts = self.settings, [lane.account for lane in self._dispatcher.lanes.values()]
+        left = await self._work(lambda: list(left_open(settings, accounts, self._environ)))
+        for warning in (*settings.warnings, *left):
             event(self._log, logging.WARNING, warning)
         self._systemd.tell("READY=1")
         started(where)
-        ended, _ = await asyncio.wait({*loops, asked}, return_when=asyncio.FIRST_COMPLETED)
+        ended, _ = await asyncio.wait({follower, *loops, asked}, return_when=asyncio.FIRST_COMPLETED)
         self._systemd.tell("STOPPING=1")
-        for task in loops & ended:
+        for task in ended - {asked}:
             failure = None if task.cancelled() else task.exception()
             event(self._log, logging.CRITICAL, "a loop ended", loop=task.get_name(), exc_info=failure)
         status = 0 if self._stopping.is_set() else 1
@@ -10568,7 +10541,7 @@ class Daemon:
         watchdog.cancel()
         return status
 
-    async def _drain(self, loops: set[asyncio.Task[None]]) -> None:
+    async def _drain(self, loops: Sequence[asyncio.Task[None]]) -> None:
         """Answer the requests in progress, finish the transactions on the wire, then the loops."""
         timeout_s = self.settings.delivery.shutdown_timeout_seconds
         on_the_wire = self._queue.in_delivery
