@@ -71,7 +71,7 @@ from email.utils import getaddresses
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import aiosmtplib
 import dkim
@@ -803,12 +803,14 @@ class Forked:
     """The program in a process of its own: what subprocess.Popen([sys.executable, STARTER, ...]) is, in a fifth of its
     time. What Python itself, or the C library, reads in its environment at its start has no effect."""
 
-    def __init__(self, words: Sequence[object], *, cwd: Path, env: Mapping[str, str], **files: IO[bytes]) -> None:
-        order = json.dumps([[str(STARTER), *map(str, words)], str(cwd), dict(env)]).encode()
+    def __init__(
+        self, words: Sequence[object], *, cwd: Path, env: Mapping[str, str], called: object = STARTER, **files: Any
+    ) -> None:
+        order = json.dumps([[str(called), *map(str, words)], str(cwd), dict(env)]).encode()
         self._line, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         with theirs:
-            given = [*(files[name].fileno() for name in ("stdin", "stdout", "stderr")), theirs.fileno()]
-            socket.send_fds(forker(), [order], given)
+            given = [*(files[name] for name in ("stdin", "stdout", "stderr")), theirs]
+            socket.send_fds(forker(), [order], [file if isinstance(file, int) else file.fileno() for file in given])
         self.pid, self.returncode = int(self._line.recv(20)), None
 
     def poll(self) -> int | None:
@@ -833,13 +835,13 @@ class Forked:
 
 
 def start_program(
-    words: Sequence[object], *, env: Mapping[str, str], **options: Any
+    words: Sequence[object], *, env: Mapping[str, str], called: object = STARTER, **options: Any
 ) -> subprocess.Popen[bytes] | Forked:
     """The program as a process, forked where the environment changes nothing that would take a Python of its own."""
     early = re.compile("PYTHON|LC_|LANG|LD_|MALLOC_|TZ")
     if any(early.match(name) and value != os.environ.get(name) for name, value in env.items()):
-        return subprocess.Popen([sys.executable, STARTER, *words], env={**env, "PYTHONUTF8": "1"}, **options)
-    return Forked(words, env=env, **options)
+        return subprocess.Popen([sys.executable, called, *words], env={**env, "PYTHONUTF8": "1"}, **options)
+    return Forked(words, env=env, called=called, **options)
 
 
 class Daemon:
@@ -14530,14 +14532,15 @@ def test_the_unit_test_of_the_notifier_needs_no_systemd() -> None:
 
 
 def run_command(
-    *words: object, folder: Path | None = None, environment: Mapping[str, str] | None = None, stdin: bytes = b""
-) -> Ended:
+    *words: object, folder: Path | None = None, environment: Mapping[str, str] | None = None, stdin: bytes = b"",
+    called: object = STARTER,
+) -> Ended:  # fmt: skip
     """Run the program as a user does, with nothing of ours in its environment."""
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as complaints:
         given.write(stdin)
         given.seek(0)
         outside = {"cwd": folder or Path.cwd(), "env": {**_plain_environment(), **(environment or {})}}
-        command = start_program(words, stdin=given, stdout=out, stderr=complaints, **outside)
+        command = start_program(words, called=called, stdin=given, stdout=out, stderr=complaints, **outside)
         try:
             status = command.wait(60)
         finally:
@@ -14588,16 +14591,37 @@ def asking(daemon: Daemon, here: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     return here
 
 
+class Running(Forked):
+    """A command that writes to pipes, as subprocess.Popen has them."""
+
+    def __init__(
+        self, *words: object, stdout: int = subprocess.PIPE, cwd: object = ".", env: Mapping[str, str]
+    ) -> None:
+        piped = stdout == subprocess.PIPE
+        (out, stdout), (complaints, stderr) = os.pipe() if piped else (None, stdout), os.pipe()
+        self.stdout, self.stderr = os.fdopen(out) if piped else None, os.fdopen(complaints)
+        with open(os.devnull) as nothing:
+            super().__init__(words, cwd=Path(str(cwd)).absolute(), env=env, stdin=nothing, stdout=stdout, stderr=stderr)
+        for descriptor in [stderr] + [stdout] * piped:
+            os.close(descriptor)
+
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+        """What it wrote besides, which is not much, once it has ended."""
+        self.wait(timeout)
+        return self.stdout.read() if self.stdout else "", self.stderr.read()
+
+    def close(self) -> None:
+        self.kill()
+        self.wait(60)
+        for file in filter(None, (self.stdout, self.stderr)):
+            file.close()
+
+
 @contextlib.contextmanager
-def running(*words: object, stdout: int = subprocess.PIPE, **options: Any) -> Iterator[subprocess.Popen[str]]:
+def running(*words: object, env: Mapping[str, str] | None = None, **options: Any) -> Iterator[Running]:
     """A command that goes on until it is told to stop, or is killed at the end of the test."""
-    command = [sys.executable, "-u", str(STARTER), *map(str, words)]
-    options = {"env": _plain_environment(), "stdout": stdout, "stderr": subprocess.PIPE, "text": True, **options}
-    with subprocess.Popen(command, **options) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    with contextlib.closing(Running(*words, env=_plain_environment() if env is None else env, **options)) as process:
+        yield process
 
 
 def on_screen(
@@ -15715,12 +15739,8 @@ def test_by_the_names_mailq_and_newaliases_sendmail_lists_the_queue_and_does_not
     local: Daemon, tmp_path: Path
 ) -> None:
     def called(name: str, *words: str) -> tuple[int, str, str]:
-        link = tmp_path / name
-        link.unlink(missing_ok=True)
-        link.symlink_to(STARTER)
         config = {"MAILPROXY_CONFIG": str(local.folder / "config.ini"), "MAILPROXY_URL": url_of(local), **SESAME}
-        command, environment = [sys.executable, link, *words], _plain_environment() | config
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        ended = run_command(*words, environment=config, called=tmp_path / name)
         return ended.returncode, ended.stdout, ended.stderr
 
     assert called("mailq") == (0, "Mail queue is empty\n", "")
