@@ -7324,6 +7324,12 @@ class HttpError(MailproxyError):
         return json_response(content, self.status)._replace(headers=self.headers)
 
 
+def ensure(holds: object, status: int, error: str, **extra: Any) -> None:
+    """Raises HttpError unless it holds; for sentences that cost nothing to write."""
+    if not holds:
+        raise HttpError(status, error, **extra)
+
+
 class ClientGone(EOFError):
     """The connection is over: nobody is there to be answered."""
 
@@ -7372,8 +7378,7 @@ class Request:
             raise HttpError(505, f"HTTP/{self.version} is not supported; use HTTP/1.1")
         if method in KNOWN_METHODS:
             self.method = method
-        if fields and not FIELD_LINES.fullmatch(fields):
-            raise HttpError(400, "a header line is malformed")
+        ensure(not fields or FIELD_LINES.fullmatch(fields), 400, "a header line is malformed")
         lines = fields.split("\r\n") if fields else []
         if len(lines) > HTTP_HEADERS:
             raise HttpError(431, f"more than {HTTP_HEADERS} headers")
@@ -7383,10 +7388,8 @@ class Request:
             name, value = name.lower(), value.strip(" \t")
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         host = headers.get("host")
-        if host is None and self.version == "1.1":
-            raise HttpError(400, "the Host header is missing")
-        if host and not HOST_FIELD.fullmatch(host):
-            raise HttpError(400, "the Host header is malformed")
+        ensure(host is not None or self.version == "1.0", 400, "the Host header is missing")
+        ensure(not host or HOST_FIELD.fullmatch(host), 400, "the Host header is malformed")
         return target
 
 
@@ -7427,8 +7430,7 @@ def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, objec
         for _ in range(JSON_DEPTH):
             members = (outer.values() if isinstance(outer, dict) else outer for outer in level)
             level = [inner for inner in itertools.chain.from_iterable(members) if isinstance(inner, dict | list)]
-        if level:
-            raise HttpError(400, f"the JSON is nested deeper than {JSON_DEPTH} levels", code="bad_json")
+        ensure(not level, 400, f"the JSON is nested deeper than {JSON_DEPTH} levels", code="bad_json")
     for name, value in content.items():
         if name != judged and (half := HALF_A_PAIR.search(as_json({name: value}))):
             raise HttpError(400, f"{name} contains half a surrogate pair (\\u{ord(half[0]):04x})", code="bad_json")
@@ -7488,8 +7490,7 @@ def parse_target(target: str) -> tuple[str, tuple[str, ...], dict[str, list[str]
     """The path as sent, its decoded segments, and the query, of a target (RFC 9112 3.2.1, 3.2.2)."""
     if origin := ABSOLUTE_FORM.match(target):
         target = "/" + target[origin.end() :].removeprefix("/")
-    if not target.startswith("/") or "#" in target:
-        raise HttpError(400, "the request target is not a path")
+    ensure(target.startswith("/") and "#" not in target, 400, "the request target is not a path")
     path, _, query = target.partition("?")
     for part in (path, *query.split("&")) if "%" in target else ():
         try:
@@ -7568,14 +7569,12 @@ class ServedConnection(Served):
         announced, coding = request.headers.get("content-length"), request.headers.get("transfer-encoding")
         length: int | None = 0  # None: chunked; whatever two readers might take in two ways is refused (RFC 9112 6.3)
         if coding is not None:
-            if announced is not None or request.version == "1.0":
-                raise HttpError(400, "Transfer-Encoding cannot be combined with Content-Length or HTTP/1.0")
-            if coding.lower() != "chunked":
-                raise HttpError(501, "the only Transfer-Encoding that is supported is chunked")
+            is_alone = announced is None and request.version == "1.1"
+            ensure(is_alone, 400, "Transfer-Encoding cannot be combined with Content-Length or HTTP/1.0")
+            ensure(coding.lower() == "chunked", 501, "the only Transfer-Encoding that is supported is chunked")
             length = None
         elif announced is not None:
-            if not (announced.isascii() and announced.isdigit()):
-                raise HttpError(400, "Content-Length must be one number")
+            ensure(announced.isascii() and announced.isdigit(), 400, "Content-Length must be one number")
             length = int(announced) if len(announced) <= 18 else 10**18
         options = request.headers.get("connection", "").lower()
         goes_on = "close" not in options and (request.version == "1.1" or "keep-alive" in options)
@@ -7607,8 +7606,7 @@ class ServedConnection(Served):
             raise HttpError(408, "the request did not arrive in time") from None
         except OSError:
             raise ClientGone from None
-        if not received:
-            raise HttpError(400, "the request ended before it was complete")
+        ensure(received, 400, "the request ended before it was complete")
         self._buffer += received
 
     async def _read_head(self, until: float) -> bytes:
@@ -7641,16 +7639,14 @@ class ServedConnection(Served):
             if not chunk:
                 break
             size += chunk
-            if size > self.server.limits.max_body_bytes:
-                raise HttpError(413, f"the body is larger than {self.server.limits.max_body_bytes} bytes")
+            most = self.server.limits.max_body_bytes
+            ensure(size <= most, 413, f"the body is larger than {most} bytes")
             await self._copy(chunk, body)
-            if await self._line():
-                raise HttpError(400, "a chunk is longer than its size")
+            ensure(not await self._line(), 400, "a chunk is longer than its size")
         for _ in range(HTTP_HEADERS):
             if not (line := await self._line()):
                 return body.getvalue() if body else b""
-            if not FIELD_LINES.fullmatch(line.decode("latin-1")):
-                raise HttpError(400, "a trailer is malformed")
+            ensure(FIELD_LINES.fullmatch(line.decode("latin-1")), 400, "a trailer is malformed")
         raise HttpError(431, "there are too many trailers")
 
     async def _copy(self, size: int, body: io.BytesIO | None) -> None:
@@ -7666,12 +7662,10 @@ class ServedConnection(Served):
     async def _line(self) -> bytes:
         """A line without its CRLF; 400 for a line end that is not CRLF, or a line that does not end."""
         while (end := self._buffer.find(b"\n")) < 0:
-            if len(self._buffer) > HTTP_HEAD_BYTES:
-                raise HttpError(400, "a line of the chunked body is too long")
+            ensure(len(self._buffer) <= HTTP_HEAD_BYTES, 400, "a line of the chunked body is too long")
             await self._receive(self.server.limits.body_timeout_seconds)
         line, self._buffer = self._buffer[: end + 1], self._buffer[end + 1 :]
-        if not line.endswith(b"\r\n"):
-            raise HttpError(400, "a line of the chunked body does not end with CRLF")
+        ensure(line.endswith(b"\r\n"), 400, "a line of the chunked body does not end with CRLF")
         return line[:-2]
 
     async def _send(self, request: Request, response: Response, opening: bytes) -> None:
@@ -7763,8 +7757,7 @@ class HttpServer(Listener):
         if not (route and route.public) and not self.authorised(request):
             sentence = "Invalid or missing API token"
             raise HttpError(401, sentence, headers={"WWW-Authenticate": "Bearer"}, detail=sentence)
-        if not methods:
-            raise HttpError(404, "no such path; see /openapi.json")
+        ensure(methods, 404, "no such path; see /openapi.json")
         if route is None:
             listed = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
             raise HttpError(405, f"this path allows only {listed}", headers={"Allow": listed})
@@ -9755,8 +9748,7 @@ class ControlPlane:
         """Check readiness: the storage answers, both loops run."""
         if problem := self.stalled_loop():
             raise HttpError(503, problem, code="internal")
-        if self.leases.buried:
-            raise HttpError(503, "the lease of this node is over")
+        ensure(not self.leases.buried, 503, "the lease of this node is over")
         # Anybody may ask, so it is tried once a second at most.
         if self.queue.file.refuses or self.clock.monotonic() >= self._wrote_at + 1:
             try:
@@ -9842,8 +9834,21 @@ class ControlPlane:
 
     async def submit_messages(self, request: Request) -> Response:
         """Submit messages; each is judged by itself, and what is accepted is on disk."""
-        judged, rejected, unknown = await self._judged(request)
-        queued, known = await self.store(judged, rejected)
+        fields, settings = await request.json_object(judged="messages"), self.settings()
+        messages, priority = fields.get("messages"), fields.get("default_priority")
+        if not isinstance(messages, list):
+            raise HttpError(400, "messages: must be a list of messages", code="bad_field")
+        if len(messages) > (most := settings.server.max_batch):
+            raise HttpError(413, f"messages: at most {most} in one batch, not {len(messages)}")
+        default = settings.delivery.default_priority
+        default = default if priority is None else judged(PRIORITY, priority, "default_priority")
+        if len(request.body) <= JSON_AT_ONCE_BYTES:
+            good, rejected, unknown = self._judge(messages, default)
+        else:
+            request.body = b""
+            good, rejected, unknown = await self.in_thread(functools.partial(self._judge, messages, default))
+        del fields, messages  # they may be large
+        queued, known = await self.store(good, rejected)
         if not (rejected or known or unknown):
             return Response(200, b'{"ok": true, "queued": %d, "rejected": []}\n' % queued)  # the usual one
         if rejected and not (queued or known):
@@ -9897,23 +9902,6 @@ class ControlPlane:
         id_, (good, rejected, _) = judged_mail() if is_small else await self.in_thread(judged_mail)
         await self.store(good, rejected)
         return reply_to_submission(id_, rejected[0]["reason"] if rejected else None)
-
-    async def _judged(self, request: Request) -> Judged:
-        """The messages of a batch, judged. What they were read from is let go when this returns."""
-        fields = await request.json_object(judged="messages")
-        messages = fields.get("messages")
-        if not isinstance(messages, list):
-            raise HttpError(400, "messages: must be a list of messages", code="bad_field")
-        most = self.settings().server.max_batch
-        if len(messages) > most:
-            raise HttpError(413, f"messages: at most {most} in one batch, not {len(messages)}")
-        default, given = self.settings().delivery.default_priority, fields.get("default_priority")
-        if given is not None:
-            default = judged(PRIORITY, given, "default_priority")
-        if len(request.body) <= JSON_AT_ONCE_BYTES:
-            return self._judge(messages, default)
-        request.body = b""
-        return await self.in_thread(lambda: self._judge(messages, default))
 
     def _judge(self, messages: Sequence[object], default_priority: int) -> Judged:
         """Each message as it is to be stored, or the reason why not; of an id only the first can be taken."""
@@ -9983,8 +9971,7 @@ class ControlPlane:
                 elif await self.queue.suspend_batch(batch_code):
                     dispatcher.recall()
             elif account_id is not None:
-                if self._account(account_id) is None:
-                    raise HttpError(404, NO_ACCOUNT)
+                ensure(self._account(account_id), 404, NO_ACCOUNT)
                 await (self.queue.activate if active else self.queue.suspend)(account_id)
                 dispatcher.switch_lane(account_id, active=active)
             else:
@@ -10124,8 +10111,7 @@ class ControlPlane:
                 self.dispatcher.remove_lane(account_id)
                 await self._tell_nodes()
             ended = await self._fail_orphans(account_id)
-        if not (known or ended):
-            raise HttpError(404, NO_ACCOUNT)
+        ensure(known or ended, 404, NO_ACCOUNT)
         failed = sum(how.status is Status.ERROR for how in ended)
         event(self.log, logging.INFO, "account deleted", account=account_id, failed=failed)
         return json_response({"ok": True, "failed": failed})
@@ -10260,8 +10246,7 @@ def ids_of(fields: Mapping[str, object]) -> list[str]:
     ids = fields.get("ids")
     if not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
         raise HttpError(400, "ids: must be a list of message ids", code="bad_field")
-    if len(ids) > MAX_IDS:
-        raise HttpError(413, f"ids: at most {MAX_IDS} in one call")
+    ensure(len(ids) <= MAX_IDS, 413, f"ids: at most {MAX_IDS} in one call")
     return list(dict.fromkeys(ids))
 
 
