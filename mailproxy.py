@@ -3653,9 +3653,8 @@ NUMBERS_OF_FILE = (
     "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'messages'), 0), "
     "coalesce((SELECT max(report_order) FROM messages WHERE report_order IS NOT NULL), 0)"
 )
-# The value changes each time, for SQLite writes nothing where nothing changes.
-SAY_IT_ANSWERS = (
-    "INSERT INTO switches VALUES ('answers', 1) ON CONFLICT (name) DO UPDATE SET value = 1 - switches.value"
+ONE_MORE = (
+    "INSERT INTO switches VALUES (:name, 1) ON CONFLICT (name) DO UPDATE SET value = switches.value + 1 RETURNING value"
 )
 
 
@@ -3721,6 +3720,15 @@ class Standing(NamedTuple):
     held_back: bool  # some of its mail waits for its limits
 
 
+class Known(NamedTuple):
+    """What was set over HTTP, on whichever node."""
+
+    definitions: dict[str, str]  # of the accounts that were added
+    switches: dict[str, int]  # commands of all nodes, too: how often they were given
+    suspended: dict[str, int]  # accounts
+    batches: dict[str, int]  # that are suspended
+
+
 class Record(NamedTuple):
     """A message as it stands, for people: its row and the submitted payload."""
 
@@ -3750,17 +3758,15 @@ class Queue:
     async def load(self) -> None:
         """Take up the counters where the last run left them. Raises StorageUnavailable unless the file can be written."""
 
-        def work(db: Database) -> None:
-            db.execute(SAY_IT_ANSWERS)
+        def work(db: Database) -> object:
             if isinstance(db, sqlite3.Connection):
                 self.file.last_seq, self.file.last_report = db.execute(NUMBERS_OF_FILE).fetchone()
             self._read_batches(db)
-            if db.execute("SELECT 1 FROM switches WHERE name = 'moved'").fetchone():
-                raise ConfigurationError(
-                    f"the queue {self.file.path} was moved by `mailproxy import`; start the other one"
-                )
+            return db.execute("SELECT 1 FROM switches WHERE name = 'moved'").fetchone()
 
-        await self.file.write(work)
+        if await self.file.write(work):
+            raise ConfigurationError(f"the queue {self.file.path} was moved by `mailproxy import`; start the other one")
+        await self.answers()
         self._reported = 0
         for batch_code in self.suspended_batches:  # the last run may have ended amid this
             await self._mark_batch(batch_code, 2)
@@ -3805,40 +3811,38 @@ class Queue:
         return [[None if one.flaw is None and next(stored) else UNDECIDED for one in batch] for batch in batches]
 
     def _decide_all(self, db: Database, batches: Sequence[Sequence[Compared]]) -> list[list[str | None]]:
-        """The verdicts on submissions that were compared; those that replace others are stored in one go."""
+        """The verdicts on submissions that were compared with a row (None: there was none), from what is there now;
+        those that replace others are stored in one go."""
         new: list[Submission] = []
         look_up = (
             "SELECT seq, sent_ts IS NOT NULL, error_ts IS NOT NULL, recipients FROM messages WHERE id = :id "
             "UNION ALL SELECT NULL, 1 = 1, 1 = 0, NULL FROM sent_ids WHERE id = :id"
         )
-        asked = [[(db.execute(look_up, {"id": one[0].id}), one) for one in batch] for batch in batches]
+        asked = [[(db.execute(look_up, {"id": one[0].id}), *one) for one in batch] for batch in batches]
         on_wire = self._on_the_wire(db, [seq for batch in batches for _, seq, _ in batch if seq is not None])
-        decided = [[self._decide(db, new, on_wire, rows.fetchone(), *one) for rows, one in batch] for batch in asked]
+
+        def verdict(rows: Any, submission: Submission, seq: int | None, is_same: bool) -> str | None:
+            seq_now, is_sent, has_failed, recipients = rows.fetchone() or (None, False, False, None)
+            if seq_now != seq:
+                return UNDECIDED
+            if (is_same and not has_failed) or (is_sent and seq is None):
+                return KNOWN
+            if submission.flaw is not None:
+                return submission.flaw
+            if is_same and seq is not None:
+                self._queue_anew(db, seq, _recipients_of(recipients) or {}, submission)
+                return None
+            if is_sent or '["sent"' in (recipients or ""):
+                return "already sent"
+            if seq in on_wire and not has_failed:
+                return "in delivery"
+            db.execute("DELETE FROM messages WHERE seq = :seq AND sent_ts IS NULL", {"seq": seq})
+            new.append(submission)
+            return STORE
+
+        decided = [[verdict(*one) for one in batch] for batch in asked]
         stored = iter(self._insert(db, new))
         return [[one if one != STORE else None if next(stored) else UNDECIDED for one in batch] for batch in decided]
-
-    def _decide(
-        self, db: Database, new: list[Submission], on_wire: Set[int], found: Sequence[Any] | None,
-        submission: Submission, seq: int | None, is_same: bool,
-    ) -> str | None:  # fmt: skip
-        """The verdict on a submission that was compared with that row (None: there was none), from what is there now."""
-        seq_now, is_sent, has_failed, recipients = found or (None, False, False, None)
-        if seq_now != seq:
-            return UNDECIDED
-        if (is_same and not has_failed) or (is_sent and seq is None):
-            return KNOWN
-        if submission.flaw is not None:
-            return submission.flaw
-        if is_same and seq is not None:
-            self._queue_anew(db, seq, _recipients_of(recipients) or {}, submission)
-            return None
-        if is_sent or '["sent"' in (recipients or ""):
-            return "already sent"
-        if seq in on_wire and not has_failed:
-            return "in delivery"
-        db.execute("DELETE FROM messages WHERE seq = :seq AND sent_ts IS NULL", {"seq": seq})
-        new.append(submission)
-        return STORE
 
     def _queue_anew(self, db: Database, seq: int, outcomes: Outcomes, by: Submission | None = None) -> Outcomes | None:
         """Give a failed message a new life; return its recipients, of whom those served stay so, and with `once`
@@ -3880,9 +3884,7 @@ class Queue:
             done += n
         stored = [True] * len(rows)
         if sum(cursor.rowcount for cursor in inserted) < len(rows):
-            those = {"first": first, "last": first + len(rows) - 1}
-            found = db.execute("SELECT seq FROM messages WHERE seq BETWEEN :first AND :last", those)
-            there = {row[0] for row in found}
+            there = {row[0] for row in db.execute("SELECT seq FROM messages WHERE seq >= :first", {"first": first})}
             stored = [row[0] in there for row in rows]
         new = list(itertools.compress(zip(rows, submissions, strict=True), stored))
         for (account_id, waits), n in collections.Counter((s.account_id, row[6] is not None) for row, s in new).items():
@@ -3938,9 +3940,8 @@ class Queue:
         on_wire = list(self._on_wire.values())  # a copy: the loop's thread may take some out meanwhile
         taken = [claim.seq for claim in on_wire if claim.account_id == order.account_id] + list(order.passed_over)
         values = {"account": order.account_id, "most": order.most, "on_wire": taken, "small": SMALL_PAYLOAD_BYTES}
-        which = f"WHERE {READY}"
-        if self.file.instance:
-            values["instance"], which = self.file.instance, f"WHERE {LEASED} AND {READY}"
+        which = f"WHERE {LEASED} AND {READY}" if (instance := self.file.instance) else f"WHERE {READY}"
+        values |= {"instance": instance}
         return [_rows(db, CLAIM_COLUMNS, which, values | {"turn": turn}) for turn in (0, 1)]
 
     def release(self, claims: Iterable[Claim]) -> None:
@@ -4264,13 +4265,19 @@ class Queue:
         """Raise StorageUnavailable unless the file can be written now: it is tried."""
         if self.file.refuses:
             self.release(())
-        await self._do(SAY_IT_ANSWERS)
+        await self.count("answers")  # a value that changes: SQLite writes nothing where nothing does
 
     # -- accounts and switches
 
     async def accounts(self) -> dict[str, str]:
         """The definitions of the accounts that were added over HTTP."""
         return {row["id"]: row["definition"] for row in await self._ask("SELECT id, definition FROM accounts")}
+
+    async def known(self) -> Known:
+        """What was set over HTTP, on whichever node."""
+        asked = "name, value FROM switches", "account_id, 1 FROM suspensions", "batch_code, 1 FROM suspended_batches"
+        tables = await self.file.read(lambda db: [dict(db.execute(f"SELECT {one}").fetchall()) for one in asked])
+        return Known(await self.accounts(), *tables)
 
     async def put_account(self, account_id: str, definition: str) -> None:
         """Store an account; its mail that was held back under an older definition is ready."""
@@ -4327,12 +4334,12 @@ class Queue:
     async def activate_batch(self, batch_code: str) -> None:
         """End the suspension of a batch; should it be broken off, a restart begins with the batch suspended."""
         self.suspended_batches.discard(batch_code)
+        values = {"first": self.file.last_seq, "last": LARGEST_INTEGER, "most": LARGEST_INTEGER}
         await self._mark_batch(batch_code, 0)
-        ended = ["DELETE FROM suspended_batches WHERE batch_code = :batch_code"]
-        if self.file.instance:  # others may have stored some of it meanwhile, as suspended
-            ended.append(SUSPEND)
-        every = {"suspended": 0, "first": 0, "last": LARGEST_INTEGER, "most": LARGEST_INTEGER}
-        await self._do(*ended, batch_code=batch_code, **every)
+        ended = "DELETE FROM suspended_batches WHERE batch_code = :batch_code"
+        await self._do(
+            ended, SUSPEND, batch_code=batch_code, suspended=0, **values
+        )  # what others stored meanwhile, too
         self.suspended_batches.discard(batch_code)  # which may have been read again meanwhile
 
     async def _mark_batch(self, batch_code: str, suspended: int) -> bool:
@@ -4354,23 +4361,9 @@ class Queue:
             on_wire = on_wire or not self._on_wire.keys().isdisjoint(changed)
         return on_wire
 
-    async def switches(self) -> dict[str, int]:
-        """The switches as they were last set, and how often there were commands that all nodes follow."""
-        return {row["name"]: row["value"] for row in await self._ask("SELECT name, value FROM switches")}
-
-    async def suspensions(self) -> tuple[set[str], set[str]]:
-        """The accounts and the batches that are suspended."""
-        accounts = await self._ask("SELECT account_id FROM suspensions")
-        batches = await self._ask("SELECT batch_code FROM suspended_batches")
-        return {row["account_id"] for row in accounts}, {row["batch_code"] for row in batches}
-
     async def count(self, command: str) -> int:
         """Let other nodes see that there was a command; return how many there were."""
-        one_more = (
-            "INSERT INTO switches VALUES (:name, 1) ON CONFLICT (name) DO UPDATE SET value = switches.value + 1 "
-            "RETURNING value"
-        )
-        return int(await self.file.write(lambda db: db.execute(one_more, {"name": command}).fetchone()[0]))
+        return int(await self.file.write(lambda db: db.execute(ONE_MORE, {"name": command}).fetchone()[0]))
 
     async def set_switch(self, name: str, value: bool) -> None:
         switched = "INSERT INTO switches VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
@@ -4434,14 +4427,12 @@ def _named(rows: Any) -> Iterator[dict[str, Any]]:
 
 def _rows(db: Database, columns: str, which: str, values: Mapping[str, object]) -> Iterable[Sequence[Any]]:
     """All these rows at once, as one JSON text: for each by itself the threads would hand the interpreter over."""
-    if not isinstance(db, sqlite3.Connection):
-        return cast(Iterable[Sequence[Any]], db.execute(f"SELECT {columns} FROM messages {which}", values))  # noqa: S608
-    lines = f"SELECT json_array({columns}) AS line FROM messages {which}"  # noqa: S608 - constants only
-    try:
-        (text,) = db.execute(f"SELECT coalesce(group_concat(line), '') FROM ({lines})", values).fetchone()  # noqa: S608
-        return cast(list[Sequence[Any]], read_json(f"[{text}]")[0])
-    except (sqlite3.OperationalError, ValueError):  # a damaged one, that is no JSON
-        return db.execute(f"SELECT {columns} FROM messages {which}", values)  # noqa: S608 - constants only
+    if isinstance(db, sqlite3.Connection):
+        with contextlib.suppress(sqlite3.OperationalError, ValueError):  # a damaged one, that is no JSON
+            lines = f"SELECT json_array({columns}) AS line FROM messages {which}"  # noqa: S608 - constants only
+            (text,) = db.execute(f"SELECT coalesce(group_concat(line), '') FROM ({lines})", values).fetchone()  # noqa: S608
+            return cast(list[Sequence[Any]], read_json(f"[{text}]")[0])
+    return cast(Iterable[Sequence[Any]], db.execute(f"SELECT {columns} FROM messages {which}", values))  # noqa: S608
 
 
 def _best(order: Order, both: Sequence[Iterable[Any]]) -> list[Claim]:
@@ -9495,15 +9486,6 @@ def stored_accounts(
     return accounts
 
 
-class Known(NamedTuple):
-    """What the queue says of accounts and switches."""
-
-    definitions: Mapping[str, str]  # of the accounts that were added over HTTP
-    switches: dict[str, int]  # commands of all nodes, too: how often they were given
-    suspended: set[str]  # accounts
-    batches: set[str]  # that are suspended
-
-
 QueryFields = Mapping[str, tuple[Kind, str]]  # what a value must be, and what it is for
 
 ADDRESSEE = Kind("a mail address", lambda value: parse_mailboxes(value, "to", exactly_one=True)[0].address)
@@ -10132,7 +10114,7 @@ class ControlPlane:
         config.ini, where they were read again, win over those of HTTP; mail of one that is gone stays."""
         async with self._one_at_a_time:
             dispatcher = self.dispatcher
-            said = Known(await self.queue.accounts(), await self.queue.switches(), *await self.queue.suspensions())
+            said = await self.queue.known()
             known = self._known or said._replace(definitions={})
             if configured is not None:  # then all are looked at
                 self._configured, self.leases.accounts = configured, digests_of(configured)

@@ -4738,7 +4738,7 @@ def test_a_queue_of_version_1_goes_on_as_the_newest_one(tmp_path: Path) -> None:
         assert rig.tallies()[0]["main"] == (1, 2, 2)
         assert [(rig.tallies()[2],)] == rig.sql("SELECT count(*) FROM messages WHERE error_ts IS NOT NULL")
         assert rig.standing("main") == mailproxy.Standing([(NOW + 2, 2)], suspended=True, held_back=False)
-        assert (rig.switches()["active"], list(rig.accounts())) == (1, ["main"])
+        assert (rig.known().switches["active"], list(rig.known().definitions)) == (1, ["main"])
         assert [state.entry["id"] for state in rig.unreported(10)] == ["sent", "retry"]
         verdicts = rig.accept([submission("sent", payload="{}"), submission("purged"), submission("new")])
         assert verdicts == ["known", "known", None]
