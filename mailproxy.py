@@ -3679,6 +3679,7 @@ class Submission(NamedTuple):
 
 
 Compared: TypeAlias = tuple[Submission, int | None, bool]  # the row of its id, and whether that says the same
+States: TypeAlias = dict[int, dict[str, object]]  # that the upstream has not acknowledged, by their place in the order
 
 
 class Outcome(NamedTuple):
@@ -3697,13 +3698,6 @@ class Order(NamedTuple):
     most: int
     retried_first: bool  # whose turn it is within a priority
     passed_over: frozenset[int] = frozenset()  # but none of these
-
-
-class State(NamedTuple):
-    """A state of a message that the upstream has not acknowledged, and its place in the order of all."""
-
-    report_order: int
-    entry: dict[str, object]
 
 
 class Tally(NamedTuple):
@@ -4096,23 +4090,22 @@ class Queue:
 
     # -- reports
 
-    async def unreported(self, most: int) -> list[State]:
+    async def unreported(self, most: int) -> States:
         """The oldest states the upstream has not acknowledged, in the order they came about."""
         which = "WHERE report_order > :after ORDER BY report_order LIMIT :most"
         values = {"after": self._reported, "most": most}
         rows = await self.file.read(lambda db: list(_rows(db, STATE_COLUMNS, which, values)))
         self._reported = self._reported if rows else 0  # a database that was restored gives places anew
         states = [dict(zip(STATE_FIELDS, row, strict=True)) for row in rows]
-        return [State(row.pop("report_order"), _with_recipients(row)) for row in states]
+        return {row.pop("report_order"): _with_recipients(row) for row in states}
 
-    async def acknowledge(self, states: Sequence[State]) -> int:
+    async def acknowledge(self, places: Iterable[int]) -> int:
         """Stamp the states the upstream has taken, unless they changed meanwhile; return their number."""
         stamp = (
             "UPDATE messages SET reported_ts = :now, report_order = NULL "
             "WHERE report_order IN (SELECT value FROM json_each(:places))"
         )
-        places = [state.report_order for state in states]
-        stamped = await self._do(stamp, now=int(self._now()), places=places)
+        stamped = await self._do(stamp, now=int(self._now()), places=list(places))
         self._reported = max([self._reported, *places])
         return stamped
 
@@ -4131,9 +4124,7 @@ class Queue:
 
         return await self.file.write(work)
 
-    async def retry(
-        self, ids: Sequence[str], accounts: Mapping[str, object]
-    ) -> tuple[int, list[str], list[str], list[str]]:
+    async def retry(self, ids: Sequence[str], accounts: Set[str]) -> tuple[int, list[str], list[str], list[str]]:
         """Queue failed messages anew; recipients that are served stay served. Return how many, the ids not found,
         those not failed, and those that have failed again, for their account is none of these."""
 
@@ -4155,14 +4146,13 @@ class Queue:
 
     async def purge(self, older_than_s: float, *, unreported_too: bool) -> int:
         """Remove some final messages reported (or, with no upstream, final) longer ago; 0: none is left."""
+        values = {"before": int(self._now() - older_than_s), "unreported_too": unreported_too, "most": CHUNK}
         return await self._do(
             "DELETE FROM messages WHERE seq IN (SELECT seq FROM messages WHERE report_order IS NULL "
             "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND reported_ts <= :before "
             "UNION ALL SELECT seq FROM messages WHERE :unreported_too AND report_order IS NOT NULL "
             "AND (sent_ts IS NOT NULL OR error_ts IS NOT NULL) AND coalesce(sent_ts, error_ts) <= :before LIMIT :most)",
-            before=int(self._now() - older_than_s),
-            unreported_too=unreported_too,
-            most=CHUNK,
+            **values,
         )
 
     async def forget(self, id_retention_s: float) -> int:
@@ -4254,12 +4244,11 @@ class Queue:
         """The counts of each account that ever had a message; when the oldest undelivered one was accepted; how many
         were given up and are in the table."""
         rows = await self._ask("SELECT account_id, ready, waiting, unreported FROM tallies")
-        tallies = {row.pop("account_id"): Tally(**row) for row in rows}
-        oldest = "SELECT created_at FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT 1"
-        is_any = any(tally.ready or tally.waiting for tally in tallies.values())  # else it would go over dead entries
-        times = [row["created_at"] for row in await self._ask(oldest)] if is_any else []
-        (failures,) = await self._ask("SELECT n FROM failures")
-        return tallies, times[0] if times else None, failures["n"]
+        (found,) = await self._ask(  # where nothing is pending, an index may hold many dead entries
+            "SELECT n, CASE WHEN EXISTS (SELECT 1 FROM tallies WHERE ready > 0 OR waiting > 0) THEN (SELECT created_at "
+            "FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT 1) END AS oldest FROM failures"
+        )
+        return {row.pop("account_id"): Tally(**row) for row in rows}, found["oldest"], found["n"]
 
     async def answers(self) -> None:
         """Raise StorageUnavailable unless the file can be written now: it is tried."""
@@ -4289,9 +4278,8 @@ class Queue:
 
     async def delete_account(self, account_id: str) -> None:
         """Remove the account's definition and suspension; its messages are failed by fail_orphans."""
-        await self._do(
-            "DELETE FROM accounts WHERE id = :id", "DELETE FROM suspensions WHERE account_id = :id", id=account_id
-        )
+        gone = "DELETE FROM accounts WHERE id = :id", "DELETE FROM suspensions WHERE account_id = :id"
+        await self._do(*gone, id=account_id)
 
     async def fail_orphans(self, account_id: str, after: int, why: str) -> tuple[list[Disposition], int | None]:
         """End a deleted account's undelivered messages among the next ones after a seq; return how each did,
@@ -4326,20 +4314,17 @@ class Queue:
 
     async def suspend_batch(self, batch_code: str) -> bool:
         """Keep a batch, and what is submitted to it later, from being claimed; True when some of it is claimed now."""
-        added = "INSERT INTO suspended_batches VALUES (:batch_code) ON CONFLICT DO NOTHING"
-        await self._do(added, batch_code=batch_code)
+        await self._do("INSERT INTO suspended_batches VALUES (:code) ON CONFLICT DO NOTHING", code=batch_code)
         self.suspended_batches.add(batch_code)  # before the rows are looked at: those to come are marked
         return await self._mark_batch(batch_code, 2)
 
     async def activate_batch(self, batch_code: str) -> None:
         """End the suspension of a batch; should it be broken off, a restart begins with the batch suspended."""
         self.suspended_batches.discard(batch_code)
-        values = {"first": self.file.last_seq, "last": LARGEST_INTEGER, "most": LARGEST_INTEGER}
+        since = {"first": self.file.last_seq, "last": LARGEST_INTEGER, "most": LARGEST_INTEGER}
         await self._mark_batch(batch_code, 0)
         ended = "DELETE FROM suspended_batches WHERE batch_code = :batch_code"
-        await self._do(
-            ended, SUSPEND, batch_code=batch_code, suspended=0, **values
-        )  # what others stored meanwhile, too
+        await self._do(ended, SUSPEND, batch_code=batch_code, suspended=0, **since)  # other nodes' mail that came since
         self.suspended_batches.discard(batch_code)  # which may have been read again meanwhile
 
     async def _mark_batch(self, batch_code: str, suspended: int) -> bool:
@@ -4837,7 +4822,7 @@ class PostgresFile(QueueFile):
                 self._make_tables(session, for_good=make)
         except self._psycopg.Error as error:
             told = str(error)
-            if AWAY.search(told) or not (error.sqlstate or WRONG.search(told)):
+            if re.search(AWAY, told) or not (error.sqlstate or re.search(WRONG, told)):
                 raise StorageUnavailable(f"the database {self.path} cannot be reached: {self.why(error)}") from None
             raise ConfigurationError(f"the database {self.path} cannot be used: {self.why(error)}") from None
 
@@ -4906,14 +4891,8 @@ class PostgresFile(QueueFile):
 
 
 # What waiting does not mend, unless a server or a pooler says that it does.
-WRONG = re.compile(
-    r"FATAL|no password supplied|SSL|certificate|service file|invalid \w+ (?:number|value)|could not match"
-)
-AWAY = re.compile(
-    "starting up|shutting down|not yet acc|recovery|too many|slots|cannot connect|_timeout|_retry|closed the"
-)
-
-
+WRONG = r"FATAL|no password supplied|SSL|certificate|service file|invalid \w+ (?:number|value)|could not match"
+AWAY = "starting up|shutting down|not yet acc|recovery|too many|slots|cannot connect|_timeout|_retry|closed the"
 TABLES = re.findall(r"^CREATE TABLE (\w+)", SCHEMA, re.MULTILINE)
 OWN_SWITCHES = "('schema', 'answers', 'run_now', 'moved')"  # those that are not moved with a queue
 
@@ -9303,7 +9282,7 @@ class Reporter(Loop):
         self._submissions_seen = 0
         self._tried_up_to = 0  # report_order of the last state of a batch that failed
         self._empty_id = ""  # of an empty report that failed
-        self._acknowledged: Sequence[State] = ()  # and not on disk yet
+        self._acknowledged: Set[int] = frozenset()  # places of states, and not on disk yet
         self._house_kept_at, self._purged = -math.inf, 0
 
     # -- what others tell it
@@ -9356,24 +9335,24 @@ class Reporter(Loop):
         await self._stamp()
         return 0.0
 
-    async def _due_states(self) -> Sequence[State]:
+    async def _due_states(self) -> States:
         """The next states to report: those of a failed call again, else a burst as a whole."""
         most = self.client.report_batch_size
         states = await self.queue.unreported(most)
-        again = [state for state in states if state.report_order <= self._tried_up_to]
+        again = {place: entry for place, entry in states.items() if place <= self._tried_up_to}
         if again or not 0 < len(states) < most:
             return again or states
         await asyncio.sleep(max(GATHER_S, self._rests_until - self.clock.monotonic()))
         return await self.queue.unreported(most)
 
-    async def _answer_to(self, states: Sequence[State]) -> Acknowledgement:
+    async def _answer_to(self, states: States) -> Acknowledgement:
         """One call; an empty report keeps its id until it is acknowledged."""
         empty_id = self._empty_id = self._empty_id or "rep_" + secrets.token_hex(16)
 
         def written() -> tuple[str, bytes]:  # some 10 microseconds a state
-            body = as_json({"delivery_report": [state.entry for state in states]}).encode()
-            places = repr([state.report_order for state in states])
-            return "rep_" + hashlib.sha256(places.encode() + body).hexdigest()[:32] if states else empty_id, body
+            body = as_json({"delivery_report": list(states.values())}).encode()
+            places = repr(list(states)).encode()
+            return "rep_" + hashlib.sha256(places + body).hexdigest()[:32] if states else empty_id, body
 
         report_id, body = await self.in_thread(written)
         began = self.clock.monotonic()
@@ -9392,9 +9371,9 @@ class Reporter(Loop):
         """Note what the upstream has taken; tried again before any further call if it cannot be written."""
         if self._acknowledged:
             await self.queue.acknowledge(self._acknowledged)
-            self._acknowledged = ()
+            self._acknowledged = frozenset()
 
-    def _plan_next_call(self, answer: Acknowledgement, states: Sequence[State]) -> None:
+    def _plan_next_call(self, answer: Acknowledgement, states: States) -> None:
         """When to call again: after a pause when this call failed, soon when the upstream has more to submit."""
         now, asked = self.clock.monotonic(), self._why is Why.ASKED  # run-now came meanwhile
         if answer.problem is not None:
@@ -9403,7 +9382,7 @@ class Reporter(Loop):
                 pause_s = max(answer.retry_after_s, REPORT_PAUSES_S[0])
             pause_s = min(pause_s, self._eager_pause_s()) if asked else pause_s
             self._failures += 1
-            self._tried_up_to = states[-1].report_order if states else 0
+            self._tried_up_to = max(states, default=0)
             self._next_at, self._why = now + pause_s, Why.RETRY
             what, entries, error = "report not acknowledged", len(states), answer.problem
             event(self.log, logging.WARNING, what, entries=entries, error=error, next_try_in_seconds=pause_s)
@@ -9411,7 +9390,7 @@ class Reporter(Loop):
         event(self.log, logging.DEBUG, "report acknowledged", entries=len(states))
         if self._failures:
             event(self.log, logging.INFO, "the upstream takes reports again")
-        self._acknowledged = states
+        self._acknowledged = states.keys()
         self._rests_until = now + REST_S if 0 < len(states) < self.client.report_batch_size else -math.inf
         self._failures, self._tried_up_to, self._empty_id = 0, 0, ""
         if answer.next_sync_after is not None:
@@ -9973,7 +9952,7 @@ class ControlPlane:
     async def retry_messages(self, request: Request) -> Response:
         """Queue failed messages again."""
         ids = ids_of(await request.json_object())
-        queued, not_found, not_failed, of_no_account = await self.queue.retry(ids, self.dispatcher.lanes)
+        queued, not_found, not_failed, of_no_account = await self.queue.retry(ids, self.dispatcher.lanes.keys())
         self.dispatcher.wake(self.dispatcher.lanes)
         self.reporter.ring()
         event(self.log, logging.INFO, "failed messages queued again", messages=queued)
