@@ -9759,9 +9759,9 @@ class ControlPlane:
     async def get_metrics(self, request: Request) -> Response:
         """Show metrics for Prometheus."""
         tallies, oldest, _ = await self.queue.tallies()
-        metrics = self.metrics
+        metrics, (_, of_all) = self.metrics, await self.leases.everywhere()
         metrics.messages_pending.set(sum(tally.ready + tally.waiting for tally in tallies.values()))
-        metrics.messages_in_delivery.set(self.queue.in_delivery)
+        metrics.messages_in_delivery.set(of_all.get("in_delivery", self.queue.in_delivery))
         metrics.oldest_pending_seconds.set(0 if oldest is None else max(0.0, self.clock.wall() - oldest))
         metrics.reports_unacknowledged.set(sum(tally.unreported for tally in tallies.values()))
         metrics.scheduler_active.set(self.dispatcher.active)

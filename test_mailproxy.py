@@ -5445,6 +5445,7 @@ def test_a_message_on_the_wire_of_another_node_is_neither_deleted_nor_replaced(p
     wait_until(lambda: pair.b.status()["in_delivery"], "the transaction", 5)
     _, (other,) = owner_of([pair.a, pair.b], lane)
 
+    assert b"\nmailproxy_messages_in_delivery 1.0\n" in other.get("/metrics").content
     answers = [ask(other, "/commands/delete-messages", {"ids": [slow["id"]]})]
     again, changed = [
         other.post("/commands/add-messages", {"messages": [{**slow, **fields}]}) for fields in ({}, {"body": "other"})
