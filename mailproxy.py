@@ -5829,7 +5829,8 @@ class AttachmentFetcher:
                 return failed_fetch(f"it is larger than the {self.settings.max_attachment_bytes} bytes allowed", 552)
             if together > self.settings.max_message_bytes:
                 return self._too_large
-            if one is None and (refusal := md5_refusal(attachment, io.BytesIO(content))):
+            md5 = attachment.content_md5 if one is None else None
+            if md5 and (refusal := md5_refusal(md5, io.BytesIO(content))):
                 return refusal
             parts.append(complete(attachment, content, *told))
         return tuple(parts)
@@ -5977,10 +5978,10 @@ class AttachmentFetcher:
             return failed_fetch(refusal, 451, retry_after_s(headers.get("retry-after", ""), self.now()))
         if answer.status not in (200, 203):
             return failed_fetch(refusal, 550 if answer.status in (404, 410) else 554)
-        other_md5 = answer.encoded_md5
-        if attachment.content_md5 and "gzip" in headers.get("content-encoding", "").lower() and not other_md5:
+        md5, other_md5 = attachment.content_md5, answer.encoded_md5
+        if md5 and "gzip" in headers.get("content-encoding", "").lower() and not other_md5:
             other_md5 = undone_md5(file, self.settings.max_attachment_bytes)
-        if mismatch := md5_refusal(attachment, file, other_md5):
+        if md5 and (mismatch := md5_refusal(md5, file, other_md5)):
             return mismatch
         if "content-disposition" in headers:
             name = disposition_filename(headers["content-disposition"]) or name
@@ -6005,15 +6006,13 @@ def undone_md5(file: BinaryIO, max_bytes: int) -> str:
     return ""
 
 
-def md5_refusal(attachment: Attachment, file: BinaryIO, other_md5: str = "") -> Reply | None:
+def md5_refusal(announced: str, file: BinaryIO, other_md5: str = "") -> Reply | None:
     """Why the content is not the one that was announced, before or after its content encoding was undone. Blocks."""
-    if attachment.content_md5 is None:
-        return None
     file.seek(0)
     digest = hashlib.file_digest(cast(io.BytesIO, file), lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if attachment.content_md5.lower() in (digest, other_md5):
+    if announced.lower() in (digest, other_md5):
         return None
-    return failed_fetch(f"its MD5 is {digest}, not {attachment.content_md5} as announced", 554)
+    return failed_fetch(f"its MD5 is {digest}, not {announced} as announced", 554)
 
 
 # ======================================================================
