@@ -5505,8 +5505,7 @@ def _read_answer(
     into: BinaryIO | None,
     is_gzip_file: Callable[[Mapping[str, str]], bool],
 ) -> HttpAnswer:
-    names = dict.fromkeys(name.lower() for name in response.headers)
-    headers = {name: ", ".join(response.headers.get_all(name, [])) for name in names}
+    headers = {name.lower(): ", ".join(response.headers.get_all(name, [])) for name in response.headers}
     if not 200 <= response.status < 300:
         return HttpAnswer(response.status, headers, response.read(PROBLEM_BYTES), target.url)
     if (response.length or 0) > max_bytes:
@@ -6248,7 +6247,7 @@ class Session(asyncio.Protocol):
         commands = [_Command(f"{mail}\r\n".encode(), Stage.MAIL), *recipients, _DATA]
         self.transactions += 1
         chunking = chunking and self.offers.chunking and self.offers.pipelining and not careful and self._clean
-        chunking = chunking and time.monotonic() - self._heard_at <= FRESH_S and len(content) <= LARGEST_CHUNK_BYTES
+        chunking = chunking and time.monotonic() - self._heard_at <= FRESH_S
         chunk = content if not chunking or not content or content.endswith(b"\n") else content + b"\r\n"  # RFC 3030
         self._chunked = chunking and len(chunk) <= min(LARGEST_CHUNK_BYTES, most or math.inf)
         if self._chunked:
@@ -6303,10 +6302,10 @@ class Session(asyncio.Protocol):
                 granted = answer.code == 354 if command is _DATA else 200 <= answer.code < 300
                 if granted:
                     taken, go_ahead = taken or command.recipient is not None, command is commands[-1]
-                elif verdict is None:
+                elif verdict is None or answer.code < 400:
                     reply = self._reply_to(command, answer)
                     if command.recipient is None or reply.code == 421 or reply.cause is not Cause.SERVER:
-                        verdict = reply
+                        verdict = verdict or reply
                     else:
                         refusals[command.recipient] = reply
             if verdict is None and len(answers) < len(packet):
