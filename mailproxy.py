@@ -6836,7 +6836,7 @@ class Listener:
         self.most_clients, self.stopping = most_clients, False
         self.tls: ssl.SSLContext | None = None
         self._listeners: list[asyncio.Server] = []
-        self._unix_sockets: list[str] = []
+        self._unix_sockets: dict[str, int] = {}  # and their inodes
         self._connections: dict[asyncio.Task[None], Any] = {}
 
     async def start_tcp(self, host: str, port: int, tls: ssl.SSLContext | None) -> tuple[tuple[str, int], ...]:
@@ -6856,7 +6856,7 @@ class Listener:
         os.chmod(path, mode)  # before anybody can connect
         await listener.start_serving()
         self._keep(listener)
-        self._unix_sockets.append(path)
+        self._unix_sockets[path] = os.stat(path).st_ino
 
     def _keep(self, listener: asyncio.Server) -> None:
         """What asyncio calls backlog is also how many it accepts in one step; the kernel may let more of them wait."""
@@ -6868,9 +6868,10 @@ class Listener:
     async def stop(self, grace_s: float) -> None:
         """Stops listening, serves the busy ones within `grace_s`, then cuts what is left."""
         self.stopping = True
-        while self._unix_sockets:
+        for path, inode in self._unix_sockets.items():
             with contextlib.suppress(OSError):
-                os.unlink(self._unix_sockets.pop())
+                if os.stat(path).st_ino == inode:  # else somebody else listens there now
+                    os.unlink(path)
         for listener in self._listeners:
             listener.close()
         for task, client in self._connections.items():
