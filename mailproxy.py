@@ -8491,7 +8491,7 @@ class Dispatcher(Loop):
         lane.has_mail = True
         self._mark(lane)
 
-    def remove_lane(self, account_id: str) -> None:
+    def remove_lane(self, account_id: str) -> Lane:
         """Stop delivering for an account that is gone; messages on the wire finish, for good or ill.
 
         The mail of one that stood in config.ini stays (it may come back), that of others ends.
@@ -8501,6 +8501,7 @@ class Dispatcher(Loop):
         lane.deleted = lane.account.source != "config"
         lane.become(LaneState.SUSPENDED)
         self._let_others(lane)
+        return lane
 
     def _let_others(self, lane: Lane) -> None:
         """Deliver nothing more in this lane; what is on the wire finishes, and counts for who has it then."""
@@ -8534,8 +8535,7 @@ class Dispatcher(Loop):
         for work in lane.recallable:
             work.cancel()
         self._call_off(lane, list(lane.ready))
-        while lane.idle:
-            self._part_with(lane, lane.idle.pop())
+        self._part_with(lane, *lane.idle)
 
     def _call_off(self, lane: Lane, waiting: Iterable[tuple[Claim, Composed | None]]) -> None:
         """Put back messages that wait for a connection."""
@@ -8615,9 +8615,7 @@ class Dispatcher(Loop):
                     if lane.state is LaneState.LIMITED:  # those that waited keep their place
                         await self.queue.let_go([lane.account.id], ("limit",))
                     lane.end_pause()
-                for session in [session for session in lane.idle if not lane.keeps(session, now)]:
-                    lane.idle.remove(session)
-                    self._part_with(lane, session)
+                self._part_with(lane, *[session for session in lane.idle if not lane.keeps(session, now)])
                 self._start_work(lane)
                 wants = lane.wants(now, self.settings.max_concurrency)
                 room = lane.windows.room(now) if wants else 0
@@ -8849,12 +8847,14 @@ class Dispatcher(Loop):
                 self._at_work.discard(lane)
             self._mark(lane)
 
-    def _part_with(self, lane: Lane, session: Session) -> None:
-        if lane.sessions.pop(session) == lane.generation and session.bdat is False and lane.bdat is not False:
-            lane.bdat, why = False, session.broken and session.broken[1]
-            event(self.log, logging.WARNING, "no CHUNKING with this server", account=lane.account.id, error=why)
-        if session.usable:
-            self._spawn(session.quit())
+    def _part_with(self, lane: Lane, *sessions: Session) -> None:
+        lane.idle = [session for session in lane.idle if session not in sessions] if sessions else lane.idle
+        for session in sessions:
+            if lane.sessions.pop(session) == lane.generation and session.bdat is False and lane.bdat is not False:
+                lane.bdat, why = False, session.broken and session.broken[1]
+                event(self.log, logging.WARNING, "no CHUNKING with this server", account=lane.account.id, error=why)
+            if session.usable:
+                self._spawn(session.quit())
 
     async def _deliver(self, lane: Lane, claim: Claim, composed: Composed | None) -> None:
         """Bring one message to its disposition, or put it back untouched; it may take several transactions."""
@@ -8897,7 +8897,6 @@ class Dispatcher(Loop):
             names = {address: address.lower() for address in left}
             domains = {address: "@" + name.rpartition("@")[2] for address, name in names.items()}
             replies = {a: refusal for a in left if names[a] not in allowed and domains[a] not in allowed}
-        session: Session | Reply | None = None
         name, reused = "", False
         if left and not replies:
             session = await self._session(lane, claim.expires_ts)
@@ -9018,9 +9017,7 @@ class Dispatcher(Loop):
                 lane.others_pass(claim.seq, attempt.started_at)
                 self._mark(lane)
         if disposition.verdict.about is not About.MESSAGE:
-            for session in [session for session in lane.idle if session.name == attempt.connection]:
-                lane.idle.remove(session)
-                self._part_with(lane, session)
+            self._part_with(lane, *[session for session in lane.idle if session.name == attempt.connection])
         if disposition.lane is LaneSignal.UP:
             if lane.failures and not lane.refuses_all and lane.works(generation):
                 self._spawn(self._let_go(lane))
@@ -9129,12 +9126,10 @@ class Dispatcher(Loop):
         """Our own code failed with this message: it ends, and no other; in doubt when it may have been sent."""
         self._say(claim, "internal error in a delivery", logging.ERROR, exc_info=error)
         what = "in doubt: internal error" if in_doubt else "internal error: the message could not be composed"
-        why = f"{what} ({type(error).__name__})"
-        now = self.clock.wall()
-        reply = Reply(Stage.COMPOSITION, 554, why, "5.6.0", Cause.LOCAL)
-        attempt = Attempt(now, now, {} if in_doubt else {"": reply})
-        ended = untouched(claim)._replace(counted=True, slot_used=in_doubt)
-        await self._conclude(lane, claim, attempt, given_up(ended, why))
+        why, now = f"{what} ({type(error).__name__})", self.clock.wall()
+        replies = {} if in_doubt else {"": Reply(Stage.COMPOSITION, 554, why, "5.6.0", Cause.LOCAL)}
+        ended = given_up(untouched(claim)._replace(counted=True, slot_used=in_doubt), why)
+        await self._conclude(lane, claim, Attempt(now, now, replies), ended)
 
     def _tell(self, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
         label, connection = self.metrics.label(claim.account_id), attempt.connection or None
@@ -9168,13 +9163,11 @@ class Dispatcher(Loop):
         if not task.cancelled() and (error := task.exception()) is not None:
             event(self.log, logging.ERROR, "a delivery task failed", exc_info=error)
 
-    def drain(self) -> None:
-        """Claim nothing more; run() returns, and drained() when the transactions in progress have ended."""
+    async def drain(self) -> None:
+        """Claim nothing more, have run() return, and wait until nothing is on the wire; each lane goes to another node
+        as soon as nothing of it is."""
         self.stop()
         self.recall()
-
-    async def drained(self) -> None:
-        """Until nothing is on the wire; each lane goes to another node as soon as nothing of it is."""
         while True:
             await self.leases.give_up(id_ for id_, lane in self.lanes.items() if not lane.windows.held)
             if not self._tasks:
@@ -10102,9 +10095,7 @@ class ControlPlane:
             stored = stored_accounts(new, self.settings().delivery, complain)
             wanted = {account.id: account for account in (*stored, *self._configured)}
             for account_id in dispatcher.lanes.keys() - wanted.keys() - said.definitions.keys():
-                is_configured = dispatcher.lanes[account_id].account.source == "config"
-                dispatcher.remove_lane(account_id)
-                if not is_configured:  # deleted through another node, and mail was accepted since
+                if dispatcher.remove_lane(account_id).deleted:  # through another node, and mail was accepted since
                     await self._fail_orphans(account_id)
             for account in wanted.values():
                 if account.id not in dispatcher.lanes:
@@ -10491,10 +10482,9 @@ class Daemon:
         timeout_s = self.settings.delivery.shutdown_timeout_seconds
         on_the_wire = self._queue.in_delivery
         event(self._log, logging.INFO, "stopping", on_the_wire=on_the_wire, timeout_seconds=timeout_s)
-        self._dispatcher.drain()
+        drained = asyncio.create_task(self._dispatcher.drain())
         servers = (self._http, self._local, self._smtp)
         closing = asyncio.gather(*(server.stop(max(timeout_s, 5)) for server in servers))
-        drained = asyncio.create_task(self._dispatcher.drained())
         if not await self._ends(drained, timeout_s):
             event(self._log, logging.WARNING, "deliveries were cut off", on_the_wire=self._queue.in_delivery)
         self._dispatcher.cut()

@@ -10964,9 +10964,11 @@ def test_what_an_old_limit_holds_back_while_the_account_is_replaced_goes_by_the_
         await dispatcher.turn()  # it takes "m", to be held back
         dispatcher.replace_account(account._replace(limit_per_day=None))
         replacement.set()
-        await dispatcher.drained()
-        await dispatcher.turn()
-        await dispatcher.drained()
+        for _ in range(2):
+            while dispatcher.busy:
+                await asyncio.sleep(0.01)
+            await dispatcher.turn()
+        await dispatcher.drain()
 
     rig.run(replaced())
     assert rig.fields_of("m")["error"].startswith("internal error")  # it was tried: there is nothing to compose
