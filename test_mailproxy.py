@@ -4469,7 +4469,9 @@ def test_only_final_reported_messages_are_purged_and_what_was_sent_is_remembered
     rig.recorded(claims["unreported"], SENT)
     rig.now += 100
 
+    assert rig.tallies()[2] == 1
     assert [rig.purge(50, unreported_too=too) for too in (False, False, True)] == [2, 0, 1]
+    assert rig.tallies()[2] == 0
     assert rig.sql("SELECT id FROM messages ORDER BY seq") == [("deferred",), ("waiting",)]
     assert rig.accept([submission("sent"), submission("failed")]) == ["known", None]
     rig.now += 1000
@@ -4612,7 +4614,9 @@ def test_failed_messages_get_a_new_life(rig: QueueRig) -> None:
     for claim, status in zip(rig.claimed(), (ERROR, SENT), strict=True):
         rig.recorded(claim, status, error="550 no")
 
+    assert rig.tallies()[2] == 1
     assert rig.retry(["failed", "sent", "unknown"], {"main"}) == (1, ["unknown"], ["sent"], [])
+    assert rig.tallies()[2] == 0
 
     fields = rig.fields_of("failed")
     assert (fields["status"], fields["attempts"], fields["error"], fields["error_ts"]) == ("queued", 0, None, None)
@@ -4809,6 +4813,37 @@ def test_pages_cover_every_message_once(rig: QueueRig, monkeypatch: pytest.Monke
 
     expected = [f"m{i}" for i in (*range(0, 8, 2), *range(24, 40, 2))]
     assert found == (expected[::-1] if order == "desc" else expected)
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_a_search_goes_together_with_every_other_choice(
+    rig: QueueRig, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    monkeypatch.setattr(mailproxy, "LOOK", 3)
+    refused = {"to@example.com": mailproxy.RecipientOutcome(ERROR, 550, "550 no")}
+    for n in range(12):
+        rig.accepted(submission(f"m{n}", sought=f"\nto{n % 2}@example.com\n\thello"))
+        (claim,) = rig.claimed()
+        if n % 4 < 2:
+            rig.recorded(claim, ERROR, error="550 no", recipients=refused)
+        elif n % 4 == 2:
+            rig.recorded(claim, SENT)
+        else:
+            rig.recorded(claim, DEFERRED, deferred_ts=NOW + 60, reason="retry")
+        rig.now += 1
+    choices = {
+        (): range(12), ("status", "error"): (0, 1, 4, 5, 8, 9), ("status", "sent"): (2, 6, 10),
+        ("status", "deferred"): (3, 7, 11), ("active_only", True): (3, 7, 11), ("refused", True): (0, 1, 4, 5, 8, 9),
+        ("since", NOW + 6): range(6, 12), ("until", NOW + 3): range(4),
+    }  # fmt: skip
+
+    for choice, expected in choices.items():
+        only, found, after, ended = dict([choice]) if choice else {}, [], None, False
+        while not ended:
+            records, after = rig.page(after, 2, order=order, to="TO1@example.com", subject="Hell", **only)
+            found += [record.fields["id"] for record in records]
+            ended = after is None
+        assert found == [f"m{n}" for n in expected if n % 2][:: -1 if order == "desc" else 1], choice
 
 
 # One row, what was handed in, one row for each account.
