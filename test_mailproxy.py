@@ -6703,17 +6703,18 @@ def test_attachments_that_together_are_too_large_fail():
 def test_servers_that_stall_in_the_midst_of_large_attachments_keep_no_memory_from_others(
     tmp_path: Path, smtp: SmtpServer
 ) -> None:
-    begun = b"HTTP/1.1 200 OK\r\nContent-Length: 20000000\r\n\r\n" + bytes(1_000_000)
+    begun = b"HTTP/1.1 200 OK\r\nContent-Length: 5000000\r\n\r\n" + bytes(250_000)
 
     def stall(server: Any, connection: Any) -> None:
         connection.sendall(begun)
         server.stopping.wait(90)
 
-    config = {"attachments": {"allow_hosts": "127.0.0.1", "timeout_seconds": 90}, "smtp": {"max_connections": 8}}
-    content = base64.b64encode(bytes(9_000_000)).decode()
+    attachments = {"allow_hosts": "127.0.0.1", "timeout_seconds": 90, "memory_budget_bytes": 25_000_000}
+    config = {"attachments": attachments, "smtp": {"max_connections": 8}}
+    content = base64.b64encode(bytes(2_250_000)).decode()
     with (
         scripted(stall) as slow,
-        scripted(answered(bytes(9_000_000))) as fast,
+        scripted(answered(bytes(2_250_000))) as fast,
         SleepyDaemon(tmp_path, config, smtp=smtp) as daemon,
     ):
         daemon.submit(*(letter(f"s-{n}", attachments=[{"filename": "x", "url": slow.url(f"/{n}")}]) for n in range(40)))
