@@ -9816,6 +9816,11 @@ class ControlPlane:
         """Store what was judged, and tell everybody; return how many are queued, and the ids that are known."""
         lanes = self.dispatcher.lanes  # an account may be gone meanwhile
         judged = [one if one.account_id in lanes or one.flaw else one._replace(flaw=NOT_FOUND) for one in judged]
+        if missing := {one.account_id for one in judged if one.flaw == NOT_FOUND}:
+            await self._look_for(missing)
+            for number, one in enumerate(judged):
+                if one.flaw == NOT_FOUND and (account := self._account(one.account_id)):
+                    judged[number] = one._replace(flaw=None, once=account.in_doubt == "error")
         accepted, known = [], []
         for one, verdict in zip(judged, await self.queue.accept(judged) if judged else (), strict=True):
             if verdict is None:
@@ -9916,6 +9921,8 @@ class ControlPlane:
             named.append(given if isinstance(given, str) else "")
         if named and account_id is None:
             batch_code = asked({"batch_code": named}, BATCH)["batch_code"]
+        if account_id is not None:
+            await self._look_for({account_id})
         async with self._one_at_a_time:
             if batch_code is not None:
                 if active:
@@ -10056,6 +10063,7 @@ class ControlPlane:
         """Remove an account; its undelivered messages become errors."""
         # Should the storage refuse in between, the account is gone and the same call again ends the rest of them.
         account_id = request.parameters["id"]
+        await self._look_for({account_id})
         async with self._one_at_a_time:
             self._refuse_configured(account_id)
             known = account_id in self.dispatcher.lanes
@@ -10143,6 +10151,11 @@ class ControlPlane:
     def _account(self, account_id: str) -> Account | None:
         lane = self.dispatcher.lanes.get(account_id)
         return lane.account if lane else None
+
+    async def _look_for(self, account_ids: set[str]) -> None:
+        """Several machines: those that are not known here may have been added through another node just now."""
+        if self.leases.node and not account_ids <= self.dispatcher.lanes.keys():
+            await self.take_over()
 
     def _refuse_configured(self, account_id: str) -> None:
         account = self._account(account_id)

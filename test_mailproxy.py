@@ -5523,6 +5523,20 @@ def test_accounts_suspensions_and_batches_are_known_to_all_nodes(pair: Pair) -> 
     pair.a.wait_status(f"{lane}-later", "sent")
 
 
+def test_an_account_added_through_one_node_is_known_to_the_next_request_at_another(pair: Pair) -> None:
+    for number in range(3):
+        lanes = [f"added-{number}-{what}" for what in ("mail", "switched", "deleted")]
+        for lane in lanes:
+            ask(pair.a, "/account", account_at(lane, pair.smtp))
+            if lane is lanes[0]:
+                pair.b.submit(letter(lane, account_id=lane))
+            elif lane is lanes[1]:
+                ask(pair.b, f"/account/{lane}/suspend")
+            else:
+                assert pair.b.delete(f"/account/{lane}").status == 200
+        pair.a.wait_status(lanes[0], "sent")
+
+
 def test_an_account_deleted_through_one_node_is_gone_from_the_other(pair: Pair) -> None:
     lane = pair.lane()
     scheduled = letter(f"{lane}-scheduled", account_id=lane, deferred_ts=int(time.time()) + 1000)
