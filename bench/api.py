@@ -3,7 +3,7 @@
     python3 bench/api.py [--examples 100] [--seed 1]                    # a daemon of its own, with an SMTP sink
     python3 bench/api.py --url http://127.0.0.1:8000 --token TOKEN ...  # a running one: changes its accounts, deletes
 
-Messages go to example.com alone. The suite runs it with 3 examples for each operation; the coverage phase, which
+Messages go to example.com alone. The suite runs it with 1 example for each operation; the coverage phase, which
 tries what is at and beyond each limit of the schema, is the same. Prints what schemathesis prints; exit status 1
 when it found something, or when the daemon's log has an error.
 """
