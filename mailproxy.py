@@ -3606,8 +3606,12 @@ SUSPEND = (
     "(SELECT seq FROM messages INDEXED BY messages_pending WHERE seq BETWEEN :first AND :last AND sent_ts IS NULL AND error_ts IS NULL AND batch_code = :batch_code "
     "AND turn & 2 <> :suspended ORDER BY seq LIMIT :most) RETURNING seq"
 )
-# Of several daemons: that the account's lane is this one's, and what it has on the wire.
-LEASED = "EXISTS (SELECT 1 FROM leases WHERE account_id = :account AND instance = :instance)"
+# Of several daemons: that the account's lane is this one's, and no other has suspended it; and what it has on the wire.
+LEASED = (
+    "EXISTS (SELECT 1 FROM leases WHERE account_id = :account AND instance = :instance) "
+    "AND NOT EXISTS (SELECT 1 FROM suspensions WHERE account_id = :account) "
+    "AND NOT EXISTS (SELECT 1 FROM switches WHERE name = 'active' AND value = 0)"
+)
 CLAIM = (
     "INSERT INTO claims SELECT seq, :instance FROM unnest(:seqs) AS seq "
     "ON CONFLICT (seq) DO UPDATE SET instance = excluded.instance"

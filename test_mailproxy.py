@@ -5530,6 +5530,27 @@ def test_accounts_suspensions_and_batches_are_known_to_all_nodes(pair: Pair) -> 
     pair.a.wait_status(f"{lane}-later", "sent")
 
 
+@pytest.mark.parametrize("path", ["/commands", "/account/{lane}"])
+def test_nothing_is_sent_that_was_submitted_after_another_node_suspended_it(pair: Pair, path: str) -> None:
+    lane = pair.lane()
+    pair.a.submit(letter(f"{lane}-first", account_id=lane))
+    pair.a.wait_status(f"{lane}-first", "sent")
+    has, (other,) = owner_of([pair.a, pair.b], lane)
+    path = path.format(lane=lane)
+
+    def suspended() -> bool:
+        status = has.status()
+        return not status["active"] or status["accounts"][lane]["state"] == "suspended"
+
+    for number in range(4):
+        ask(other, f"{path}/suspend")
+        has.submit(letter(f"{lane}-{number}", account_id=lane))
+        wait_until(suspended, "the suspension", 5)
+        assert has.message(f"{lane}-{number}")["status"] == "queued"
+        ask(other, f"{path}/activate")
+        has.wait_status(f"{lane}-{number}", "sent")
+
+
 def test_an_account_added_through_one_node_is_known_to_the_next_request_at_another(pair: Pair) -> None:
     for number in range(3):
         lanes = [f"added-{number}-{what}" for what in ("mail", "switched", "deleted")]
