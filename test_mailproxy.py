@@ -201,9 +201,13 @@ def node_modules(together: Path) -> Path:
 
 
 @contextlib.contextmanager
-def open_folder(prefix: str) -> Iterator[Path]:
-    """A folder that servers running as other users can walk into; pytest's own are closed to them."""
-    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+def open_folder(prefix: str, *, in_memory: bool = False) -> Iterator[Path]:
+    """A folder that servers running as other users can walk into; pytest's own are closed to them. For many files that
+    need not outlive anything it may be in memory, where there is room."""
+    memory = "/dev/shm" if in_memory and os.access("/dev/shm", os.W_OK) else None
+    if memory and shutil.disk_usage(memory).free < 2**31:
+        memory = None
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=memory, ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)
 
@@ -1291,7 +1295,7 @@ class PostgresServer:
     def __enter__(self) -> PostgresServer:
         with contextlib.ExitStack() as stack:
             self._programs = self.programs()
-            self.folder = stack.enter_context(open_folder("mailproxy-postgres-"))
+            self.folder = stack.enter_context(open_folder("mailproxy-postgres-", in_memory=True))
             self._outside: dict[str, Any] = {"cwd": self.folder, "env": {"PATH": os.defpath, "LC_ALL": "C"}}
             if os.geteuid() == 0:  # which initdb refuses
                 self._outside.update(user="nobody", group="nogroup", extra_groups=[])
@@ -16188,8 +16192,10 @@ def test_openapi_json_says_what_the_route_table_routes(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def described(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Path]]:
     """A daemon, and its openapi.json in a folder for what is generated of it."""
-    folder = tmp_path_factory.mktemp("generated")
-    with SmtpServer() as smtp, Daemon(tmp_path_factory.mktemp("described"), smtp=smtp, token="t0ken") as daemon:
+    with (
+        open_folder("mailproxy-generated-", in_memory=True) as folder, SmtpServer() as smtp,
+        Daemon(tmp_path_factory.mktemp("described"), smtp=smtp, token="t0ken") as daemon,
+    ):  # fmt: skip
         (folder / "openapi.json").write_bytes(daemon.get("/openapi.json").content)
         yield daemon, folder
 
