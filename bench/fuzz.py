@@ -43,6 +43,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -345,7 +346,11 @@ class SmtpTarget:
 
     def attempt(self, stream: bytes) -> str:
         replies, mails = self.talk([stream])
-        must((replies, mails) == self.talk(in_pieces(stream)), "in pieces there are other replies or mails")
+        again, same = (
+            self.talk(in_pieces(stream)),
+            partial(re.sub, rb"552 5.3.4 .*|554 5.6.0 .*", b"(too large, or a bare CR)"),
+        )
+        must((same(replies), mails) == (same(again[0]), again[1]), "in pieces there are other replies or mails")
         must(re.fullmatch(rb"(?:[2-5]\d\d[ -][^\r\n\0]*\r\n)+", replies), f"replies {replies!r}")
         for mail in mails:
             lines = mail.content.count(b"\r\n")
