@@ -47,7 +47,7 @@ CONNECTED, COMMITTED = "Listener._connected", "Metrics.label"
 CLAIMED, TRANSACTION, RECORDED = "_claim_of", "Session.transact", "SendWindows.count"
 DISPATCHER, REPORTER = "Dispatcher.run", "Reporter.run"
 BUDGET = {"post": 40, "delivery": 85, "attachment": 65}
-LINES_BUDGET = 12_780
+LINES_BUDGET = 12_300
 
 
 class Recorder:
