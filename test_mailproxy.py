@@ -1363,7 +1363,7 @@ class PostgresServer:
             others = "datname = current_database() AND pid <> pg_backend_pid()"
             self.run(
                 f"ALTER DATABASE {name} RESET ALL", f"ALTER DATABASE {name} OWNER TO mailproxy",
-                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}",  # noqa: S608
+                f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE {others}",  # noqa: S608
                 *([EMPTY_TABLES] if tables else DROP_TABLES), database=name,
             )  # fmt: skip
             return self.url(name)
