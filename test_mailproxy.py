@@ -10688,14 +10688,18 @@ def test_what_the_server_does_decides_about_the_message(tmp_path: Path, reports:
         "slowrcpt2@example.com": ("error", 3, "no answer within"),
         "müller@example.com": ("error", 1, "the message needs SMTPUTF8"),
     }
-    config = {"delivery": {"retry_delays": "0", "max_retries": 2}, "smtp": {"timeout": 0.3, "max_connections": 12}}
+    config = {"delivery": {"retry_delays": "0", "max_retries": 2}, "smtp": {"max_connections": 12}}
     with (
         SmtpServer(smtputf8=False, size_limit=20_000) as smtp,
         SleepyDaemon(tmp_path, config, smtp=smtp, reports=reports) as daemon,
     ):
         ask(daemon, "/account", account_at("careful", smtp, in_doubt="error"))
         ask(daemon, "/account", account_at("one by one", smtp, in_doubt="error", max_recipients=1))
-        daemon.submit(*(letter(to, to) for to in stories), letter("large", body="x" * 30_000))
+        ask(daemon, "/account", account_at("hasty", smtp, timeout=0.3))
+        accounts = {"slowrcpt2@example.com": "hasty"}
+        daemon.submit(
+            *(letter(to, to, account_id=accounts.get(to)) for to in stories), letter("large", body="x" * 30_000)
+        )
         daemon.submit(letter("doubt", "dropdata@example.com", account_id="careful"))
         daemon.submit(letter("some", "ok@example.com", "dropdata+2@example.com", account_id="one by one"))
 
@@ -15527,6 +15531,7 @@ def test_the_rows_of_a_csv_are_sent_once_however_often_it_runs_and_a_terminal_sh
     with csv.open("a") as file:
         file.write("new@c.test,Hi,d\n")
     seen, *ended = on_screen(*words, "--priority", "low", "--url", url_of(daemon))
+    wait_until(lambda: daemon.status()["pending"] == 0, "the second failure of one")
 
     assert first == (0, "3 of 3\n3 messages: 3 queued, 0 known, 0 refused\n", "")
     piped = ["send", "--csv", "-", "--from", "a@b.test", "--url", url_of(daemon)]
