@@ -1136,7 +1136,8 @@ def load_settings(config: str | None, environ: Mapping[str, str], overrides: Map
         if row.section == "client" and isinstance(value, Secret):  # fit for a header
             try:
                 text = reveal(value, environ)
-                _ = row.key == "client_sync_secret" and webhook_key(text)
+                if row.key == "client_sync_secret":
+                    webhook_key(text)
             except SecretUnavailable as error:
                 raise complaint(str(error)) from None
             except ValueError:
@@ -4529,9 +4530,11 @@ BEGIN = (
 # so that nothing is answered, or goes on the wire, that is not on the disk.
 END = (
     "COMMIT",
+    BEGIN[0],
     "SELECT CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') "
     "THEN set_config('synchronous_commit', 'on', true) END",
     "UPDATE commits SET at = now() WHERE writer = '{}'",
+    "COMMIT",
 )
 # Where SQLite says the one, PostgreSQL says the other.
 DIALECT = (
