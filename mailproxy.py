@@ -5087,9 +5087,11 @@ class Leases:
         self.ring(look=True)
 
     async def take(self, lanes: Iterable[str]) -> set[str]:
-        """Take the lanes that have mail and nobody has; return which. The nodes that have others are told to look."""
+        """Take the lanes that have mail and nobody has, but for a share of the other nodes; return which. The others are
+        told to look; what they do not take is asked for again."""
         asked = set(lanes)
         wanted = list(asked.difference(self.elsewhere))
+        wanted = wanted[: 1 + len(wanted) // (1 + len(self._last.accounts or ()))]
         taken = {row[0] for row in await self._write(TAKE, ids=wanted)} if wanted else set()
         self._held |= taken
         if taken != asked:

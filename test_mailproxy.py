@@ -5492,6 +5492,19 @@ def test_mail_for_a_lane_of_another_node_is_on_the_wire_at_once(pair: Pair) -> N
     assert has.attempts(f"{lane}-other-0")[0]["connection"] == f"{lane}-1"  # the one that was open
 
 
+def test_lanes_that_get_mail_together_are_shared_among_the_nodes(pair: Pair) -> None:
+    lanes = [pair.lane() for _ in range(8)]
+    ask(pair.a, "/commands/suspend")
+    wait_until(lambda: not pair.b.status()["active"], "the suspension", 5)
+    pair.b.submit(*(letter(lane, account_id=lane) for lane in lanes))
+
+    ask(pair.a, "/commands/activate")
+
+    for lane in lanes:
+        pair.a.wait_status(lane, "sent")
+    assert {owner(pair.a, lane) for lane in lanes} == {"a", "b"}
+
+
 def test_a_message_on_the_wire_of_another_node_is_neither_deleted_nor_replaced(pair: Pair) -> None:
     lane = pair.lane()
     slow = letter(f"{lane}-slow", "slow@example.com", account_id=lane)
