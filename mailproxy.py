@@ -7276,6 +7276,8 @@ JSON_TYPES = frozenset({"", "application/json", "application/x-www-form-urlencod
 HTTP_HEAD_BYTES = 32_768
 HTTP_HEADERS = 100
 JSON_AT_ONCE_BYTES = 262_144  # a larger body is parsed outside the event loop
+LONG_STRING_BYTES = 8_192  # a longer string of a large body is read separately
+STEP_BYTES = 262_144  # of a long string or body, read in one step
 JSON_DEPTH = 64
 JSON_VALUES = 2_000_000  # strings, lists, objects of a body: an empty list takes thirty times the memory of its bytes
 TURNED_AWAY_S = 2.0  # for the request of one client too many
@@ -7342,7 +7344,7 @@ class Request:
             raise HttpError(415, f"Content-Encoding {encoding[:80]} is not supported; send the body as it is")
         if len(body) <= JSON_AT_ONCE_BYTES:
             return parse_json_object(body, judged)
-        return await self.in_thread(lambda: parse_json_object(body, judged))
+        return await self.in_thread(lambda: parse_large_json_object(body, judged))
 
     def read_head(self, head: bytes) -> str:
         """Fill in what a head says, and return the target; HttpError for one that is not strictly right (RFC 9112)."""
@@ -7389,12 +7391,7 @@ def json_response(content: Mapping[str, object], status: int = 200) -> Response:
 
 
 def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, object]:
-    """Strict JSON (RFC 8259) of one object. HttpError 400 says where and why not; 413 when it has too many values.
-    Blocking."""
-    is_large = len(body) > JSON_AT_ONCE_BYTES
-    values = body.count(b"[") + body.count(b"{") + body.count(b'"') / 2 if is_large else 0
-    if values > JSON_VALUES and values - body.count(b'\\"') / 2 > JSON_VALUES:  # less the quotes within texts
-        raise HttpError(413, f"the JSON has more than {JSON_VALUES} values")
+    """Strict JSON (RFC 8259) of one object, or HttpError 400 that says where and why not. Blocking."""
     try:
         content = STRICT_JSON.decode(body.decode())
     except RecursionError:
@@ -7403,7 +7400,7 @@ def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, objec
         raise HttpError(400, f"the body is not JSON: {str(error).partition(';')[0]}", code="bad_json") from None
     if not isinstance(content, dict):
         raise HttpError(400, "the body is not a JSON object", code="bad_json")
-    if is_large or body.count(b"{") + body.count(b"[") > JSON_DEPTH:
+    if len(body) > JSON_AT_ONCE_BYTES or body.count(b"{") + body.count(b"[") > JSON_DEPTH:
         level: list[Any] = [content]  # code which walks through deeper nesting might run out of stack
         for _ in range(JSON_DEPTH):
             members = (outer.values() if isinstance(outer, dict) else outer for outer in level)
@@ -7413,6 +7410,51 @@ def parse_json_object(body: bytes, judged: str | None = None) -> dict[str, objec
         if name != judged and (half := HALF_A_PAIR.search(as_json({name: value}))):
             raise HttpError(400, f"{name} contains half a surrogate pair (\\u{ord(half[0]):04x})", code="bad_json")
     return content
+
+
+def parse_large_json_object(body: bytes, judged: str | None = None) -> dict[str, object]:
+    """The same of a large body; 413 for one of too many values. Blocking, in steps that let the event loop run."""
+    values = body.count(b"[") + body.count(b"{") + body.count(b'"') / 2
+    if values > JSON_VALUES and values - body.count(b'\\"') / 2 > JSON_VALUES:  # less the quotes within texts
+        raise HttpError(413, f"the JSON has more than {JSON_VALUES} values")
+    cut: dict[str, str] = {}
+    with contextlib.suppress(HttpError, ValueError):
+        content = parse_json_object(without_long_strings(body, cut), judged)
+        put_back(content, cut)
+        if not cut:  # none of them was the name of a field
+            return content
+    return parse_json_object(body, judged)  # finds the words for what is wrong
+
+
+def without_long_strings(body: bytes, cut: dict[str, str]) -> bytes:
+    """The JSON with a mark nobody can guess in the place of each long string, which `cut` has by its mark. Only strings
+    without a backslash, as base64 is: they end at the next quote. ValueError when one is no string."""
+    nonce = secrets.token_hex(16)
+    kept: list[bytes] = []
+    done, quote = 0, body.find(b'"')
+    while quote >= 0:
+        near = body.rfind(b'"', quote + 1, quote + LONG_STRING_BYTES)
+        end = near if near >= 0 else body.find(b'"', quote + 1)
+        if end - quote > LONG_STRING_BYTES and body[quote - 1 : quote] != b"\\" and body.find(b"\\", quote, end) < 0:
+            text = body[quote + 1 : end].decode()
+            for start in range(0, len(text), STEP_BYTES):  # refuses control characters
+                STRICT_JSON.decode(f'"{text[start : start + STEP_BYTES]}"')
+            mark = f"{nonce}{len(cut)}"
+            cut[mark] = text
+            kept += body[done : quote + 1], mark.encode()
+            done = end
+        quote = end
+    kept.append(body[done:])
+    return b"".join(kept)
+
+
+def put_back(container: Any, cut: dict[str, str]) -> None:
+    """Move the values that were cut out to where their marks stand."""
+    for place, value in container.items() if isinstance(container, dict) else enumerate(container):
+        if isinstance(value, str):
+            container[place] = cut.pop(value, value)
+        elif isinstance(value, dict | list):
+            put_back(value, cut)
 
 
 def unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:

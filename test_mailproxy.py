@@ -9721,25 +9721,26 @@ async def test_json_that_is_not_strictly_right_is_400_and_says_why(service):
     assert mailproxy.json_response({"a": "\udc80é"}).body == b'{"a": "\\udc80\xc3\xa9"}\n'
 
 
-LARGE = mailproxy.JSON_AT_ONCE_BYTES
+LONG = mailproxy.STEP_BYTES
 
 
 @pytest.mark.parametrize("ensure_ascii", [True, False])
 @pytest.mark.parametrize(
     "content",
     [
-        {"a": ["x" * LARGE * 3], "b": "y" * 9000, "c": ""},
-        {"a": '\\"/\n' * LARGE, "b": {"c": '"' * 9000}},
-        {"a": "aé日😀" * LARGE},
-        {"n" * LARGE: "v" * 9000},
-        {"messages": [{"subject": "\ud83d", "body": "x" * LARGE}]},  # half a pair is left to who judges messages
+        {"a": ["x" * LONG * 3], "b": "y" * 9000, "c": ""},
+        {"a": '\\"/\n' * LONG, "b": {"c": '"' * 9000}},
+        {"a": "aé日😀" * LONG},
+        {"n" * 9000: "v" * 9000},
+        {"messages": [{"subject": "\ud83d", "body": "short"}]},  # half a pair there is left to who judges messages
+        {"messages": [{"subject": "\ud83d", "body": "x" * mailproxy.LONG_STRING_BYTES * 2}]},
     ],
-    ids=["base64", "escapes", "octets", "name", "half a pair"],
+    ids=["base64", "escapes", "octets", "name", "half a pair", "half a pair beside a long text"],
 )
-def test_a_large_body_is_read_as_any_other(content, ensure_ascii):
+def test_long_strings_of_a_large_body_are_read_as_any_other(content, ensure_ascii):
     if ensure_ascii or "messages" not in content:
         body = json.dumps(content, ensure_ascii=ensure_ascii).encode()
-        assert mailproxy.parse_json_object(body, "messages") == content
+        assert mailproxy.parse_large_json_object(body, "messages") == content
 
 
 @pytest.mark.parametrize(
@@ -9752,9 +9753,15 @@ def test_a_large_body_is_read_as_any_other(content, ensure_ascii):
         (b"\xff", "codec can't decode"),
     ],
 )
-def test_what_is_wrong_in_a_large_body_is_told(wrong, words):
-    with pytest.raises(mailproxy.HttpError, match=words):
-        mailproxy.parse_json_object(b'{"a": "' + b"x" * LARGE + wrong + b"x" * LARGE + b'"}')
+def test_what_is_wrong_in_a_long_string_is_told_as_in_any_other(wrong, words):
+    body = b'{"a": "' + b"x" * LONG + wrong + b"x" * LONG + b'"}'
+
+    with pytest.raises(mailproxy.HttpError, match=words) as of_large:
+        mailproxy.parse_large_json_object(body)
+    with pytest.raises(mailproxy.HttpError) as of_any:
+        mailproxy.parse_json_object(body)
+
+    assert str(of_large.value) == str(of_any.value)
 
 
 def test_json_of_very_many_values_is_413_before_it_takes_the_memory_and_marks_within_texts_are_none():
@@ -9762,11 +9769,11 @@ def test_json_of_very_many_values_is_413_before_it_takes_the_memory_and_marks_wi
     for values in (b"[]," * many, b"{}," * many, b'"",' * many, b'"\\"",' * 2 * many):
         for before, behind in ((b"", b""), (b'"",', b',""')):
             with pytest.raises(mailproxy.HttpError, match="more than 2000000 values") as refused:
-                mailproxy.parse_json_object(b'{"a": [' + before + values + b"0" + behind + b"]}")
+                mailproxy.parse_large_json_object(b'{"a": [' + before + values + b"0" + behind + b"]}")
             assert refused.value.status == 413
 
     texts = {"a": [',"' * many, ",:" * many]}
-    assert mailproxy.parse_json_object(json.dumps(texts).encode()) == texts
+    assert mailproxy.parse_large_json_object(json.dumps(texts).encode()) == texts
 
 
 @served()

@@ -459,13 +459,26 @@ def plain_name(name: str) -> str:
 
 
 def json_or_none(mailproxy: Any, body: bytes) -> Any:
-    """The object of a body, or None when it is refused as it should be."""
+    """The object of a body, or None when it is refused as it should be; read in pieces it is the same."""
+    in_pieces = answer_in_pieces(mailproxy, body)
     try:
-        return mailproxy.parse_json_object(body)
+        content = mailproxy.parse_json_object(body)
+        must(in_pieces == content, f"in pieces it is {in_pieces!r}")
+        return content
     except mailproxy.HttpError as error:
+        must(in_pieces == error.error, f"in pieces it is {in_pieces!r}")
         must(error.status == 400, f"status {error.status}")
         must(json.loads(error.response().body)["ok"] is False, "an answer that says no")
         return None
+
+
+def answer_in_pieces(mailproxy: Any, body: bytes) -> Any:
+    """What reading a body as a large one gives, every string of some length in pieces: an object, or a sentence."""
+    mailproxy.LONG_STRING_BYTES, mailproxy.STEP_BYTES = 5, 3
+    try:
+        return mailproxy.parse_large_json_object(body)
+    except mailproxy.HttpError as error:
+        return error.error
 
 
 def refuse_odd_reason(mailproxy: Any, reason: Exception) -> None:
