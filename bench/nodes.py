@@ -253,7 +253,7 @@ def settled(nodes: Sequence[Node], database: Postgres) -> tuple[list[str], list[
     while time.monotonic() < deadline:
         nodes[0].daemon.command("run-now")
         with contextlib.suppress(rig.BenchError):
-            nodes[-1].daemon.wait_for_status(lambda status: status["pending"] == status["unreported"] == 0, 2)
+            nodes[-1].daemon.wait_for_status(lambda said: said.get("pending") == said.get("unreported") == 0, 2)
             break
     exit_statuses = [node.daemon.stop() for node in nodes]
     left = []
