@@ -4693,9 +4693,10 @@ class PostgresConnection:
             else:
                 self.execute(sql, row)
 
-    def _add(self, sql: str) -> LateCursor:
-        self._waiting.append((sql, answer := LateCursor(self.send)))
-        return answer
+    def _add(self, *statements: str) -> LateCursor:
+        """Have statements wait; the answer to the last one."""
+        self._waiting += [(sql, LateCursor(self.send)) for sql in statements]
+        return self._waiting[-1][1]
 
     def send(self) -> None:
         """Send what waits, and give each its answer. What begins something goes once more, over a new session, when
@@ -4731,7 +4732,7 @@ class PostgresConnection:
 
     def _begin(self) -> LateCursor:
         """Begin a transaction: until its end the only one, of all daemons, that writes."""
-        file, answer = self._file, [self._add(sql) for sql in BEGIN][-1]
+        file, answer = self._file, self._add(*BEGIN)
         file.last_seq, file.last_report, changes = answer.fetchone()
         self._numbers = file.last_seq, file.last_report
         if changes != file.changes:
@@ -4758,7 +4759,7 @@ class PostgresConnection:
         return answer
 
     def _end(self) -> LateCursor:
-        return [self._add(sql.format(self._writer)) for sql in END][-1]
+        return self._add(*(sql.format(self._writer) for sql in END))
 
     def _was_committed(self, number: int) -> bool:
         """What became of a transaction whose end was not answered: the lock is free once it has ended. Raises
@@ -4767,7 +4768,7 @@ class PostgresConnection:
         last = f"SELECT number FROM commits WHERE writer = '{self._writer}'"  # noqa: S608 - nothing from outside
         while True:
             try:
-                (*_, answer) = [self._add(sql) for sql in (*BEGIN, last)]
+                answer = self._add(*BEGIN, last)
                 self._end()
                 return bool(answer.fetchone() == (number,))
             except self._file.errors:
