@@ -7648,37 +7648,33 @@ class ServedConnection(Served):
     async def _read_body(self, length: int | None, *, kept: bool) -> bytes:
         """A body of this length, or in chunks when it is None (RFC 9112 7.1); b"" unless it is to be kept."""
         body = io.BytesIO(bytes(length or 0)) if kept else None  # to grow is to copy; its getvalue() is no copy
-        if length is not None:
-            await self._copy(length, body)
-            return body.getvalue() if body else b""
-        size = 0
-        while True:
-            size_field = CHUNK_SIZE.fullmatch(await self._line())
-            if not size_field:
-                raise HttpError(400, "the size of a chunk is malformed")
-            chunk = int(size_field[1], 16)
-            if not chunk:
-                break
-            size += chunk
-            most = self.server.limits.max_body_bytes
-            ensure(size <= most, 413, f"the body is larger than {most} bytes")
-            await self._copy(chunk, body)
-            ensure(not await self._line(), 400, "a chunk is longer than its size")
-        for _ in range(HTTP_HEADERS):
-            if not (line := await self._line()):
-                return body.getvalue() if body else b""
-            ensure(FIELD_LINES.fullmatch(line.decode("latin-1")), 400, "a trailer is malformed")
-        raise HttpError(431, "there are too many trailers")
-
-    async def _copy(self, size: int, body: io.BytesIO | None) -> None:
-        """The next `size` bytes, as they come."""
-        while size:
+        size, left = 0, length
+        while left is None or left:
+            if left is None:
+                size_field = CHUNK_SIZE.fullmatch(await self._line())
+                if not size_field:
+                    raise HttpError(400, "the size of a chunk is malformed")
+                left = int(size_field[1], 16)
+                if not left:
+                    break
+                size += left
+                most = self.server.limits.max_body_bytes
+                ensure(size <= most, 413, f"the body is larger than {most} bytes")
             if not self._buffer:
                 await self._receive(self.server.limits.body_timeout_seconds)
-            piece, self._buffer = self._buffer[:size], self._buffer[size:]
-            size -= len(piece)
+            piece, self._buffer = self._buffer[:left], self._buffer[left:]
+            left -= len(piece)
             if body:
                 body.write(piece)
+            if length is None and not left:
+                ensure(not await self._line(), 400, "a chunk is longer than its size")
+                left = None
+        trailers = 0
+        while length is None and (line := await self._line()):
+            trailers += 1
+            ensure(FIELD_LINES.fullmatch(line.decode("latin-1")), 400, "a trailer is malformed")
+            ensure(trailers < HTTP_HEADERS, 431, "there are too many trailers")
+        return body.getvalue() if body else b""
 
     async def _line(self) -> bytes:
         """A line without its CRLF; 400 for a line end that is not CRLF, or a line that does not end."""
@@ -9923,7 +9919,11 @@ class ControlPlane:
         for given in messages:
             id_ = given.get("id") if isinstance(given, dict) else None
             try:
-                if not (isinstance(id_, str) and 1 <= len(id_) <= LONGEST_ID) or flaw_of_line(id_):
+                if (
+                    not isinstance(id_, str)
+                    or not 1 <= len(id_) <= LONGEST_ID
+                    or (not id_.isprintable() and flaw_of_line(id_))
+                ):
                     id_ = None
                 elif id_ in seen:
                     raise Rejected(TWICE)
