@@ -5035,7 +5035,7 @@ class Leases:
     elsewhere: Sequence[str] = ()  # lanes that other nodes have
     _last = Look()
     _told = _look_now = _leaving = False
-    _well_since = _unseen_since = math.inf  # renewals succeed; a look waits for the event loop; times are of uptime()
+    _well_since = _unseen_since = math.inf  # renewals come in time; a look waits for the event loop; times of uptime()
 
     def __init__(self, file: Any = None, node: str | None = None, look_s: Any = None, log: Any = None) -> None:
         self.file, self.node, self._look_s, self._log = cast(PostgresFile, file), node, look_s, log
@@ -5163,15 +5163,17 @@ class Leases:
     def _keep(self) -> None:
         """Renew the row, look and notify the others, until this node leaves."""
         session: Any = None
-        renewed_at = looked_at = told_at = -math.inf
+        failures, renewed_at, looked_at, told_at = 0, -math.inf, -math.inf, -math.inf
         while not self._leaving or self._told:
-            now, pause_s = uptime(), LOOK_PAUSE_S
+            now, pause_s = uptime(), min(self._look_s(), self._beat_s)
             try:
                 if session is None:
                     session = self.file.connect()
                     session.execute("LISTEN mailproxy")
                 with self.file.deadline(session, LEASE_S / 3):
                     if now >= renewed_at + self._beat_s:
+                        if now >= renewed_at + 2 * self._beat_s:
+                            self._well_since = now
                         self._renew(session, now)
                         renewed_at = now
                     if self._told and (self._leaving or now >= told_at + LOOK_PAUSE_S):
@@ -5180,15 +5182,17 @@ class Leases:
                     if now >= looked_at + (LOOK_PAUSE_S if self._look_now else min(self._look_s(), self._beat_s)):
                         self._look_now, looked_at = False, now
                         self._look(session, now)
-                if not (self._look_now or self._told):
-                    pause_s = min(self._look_s(), self._beat_s)
+                if self._look_now or self._told:
+                    pause_s = LOOK_PAUSE_S
+                failures = 0
             except Exception as error:  # the row runs out, unless the next try is better
-                if self._well_since < math.inf:
+                failures += 1
+                if failures == 2:  # one may be of a session that somebody ended
                     why = self.file.why(error)
                     event(self._log, logging.WARNING, "the lease cannot be renewed", node=self.node, error=why)
                 with contextlib.suppress(Exception):
                     session.close()
-                session, self._well_since = None, math.inf
+                session = None
                 if self._leaving:
                     return
             waiting = select.poll()
@@ -5204,11 +5208,13 @@ class Leases:
             one.close()
 
     def _renew(self, session: Any, now: float) -> None:
-        """Renew the row, unless the event loop hangs: then others are to take the lanes."""
+        """Renew the row, unless the event loop hangs, or the tables are of another version: then others are to take the
+        lanes. Raises ConfigurationError, psycopg.Error."""
         if self.buried or self._leaving or now - self._unseen_since > 2 * self._beat_s:
             return
+        self.file.check_version(session)
         if session.execute(RENEW, [LEASE_S, self.accounts, self._shown, self.file.instance]).rowcount:
-            self._until, self._well_since = now + LEASE_S * (1 - DRIFT_SHARE), min(self._well_since, now)
+            self._until = now + LEASE_S * (1 - DRIFT_SHARE)
         else:
             self._until, self.buried = -math.inf, True
 
@@ -9483,6 +9489,7 @@ LISTING_PATIENCE_S = 0.7  # a listing with a limit that finds nothing ends then:
 ALL_REJECTED = "all messages rejected"
 NO_MESSAGE = "there is no message with this id"
 NO_ACCOUNT = "there is no account with this id"
+DATABASE_AWAY = "the database of the queue does not answer yet"
 NOT_FOUND = "account not found"
 NO_DEFAULT = "missing account configuration"
 TWICE = "duplicate id in this batch"
@@ -9707,6 +9714,7 @@ class ControlPlane:
     dispatcher: Dispatcher
     reporter: Reporter
     settings: Callable[[], Settings]
+    waits: bool = False  # for a database that has not answered since the start
     _configured: Sequence[Account] = ()
     _known: Known | None = None  # what the lanes go by
     _wrote_at: float = -math.inf  # for a look whether the storage answers
@@ -9747,9 +9755,9 @@ class ControlPlane:
 
     async def check_ready(self, request: Request) -> Response:
         """Check readiness: the storage answers, both loops run."""
+        ensure(not self.waits, 503, DATABASE_AWAY)
         if problem := self.stalled_loop():
             raise HttpError(503, problem, code="internal")
-        ensure(not self.leases.buried, 503, "the lease of this node is over")
         # Anybody may ask, so it is tried once a second at most.
         if self.queue.file.refuses or self.clock.monotonic() >= self._wrote_at + 1:
             try:
@@ -9758,6 +9766,7 @@ class ControlPlane:
                 self._wrote_at = self.clock.monotonic()
             except TimeoutError:
                 raise HttpError(503, "the queue does not answer") from None
+        ensure(not self.leases.buried, 503, "the lease of this node is over")
         return json_response({"ok": True})
 
     def stalled_loop(self) -> str | None:
@@ -10003,6 +10012,8 @@ class ControlPlane:
     async def retry_messages(self, request: Request) -> Response:
         """Queue failed messages again."""
         ids = ids_of(await request.json_object())
+        if self.leases.node:
+            await self.take_over()  # an account may have been added through another node just now
         queued, not_found, not_failed, of_no_account = await self.queue.retry(ids, self.dispatcher.lanes.keys())
         self.dispatcher.wake(self.dispatcher.lanes)
         self.reporter.ring()
@@ -10364,7 +10375,6 @@ class Daemon:
         ]
         self._network, self._work = InThread(self._pools[0]), InThread(self._pools[1], computes=True)
         self._tokens: tuple[bytes, ...] = ()
-        self._waits = False  # for its database
         took, refused = self._metrics.storage_commit_seconds.observe, self._metrics.storage_commit_failures.inc
         file = queue_file(settings.storage.db_path, environ, observe_commit=took, observe_refusal=refused)
         self._queue = Queue(file, now=self._clock.wall)
@@ -10382,7 +10392,7 @@ class Daemon:
             loop.add_signal_handler(signal.SIGHUP, self._asked_to_renew.set)
         try:
             await self._build()
-            self._waits = not await self._begin()
+            self._control.waits = not await self._begin()
             status = await self._serve(await self._listen(), started)
         finally:
             await self._queue.file.close()
@@ -10409,7 +10419,7 @@ class Daemon:
         except StorageUnavailable as error:
             if self._node is None:
                 raise ConfigurationError(str(error)) from None
-            if not self._waits:
+            if not self._control.waits:
                 event(self._log, logging.WARNING, "the database is waited for", error=str(error))
             return False
         return True
@@ -10515,10 +10525,10 @@ class Daemon:
         pid, node = os.getpid(), self._node
         event(self._log, logging.INFO, "mailproxy listens", at=where, version=__version__, pid=pid, node=node)
         watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
-        while self._waits and not self._stopping.is_set():
+        while self._control.waits and not self._stopping.is_set():
             self._systemd.tell("READY=1")
             await self._ends(asyncio.create_task(self._stopping.wait()), STORAGE_PAUSE_S)
-            self._waits = not await self._begin()
+            self._control.waits = not await self._begin()
         runs = {"follower": self._control.follow, "dispatcher": self._dispatcher.run, "reporter": self._reporter.run}
         follower, *loops = [asyncio.create_task(run(), name=name) for name, run in runs.items()]
         beside = [follower, asyncio.create_task(self._renew()), asyncio.create_task(self._take_spool())]
@@ -10602,7 +10612,7 @@ class Daemon:
     async def _feed_watchdog(self) -> None:
         """Tell systemd that we live, as long as both loops turn."""
         while (interval_s := self._systemd.watchdog_interval_s) is not None:
-            if self._waits or self._control.stalled_loop() is None:
+            if self._control.waits or self._control.stalled_loop() is None:
                 self._systemd.tell("WATCHDOG=1")
             await asyncio.sleep(interval_s)
 
@@ -10686,8 +10696,8 @@ class Daemon:
 
     def _authorised(self, request: Request) -> bool:
         """True with one of the tokens, compared in constant time, or when none is configured."""
-        if self._waits:
-            raise StorageUnavailable("the database of the queue does not answer yet")
+        if self._control.waits:
+            raise StorageUnavailable(DATABASE_AWAY)
         if not self._tokens:
             return True
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")

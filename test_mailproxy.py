@@ -5582,6 +5582,30 @@ def test_an_account_added_through_one_node_is_known_to_the_next_request_at_anoth
         pair.a.wait_status(lanes[0], "sent")
 
 
+def test_a_failed_message_of_a_lane_that_another_node_has_is_retried_there_at_once(pair: Pair) -> None:
+    with MoodySmtpServer(RCPT=["550 no"]) as server:
+        lane = pair.lane(host=server.host, port=server.port)
+        pair.a.submit(letter(lane, account_id=lane))
+        pair.a.wait_status(lane, "error")
+        _, (other,) = owner_of([pair.a, pair.b], lane)
+
+        began = time.monotonic()
+        assert ask(other, "/commands/retry-messages", {"ids": [lane]})["queued"] == 1
+        other.wait_status(lane, "sent")
+        assert time.monotonic() - began < 1
+
+
+def test_an_account_added_through_one_node_is_known_to_a_retry_at_another(pair: Pair) -> None:
+    for number in range(3):
+        lane, id_ = pair.lane(), f"comes-back-{number}"
+        pair.a.submit(letter(id_, account_id=lane, deferred_ts=int(time.time()) + 1000))
+        pair.a.delete(f"/account/{lane}")
+        wait_until(lambda lane=lane: lane not in pair.b.status()["accounts"], "the other node to know it", 5)
+        ask(pair.a, "/account", account_at(lane, pair.smtp))
+        assert ask(pair.b, "/commands/retry-messages", {"ids": [id_]})["queued"] == 1
+        pair.b.wait_status(id_, "sent")
+
+
 def test_an_account_deleted_through_one_node_is_gone_from_the_other(pair: Pair) -> None:
     lane = pair.lane()
     scheduled = letter(f"{lane}-scheduled", account_id=lane, deferred_ts=int(time.time()) + 1000)
@@ -5656,6 +5680,20 @@ def test_others_take_the_lanes_of_a_node_that_was_killed(
     assert len(smtp.received) <= 9  # the one on the wire may have come twice
     order = [entry["id"] for entry in reports.acknowledged if entry["status"] == "sent"]
     assert [id_ for id_ in dict.fromkeys(order) if id_[0] == "n"] == [f"n-{n}" for n in range(4)]
+
+
+def test_a_database_that_ends_idle_sessions_at_once_keeps_nobody_from_taking_over(
+    tmp_path: Path, postgres: str, postgres_server: PostgresServer, smtp: SmtpServer
+) -> None:
+    postgres_server.run(f"ALTER DATABASE {postgres.rpartition('/')[2]} SET idle_session_timeout = '100ms'")
+    with nodes(tmp_path, postgres, smtp=smtp) as daemons:
+        daemons[0].submit(letter("first"))
+        daemons[0].wait_status("first", "sent")
+        has, (other,) = owner_of(daemons)
+        has.kill()
+        other.submit(letter("second"))
+        other.wait_status("second", "sent", 10)
+        assert "cannot be renewed" not in other.log
 
 
 def test_a_node_that_was_stopped_longer_than_its_lease_begins_no_transaction_when_it_wakes(
@@ -5769,6 +5807,28 @@ def test_accounts_of_config_ini_that_differ_are_named_in_the_logs_of_both(
         assert "account=same" not in a.log + b.log
 
 
+def test_a_node_that_finds_the_schema_of_another_version_gives_its_lanes_up(
+    tmp_path: Path, postgres: str, smtp: SmtpServer
+) -> None:
+    newer = {**SHORT_LEASE, "MIGRATIONS": [*mailproxy.MIGRATIONS, ""]}
+    with nodes(tmp_path, postgres, "a", smtp=smtp) as (old,):
+        old.submit(letter("first"))
+        old.wait_status("first", "sent")
+        old.change("UPDATE switches SET value = value + 1 WHERE name = 'schema'")
+        with nodes(tmp_path, postgres, "b", smtp=smtp, pauses=newer) as (new,):
+            new.submit(letter("second"))
+            new.wait_status("second", "sent")
+
+            ready = old.get("/ready")
+            assert (ready.status, "a newer mailproxy" in ready.json["error"]) == (503, True)
+            assert "the lease cannot be renewed" in old.log
+            assert owner(new) == "b"
+        old.change("UPDATE switches SET value = value - 1 WHERE name = 'schema'")
+        wait_until(lambda: old.get("/ready").status == 200, "the old one to work again", 5)
+        old.submit(letter("third"))
+        old.wait_status("third", "sent")
+
+
 def test_behind_a_pooler_a_look_now_and_then_takes_the_place_of_notifications(
     tmp_path: Path, postgres: str, postgres_server: PostgresServer, pgbouncer: PgBouncer, smtp: SmtpServer,
     reports: ReportReceiver,
@@ -5813,7 +5873,7 @@ def test_a_node_whose_event_loop_hangs_does_not_keep_its_lanes(postgres: str, mo
 def test_a_database_that_is_away_at_the_start_is_waited_for(
     tmp_path: Path, postgres: str, postgres_server: PostgresServer, smtp: SmtpServer
 ) -> None:
-    pooler, answers = PgBouncer(postgres_server), list[int]()
+    pooler, answers, said = PgBouncer(postgres_server), list[int](), list[str]()
     url = postgres.replace(f":{postgres_server.port}/", f":{pooler.port}/")
     daemon = Daemon(tmp_path, {"storage": {"db_path": url}}, smtp=smtp)
 
@@ -5821,6 +5881,7 @@ def test_a_database_that_is_away_at_the_start_is_waited_for(
         wait_until(lambda: daemon.port, "it to listen")
         paths = ("/health", "/ready", "/status", "/accounts")
         answers.extend(called(daemon.port, "GET", path).status for path in paths)
+        said.append(called(daemon.port, "GET", "/ready").json["error"])
         batch = json.dumps({"messages": [letter("early")]})
         answers.append(called(daemon.port, "POST", "/commands/add-messages", body=batch).status)
         stack.enter_context(pooler)
@@ -5832,6 +5893,7 @@ def test_a_database_that_is_away_at_the_start_is_waited_for(
             daemon.wait_status("m", "sent")
             assert daemon.stop() == 0
     assert answers == [200, 503, 503, 503, 503]
+    assert said == ["the database of the queue does not answer yet"]
     assert daemon.log.count("the database is waited for") == 1
 
 
