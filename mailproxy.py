@@ -3789,7 +3789,7 @@ class Queue:
         What came again is compared on the reading connection, and decided in the writer's thread if its row is
         still the same then.
         """
-        verdicts = list(await self.file.write_together(self._accept_all, submissions))
+        verdicts = list(await self.file.write_together(self._insert, submissions))
         while True:
             for submission in submissions:
                 for ts in filter(None, submission[3:5]):  # deferred_ts, expires_ts
@@ -3803,11 +3803,6 @@ class Queue:
                 compared += await self.file.read(functools.partial(_compared, some))
             for n, verdict in zip(left, await self.file.write_together(self._decide_all, compared), strict=True):
                 verdicts[n] = verdict
-
-    def _accept_all(self, db: Database, batches: Sequence[Sequence[Submission]]) -> list[list[str | None]]:
-        """The verdicts on the submissions of several callers. Most ids are new: those that are not stay undecided."""
-        stored = iter(self._insert(db, [one for batch in batches for one in batch if one.flaw is None]))
-        return [[None if one.flaw is None and next(stored) else UNDECIDED for one in batch] for batch in batches]
 
     def _decide_all(self, db: Database, batches: Sequence[Sequence[Compared]]) -> list[list[str | None]]:
         """The verdicts on submissions that were compared with a row (None: there was none), from what is there now;
@@ -3840,8 +3835,8 @@ class Queue:
             return STORE
 
         decided = [[verdict(*one) for one in batch] for batch in asked]
-        stored = iter(self._insert(db, new))
-        return [[one if one != STORE else None if next(stored) else UNDECIDED for one in batch] for batch in decided]
+        (stored,) = map(iter, self._insert(db, [new]))
+        return [[next(stored) if one == STORE else one for one in batch] for batch in decided]
 
     def _queue_anew(self, db: Database, seq: int, outcomes: Outcomes, by: Submission | None = None) -> Outcomes | None:
         """Give a failed message a new life; return its recipients, of whom those served stay so, and with `once`
@@ -3863,8 +3858,9 @@ class Queue:
             self._give_up(db, seq, next(iter(done.values())).text, recipients)
         return recipients
 
-    def _insert(self, db: Database, submissions: Sequence[Submission]) -> Sequence[bool]:
-        """Store the submissions whose ids were never seen before; tell which."""
+    def _insert(self, db: Database, batches: Sequence[Sequence[Submission]]) -> list[list[str | None]]:
+        """Store the submissions of several callers. Most ids were never seen before: those that were stay undecided."""
+        submissions = [one for batch in batches for one in batch if one.flaw is None]
         now, first = self._now(), self.file.last_seq + 1
         at = int(now)
         self.file.last_seq += len(submissions)
@@ -3901,7 +3897,8 @@ class Queue:
                 texts = [s.sought for s in submissions[some]]
                 values = [first + start + len(texts) - 1, first + start, at, NEXT_SOUGHT.join(texts)]
                 db.execute("INSERT INTO sought VALUES (?, ?, ?, ?)", values)
-        return stored
+        told = iter(stored)
+        return [[None if one.flaw is None and next(told) else UNDECIDED for one in batch] for batch in batches]
 
     # -- delivery
 
@@ -3913,17 +3910,23 @@ class Queue:
         return self._on_wire.keys() | {row[0] for row in found}
 
     async def claim(self, orders: Sequence[Order]) -> list[list[Claim]]:
-        """Take out ready messages for each order, best first; they are on the wire from now on."""
+        """Take out ready messages for each order, best first; they are on the wire from now on. There are none for a
+        lane that another daemon has."""
         taken: list[list[Claim]] = []
 
         def work(db: Database, _: object) -> list[None]:
-            asked = [self._ask_for_ready(db, order) for order in orders]  # of all, before the first is read
+            instance, on_wire = self.file.instance, list(self._on_wire.values())  # the loop may take some out meanwhile
+            which, asked = f"WHERE {LEASED} AND {READY}" if instance else f"WHERE {READY}", []
+            for order in orders:  # all are asked for before the first is read
+                left_out = [one.seq for one in on_wire if one.account_id == order.account_id] + list(order.passed_over)
+                values = {"account": order.account_id, "most": order.most, "on_wire": left_out, "instance": instance}
+                values["small"] = SMALL_PAYLOAD_BYTES
+                asked.append([_rows(db, CLAIM_COLUMNS, which, values | {"turn": turn}) for turn in (0, 1)])
             for order, both in zip(orders, asked, strict=True):
                 taken.append(_best(order, both))
                 self._on_wire.update((claim.seq, claim) for claim in taken[-1])
-            if self.file.instance and any(taken):
-                seqs = [claim.seq for claims in taken for claim in claims]
-                db.execute(CLAIM, {"seqs": seqs, "instance": self.file.instance})
+            if instance and any(taken):
+                db.execute(CLAIM, {"seqs": [one.seq for claims in taken for one in claims], "instance": instance})
             return [None]
 
         answer = self.file.write_together(work, None)
@@ -3933,15 +3936,6 @@ class Queue:
             answer.add_done_callback(lambda _: self.release(itertools.chain.from_iterable(taken)))
             raise
         return taken
-
-    def _ask_for_ready(self, db: Database, order: Order) -> list[Iterable[Any]]:
-        """The lane's ready mail, new and retried, that is not on the wire; none while another daemon has the lane."""
-        on_wire = list(self._on_wire.values())  # a copy: the loop's thread may take some out meanwhile
-        taken = [claim.seq for claim in on_wire if claim.account_id == order.account_id] + list(order.passed_over)
-        values = {"account": order.account_id, "most": order.most, "on_wire": taken, "small": SMALL_PAYLOAD_BYTES}
-        which = f"WHERE {LEASED} AND {READY}" if (instance := self.file.instance) else f"WHERE {READY}"
-        values |= {"instance": instance}
-        return [_rows(db, CLAIM_COLUMNS, which, values | {"turn": turn}) for turn in (0, 1)]
 
     def release(self, claims: Iterable[Claim]) -> None:
         """Put claims back untouched: they were never on the wire."""
@@ -4286,12 +4280,10 @@ class Queue:
         gone = "DELETE FROM accounts WHERE id = :id", "DELETE FROM suspensions WHERE account_id = :id"
         await self._do(*gone, id=account_id)
 
-    async def fail_orphans(self, account_id: str, after: int, why: str) -> tuple[list[Disposition], int | None]:
-        """End a deleted account's undelivered messages among the next ones after a seq; return how each did,
-        and the seq to go on from (None: done).
-
-        One that is deferred is not on the wire, even if the loop has not been told yet that this is on disk.
-        """
+    async def fail_orphans(self, account_id: str, why: str) -> list[Disposition]:
+        """End a deleted account's undelivered messages, some in each commit; return how each did. One that is deferred
+        is not on the wire, even if the loop has not been told yet that this is on disk."""
+        ended, after = list[Disposition](), cast(int | None, 0)
 
         def work(db: Database) -> tuple[list[Disposition], int | None]:
             rows = db.execute(
@@ -4301,14 +4293,17 @@ class Queue:
             ).fetchall()
             orphans = [row for row in rows if row[1] == account_id]
             on_wire = self._on_the_wire(db, [row[0] for row in orphans])
-            ended = [
+            some = [
                 self._give_up(db, seq, why, _recipients_of(recipients))
                 for seq, _, recipients, deferred_ts in orphans
                 if seq not in on_wire or deferred_ts is not None
             ]
-            return ended, rows[-1][0] if len(rows) == STRETCH else None
+            return some, rows[-1][0] if len(rows) == STRETCH else None
 
-        return await self.file.write(work)
+        while after is not None:
+            some, after = await self.file.write(work)
+            ended += some
+        return ended
 
     async def suspend(self, account_id: str) -> None:
         await self._do("INSERT INTO suspensions VALUES (:id) ON CONFLICT DO NOTHING", id=account_id)
@@ -7611,7 +7606,7 @@ class ServedConnection(Served):
             request.body, self._buffer = self._buffer[:length], self._buffer[length:]
             self._unread, self._last = False, not goes_on
         bodiless = request.method in ("GET", "HEAD", "DELETE")  # a body that comes with them is read and dropped
-        route = self.server.admit(request, segments)
+        route = self.server.route(request, segments)
         if length is not None and length > self.server.limits.max_body_bytes:
             raise HttpError(413, f"the body is larger than {self.server.limits.max_body_bytes} bytes")
         if not body_is_here:
@@ -7750,12 +7745,11 @@ class HttpServer(Listener):
     """Listens, and has each request answered by the row of the route table it belongs to."""
 
     routes: InitVar[Sequence[Route]]
-    authorised: Callable[[Request], bool]  # asked about all but public rows, before anything else is told
+    admit: Callable[[Request, bool], object]  # raises the HttpError for a stranger; may be told: a public row
     log_failure: Callable[[Request, Exception], None]  # what a handler raised; the client gets a bare 500
     limits: ServerSettings = field(default_factory=ServerSettings)
     observe: Callable[[Request, int, float], None] = lambda *_: None  # learns of every answer: request, status, seconds
     in_thread: InThread = field(default_factory=InThread)
-    foreign: Callable[[Request], bool] = lambda request: False  # a page of another site sent it: 403 on any path
 
     def __post_init__(self, routes: Sequence[Route]) -> None:
         super().__init__(self.limits.max_connections)
@@ -7765,8 +7759,8 @@ class HttpServer(Listener):
             path = tuple(None if segment == "{id}" else segment for segment in route.pattern.split("/"))
             self._rows.setdefault(path, {})[route.method] = route
 
-    def admit(self, request: Request, segments: tuple[str, ...]) -> Route:
-        """The row for a request; otherwise 403 or 401 before 404 and 405, so that a stranger learns nothing."""
+    def route(self, request: Request, segments: tuple[str, ...]) -> Route:
+        """The row for a request; a stranger is refused before 404 and 405, and so learns nothing."""
         methods = self._rows.get(segments, {})
         if not methods and any(segments[2:3]):
             request.parameters = {"id": segments[2]}
@@ -7774,12 +7768,7 @@ class HttpServer(Listener):
         route = methods.get("GET" if request.method == "HEAD" else request.method)
         if methods:
             request.route = next(iter(methods.values())).pattern
-        if self.foreign(request):
-            sentence = "the request may come from a page of another site: use 127.0.0.1, or set api_token in [server]"
-            raise HttpError(403, sentence, code="foreign_origin")
-        if not (route and route.public) and not self.authorised(request):
-            sentence = "Invalid or missing API token"
-            raise HttpError(401, sentence, headers={"WWW-Authenticate": "Bearer"}, detail=sentence)
+        self.admit(request, route is not None and route.public)
         ensure(methods, 404, "no such path; see /openapi.json")
         if route is None:
             listed = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
@@ -10142,10 +10131,7 @@ class ControlPlane:
 
     async def _fail_orphans(self, account_id: str) -> list[Disposition]:
         """End the undelivered messages of a deleted account."""
-        ended, after = list[Disposition](), cast(int | None, 0)
-        while after is not None:
-            some, after = await self.queue.fail_orphans(account_id, after, "account deleted")
-            ended += some
+        ended = await self.queue.fail_orphans(account_id, "account deleted")
         for how in ended:
             self.metrics.count_ended(self.metrics.label(account_id), how)
         self.reporter.ring()
@@ -10458,10 +10444,10 @@ class Daemon:
         http_server = functools.partial(
             HttpServer, observe=self._observe_request, in_thread=self._work, log_failure=self._log_failure
         )
-        self._http = http_server(routes, limits=limits, authorised=self._authorised, foreign=self._is_foreign)
+        self._http = http_server(routes, limits=limits, admit=self._admit)
         submission = [row for row in routes if row.pattern == "/commands/add-messages"]
         fewer = limits._replace(max_connections=math.ceil(limits.max_connections / 10))
-        self._local = http_server(submission, limits=fewer, authorised=lambda request: True)
+        self._local = http_server(submission, limits=fewer, admit=lambda request, is_public: None)
         place = server.unix_socket or f"{server.host}:{server.port}"
         try:
             if server.unix_socket is not None:
@@ -10694,30 +10680,29 @@ class Daemon:
         except TooLarge:  # only a success is read to its end: it counts, whatever it says
             return HttpAnswer(200, {}, b"", url)
 
-    def _authorised(self, request: Request) -> bool:
-        """True with one of the tokens, compared in constant time, or when none is configured."""
-        if self._control.waits:
-            raise StorageUnavailable(DATABASE_AWAY)
-        if not self._tokens:
-            return True
-        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        bearer = bearer.strip() if scheme.lower() == "bearer" else ""
-        given = [word.encode("latin-1") for word in (request.headers.get("x-api-token", ""), bearer)]
-        matches = [hmac.compare_digest(word, token) for word in given for token in self._tokens]
-        return any(matches)  # all of them were compared
-
-    def _is_foreign(self, request: Request) -> bool:
-        """True for what a page of another site may have a browser send to the loopback address of its reader, where no
-        token is asked for: its Origin (RFC 6454 7) is not ours, Sec-Fetch-Site says so, or it asks by a name that
-        anybody can let point here (DNS rebinding). Over a Unix socket a proxy has names and TLS of its own."""
-        if self._tokens:
-            return False
+    def _admit(self, request: Request, is_public: bool) -> None:
+        """Raises HttpError 401 without one of the tokens, which are compared in constant time. Where none is configured,
+        403 for what a page of another site may have a browser send to the loopback address of its reader: its Origin
+        (RFC 6454 7) is not ours, Sec-Fetch-Site says so, or it asks by a name that anybody can let point here (DNS
+        rebinding). Over a Unix socket a proxy has names and TLS of its own."""
         headers, over_unix = request.headers, request.peer == "unix"
-        host, origin = headers.get("host", ""), headers.get("origin")
-        schemes = ("https",) if self.settings.server.tls_cert else ("http", "https")[: 1 + over_unix]
-        own = origin is None or origin.lower() in [f"{scheme}://{host.lower()}" for scheme in schemes]
-        is_nobodys = over_unix or NOBODYS_NAME.fullmatch(host)
-        return not (own and is_nobodys) or headers.get("sec-fetch-site", "").lower() in ("cross-site", "same-site")
+        if not self._tokens:
+            host, origin = headers.get("host", ""), headers.get("origin")
+            schemes = ("https",) if self.settings.server.tls_cert else ("http", "https")[: 1 + over_unix]
+            own = origin is None or origin.lower() in [f"{scheme}://{host.lower()}" for scheme in schemes]
+            is_nobodys = over_unix or NOBODYS_NAME.fullmatch(host)
+            if not (own and is_nobodys) or headers.get("sec-fetch-site", "").lower() in ("cross-site", "same-site"):
+                words = "the request may come from a page of another site: use 127.0.0.1, or set api_token in [server]"
+                raise HttpError(403, words)
+        elif not is_public:
+            scheme, _, bearer = headers.get("authorization", "").partition(" ")
+            given = [headers.get("x-api-token", ""), bearer.strip() if scheme.lower() == "bearer" else ""]
+            matches = [hmac.compare_digest(word.encode("latin-1"), token) for word in given for token in self._tokens]
+            if not any(matches):  # all of them were compared
+                words = "Invalid or missing API token"
+                raise HttpError(401, words, headers={"WWW-Authenticate": "Bearer"}, detail=words)
+        if self._control.waits and not is_public:
+            raise StorageUnavailable(DATABASE_AWAY)
 
     def _may_log_in(self, password: str, peer: str) -> bool:
         """True for one of the tokens, by SMTP; for any password while none is configured."""
@@ -11471,7 +11456,7 @@ class Demo:
         stack.push_async_callback(server.stop, 1)
         app = HttpServer(
             [Route("POST", "/reports", self._take_report, public=True)],
-            authorised=lambda request: False,
+            admit=lambda request, is_public: ensure(is_public, 401, "only reports are taken here"),
             log_failure=lambda request, failure: complain(f"the receiver of reports failed: {failure!r}"),
         )
         (host, port), *_ = await app.start_tcp("127.0.0.1", 0, None)

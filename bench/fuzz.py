@@ -146,7 +146,7 @@ class Conversation:
         self.server = mailproxy.HttpServer(
             routes,
             limits=mailproxy.ServerSettings(max_body_bytes=BODY_BYTES),
-            authorised=self.authorised,
+            admit=self.admit,
             observe=self.observe,
             in_thread=self.in_thread,
             log_failure=self.log_failure,
@@ -159,9 +159,9 @@ class Conversation:
         await connection.run()
         return self
 
-    def authorised(self, request: Any) -> bool:
+    def admit(self, request: Any, _is_public: bool) -> None:
         self.admitted.append(request)
-        return request.headers.get("x-api-token") != "wrong"
+        self._mailproxy.ensure(request.headers.get("x-api-token") != "wrong", 401, "the token is wrong")
 
     async def echo(self, request: Any) -> Any:
         self.served.append((request.method, request.path, request.query, request.headers, request.body))
