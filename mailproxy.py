@@ -5369,8 +5369,9 @@ class HttpDeadline:
 
 
 class WholeAnswer(http.client.HTTPResponse):
-    """An answer with a whole head, where http.client takes one that breaks off for a short one; informational
-    answers before it are read over (RFC 9110 15.2), where http.client takes them for the answer."""
+    """An answer with a whole head, where http.client takes one that breaks off for a short one, and a line that is no
+    field for its end; informational answers before it are read over (RFC 9110 15.2), where http.client takes them for
+    the answer. What does not say in one way how long the body is, is refused (RFC 9112 6.3): its bytes would be wrong."""
 
     def begin(self, **limits: Any) -> None:
         file, head = self.fp, [b"HTTP/1.1 100"]
@@ -5378,11 +5379,22 @@ class WholeAnswer(http.client.HTTPResponse):
             head = [file.readline(LONGEST_HEAD_LINE)]
             while head[-1].strip() and head[-1].endswith(b"\n") and len(head) < MOST_HEAD_LINES:
                 head.append(file.readline(LONGEST_HEAD_LINE))
-            if not head[-1].endswith(b"\n"):  # a head ends with an empty line
+            if head[-1].strip() or not head[-1].endswith(b"\n"):  # a head ends with an empty line
                 raise http.client.IncompleteRead(head[-1])
-        self.fp = cast(io.BufferedReader, io.BytesIO(b"".join(head)))
+        unfolded = re.sub(rb"\r?\n[ \t]+|\r(?!\n)", b" ", b"".join(head[1:-1]))
+        fields = [re.fullmatch(rb"([!-9;-~]+)[ \t]*:(.*)", line) for line in unfolded.splitlines()]
+        tidy = [b"%b: %b\r\n" % (field[1], field[2].strip()) for field in fields if field]
+        self.fp = cast(io.BufferedReader, io.BytesIO(b"".join((head[0], *tidy, b"\r\n"))))
         super().begin(**limits)
         self.fp = file
+        coding = ", ".join(self.headers.get_all("Transfer-Encoding", ["identity"])).lower()
+        lengths = set(re.findall(r"[^\s,]+", ", ".join(self.headers.get_all("Content-Length", []))))
+        if not re.fullmatch(r"identity|chunked(, chunked)*", coding):
+            raise http.client.UnknownTransferEncoding
+        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
+            raise http.client.HTTPException
+        if self.length is None and lengths and not self.chunked:  # it was said several times
+            self.length = int(lengths.pop())
 
 
 def connected(target: HttpTarget, deadline: HttpDeadline, resolve: Resolver, trust: Trust) -> socket.socket:

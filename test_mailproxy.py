@@ -6127,6 +6127,11 @@ def test_an_endless_body_is_left_at_the_limit_and_a_bomb_costs_no_more():
 
 LARGE = os.urandom(300_000) + bytes(3_000_000)
 NO_CODINGS = ("identity", "aws-chunked", "none", "UTF-8", "binary, identity", "", "application/gzip")
+CHUNKED = (  # with white space that RFC 9110 5.5 allows, and what servers send although no RFC does
+    b"Transfer-Encoding: chunked \t", b"Transfer-Encoding: chunked\r\nTransfer-Encoding: CHUNKED",
+    b"Transfer-Encoding : chunked", b"Transfer-Encoding:\r\n chunked", b"Warning in line 3\r\nTransfer-Encoding: chunked",
+    b"X-Name: a\rb\r\nTransfer-Encoding: chunked", b"\xc3\xa4: a\r\nTransfer-Encoding: chunked",
+)  # fmt: skip
 EARLY_HINTS, CONTINUE = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", b"HTTP/1.1 100 \r\n\r\n"
 
 
@@ -6143,6 +6148,9 @@ EARLY_HINTS, CONTINUE = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", b"HTT
         (answered(gzip.compress(LARGE, mtime=0), ["Content-Encoding: gzip"]), LARGE),
         *((informational * 3 + answered(), b"hello") for informational in (EARLY_HINTS, CONTINUE)),
         *((answered(b"bytes", [f"Content-Encoding: {coding}"]), b"bytes") for coding in NO_CODINGS),
+        *((b"HTTP/1.1 200 OK\r\n" + field + b"\r\n\r\n3\r\nabc\r\n0\r\n\r\n", b"abc") for field in CHUNKED),
+        *((answered(b"abc", [field]), b"abc") for field in ("Content-Length: 3", "Transfer-Encoding: identity")),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3, 3\r\n\r\nabcd", b"abc"),
     ],
     ids=itertools.count(),
 )
@@ -6171,6 +6179,10 @@ BROKEN_OFF = [
     answered(b"not compressed", ["Content-Encoding: gzip"]),
     *(b"HTTP/1.1 200 OK\r\nContent-Le", b"HTTP/1.1 200 OK\r\nServer: x\r\n", b"SSH-2.0-OpenSSH\r\n", b""),
     *(EARLY_HINTS, CONTINUE),
+    b"HTTP/1.1 200 OK\r\n" + 101 * b"X-Name: a\r\n" + b"\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 3, 3\r\n\r\nab",
+    *(answered(b"abc", [f"Content-Length: {length}"]) for length in ("5", "x", "+3", "9" * 5000)),
 ]
 
 
