@@ -5264,7 +5264,11 @@ class HttpFailure(MailproxyError):
         self.transient = transient
 
 
-class TooLarge(HttpFailure):
+class UnreadableBody(HttpFailure):
+    """A success whose body cannot be decompressed, or is too large."""
+
+
+class TooLarge(UnreadableBody):
     """The body is larger than it may be."""
 
     def __init__(self, what: object, max_bytes: int) -> None:
@@ -5500,7 +5504,7 @@ def _http_failure(error: Exception, target: HttpTarget, timeout_s: float, *, is_
         case http.client.HTTPException():  # the text may quote the answer
             reason = f"{place} gave no complete HTTP answer ({type(error).__name__})"
         case zlib.error():
-            reason = f"{place} answered with a body that cannot be decompressed"
+            return UnreadableBody(f"{place} answered with a body that cannot be decompressed", transient=True)
         case OSError():
             reason = f"no connection to {place}: {error.strerror or error}"
         case _:  # a header value http.client refuses; its text quotes the value, perhaps a token
@@ -5537,7 +5541,7 @@ def _read_answer(
     codings = [word for word in words if word in CODINGS]
     if len(codings) > 1 or (codings and codings[0] not in UNDONE_CODINGS):
         reason = f"the answer has the content encoding {', '.join(codings)!r}, which was not requested"
-        raise HttpFailure(reason, transient=False)
+        raise UnreadableBody(reason, transient=False)
     pieces, encoded_md5 = iter(lambda: response.read(BODY_PIECE_BYTES), b""), hashlib.md5(usedforsecurity=False)
     is_encoded = bool(codings) and not is_gzip_file(headers)
     if is_encoded:
@@ -10689,7 +10693,7 @@ class Daemon:
             post = functools.partial(http_request, "POST", url, body=body, headers=headers)
             trust = functools.partial(tls_context, client.ca_file)
             return post(timeout_s=client.timeout_seconds, max_bytes=ANSWER_BYTES, trust=trust)
-        except TooLarge:  # only a success is read to its end: it counts, whatever it says
+        except UnreadableBody:  # a success counts, whatever it says
             return HttpAnswer(200, {}, b"", url)
 
     def _admit(self, request: Request, is_public: bool) -> None:

@@ -12946,11 +12946,17 @@ def test_without_an_acknowledgement_nothing_is_stamped_and_run_now_tries_at_once
 def test_whatever_a_2xx_says_it_acknowledges(relay: Relay) -> None:
     remarks = {"error": ["strange is strange"], "not_found": ["strange"], "sent": []}
     informational = b"".join(b"HTTP/1.1 %d Wait\r\nX: y\r\n\r\n" % status for status in (100, 102, 103, 102, 199))
-    for id_, body in (("remarks", remarks), ("megabytes", b"thanks " * 500_000)):
-        relay.reports.answers.append(Answer(status=202, body=body, before=informational))
+    answers = [Answer(status=202, body=body, before=informational) for body in (remarks, b"thanks " * 500_000)]
+    answers += [
+        Answer(body=b"not compressed", headers={"Content-Encoding": coding}) for coding in ("br", "gzip", "gzip, gzip")
+    ]
+    for number, answer in enumerate(answers):
+        id_ = f"m-{number}"
+        relay.reports.answers.append(answer)
         relay.daemon.submit(mail(id_))
         wait_until(lambda: relay.daemon.message(id_)["reported_ts"], "the stamp")  # noqa: B023
 
+    assert len(relay.reports.entries) == len(answers)  # each once
     for words in ("field=error", "field=not_found"):
         assert "strange" in relay.daemon.wait_for_log(words)
 
