@@ -3038,7 +3038,7 @@ class Metrics:
     def count_ended(self, label: str, disposition: Disposition) -> None:
         """A message is final: sent, to some of its recipients at least, or failed."""
         is_sent = disposition.status is not Status.ERROR
-        (self.messages_sent if is_sent else self.messages_failed).labels(label).inc()
+        (self.sent if is_sent else self.messages_failed.labels)(label).inc()
         self.recent.count("sent" if is_sent else "failed")
         if is_sent and disposition.error is not None:
             self.messages_partly_refused.labels(label).inc()
@@ -5313,13 +5313,11 @@ class AddressPolicy:
     """Lets through what is public, and what the operator named: hosts, addresses, networks."""
 
     def __init__(self, allow_hosts: Sequence[str]) -> None:
+        self._names = {allowed.lower() for allowed in allow_hosts}
         self._networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
-        self._names: set[str] = set()
         for allowed in allow_hosts:
-            try:
+            with contextlib.suppress(ValueError):  # a name
                 self._networks.append(ipaddress.ip_network(allowed, strict=False))
-            except ValueError:
-                self._names.add(allowed.lower())
 
     def permitted(self, host: str, addresses: Sequence[Address]) -> Sequence[Address]:
         """Those of the host's addresses that are allowed. Raises HttpFailure when it has others only."""
@@ -6187,9 +6185,9 @@ class Offers(NamedTuple):
     auth: tuple[str, ...]
     tls: str | None  # "TLSv1.3"; None: in clear
     chunking: bool = False
-    mail_max: int | None = None  # messages of a session, recipients and domains of a transaction (RFC 9422)
-    rcpt_max: int | None = None
-    rcpt_domain_max: int | None = None
+    mailmax: int | None = None  # messages of a session, recipients and domains of a transaction (RFC 9422)
+    rcptmax: int | None = None
+    rcptdomainmax: int | None = None
 
 
 class _Command(NamedTuple):
@@ -6539,9 +6537,9 @@ async def _say_hello(smtp: aiosmtplib.SMTP, greeting: str) -> None:
 
 
 def _offers_of(smtp: aiosmtplib.SMTP, auth: Iterable[str]) -> Offers:
-    size = smtp.esmtp_extensions.get("size", "")
-    limits = {name.upper(): int(most) for name, most in _LIMIT.findall(smtp.esmtp_extensions.get("limits", ""))}
-    encryption = smtp.get_transport_info("ssl_object")
+    extensions, encryption = smtp.esmtp_extensions, smtp.get_transport_info("ssl_object")
+    size = extensions.get("size", "")
+    limits: dict[str, Any] = {name.lower(): int(most) for name, most in _LIMIT.findall(extensions.get("limits", ""))}
     return Offers(
         size_bytes=int(size) or None if re.fullmatch("[0-9]{1,20}", size) else None,  # RFC 1870 4
         pipelining=smtp.supports_extension("pipelining"),
@@ -6549,10 +6547,8 @@ def _offers_of(smtp: aiosmtplib.SMTP, auth: Iterable[str]) -> Offers:
         eight_bit_mime=smtp.supports_extension("8bitmime"),
         auth=tuple(auth),
         tls=encryption.version() if encryption is not None else None,
-        mail_max=limits.get("MAILMAX"),
-        rcpt_max=limits.get("RCPTMAX"),
-        rcpt_domain_max=limits.get("RCPTDOMAINMAX"),
         chunking=smtp.supports_extension("chunking"),
+        **limits,
     )
 
 
@@ -6857,10 +6853,11 @@ _SUBMISSION_FIELD = re.compile(rb"(?im)^X-Mailproxy-(Account|Priority|Id)[ \t]*:
 class Listener:
     """A server with a bounded number of clients, each served by what `client` makes; a `busy` one is waited for."""
 
-    client: Callable[[asyncio.StreamReader, asyncio.StreamWriter, str, bool], Any]
+    client: ClassVar[Callable[..., Any]]  # made of the listener, the streams, the peer, and whether it is one too many
+    most_clients: int
 
-    def __init__(self, most_clients: int) -> None:
-        self.most_clients, self.stopping = most_clients, False
+    def __post_init__(self) -> None:
+        self.stopping = False
         self.tls: ssl.SSLContext | None = None
         self._listeners: list[asyncio.Server] = []
         self._unix_sockets: dict[str, int] = {}  # and their inodes
@@ -6918,7 +6915,7 @@ class Listener:
             return
         peername = writer.get_extra_info("peername")
         peer = str(peername[0]) if isinstance(peername, tuple) else "unix"
-        client = self.client(reader, writer, peer, taken >= self.most_clients)
+        client = self.client(self, reader, writer, peer, taken >= self.most_clients)
         task = asyncio.create_task(client.run(), name=f"client {taken}")
         self._connections[task] = client
         task.add_done_callback(self._connections.pop)
@@ -7225,10 +7222,7 @@ class SmtpServer(Listener):
     login_first: Callable[[], bool] = lambda: False
     refusal: Callable[[str], str | None] = lambda recipient: None  # the reply that refuses it
     one_large: asyncio.Lock = field(default_factory=asyncio.Lock)  # in memory
-
-    def __post_init__(self) -> None:
-        super().__init__(self.most_clients)
-        self.client = functools.partial(SmtpSession, self)
+    client = SmtpSession
 
 
 class StandardStreams:
@@ -7766,10 +7760,11 @@ class HttpServer(Listener):
     limits: ServerSettings = field(default_factory=ServerSettings)
     observe: Callable[[Request, int, float], None] = lambda *_: None  # learns of every answer: request, status, seconds
     in_thread: InThread = field(default_factory=InThread)
+    client = ServedConnection
 
     def __post_init__(self, routes: Sequence[Route]) -> None:
-        super().__init__(self.limits.max_connections)
-        self.client = functools.partial(ServedConnection, self)
+        super().__post_init__()
+        self.most_clients = self.limits.max_connections
         self._rows: dict[tuple[str | None, ...], dict[str, Route]] = {}  # by the path, None for an id; by the method
         for route in routes:
             path = tuple(None if segment == "{id}" else segment for segment in route.pattern.split("/"))
@@ -8297,9 +8292,9 @@ class Turn:
 
     def served(self, left: Sequence[str], account: Account, offers: Offers) -> tuple[str, ...]:
         """The recipients of the next transaction."""
-        most = min(account.max_recipients, self.most, offers.rcpt_max or math.inf)
-        domains = {one: one.rpartition("@")[2].lower() for one in left} if offers.rcpt_domain_max else {}
-        allowed = set(list(dict.fromkeys(domains.values()))[: offers.rcpt_domain_max])
+        most = min(account.max_recipients, self.most, offers.rcptmax or math.inf)
+        domains = {one: one.rpartition("@")[2].lower() for one in left} if offers.rcptdomainmax else {}
+        allowed = set(list(dict.fromkeys(domains.values()))[: offers.rcptdomainmax])
         return tuple([one for one in left if not domains or domains[one] in allowed][: int(min(most, len(left)))])
 
     def learn(self, replies: Mapping[str, Reply], before: Outcomes, after: Outcomes, accepted: int) -> None:
@@ -8347,7 +8342,8 @@ class Lane:
     accepted: int = 0  # transactions, since it began
     aside: dict[int, float] = field(default_factory=dict)  # messages a new session was refused with: wall-clock time
     meant: collections.Counter[int] = field(default_factory=collections.Counter)  # how often others passed then
-    refused: dict[object, set[int]] = field(default_factory=dict)  # what the latest messages were told, and which
+    refusal: object = None  # what the latest messages were told,
+    refused: set[int] = field(default_factory=set)  # and which these are
     grows_at: float = -math.inf
 
     def __post_init__(self) -> None:
@@ -8382,7 +8378,7 @@ class Lane:
             session.usable
             and self.sessions[session] == self.generation
             and now - session.opened_at < self.account.ttl
-            and session.transactions < (session.offers.mail_max or math.inf)
+            and session.transactions < (session.offers.mailmax or math.inf)
             and session.transactions < self.account.max_messages_per_connection
         )
 
@@ -8415,12 +8411,9 @@ class Lane:
 
     def hears_the_same(self, refusal: object, seq: int) -> bool:
         """A message was refused; True when so many were before it, in the same words and with nothing accepted."""
-        self.refused = {refusal: self.refused.get(refusal, set()) | {seq}}
-        return self.refuses_all
-
-    @property
-    def refuses_all(self) -> bool:
-        return any(len(seqs) >= SAME_REFUSALS for seqs in self.refused.values())
+        self.refused = {seq} | (self.refused if refusal == self.refusal else set())
+        self.refusal = refusal
+        return len(self.refused) >= SAME_REFUSALS
 
     def cool(self, signal: LaneSignal, reason: str, jitter: float, asked_s: float | None = None) -> None:
         """Leave the server alone for a while, longer each time or as it asked; then one connection finds out.
@@ -8461,10 +8454,9 @@ class Lane:
             until = self.next_try_ts()
         elif self.state is LaneState.LIMITED:
             reason, until = "rate limit reached", math.ceil(self.clock.wall() + self.until - self.clock.monotonic())
-        shown = {"state": self.state, "reason": reason, "since": self.since, "until": until}
-        left = self.windows.left(self.clock.monotonic())
-        connections = sum(session.usable for session in self.sessions)
-        return {**shown, "connections": connections, **({"limits_left": left} if left else {})}
+        connections, left = sum(one.usable for one in self.sessions), self.windows.left(self.clock.monotonic())
+        shown = {"state": self.state, "reason": reason, "since": self.since, "until": until, "connections": connections}
+        return {**shown, **({"limits_left": left} if left else {})}
 
 
 @dataclass(eq=False, repr=False)
@@ -8488,7 +8480,7 @@ class Dispatcher(Loop):
         self._slots = Shares(self.settings.max_concurrency)  # a transaction each
         self._tasks: set[asyncio.Task[None]] = set()
         self._asked = False  # run-now in test_mode: turn until nothing is left to do
-        self._cooled_may_go = True  # at the start, and at run-now: what waits for a server's next try is ready
+        self._recovered = set[str]()  # accounts whose mail that waits for their server's next try is ready
         self._held_windows: dict[str, SendWindows] = {}  # of accounts that went with mail on the wire
         self._at_work: set[Lane] = set()  # lanes with busy connections
 
@@ -8510,7 +8502,7 @@ class Dispatcher(Loop):
     def run_now(self) -> None:
         """End all cooling and look at once; in test_mode the one way to get mail out."""
         self._asked = self.settings.test_mode
-        self._cooled_may_go = True
+        self._recovered.update(self.lanes)
         for lane in self.lanes.values():
             if lane.state is LaneState.COOLING:
                 lane.end_pause()
@@ -8531,6 +8523,7 @@ class Dispatcher(Loop):
         elif standing.held_back and not windows.room(now):
             lane.become(LaneState.LIMITED, windows.opens_at(now))
         self.metrics.know(account.id)
+        self._recovered.add(account.id)
         self._mark(lane)
 
     def replace_account(self, account: Account) -> None:
@@ -8545,7 +8538,7 @@ class Dispatcher(Loop):
         lane = self.lanes[account_id]
         self._recall(lane)
         lane.failures, lane.believes, lane.limit = 0, lane.generation, lane.account.max_connections
-        lane.accepted, lane.refused, lane.bdat = 0, {}, None
+        lane.accepted, lane.refused, lane.bdat = 0, set(), None
         lane.become(LaneState.UP if active else LaneState.SUSPENDED)
         lane.has_mail = True
         self._mark(lane)
@@ -8620,10 +8613,9 @@ class Dispatcher(Loop):
             return self.settings.send_interval_seconds
         if self.queue.file.refuses:
             await self.queue.answers()
-        if self._cooled_may_go:
-            own = self.lanes.keys() - self.leases.elsewhere
-            self.wake(await self.queue.let_go(own, ("connection", "login")))
-            self._cooled_may_go = False
+        if recovered := frozenset(self._recovered):
+            self.wake(await self.queue.let_go(recovered.difference(self.leases.elsewhere), ("connection", "login")))
+            self._recovered -= recovered
         now = self.clock.wall()
         if self.queue.next_ts <= now:
             for lane in self.lanes.values():
@@ -8918,12 +8910,8 @@ class Dispatcher(Loop):
     async def _deliver(self, lane: Lane, claim: Claim, composed: Composed | None) -> None:
         """Bring one message to its disposition, or put it back untouched; it may take several transactions."""
         turn, transacting = Turn(chunking=not claim.attempts), False
-        memory_bytes = composed.memory_bytes if composed is not None else 0
-        try:
-            if composed is None:
-                made = self.compose(claim, claim.payload or "")
-                assert isinstance(made, Composed)  # without parts there is nothing that cannot be fetched
-                composed = made
+        try:  # a message without parts has nothing that cannot be fetched
+            composed = composed or cast(Composed, self.compose(claim, claim.payload or ""))
             if claim.recipients:  # redirect_to may have come or gone: nothing waits for those it has no more
                 known, waits = composed.envelope.recipients, Status.DEFERRED
                 kept = {a: outcome for a, outcome in claim.recipients.items() if a in known or outcome.status != waits}
@@ -8934,8 +8922,8 @@ class Dispatcher(Loop):
         except Exception as error:
             await self._fail_internally(lane, claim, error, in_doubt=transacting)
         finally:
-            if memory_bytes:
-                self.memory.give_back(lane, memory_bytes)
+            if composed and composed.memory_bytes:
+                self.memory.give_back(lane, composed.memory_bytes)
 
     async def _transact(self, lane: Lane, claim: Claim, composed: Composed, turn: Turn) -> Claim | None:
         """One transaction; the claim as it goes on at once with the recipients that are left, None: it is over."""
@@ -8953,9 +8941,8 @@ class Dispatcher(Loop):
         replies: dict[str, Reply] = {}
         if (allowed := self.settings.allow_recipients) and not self.settings.redirect_to:  # addresses, and @domains
             refusal = Reply(Stage.RCPT, 550, "recipient not allowed here", "5.7.1", Cause.LOCAL)
-            names = {address: address.lower() for address in left}
-            domains = {address: "@" + name.rpartition("@")[2] for address, name in names.items()}
-            replies = {a: refusal for a in left if names[a] not in allowed and domains[a] not in allowed}
+            named = {address: {address.lower(), "@" + address.lower().rpartition("@")[2]} for address in left}
+            replies = {address: refusal for address in left if named[address].isdisjoint(allowed)}
         name, reused = "", False
         if left and not replies:
             session = await self._session(lane, claim.expires_ts)
@@ -9040,8 +9027,7 @@ class Dispatcher(Loop):
     ) -> dict[str, Reply]:
         """One SMTP transaction in its slot: a reply for each recipient, or none when the lane was called back
         before, or the server does not know BDAT. The session is idle then, or gone."""
-        if self._slots.waiting or not self._slots.fits(lane, 1):
-            await self._slots.take(lane, 1)
+        await self._slots.take(lane, 1)
         begun = self.clock.monotonic()
         try:
             if lane.sessions[session] != lane.generation or not self.leases.lasts():
@@ -9071,15 +9057,16 @@ class Dispatcher(Loop):
         else:
             disposition = self._judge(lane, claim, attempt, generation, untried)
         if disposition.slot_used:
-            lane.accepted, lane.refused = lane.accepted + 1, {}
+            lane.accepted, lane.refused = lane.accepted + 1, set()
             if lane.aside:
                 lane.others_pass(claim.seq, attempt.started_at)
                 self._mark(lane)
         if disposition.verdict.about is not About.MESSAGE:
             self._part_with(lane, *[session for session in lane.idle if session.name == attempt.connection])
         if disposition.lane is LaneSignal.UP:
-            if lane.failures and not lane.refuses_all and lane.works(generation):
-                self._spawn(self._let_go(lane))
+            if lane.failures and len(lane.refused) < SAME_REFUSALS and lane.works(generation):
+                self._recovered.add(lane.account.id)
+                self.ring()
         elif disposition.lane is LaneSignal.FEWER:
             await self._release(lane, claim)
             return None
@@ -9088,10 +9075,8 @@ class Dispatcher(Loop):
         if disposition.status is not Status.QUEUED or self._stopping or lane.deleted or lane.state is LaneState.COOLING:
             await self._conclude(lane, claim, attempt, disposition)
             return None
-        used, served = slots_used(claim, attempt, disposition), claim.served or disposition.slot_used
-        lane.windows.count(self.clock.monotonic(), used)
-        await self._record(Outcome(claim, attempt, disposition, sent=used))
-        return claim._replace(recipients=disposition.recipients, served=served, slots=claim.slots - used)
+        left, served = claim.slots - await self._record(lane, claim, attempt, disposition), disposition.slot_used
+        return claim._replace(recipients=disposition.recipients, served=claim.served or served, slots=left)
 
     def _judge(
         self, lane: Lane, claim: Claim, attempt: Attempt, generation: int, untried: Sequence[str]
@@ -9135,12 +9120,6 @@ class Dispatcher(Loop):
         self._recall(lane)
         self._mark(lane)
 
-    async def _let_go(self, lane: Lane) -> None:
-        """The server works again: what waited for it is ready at once."""
-        with contextlib.suppress(StorageUnavailable):  # then it goes when its time comes
-            await self.queue.let_go([lane.account.id], ("connection", "login"))
-        self.wake([lane.account.id])
-
     async def _conclude(self, lane: Lane, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
         """Record how the turn of a message ended; its slot, and its place on the wire, are free."""
         if disposition.status in (Status.SENT, Status.ERROR):
@@ -9149,16 +9128,8 @@ class Dispatcher(Loop):
             disposition = given_up(disposition, "account deleted")
         elif disposition.status is Status.DEFERRED and disposition.deferred_ts is None:
             disposition = disposition._replace(deferred_ts=lane.next_try_ts())
-        used = slots_used(claim, attempt, disposition)
-        await self._record(Outcome(claim, attempt, disposition, sent=used))
-        if disposition.status is Status.SENT:
-            label = self.metrics.label(claim.account_id)
-            self.metrics.sent(label).inc()
-            self.metrics.waited(label).observe(max(0.0, attempt.ended_at - claim.ready_at))
-            self.metrics.recent.count("sent")
-        if disposition is not SENT_TO_ALL or self.log_deliveries:
-            self._tell(claim, attempt, disposition)
-        lane.windows.count(self.clock.monotonic(), used)
+        used = await self._record(lane, claim, attempt, disposition)
+        self._tell(claim, attempt, disposition)
         if used < claim.slots:
             lane.windows.give_back(claim.slots - used)
             self._mark(lane)
@@ -9168,18 +9139,22 @@ class Dispatcher(Loop):
         if disposition.reason == "limit" and lane.state is LaneState.UP:  # the account was replaced meanwhile
             lane.become(LaneState.LIMITED, self.clock.monotonic())
 
-    async def _record(self, outcome: Outcome) -> None:
-        """Write the outcome, however long the storage refuses: it must not be forgotten."""
+    async def _record(self, lane: Lane, claim: Claim, attempt: Attempt, disposition: Disposition) -> int:
+        """Write the outcome, however long the storage refuses: it must not be forgotten. The slots that it has used of
+        the account's limits are counted, and returned."""
+        used = slots_used(claim, attempt, disposition)
         for tries in itertools.count():
             try:
-                await self.queue.record(outcome)
+                await self.queue.record(Outcome(claim, attempt, disposition, sent=used))
                 break
             except StorageUnavailable as error:
                 if tries == 0:
-                    self._say(outcome.claim, "an outcome waits for the storage", logging.ERROR, error=str(error))
+                    self._say(claim, "an outcome waits for the storage", logging.ERROR, error=str(error))
                 await asyncio.sleep(STORAGE_PAUSE_S)
-        if outcome.disposition.status is not Status.QUEUED:
+        lane.windows.count(self.clock.monotonic(), used)
+        if disposition.status is not Status.QUEUED:
             self.reports_due()
+        return used
 
     async def _fail_internally(self, lane: Lane, claim: Claim, error: Exception, *, in_doubt: bool = False) -> None:
         """Our own code failed with this message: it ends, and no other; in doubt when it may have been sent."""
@@ -9191,20 +9166,22 @@ class Dispatcher(Loop):
         await self._conclude(lane, claim, Attempt(now, now, replies), ended)
 
     def _tell(self, claim: Claim, attempt: Attempt, disposition: Disposition) -> None:
+        """Count and log how the turn of a message ended."""
         label, connection = self.metrics.label(claim.account_id), attempt.connection or None
         status, error, until = disposition.status, disposition.error, disposition.deferred_ts
-        if status is Status.SENT and error is not None:
-            self.metrics.messages_partly_refused.labels(label).inc()
-            self._say(claim, "message sent to some", logging.WARNING, connection=connection, error=error)
-        elif status is Status.SENT and self.log_deliveries:
-            self._say(claim, "message sent", connection=connection, recipients=len(attempt.replies))
-        elif status is Status.ERROR:
-            self.metrics.count_ended(label, disposition)
-            self._say(claim, "message failed", logging.WARNING, connection=connection, error=error)
-        elif status is Status.DEFERRED:
+        if status is Status.DEFERRED:
             self.metrics.messages_deferred.labels(label, disposition.reason).inc()
             self.metrics.recent.count("deferred")
             self._say(claim, "message deferred", connection=connection, until=until, error=error)
+        elif status is not Status.QUEUED:
+            self.metrics.count_ended(label, disposition)
+            if status is Status.SENT:
+                self.metrics.waited(label).observe(max(0.0, attempt.ended_at - claim.ready_at))
+            if error is not None:
+                what = "message failed" if status is Status.ERROR else "message sent to some"
+                self._say(claim, what, logging.WARNING, connection=connection, error=error)
+            elif self.log_deliveries:
+                self._say(claim, "message sent", connection=connection, recipients=len(attempt.replies))
 
     def _say(self, claim: Claim, what: str, level: int = logging.INFO, **fields: Any) -> None:
         event(self.log, level, what, message=claim.id, account=claim.account_id, **fields)
@@ -9262,7 +9239,7 @@ class Acknowledgement(NamedTuple):
     problem: str | None  # why it counts as a failure; None: acknowledged
     queued: int = 0
     next_sync_after: float | None = None  # wall-clock seconds
-    remarks: tuple[tuple[str, str], ...] = ()  # for the log: field and value
+    remarks: Mapping[str, str] = MappingProxyType({})  # for the log: field and value
     retry_after_s: float | None = None  # the pause it asked for
 
 
@@ -9274,31 +9251,18 @@ def webhook_signature(key: bytes, message_id: str, timestamp: int, body: bytes) 
 
 def parse_acknowledgement(status: int, body: bytes) -> Acknowledgement:
     """What an answer to a report means; of its JSON only the few known fields are looked at."""
-    answer: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
-        answer = json.loads(body)
-    answer = answer if isinstance(answer, dict) else {}
-    remarks = tuple((name, _remark(answer[name])) for name in ("error", "not_found") if answer.get(name))
+    answer, remarks = dict[str, Any](), dict[str, str]()
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        answer = {**json.loads(body)}
+        said = {name: answer[name] for name in ("error", "not_found") if answer.get(name)}
+        remarks = {name: json.dumps(value, ensure_ascii=False)[:500] for name, value in said.items()}
     if not 200 <= status < 300:
         return Acknowledgement("refused", f"the upstream answered {status}", remarks=remarks)
     if answer.get("ok") is False:
         return Acknowledgement("refused", "the upstream answered ok: false", remarks=remarks)
-    queued, after = _number(answer.get("queued")), _number(answer.get("next_sync_after"))
-    return Acknowledgement("acknowledged", None, int(max(queued or 0, 0)), after, remarks)
-
-
-def _remark(value: object) -> str:
-    try:
-        return as_json(value)[:500]
-    except (RecursionError, ValueError):  # ValueError: NaN
-        return "nothing that can be shown"
-
-
-def _number(value: object) -> float | None:
-    """A JSON number that can be reckoned with."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if -(2**53) < value < 2**53 else None
+    numbers = {name: value for name, value in answer.items() if type(value) in (int, float) and abs(value) < 2**53}
+    queued, after = max(numbers.get("queued", 0), 0), numbers.get("next_sync_after")
+    return Acknowledgement("acknowledged", None, int(queued), after, remarks)
 
 
 class Why(enum.Enum):
@@ -9380,7 +9344,7 @@ class Reporter(Loop):
         self._why = Why.CALLING
         answer = await self._answer_to(states)
         self.metrics.report_requests.labels(answer.outcome).inc()
-        for name, remark in answer.remarks:
+        for name, remark in answer.remarks.items():
             event(self.log, logging.WARNING, "the upstream remarks on a report", field=name, remark=remark)
         self._plan_next_call(answer, states)
         await self._stamp()

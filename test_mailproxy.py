@@ -11361,8 +11361,8 @@ def test_a_transaction_has_the_recipients_that_the_server_takes_at_a_time() -> N
     account = mailproxy.Account("main", "mail.example.com", 25, max_recipients=3)
     offers = mailproxy.Offers(None, True, False, True, (), None)
 
-    for offered, most, served in (({}, math.inf, "abc"), ({"rcpt_max": 2}, 9, "ab"), ({"rcpt_domain_max": 1}, 9, "ac"),
-                                  ({"rcpt_domain_max": 2}, 2, "ab"), ({"rcpt_domain_max": 9}, 1, "a")):  # fmt: skip
+    for offered, most, served in (({}, math.inf, "abc"), ({"rcptmax": 2}, 9, "ab"), ({"rcptdomainmax": 1}, 9, "ac"),
+                                  ({"rcptdomainmax": 2}, 2, "ab"), ({"rcptdomainmax": 9}, 1, "a")):  # fmt: skip
         got = mailproxy.Turn(most=most).served(left, account, offers._replace(**offered))
         assert "".join(address[0] for address in got) == served
 
@@ -12525,7 +12525,7 @@ def test_of_an_acknowledgement_only_sensible_numbers_count_and_remarks_are_not_e
         answer = mailproxy.parse_acknowledgement(200, b"{" + fields + b"}")
         assert (answer.problem, answer.queued, answer.next_sync_after) == (None, *expected), fields
     answer = mailproxy.parse_acknowledgement(200, json.dumps({"error": "é" * 9_000, "not_found": ["m"]}).encode())
-    assert [(name, len(remark) <= 500) for name, remark in answer.remarks] == [("error", True), ("not_found", True)]
+    assert {name: len(remark) <= 500 for name, remark in answer.remarks.items()} == {"error": True, "not_found": True}
 
 
 # -- when the calls come: a reporter whose clock the test turns
