@@ -314,10 +314,7 @@ class Attempt(NamedTuple):
 
     @property
     def first_failure(self) -> Reply | None:
-        for reply in self.replies.values():
-            if not 200 <= reply.code < 300:
-                return reply
-        return None
+        return next((reply for reply in self.replies.values() if not reply.accepted), None)
 
 
 class Claim(NamedTuple):
@@ -1111,16 +1108,13 @@ def reveal(secret: Secret, environ: Mapping[str, str]) -> str:
 
 def api_tokens(settings: Settings, environ: Mapping[str, str]) -> tuple[str, ...]:
     """Every API token, read now; none means that nobody is asked for one. Blocking. Raises ConfigurationError."""
-    tokens: list[str] = []
     try:
-        for secret in settings.server.api_token:
-            found = reveal(secret, environ).replace(",", " ").split()
-            if not found or not all(re.fullmatch(r"[\x21-\x7e]+", token) for token in found):
-                raise SecretUnavailable("a token must be ASCII without spaces")
-            tokens += found
+        texts = [reveal(secret, environ).replace(",", " ") for secret in settings.server.api_token]
     except SecretUnavailable as error:
         raise _complaint(settings, "server", "api_token", str(error)) from None
-    return tuple(dict.fromkeys(tokens))
+    if not all(re.fullmatch(r"[\x21-\x7e\s]+", text) and text.strip() for text in texts):
+        raise _complaint(settings, "server", "api_token", "a token must be ASCII without spaces")
+    return tuple(dict.fromkeys(" ".join(texts).split()))
 
 
 def load_settings(config: str | None, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
@@ -1625,10 +1619,11 @@ HEADER_FIELD = re.compile(rb"[!-9;-~]+[ \t]*:")
 
 def with_crlf(text: bytes) -> bytes:
     """The same text with every line end CRLF, bare CR, bare LF and CR CR LF included (RFC 5321 2.3.8)."""
-    if text.count(b"\r") == text.count(b"\n") == text.count(b"\r\n"):
-        return text
-    text = text.replace(b"\r\r\n", b"\n").replace(b"\r\n", b"\n")
-    return text.replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+    if b"\r" in text:
+        if text.count(b"\r") == text.count(b"\n") == text.count(b"\r\n"):
+            return text
+        text = text.replace(b"\r\r\n", b"\n").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return text.replace(b"\n", b"\r\n")
 
 
 def split_raw(raw: bytes) -> tuple[list[bytes], bytes]:
@@ -2817,10 +2812,8 @@ def event(
     """Log that something happened: one sentence, and what it concerns as fields (message=, account=,
     connection= ...). Fields that are None are left out, fractions rounded; `exc_info` adds a traceback."""
     if log.isEnabledFor(level):
-        known = {name: value for name, value in fields.items() if value is not None}
-        known |= {name: round(value, 3) for name, value in known.items() if isinstance(value, float)}
-        if "request" not in known and (request := request_id.get()) is not None:
-            known["request"] = request
+        fields.setdefault("request", request_id.get())
+        known = {name: round(v, 3) if isinstance(v, float) else v for name, v in fields.items() if v is not None}
         log.log(level, sentence, exc_info=exc_info, extra={"fields": known})
 
 
@@ -2855,8 +2848,7 @@ def _text_line(record: logging.LogRecord, fields: Mapping[str, object], trace: s
 
 def _json_line(record: logging.LogRecord, fields: Mapping[str, object], trace: str) -> str:
     """For programs: one JSON object a line, a traceback as one of its members."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-    time_ms = f"{now}.{int(record.msecs):03d}Z"
+    time_ms = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
     line: dict[str, object] = {"time": time_ms, "level": record.levelname.lower(), "event": record.getMessage()}
     line = {**line, **fields, **line, **({"traceback": trace} if trace else {})}
     return json.dumps(line, default=str)
@@ -10925,12 +10917,7 @@ def relative(ts: float | None, now: float) -> str:
 
 def local_time(ts: float | None, now: float) -> str:
     """A time of the local clock, and how far away it is; "" for never."""
-    if ts is None:
-        return ""
-    try:
-        return f"{time.strftime(CLOCK, time.localtime(ts))} ({relative(ts, now)})"
-    except (ValueError, OverflowError, OSError):  # a year no calendar has
-        return str(ts)
+    return "" if ts is None else f"{time.strftime(CLOCK, time.localtime(ts))} ({relative(ts, now)})"
 
 
 def joined(between: str, *words: object) -> str:
@@ -11838,7 +11825,7 @@ def _start_problems(settings: Settings, environ: Mapping[str, str]) -> Iterator[
 
 # --- check --connect: what the servers say -------------------------------
 
-CONNECT_PATIENCE_S = 30.0  # for all that is said to one account's server
+CONNECT_PATIENCE_S = 25.0  # for the connection, and for each reply
 
 
 def own_address(account: Account) -> str:
@@ -11876,20 +11863,17 @@ async def show_servers(settings: Settings, configured: Sequence[Account], enviro
 
 async def _try_server(agent: DeliveryAgent, account: Account) -> tuple[tuple[object, ...], str | None]:
     """A row with what the server of an account offers, and when it refuses mail what to do, or ""."""
-    sender, offers, reply = own_address(account), None, None
-    account = account._replace(timeout=min(account.timeout or 25.0, 25.0))  # what is said then helps more
-    try:
-        async with asyncio.timeout(CONNECT_PATIENCE_S):
-            session = await agent.open_session(account, name="check")
-            if isinstance(session, Session):
-                offers = session.offers
-                reply = await session.probe(sender)
-                await session.quit()
-            else:
-                reply = session
-    except TimeoutError:
-        text = f"no answer within {CONNECT_PATIENCE_S:g} s"
-        reply = reply or local_reply(Stage.MAIL if offers else Stage.CONNECT, text, Cause.TIMEOUT)
+    sender, shown = own_address(account), cast(tuple[object, ...], ("",) * 5)
+    account = account._replace(timeout=min(account.timeout or CONNECT_PATIENCE_S, CONNECT_PATIENCE_S))
+    session = await agent.open_session(account, name="check")
+    if isinstance(session, Session):
+        offers, reply = session.offers, await session.probe(sender)
+        await session.quit()
+        size = size_in_words(offers.size_bytes) if offers.size_bytes else "any"
+        utf8, pipelining = ("yes" if offered else "no" for offered in (offers.smtputf8, offers.pipelining))
+        shown = (offers.tls or "none", " ".join(offers.auth).upper() or "none", size, utf8, pipelining)
+    else:
+        reply = session
     result = f"logged in as {account.user}" if account.user else "connected"
     result += f", takes mail from <{sender}>"
     verdict = None if reply.accepted else about(reply, account, relays=False)
@@ -11898,11 +11882,6 @@ async def _try_server(agent: DeliveryAgent, account: Account) -> tuple[tuple[obj
     elif verdict:
         asked = f" (to mail from <{sender}>)" if reply.stage is Stage.MAIL else ""
         result = f"{reply.stage}: {reply.words}{asked}"
-    shown: tuple[object, ...] = ("",) * 5
-    if offers:
-        size = size_in_words(offers.size_bytes) if offers.size_bytes else "any"
-        utf8, pipelining = ("yes" if offered else "no" for offered in (offers.smtputf8, offers.pipelining))
-        shown = (offers.tls or "none", " ".join(offers.auth).upper() or "none", size, utf8, pipelining)
     return (account.id, f"{account.host}:{account.port}", *shown, result), verdict and verdict.cure
 
 

@@ -15384,7 +15384,6 @@ def test_words_for_people_have_fitting_units_and_nothing_that_steers_a_terminal(
     spans = {0: "0 s", 119: "119 s", 120: "2 min", 7199: "119 min", 7200: "2 h", 172_800: "2 d"}
     assert {seconds: mailproxy.relative(0, seconds).removesuffix(" ago") for seconds in spans} == spans
     assert mailproxy.relative(7200, 0) == "in 2 h"
-    assert mailproxy.local_time(2**63 - 1, now=0) == str(2**63 - 1)  # a year no calendar has
     lines = mailproxy.table(("ID", "ERROR"), [("m", "550 \x1b[2J\r\n\u202e")])
     assert lines[1] == "m   550 \\x1b[2J\\r\\n\\u202e"
 
