@@ -4804,16 +4804,18 @@ class PostgresFile(QueueFile):
     def open(self) -> None:
         """Make the tables in an empty database, or see that they are of this version. Blocking. Raises
         ConfigurationError, or StorageUnavailable while the database is away."""
-        self.examine(make=True)
-        threading.Thread(target=self._watch, name="queue-deadlines", daemon=True).start()
+        self._undo.close()  # what a try before this one has begun
+        self._ended.clear()
         self._undo.callback(self._ended.set)
+        threading.Thread(target=self._watch, name="queue-deadlines", daemon=True).start()
+        self.examine(make=True)
         self._undo.callback(self._close_writing)
         self._open = True
 
     def examine(self, *, make: bool = False) -> None:
         """Raise what open() would; the tables of an empty database are made for good only if they shall be."""
         try:
-            with self.connect() as session:
+            with self.connect() as session, self.deadline(session, ANSWER_S):
                 self._make_tables(session, for_good=make)
         except self._psycopg.Error as error:
             told = str(error)
@@ -4832,6 +4834,7 @@ class PostgresFile(QueueFile):
             if is_wrong:
                 raise ConfigurationError(f"the database {self.path} {why}")
         with session.transaction(force_rollback=not for_good):
+            session.execute(BEGIN[1])
             session.execute(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
             if session.execute("SELECT to_regclass('switches')").fetchone() == (None,):
                 schema = translated(self._schema, DIALECT_OF_SCHEMA)
@@ -4887,7 +4890,10 @@ class PostgresFile(QueueFile):
 
 # What waiting does not mend, unless a server or a pooler says that it does.
 WRONG = r"FATAL|no password supplied|SSL|certificate|service file|invalid \w+ (?:number|value)|could not match"
-AWAY = "starting up|shutting down|not yet acc|recovery|too many|slots|cannot connect|_timeout|_retry|closed the"
+AWAY = (
+    "starting up|shutting down|not yet acc|recovery|too many|slots|cannot connect|(?<!connect)_timeout|_retry|closed the|"
+    "due to|because of"
+)
 TABLES = re.findall(r"^CREATE TABLE (\w+)", SCHEMA, re.MULTILINE)
 OWN_SWITCHES = "('schema', 'answers', 'run_now', 'moved')"  # those that are not moved with a queue
 
@@ -10487,6 +10493,9 @@ class Daemon:
             self._systemd.tell("READY=1")
             await self._ends(asyncio.create_task(self._stopping.wait()), STORAGE_PAUSE_S)
             self._control.waits = not await self._begin()
+        if self._control.waits:  # there is nothing to finish
+            self._dispatcher.stop()
+            self._reporter.stop()
         runs = {"follower": self._control.follow, "dispatcher": self._dispatcher.run, "reporter": self._reporter.run}
         follower, *loops = [asyncio.create_task(run(), name=name) for name, run in runs.items()]
         beside = [follower, asyncio.create_task(self._renew()), asyncio.create_task(self._take_spool())]
@@ -10499,15 +10508,19 @@ class Daemon:
         started(where)
         ended, _ = await asyncio.wait({follower, *loops, asked}, return_when=asyncio.FIRST_COMPLETED)
         self._systemd.tell("STOPPING=1")
+        failure = None
         for task in ended - {asked}:
             failure = None if task.cancelled() else task.exception()
-            event(self._log, logging.CRITICAL, "a loop ended", loop=task.get_name(), exc_info=failure)
+            if not isinstance(failure, ConfigurationError):  # another node took the name meanwhile
+                event(self._log, logging.CRITICAL, "a loop ended", loop=task.get_name(), exc_info=failure)
         status = 0 if self._stopping.is_set() else 1
         asked.cancel()
         for task in beside:
             task.cancel()
         await self._drain(loops)
         watchdog.cancel()
+        if isinstance(failure, ConfigurationError):
+            raise failure
         return status
 
     async def _drain(self, loops: Sequence[asyncio.Task[None]]) -> None:

@@ -5785,6 +5785,15 @@ def test_a_node_of_the_same_name_is_refused_and_one_that_died_is_waited_for(
         first.submit(letter("m"))
         first.wait_status("m", "sent")
 
+        first.signal(signal.SIGSTOP)
+        (tmp_path / "b").mkdir()
+        environment = {"PAUSES": json.dumps(SHORT_LEASE)}
+        with Daemon(tmp_path / "b", first.config, environment=environment) as second:
+            first.signal(signal.SIGCONT)
+            assert first.wait_for_exit() == 2
+            assert second.get("/ready").status == 200
+        assert (first.log.count("the node a runs already"), "Traceback" in first.log) == (1, False)
+
 
 def test_accounts_of_config_ini_that_differ_are_named_in_the_logs_of_both(
     tmp_path: Path, postgres: str, smtp: SmtpServer
@@ -5894,6 +5903,35 @@ def test_a_database_that_is_away_at_the_start_is_waited_for(
     assert answers == [200, 503, 503, 503, 503]
     assert said == ["the database of the queue does not answer yet"]
     assert daemon.log.count("the database is waited for") == 1
+
+
+def test_a_start_that_the_database_does_not_answer_in_the_middle_is_tried_again(
+    postgres_server: PostgresServer, postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mailproxy, "ANSWER_S", 0.5)
+    with Wire(postgres_server.port) as wire, asyncio.Runner() as runner:
+        url = postgres.replace(f":{postgres_server.port}/", f":{wire.port}/")
+        file = mailproxy.queue_file(url, {}, observe_commit=lambda seconds: None)
+
+        def watchers() -> int:
+            return [thread.name for thread in threading.enumerate()].count("queue-deadlines")
+
+        before = watchers()
+        wire.deaf_after = b"SHOW"
+        for _ in range(2):
+            with pytest.raises(mailproxy.StorageUnavailable):
+                file.open()
+        wire.deaf_after = b""
+        monkeypatch.setattr(mailproxy, "ANSWER_S", 10)
+        monkeypatch.setattr(mailproxy, "BEGIN", [part.replace("'5s'", "'300ms'") for part in mailproxy.BEGIN])
+        with psycopg.connect(postgres) as db:
+            db.execute(f"SELECT pg_advisory_xact_lock({mailproxy.SCHEMA_LOCK})")  # as a node that was stopped there
+            with pytest.raises(mailproxy.StorageUnavailable, match="lock timeout"):
+                file.open()
+
+        file.open()
+        wait_until(lambda: watchers() <= before + 1, "the threads of the other tries to end")
+        runner.run(file.close())
 
 
 # ======================================================================
