@@ -2207,13 +2207,6 @@ def settle(
     return settled._replace(verdict=verdict)
 
 
-def slots_used(claim: Claim, attempt: Attempt, disposition: Disposition) -> int:
-    """What an attempt has used of the slots of a claim."""
-    if not claim.by_recipient or (not attempt.replies and disposition.slot_used):  # the latter: nobody knows
-        return claim.slots * disposition.slot_used
-    return sum(reply.accepted or reply.in_doubt for reply in attempt.replies.values())
-
-
 def untouched(claim: Claim) -> Disposition:
     """Nothing has become of the message: it is as ready as before."""
     return Disposition(Status.QUEUED, LaneSignal.NONE, counted=False, slot_used=False, recipients=claim.recipients)
@@ -9140,7 +9133,9 @@ class Dispatcher(Loop):
     async def _record(self, lane: Lane, claim: Claim, attempt: Attempt, disposition: Disposition) -> int:
         """Write the outcome, however long the storage refuses: it must not be forgotten. The slots that it has used of
         the account's limits are counted, and returned."""
-        used = slots_used(claim, attempt, disposition)
+        used = claim.slots * disposition.slot_used
+        if claim.by_recipient and attempt.replies:
+            used = sum(reply.accepted or reply.in_doubt for reply in attempt.replies.values())
         for tries in itertools.count():
             try:
                 await self.queue.record(Outcome(claim, attempt, disposition, sent=used))
@@ -9263,16 +9258,6 @@ def parse_acknowledgement(status: int, body: bytes) -> Acknowledgement:
     return Acknowledgement("acknowledged", None, int(queued), after, remarks)
 
 
-class Why(enum.Enum):
-    """What the next call is made for, when there may be nothing to report."""
-
-    INTERVAL = "the upstream gets its chance to submit"  # counted from the time of the next call
-    ASKED = "run-now, or the start"
-    QUEUED = "the upstream says that it has more to submit"
-    RETRY = "the last one failed"  # until then there is no other call either
-    CALLING = "one is being made"
-
-
 @dataclass(eq=False, repr=False)
 class Reporter(Loop):
     """Reports every state once it is on disk, until the upstream has acknowledged it."""
@@ -9287,8 +9272,8 @@ class Reporter(Loop):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._pass_is_open = False  # test_mode: from run-now until all that came of it is reported
-        self._next_at, self._why = -math.inf, Why.ASKED  # the next call; monotonic
-        self._not_before = -math.inf  # next_sync_after: no empty calls before
+        self._next_at: float | None = -math.inf  # the next call; monotonic. None: when the interval is over
+        self._called_at = self._not_before = -math.inf  # the latter: next_sync_after
         self._rests_until = -math.inf
         self._failures = 0
         self._eager_calls = 0  # calls the upstream asked for, in a row, that brought nothing
@@ -9307,7 +9292,6 @@ class Reporter(Loop):
         """
         self._pass_is_open = True
         self._not_before = self._next_at = -math.inf
-        self._why = Why.ASKED
         self.ring()
 
     # -- the loop
@@ -9328,18 +9312,16 @@ class Reporter(Loop):
     async def _report(self) -> float:
         """Make the call that is due, or return for how long none will be."""
         await self._stamp()
-        next_at = self._next_at
-        if self._why is Why.INTERVAL:
-            next_at = max(next_at + self.client.sync_interval_seconds, self._not_before)
-        wait_s = next_at - self.clock.monotonic()
-        if wait_s > 0 and self._why is Why.RETRY:
+        by_interval = max(self._called_at + self.client.sync_interval_seconds, self._not_before)
+        wait_s = (by_interval if self._next_at is None else self._next_at) - self.clock.monotonic()
+        if wait_s > 0 and self._failures:
             return wait_s
         states = await self._due_states()
         if wait_s > 0 and not states:
             return wait_s
         if not self.leases.lasts():
             return STORAGE_PAUSE_S
-        self._why = Why.CALLING
+        self._next_at = None  # run-now may set it meanwhile
         answer = await self._answer_to(states)
         self.metrics.report_requests.labels(answer.outcome).inc()
         for name, remark in answer.remarks.items():
@@ -9388,7 +9370,7 @@ class Reporter(Loop):
 
     def _plan_next_call(self, answer: Acknowledgement, states: States) -> None:
         """When to call again: after a pause when this call failed, soon when the upstream has more to submit."""
-        now, asked = self.clock.monotonic(), self._why is Why.ASKED  # run-now came meanwhile
+        now, asked = self.clock.monotonic(), self._next_at is not None
         if answer.problem is not None:
             pause_s: float = REPORT_PAUSES_S[min(self._failures, len(REPORT_PAUSES_S) - 1)]
             if answer.retry_after_s is not None:
@@ -9396,7 +9378,7 @@ class Reporter(Loop):
             pause_s = min(pause_s, self._eager_pause_s()) if asked else pause_s
             self._failures += 1
             self._tried_up_to = max(states, default=0)
-            self._next_at, self._why = now + pause_s, Why.RETRY
+            self._next_at = now + pause_s
             what, entries, error = "report not acknowledged", len(states), answer.problem
             event(self.log, logging.WARNING, what, entries=entries, error=error, next_try_in_seconds=pause_s)
             return
@@ -9408,12 +9390,10 @@ class Reporter(Loop):
         self._failures, self._tried_up_to, self._empty_id = 0, 0, ""
         if answer.next_sync_after is not None:
             self._not_before = now + answer.next_sync_after - self.clock.wall()
-        if asked:
-            self._next_at = now + self._eager_pause_s()
-        elif answer.queued:
-            self._next_at, self._why = max(now + self._eager_pause_s(), self._not_before), Why.QUEUED
+        self._called_at = now
+        if asked or answer.queued:
+            self._next_at = max(now + self._eager_pause_s(), -math.inf if asked else self._not_before)
         else:
-            self._next_at, self._why = now, Why.INTERVAL
             self._eager_calls = 0
 
     def _eager_pause_s(self) -> float:
