@@ -7792,14 +7792,14 @@ CONSOLE = r"""<!doctype html>
 <style>
 :root { color-scheme: light dark; --page: #f4f5f7; --panel: #fff; --text: #1a1d21; --quiet: #545c66; --line: #d3d8de;
 --link: #0b51c5; --good: #14682f; --warn: #855000; --bad: #b3261e; } @media (prefers-color-scheme: dark) { :root {
---page: #14171a; --panel: #1e2226; --text: #e8eaed; --quiet: #aab2bb; --line: #3b4148; --link: #8ab4f8; --good:
-#7ddc9b; --warn: #f2b766; --bad: #ff9d94; } } * { box-sizing: border-box; } [hidden] { display: none !important; } body
-{ margin: 0; background: var(--page); color: var(--text); font: 15px/1.45 system-ui, sans-serif; } header, main {
-max-width: 1400px; margin: auto; padding: .75rem 1rem; } header { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem;
-align-items: center; } h1, h2, h3, p, dl, dd, ul, ol { margin: 0; padding: 0; list-style: none; } h1 { font-size:
-1.25rem; } h2 { font-size: 1.05rem; } h3 { font-size: .95rem; margin-top: 1rem; } #delivery { margin-right: auto; }
-section, #login { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; } #all,
-.pair { display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr); } button, input, select { font: inherit;
+--page: #14171a; --panel: #1e2226; --text: #e8eaed; --quiet: #aab2bb; --line: #3b4148; --link: #8ab4f8; --good: #7ddc9b;
+--warn: #f2b766; --bad: #ff9d94; } } * { box-sizing: border-box; } [hidden] { display: none !important; } body { margin:
+0; background: var(--page); color: var(--text); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
+header, main { max-width: 1400px; margin: auto; padding: .75rem 1rem; } header { display: flex; flex-wrap: wrap; gap:
+.5rem 1.25rem; align-items: center; } h1, h2, h3, p, dl, dd, ul, ol { margin: 0; padding: 0; list-style: none; } h1 {
+font-size: 1.25rem; } h2 { font-size: 1.05rem; } h3 { font-size: .95rem; margin-top: 1rem; } #delivery { margin-right:
+auto; } section, #login { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; }
+#all, .pair { display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr); } button, input, select { font: inherit;
 color: inherit; background: var(--panel); border: 1px solid var(--quiet); border-radius: 6px; padding: .3rem .7rem;
 min-height: 2.25rem; max-width: 100%; } button { cursor: pointer; } button:disabled { cursor: default; color:
 var(--quiet); border-style: dashed; } a { color: var(--link); } :focus-visible { outline: 3px solid var(--link);
@@ -7814,18 +7814,18 @@ grid; grid-template-columns: 6.5rem minmax(0, 1fr); gap: 0 .5rem; } figcaption {
 var(--bad); } #accounts li, #messages li { display: grid; gap: .1rem .8rem; padding: .5rem 0; border-top: 1px solid
 var(--line); } #accounts li { grid-template-columns: minmax(6rem, 1fr) 7rem minmax(0, 3fr) auto; align-items: center; }
 #messages li { grid-template-columns: 6rem minmax(0, 3fr) minmax(0, 2fr) minmax(0, 1fr) 8rem; } #messages .why,
-#messages .id { grid-column: 2 / 6; font-size: .88rem; } #messages .id { grid-column: 2 / 3; } h2, .id, .subject, .to,
-.account, .why, .reason, dd, pre { overflow-wrap: anywhere; } li[aria-current=true] { background: var(--page); }
-[data-state=sent], [data-state=up] { color: var(--good); } [data-state=error], [data-state=cooling] { color:
-var(--bad); } [data-state=deferred], [data-state=limited], [data-state=probing], [data-state=suspended] { color:
-var(--warn); } #fields { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1rem .8rem;
-margin-top: .5rem; } pre { white-space: pre-wrap; max-height: 24rem; overflow: auto; margin: .3rem 0; padding: .6rem;
-background: var(--page); } #said { position: fixed; inset: auto 0 0 0; background: var(--text); color: var(--page);
-padding: .6rem 1rem; z-index: 1; } #said:empty { display: none; } dialog { background: var(--panel); color:
-var(--text); border: 1px solid var(--quiet); border-radius: 8px; max-width: 30rem; } dialog::backdrop { background:
-rgb(0 0 0 / .5); } @media (min-width: 1100px) { .pair:has(#detail:not([hidden])) { grid-template-columns: 3fr 2fr;
-align-items: start; } } @media (max-width: 700px) { #accounts li, #messages li { grid-template-columns: minmax(0, 1fr)
-auto; } #messages .why, #messages .id, #accounts .reason, #messages .subject, #accounts .row { grid-column: 1 / 3; } }
+#messages .id { grid-column: 2 / 6; font-size: .88rem; } #messages .id { grid-column: 2 / 3; } li[aria-current=true] {
+background: var(--page); } [data-state=sent], [data-state=up] { color: var(--good); } [data-state=error],
+[data-state=cooling] { color: var(--bad); } [data-state=deferred], [data-state=limited], [data-state=probing],
+[data-state=suspended] { color: var(--warn); } #fields { display: grid; grid-template-columns: max-content minmax(0,
+1fr); gap: .1rem .8rem; margin-top: .5rem; } pre { white-space: pre-wrap; max-height: 24rem; overflow: auto; margin:
+.3rem 0; padding: .6rem; background: var(--page); } #said { position: fixed; inset: auto 0 0 0; background: var(--text);
+color: var(--page); padding: .6rem 1rem; z-index: 1; } #said:empty { display: none; } dialog { background: var(--panel);
+color: var(--text); border: 1px solid var(--quiet); border-radius: 8px; max-width: 30rem; } dialog::backdrop {
+background: rgb(0 0 0 / .5); } @media (min-width: 1100px) { .pair:has(#detail:not([hidden])) { grid-template-columns:
+3fr 2fr; align-items: start; } } @media (max-width: 700px) { #accounts li, #messages li { grid-template-columns:
+minmax(0, 1fr) auto; } #messages .why, #messages .id, #accounts .reason, #messages .subject, #accounts .row {
+grid-column: 1 / 3; } }
 </style>
 <header> <h1>mailproxy</h1><p id="delivery">Asking the daemon ...</p> <div id="steer" hidden><button id="run">Run
   now</button> <button id="suspend">Suspend</button> <button id="activate">Activate</button></div> <p id="said"
@@ -8055,7 +8055,7 @@ function search() {
   list().catch(error => { wanted = before; told(error); });
 }
 $("login").onsubmit = event => {
-  event.preventDefault(); token = $("token").value.trim(); sessionStorage.setItem("token", token);
+  event.preventDefault(); token = $("token").value.replace(/[^!-~]/g, ""); sessionStorage.setItem("token", token);
   $("token").value = ""; look();
 };
 $("search").onsubmit = event => { event.preventDefault(); search(); };
@@ -11312,12 +11312,14 @@ def submit_or_keep(settings: Settings, environ: Mapping[str, str], fields: Mappi
         content = json.dumps({"messages": [fields]}).encode()
         if len(content) > settings.server.max_body_bytes:
             raise CommandFailed("the message is larger than max_body_bytes of [server]", os.EX_UNAVAILABLE)
-        with tempfile.NamedTemporaryFile(prefix=".", dir=spool, delete=False) as file:
+        with contextlib.ExitStack() as undo, tempfile.NamedTemporaryFile(prefix=".", dir=spool, delete=False) as file:
+            undo.callback(os.unlink, file.name)  # half a file would keep a full disk full
             os.fchmod(file.fileno(), 0o644)  # the daemon is another user; nobody else can list the spool
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
             os.rename(file.name, f"{spool}/{time.time_ns():020}-{secrets.token_hex(8)}")
+            undo.pop_all()
             os.fsync(file.fileno())  # of its new name, too: the spool cannot be opened
         return None
     except OSError as error:
@@ -11527,20 +11529,19 @@ def _status_in_words(status: dict[str, Any]) -> list[str]:
     lines = facts(
         ("delivery", "active" if status["active"] else "suspended; `mailproxy activate` resumes it"),
         ("pending", joined(", the oldest accepted ", str(status["pending"]), oldest)),
-        *((name.replace("_", " "), status[name]) for name in ("deferred", "in_delivery", "unreported")),
+        *((name.replace("_", " "), status[name]) for name in ("deferred", "in_delivery", "failed", "unreported")),
         ("suspended batches", ", ".join(status.get("suspended_batches", ()))),
         *((name, status.get(name)) for name in ("version", "node", "reporter")),
     )
-    node = ("NODE",) if "node" in status else ()
-    accounts = []
+    numbers = ("PENDING", "CONNECTIONS") if output_width() >= 72 else ()  # the reason needs their place
+    columns, accounts = (*numbers, *(["NODE"] if "node" in status else [])), []
     for id_, account in status["accounts"].items():
         again = account["until"] and f"again {relative(account['until'], now)}"
         why = joined(", ", account["reason"], again)
-        row = (id_, account["state"], account.get("pending"), account["connections"])
-        accounts.append((*row, *(account.get(name.lower()) for name in node), why))
+        accounts.append((id_, account["state"], *(account.get(name.lower()) for name in columns), why))
     if not accounts:
         return [*lines, "", "There is no account yet: set [smtp] in config.ini, or use POST /account."]
-    return [*lines, "", *table(("ACCOUNT", "STATE", "PENDING", "CONNECTIONS", *node, "REASON"), accounts)]
+    return [*lines, "", *table(("ACCOUNT", "STATE", *columns, "REASON"), accounts)]
 
 
 def _accounts_in_words(answer: dict[str, Any]) -> list[str]:
@@ -11595,8 +11596,8 @@ def _message_in_words(answer: dict[str, Any]) -> list[str]:
 def _messages_in_words(answer: dict[str, Any]) -> list[str]:
     rows: list[Sequence[Any]] = [("ID", "STATUS", "ACCOUNT", "TO", "SUBJECT", "ATTEMPTS", "ACCEPTED", "REMARK")]
     rows += [_message_row(record, time.time()) for record in answer["messages"]]
-    if output_width() < 100:  # the reason needs their place
-        rows = [(*row[:2], *row[3:5], *row[6:]) for row in rows]
+    shown = [output_width() >= least for least in (0, 0, 100, 48, 0, 100, 72, 0)]  # else the reason needs their place
+    rows = [list(itertools.compress(row, shown)) for row in rows]
     return table(rows[0], rows[1:], [row[1] for row in rows[1:]]) if rows[1:] else ["no messages"]
 
 
@@ -11850,7 +11851,7 @@ async def show_servers(settings: Settings, configured: Sequence[Account], enviro
     print("\n".join(["", *table(columns, rows, kinds)] if rows else ["There is no account to log into."]))
     for row, cure in tried:
         if cure is not None:
-            complain(f"no mail can leave through {row[0]}{cure and f': {cure}'}")
+            complain(f"no mail can leave through {row[0]} ({row[-1]}){cure and f': {cure}'}")
     return "error" not in kinds
 
 

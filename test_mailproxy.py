@@ -10447,7 +10447,7 @@ def test_the_console_asks_for_the_token_and_keeps_it_for_the_tab_only(chromium: 
         assert "private" not in browser.driver.page_source
         browser.keys("wrong", ENTER)
         browser.sees("not one of the daemon's")
-        browser.keys("s3cret", ENTER)
+        browser.keys(" s3cret\u200b\u2026", ENTER)  # as it was copied out of a page
         browser.sees("private", "#messages")
 
         browser.driver.refresh()
@@ -10589,17 +10589,26 @@ def test_messages_are_found_and_paged_by_cursor_and_lists_are_not_asked_for_whil
 
 @pytest.mark.parametrize("light", ["light", "dark"])
 def test_a_phone_shows_all_of_it_and_axe_finds_nothing_serious(
-    chromium: Any, daemon: Daemon, axe: str, light: str
+    chromium: Any, daemon: Daemon, smtp: SmtpServer, axe: str, light: str
 ) -> None:
-    daemon.submit(mail("m-1", to=f"{'long' * 16}@example.com", subject="W" * 200), mail("m-2", to="perm@example.com"))
+    def refusal(verb: str, *_: Any) -> str | None:
+        return f"550 5.1.1 No such user: https://x.test/{'u' * 200}" if verb == "RCPT" else None
+
+    smtp.rule = refusal
+    daemon.post("/account", {"id": "a" * 255, **NOWHERE})
+    daemon.submit(mail("m" * 255, to=f"perm.{'long' * 14}@example.com", subject="W" * 200))
+    daemon.submit(mail("m-2", to="perm@example.com"))
     wait_until(lambda: told(daemon)["pending"] == 0, "outcomes")
     browser = Browser(chromium, daemon)
     browser.media(light=light, width=375, height=700)
     browser.sees("No such user", "#messages")
     browser.press("W" * 200)
-    browser.sees("Ok: queued", "#attempts")
+    browser.sees("No such user", "#attempts")
+    browser.press("Delete")
+    browser.sees("Delete the message", "dialog[open]")
 
     assert browser.js("document.documentElement.scrollWidth") == 375
+    browser.keys(ESCAPE)
     browser.driver.execute_script(axe)
     found_by_axe = browser.driver.execute_async_script("axe.run().then(arguments[0])")["violations"]
     assert [
@@ -15179,10 +15188,12 @@ def test_check_connect_goes_as_far_as_mail_and_shows_what_each_server_offers_or_
     assert ended.returncode == 1
     refused = "mailproxy: no mail can leave through "
     login = f": {mailproxy.CHECK_LOGIN}\n"
-    assert ended.stderr == f"{refused}strict{login}{refused}nobody{login}{refused}other\n{refused}late\n"
     table, _, verdict = ended.stdout.rpartition("\n\n")
     assert verdict == "The settings are not usable yet.\n"
     rows = printed_rows(table, "ACCOUNT")
+    ends = {"strict": login, "nobody": login, "other": "\n", "late": "\n"}
+    said = "".join(f"{refused}{id_} ({rows[id_]['RESULT']}){end}" for id_, end in ends.items())
+    assert ended.stderr == said  # whole, however narrow the terminal
     offers = {"TLS": "TLSv1.3", "AUTH": "LOGIN PLAIN", "SIZE": "35.0 MB", "SMTPUTF8": "yes", "PIPELINING": "yes"}
     server = {"SERVER": f"localhost:{good.port}", **offers}
     assert rows["default"] == {"ACCOUNT": "default", **server, "RESULT": "logged in as u, takes mail from <>"}
@@ -15344,8 +15355,10 @@ def test_messages_are_a_table_that_says_why_and_when_and_fits_the_terminal(
 
 
 @pytest.mark.parametrize(
-    ("columns", "reason"), [(80, "550 5.1.1 No such user here"), (120, "550 5.1.1 No such user here, aaaaa")]
-)
+    ("columns", "reason"),
+    [(40, "550 5.1.1 N…"), (60, "550 5.1.1 No such use…"), (80, "550 5.1.1 No such user here"),
+     (120, "550 5.1.1 No such user here, aaaaa")],
+)  # fmt: skip
 def test_the_middle_of_long_ids_and_addresses_gives_way_before_the_reason(
     monkeypatch: pytest.MonkeyPatch, columns: int, reason: str
 ) -> None:
@@ -15361,9 +15374,28 @@ def test_the_middle_of_long_ids_and_addresses_gives_way_before_the_reason(
     assert [len(line) <= columns for line in lines] == [True, True]
     assert reason in lines[1]
     assert re.search(r"^new\S*…\S*15 ", lines[1])
-    assert re.search(r" aaa\S*…\S*net ", lines[1])
+    assert columns < 48 or re.search(r" aaa\S*…\S*net ", lines[1])
+    assert "Your" in lines[1]
     assert mailproxy.cut("漢字" * 9, 8, middle=True) == "漢…漢字"
     assert [mailproxy.cut("abcdef", width, middle=True) for width in (1, 2, 3, 6)] == ["…", "…f", "a…f", "abcdef"]
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(40, "535 5.7.8 Bad credent…"), (60, "535 5.7.8 Bad credentials")])
+def test_the_reason_of_an_account_is_read_on_a_narrow_terminal_too(
+    monkeypatch: pytest.MonkeyPatch, columns: int, shown: str
+) -> None:
+    state = {"state": "cooling", "reason": "535 5.7.8 Bad credentials", "until": None, "pending": 3, "connections": 0}
+    counts = dict.fromkeys(("pending", "deferred", "in_delivery", "failed", "unreported"), 3)
+    monkeypatch.setenv("COLUMNS", str(columns))
+
+    lines = mailproxy._status_in_words(
+        {**counts, "active": True, "oldest_pending_ts": None, "accounts": {"default": state}}
+    )
+
+    assert "failed       3" in lines
+    assert lines[-1].startswith("default  cooling  ")
+    assert lines[-1].endswith(shown)
+    assert [line for line in lines if len(line) > columns] == []
 
 
 def test_messages_are_found_and_shown_as_they_go_on_the_wire_by_commands_too(
@@ -16150,6 +16182,23 @@ def test_an_ordinary_user_sends_while_the_daemon_is_up_is_away_and_is_back_each_
         assert Counter(subjects).most_common(1)[0][1] == 1, subjects
         assert smtp.received[0].sender == "nobody@vm.test"
         assert "ERROR" not in daemon.log
+
+
+def test_what_does_not_fit_into_the_spool_leaves_no_half_of_itself_there(tmp_path: Path) -> None:
+    spool, config = tmp_path / "spool", tmp_path / "config.ini"
+    spool.mkdir()
+    config.write_text(f"[server]\nsubmit_socket = {tmp_path}/nowhere\n[sendmail]\nspool = {spool}\n")
+    full = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh"]  # stands for a full disk
+    command = [*full, sys.executable, STARTER, "sendmail", "-i", "-f", "a@b.test", "x@c.test"]
+    environment = _plain_environment() | {"MAILPROXY_CONFIG": str(config)}
+
+    ended = subprocess.run(command, input=b"x" * 100_000, env=environment, capture_output=True)
+
+    assert ended.returncode == os.EX_TEMPFAIL
+    assert b"the spool" in ended.stderr
+    assert list(spool.iterdir()) == []
+    assert subprocess.run(command, input=b"x", env=environment, capture_output=True).returncode == os.EX_OK
+    assert [file.name[0] for file in spool.iterdir()] == ["0"]
 
 
 def test_nothing_in_the_spool_harms_the_daemon_or_anybodys_files(smtp: SmtpServer) -> None:
