@@ -470,12 +470,6 @@ class Kind(NamedTuple):
     secret: bool = False
     many: bool = False  # a list: may go on over several lines
 
-    def read(self, value: object) -> Any:
-        """A value of JSON, or the words of config.ini. Raises ValueError."""
-        if self.many and isinstance(value, list | tuple):
-            return self.parse(", ".join(map(str, value)))
-        return self.parse(fit(str(value), isinstance(value, str) or type(value) in self.types))
-
 
 def fit(value: T, fits: object) -> T:
     """The value; ValueError when it does not fit."""
@@ -485,9 +479,11 @@ def fit(value: T, fits: object) -> T:
 
 
 def judged(kind: Kind, value: object, field: str) -> Any:
-    """A field of JSON as its kind reads it. Raises Rejected."""
+    """A field of JSON, or the words of config.ini, as its kind reads it. Raises Rejected."""
     try:
-        return kind.read(value)
+        if kind.many and isinstance(value, list | tuple):
+            return kind.parse(", ".join(map(str, value)))
+        return kind.parse(fit(str(value), isinstance(value, str) or type(value) in kind.types))
     except ValueError:
         raise Rejected(f"invalid {field}: must be {kind.words}") from None
 
@@ -1508,8 +1504,8 @@ def parse_addr_spec(text: str, field: str) -> str:
     shape = _QUOTED_STRING if local_part.startswith('"') else _DOTTED
     is_local_part = at and shape.fullmatch(local_part) and local_part.isprintable()
     require(is_local_part, field, f"{_shown(address)} is not an address")
-    if len(addr_spec(local_part + at).encode()) > LONGEST_LOCAL_PART + 1:
-        raise Rejected(f"invalid {field}: the part before the @ has more than {LONGEST_LOCAL_PART} octets")
+    is_short = len(addr_spec(local_part + at).encode()) <= LONGEST_LOCAL_PART + 1
+    require(is_short, field, f"the part before the @ has more than {LONGEST_LOCAL_PART} octets")
     try:
         fit(domain, len(domain) <= LONGEST_ADDRESS)  # what is longer takes long to encode
         if not domain.startswith("["):
