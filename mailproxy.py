@@ -2622,18 +2622,13 @@ _BLANK_BEYOND_76 = re.compile(rb"=(?=(?:20|09)\r)(?<=[^\n]{75})")
 
 def _text_entity(text: str, subtype: str) -> Entity:
     """Text in complete lines, in the plainest encoding that brings it over unchanged."""
-    octets = text.encode()
-    lines = octets.splitlines() if len(octets) <= TEXT_BLOCK and b"\r\r" not in octets else []
-    if is_short := len(lines) > 0 and max(map(len, lines)) <= LONGEST_LINE:  # as nearly all is
-        octets = b"\r\n".join([*lines, b""])
-    else:
-        octets = with_crlf(octets)
-        octets += b"" if octets.endswith(b"\r\n") else b"\r\n"
+    octets = with_crlf(text.encode())
+    octets += b"" if octets.endswith(b"\r\n") else b"\r\n"
     to_quote = 0 if octets.isascii() else len(octets) - len(octets.translate(None, bytes(range(0x80, 0x100))))
     encoding, body = "7bit", cast(Iterable[bytes], (octets,))
     if to_quote * 6 >= len(octets):  # each grows threefold: below a sixth that is less than base64's third
         encoding, body = "base64", _base64_lines(octets)
-    elif to_quote or not (is_short or has_short_lines(octets)):
+    elif to_quote or not has_short_lines(octets):
         encoding, pieces = "quoted-printable", _complete_lines(octets)
         body = (_BLANK_BEYOND_76.sub(b"=\r\n=", binascii.b2a_qp(lines)) for lines in pieces)
     header = [f'Content-Type: text/{subtype}; charset="utf-8"', f"Content-Transfer-Encoding: {encoding}"]
@@ -2642,7 +2637,8 @@ def _text_entity(text: str, subtype: str) -> Entity:
 
 def has_short_lines(octets: bytes) -> bool:
     """True when no line is longer than every server takes; lines end with CRLF."""
-    return all(max(map(len, lines.split(b"\r\n"))) <= LONGEST_LINE for lines in _complete_lines(octets))
+    pieces = _complete_lines(octets) if len(octets) > LONGEST_LINE else ()
+    return all(max(map(len, lines.split(b"\r\n"))) <= LONGEST_LINE for lines in pieces)
 
 
 def _complete_lines(octets: bytes) -> Iterator[bytes]:
