@@ -8957,8 +8957,8 @@ class Dispatcher(Loop):
     async def _session(self, lane: Lane, expires_ts: int | None) -> Session | Reply | None:
         """An idle session of the lane, or a new one; a reply says why there is none. None: called back, or expired.
 
-        While no session is open, one connection goes first: the others may connect once its server answers,
-        and log in once it is in.
+        While no session is open, one connection goes first: the others may connect once its server answers, and log in
+        once it is in. Where it ends otherwise, another one goes first.
         """
         while lane.idle:
             if lane.keeps(idle := lane.idle.pop(), self.clock.monotonic()):
@@ -8974,10 +8974,14 @@ class Dispatcher(Loop):
                 self._mark(lane)
 
         async def may_log_in() -> None:
+            nonlocal goes_first
+            while generation == lane.generation and not (goes_first or lane.sessions):
+                if lane.first_is_in:
+                    await lane.first_is_in.wait()
+                else:
+                    goes_first, lane.first_is_in, lane.first_connected = True, asyncio.Event(), True
             if generation != lane.generation:  # called back, which wait_for of Python 3.11 may have swallowed
                 raise asyncio.CancelledError
-            if lane.first_is_in and not goes_first:
-                await lane.first_is_in.wait()
 
         lane.opened += 1
         opening = self.open_session(
@@ -8987,15 +8991,14 @@ class Dispatcher(Loop):
             session = await self._unless_recalled(lane, expires_ts, opening)
             if session is not None and not isinstance(session, Reply):
                 lane.sessions[session] = generation
-                if lane.first_is_in is not None:
-                    lane.first_is_in.set()
                 self._mark(lane)  # it may have more connections now
         except Exception as error:
             what = "internal error while connecting"
             event(self.log, logging.ERROR, what, account=lane.account.id, exc_info=error)
             session = Reply(Stage.CONNECT, 451, f"internal error ({type(error).__name__})", "4.3.0", Cause.LOCAL)
         finally:
-            if goes_first:
+            if goes_first and lane.first_is_in:
+                lane.first_is_in.set()
                 lane.first_is_in, lane.first_connected = None, False
         if session is not None:
             outcome = "ok"

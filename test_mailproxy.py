@@ -11259,6 +11259,26 @@ def test_connections_that_are_open_log_in_as_soon_as_the_first_is_in(tmp_path: P
         daemon.kill()
 
 
+def test_when_the_message_of_the_connection_that_logs_in_first_expires_another_one_logs_in(tmp_path: Path) -> None:
+    words = {"EHLO": "250-moody.test\r\n250 AUTH PLAIN"}
+    login = {"user": "me", "password": "right", "max_connections": 3}
+    auth = [threading.Event(), "535 5.7.8 Wrong password"]
+    with moody_daemon(tmp_path, {"smtp": login}, friendly=words, AUTH=auth) as (moody, daemon):
+        daemon.submit(letter("first", expires_ts=int(time.time()) + 4))
+        wait_until(lambda: moody.heard["AUTH"] == 1, "a login without an answer")
+        daemon.submit(*letters("m", 2))
+        wait_until(lambda: moody.heard["EHLO"] == 3, "two more connections")
+        assert moody.heard["AUTH"] == 1
+
+        assert daemon.wait_status("first", "error")["error"].startswith("expired")
+        daemon.wait_for_log("cannot log in")
+        wait_still(daemon)
+        assert moody.heard["AUTH"] == 2  # not two at a time
+        ask(daemon, "/commands/run-now")
+        wait_sent(daemon, "m-0", "m-1")
+        daemon.kill()
+
+
 def test_a_server_that_trickles_costs_its_own_mail_a_timeout_and_nobody_else_anything(
     tmp_path: Path, smtp: SmtpServer
 ) -> None:
