@@ -4897,6 +4897,8 @@ def move(source: QueueFile, target: QueueFile) -> int:
         if database.execute("SELECT 1 FROM claims").fetchone():
             what = "holds mail that was on the wire when a node died; start one there, and stop it again"
             raise ConfigurationError(f"the database {path} {what}")
+        if there.execute("SELECT 1 FROM switches WHERE name = 'moved' AND value = 2").fetchone():
+            raise ConfigurationError(f"the queue {source.path} was moved before; start the other one")
         for table in TABLES:
             which = f"WHERE name NOT IN {OWN_SWITCHES}" if table == "switches" else ""
             is_filled = f"SELECT 1 FROM {table} LIMIT 1"  # noqa: S608 - constants only
@@ -4922,6 +4924,7 @@ def move(source: QueueFile, target: QueueFile) -> int:
         there.execute("INSERT INTO switches VALUES ('moved', 1) ON CONFLICT DO NOTHING")
         there.execute("COMMIT")  # first: should the other fail it can be done again, and nothing is sent twice
         here.execute("COMMIT")
+        there.execute("UPDATE switches SET value = 2 WHERE name = 'moved'")
     return int(messages)
 
 

@@ -5366,7 +5366,7 @@ def test_a_queue_moves_into_the_database_and_back_and_nothing_is_lost_or_sent_tw
     moved = run_command("import", old, "--db", postgres)
     assert (moved.returncode, moved.stdout) == (0, f"13 messages moved from {old} to {postgres}\n"), moved
     for again, words in (
-        (run_command("import", old, "--db", postgres), "is not empty"),
+        (run_command("import", old, "--db", postgres), "was moved before; start the other one"),
         (run_command("serve", "--db", old), "was moved"),
     ):
         assert (again.returncode, words in again.stderr) == (2, True), again
@@ -5388,6 +5388,9 @@ def test_a_queue_moves_into_the_database_and_back_and_nothing_is_lost_or_sent_tw
         rig.accepted(submission("next"))
         assert rig.sql("SELECT max(seq) FROM messages") == [(seq[0] + 1,)]
         runner.run(rig.file.close())
+    for source, target, words in ((postgres, tmp_path / "third.db", "was moved before"), (new, postgres, "not empty")):
+        refused = run_command("import", source, "--db", target)
+        assert (refused.returncode, words in refused.stderr) == (2, True), refused
 
 
 def test_daemons_that_start_together_make_the_tables_once(postgres: str) -> None:
