@@ -2906,20 +2906,24 @@ class Recent:
 
     def __init__(self, wall: Callable[[], float]) -> None:
         self._wall = wall
-        self._counts: dict[int, dict[str, int]] = {}
+        self.counts: dict[int, dict[str, int]] = {}
 
     def count(self, name: str, number: int = 1) -> None:
         step = int(self._wall() // self.STEP_S)
-        if step not in self._counts:
-            self._counts = {old: n for old, n in self._counts.items() if step - self.STEPS < old < step}
-            self._counts[step] = dict.fromkeys(self.NAMES, 0)
-        self._counts[step][name] += number
+        if step not in self.counts:
+            self.counts = {old: n for old, n in self.counts.items() if step - self.STEPS < old < step}
+            self.counts[step] = dict.fromkeys(self.NAMES, 0)
+        self.counts[step][name] += number
 
-    def columns(self) -> list[dict[str, int]]:
-        """Oldest first; `ts` is the beginning of each. The last one is going on."""
-        last, none = int(self._wall() // self.STEP_S), dict.fromkeys(self.NAMES, 0)
-        steps = range(last - self.STEPS + 1, last + 1)
-        return [{"ts": step * self.STEP_S, **self._counts.get(step, none)} for step in steps]
+    def columns(self, others: Iterable[Mapping[str, Mapping[str, int]]] = ()) -> list[dict[str, int]]:
+        """Oldest first; `ts` is the beginning of each. The last one is going on. The counts of other nodes, as JSON has
+        them, are added."""
+        last, columns = int(self._wall() // self.STEP_S), list[dict[str, int]]()
+        for step in range(last - self.STEPS + 1, last + 1):
+            counted = [self.counts.get(step, {}), *[other.get(str(step), {}) for other in others]]
+            sums = {name: sum(one.get(name, 0) for one in counted) for name in self.NAMES}
+            columns.append({"ts": step * self.STEP_S, **sums})
+        return columns
 
 
 class Metrics:
@@ -5020,7 +5024,7 @@ class Leases:
 
     def __init__(self, file: Any = None, node: str | None = None, look_s: Any = None, log: Any = None) -> None:
         self.file, self.node, self._look_s, self._log = cast(PostgresFile, file), node, look_s, log
-        self.shown: Callable[[], Mapping[str, object]] = dict  # the states of the lanes here
+        self.shown: Callable[[], Mapping[str, object]] = dict  # the states of the lanes here; REPORTER: Recent.counts
         self.buried = node is not None  # there is no row (any more), and so no lane
         self._until = -math.inf  # nothing begins after that
         self._held: set[str] = set()
@@ -5099,18 +5103,20 @@ class Leases:
         self.ring(tell=True)
         await self._loop.run_in_executor(None, self._keeper.join, self._beat_s)
 
-    async def everywhere(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        """What GET /status shows of several machines: of each lane who has it, and how it is there; and of them all."""
+    async def everywhere(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any], list[dict[str, Any]]]:
+        """What GET /status shows of several machines: of each lane who has it, and how it is there; of them all; and what
+        happened at the others of late."""
 
-        def work(db: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        def work(db: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any], list[dict[str, Any]]]:
             leases = db.execute("SELECT account_id, node FROM leases JOIN nodes USING (instance)")
             nodes, (on_wire,) = db.execute("SELECT node, shown FROM nodes"), db.execute("SELECT count(*) FROM claims")
             shown = {node: json.loads(said) for node, said in nodes} | {self.node: {}}  # what is known better
             lanes = {id_: {**shown.get(node, {}).get(id_, {}), "node": node} for id_, node in leases}
             reporter = lanes.get(REPORTER, {}).get("node")
-            return lanes, {"node": self.node, "reporter": reporter, "in_delivery": on_wire[0]}
+            of_all = {"node": self.node, "reporter": reporter, "in_delivery": on_wire[0]}
+            return lanes, of_all, [said.get(REPORTER, {}) for said in shown.values()]
 
-        return await self.file.read(work) if self.node else ({}, {})
+        return await self.file.read(work) if self.node else ({}, {}, [])
 
     async def look(self) -> Look:
         """What the next look shows. Nodes whose time is over are removed: what they had is free."""
@@ -9727,7 +9733,7 @@ class ControlPlane:
         """Show what waits, and the state of each account."""
         tallies, oldest_ts, failed = await self.queue.tallies()
         pending = collections.Counter({id_: tally.ready + tally.waiting for id_, tally in tallies.items()})
-        shown, of_all = await self.leases.everywhere()
+        shown, of_all, recent = await self.leases.everywhere()
         nobody, lanes = {"node": None} if of_all else {}, self.dispatcher.lanes.items()
         accounts = {id_: {**lane.status(), "pending": pending[id_], **shown.get(id_, nobody)} for id_, lane in lanes}
         for id_, waiting in pending.items():
@@ -9746,14 +9752,14 @@ class ControlPlane:
             "oldest_pending_ts": oldest_ts,
             "suspended_batches": sorted(self.queue.suspended_batches),
             "accounts": accounts,
-            "recent": self.metrics.recent.columns(),
+            "recent": self.metrics.recent.columns(recent),
         }
         return json_response({**status, **of_all})
 
     async def get_metrics(self, request: Request) -> Response:
         """Show metrics for Prometheus."""
         tallies, oldest, _ = await self.queue.tallies()
-        metrics, (_, of_all) = self.metrics, await self.leases.everywhere()
+        metrics, (_, of_all, _) = self.metrics, await self.leases.everywhere()
         metrics.messages_pending.set(sum(tally.ready + tally.waiting for tally in tallies.values()))
         metrics.messages_in_delivery.set(of_all.get("in_delivery", self.queue.in_delivery))
         metrics.oldest_pending_seconds.set(0 if oldest is None else max(0.0, self.clock.wall() - oldest))
@@ -10390,8 +10396,10 @@ class Daemon:
         )
         queue.file.meanwhile = self._dispatcher.compose_ahead
         self._control = ControlPlane(*common, self._leases, self._dispatcher, self._reporter, lambda: self.settings)
-        lanes = self._dispatcher.lanes
-        self._leases.shown = lambda: {id_: lane.status() for id_, lane in lanes.items() if lane.mine}
+        lanes, recent = self._dispatcher.lanes, self._metrics.recent
+        self._leases.shown = lambda: {
+            **{id_: lane.status() for id_, lane in lanes.items() if lane.mine}, REPORTER: recent.counts,
+        }  # fmt: skip
 
     async def _listen(self) -> str:
         """Open the HTTP side; return where it is, as a URL."""

@@ -5642,6 +5642,21 @@ def test_the_cooling_of_a_lane_is_shown_and_ended_through_any_node(pair: Pair, h
         assert re.search(rf"node +{other.config['storage']['node']}\n", said)
 
 
+def test_every_node_shows_what_all_of_them_accepted_and_sent_of_late(pair: Pair) -> None:
+    lane, both = pair.lane(), (pair.a, pair.b)
+
+    def counted(daemon: Daemon) -> list[int]:
+        columns = daemon.status()["recent"]
+        return [sum(column[name] for column in columns) for name in ("accepted", "sent")]
+
+    at_least = [[number + 2 for number in counted(daemon)] for daemon in both]
+    for daemon in both:
+        daemon.submit(letter(f"{lane}-{daemon.port}", account_id=lane))
+        daemon.wait_status(f"{lane}-{daemon.port}", "sent")
+    for daemon, wanted in zip(both, at_least, strict=True):
+        wait_until(lambda d=daemon, w=wanted: all(map(operator.ge, counted(d), w)), "the sums of both nodes", 10)
+
+
 def test_the_metrics_name_the_node(pair: Pair) -> None:
     lane = pair.lane()
     pair.a.submit(letter(f"{lane}-m", account_id=lane))
