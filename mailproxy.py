@@ -3064,7 +3064,7 @@ class Database(Protocol):
 
 class QueueFile:
     """The file. `schema` makes a new one; `migrations`, which may use the SQL `functions` of one argument, bring one of
-    version 1, 2, ... to the same, the newest version."""
+    version 1, 2, ..., whose indexes and triggers are dropped before, to the same, the newest version."""
 
     errors: tuple[type[Exception], ...] = (sqlite3.Error,)
     mistakes: tuple[type[Exception], ...] = MISTAKES  # of those: what is wrong with the work, not with the storage
@@ -3116,7 +3116,8 @@ class QueueFile:
                 self._lock(undo)
                 self._create_private()
                 undo.callback(self._close_writing)
-                self._migrate(self._connect())
+                self._writing = self._connection(writes=True)
+                self._migrate()
                 self._undo, self._open = undo.pop_all(), True
         except (OSError, sqlite3.Error) as error:
             why = error.strerror if isinstance(error, OSError) else error
@@ -3147,10 +3148,10 @@ class QueueFile:
         if names > 1:  # under each it would have another lock, and another WAL
             raise ConfigurationError(f"the queue {self.path} has {names} names (hard links); remove all but one")
 
-    def _migrate(self, connection: sqlite3.Connection) -> None:
+    def _migrate(self) -> None:
         """Bring the schema up to date; that and the version number are one commit."""
-        newest = len(self._migrations) + 1
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        connection, newest = self._writing, len(self._migrations) + 1
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > newest:
             raise ConfigurationError(
                 f"the queue {self.path} was written by a newer mailproxy (schema {version}, this one knows "
@@ -3160,7 +3161,9 @@ class QueueFile:
             script = self._migrations[version - 1] if version else self._schema
             for function in self._functions:
                 connection.create_function(function.__name__, 1, function)
-            step = f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {newest}; COMMIT"
+            made = "SELECT type, name FROM sqlite_master WHERE type IN ('index', 'trigger') AND sql IS NOT NULL"
+            drops = "".join([f"DROP {kind} {name}; " for kind, name in connection.execute(made)])
+            step = f"BEGIN IMMEDIATE; {drops}{script}; PRAGMA user_version = {newest}; COMMIT"
             connection.executescript(f"PRAGMA temp_store = FILE; {step}; PRAGMA temp_store = MEMORY")  # it may be large
 
     async def close(self) -> None:
@@ -3214,7 +3217,7 @@ class QueueFile:
         started = time.monotonic()
         answers = list[tuple[_Wish, Any]]()
         try:
-            connection: Any = self._writing or self._connect()
+            connection = self._writing = self._writing or self._connection(writes=True)
             changes = connection.total_changes
             connection.execute("BEGIN IMMEDIATE")
             more = self._waiting.copy()  # others may have written until now
@@ -3274,12 +3277,17 @@ class QueueFile:
             else:
                 wish.answer.set_result(result)
 
-    def _connect(self) -> Any:
-        """The writing connection, also after a failure: what is on disk was uncertain then."""
-        self._writing = self.connect()
-        return self._writing
+    def _connection(self, *, writes: bool) -> Any:
+        """The one that writes, or reads; a new one after a failure, too: what is on disk was uncertain then."""
+        if writes:
+            return self.connect()
+        uri = f"file:{urllib.parse.quote(self.path)}?mode=ro"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        return connection
 
     def connect(self) -> Any:
+        """A new connection that may write."""
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         connection.execute("PRAGMA journal_mode = WAL")
@@ -3304,17 +3312,11 @@ class QueueFile:
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
-            self._reading = self._reading or self._connect_reading()
+            self._reading = self._reading or self._connection(writes=False)
             return work(self._reading)
         except self.errors as error:
             self._close_reading()
             raise StorageUnavailable(f"the queue cannot be read: {self.why(error)}") from error
-
-    def _connect_reading(self) -> Any:
-        uri = f"file:{urllib.parse.quote(self.path)}?mode=ro"
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None)
-        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-        return connection
 
     @staticmethod
     def why(error: BaseException) -> str:
@@ -3426,13 +3428,11 @@ END;
 CREATE TRIGGER forget_failure AFTER DELETE ON messages WHEN old.error_ts IS NOT NULL BEGIN
     UPDATE failures SET n = n - 1;
 END;
--- Above: what is new in version 3.
 CREATE TABLE sends (                                 -- n messages sent in a minute, the last not after until_ts
     account_id TEXT NOT NULL, minute INTEGER NOT NULL, until_ts INTEGER NOT NULL, n INTEGER NOT NULL,
     PRIMARY KEY (account_id, minute)
 ) WITHOUT ROWID;
 CREATE INDEX sends_by_minute ON sends (minute);
--- Above: what is new in version 2.
 CREATE TABLE tallies (                               -- counts of rows; new ones are added as they are inserted
     account_id TEXT PRIMARY KEY, ready INTEGER NOT NULL, waiting INTEGER NOT NULL, unreported INTEGER NOT NULL
 ) WITHOUT ROWID;
@@ -3456,15 +3456,10 @@ CREATE TABLE suspensions (account_id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE switches (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 """
 
-# What brings a file of version 1, 2, ... to the newest one. The rows are copied into new tables, which are those of
-# SCHEMA; PRAGMA user_version is 1 for the first.
-NEWEST, OLDER = SCHEMA.split("-- Above: what is new in version 3.\n")
+# What brings a file of version 1, 2, ... to the newest one: the rows of tables that have changed are copied.
 COPY_MESSAGES = f"""
-DROP INDEX messages_ready; DROP INDEX messages_waiting; DROP INDEX messages_held_back; DROP INDEX messages_pending;
-DROP INDEX messages_deadline; DROP INDEX messages_unreported; DROP INDEX messages_reported;
-DROP INDEX messages_unreported_final; DROP TRIGGER tally_update; DROP TRIGGER tally_delete; DROP TRIGGER remember_sent;
 ALTER TABLE messages RENAME TO messages_old;
-{NEWEST}
+{SCHEMA.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS")}
 INSERT INTO messages SELECT seq, id, account_id, priority, created_at, updated_at, deferred_ts, sent_ts, error_ts, error,
     reported_ts, report_order, attempts, turn, deferral, ready_at, expires_ts, batch_code, message_id, recipients, parts,
     1, NULL, size_bytes, payload FROM messages_old ORDER BY seq;
@@ -3476,9 +3471,8 @@ DELETE FROM sqlite_sequence WHERE name = 'messages';
 """  # noqa: S608 - constants only
 MIGRATIONS = (
     f"""
-DROP TRIGGER remember_seq;
 ALTER TABLE sends RENAME TO sends_old;
-{COPY_MESSAGES} {OLDER.partition("-- Above")[0]}
+{COPY_MESSAGES}
 INSERT INTO sqlite_sequence SELECT 'messages', coalesce(max(seq), 0) FROM
     (SELECT seq FROM last_gone UNION ALL SELECT max(seq) FROM messages);
 INSERT INTO sends SELECT account_id, until_ts / 60, max(until_ts), sum(n) FROM sends_old GROUP BY 1, 2;
@@ -4863,12 +4857,8 @@ class PostgresFile(QueueFile):
                         with socket.socket(fileno=os.dup(session.fileno())) as one:
                             one.shutdown(socket.SHUT_RDWR)
 
-    def _connect(self) -> Any:
-        self._writing = PostgresConnection(self, writes=True)
-        return self._writing
-
-    def _connect_reading(self) -> Any:
-        return PostgresConnection(self, writes=False)
+    def _connection(self, *, writes: bool) -> Any:
+        return PostgresConnection(self, writes=writes)
 
     @staticmethod
     def why(error: BaseException) -> str:
