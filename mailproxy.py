@@ -3601,9 +3601,9 @@ LET_DUE_GO = (
     "(SELECT seq FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL "
     "AND deferred_ts IS NOT NULL AND deferred_ts <= :now ORDER BY deferred_ts LIMIT :most) RETURNING account_id"
 )
+ENDED = "seq, id, account_id, recipients, deferred_ts IS NOT NULL"  # and the reason for which _end() ends it
 EXPIRED = (
-    "SELECT seq, id, account_id, recipients, deferred_ts IS NOT NULL, "
-    "'expired: expires_ts has passed' || coalesce('; last: ' || error, '') FROM messages "
+    f"SELECT {ENDED}, 'expired: expires_ts has passed' || coalesce('; last: ' || error, '') FROM messages "  # noqa: S608
     "WHERE sent_ts IS NULL AND error_ts IS NULL AND expires_ts IS NOT NULL AND expires_ts <= :now "
     "ORDER BY expires_ts LIMIT :most"
 )
@@ -3616,9 +3616,8 @@ NEXT_TS = (
 )
 # An account's mail that is ready, or waits for its server or its limit, and could have gone before that moment.
 AGED = (
-    "SELECT seq, id, account_id, recipients, deferred_ts IS NOT NULL, "
-    "'expired: max_age_seconds reached; last: ' || :last FROM messages WHERE account_id = :account "
-    "AND ready_at <= :before AND sent_ts IS NULL AND error_ts IS NULL "
+    f"SELECT {ENDED}, 'expired: max_age_seconds reached; last: ' || :last FROM messages "  # noqa: S608
+    "WHERE account_id = :account AND ready_at <= :before AND sent_ts IS NULL AND error_ts IS NULL "
     "AND (deferred_ts IS NULL OR deferral IN ('limit', 'connection', 'login')) AND turn < 2 ORDER BY ready_at LIMIT :most"
 )
 # A failed message gets a new life.
@@ -3998,12 +3997,9 @@ class Queue:
                 rows += db.execute(AGED, asked).fetchall()
                 if len(rows) < most:
                     del aged[account_id]
-            on_wire, ended = self._on_the_wire(db, [row[0] for row in rows]), dict[int, tuple[str, str, Disposition]]()
-            for seq, id_, account_id, recipients, waits, why in rows:
-                if seq not in ended and (waits or seq not in on_wire):
-                    ended[seq] = id_, account_id, self._give_up(db, seq, why, _recipients_of(recipients))
+            ended = self._end(db, rows)
             (next_ts,) = db.execute(NEXT_TS, values | {"more": len(ended) >= CHUNK}).fetchone()
-            return {row[0] for row in released}, list(ended.values()), next_ts or math.inf
+            return {row[0] for row in released}, ended, next_ts or math.inf
 
         self.next_ts, next_ts = math.inf, 0.0  # what changes meanwhile lowers it again
         try:
@@ -4018,6 +4014,15 @@ class Queue:
         gone before that moment, but for what is on the wire."""
         self._aged[account_id] = before, last
         self.next_ts = 0
+
+    def _end(self, db: Database, rows: Sequence[Any]) -> list[tuple[str, str, Disposition]]:
+        """End these pending messages (rows of ENDED), but for what is on the wire: what waits is not, even if the loop
+        has not been told yet that its outcome is on disk. Return (id, account, how) of each that ended."""
+        on_wire, ended = self._on_the_wire(db, [row[0] for row in rows]), dict[int, tuple[str, str, Disposition]]()
+        for seq, id_, account_id, recipients, waits, why in rows:
+            if seq not in ended and (waits or seq not in on_wire):
+                ended[seq] = id_, account_id, self._give_up(db, seq, why, _recipients_of(recipients))
+        return list(ended.values())
 
     def _give_up(self, db: Database, seq: int, why: str, recipients: Outcomes | None) -> Disposition:
         """End a pending message: as sent when a server has it for some of its recipients."""
@@ -4256,24 +4261,14 @@ class Queue:
         await self._do(*gone, id=account_id)
 
     async def fail_orphans(self, account_id: str, why: str) -> list[Disposition]:
-        """End a deleted account's undelivered messages, some in each commit; return how each did. One that is deferred
-        is not on the wire, even if the loop has not been told yet that this is on disk."""
+        """End a deleted account's undelivered messages, some in each commit; return how each did."""
         ended, after = list[Disposition](), cast(int | None, 0)
+        pending = f"SELECT {ENDED}, :why FROM messages {PENDING} seq > :after ORDER BY seq LIMIT :most"  # noqa: S608
 
         def work(db: Database) -> tuple[list[Disposition], int | None]:
-            rows = db.execute(
-                "SELECT seq, account_id, recipients, deferred_ts FROM messages WHERE seq > :after AND "
-                "sent_ts IS NULL AND error_ts IS NULL ORDER BY seq LIMIT :most",
-                {"after": after, "most": STRETCH},
-            ).fetchall()
-            orphans = [row for row in rows if row[1] == account_id]
-            on_wire = self._on_the_wire(db, [row[0] for row in orphans])
-            some = [
-                self._give_up(db, seq, why, _recipients_of(recipients))
-                for seq, _, recipients, deferred_ts in orphans
-                if seq not in on_wire or deferred_ts is not None
-            ]
-            return some, rows[-1][0] if len(rows) == STRETCH else None
+            rows = db.execute(pending, {"after": after, "why": why, "most": STRETCH}).fetchall()
+            some = self._end(db, [row for row in rows if row[2] == account_id])
+            return [how for *_, how in some], rows[-1][0] if len(rows) == STRETCH else None
 
         while after is not None:
             some, after = await self.file.write(work)
