@@ -599,7 +599,10 @@ LABEL = Kind("1 to 255 characters on one line", lambda value: fit(TEXT.parse(val
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 BOOLEAN = choice(TRUTH, "true or false (or yes, no, on, off, 1, 0)", "boolean", (bool, int))
 PATH = TEXT._replace(words="a path")
-QUEUE_PLACE = TEXT._replace(words="a path, or the URL of a PostgreSQL database")
+QUEUE_PLACE = Kind(
+    "a path, or the URL of a PostgreSQL database",
+    lambda value: fit(TEXT.parse(value), "://" not in value or is_database(value)),
+)
 READABLE_FILE = PATH._replace(words="the path of a file that can be read")
 ABSOLUTE_PATH = Kind("an absolute path", lambda value: fit(TEXT.parse(value), value.startswith("/")))
 SOCKET_PATH = Kind("a path of at most 103 bytes", lambda value: fit(value, len(os.fsencode(value)) <= 103))  # of macOS
@@ -954,7 +957,8 @@ def _value(origin: str, section: str, key: str, text: str) -> Any:
         return text if row.section == "smtp" else value
     except ValueError:
         quoted = text[:1] in ("'", '"')
-        shown = "the value" if row.kind.secret else text[:100] if quoted else f'"{text[:100]}"'
+        is_secret = row.kind.secret or re.search("://.*[@?]", text)  # a URL may hold a password, or a token
+        shown = "the value" if is_secret else text[:100] if quoted else f'"{text[:100]}"'
         flaw = f"{shown} is not" if text else "is empty; it must be"
         raise ConfigurationError(f"{where}: {flaw} {row.kind.words}{'; remove the quotes' * quoted}") from None
 
