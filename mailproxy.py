@@ -10578,11 +10578,16 @@ class Daemon:
                 configure_logging(settings.logging.level, settings.logging.format, journal=journal)
                 self._dispatcher.settings = settings.delivery
                 self._dispatcher.log_deliveries = settings.logging.delivery_activity
+                is_other_upstream = settings.client != self._reporter.client
                 self._reporter.client, self._reporter.delivery = settings.client, settings.delivery
                 self._reporter.ring()
                 self._dispatcher.fetcher = self._fetcher()
                 self._agent.contexts.clear()  # certificates may have changed
                 await self._control.take_over(accounts)
+                if not settings.delivery.test_mode:  # the file of a secret may be mended, or a certificate
+                    self._dispatcher.run_now()
+                    if is_other_upstream:
+                        self._reporter.run_now()
                 self._smtp.names = await self._network(lambda: local_names(self.settings.sendmail))
                 event(self._log, logging.INFO, "configuration reloaded", needs_restart=", ".join(fixed) or None)
             except ConfigurationError as error:

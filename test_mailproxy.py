@@ -14724,6 +14724,25 @@ def test_sighup_takes_over_what_can_change_and_names_what_cannot(
         assert json.loads(daemon.wait_for_log("look-for-me"))["request"] == "look-for-me"
 
 
+def test_sighup_ends_what_waits_for_a_password_or_an_upstream_that_is_mended(tmp_path: Path) -> None:
+    password = tmp_path / "password"
+    password.write_text("wrong")
+    with SmtpServer(accounts={"me": "right"}) as smtp, ReportReceiver() as reports, ReportReceiver() as other:
+        reports.answers += [Answer(status=503, headers={"Retry-After": "3600"})] * 2
+        login = {"smtp": {"user": "me", "password": f"file:{password}"}}
+        with Daemon(tmp_path, login, smtp=smtp, reports=reports) as daemon:
+            daemon.submit(mail())
+            wait_until(lambda: daemon.status()["accounts"]["default"]["state"] == "cooling", "a refused login")
+            wait_until(lambda: reports.calls, "a call")
+            password.write_text("right")
+            daemon.config["client"]["client_sync_url"] = other.url
+            daemon.write_config()
+            daemon.signal(signal.SIGHUP)
+
+            other.wait_for_entry("m-1", "sent")
+            assert smtp.logins[0] == ("me", False)
+
+
 def test_a_broken_file_changes_nothing_and_is_said(tmp_path: Path, smtp: SmtpServer) -> None:
     with Daemon(tmp_path, {"server": {"max_batch": 3}}, smtp=smtp) as daemon:
         broken = [("server", {"max_batch": "many"}), ("account:x", {"host": "h", "port": "0"}), ("typo", {"a": "b"})]
