@@ -11648,13 +11648,14 @@ def _newest(client: Client, filters: Mapping[str, object], known: Mapping[str, o
 
 
 def _page(client: Client, query: Mapping[str, object]) -> dict[str, Any]:
-    return client.ask("GET", f"/messages?{urllib.parse.urlencode(query)}")
+    return client.ask("GET", f"/messages?{urllib.parse.urlencode(query, errors='surrogateescape')}")
 
 
 def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Ask the daemon once and show its answer. 1 when it left messages as they are: they are named, by why."""
     client = find_daemon(environ, args.url, args.token, args.config)
-    id_, account = (urllib.parse.quote(getattr(args, name, None) or "", safe="") for name in ("id", "account"))
+    given = (getattr(args, name, None) or "" for name in ("id", "account"))
+    id_, account = (urllib.parse.quote(one, safe="", errors="surrogateescape") for one in given)
     method, path = request.format(id=id_, place=f"account/{account}" if account else "commands").split(" ")
     if "last" in args and args.last:
         args.order, args.limit = "desc", args.last
@@ -11670,7 +11671,7 @@ def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Ma
     if "follow" in args and args.follow:
         _follow(client, args, {name: value for name, value in filters.items() if name != "after"})
     if filters:
-        path = f"{path}?{urllib.parse.urlencode(filters)}"
+        path = f"{path}?{urllib.parse.urlencode(filters, errors='surrogateescape')}"
     fields = client.ask(method, path, {"ids": args.ids} if "ids" in args else None, shown=args.json)
     if not args.json:
         while fields.get("next") and len(fields["messages"]) < args.limit:  # a search may take more than one answer
@@ -11986,6 +11987,9 @@ ASKING = (
     CONFIG,
     option("--json", action="store_true", help="print the daemon's answer as JSON"),
 )
+WITH_CONTENT = option(
+    "--content", action="store_const", const="true", help="with --json: with attachments and raw messages"
+)
 FILTERS = (
     option("--active-only", "--active", action="store_const", const="true", help="only messages that are not final"),
     option("--status", choices=[str(status) for status in Status], help="only messages of this status"),
@@ -12000,6 +12004,7 @@ FILTERS = (
     option("--last", type=_listing_limit, metavar="N", help="the newest N messages, newest first"),
     option("--limit", type=_listing_limit, default=50, metavar="N", help="at most N messages (%(default)s)"),
     option("--after", metavar="CURSOR", help="continue where an earlier list ended"),
+    WITH_CONTENT,
     option("--follow", action="store_true", help="show new messages and changes as they come, until Ctrl-C"),
 )
 SENDING = (
@@ -12039,6 +12044,7 @@ WHAT_RESTS = (
 ID = (
     option("id", metavar="ID", help="id of the message"),
     option("--eml", action="store_true", help="the message as it goes on the wire"),
+    WITH_CONTENT,
 )
 IDS = (option("ids", metavar="ID", nargs="+", help="id of a message"),)
 SUSPENDED = "delivery{whose} is suspended; submission and reports go on"

@@ -15354,7 +15354,7 @@ def test_config_ini_tells_where_the_daemon_is_and_its_token(tmp_path: Path, here
 def test_status_accounts_and_json_show_what_the_daemon_answers(daemon: Daemon, asking: Run) -> None:
     account = {"id": "billing", "host": "mx.test", "port": 587, "user": "u", "password": "hunter2"}
     daemon.post("/account", {**account, "limit_per_hour": 100, "limit_per_day": 500})
-    daemon.submit(note("m", subject="Grüße"))
+    daemon.submit(note("m", subject="Grüße", attachments=[{"filename": "x", "content": "Tm90ZQ=="}]))
     wait_until(lambda: daemon.message("m")["reported_ts"], "the report")
 
     status, accounts = asking("status"), asking("accounts").stdout
@@ -15365,10 +15365,18 @@ def test_status_accounts_and_json_show_what_the_daemon_answers(daemon: Daemon, a
     assert printed_rows(accounts, "ID")["billing"].items() >= shown.items()
     assert "hunter2" not in accounts
     paths = {"status": "/status", "accounts": "/accounts", "messages": "/messages?limit=50", "message m": "/message/m"}
+    paths |= {"messages --content": "/messages?limit=50&content=1", "message m --content": "/message/m?content=1"}
     for words, path in paths.items():
         ended = asking(*words.split(), "--json")
         assert (ended.returncode, ended.stderr) == (0, "")
         assert json.loads(ended.stdout) == daemon.get(path).json
+        assert ("Tm90ZQ==" in ended.stdout) == ("content" in path)
+    (options,) = (command.options for command in mailproxy.COMMANDS if command.name == "messages")
+    assert {f"--{name.replace('_', '-')}" for name in mailproxy.LISTING} <= {
+        name for names, _ in options for name in names
+    }
+    for words in ("message", "\udcff"), ("messages", "--subject", "\udcff"), ("suspend", "--account", "\udcff"):
+        assert "percent-encoded UTF-8" in asking(*words).sentence  # which a terminal of another encoding gives
 
     in_words, as_json = asking("message", "unknown"), asking("message", "unknown", "--json")
     assert in_words == (1, "", "mailproxy: there is no message with this id\n")
@@ -18122,6 +18130,7 @@ class Reader:
             "127.0.0.1:2525": f"127.0.0.1:{submission_port}",
             "/opt/mailproxy/": f"{folder}/",
             "/usr/sbin/": f"{folder}/",
+            "/usr/bin/": f"{folder}/",
         }
         (folder / "mailproxy.pyz").write_text(f"#!/usr/bin/env python3\n{STARTER.read_text()}")
         (folder / "mailproxy.pyz").chmod(0o755)
@@ -18305,7 +18314,7 @@ def test_the_pages_mention_no_command_option_or_metric_that_is_not_there() -> No
     mentioned = [words for text in pages for words in re.findall(r"mailproxy\.pyz ([a-z][^`$\n|)<>]*)", text)]
     assert len(mentioned) > 8
     for words in mentioned:
-        assert mailproxy.parsed(shlex.split(words))
+        assert mailproxy.parsed(shlex.split(words.removesuffix('"')))  # behind it "$@"
     for script, words in {found for text in pages for found in re.findall(r"\b(bench/\w+\.py)([^`#\n]*)", text)}:
         its_source = (README.parent / script).read_text(encoding="utf-8")
         for option in re.findall(r"--\w+", words):
