@@ -606,7 +606,6 @@ QUEUE_PLACE = Kind(
 READABLE_FILE = PATH._replace(words="the path of a file that can be read")
 ABSOLUTE_PATH = Kind("an absolute path", lambda value: fit(TEXT.parse(value), value.startswith("/")))
 SOCKET_PATH = Kind("a path of at most 103 bytes", lambda value: fit(value, len(os.fsencode(value)) <= 103))  # of macOS
-LISTENING_HOST = Kind("an address or a host name", lambda value: fit(value.strip("[]"), not re.search(r"[\s/]", value)))
 LISTENING = Kind(
     "an address and a port, such as 127.0.0.1:2525 or [::1]:2525",
     lambda value: fit(
@@ -685,7 +684,7 @@ class StorageSettings(NamedTuple):
 class ServerSettings(NamedTuple):
     """The HTTP side: where it listens, who may come in, how much it takes."""
 
-    host: str = fixed("127.0.0.1", LISTENING_HOST, "Address to listen on. One that is not loopback requires api_token.")
+    host: str = fixed("127.0.0.1", HOST, "Address to listen on. One that is not loopback requires api_token.")
     port: int = fixed(8000, integer(0, 65_535), "TCP port to listen on; 0: any free port.")
     unix_socket: str | None = fixed(None, SOCKET_PATH, "Listen on this Unix socket (mode 0660) instead of TCP.")
     submit_socket: str | None = fixed(None, SOCKET_PATH, "Unix socket (mode 0666): any local user may submit there.")

@@ -1791,7 +1791,8 @@ def test_a_value_becomes_what_its_setting_is(tmp_path, section, key, text, value
 WRONG_VALUES = [
     ("server port", ["http", "65536", "-1", "8_000"], '"{}" is not a whole number from 0 to 65535'),
     ("server port", [""], "is empty; it must be a whole number"),
-    ("server host", ["a b"], '"{}" is not an address or a host name'),
+    ("server host", ["a b", "127.0.0.1:80", "*", "[]"], '"{}" is not the name or the address of a server'),
+    ("server host", [""], "is empty; it must be the name or the address of a server"),  # it would be all addresses
     ("server unix_socket", ["/x" * 60], "is not a path of at most 103 bytes"),
     ("server tls_cert", ["/nowhere.pem"], '"{}" is not the path of a file that can be read'),
     ("server tls_cert", [__file__], "requires tls_key"),
