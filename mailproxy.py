@@ -3726,6 +3726,7 @@ class Queue:
         self._aged: dict[str, tuple[float, str]] = {}  # by account: what give_up_aged is asked for
         self._reported = 0  # the highest place acknowledged: what an index still has before it is dead
         self.next_ts: float = 0  # no row is due, or to be given up, before that; 0: look
+        self.new_ids = 0  # accepted so far, by ids that were not there
 
     @property
     def in_delivery(self) -> int:
@@ -3767,6 +3768,7 @@ class Queue:
         still the same then.
         """
         verdicts = list(await self.file.write_together(self._insert, submissions))
+        self.new_ids += verdicts.count(None)
         while True:
             for submission in submissions:
                 for ts in filter(None, submission[3:5]):  # deferred_ts, expires_ts
@@ -9259,7 +9261,6 @@ class Reporter(Loop):
     delivery: DeliverySettings
     call: Callable[[str, bytes], Awaitable[HttpAnswer]]  # an id, the same however often it is tried, and the body
     dispatching: Callable[[], bool]
-    submissions: int = 0  # accepted so far
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -9269,7 +9270,7 @@ class Reporter(Loop):
         self._rests_until = -math.inf
         self._failures = 0
         self._eager_calls = 0  # calls the upstream asked for, in a row, that brought nothing
-        self._submissions_seen = 0
+        self._ids_seen = 0
         self._tried_up_to = 0  # report_order of the last state of a batch that failed
         self._empty_id = ""  # of an empty report that failed
         self._acknowledged: Set[int] = frozenset()  # places of states, and not on disk yet
@@ -9390,8 +9391,8 @@ class Reporter(Loop):
 
     def _eager_pause_s(self) -> float:
         """How soon to call when the upstream asks for it: later and later while that brings nothing."""
-        self._eager_calls = 0 if self.submissions > self._submissions_seen else self._eager_calls + 1
-        self._submissions_seen = self.submissions
+        self._eager_calls = 0 if self.queue.new_ids > self._ids_seen else self._eager_calls + 1
+        self._ids_seen = self.queue.new_ids
         return EAGER_PAUSES_S[min(self._eager_calls, len(EAGER_PAUSES_S) - 1)]
 
     # -- housekeeping
@@ -9825,7 +9826,6 @@ class ControlPlane:
                 known.append(one.id)
             else:
                 rejected.append(rejection(one.id, verdict))
-        self.reporter.submissions += len(accepted)
         if any(one.once for one in accepted):  # one that failed may have ended again
             self.reporter.ring()
         by_account = collections.Counter([one.account_id for one in accepted])

@@ -12845,12 +12845,21 @@ def test_queued_goes_on_at_once_while_it_brings_submissions(make_reporter: Any) 
     rig.answers.extend({"queued": 1} for _ in range(20))
 
     def submit() -> None:
-        rig.reporter.submissions += 1
+        rig.queue.new_ids += 1
 
     rig.inside = submit
     rig.pass_time(0)
 
     assert rig.times() == [0] * 21
+
+
+def test_what_only_replaces_a_message_is_no_new_submission(make_reporter: Any) -> None:
+    """Else an upstream that submits the same failing message in each call is called without a pause."""
+    rig = make_reporter()
+    for content in "one", "other":
+        rig.accepted(submission("a", payload=json.dumps({"subject": content})))
+
+    assert rig.queue.new_ids == 1
 
 
 def test_batches_hold_the_states_in_the_order_they_came_about_and_what_changed_meanwhile_again(
