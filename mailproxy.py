@@ -1277,6 +1277,7 @@ def account_fields(account: Account) -> dict[str, object]:
     """An account as it is shown: no secret is in it."""
     rows = [row.key for row in (ACCOUNT_ID, *ACCOUNT_TABLE) if not row.kind.secret]
     shown, oauth2 = nested({key: getattr(account, key) for key in rows})
+    oauth2["token_url"] = without_password(account.oauth2_token_url or "")
     use_tls = account.port == 465 if account.use_tls is None else account.use_tls
     shown["account_replies"] = [str(reply) for reply in account.account_replies]
     return {**shown, "source": account.source, "use_tls": use_tls, "oauth2": oauth2 if account.oauth2 else None}
@@ -1290,13 +1291,12 @@ def is_database(db_path: str) -> bool:
     return db_path.startswith(("postgresql://", "postgres://", *REFERENCES))
 
 
-def without_password(db_path: str) -> str:
-    """A path, or the URL of a database as people may see it."""
-    scheme, separator, rest = db_path.partition("://")
-    if not separator or not is_database(db_path):
-        return db_path
-    user, at, where = rest.partition("?")[0].rpartition("@")
-    return f"{scheme}{separator}{user.partition(':')[0]}{at}{where}"
+def without_password(place: str) -> str:
+    """A path, or a URL as people may see it: without its password, and its query, which may hold a token."""
+    scheme, separator, rest = place.partition("://")
+    bare, asks, _ = rest.partition("?")
+    user, at, where = bare.rpartition("@")
+    return f"{scheme}{separator}{user.partition(':')[0]}{at}{where}{asks and '?...'}"
 
 
 def with_password(db_path: str, environ: Mapping[str, str]) -> str:
@@ -1326,16 +1326,13 @@ def renewed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
 def describe(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
     """What is in force: section, key, value, where it came from. No secret among it."""
     for row in SETTINGS_TABLE:
-        value = row.of(settings)
-        if row.kind is QUEUE_PLACE:
-            value = without_password(value)
-        elif row.kind is URL and value and "?" in value:
-            value = f"{value.partition('?')[0]}?..."  # a query may carry a token
-        yield row.section, row.key, as_written(value), settings.origins.get((row.section, row.key), "default")
+        value = as_written(row.of(settings))
+        value = without_password(value) if row.kind in (QUEUE_PLACE, URL) else value
+        yield row.section, row.key, value, settings.origins.get((row.section, row.key), "default")
     for account_id, words in settings.accounts.items():
         section = section_of(account_id)
         for key in (row.key for row in ACCOUNT_TABLE if row.key in words):
-            value = as_written(Secret(words[key])) if key in SECRET_FIELDS else words[key]
+            value = as_written(Secret(words[key])) if key in SECRET_FIELDS else without_password(words[key])
             yield section, key, value, settings.origins[section, key]
 
 

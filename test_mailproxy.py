@@ -2041,6 +2041,7 @@ def test_no_secret_is_in_what_is_described_or_printed(tmp_path):
         "client_sync_password = hunter2c\nclient_sync_secret = hunter2dhunter2d\n"
         "[smtp]\nhost = a\npassword = hunter2e\n[account:x]\nhost = b\npassword = file:/run/x\n"
         "oauth2_client_secret = hunter2f\noauth2_refresh_token = hunter2g\n[s3]\nsecret_access_key = hunter2h\n"
+        "[account:y]\noauth2_token_url = https://c:hunter2j@x.org/t?key=hunter2k\n"
     )
     settings, config = loaded(tmp_path, text, {"TOKEN": "hunter2i"}), f"{tmp_path}/config.ini"
 
@@ -2053,6 +2054,7 @@ def test_no_secret_is_in_what_is_described_or_printed(tmp_path):
         ("client", "client_sync_url", "http://127.0.0.1/x?...", config),
         ("smtp", "password", "(set)", config),
         ("account:x", "password", "file:/run/x", config),
+        ("account:y", "oauth2_token_url", "https://c@x.org/t?...", config),
         ("server", "port", "8000", "default"),
     }
 
@@ -2719,14 +2721,14 @@ def test_a_row_of_the_table_is_all_that_a_field_of_an_account_needs() -> None:
 
 
 def test_no_secret_leaves_with_an_account() -> None:
-    oauth2 = {"token_url": "https://x.org", "client_id": "c", "client_secret": "env:S1", "refresh_token": "S2"}
-    guarded = parsed_account(password="S3", oauth2=oauth2)
+    oauth2 = {"token_url": "https://c:S4@x.org:1/t?key=S5", "client_id": "c", "client_secret": "env:S1"}
+    guarded = parsed_account(password="S3", oauth2={**oauth2, "refresh_token": "S2"})
 
-    shown = json.dumps(mailproxy.account_fields(guarded)) + repr(guarded)
+    shown = json.dumps(mailproxy.account_fields(guarded))
 
-    assert not any(secret in shown for secret in ("S1", "S2", "S3"))
-    left = {"token_url": "https://x.org", "client_id": "c", "scope": None}
-    assert json.loads(shown.partition("Account(")[0])["oauth2"] == left
+    assert not any(secret in shown for secret in ("S1", "S2", "S3", "S4", "S5"))
+    assert not any(secret in repr(guarded) for secret in ("S1", "S2", "S3"))
+    assert json.loads(shown)["oauth2"] == {"token_url": "https://c@x.org:1/t?...", "client_id": "c", "scope": None}
 
 
 # ======================================================================
