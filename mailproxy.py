@@ -2219,7 +2219,8 @@ def held(claim: Claim, reply: Reply, verdict: Verdict) -> Disposition:
 def given_up(disposition: Disposition, why: str) -> Disposition:
     """The same for good: sent when a server has it for any of its recipients, else an error.
 
-    Recipients who still waited have an error too; the text of one who was not tried is `why`.
+    Recipients who still waited have an error too; the text of one who was not tried is `why`. What is in doubt stays
+    so in the error.
     """
     outcomes = dict(disposition.recipients or {})
     for address, outcome in outcomes.items():
@@ -2227,11 +2228,13 @@ def given_up(disposition: Disposition, why: str) -> Disposition:
             text = why if outcome == UNTRIED else outcome.text
             outcomes[address] = RecipientOutcome(Status.ERROR, outcome.code, text)
     refused = [outcome.text for outcome in outcomes.values() if outcome.status is Status.ERROR]
+    in_doubt = next((text for text in refused if text.startswith(IN_DOUBT)), "")
     status, error = Status.ERROR, cast(str | None, why)
+    if in_doubt and IN_DOUBT not in why:
+        error = f"{why}; last: {in_doubt}"
     if len(refused) < len(outcomes):
-        status, in_doubt = Status.SENT, [text for text in refused if text.startswith(IN_DOUBT)]
-        what = f"refused or {in_doubt[0]}" if in_doubt else f"refused: {refused[0]}" if refused else ""
-        error = f"{len(refused)} of {len(outcomes)} recipients {what}" if refused else None
+        what = f"refused or {in_doubt}" if in_doubt else f"refused: {refused[0]}" if refused else ""
+        status, error = Status.SENT, f"{len(refused)} of {len(outcomes)} recipients {what}" if refused else None
     recipients = outcomes if refused else None
     return disposition._replace(status=status, error=error, deferred_ts=None, recipients=recipients, reason="")
 

@@ -2970,6 +2970,16 @@ def test_giving_up_is_sent_when_a_server_has_it_for_somebody() -> None:
     assert waits.recipients["b"].status is sent.recipients["b"].status is STATUS.ERROR
 
 
+def test_a_message_in_doubt_is_told_so_whatever_ends_it_before_its_retry() -> None:
+    waits = settled({"a": LOST_AFTER_THE_DOT})
+
+    ended = mailproxy.given_up(waits, "account deleted")
+
+    assert (waits.status, ended.status, ended.reason) == ("deferred", "error", "")
+    assert ended.error == "account deleted; last: in doubt: connection lost"
+    assert mailproxy.given_up(waits, f"expired; last: {waits.error}").error == f"expired; last: {waits.error}"
+
+
 @pytest.mark.parametrize("lost", [LOST, word("data", 451, "connection lost", cause=CAUSE.LOST), LOST_AFTER_THE_DOT])
 def test_a_kept_connection_that_turns_out_dead_counts_no_attempt_but_after_the_dot_there_is_doubt(lost: Any) -> None:
     disposition = settled({"a": lost, "b": lost}, reused=True)
