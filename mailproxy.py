@@ -8939,7 +8939,7 @@ class Dispatcher(Loop):
                 if not session.offers.eight_bit_mime and not composed.content.isascii():
                     what = "8-bit content goes as it is to a server without 8BITMIME"
                     event(self.log, logging.WARNING, what, account=lane.account.id, message=claim.id)
-                replies = await self._converse(lane, session, envelope, composed, turn)
+                replies = await self._converse(lane, session, envelope, composed, turn, claim.expires_ts)
             if not replies:  # it has not had its turn, or is to have it by DATA
                 await self._release(lane, claim)
                 return None
@@ -9008,20 +9008,22 @@ class Dispatcher(Loop):
         return session
 
     async def _converse(
-        self, lane: Lane, session: Session, envelope: Envelope, composed: Composed, turn: Turn
+        self, lane: Lane, session: Session, envelope: Envelope, composed: Composed, turn: Turn, expires_ts: int | None
     ) -> dict[str, Reply]:
-        """One SMTP transaction in its slot: a reply for each recipient, or none when the lane was called back
-        before, or the server does not know BDAT. The session is idle then, or gone."""
-        await self._slots.take(lane, 1)
+        """One SMTP transaction in its slot: a reply for each recipient, or none when the lane was called back or the
+        message has expired before, or the server does not know BDAT. The session is idle then, or gone."""
+        has_slot = not self._slots.waiting and self._slots.fits(lane, 1)
+        has_slot = has_slot or bool(await self._unless_recalled(lane, expires_ts, self._slots.take(lane, 1)))
         begun = self.clock.monotonic()
         try:
-            if lane.sessions[session] != lane.generation or not self.leases.lasts():
+            if not has_slot or lane.sessions[session] != lane.generation or not self.leases.lasts():
                 return {}
             chunking = turn.chunking and self.settings.chunking and lane.bdat is not False
             session.bdat, content, utf8 = session.bdat or lane.bdat, composed.content, composed.smtputf8
             return await session.transact(envelope, content, smtputf8=utf8, careful=turn.careful, chunking=chunking)
         finally:
-            self._slots.give_back(lane, 1)
+            if has_slot:
+                self._slots.give_back(lane, 1)
             now = self.clock.monotonic()
             lane.bdat = True if session.bdat and lane.bdat is None else lane.bdat
             lane.seconds_each += (max(now - begun, 0.0005) - lane.seconds_each) / 4

@@ -11385,6 +11385,29 @@ def test_slow_transactions_leave_slots_to_others(tmp_path: Path, smtp: SmtpServe
         daemon.kill()
 
 
+def test_a_message_that_waits_for_a_slot_expires_in_time_and_can_be_called_back(
+    tmp_path: Path, smtp: SmtpServer
+) -> None:
+    go_on = threading.Event()
+    config = {"delivery": {"max_concurrency": 1}}
+    with MoodySmtpServer(DATA=[go_on]) as moody, SleepyDaemon(tmp_path, config, smtp=smtp) as daemon:
+        for name in ("slow", "other"):
+            ask(daemon, "/account", account_at(name, moody if name == "slow" else smtp))
+        daemon.submit(letter("slow", account_id="slow"))
+        wait_until(lambda: moody.heard["DATA"] == 1, "the slot to be taken")
+        daemon.submit(letter("short", expires_ts=int(time.time()) + 4), letter("other", account_id="other"))
+        wait_until(lambda: daemon.status()["in_delivery"] == 3, "the others to wait for it")
+
+        assert daemon.wait_status("short", "error")["error"].startswith("expired")
+        ask(daemon, "/account/other/suspend")
+        wait_until(lambda: daemon.status()["in_delivery"] == 1, "the slow one only on the wire")
+        go_on.set()
+        wait_sent(daemon, "slow")
+        ask(daemon, "/account/other/activate")
+        wait_sent(daemon, "other")
+        assert subjects(smtp) == ["other"]
+
+
 @pytest.mark.parametrize("slots", [1, 3])
 def test_slots_are_shared_in_turn(tmp_path: Path, smtp: SmtpServer, slots: int) -> None:
     with SleepyDaemon(tmp_path, {"delivery": {"max_concurrency": slots}}, smtp=smtp) as daemon:
