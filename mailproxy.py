@@ -5809,15 +5809,13 @@ class AttachmentFetcher:
     async def fetch_all(self, attachments: Sequence[Attachment]) -> tuple[Fetched | None, ...] | Reply:
         """What the attachments refer to, None for one that came with its content; or why it cannot be fetched."""
         fetched: list[Fetched | None] = []
-        together = 0
         for attachment in attachments:
             one = await self.fetch(attachment) if attachment.source is not Source.CONTENT else None
             if isinstance(one, Reply):
                 return one
-            together += one.size_bytes if one is not None else 0
-            if together > self.settings.max_message_bytes:
-                return self._too_large
             fetched.append(one)
+            if sum(it.size_bytes for it in fetched if it is not None) > self.settings.max_message_bytes:
+                return self._too_large
         return tuple(fetched)
 
     def parts(
@@ -5825,20 +5823,18 @@ class AttachmentFetcher:
     ) -> tuple[Attachment, ...] | Reply:
         """All parts of one message, or why there are none. Blocks; the caller has reserved the memory."""
         parts: list[Attachment] = []
-        together = 0
         for attachment, one in zip(attachments, fetched, strict=True):
             content, told = attachment.content, ("", "")
             if one is not None:  # its file may be read by several threads at a time
                 content, told = os.pread(one.file.fileno(), one.size_bytes, 0), (one.filename, one.content_type)
-            together += len(content)
             if len(content) > self.settings.max_attachment_bytes:
                 return failed_fetch(f"it is larger than the {self.settings.max_attachment_bytes} bytes allowed", 552)
-            if together > self.settings.max_message_bytes:
+            parts.append(complete(attachment, content, *told))
+            if sum(len(part.content) for part in parts) > self.settings.max_message_bytes:
                 return self._too_large
             md5 = attachment.content_md5 if one is None else None
             if md5 and (refusal := md5_refusal(md5, io.BytesIO(content))):
                 return refusal
-            parts.append(complete(attachment, content, *told))
         return tuple(parts)
 
     async def fetch(self, attachment: Attachment) -> Fetched | Reply:
@@ -6036,8 +6032,7 @@ DATA_TIMEOUT_S = 120.0  # to DATA; for each piece of a content
 QUIT_TIMEOUT_S = 5.0
 LONGEST_REPLY_BYTES = 65_536
 CONTENT_PIECE_BYTES = 65_536  # of a content, between two looks at the server and at everybody else
-LARGEST_CHUNK_BYTES = 65_536  # of a content that is sent before the server wants it,
-FRESH_S = 1.0  # when its latest word is no older: the connection may be dead
+FRESH_S = 1.0  # no content goes unasked when the latest word of the server is older: the connection may be dead
 
 _CODE = re.compile(r"(?:(\d{3})|#?([245]\.\d{1,3}\.\d{1,3}))(?:[\s:-]+|$)")  # enhanced: RFC 3463
 _REPLY_LINE = re.compile(rb"([2-5]\d\d)(?:([ -])(.*))?", re.DOTALL)
@@ -6256,7 +6251,7 @@ class Session(asyncio.Protocol):
         chunking = chunking and self.offers.chunking and self.offers.pipelining and not careful and self._clean
         chunking = chunking and time.monotonic() - self._heard_at <= FRESH_S
         chunk = content if not chunking or not content or content.endswith(b"\n") else content + b"\r\n"  # RFC 3030
-        self._chunked = chunking and len(chunk) <= min(LARGEST_CHUNK_BYTES, most or math.inf)
+        self._chunked = chunking and len(chunk) <= min(CONTENT_PIECE_BYTES, most or math.inf)
         if self._chunked:
             commands[-1] = _Command(b"BDAT %d LAST\r\n%b" % (len(chunk), chunk), Stage.END_OF_DATA)
         elif not self._clean:
@@ -6691,19 +6686,18 @@ class DeliveryAgent:
         context = await self._tls_context(account)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + (account.timeout or CONNECT_TIMEOUT_S)
-        look_up = functools.partial(socket.getaddrinfo, account.host, account.port, type=socket.SOCK_STREAM)
-        failures, addresses = list[str](), list[Any]()
+        failures, addresses = list[str](), cast(Sequence[Address], ())
         try:
             async with asyncio.timeout_at(deadline):
-                addresses = await self.in_thread(look_up)
+                addresses = await self.in_thread(functools.partial(resolve_name, account.host, account.port))
         except TimeoutError:
             failures = [f"no answer to the look-up of {account.host}"]
         except (OSError, UnicodeError) as failure:
             failures = [f"look-up of {account.host} failed: {getattr(failure, 'strerror', None) or failure}"]
-        for tried, (family, kind, protocol, _, address) in enumerate(addresses):
+        for tried, (family, address) in enumerate(addresses):
             try:
                 with contextlib.ExitStack() as unless_connected:
-                    sock = unless_connected.enter_context(socket.socket(family, kind, protocol))
+                    sock = unless_connected.enter_context(socket.socket(family, socket.SOCK_STREAM))
                     sock.setblocking(False)
                     async with asyncio.timeout((deadline - loop.time()) / (len(addresses) - tried)):
                         await loop.sock_connect(sock, address)
@@ -8707,19 +8701,18 @@ class Dispatcher(Loop):
         windows, account, fitting = lane.windows, lane.account, list[Claim]()
         room, waits = windows.room(self.clock.monotonic()), windows.held > 0
         most = min(account.limits.values(), default=sys.maxsize) if account.limit_behavior == "defer" else sys.maxsize
-        for claim in claims:
+        for place, claim in enumerate(claims):
             needed = 1
             if account.limit_counts == "recipients":  # a message to more than may ever go at once goes in parts
                 needed = claim.addressees if claim.addressees <= most else max(1, min(most, room))
                 claim = claim._replace(slots=needed, by_recipient=True)
             if needed > room:
-                rest = claims[len(fitting) :]
                 if fitting or waits:
-                    self.queue.release(rest)
+                    self.queue.release(claims[place:])
                     lane.has_mail = True
                 else:
-                    self._hold_back(lane, rest, needed)
-                    windows.held += len(rest)
+                    self._hold_back(lane, claims, needed)
+                    windows.held += len(claims)
                 break
             room, windows.held = room - needed, windows.held + needed
             fitting.append(claim)
@@ -8910,9 +8903,7 @@ class Dispatcher(Loop):
     async def _transact(self, lane: Lane, claim: Claim, composed: Composed, turn: Turn) -> Claim | None:
         """One transaction; the claim as it goes on at once with the recipients that are left, None: it is over."""
         generation, started_at = lane.generation, self.clock.wall()
-        if (claim.by_recipient and not claim.slots) or (
-            claim.expires_ts is not None and claim.expires_ts <= started_at
-        ):
+        if (claim.by_recipient and not claim.slots) or (claim.expires_ts or math.inf) <= started_at:
             await self._release(lane, claim)
             return None
         before = claim.recipients or {}
@@ -9070,11 +9061,9 @@ class Dispatcher(Loop):
     ) -> Disposition:
         """What becomes of the message, in the light of what the lane has seen with others."""
         current, failure = generation == lane.generation, cast(Reply, attempt.first_failure)
-        others = lane.first_is_in is not None or any(
-            one.usable and one.name != attempt.connection for one in lane.sessions
-        )
+        others = lane.first_is_in or {one.name for one in lane.sessions if one.usable} - {attempt.connection}
         judged = functools.partial(settle, claim, attempt, lane.account, self.clock.wall(), self.jitter(), untried)
-        disposition = judged(relays=lane.accepted > 0, others=current and others)
+        disposition = judged(relays=lane.accepted > 0, others=current and bool(others))
         if disposition.slot_used:
             return disposition
         if disposition.lane is LaneSignal.FEWER and claim.seq not in lane.meant:
@@ -9214,7 +9203,7 @@ class Dispatcher(Loop):
 # nothing is locked, so the upstream may submit from inside it.
 
 GATHER_S = 0.1  # so long the first new state waits, for a burst to share a call
-REST_S = 0.3  # so long after a call that took all there was, for a steady stream of results to share calls
+REST_S = 0.3  # so long after a call, for a steady stream of results to share calls
 REPORT_PAUSES_S = (1, 5, 30, 60, 300)  # after calls that failed
 EAGER_PAUSES_S = (0, 0, 1, 2, 5, 15, 60)  # before calls the upstream asks for, while they bring nothing
 ANSWER_BYTES = 1_048_576  # of an acknowledgement; a larger one is not looked into
@@ -9269,7 +9258,6 @@ class Reporter(Loop):
         self._pass_is_open = False  # test_mode: from run-now until all that came of it is reported
         self._next_at: float | None = -math.inf  # the next call; monotonic. None: when the interval is over
         self._called_at = self._not_before = -math.inf  # the latter: next_sync_after
-        self._rests_until = -math.inf
         self._failures = 0
         self._eager_calls = 0  # calls the upstream asked for, in a row, that brought nothing
         self._ids_seen = 0
@@ -9332,7 +9320,7 @@ class Reporter(Loop):
         again = {place: entry for place, entry in states.items() if place <= self._tried_up_to}
         if again or not 0 < len(states) < most:
             return again or states
-        await asyncio.sleep(max(GATHER_S, self._rests_until - self.clock.monotonic()))
+        await asyncio.sleep(max(GATHER_S, self._called_at + REST_S - self.clock.monotonic()))
         return await self.queue.unreported(most)
 
     async def _answer_to(self, states: States) -> Acknowledgement:
@@ -9381,7 +9369,6 @@ class Reporter(Loop):
         if self._failures:
             event(self.log, logging.INFO, "the upstream takes reports again")
         self._acknowledged = states.keys()
-        self._rests_until = now + REST_S if 0 < len(states) < self.client.report_batch_size else -math.inf
         self._failures, self._tried_up_to, self._empty_id = 0, 0, ""
         if answer.next_sync_after is not None:
             self._not_before = now + answer.next_sync_after - self.clock.wall()
