@@ -8383,7 +8383,6 @@ class Lane:
         self.aside.update(dict.fromkeys(shown, math.inf))
         if next_one := next((one for one, refused_at in self.aside.items() if refused_at == math.inf), None):
             del self.aside[next_one]
-        self.has_mail = True
 
     def hears_the_same(self, refusal: object, seq: int) -> bool:
         """A message was refused; True when so many were before it, in the same words and with nothing accepted."""
@@ -8516,8 +8515,7 @@ class Dispatcher(Loop):
         lane.failures, lane.believes, lane.limit = 0, lane.generation, lane.account.max_connections
         lane.accepted, lane.refused, lane.bdat = 0, set(), None
         lane.become(LaneState.UP if active else LaneState.SUSPENDED)
-        lane.has_mail = True
-        self._mark(lane)
+        self.wake([account_id])
 
     def remove_lane(self, account_id: str) -> Lane:
         """Stop delivering for an account that is gone; messages on the wire finish, for good or ill.
@@ -8853,8 +8851,7 @@ class Dispatcher(Loop):
             return
         lane.windows.give_back(claim.slots)
         self.queue.release([claim])  # at once: the account may be deleted during any wait
-        lane.has_mail = True
-        self._mark(lane)
+        self.wake([claim.account_id])
 
     # -- one connection at work
 
@@ -9038,7 +9035,7 @@ class Dispatcher(Loop):
             lane.accepted, lane.refused = lane.accepted + 1, set()
             if lane.aside:
                 lane.others_pass(claim.seq, attempt.started_at)
-                self._mark(lane)
+                self.wake([claim.account_id])
         if disposition.verdict.about is not About.MESSAGE:
             self._part_with(lane, *[session for session in lane.idle if session.name == attempt.connection])
         if disposition.lane is LaneSignal.UP:
@@ -9111,7 +9108,7 @@ class Dispatcher(Loop):
             self._mark(lane)
         if disposition.status is Status.QUEUED:
             self.queue.release([claim])
-            lane.has_mail = True
+            self.wake([claim.account_id])
         if disposition.reason == "limit" and lane.state is LaneState.UP:  # the account was replaced meanwhile
             lane.become(LaneState.LIMITED, self.clock.monotonic())
 
