@@ -8130,10 +8130,10 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next_one():
         good = listening.sockets[0].getsockname()
 
         async def two_addresses(call):
-            if getattr(call, "func", None) is not socket.getaddrinfo:
+            if getattr(call, "func", None) is not mailproxy.resolve_name:
                 return await asyncio.to_thread(call)
             looked_up.append(call.args[0])
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", where) for where in (("127.0.0.1", 1), good)]
+            return [(socket.AF_INET, where) for where in (("127.0.0.1", 1), good)]
 
         agent = mailproxy.DeliveryAgent(hostname="us", reveal=str, in_thread=two_addresses, post_form=no_form)
         async with listening:
