@@ -10835,23 +10835,30 @@ def cut(text: str, width: int, *, middle: bool = False) -> str:
     return f"{head}…{tail}"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]], kinds: Sequence[str] = ()) -> list[str]:
-    """Lines of aligned columns, in the colours of their kinds. Where they are too wide for the terminal, long ids and
-    addresses lose their middle and texts their end, the widest first; then the last column its end; then the lines."""
-    width = output_width()
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], kinds: Sequence[str] = (), *, whole: bool = False
+) -> list[str]:
+    """Lines of aligned columns, in the colours of their kinds. Where they are too wide for the terminal, the last column
+    stands below each row when it is to be read `whole`; then long ids and addresses lose their middle and texts their
+    end, the widest first; then the last column its end; then the lines."""
+    width, below = output_width(), [""]
     cells = [[_escaped("" if cell is None else str(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(map(text_width, column)) for column in zip(*cells, strict=True)]
+    if whole and sum(widths) + 2 * (len(widths) - 1) > width:
+        below = ["" if row is cells[0] else row[-1] for row in cells]
+        cells, widths = [row[:-1] for row in cells], widths[:-1]
     for least, last_least in ((16, widths[-1]), (16, 60), (8, 60), (8, 8)):
         floors = [*[least] * (len(widths) - 1), last_least]
         while sum(widths) + 2 * (len(widths) - 1) > width and any(map(operator.gt, widths, floors)):
             above = [columns if columns > floor else 0 for columns, floor in zip(widths, floors, strict=True)]
             widths[above.index(max(above))] -= 1
     lines = []
-    for row, kind in itertools.zip_longest(cells, ("", *kinds), fillvalue=""):
+    for row, kind, rest in itertools.zip_longest(cells, ("", *kinds), below, fillvalue=""):
         names = [i < len(row) - 1 and ("@" in cell or " " not in cell) for i, cell in enumerate(row)]
         fitted = [cut(cell, columns, middle=name) for cell, columns, name in zip(row, widths, names, strict=True)]
         padded = [cell + " " * (columns - text_width(cell)) for cell, columns in zip(fitted, widths, strict=True)]
         lines.append(paint(cut("  ".join(padded).rstrip(), width), kind))
+        lines += [paint(f"    {rest}", kind)] if rest else []
     return lines
 
 
@@ -11518,15 +11525,14 @@ def _status_in_words(status: dict[str, Any]) -> list[str]:
         ("suspended batches", ", ".join(status.get("suspended_batches", ()))),
         *((name, status.get(name)) for name in ("version", "node", "reporter")),
     )
-    numbers = ("PENDING", "CONNECTIONS") if output_width() >= 72 else ()  # the reason needs their place
-    columns, accounts = (*numbers, *(["NODE"] if "node" in status else [])), []
+    columns, accounts = ("PENDING", "CONNECTIONS", *(["NODE"] if "node" in status else [])), []
     for id_, account in status["accounts"].items():
         again = account["until"] and f"again {relative(account['until'], now)}"
         why = joined(", ", account["reason"], again)
         accounts.append((id_, account["state"], *(account.get(name.lower()) for name in columns), why))
     if not accounts:
         return [*lines, "", "There is no account yet: set [smtp] in config.ini, or use POST /account."]
-    return [*lines, "", *table(("ACCOUNT", "STATE", *columns, "REASON"), accounts)]
+    return [*lines, "", *table(("ACCOUNT", "STATE", *columns, "REASON"), accounts, whole=True)]
 
 
 def _accounts_in_words(answer: dict[str, Any]) -> list[str]:
@@ -11575,7 +11581,7 @@ def _message_in_words(answer: dict[str, Any]) -> list[str]:
         took = f"{attempt['ended_at'] - attempt['started_at']:.2f} s"
         rows.append((number, began, took, attempt["outcome"], attempt["stage"], reply_in_words(attempt)))
     columns = ("ATTEMPT", "WHEN", "TOOK", "OUTCOME", "STAGE", "REPLY")
-    return [*lines, "", *(table(columns, rows) if rows else ["No attempt yet."])]
+    return [*lines, "", *(table(columns, rows, whole=True) if rows else ["No attempt yet."])]
 
 
 def _messages_in_words(answer: dict[str, Any]) -> list[str]:
@@ -11834,10 +11840,10 @@ async def show_servers(settings: Settings, configured: Sequence[Account], enviro
     tried = await asyncio.gather(*(_try_server(agent, account) for account in accounts.values()))
     rows, kinds = [row for row, _ in tried], ["sent" if cure is None else "error" for _, cure in tried]
     columns = ("ACCOUNT", "SERVER", "TLS", "AUTH", "SIZE", "SMTPUTF8", "PIPELINING", "RESULT")
-    print("\n".join(["", *table(columns, rows, kinds)] if rows else ["There is no account to log into."]))
+    print("\n".join(["", *table(columns, rows, kinds, whole=True)] if rows else ["There is no account to log into."]))
     for row, cure in tried:
         if cure is not None:
-            complain(f"no mail can leave through {row[0]} ({row[-1]}){cure and f': {cure}'}")
+            complain(f"no mail can leave through {row[0]}{cure and f': {cure}'}")
     return "error" not in kinds
 
 
