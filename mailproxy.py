@@ -4864,6 +4864,7 @@ class PostgresFile(QueueFile):
     def why(error: BaseException) -> str:
         """An error of psycopg in one line, without what it shows of rows."""
         told = getattr(getattr(error, "diag", None), "message_primary", None) or str(error)
+        told = told.partition("Multiple connection attempts")[0]  # of several hosts: the last one
         return " ".join(line.strip() for line in told.splitlines() if line[:1] != "\t").rstrip(".")  # a tab: a hint
 
 

@@ -5293,6 +5293,7 @@ WRONG = {
     "reference": ("postgresql://guarded:env:NOT_SET@127.0.0.1:{port}/{name}", "env:NOT_SET is not set"),
     "URL": ("postgresql://mailproxy:Geheim%zz@127.0.0.1/{name}", "is not the URL of a database"),
     "port": ("postgresql://mailproxy:Geheim@127.0.0.1:port/{name}", 'invalid integer value "port"'),
+    "hosts": ("postgresql://guarded:wrong@127.0.0.1:1,127.0.0.1:{port}/{name}", 'user "guarded"\n'),
 }
 
 
