@@ -3585,11 +3585,13 @@ SUSPEND = (
     "(SELECT seq FROM messages INDEXED BY messages_pending WHERE seq BETWEEN :first AND :last AND sent_ts IS NULL AND error_ts IS NULL AND batch_code = :batch_code "
     "AND turn & 2 <> :suspended ORDER BY seq LIMIT :most) RETURNING seq"
 )
-# Of several daemons: that the account's lane is this one's, and no other has suspended it; and what it has on the wire.
+# Of several daemons: that the account's lane is this one's, and that no other has suspended it, or set it to something
+# that is not known here; and what it has on the wire.
 LEASED = (
     "EXISTS (SELECT 1 FROM leases WHERE account_id = :account AND instance = :instance) "
     "AND NOT EXISTS (SELECT 1 FROM suspensions WHERE account_id = :account) "
-    "AND NOT EXISTS (SELECT 1 FROM switches WHERE name = 'active' AND value = 0)"
+    "AND NOT EXISTS (SELECT 1 FROM switches WHERE name = 'active' AND value = 0 "
+    "OR name = 'renew ' || :account AND value > :renewed)"
 )
 CLAIM = (
     "INSERT INTO claims SELECT seq, :instance FROM unnest(:seqs) AS seq "
@@ -3680,6 +3682,7 @@ class Order(NamedTuple):
     most: int
     retried_first: bool  # whose turn it is within a priority
     passed_over: frozenset[int] = frozenset()  # but none of these
+    renewed: int = 0  # how often the account was set or activated, as far as is known here
 
 
 class Tally(NamedTuple):
@@ -3899,7 +3902,7 @@ class Queue:
             for order in orders:  # all are asked for before the first is read
                 left_out = [one.seq for one in on_wire if one.account_id == order.account_id] + list(order.passed_over)
                 values = {"account": order.account_id, "most": order.most, "on_wire": left_out, "instance": instance}
-                values["small"] = SMALL_PAYLOAD_BYTES
+                values |= {"small": SMALL_PAYLOAD_BYTES, "renewed": order.renewed}
                 asked.append([_rows(db, CLAIM_COLUMNS, which, values | {"turn": turn}) for turn in (0, 1)])
             for order, both in zip(orders, asked, strict=True):
                 taken.append(_best(order, both))
@@ -8449,6 +8452,7 @@ class Dispatcher(Loop):
     active: bool = True
     log_deliveries: bool = False
     lanes: dict[str, Lane] = field(default_factory=dict)
+    switches: Mapping[str, int] = field(default_factory=dict)  # of the queue, as far as they are known here
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -8647,7 +8651,9 @@ class Dispatcher(Loop):
                 room = lane.windows.room(now) if wants else 0
                 if room or (wants and not lane.windows.held):  # what is on the wire may yet give its slot back
                     most = min(wants, room) or lane.account.batch_size  # those are held back
-                    orders[lane] = Order(lane.account.id, most, lane.retried_first, frozenset(lane.aside))
+                    id_, aside = lane.account.id, frozenset(lane.aside)
+                    renewed = self.switches.get(f"renew {id_}", 0)
+                    orders[lane] = Order(id_, most, lane.retried_first, aside, renewed)
                     lane.has_mail = False  # a wake during the claim sets it again
                 due_at = min([lane.until, *(session.opened_at + lane.account.ttl for session in lane.idle)])
                 if due_at < math.inf:
@@ -10042,7 +10048,7 @@ class ControlPlane:
                 self.dispatcher.replace_account(account)
             else:
                 self.dispatcher.add_lane(account, standing)
-            await self._tell_nodes(f"renew {account.id}")
+            await self._tell_nodes(f"renew {account.id}", {account.id: as_json(definition)})
         event(self.log, logging.INFO, "account set", account=account.id)
         unknown = [key for key, value in fields.items() if key not in ACCOUNT_KEYS and value is not None]
         warnings = {"warnings": [{"id": account.id, "unknown": unknown}]} if unknown else {}
@@ -10059,7 +10065,7 @@ class ControlPlane:
             if known:
                 await self.queue.delete_account(account_id)
                 self.dispatcher.remove_lane(account_id)
-                await self._tell_nodes()
+                await self._tell_nodes("", {account_id: ""})
             ended = await self._fail_orphans(account_id)
         ensure(known or ended, 404, NO_ACCOUNT)
         failed = sum(how.status is Status.ERROR for how in ended)
@@ -10107,7 +10113,7 @@ class ControlPlane:
             if "run_now" in commands:
                 self.reporter.run_now()
                 dispatcher.run_now()
-            self._known = said  # now that all is taken over
+            self._known, dispatcher.switches = said, said.switches  # now that all is taken over
 
     async def follow(self) -> None:
         """Several machines: do what each look at the tables shows."""
@@ -10127,9 +10133,11 @@ class ControlPlane:
                     await self.take_over()
                     changes = look.changes
 
-    async def _tell_nodes(self, command: str = "") -> None:
-        """Have other nodes take over what was changed, and do the same: run_now, or try the server of an account now."""
+    async def _tell_nodes(self, command: str = "", definitions: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Have other nodes take over what was changed, and do the same: run_now, or try the server of an account now.
+        Definitions of accounts are what they are here by now."""
         if self.leases.node and self._known:
+            self._known.definitions.update(definitions)
             if command:
                 self._known.switches[command] = await self.queue.count(command)
             self.leases.ring(tell=True)

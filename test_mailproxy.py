@@ -5626,6 +5626,34 @@ def test_an_account_added_through_one_node_is_known_to_a_retry_at_another(pair: 
         pair.b.wait_status(id_, "sent")
 
 
+def test_mail_goes_by_what_another_node_made_of_its_account_before_it_was_submitted(pair: Pair) -> None:
+    with SmtpServer() as second:
+        lane = pair.lane()
+        pair.a.submit(letter(f"{lane}-first", account_id=lane))
+        pair.a.wait_status(f"{lane}-first", "sent")
+        has, (other,) = owner_of([pair.a, pair.b], lane)
+        for number in range(4):
+            server, id_ = (second, pair.smtp)[number % 2], f"{lane}-{number}"
+            ask(other, "/account", account_at(lane, server))
+            has.submit(letter(id_, account_id=lane))
+            has.wait_status(id_, "sent")
+            assert id_ in subjects(server)
+
+        ask(other, "/account", account_at(lane, pair.smtp, limit_per_minute=6))
+        has.submit(*letters(f"{lane}-limited", 3, account_id=lane))
+        wait_until(lambda: has.status()["accounts"][lane]["state"] == "limited", "the limit", 5)
+        assert sum(subject.startswith(f"{lane}-") for subject in (*subjects(pair.smtp), *subjects(second))) == 6
+
+
+def test_an_account_deleted_through_one_node_and_added_again_as_it_was_through_another_is_known(pair: Pair) -> None:
+    lane = pair.lane()
+    for number in range(3):
+        assert pair.b.delete(f"/account/{lane}").status == 200
+        ask(pair.a, "/account", account_at(lane, pair.smtp))
+        pair.b.submit(letter(f"{lane}-{number}", account_id=lane))
+        pair.b.wait_status(f"{lane}-{number}", "sent")
+
+
 def test_an_account_deleted_through_one_node_is_gone_from_the_other(pair: Pair) -> None:
     lane = pair.lane()
     scheduled = letter(f"{lane}-scheduled", account_id=lane, deferred_ts=int(time.time()) + 1000)
