@@ -2725,6 +2725,7 @@ def _file_name(name: str) -> tuple[str, str]:
 
 USUAL_SWITCH_S = 0.005  # after so long a thread hands the interpreter over: often is dear
 COMPUTING_SWITCH_S = 0.001
+KEPT_SHARE = 4  # one in so many slots, or bytes, is kept for lanes that have none
 
 
 @dataclass(eq=False, repr=False)
@@ -2748,6 +2749,67 @@ class InThread:
         self.running -= 1
         if not self.running:
             sys.setswitchinterval(USUAL_SWITCH_S)
+
+
+@dataclass(eq=False, repr=False)
+class Shares:
+    """So many slots, or bytes, for all lanes together, given out in the order of asking.
+
+    A lane that has some leaves a part of all to lanes that have none, which may overtake it: so no
+    account holds up another. It belongs to one event loop.
+    """
+
+    total: int
+    small: int = 0  # a lane that has none gets so much at once, come what may
+    alone: bool = False  # there is only one lane: nothing is kept for others
+    used: int = 0
+    of: dict[object, int] = field(default_factory=dict)  # what each lane has
+    waiting: dict[asyncio.Future[None], tuple[object, int]] = field(default_factory=dict)
+
+    async def take(self, lane: object, amount: int) -> int:
+        """Wait until the lane may have so much more, and return it: all but what is kept for others, at most."""
+        amount = min(amount, self.total - self.total // KEPT_SHARE)
+        if not self.waiting and self.fits(lane, amount):
+            return amount
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiting[granted] = lane, amount
+        self._grant()
+        try:
+            await granted
+        except asyncio.CancelledError:
+            if self.waiting.pop(granted, None) is None:
+                self.give_back(lane, amount)
+            raise
+        return amount
+
+    def give_back(self, lane: object, amount: int) -> None:
+        self.used -= amount
+        if left := self.of.pop(lane, 0) - amount:
+            self.of[lane] = left
+        if self.waiting:
+            self._grant()
+
+    def _grant(self) -> None:
+        """Serve those who wait; within a lane nobody is overtaken."""
+        passed_over = set()
+        for granted, (lane, amount) in list(self.waiting.items()):
+            if self.used >= self.total and not self.small:
+                return
+            if granted.done():  # its task was cancelled, and takes it out
+                continue
+            if lane in passed_over or not self.fits(lane, amount):
+                passed_over.add(lane)
+            else:
+                del self.waiting[granted]
+                granted.set_result(None)
+
+    def fits(self, lane: object, amount: int) -> bool:
+        """Give the lane so much if it may have it now."""
+        has = self.of.get(lane, 0)
+        kept = self.total // KEPT_SHARE if has and not self.alone else 0
+        if fits := self.used + amount + kept <= self.total or amount <= (0 if has else self.small):
+            self.used, self.of[lane] = self.used + amount, has + amount
+        return fits
 
 
 class Clock:
@@ -5578,6 +5640,7 @@ def write_within(max_bytes: int, pieces: Iterable[bytes], file: BinaryIO, what: 
 # when all of a message is there, so a slow server keeps none from others. S3: signature
 # version 4 ("Authenticating Requests: Using the Authorization Header" in Amazon's S3 API reference).
 
+FETCHES = 192  # at a time, each a thread; shared among the lanes
 FETCHES_PER_HOST = 4  # at a time: a slow server holds up its own messages, not the pool of threads
 KEPT_FILES = 100  # at most: each is a file descriptor
 KEEP_S = 30.0  # at most, how long what was fetched serves other messages
@@ -5809,12 +5872,15 @@ class AttachmentFetcher:
         most = self.settings.max_message_bytes
         self._too_large = failed_fetch(f"the attachments together are larger than the {most} bytes allowed", 552)
         self._hosts: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
+        self._places = Shares(FETCHES)
 
-    async def fetch_all(self, attachments: Sequence[Attachment]) -> tuple[Fetched | None, ...] | Reply:
+    async def fetch_all(
+        self, attachments: Sequence[Attachment], lane: object = None
+    ) -> tuple[Fetched | None, ...] | Reply:
         """What the attachments refer to, None for one that came with its content; or why it cannot be fetched."""
         fetched: list[Fetched | None] = []
         for attachment in attachments:
-            one = await self.fetch(attachment) if attachment.source is not Source.CONTENT else None
+            one = await self.fetch(attachment, lane) if attachment.source is not Source.CONTENT else None
             if isinstance(one, Reply):
                 return one
             fetched.append(one)
@@ -5841,7 +5907,7 @@ class AttachmentFetcher:
                 return refusal
         return tuple(parts)
 
-    async def fetch(self, attachment: Attachment) -> Fetched | Reply:
+    async def fetch(self, attachment: Attachment, lane: object = None) -> Fetched | Reply:
         """One attachment that is elsewhere, or why it cannot be fetched. A fetch that is under way is joined."""
         where = (attachment.source, attachment.location, attachment.s3)
         key = (*where, attachment.content_md5, is_gzip_file(attachment, {}))
@@ -5853,7 +5919,7 @@ class AttachmentFetcher:
             if isinstance(fetched, Reply) or fetched.keep_s:
                 outcome = "cached"
         if outcome == "fetched":
-            task = asyncio.create_task(self._fetch_when_free(attachment), name="attachment")
+            task = asyncio.create_task(self._fetch_when_free(attachment, lane), name="attachment")
             self._fetches[key] = task, math.inf
             task.add_done_callback(functools.partial(self._keep, key))
             fetched = await asyncio.shield(task)
@@ -5878,7 +5944,7 @@ class AttachmentFetcher:
             if until <= now or kept > KEPT_FILES or size_bytes > self.settings.cache_bytes:
                 del self._fetches[other]
 
-    async def _fetch_when_free(self, attachment: Attachment) -> Fetched | Reply:
+    async def _fetch_when_free(self, attachment: Attachment, lane: object) -> Fetched | Reply:
         url = attachment.s3.endpoint if attachment.s3 else attachment.location
         try:
             host = http_target(url or "").netloc
@@ -5887,12 +5953,15 @@ class AttachmentFetcher:
         free = self._hosts.setdefault(host, asyncio.Semaphore(FETCHES_PER_HOST))
         timeout_s = self.settings.timeout_seconds
         try:
-            async with asyncio.timeout(timeout_s):
-                await free.acquire()
+            async with asyncio.timeout(timeout_s), contextlib.AsyncExitStack() as unless_called:
+                await unless_called.enter_async_context(free)
+                await self._places.take(lane, 1)
+                unless_called.pop_all()
         except TimeoutError:
             return failed_fetch(f"{host} is still busy with other attachments", 451)
         call = asyncio.ensure_future(self.in_thread(functools.partial(self._fetch_blocking, attachment)))
-        call.add_done_callback(lambda _: free.release())  # a call that hangs keeps its place
+        call.add_done_callback(lambda _: self._places.give_back(lane, 1))
+        call.add_done_callback(lambda _: free.release())  # a call that hangs keeps its places
         # It ends itself in time, but for the look-up of a name and a file server that hangs.
         await asyncio.wait([call], timeout=timeout_s + 1)
         return call.result() if call.done() else failed_fetch(f"no answer from {host} within {timeout_s:g} s", 451)
@@ -8114,7 +8183,6 @@ GROWTH_PAUSE_S = 10  # no further connection after one was refused
 AHEAD_S = 0.02  # claims are taken ahead for as much work as this,
 AHEAD_ONE_S = 0.2  # and one for each connection when a transaction is shorter
 PREPARED_AT_ONCE = 50  # messages of a lane that are being fetched: those behind wait for no slow server
-KEPT_SHARE = 4  # one in so many slots, or bytes, is kept for lanes that have none
 COMPOSED_INLINE_BYTES = 32_768  # larger messages are composed in a thread
 BUILD_FACTOR = 3  # bytes a message takes while it is built, for each of its attachments: it, base64, message
 SMALL_PART = 200  # the first message of a lane does not wait for so small a part of the memory
@@ -8171,67 +8239,6 @@ class Loop:
     async def turn(self) -> float:
         """Do what is to be done now; return for how long nothing will be."""
         raise NotImplementedError
-
-
-@dataclass(eq=False, repr=False)
-class Shares:
-    """So many slots, or bytes, for all lanes together, given out in the order of asking.
-
-    A lane that has some leaves a part of all to lanes that have none, which may overtake it: so no
-    account holds up another. It belongs to one event loop.
-    """
-
-    total: int
-    small: int = 0  # a lane that has none gets so much at once, come what may
-    alone: bool = False  # there is only one lane: nothing is kept for others
-    used: int = 0
-    of: dict[object, int] = field(default_factory=dict)  # what each lane has
-    waiting: dict[asyncio.Future[None], tuple[object, int]] = field(default_factory=dict)
-
-    async def take(self, lane: object, amount: int) -> int:
-        """Wait until the lane may have so much more, and return it: all but what is kept for others, at most."""
-        amount = min(amount, self.total - self.total // KEPT_SHARE)
-        if not self.waiting and self.fits(lane, amount):
-            return amount
-        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.waiting[granted] = lane, amount
-        self._grant()
-        try:
-            await granted
-        except asyncio.CancelledError:
-            if self.waiting.pop(granted, None) is None:
-                self.give_back(lane, amount)
-            raise
-        return amount
-
-    def give_back(self, lane: object, amount: int) -> None:
-        self.used -= amount
-        if left := self.of.pop(lane, 0) - amount:
-            self.of[lane] = left
-        if self.waiting:
-            self._grant()
-
-    def _grant(self) -> None:
-        """Serve those who wait; within a lane nobody is overtaken."""
-        passed_over = set()
-        for granted, (lane, amount) in list(self.waiting.items()):
-            if self.used >= self.total and not self.small:
-                return
-            if granted.done():  # its task was cancelled, and takes it out
-                continue
-            if lane in passed_over or not self.fits(lane, amount):
-                passed_over.add(lane)
-            else:
-                del self.waiting[granted]
-                granted.set_result(None)
-
-    def fits(self, lane: object, amount: int) -> bool:
-        """Give the lane so much if it may have it now."""
-        has = self.of.get(lane, 0)
-        kept = self.total // KEPT_SHARE if has and not self.alone else 0
-        if fits := self.used + amount + kept <= self.total or amount <= (0 if has else self.small):
-            self.used, self.of[lane] = self.used + amount, has + amount
-        return fits
 
 
 # ----- lanes
@@ -8792,7 +8799,7 @@ class Dispatcher(Loop):
                 attachments = await self.in_thread(lambda: stored_attachments(payload))
             finally:
                 self.memory.give_back(lane, taken_bytes)
-            found = await self.fetcher.fetch_all(attachments)
+            found = await self.fetcher.fetch_all(attachments, lane)
             if isinstance(found, Reply):
                 return found
             fetched = found
@@ -10216,6 +10223,7 @@ def ids_of(fields: Mapping[str, object]) -> list[str]:
 # because nobody would notice a daemon that answers and delivers nothing.
 
 WORK_THREADS = 4
+OTHER_CALLS = 64  # that wait for the network: reports, look-ups of names, tokens
 OPEN_FILES = 65_536  # wanted; what the machine allows counts
 HTTP_SHARE = 4  # one in so many of them, at most
 SPOOL_PAUSE_S = 2.0  # between two looks into it
@@ -10301,7 +10309,7 @@ class Daemon:
         self._node = node if is_database(settings.storage.db_path) else None
         self._metrics = Metrics(__version__, self._clock.wall, self._node)
         self._pools = [  # a look-up or a file server that hangs keeps a thread, and must hold up nobody else
-            concurrent.futures.ThreadPoolExecutor(256, "network"),
+            concurrent.futures.ThreadPoolExecutor(FETCHES + OTHER_CALLS, "network"),
             concurrent.futures.ThreadPoolExecutor(WORK_THREADS, "work"),
         ]
         self._network, self._work = InThread(self._pools[0]), InThread(self._pools[1], computes=True)

@@ -6968,6 +6968,24 @@ def test_servers_that_stall_in_the_midst_of_large_attachments_keep_no_memory_fro
         assert set(subjects(smtp)) == {"own", "elsewhere"}
 
 
+def test_an_account_whose_attachments_hang_leaves_threads_to_the_others(tmp_path: Path, smtp: SmtpServer) -> None:
+    attachments, fewer = {"allow_hosts": "127.0.0.0/8", "timeout_seconds": 90}, {"PAUSES": '{"FETCHES": 4}'}
+    with (
+        scripted(lambda server, connection: server.stopping.wait(90), host="0.0.0.0") as slow,
+        scripted(answered(b"quick")) as fast,
+        SleepyDaemon(tmp_path, {"attachments": attachments}, smtp=smtp, environment=fewer) as daemon,
+    ):
+        ask(daemon, "/account", account_at("other", smtp))
+        parts = [[{"filename": "x", "url": f"http://127.0.1.{n}:{slow.port}/"}] for n in range(8)]
+        daemon.submit(*(letter(f"s-{n}", attachments=part) for n, part in enumerate(parts)))
+        wait_until(lambda: slow.connections == 3, "three of four threads that hang")
+
+        daemon.submit(letter("quick", account_id="other", attachments=[{"filename": "x", "url": fast.url()}]))
+
+        smtp.wait_for(1)
+        assert (subjects(smtp), slow.connections) == (["quick"], 3)
+
+
 def test_an_account_whose_server_is_slow_keeps_no_more_memory_than_its_connections_need(
     tmp_path: Path, smtp: SmtpServer
 ) -> None:
