@@ -3835,9 +3835,8 @@ class Queue:
         verdicts = list(await self.file.write_together(self._insert, submissions))
         self.new_ids += verdicts.count(None)
         while True:
-            for submission in submissions:
-                for ts in filter(None, submission[3:5]):  # deferred_ts, expires_ts
-                    self.next_ts = min(self.next_ts, ts)
+            times = [ts for one in submissions for ts in one[3:5] if ts]  # deferred_ts, expires_ts
+            self.next_ts = min([self.next_ts, *times])
             if UNDECIDED not in verdicts:
                 return verdicts
             left = [n for n, verdict in enumerate(verdicts) if verdict == UNDECIDED]
@@ -9863,28 +9862,23 @@ class ControlPlane:
         good: list[Submission] = []
         rejected: list[dict[str, object]] = []
         unknown: dict[str, Sequence[str]] = {}
-        seen: set[str | None] = set()
+        seen = set[object]()
         for given in messages:
             id_ = given.get("id") if isinstance(given, dict) else None
             try:
-                if (
-                    not isinstance(id_, str)
-                    or not 1 <= len(id_) <= LONGEST_ID
-                    or (not id_.isprintable() and flaw_of_line(id_))
-                ):
-                    id_ = None
-                elif id_ in seen:
+                if isinstance(id_, str) and id_ in seen:
                     raise Rejected(TWICE)
-                seen.add(id_)
                 message = parse_message(given, default_priority=default_priority)
                 good.append(submission_of(given, message, self._account(message.account_id), now))
                 if message.unknown:
                     unknown[message.id] = message.unknown
             except Rejected as error:
                 rejected.append(rejection(id_, str(error)))
+                id_ = rejected[-1]["id"]
             except Exception as error:  # a bug of ours must not spoil the batch
                 event(self.log, logging.ERROR, "internal error in a submission", message=id_, exc_info=error)
                 rejected.append(rejection(id_, "invalid message: it could not be understood"))
+            seen.add(id_)
         return good, rejected, unknown
 
     async def run_now(self, request: Request) -> Response:
@@ -10098,8 +10092,7 @@ class ControlPlane:
                 self._configured, self.leases.accounts = configured, digests_of(configured)
                 self._known = known = known._replace(definitions={})
             new = {id_: one for id_, one in said.definitions.items() if one != known.definitions.get(id_)}
-            complain = functools.partial(event, self.log, logging.ERROR)
-            stored = stored_accounts(new, self.settings().delivery, complain)
+            stored = stored_accounts(new, self.settings().delivery, functools.partial(event, self.log, logging.ERROR))
             wanted = {account.id: account for account in (*stored, *self._configured)}
             for account_id in dispatcher.lanes.keys() - wanted.keys() - said.definitions.keys():
                 if dispatcher.remove_lane(account_id).deleted:  # through another node, and mail was accepted since
@@ -10166,12 +10159,13 @@ class ControlPlane:
 
 
 def rejection(id_: str | None, reason: str) -> dict[str, object]:
-    """An entry of `rejected`: for programs, a code beside the reason, and the field that is meant."""
+    """An entry of `rejected`: for programs, a code beside the reason, and the field that is meant. An id that is no
+    usable one is not shown."""
     if code := REJECTIONS.get(reason):
         field = {TWICE: "id", NOT_FOUND: "account_id"}.get(reason)
     else:
         kind, _, name = reason.partition(":")[0].partition(" ")
-        code, field = f"{kind}_field", None if name == "message" else name
+        code, field, id_ = f"{kind}_field", None if name == "message" else name, None if name == "id" else id_
     return {"id": id_, "reason": reason, "code": code, **({"field": field} if field else {})}
 
 
