@@ -3227,7 +3227,7 @@ class QueueFile:
             for function in self._functions:
                 connection.create_function(function.__name__, 1, function)
             made = "SELECT type, name FROM sqlite_master WHERE type IN ('index', 'trigger') AND sql IS NOT NULL"
-            drops = "".join([f"DROP {kind} {name}; " for kind, name in connection.execute(made)])
+            drops = "".join([f'DROP {kind} "{name}"; ' for kind, name in connection.execute(made)])
             step = f"BEGIN IMMEDIATE; {drops}{script}; PRAGMA user_version = {newest}; COMMIT"
             connection.executescript(f"PRAGMA temp_store = FILE; {step}; PRAGMA temp_store = MEMORY")  # it may be large
 
