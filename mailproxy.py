@@ -5643,7 +5643,6 @@ FETCHES = 192  # at a time, each a thread; shared among the lanes
 FETCHES_PER_HOST = 4  # at a time: a slow server holds up its own messages, not the pool of threads
 KEPT_FILES = 100  # at most: each is a file descriptor
 KEEP_S = 30.0  # at most, how long what was fetched serves other messages
-LONGEST_RETRY_AFTER_S = 3600.0
 MAX_NAME_CHARACTERS = 200
 LASTING_FILE_ERRORS = (
     errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
@@ -5750,7 +5749,7 @@ def retry_after_s(header: str, now: float) -> float | None:
         else:
             moment = email.utils.parsedate_to_datetime(header)
             asked_s = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now
-        return min(max(asked_s, 0.0), LONGEST_RETRY_AFTER_S)
+        return min(max(asked_s, 0.0), LONGEST_NAMED_PAUSE_S)
     except (ValueError, OverflowError):
         return None
 
@@ -5911,14 +5910,12 @@ class AttachmentFetcher:
         where = (attachment.source, attachment.location, attachment.s3)
         key = (*where, attachment.content_md5, is_gzip_file(attachment, {}))
         task, until = self._fetches.pop(key, (None, 0.0))
-        outcome = "fetched"
+        fetched, outcome = None, "cached"
         if task is not None and until > self.monotonic():
             self._fetches[key] = task, until
             fetched = await asyncio.shield(task)
-            if isinstance(fetched, Reply) or fetched.keep_s:
-                outcome = "cached"
-        if outcome == "fetched":
-            task = asyncio.create_task(self._fetch_when_free(attachment, lane), name="attachment")
+        if fetched is None or (isinstance(fetched, Fetched) and not fetched.keep_s):
+            outcome, task = "fetched", asyncio.create_task(self._fetch_when_free(attachment, lane), name="attachment")
             self._fetches[key] = task, math.inf
             task.add_done_callback(functools.partial(self._keep, key))
             fetched = await asyncio.shield(task)
