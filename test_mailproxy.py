@@ -13154,13 +13154,12 @@ def test_the_upstream_is_told_who_calls_and_can_verify_it(tmp_path: Path, report
             ({}, None),
             (secret, None),
         ], 1):  # fmt: skip
-            daemon.config["client"] = {"client_sync_url": reports.url, **config}
+            daemon.config["client"] = {"client_sync_url": f"{reports.url}?{number}", **config}
             daemon.write_config()
             daemon.signal(signal.SIGHUP)
             wait_until(lambda: daemon.log.count("configuration reloaded") == number, "the configuration")  # noqa: B023
-            calls = len(reports.calls)
             daemon.post("/commands/run-now")
-            reports.wait_for(lambda r: len(r.calls) > calls)  # noqa: B023
+            reports.wait_for(lambda r: r.calls and r.calls[-1].path.endswith(f"?{number}"))  # noqa: B023
 
             headers, content = reports.calls[-1].headers, reports.calls[-1].content
             assert headers["Authorization"] == authorization
