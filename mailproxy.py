@@ -11868,11 +11868,11 @@ async def _try_server(agent: DeliveryAgent, account: Account) -> tuple[tuple[obj
         shown = (offers.tls or "none", " ".join(offers.auth).upper() or "none", size, utf8, pipelining)
     else:
         reply = session
-    result = f"logged in as {account.user}" if account.user else "connected"
-    result += f", takes mail from <{sender}>"
+    there = f"logged in as {account.user}" if account.user else "connected"
+    result = f"{there}, takes mail from <{sender}>"
     verdict = None if reply.accepted else about(reply, account, relays=False)
     if verdict and verdict.about is About.MESSAGE and sender != account.user:  # it is only a guess
-        result, verdict = result.replace("takes", "not") + f": {reply.words}", None
+        result, verdict = f"{there}, not mail from <{sender}>: {reply.words}", None
     elif verdict:
         asked = f" (to mail from <{sender}>)" if reply.stage is Stage.MAIL else ""
         result = f"{reply.stage}: {reply.words}{asked}"
