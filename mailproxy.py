@@ -11546,7 +11546,9 @@ def _status_in_words(status: dict[str, Any]) -> list[str]:
 def _accounts_in_words(answer: dict[str, Any]) -> list[str]:
     rows = []
     for account in answer["accounts"]:
-        tls = "implicit" if account["implicit_tls"] else f"starttls {account['start_tls']}"
+        what_tells = ("id", "host", "port", "use_tls", "implicit_tls", "start_tls")
+        encryption = Account(**{name: account[name] for name in what_tells}).encryption
+        tls = encryption if encryption == "implicit" else f"starttls {encryption}"
         numbers = ((account[f"limit_per_{unit}"], unit) for unit in ("minute", "hour", "day"))
         limits = " ".join(f"{number}/{unit}" for number, unit in numbers if number)
         source = "config.ini" if account["source"] == "config" else account["source"]

@@ -15442,7 +15442,11 @@ def test_config_ini_tells_where_the_daemon_is_and_its_token(tmp_path: Path, here
 
 def test_status_accounts_and_json_show_what_the_daemon_answers(daemon: Daemon, asking: Run) -> None:
     account = {"id": "billing", "host": "mx.test", "port": 587, "user": "u", "password": "hunter2"}
-    daemon.post("/account", {**account, "limit_per_hour": 100, "limit_per_day": 500})
+    encryptions = {"a": ("implicit", {"port": 465}), "b": ("starttls never", {"start_tls": "never"})}
+    encryptions["c"] = "starttls auto", {"port": 465, "use_tls": False}
+    encryptions["billing"] = "starttls required", {"use_tls": True, "limit_per_hour": 100, "limit_per_day": 500}
+    for id_, (_, fields) in encryptions.items():
+        daemon.post("/account", {**account, "id": id_, **fields})
     daemon.submit(note("m", subject="Grüße", attachments=[{"filename": "x", "content": "Tm90ZQ=="}]))
     wait_until(lambda: daemon.message("m")["reported_ts"], "the report")
 
@@ -15451,7 +15455,9 @@ def test_status_accounts_and_json_show_what_the_daemon_answers(daemon: Daemon, a
     assert re.search(r"^delivery +active\npending +0$", status.stdout, re.MULTILINE)
     assert printed_rows(status.stdout, "ACCOUNT")["default"]["STATE"] == "up"
     shown = {"SERVER": "mx.test:587", "USER": "u", "FROM": "http", "LIMITS": "100/hour 500/day"}
-    assert printed_rows(accounts, "ID")["billing"].items() >= shown.items()
+    rows = printed_rows(accounts, "ID")
+    assert rows["billing"].items() >= shown.items()
+    assert {id_: rows[id_]["TLS"] for id_ in encryptions} == {id_: words for id_, (words, _) in encryptions.items()}
     assert "hunter2" not in accounts
     paths = {"status": "/status", "accounts": "/accounts", "messages": "/messages?limit=50", "message m": "/message/m"}
     paths |= {"messages --content": "/messages?limit=50&content=1", "message m --content": "/message/m?content=1"}
