@@ -11558,9 +11558,9 @@ def _accounts_in_words(answer: dict[str, Any]) -> list[str]:
 
 
 def _as_list(given: object) -> list[str]:
-    """Recipients as they were submitted: a list, or one string with commas."""
-    listed = given if isinstance(given, list) else str(given).split(",") if given else []
-    return [str(address).strip() for address in listed]
+    """Recipients as they were submitted: in one string with commas, or a list of such; those in quotes part nothing."""
+    text = ",".join(map(str, given if isinstance(given, list) else [given or ""]))
+    return [found.strip() for found in re.findall(r'(?:"(?:\\.|[^"\\])*+"|[^,])++', text) if found.strip()]
 
 
 def _message_in_words(answer: dict[str, Any]) -> list[str]:

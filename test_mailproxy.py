@@ -15485,8 +15485,8 @@ def test_messages_are_a_table_that_says_why_and_when_and_fits_the_terminal(
 ) -> None:
     later, wide = int(time.time()) + 3 * 3600 + 600, "x" * 50
     daemon.submit(
-        note("one", ["ok@c.test", "other@c.test"], batch_code="b1"),
-        note("two", "perm@c.test"),
+        note("one", ["ok@c.test, other@c.test", "last@c.test"], batch_code="b1"),
+        note("two", '"Doe, Jane" <perm@c.test>'),
         note("three", deferred_ts=later),
         note(wide, deferred_ts=later, subject="漢字" * 40),
     )
@@ -15498,7 +15498,8 @@ def test_messages_are_a_table_that_says_why_and_when_and_fits_the_terminal(
 
     rows = shown()
     assert list(rows) == ["one", "two", "three", wide]
-    assert (rows["one"]["STATUS"], rows["one"]["TO"], rows["one"]["ATTEMPTS"]) == ("sent", "ok@c.test +1", "1")
+    assert (rows["one"]["STATUS"], rows["one"]["TO"], rows["one"]["ATTEMPTS"]) == ("sent", "ok@c.test +2", "1")
+    assert rows["two"]["TO"] == '"Doe, Jane" <perm@c.test>'
     assert "550 5.1.1 No such user here" in rows["two"]["REMARK"]
     assert rows["three"]["REMARK"] == "due in 3 h"
     assert list(shown("--active")) == ["three", wide]
