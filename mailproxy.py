@@ -11702,8 +11702,14 @@ AS_CALLED = {"sendmail": ("sendmail",), "mailq": ("sendmail", "-bp"), "newaliase
 def sendmail(words: Sequence[str], environ: Mapping[str, str]) -> int:
     """What sendmail(8) is called for; the exit status is one of sysexits.h."""
     try:
+        os.getcwd()
+    except OSError:  # a deployment has removed the folder that the caller stands in
+        os.chdir("/")
+    try:
         call, usual = sendmail_call(words), SYSTEM_CONFIG if os.path.exists(SYSTEM_CONFIG) else os.devnull
         config = environ.get("MAILPROXY_CONFIG") or usual  # never that of the caller's directory
+        if call.mode in ("m", "s"):
+            os.set_blocking(0, True)  # else a pause of the caller would be the end of the message
         if call.mode == "m":
             settings = read_settings(config, environ, {})
             with open(0, "rb", closefd=False) as stdin:  # up to its end, or to a line with only a dot

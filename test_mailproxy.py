@@ -53,6 +53,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -16192,6 +16193,46 @@ def test_sendmail_goes_by_the_configuration_of_the_daemon_never_by_that_of_the_c
     assert b"\r\n\r\nfirst\r\n.\r\nsecond\r\n" in whole.content
     assert cut.sender == "shop@a.test"
     assert cut.content.endswith(b"\r\n\r\nfirst\r\n")
+
+
+def test_sendmail_takes_mail_from_a_caller_whose_folder_a_deployment_has_removed(
+    local: Daemon, smtp: SmtpServer, tmp_path: Path
+) -> None:
+    release = tmp_path / "release"
+    release.mkdir()
+    command = ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", sys.executable, STARTER, "sendmail", "-i", "x@c.test"]
+    environment = _plain_environment() | {"MAILPROXY_CONFIG": str(local.folder / "config.ini")}
+
+    ended = subprocess.run(command, input=b"Subject: s\n\nb", cwd=release, env=environment, capture_output=True)
+
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert len(smtp.wait_for(1)) == 1
+
+
+@pytest.mark.parametrize("words", ["-i x@c.test", "-bs"])
+def test_sendmail_waits_for_the_end_of_a_mail_also_where_its_input_does_not_block(
+    words: str, local: Daemon, smtp: SmtpServer
+) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    environment = _plain_environment() | {"MAILPROXY_CONFIG": str(local.folder / "config.ini")}
+    command = [sys.executable, STARTER, "sendmail", *words.split()]
+    with subprocess.Popen(command, stdin=reading, stdout=subprocess.DEVNULL, env=environment) as sendmail:
+        os.close(reading)
+        with open(writing, "wb", buffering=0) as mail:
+            mail.write(b"MAIL FROM:<a@b.test>\r\nRCPT TO:<x@c.test>\r\nDATA\r\n" if words == "-bs" else b"")
+            mail.write(b"From: a@b.test\r\n\r\nfirst\r\n")
+            wait_until(lambda: empty(writing), "the first part to be read")
+            mail.write(b"second\r\n" + (b".\r\nQUIT\r\n" if words == "-bs" else b""))
+
+    assert sendmail.returncode == 0
+    (received,) = smtp.wait_for(1)
+    assert received.content.endswith(b"\r\n\r\nfirst\r\nsecond\r\n")
+
+
+def empty(pipe: int) -> bool:
+    """True when nobody has yet to read anything of a pipe."""
+    return fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)) == bytes(4)
 
 
 def test_by_the_names_mailq_and_newaliases_sendmail_lists_the_queue_and_does_nothing(
