@@ -5877,12 +5877,14 @@ class AttachmentFetcher:
     ) -> tuple[Fetched | None, ...] | Reply:
         """What the attachments refer to, None for one that came with its content; or why it cannot be fetched."""
         fetched: list[Fetched | None] = []
+        left = self.settings.max_message_bytes
         for attachment in attachments:
             one = await self.fetch(attachment, lane) if attachment.source is not Source.CONTENT else None
             if isinstance(one, Reply):
                 return one
             fetched.append(one)
-            if sum(it.size_bytes for it in fetched if it is not None) > self.settings.max_message_bytes:
+            left -= one.size_bytes if one else 0
+            if left < 0:
                 return self._too_large
         return tuple(fetched)
 
@@ -5891,6 +5893,7 @@ class AttachmentFetcher:
     ) -> tuple[Attachment, ...] | Reply:
         """All parts of one message, or why there are none. Blocks; the caller has reserved the memory."""
         parts: list[Attachment] = []
+        left = self.settings.max_message_bytes
         for attachment, one in zip(attachments, fetched, strict=True):
             content, told = attachment.content, ("", "")
             if one is not None:  # its file may be read by several threads at a time
@@ -5898,7 +5901,8 @@ class AttachmentFetcher:
             if len(content) > self.settings.max_attachment_bytes:
                 return failed_fetch(f"it is larger than the {self.settings.max_attachment_bytes} bytes allowed", 552)
             parts.append(complete(attachment, content, *told))
-            if sum(len(part.content) for part in parts) > self.settings.max_message_bytes:
+            left -= len(content)
+            if left < 0:
                 return self._too_large
             md5 = attachment.content_md5 if one is None else None
             if md5 and (refusal := md5_refusal(md5, io.BytesIO(content))):
