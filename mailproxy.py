@@ -11766,8 +11766,8 @@ def share_one_heap() -> None:
 
 def serve(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """The daemon, until a signal."""
-    reload = functools.partial(load_settings, args.config, environ, _overrides(args))
-    settings = reload()
+    settings = load_settings(args.config, environ, _overrides(args))
+    reload = functools.partial(load_settings, settings.source, environ, _overrides(args))  # the same file, if any
     configure_logging(settings.logging.level, settings.logging.format, journal=stderr_is_journal(environ))
     share_one_heap()
     gc.freeze()

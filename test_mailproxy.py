@@ -15195,6 +15195,19 @@ def test_the_queue_of_serve_lies_beside_its_config_file_and_one_that_it_finds_el
     assert [*etc.glob("*.db")] == []
 
 
+def test_a_config_file_that_was_found_is_the_one_that_is_read_again(tmp_path: Path) -> None:
+    """Were it gone, and the daemon went by the defaults, it would ask nobody for a token."""
+    (tmp_path / "config.ini").write_text("[server]\nport = 0\napi_token = t0ken\n")
+
+    with running("serve", cwd=tmp_path) as serve:
+        assert "listens" in serve.stderr.readline()
+        (tmp_path / "config.ini").unlink()
+        serve.send_signal(signal.SIGHUP)
+        line = serve.stderr.readline()
+
+    assert 'configuration not reloaded error="./config.ini: cannot be read' in line
+
+
 def test_serve_goes_by_its_options_and_is_found_by_config_ini_over_tls_or_a_unix_socket(
     tmp_path: Path, ca: PrivateCA
 ) -> None:
