@@ -2067,7 +2067,7 @@ OF_THE_SESSION = (
     r"|too many (AUTH commands|new TLS sessions|sessions|connections)|sending rate exceeded|per second limit"
     r"|peak smtp relay limit|rate limit (exceeded|reached)|try again in \d+ seconds"
 )
-NAMED_PAUSE = r"(?i)(?:again|wait|retry)\D{0,20}?(\d{1,4}) ?(s|m)"
+NAMED_PAUSE = r"(?i)(?:again|wait|retry)\D{0,20}?0*([1-9]\d{0,3}) ?(s|m)"
 LONGEST_NAMED_PAUSE_S = 3600.0
 BEFORE_MAIL = (Stage.CONNECT, Stage.TLS, Stage.EHLO, Stage.AUTH)
 

@@ -2971,6 +2971,16 @@ def test_giving_up_is_sent_when_a_server_has_it_for_somebody() -> None:
     assert waits.recipients["b"].status is sent.recipients["b"].status is STATUS.ERROR
 
 
+@pytest.mark.parametrize(
+    ("words", "pause_s"),
+    [("1 seconds", 1), ("92 seconds", 92), ("05 min", 300), ("9000 s", 3600), ("0 seconds", None), ("00s", None)],
+)
+def test_a_pause_that_the_server_names_is_kept_unless_it_is_none(words: str, pause_s: float | None) -> None:
+    reply = word("connect", 421, f"Too many connections, try again in {words}")
+
+    assert mailproxy.about(reply, mailproxy.Account("main", "mx.test", 25), relays=False).pause_s == pause_s
+
+
 def test_a_message_in_doubt_is_told_so_whatever_ends_it_before_its_retry() -> None:
     waits = settled({"a": LOST_AFTER_THE_DOT})
 
