@@ -3346,8 +3346,7 @@ class QueueFile:
         """The one that writes, or reads; a new one after a failure, too: what is on disk was uncertain then."""
         if writes:
             return self.connect()
-        uri = f"file:{urllib.parse.quote(self.path)}?mode=ro"
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+        connection = sqlite3.connect(f"file:{urllib.parse.quote(self.path)}?mode=ro", uri=True, isolation_level=None)
         connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         return connection
 
@@ -4229,8 +4228,7 @@ class Queue:
 
     async def as_claim(self, id_: str) -> Claim | None:
         """A message as claim() hands it out, but without its payload, and not taken out; or None."""
-        sql = f"SELECT {CLAIM_COLUMNS} FROM messages WHERE id = :id"  # noqa: S608 - constants only
-        rows = await self._ask(sql, id=id_, small=0)
+        rows = await self._ask(f"SELECT {CLAIM_COLUMNS} FROM messages WHERE id = :id", id=id_, small=0)  # noqa: S608
         return _claim_of(list(rows[0].values())) if rows else None
 
     async def page(
@@ -4535,8 +4533,7 @@ def _timeline_entry(outcome: Outcome) -> tuple[object, ...]:
     }
     when = (claim.seq, claim.seq, attempt.started_at, attempt.ended_at)
     said = (telling.stage, telling.code, telling.enhanced_code, telling.text)
-    shown = as_json(recipients) if recipients else None
-    return (*when, disposition.status, *said, shown, attempt.connection or None)
+    return (*when, disposition.status, *said, as_json(recipients) if recipients else None, attempt.connection or None)
 
 
 # ======================================================================
@@ -7708,9 +7705,9 @@ class ServedConnection(Served):
     async def _read_body(self, length: int | None, *, kept: bool) -> bytes:
         """A body of this length, or in chunks when it is None (RFC 9112 7.1); b"" unless it is to be kept."""
         body = io.BytesIO(bytes(length or 0)) if kept else None  # to grow is to copy; its getvalue() is no copy
-        size, left = 0, length
-        while left is None or left:
-            if left is None:
+        size, left, most = 0, length or 0, self.server.limits.max_body_bytes
+        while length is None or left:
+            if not left:
                 size_field = CHUNK_SIZE.fullmatch(await self._line())
                 if not size_field:
                     raise HttpError(400, "the size of a chunk is malformed")
@@ -7718,7 +7715,6 @@ class ServedConnection(Served):
                 if not left:
                     break
                 size += left
-                most = self.server.limits.max_body_bytes
                 ensure(size <= most, 413, f"the body is larger than {most} bytes")
             if not self._buffer:
                 await self._receive(self.server.limits.body_timeout_seconds)
@@ -7728,7 +7724,6 @@ class ServedConnection(Served):
                 body.write(piece)
             if length is None and not left:
                 ensure(not await self._line(), 400, "a chunk is longer than its size")
-                left = None
         trailers = 0
         while length is None and (line := await self._line()):
             trailers += 1
@@ -9615,8 +9610,7 @@ def operation_of(row: Route) -> dict[str, object]:
     statuses = {400, 403, 408, 413, 431, 503, *row.refusals}
     statuses |= {status for status, may_be in ((401, not row.public), (404, parameters), (415, row.body)) if may_be}
     for name, (kind, words) in row.query.items():
-        schema = json_schema(kind.json)
-        parameters.append({"name": name, "in": "query", "description": words, "schema": schema})
+        parameters.append({"name": name, "in": "query", "description": words, "schema": json_schema(kind.json)})
     content = answered_as(row.answer)
     if "/" in row.answer:  # the second is for generators that know no other
         content = answered_as("string", row.answer, *([] if "text/" in row.answer else ["application/octet-stream"]))
@@ -10438,8 +10432,7 @@ class Daemon:
         if place:
             tls = server_tls_context(submission if submission.tls_cert else settings.server)
             (_, own_port), *_ = await self._smtp.start_tcp(host, int(port), tls)
-            at = f"{place.rpartition(':')[0]}:{own_port}"
-            event(self._log, logging.INFO, "submission by SMTP listens", at=at)
+            event(self._log, logging.INFO, "submission by SMTP listens", at=f"{place.rpartition(':')[0]}:{own_port}")
 
     def _most_clients(self) -> int:
         """How many HTTP connections there may be: clients must not take the files that delivery needs."""
@@ -10498,11 +10491,9 @@ class Daemon:
     async def _drain(self, loops: Sequence[asyncio.Task[None]]) -> None:
         """Answer the requests in progress, finish the transactions on the wire, then the loops."""
         timeout_s = self.settings.delivery.shutdown_timeout_seconds
-        on_the_wire = self._queue.in_delivery
-        event(self._log, logging.INFO, "stopping", on_the_wire=on_the_wire, timeout_seconds=timeout_s)
+        event(self._log, logging.INFO, "stopping", on_the_wire=self._queue.in_delivery, timeout_seconds=timeout_s)
         drained = asyncio.create_task(self._dispatcher.drain())
-        servers = (self._http, self._local, self._smtp)
-        closing = asyncio.gather(*(server.stop(max(timeout_s, 5)) for server in servers))
+        closing = asyncio.gather(*(one.stop(max(timeout_s, 5)) for one in (self._http, self._local, self._smtp)))
         if not await self._ends(drained, timeout_s):
             event(self._log, logging.WARNING, "deliveries were cut off", on_the_wire=self._queue.in_delivery)
         self._dispatcher.cut()
