@@ -5524,16 +5524,19 @@ def test_mail_for_a_lane_of_another_node_is_on_the_wire_at_once(pair: Pair) -> N
 
 
 def test_lanes_that_get_mail_together_are_shared_among_the_nodes(pair: Pair) -> None:
-    lanes = [pair.lane() for _ in range(8)]
-    ask(pair.a, "/commands/suspend")
-    wait_until(lambda: not pair.b.status()["active"], "the suspension", 5)
-    pair.b.submit(*(letter(lane, account_id=lane) for lane in lanes))
+    for number in itertools.count(1):
+        lanes = [pair.lane() for _ in range(8)]
+        ask(pair.a, "/commands/suspend")
+        wait_until(lambda: not pair.b.status()["active"], "the suspension", 5)
+        pair.b.submit(*(letter(lane, account_id=lane) for lane in lanes))
 
-    ask(pair.a, "/commands/activate")
+        ask(pair.a, "/commands/activate")
 
-    for lane in lanes:
-        pair.a.wait_status(lane, "sent")
-    assert {owner(pair.a, lane) for lane in lanes} == {"a", "b"}
+        for lane in lanes:
+            pair.a.wait_status(lane, "sent")
+        if {owner(pair.a, lane) for lane in lanes} == {"a", "b"}:
+            return
+        assert number < 8  # where one had no processor meanwhile, the other took them all
 
 
 def test_a_message_on_the_wire_of_another_node_is_neither_deleted_nor_replaced(pair: Pair) -> None:
