@@ -5096,8 +5096,8 @@ class Leases:
         return await self.file.write(lambda db: db.execute(sql, values).fetchall())
 
     async def enter(self) -> None:
-        """Begin, or begin anew, with no lanes. A row of this name is waited for: it may be that of a process that is
-        gone. Raises ConfigurationError when it is renewed meanwhile, StorageUnavailable."""
+        """Begin, or begin anew, with no lanes. Raises ConfigurationError when a row of this name is renewed, and
+        StorageUnavailable while there is one that is not: it is that of a process that is gone, and runs out."""
         if self.node is None:
             return
         mine = secrets.token_hex(8)
@@ -5109,10 +5109,14 @@ class Leases:
             return db.execute("SELECT until_ts FROM nodes WHERE node = :node AND instance <> :mine", values).fetchone()
 
         self._held.clear()
-        began, before = uptime(), None
+        before, began = None, (asked := uptime())
         while (found := await self.file.write(work)) is not None:
             if before not in (None, found):
                 raise ConfigurationError(f"the node {self.node} runs already: give each daemon a `node` of its own")
+            if uptime() > asked + 2 * self._beat_s:
+                raise StorageUnavailable(
+                    f"the lease of the node {self.node}, which did not end in order, is not over yet"
+                )
             before = found
             await asyncio.sleep(self._beat_s / 2)
             began = uptime()
@@ -9424,7 +9428,6 @@ LISTING_PATIENCE_S = 0.7  # a listing with a limit that finds nothing ends then:
 ALL_REJECTED = "all messages rejected"
 NO_MESSAGE = "there is no message with this id"
 NO_ACCOUNT = "there is no account with this id"
-DATABASE_AWAY = "the database of the queue does not answer yet"
 NOT_FOUND = "account not found"
 NO_DEFAULT = "missing account configuration"
 TWICE = "duplicate id in this batch"
@@ -9648,7 +9651,7 @@ class ControlPlane:
     dispatcher: Dispatcher
     reporter: Reporter
     settings: Callable[[], Settings]
-    waits: bool = False  # for a database that has not answered since the start
+    waits: str = ""  # why it has not begun: the database has not answered since the start
     _configured: Sequence[Account] = ()
     _known: Known | None = None  # what the lanes go by
     _wrote_at: float = -math.inf  # for a look whether the storage answers
@@ -9689,7 +9692,7 @@ class ControlPlane:
 
     async def check_ready(self, request: Request) -> Response:
         """Check readiness: the storage answers, both loops run."""
-        ensure(not self.waits, 503, DATABASE_AWAY)
+        ensure(not self.waits, 503, self.waits)
         if problem := self.stalled_loop():
             raise HttpError(503, problem, code="internal")
         # Anybody may ask, so it is tried once a second at most.
@@ -10320,7 +10323,7 @@ class Daemon:
             loop.add_signal_handler(signal.SIGHUP, self._asked_to_renew.set)
         try:
             await self._build()
-            self._control.waits = not await self._begin()
+            await self._begin()
             status = await self._serve(await self._listen(), started)
         finally:
             await self._queue.file.close()
@@ -10336,21 +10339,21 @@ class Daemon:
             self._hurry.set()
         self._stopping.set()
 
-    async def _begin(self) -> bool:
-        """Open the queue, and take up what was left in it; False while its database is away."""
-        configured = configured_accounts(self.settings)
+    async def _begin(self) -> None:
+        """Open the queue, and take up what was left in it, unless its database is away: then it is to be tried again."""
+        configured, waited = configured_accounts(self.settings), self._control.waits
         try:
             await self._network(self._queue.file.open)
             await self._queue.load()
             await self._control.take_over(configured)
             await self._leases.enter()
+            self._control.waits = ""
         except StorageUnavailable as error:
             if self._node is None:
                 raise ConfigurationError(str(error)) from None
-            if not self._control.waits:
+            self._control.waits = str(error)
+            if not waited:
                 event(self._log, logging.WARNING, "the database is waited for", error=str(error))
-            return False
-        return True
 
     async def _build(self) -> None:
         settings, queue = self.settings, self._queue
@@ -10457,7 +10460,7 @@ class Daemon:
         while self._control.waits and not self._stopping.is_set():
             self._systemd.tell("READY=1")
             await self._ends(asyncio.create_task(self._stopping.wait()), STORAGE_PAUSE_S)
-            self._control.waits = not await self._begin()
+            await self._begin()
         if self._control.waits:  # there is nothing to finish
             self._dispatcher.stop()
             self._reporter.stop()
@@ -10655,7 +10658,7 @@ class Daemon:
                 words = "Invalid or missing API token"
                 raise HttpError(401, words, headers={"WWW-Authenticate": "Bearer"}, detail=words)
         if self._control.waits and not is_public:
-            raise StorageUnavailable(DATABASE_AWAY)
+            raise StorageUnavailable(self._control.waits)
 
     def _may_log_in(self, password: str, peer: str) -> bool:
         """True for one of the tokens, by SMTP; for any password while none is configured."""
