@@ -1806,8 +1806,8 @@ WRONG_VALUES = [
     ("delivery retry_delays", ["1,soon", ","], '"{}" is not a list of whole seconds'),
     ("delivery retry_delays", [""], "is empty"),
     ("delivery default_priority", ["4"], "is not 0 to 3, or immediate, high, medium, low"),
-    ("delivery redirect_to", ["nobody"], '"{}" is not a mail address'),
-    ("delivery allow_recipients", ["a@b, c"], "is not a list of mail addresses or @domains"),
+    ("delivery redirect_to", ["nobody", "<a@b.test>"], '"{}" is not a mail address'),
+    ("delivery allow_recipients", ["a@b, c", "<a@b.test>"], "is not a list of mail addresses or @domains"),
     ("delivery max_retries", ["1\n  2"], "continues on several lines"),
     (
         "attachments allow_hosts",
