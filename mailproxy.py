@@ -11047,7 +11047,8 @@ def send_csv(client: Client, path: str, common: Mapping[str, Any], *, show_answe
 
 
 def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int, dict[str | None, Any]]]:
-    """The rows of a CSV file by column, each with its line. Blocking. Raises ConfigurationError, CommandFailed."""
+    """The rows of a CSV file that are not empty, by column, each with its line. Blocking. Raises ConfigurationError,
+    CommandFailed."""
     import csv
 
     try:
@@ -11071,7 +11072,7 @@ def csv_rows(path: str, *, known_anyway: Mapping[str, object]) -> list[tuple[int
         for name in ("from", "to", "subject"):
             if name not in columns and name not in known_anyway:
                 raise ConfigurationError(f"{path}: the column {name} is missing; add it, or give --{name} for all rows")
-        return [(reader.line_num, row) for row in reader]
+        return [(reader.line_num, row) for row in reader if any("".join(cell or ()).strip() for cell in row.values())]
     except csv.Error as error:
         raise CommandFailed(f"{path} line {reader.reader.line_num} is not CSV: {error}") from None
 
