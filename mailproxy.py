@@ -10521,9 +10521,17 @@ class Daemon:
         """Submit what sendmail could not, and remove it: cut off in between, it is known by its id the next time."""
         while True:
             spool, most_bytes = self.settings.sendmail.spool or "", self.settings.server.max_body_bytes
+            failures: list[OSError] = []
             try:
                 for path in await self._work(functools.partial(spooled_files, spool)) if spool else ():
-                    await self._take_file(path, most_bytes)
+                    try:
+                        await self._take_file(path, most_bytes)
+                    except FileNotFoundError:
+                        pass  # who left it has taken it back
+                    except OSError as error:  # it can be neither removed nor renamed; the others are taken
+                        failures.append(error)
+                if failures:
+                    raise failures[0]
                 await asyncio.sleep(SPOOL_PAUSE_S)
             except (OSError, StorageUnavailable) as error:
                 event(self._log, logging.ERROR, "the spool cannot be used", spool=spool, error=str(error))

@@ -16503,6 +16503,36 @@ def test_nothing_in_the_spool_harms_the_daemon_or_anybodys_files(smtp: SmtpServe
         assert received.recipients == ["ok@example.com"]
 
 
+def test_a_spooled_mail_that_cannot_be_removed_or_is_taken_back_holds_up_no_other(smtp: SmtpServer) -> None:
+    with installed_daemon(smtp) as daemon:
+        spool = daemon.folder / "state" / "spool"
+        spool.mkdir()
+        spool.chmod(0o1777)  # and root's: the daemon may remove nothing
+        for id_ in "first", "second":
+            (spool / id_).write_text(json.dumps({"messages": [mail(id_)]}))
+        daemon.start()
+
+        smtp.wait_for(2)
+        assert "Operation not permitted" in daemon.wait_for_log("the spool cannot be used")
+        wait_until(lambda: len(listed(daemon)) == 2, "both")
+        daemon.stop()
+
+        os.chown(spool, NOBODY, NOBODY)
+        for file in spool.iterdir():
+            file.unlink()
+        taken_back = [spool / f"1-{n}" for n in range(200)]
+        for file in taken_back:
+            file.write_text("x")
+        (spool / "2").write_text(json.dumps({"messages": [mail("third")]}))
+        daemon.start()
+        wait_until(lambda: not taken_back[0].exists(), "the first look at them")
+        for file in taken_back[:0:-1]:
+            file.unlink(missing_ok=True)
+
+        smtp.wait_for(3)
+        assert "the spool cannot be used" not in daemon.log.split("stopped status=0")[1]
+
+
 @pytest.mark.parametrize(
     ("program", "script", "sender", "subject", "body"),  # run by sh, $SENDMAIL in its environment
     [
