@@ -3174,6 +3174,8 @@ class QueueFile:
         sqlite3.register_adapter(list, as_json)  # for IN (SELECT value FROM json_each(:values))
         if not os.path.isdir(self.folder):
             raise ConfigurationError(f"the folder {self.folder} of db_path does not exist; create it first")
+        if os.path.exists(self.path) and not os.path.isfile(self.path):  # nobody else could use a device any more
+            raise ConfigurationError(f"{self.path} is not a regular file; choose another db_path")
         try:
             with contextlib.ExitStack() as undo:
                 self._lock(undo)
@@ -3220,6 +3222,8 @@ class QueueFile:
                 f"the queue {self.path} was written by a newer mailproxy (schema {version}, this one knows "
                 f"{newest}); start that one, or restore a backup"
             )
+        if not version and connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+            raise ConfigurationError(f"{self.path} is a database of another program; choose another db_path")
         if version < newest:
             script = self._migrations[version - 1] if version else self._schema
             for function in self._functions:

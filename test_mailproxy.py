@@ -4286,6 +4286,24 @@ def test_a_migration_that_is_killed_is_undone_and_repeated(tmp_path: Path) -> No
         assert rows_of(tmp_path, "PRAGMA user_version") == [len(mailproxy.MIGRATIONS) + 2]
 
 
+def test_what_is_no_queue_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    pipe, folder, foreign = (tmp_path / name / "queue.db" for name in ("pipe", "folder", "foreign"))
+    folder.mkdir(parents=True)
+    for place in pipe, foreign:
+        place.parent.mkdir()
+    os.mkfifo(pipe, 0o666)
+    with contextlib.closing(sqlite3.connect(foreign)) as other:
+        other.execute("CREATE TABLE theirs (a)")
+    pipe_mode = pipe.stat().st_mode
+
+    for place, flaw in (pipe, "not a regular file"), (folder, "not a regular file"), (foreign, "of another program"):
+        with pytest.raises(mailproxy.ConfigurationError, match=f"{place} is .*{flaw}"), queue_file(place.parent):
+            pass
+
+    assert (pipe.stat().st_mode, os.listdir(pipe.parent)) == (pipe_mode, ["queue.db"])
+    assert rows_of(foreign.parent, "SELECT name FROM sqlite_master") == ["theirs"]
+
+
 def test_an_sqlite_that_is_too_old_and_a_folder_that_is_not_there_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
