@@ -8895,8 +8895,9 @@ class Dispatcher(Loop):
                 self._spawn(session.quit())
 
     async def _deliver(self, lane: Lane, claim: Claim, composed: Composed | None) -> None:
-        """Bring one message to its disposition, or put it back untouched; it may take several transactions."""
-        turn, transacting = Turn(chunking=not claim.attempts), False
+        """Bring one message to its disposition, or put it back; it may take several transactions, of which none begins
+        in a lane that was called back."""
+        turn, generation, transacting = Turn(chunking=not claim.attempts), lane.generation, False
         try:  # a message without parts has nothing that cannot be fetched
             composed = composed or cast(Composed, self.compose(claim, claim.payload or ""))
             if claim.recipients:  # redirect_to may have come or gone: nothing waits for those it has no more
@@ -8906,6 +8907,9 @@ class Dispatcher(Loop):
             transacting = True
             while (goes_on := await self._transact(lane, claim, composed, turn)) is not None:
                 claim = goes_on
+                if generation != lane.generation:
+                    await self._release(lane, claim)
+                    break
         except Exception as error:
             await self._fail_internally(lane, claim, error, in_doubt=transacting)
         finally:
@@ -9062,7 +9066,7 @@ class Dispatcher(Loop):
             return None
         elif disposition.lane is not LaneSignal.NONE and generation == lane.generation:
             self._cool(lane, disposition)
-        if disposition.status is not Status.QUEUED or self._stopping or lane.deleted or lane.state is LaneState.COOLING:
+        if disposition.status is not Status.QUEUED:
             await self._conclude(lane, claim, attempt, disposition)
             return None
         left, served = claim.slots - await self._record(lane, claim, attempt, disposition), disposition.slot_used

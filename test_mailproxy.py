@@ -12098,6 +12098,30 @@ def test_a_suspended_account_delivers_nothing_and_others_go_on(tmp_path: Path, s
         assert len(smtp.received) == 26
 
 
+@pytest.mark.parametrize(
+    "switch", ["/account/main/{}", "/commands/{}", "/commands/{}?batch_code=b"], ids=["account", "all", "batch"]
+)
+def test_a_message_to_many_rests_between_two_transactions_once_it_is_suspended(
+    tmp_path: Path, smtp: SmtpServer, switch: str
+) -> None:
+    with SleepyDaemon(tmp_path, smtp=smtp) as daemon:
+        ask(daemon, "/account", account_at("main", smtp, max_recipients=1))
+        everybody = [f"slow100ms@{n}.example.com" for n in range(8)]
+        daemon.submit(letter("m", *everybody, account_id="main", batch_code="b"))
+        smtp.wait_for(2)
+
+        ask(daemon, switch.format("suspend"))
+        arrived = len(smtp.received)
+        wait_still(daemon)
+        assert len(smtp.received) <= arrived + 1  # what was on the wire is finished
+        assert (daemon.message("m")["status"], len(smtp.received) < 8) == ("queued", True)
+
+        ask(daemon, switch.format("activate"))
+        wait_sent(daemon, "m")
+        assert sorted(one.recipients[0] for one in smtp.received) == everybody
+        assert daemon.message("m")["attempts"] == 1
+
+
 @both_engines
 def test_the_mail_of_a_deleted_account_ends_as_errors(
     tmp_path: Path, smtp: SmtpServer, reports: ReportReceiver, black_hole: socket.socket
