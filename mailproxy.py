@@ -9949,8 +9949,7 @@ class ControlPlane:
     async def retry_messages(self, request: Request) -> Response:
         """Queue failed messages again."""
         ids = ids_of(await request.json_object())
-        if self.leases.node:
-            await self.take_over()  # an account may have been added through another node just now
+        await self._look_for()
         queued, not_found, not_failed, of_no_account = await self.queue.retry(ids, self.dispatcher.lanes.keys())
         self.dispatcher.wake(self.dispatcher.lanes)
         self.reporter.ring()
@@ -10037,6 +10036,8 @@ class ControlPlane:
 
     async def list_accounts(self, request: Request) -> Response:
         """List accounts, without their secrets."""
+        with contextlib.suppress(StorageUnavailable):
+            await self._look_for()
         accounts = [account_fields(lane.account) for lane in self.dispatcher.lanes.values()]
         return json_response({"ok": True, "accounts": accounts})
 
@@ -10150,9 +10151,9 @@ class ControlPlane:
         lane = self.dispatcher.lanes.get(account_id)
         return lane.account if lane else None
 
-    async def _look_for(self, account_ids: set[str]) -> None:
-        """Several machines: those that are not known here may have been added through another node just now."""
-        if self.leases.node and not account_ids <= self.dispatcher.lanes.keys():
+    async def _look_for(self, account_ids: set[str] | None = None) -> None:
+        """Several machines: those that are not known here (None: any) may have been added through another node just now."""
+        if self.leases.node and (account_ids is None or not account_ids <= self.dispatcher.lanes.keys()):
             await self.take_over()
 
     def _refuse_configured(self, account_id: str) -> None:

@@ -5622,13 +5622,15 @@ def test_nothing_is_sent_that_was_submitted_after_another_node_suspended_it(pair
 
 def test_an_account_added_through_one_node_is_known_to_the_next_request_at_another(pair: Pair) -> None:
     for number in range(3):
-        lanes = [f"added-{number}-{what}" for what in ("mail", "switched", "deleted")]
+        lanes = [f"added-{number}-{what}" for what in ("mail", "switched", "listed", "deleted")]
         for lane in lanes:
             ask(pair.a, "/account", account_at(lane, pair.smtp))
             if lane is lanes[0]:
                 pair.b.submit(letter(lane, account_id=lane))
             elif lane is lanes[1]:
                 ask(pair.b, f"/account/{lane}/suspend")
+            elif lane is lanes[2]:
+                assert lane in [account["id"] for account in pair.b.get("/accounts").json["accounts"]]
             else:
                 assert pair.b.delete(f"/account/{lane}").status == 200
         pair.a.wait_status(lanes[0], "sent")
