@@ -1441,8 +1441,7 @@ _QUOTED_STRING = re.compile(_QUOTED)
 _MAILBOX = re.compile(
     rf"""(?: (?P<name> (?: {_QUOTED} | [^",<>:;\\] )*+ ) < (?P<angle> (?: {_QUOTED} | [^"<>] )*+ ) >
            | (?P<bare> (?: {_QUOTED} | \[[^\[\]\s]*+\] | [^\s",<>():;\\\[\]] )++ )
-             \s*+ (?: \( (?P<comment> [^()]*+ ) \) )?+
-         ) \s*+ (?: , [\s,]*+ | \Z )""",
+         ) \s*+ (?: \( (?P<comment> [^()]*+ ) \) \s*+ )?+ (?: , [\s,]*+ | \Z )""",
     re.VERBOSE,
 )
 
@@ -1472,11 +1471,11 @@ def _mailboxes_of(text: str, field: str) -> Iterator[Mailbox]:
         found = _MAILBOX.match(text, start)
         if found is None:
             raise Rejected(f"invalid {field}: {_shown(text[start:])} is not an address")
-        start = found.end()
+        start, comment = found.end(), (found["comment"] or "").strip()
         if found["bare"] is not None:
-            yield Mailbox((found["comment"] or "").strip(), parse_addr_spec(found["bare"], field))
+            yield Mailbox(comment, parse_addr_spec(found["bare"], field))
             continue
-        name = found["name"].strip()
+        name = found["name"].strip() or comment
         if '"' in name:
             name = _QUOTED_STRING.sub(lambda quoted: re.sub(r"\\(.)", r"\1", quoted[0][1:-1]), name)
         yield Mailbox(_decoded(name, field), parse_addr_spec(found["angle"], field))

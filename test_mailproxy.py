@@ -2299,6 +2299,7 @@ MAILBOXES = [
     (r'"say \"hi\" \\" <a@b.com>', 'say "hi" \\|a@b.com'), ('Dr. "Who <is>" X <a@b.com>', "Dr. Who <is> X|a@b.com"),
     ("Bob (Sales) <a@b.com>", "Bob (Sales)|a@b.com"), ("a@b.com (Cron Daemon)", "Cron Daemon|a@b.com"),
     ("a@b.com <a@b.com>", "a@b.com|a@b.com"), ("=?utf-8?b?SsO2cmc=?= <a@b.com>", "Jörg|a@b.com"),
+    ("Ann <a@b.com> (Sales)", "Ann|a@b.com"), ("<a@b.com>(Ann) , c@d.com ( Carl )", "Ann|a@b.com", "Carl|c@d.com"),
     ("=?nonsense?q?x?= <a@b.com>", "=?nonsense?q?x?=|a@b.com"),
     ("=?utcß-8?b?SsO8cmdl?= <a@b.com>", "=?utcß-8?b?SsO8cmdl?=|a@b.com"), ("a@b.com,,c@d.com,", "|a@b.com", "|c@d.com"),
     (["Ann <a@b.com>", "c@d.com"], "Ann|a@b.com", "|c@d.com"), ('"john doe"@b.com', '|"john doe"@b.com'),
