@@ -40,6 +40,7 @@ import platform
 import pty
 import random
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -16576,6 +16577,25 @@ def test_a_spooled_mail_that_cannot_be_removed_or_is_taken_back_holds_up_no_othe
 
         smtp.wait_for(3)
         assert "the spool cannot be used" not in daemon.log.split("stopped status=0")[1]
+
+
+def test_spooled_mail_waits_while_the_daemon_is_out_of_descriptors(tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    for n in range(300):
+        (spool / f"{n:03}").write_text(json.dumps({"messages": [mail(f"m-{n}")]}))
+    with Daemon(tmp_path, {**QUIET, "sendmail": {"spool": spool}}, environment=HASTE) as daemon:
+        assert daemon.process
+        wait_until(lambda: not (spool / "000").exists(), "the first mail to be taken", pause=0.001)
+        limits = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        assert "Too many open files" in daemon.wait_for_log("the spool cannot be used")
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, limits)
+
+        wait_until(
+            lambda: daemon.status()["pending"] == 300, lambda: f"all mail; there is {daemon.status()['pending']}"
+        )
+        assert "set aside" not in daemon.log
 
 
 @pytest.mark.parametrize(
