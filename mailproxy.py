@@ -9253,7 +9253,7 @@ def parse_acknowledgement(status: int, body: bytes) -> Acknowledgement:
         return Acknowledgement("refused", f"the upstream answered {status}", remarks=remarks)
     if answer.get("ok") is False:
         return Acknowledgement("refused", "the upstream answered ok: false", remarks=remarks)
-    numbers = {name: value for name, value in answer.items() if type(value) in (int, float) and abs(value) < 2**53}
+    numbers = {name: one for name, one in answer.items() if type(one) in (int, float) and abs(one) <= LATEST_TIME}
     queued, after = max(numbers.get("queued", 0), 0), numbers.get("next_sync_after")
     return Acknowledgement("acknowledged", None, int(queued), after, remarks)
 

@@ -12764,7 +12764,7 @@ def test_of_an_acknowledgement_only_sensible_numbers_count_and_remarks_are_not_e
     numbers[b'"next_sync_after": 1800000000.5'] = (0, 1_800_000_000.5)
     for nothing in (b"0", b"-1", b"true", b'"3"', b'null, "next_sync_after": null', b"1" + b"0" * 5000):
         numbers[b'"queued": ' + nothing] = (0, None)
-    for nothing in (b"true", b"NaN", b"Infinity", b"1" + b"0" * 400):
+    for nothing in (b"true", b"NaN", b"Infinity", b"1" + b"0" * 400, b"1800000000000"):  # the last is in milliseconds
         numbers[b'"next_sync_after": ' + nothing] = (0, None)
 
     for fields, expected in numbers.items():
