@@ -11657,14 +11657,14 @@ def _follow(client: Client, args: argparse.Namespace, filters: Mapping[str, obje
 def _newest(client: Client, filters: Mapping[str, object], known: Mapping[str, object]) -> list[Any]:
     """The newest messages, oldest first; many more of them where all are new."""
     for most in (FOLLOWED_MESSAGES, LISTING_LIMIT):
-        records = _page(client, {**filters, "order": "desc", "limit": most})["messages"]
+        records = client.ask("GET", _with_query("/messages", {**filters, "order": "desc", "limit": most}))["messages"]
         if not known or any(record["id"] in known for record in records):
             break
     return cast("list[Any]", records[::-1])
 
 
-def _page(client: Client, query: Mapping[str, object]) -> dict[str, Any]:
-    return client.ask("GET", f"/messages?{urllib.parse.urlencode(query, errors='surrogateescape')}")
+def _with_query(path: str, query: Mapping[str, object]) -> str:
+    return f"{path}?{urllib.parse.urlencode(query, errors='surrogateescape')}" if query else path
 
 
 def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -11686,20 +11686,20 @@ def ask_daemon(request: str, words: Words, args: argparse.Namespace, environ: Ma
             return 0
     if "follow" in args and args.follow:
         _follow(client, args, {name: value for name, value in filters.items() if name != "after"})
-    if filters:
-        path = f"{path}?{urllib.parse.urlencode(filters, errors='surrogateescape')}"
-    fields = client.ask(method, path, {"ids": args.ids} if "ids" in args else None, shown=args.json)
+    ids = {"ids": args.ids} if "ids" in args else None
+    fields = client.ask(method, _with_query(path, filters), ids, shown=args.json)
     if not args.json:
         while fields.get("next") and len(fields["messages"]) < args.limit:  # a search may take more than one answer
             more = {"after": fields["next"], "limit": args.limit - len(fields["messages"])}
-            page = _page(client, {**filters, **more})
+            page = client.ask("GET", _with_query(path, {**filters, **more}))
             fields = {**page, "messages": fields["messages"] + page["messages"]}
         whose = f" of account {args.account}" if account else ""
         whose = f" of batch {filters['batch_code']}" if "batch_code" in filters else whose
         messages = counted(fields.get("queued", fields.get("removed", 0)), "message")
         print(words.format(whose=whose, messages=messages) if isinstance(words, str) else "\n".join(words(fields)))
         if fields.get("next"):
-            print(f"There are more; --after {fields['next']} shows them.", file=sys.stderr)
+            order = "--order desc " if filters.get("order") == "desc" else ""
+            print(f"There are more; {order}--after {fields['next']} shows them.", file=sys.stderr)
     if path == "/status":
         client.ask("GET", "/ready")
     reasons = {"not_found": "not found", "not_failed": "not failed", "in_delivery": "in delivery"}

@@ -15731,6 +15731,9 @@ def test_a_long_list_says_how_to_go_on_and_following_begins_with_the_newest(daem
     assert list(printed_rows(first.stdout, "ID")) == ids[:50]
     assert list(printed_rows(second.stdout, "ID")) == ids[50:]
     assert second.stderr == ""
+    backwards = re.search(r"There are more; (--.+) shows them", asking("messages", "--last", 2).sentence)
+    assert backwards
+    assert list(printed_rows(asking("messages", *backwards[1].split(), "--limit", 3).stdout, "ID")) == ids[-3:-6:-1]
 
     client = mailproxy.Client(url_of(daemon))
     newest, more = (mailproxy._newest(client, {}, known) for known in ({}, {"m100": ""}))
