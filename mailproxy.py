@@ -10554,7 +10554,7 @@ class Daemon:
         except (StorageUnavailable, FileNotFoundError):
             raise
         except Exception as error:  # whatever somebody put there must not stop the others
-            if isinstance(error, OSError) and error.errno not in (errno.ELOOP, errno.EACCES, errno.ENXIO):
+            if isinstance(error, OSError) and error.errno not in LASTING_FILE_ERRORS:
                 raise  # not its fault: out of descriptors or memory, for now
             rejected = error.extra.get("rejected") if isinstance(error, HttpError) else None
             reason = rejected[0]["reason"] if rejected else str(error)
