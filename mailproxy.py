@@ -10485,7 +10485,8 @@ class Daemon:
         failure = None
         for task in ended - {asked}:
             failure = None if task.cancelled() else task.exception()
-            if not isinstance(failure, ConfigurationError):  # another node took the name meanwhile
+            by_us = self._stopping.is_set() and not failure
+            if not by_us and not isinstance(failure, ConfigurationError):  # another node took the name meanwhile
                 event(self._log, logging.CRITICAL, "a loop ended", loop=task.get_name(), exc_info=failure)
         status = 0 if self._stopping.is_set() else 1
         asked.cancel()

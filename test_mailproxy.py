@@ -15323,6 +15323,17 @@ def test_serve_that_cannot_start_says_why_and_exits_2(tmp_path: Path, daemon: Da
     assert f"127.0.0.1:{daemon.port}" in same_port.stderr.splitlines()[-1]
 
 
+def test_serve_that_is_stopped_while_it_waits_for_its_database_ends_without_an_alarm(tmp_path: Path) -> None:
+    with running("serve", "--db", "postgresql://u@127.0.0.1:9/x", "--port", "0", cwd=tmp_path) as process:
+        while "mailproxy listens" not in (line := process.stderr.readline()):
+            assert line
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+
+    assert process.returncode == 0
+    assert [line.split()[1] for line in said.splitlines()] == ["INFO", "INFO"]
+
+
 def test_check_shows_what_is_in_force_and_where_it_comes_from_but_no_secret(
     tmp_path: Path, here: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
