@@ -1092,7 +1092,7 @@ def reveal(secret: Secret, environ: Mapping[str, str]) -> str:
         if kind == "env":
             text = environ.get(name, "")
         elif stat.S_ISREG(os.stat(name).st_mode):
-            with open(name, encoding="utf-8", newline="") as file:
+            with open(name, encoding="utf-8-sig", newline="") as file:
                 text = file.read().removesuffix("\n").removesuffix("\r")
         else:  # a pipe could block for ever
             raise SecretUnavailable(f"{secret.given} is not a regular file")

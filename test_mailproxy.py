@@ -1991,8 +1991,9 @@ def test_several_tokens_are_valid_at_a_time_wherever_they_stand(tmp_path):
 def test_a_secret_is_itself_or_in_the_environment_or_in_a_file_without_its_last_line_end(tmp_path):
     path, key = tmp_path / "secret", bytes(range(24))
     for content, secret in [("s3cret", "s3cret"), ("s\n", "s"), ("s\r\n", "s"), ("s\n\n", "s\n"), (" s3 é ", " s3 é ")]:
-        path.write_bytes(content.encode())
-        assert mailproxy.reveal(mailproxy.Secret(f"file:{path}"), {}) == secret
+        for encoding in "utf-8", "utf-8-sig":  # which Windows writes
+            path.write_bytes(content.encode(encoding))
+            assert mailproxy.reveal(mailproxy.Secret(f"file:{path}"), {}) == secret
 
     assert mailproxy.reveal(mailproxy.Secret("env:X"), {"X": "s3cret"}) == "s3cret"
     assert mailproxy.reveal(mailproxy.Secret("environment"), {}) == "environment"
