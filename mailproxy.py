@@ -11141,8 +11141,10 @@ _OF_ADDRESS_LIST = re.compile(  # of words (a, q), domain literals (d), specials
     rf",|[aq][aq.]*+:|;(?=,|\Z)|(?:(?:({_LOCAL}{_AT_DOMAIN})|[aq][aqd.]*+)?<(?:@[ad.@,]*+:)?((?:{_LOCAL}(?:{_AT_DOMAIN})?)?)>"
     rf"|({_LOCAL}(?:{_AT_DOMAIN})?))(?=[,;]|\Z)"
 )
-_DRAFT = re.compile(  # a From line of mbox, what looks like a header, a blank line or none, the body
-    rb"(?:>?From [^\n]*\n)?((?:[!-9;-~]+[ \t]*:[^\n]*(?:\n|\Z)(?:[ \t][^\n]*(?:\n|\Z))*)*)(?:\r\n)?(.*)", re.DOTALL
+_DRAFT = re.compile(  # a byte order mark or From line of mbox, what looks like a header, a blank line or none, the body
+    rb"(?:\xef\xbb\xbf(?=[!-9;-~]+[ \t]*:)|>?From [^\n]*\n)?"
+    rb"((?:[!-9;-~]+[ \t]*:[^\n]*(?:\n|\Z)(?:[ \t][^\n]*(?:\n|\Z))*)*)(?:\r\n)?(.*)",
+    re.DOTALL,
 )
 OF_RECIPIENTS = (b"to", b"cc", b"bcc", b"resent-to", b"resent-cc", b"resent-bcc")
 OF_SENDERS = (b"from", b"sender", b"resent-from", b"resent-sender")

@@ -16192,6 +16192,8 @@ def test_sendmail_completes_the_header_where_bare_names_stand_and_nothing_else()
         ("Subject: s\nHello\n", "From: CronDaemon <root@vm.test>\r\nSubject: s\r\n", "Hello\r\n"),
         ("From: a@b.test\r\nX: 1\r\n 2\r\n\r\nb\r\n", "From: a@b.test\r\nX: 1\r\n 2\r\n", "b\r\n"),
         ("From me Mon Jan 1\nFrom: a@b.test\n\nb", "From: a@b.test\r\n", "b"),
+        ("\ufeffFrom: a@b.test\n\n\ufeffb", "From: a@b.test\r\n", "\ufeffb"),
+        ("\ufeffHello\n", "From: CronDaemon <root@vm.test>\r\n", "\ufeffHello\r\n"),
         ("From: root (Cron D)\nTo: a, x@y.z\n\nb", "From: root@vm.test (Cron D)\r\nTo: a@vm.test, x@y.z\r\n", "b"),
         ("From: =?utf-8?q?J=C3=B6?= <jo>\n\n", "From: =?utf-8?q?J=C3=B6?= <jo@vm.test>\r\n", ""),
         ("From: a@b.test\nCc: all:x ( (y) ),\n N <z>;\n\n",
