@@ -45,7 +45,10 @@ import sys
 if callable(signal.getsignal(signal.SIGINT)):  # Ctrl-C while it starts: no traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # the environment of whoever calls sendmail; the system may have a newer one
+    system = "/usr/bin/python3"
+    if os.path.exists(system) and os.path.realpath(system) != os.path.realpath(sys.executable):
+        os.execv(system, [system, "-I"] + sys.argv)
     sys.exit("mailproxy needs Python 3.11 or newer; this is " + sys.version.split()[0])
 
 import mailproxy

@@ -17888,6 +17888,19 @@ def test_compose_starts_the_image_beside_a_prometheus_and_a_grafana_that_know_of
     assert "admin" not in grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD"]
 
 
+def test_the_zipapp_turns_to_the_systems_python_where_its_callers_is_too_old(tmp_path: Path) -> None:
+    needs("/usr/bin/python3")
+    if os.path.realpath("/usr/bin/python3") == os.path.realpath(sys.executable):
+        pytest.skip("the tests run by the system's Python")
+    (main,) = re.findall(r"<<'MAIN'\n(.*?)^MAIN$", PROGRAM.with_name("build_zipapp.sh").read_text(), re.S | re.M)
+    (tmp_path / "sendmail").write_text("import sys; print(sys.executable, sys.flags.isolated, sys.argv, input())")
+    older = f"import sys; sys.version_info = (3, 9); sys.argv = ['sendmail', '-t']; exec({main!r})"
+
+    ended = subprocess.run([sys.executable, "-c", older], input=b"mail", cwd=tmp_path, capture_output=True)
+
+    assert ended.stdout == b"/usr/bin/python3 1 ['sendmail', '-t'] mail\n", ended.stderr
+
+
 def test_the_demo_that_is_kept_ends_at_sigterm_also_where_nobody_can_press_ctrl_c(tmp_path: Path) -> None:
     told = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, "-u", STARTER, "demo", "--keep"]
     environment = {**_plain_environment(), "TMPDIR": str(tmp_path)}
