@@ -9278,6 +9278,7 @@ class Reporter(Loop):
         self._ids_seen = 0
         self._tried_up_to = 0  # report_order of the last state of a batch that failed
         self._empty_id = ""  # of an empty report that failed
+        self._most = LARGEST_INTEGER  # entries of a report; fewer once the upstream said that one was too large
         self._acknowledged: Set[int] = frozenset()  # places of states, and not on disk yet
         self._house_kept_at, self._purged = -math.inf, 0
 
@@ -9330,7 +9331,7 @@ class Reporter(Loop):
 
     async def _due_states(self) -> States:
         """The next states to report: those of a failed call again, else a burst as a whole."""
-        most = self.client.report_batch_size
+        most = min(self.client.report_batch_size, self._most)
         states = await self.queue.unreported(most)
         again = {place: entry for place, entry in states.items() if place <= self._tried_up_to}
         if again or not 0 < len(states) < most:
@@ -9356,6 +9357,8 @@ class Reporter(Loop):
             return Acknowledgement("timeout" if late else "unreachable", str(failure))
         except SecretUnavailable as failure:
             return Acknowledgement("other", str(failure))
+        if answer.status == 413:
+            self._most = max(1, len(states) // 2)
         asked = answer.headers.get("retry-after", "") if answer.status in (429, 503) else ""
         pause_s = retry_after_s(asked, self.clock.wall())
         return parse_acknowledgement(answer.status, answer.body)._replace(retry_after_s=pause_s)

@@ -12959,6 +12959,16 @@ def test_the_pause_an_upstream_asks_for_is_kept_and_ended_by_run_now(make_report
     assert rig.told()[4:] == [["a"], ["b"], ["b"], ["c"]]
 
 
+def test_a_report_that_is_too_large_for_the_upstream_goes_out_in_smaller_ones(make_reporter: Any) -> None:
+    rig = make_reporter()
+    rig.fail("a", "b", "c", "d", "e")
+    rig.answers.extend([(413, {}), (413, {})])
+
+    rig.pass_time(10)
+
+    assert rig.told() == [["a", "b", "c", "d", "e"], ["a", "b"], ["a"], ["b"], ["c"], ["d"], ["e"]]
+
+
 def test_run_now_during_a_call_that_fails_is_not_forgotten(make_reporter: Any) -> None:
     rig = make_reporter()
     rig.pass_time(1)
