@@ -2770,7 +2770,7 @@ class Shares:
             return amount
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting[granted] = lane, amount
-        self._grant()
+        self.grant()
         try:
             await granted
         except asyncio.CancelledError:
@@ -2784,9 +2784,9 @@ class Shares:
         if left := self.of.pop(lane, 0) - amount:
             self.of[lane] = left
         if self.waiting:
-            self._grant()
+            self.grant()
 
-    def _grant(self) -> None:
+    def grant(self) -> None:
         """Serve those who wait; within a lane nobody is overtaken."""
         passed_over = set()
         for granted, (lane, amount) in list(self.waiting.items()):
@@ -8594,6 +8594,7 @@ class Dispatcher(Loop):
             await self.leases.enter()
         self._slots.total = self.settings.max_concurrency
         self._slots.alone = self.memory.alone = len(self.lanes) == 1
+        self._slots.grant()  # there may be more of them now
         await self._follow_clock()
         if self.settings.test_mode and not self._asked:
             return self.settings.send_interval_seconds

@@ -11506,6 +11506,23 @@ def test_a_message_that_waits_for_a_slot_expires_in_time_and_can_be_called_back(
         assert subjects(smtp) == ["other"]
 
 
+def test_a_message_that_waits_for_a_slot_gets_one_when_sighup_allows_more(tmp_path: Path, smtp: SmtpServer) -> None:
+    config = {"delivery": {"max_concurrency": 1}}
+    with MoodySmtpServer(DATA=[threading.Event()]) as moody, SleepyDaemon(tmp_path, config, smtp=smtp) as daemon:
+        ask(daemon, "/account", account_at("slow", moody))
+        daemon.submit(letter("slow", account_id="slow"))
+        wait_until(lambda: moody.heard["DATA"] == 1, "the slot to be taken")
+        daemon.submit(letter("other"))
+        wait_until(lambda: smtp.most_connections == 1, "the other one to wait for it")
+
+        daemon.config["delivery"]["max_concurrency"] = 2
+        daemon.write_config()
+        daemon.signal(signal.SIGHUP)
+
+        wait_sent(daemon, "other")
+        daemon.kill()
+
+
 @pytest.mark.parametrize("slots", [1, 3])
 def test_slots_are_shared_in_turn(tmp_path: Path, smtp: SmtpServer, slots: int) -> None:
     with SleepyDaemon(tmp_path, {"delivery": {"max_concurrency": slots}}, smtp=smtp) as daemon:
