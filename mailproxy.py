@@ -4621,7 +4621,7 @@ CREATE TABLE nodes (                                 -- the daemons; until_ts by
     node TEXT PRIMARY KEY, instance TEXT NOT NULL UNIQUE, until_ts TIMESTAMP WITH TIME ZONE NOT NULL,
     accounts TEXT NOT NULL, shown TEXT NOT NULL
 );
-CREATE TABLE leases (account_id TEXT PRIMARY KEY, instance TEXT NOT NULL);  -- '': the reporter
+CREATE TABLE leases (account_id TEXT PRIMARY KEY, instance TEXT NOT NULL);  -- '': the reporter; left by its node
 CREATE TABLE claims (seq BIGINT PRIMARY KEY, instance TEXT NOT NULL);  -- what is on the wire
 CREATE TABLE commits (                               -- the number of each writer's last one
     writer TEXT PRIMARY KEY, number BIGINT NOT NULL, at TIMESTAMP WITH TIME ZONE NOT NULL
@@ -5017,8 +5017,8 @@ LOOK_AT_TABLES = (
     "AND expires_ts IS NOT NULL), CAST('infinity' AS double precision)), "
     "EXISTS (SELECT 1 FROM tallies WHERE unreported > 0), "
     "EXISTS (SELECT 1 FROM nodes WHERE until_ts <= clock_timestamp()), "
-    "ARRAY(SELECT account_id FROM tallies WHERE ready > 0), "
-    "ARRAY(SELECT account_id FROM leases WHERE instance <> %(mine)s), "
+    "ARRAY(SELECT account_id FROM tallies WHERE ready > 0 UNION SELECT account_id FROM leases WHERE instance = ''), "
+    "ARRAY(SELECT account_id FROM leases WHERE instance NOT IN (%(mine)s, '')), "
     "(SELECT json_object_agg(node, CAST(accounts AS json)) FROM nodes WHERE instance <> %(mine)s) FROM counters"
 )
 ENTER = (
@@ -5028,15 +5028,17 @@ ENTER = (
 # Remove nodes, and all that they had: what was on the wire there may have been sent, or not.
 BURY = (
     "WITH dead AS (DELETE FROM nodes WHERE until_ts <= clock_timestamp() OR instance = :gone RETURNING *), "
-    "free AS (DELETE FROM leases WHERE instance IN (SELECT instance FROM dead)), "
+    "free AS (UPDATE leases SET instance = '' WHERE instance IN (SELECT instance FROM dead)), "
     "wire AS (DELETE FROM claims WHERE instance IN (SELECT instance FROM dead)) SELECT node FROM dead"
 )
-# A lane that has mail (the reporter is always wanted) and nobody has; or that is ours by a commit whose answer was lost.
+# A lane that nobody has, and that has mail (the reporter is always wanted) or was left by its node; or that is ours by a
+# commit whose answer was lost.
 TAKE = (
     "INSERT INTO leases SELECT id, :mine FROM unnest(CAST(:ids AS text[])) AS id "
     "WHERE EXISTS (SELECT 1 FROM nodes WHERE instance = :mine) "
-    "AND (id = '' OR EXISTS (SELECT 1 FROM tallies WHERE account_id = id AND ready > 0)) "
-    "ON CONFLICT (account_id) DO UPDATE SET instance = excluded.instance WHERE leases.instance = excluded.instance "
+    "AND (id = '' OR EXISTS (SELECT 1 FROM tallies WHERE account_id = id AND ready > 0) "
+    "OR EXISTS (SELECT 1 FROM leases WHERE account_id = id)) "
+    "ON CONFLICT (account_id) DO UPDATE SET instance = excluded.instance WHERE leases.instance IN (excluded.instance, '') "
     "RETURNING account_id"
 )
 
@@ -5060,7 +5062,7 @@ class Look(NamedTuple):
     due_ts: float = math.inf  # no row is due, or to be given up, before that
     unreported: bool = False
     dead: bool = False  # a node is to be buried
-    waiting: Sequence[str] = ()  # accounts with ready mail
+    waiting: Sequence[str] = ()  # accounts with ready mail, and lanes that were left by their node
     elsewhere: Sequence[str] = ()  # lanes that other nodes have
     accounts: Mapping[str, Mapping[str, str]] | None = None  # digests_of those of config.ini, by node
 
@@ -5130,8 +5132,8 @@ class Leases:
         self.ring(look=True)
 
     async def take(self, lanes: Iterable[str]) -> set[str]:
-        """Take the lanes that have mail and nobody has, but for a share of the other nodes; return which. The others are
-        told to look; what they do not take is asked for again."""
+        """Take the lanes that nobody has, and that have mail or were left, but for a share of the other nodes; return
+        which. The others are told to look; what they do not take is asked for again."""
         asked = set(lanes)
         wanted = list(asked.difference(self.elsewhere))
         wanted = wanted[: 1 + len(wanted) // (1 + len(self._last.accounts or ()))]
@@ -5145,9 +5147,9 @@ class Leases:
         """Let others have these lanes, of which nothing is on the wire."""
         if held := self._held.intersection(lanes):
             self._held -= held
-            given_up = "DELETE FROM leases WHERE account_id = ANY(:ids) AND instance = :mine"
+            given_up = "UPDATE leases SET instance = ''" if self._last.accounts else "DELETE FROM leases"
             with contextlib.suppress(StorageUnavailable):
-                await self._write(given_up, ids=list(held))
+                await self._write(f"{given_up} WHERE account_id = ANY(:ids) AND instance = :mine", ids=list(held))
             self.ring(tell=True)
 
     async def leave(self) -> None:

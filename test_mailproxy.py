@@ -5854,6 +5854,27 @@ def test_a_node_that_stops_in_order_hands_over_at_once(
     assert Counter(arrived) == Counter(["first", "slow", "next", "last"])
 
 
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_the_lanes_of_a_node_that_ended_are_taken_over_also_while_they_have_no_mail_to_send(
+    tmp_path: Path, postgres: str, smtp: SmtpServer, end: str
+) -> None:
+    config = {"account:limited": {"host": smtp.host, "port": smtp.port, "limit_per_hour": 2}}
+    with nodes(tmp_path, postgres, smtp=smtp, config=config) as daemons:
+        accounts = ("default", "limited")
+        daemons[0].submit(letter("m"), *letters("n", 3, account_id="limited"))
+        wait_until(lambda: daemons[0].status()["deferred"], "the limit", 10)
+        wait_sent(daemons[0], "m")
+        had = {id_: owner(daemons[0], id_) for id_ in accounts}
+        has, (other,) = owner_of(daemons)
+        getattr(has, end)()
+
+        now = other.config["storage"]["node"]
+        wait_until(lambda: {owner(other, id_) for id_ in accounts} == {now}, lambda: f"{now} to have all of {had}", 10)
+        shown = other.status()["accounts"]
+        assert [shown[id_]["state"] for id_ in accounts] == ["up", "limited"]
+        assert len(smtp.received) == 3
+
+
 def test_limits_are_exact_when_a_lane_changes_hands(tmp_path: Path, postgres: str, smtp: SmtpServer) -> None:
     config = {"smtp": {"limit_per_hour": 6, "max_connections": 2}, "delivery": {"send_interval_seconds": 0.1}}
     with nodes(tmp_path, postgres, smtp=smtp, config=config) as (a, b):
