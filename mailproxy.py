@@ -5099,8 +5099,8 @@ class Leases:
         return await self.file.write(lambda db: db.execute(sql, values).fetchall())
 
     async def enter(self) -> None:
-        """Begin, or begin anew, with no lanes. Raises ConfigurationError when a row of this name is renewed, and
-        StorageUnavailable while there is one that is not: it is that of a process that is gone, and runs out."""
+        """Begin, or begin anew, with no lanes. A row of this name is waited for: it may be that of a process that is
+        gone. Raises ConfigurationError when it is renewed meanwhile, StorageUnavailable."""
         if self.node is None:
             return
         mine = secrets.token_hex(8)
@@ -5112,14 +5112,10 @@ class Leases:
             return db.execute("SELECT until_ts FROM nodes WHERE node = :node AND instance <> :mine", values).fetchone()
 
         self._held.clear()
-        before, began = None, (asked := uptime())
+        began, before = uptime(), None
         while (found := await self.file.write(work)) is not None:
             if before not in (None, found):
                 raise ConfigurationError(f"the node {self.node} runs already: give each daemon a `node` of its own")
-            if uptime() > asked + 2 * self._beat_s:
-                raise StorageUnavailable(
-                    f"the lease of the node {self.node}, which did not end in order, is not over yet"
-                )
             before = found
             await asyncio.sleep(self._beat_s / 2)
             began = uptime()

@@ -259,7 +259,7 @@ def settled(nodes: Sequence[Node], database: Postgres) -> tuple[list[str], list[
     left = []
     for what, count in (
         ("claims", "SELECT count(*) FROM claims"),
-        ("leases", "SELECT count(*) FROM leases"),
+        ("leases", "SELECT count(*) FROM leases WHERE instance <> ''"),
         ("nodes", "SELECT count(*) FROM nodes"),
         ("pending", "SELECT count(*) FROM messages WHERE sent_ts IS NULL AND error_ts IS NULL"),
         ("unreported", "SELECT count(*) FROM messages WHERE report_order IS NOT NULL"),
