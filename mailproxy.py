@@ -8318,8 +8318,7 @@ class Lane:
     opened: int = 0  # connections ever opened, for their names
     sessions: dict[Session, int] = field(default_factory=dict)  # those open, and the generation that opened them
     idle: list[Session] = field(default_factory=list)  # those of them that nobody uses
-    first_is_in: asyncio.Event | None = None  # while one logs in before all others, because no session is open
-    first_connected: bool = False  # ... and the others may connect
+    first_is_in: asyncio.Event | None = None  # while one that is connected logs in before others, as no session is open
     recallable: set[asyncio.Task[Any]] = field(default_factory=set)  # work that ends when the lane is called back
     timer: asyncio.TimerHandle | None = None  # for when it has cooled, its limit ends, or an idle session is too old
     seconds_each: float = 0.1  # a transaction, smoothed
@@ -8337,7 +8336,7 @@ class Lane:
 
     def connections_free(self, now: float, most: int) -> int:
         """Connections that may go to work now, of `most` in all; fewer than 0 when there are too many."""
-        if self.state is LaneState.PROBING or not (self.sessions or self.first_connected):
+        if self.state is LaneState.PROBING or not (self.sessions or self.first_is_in):
             return 1 - self.busy
         if self.limit < self.account.max_connections and now >= self.grows_at:
             self.limit, self.grows_at = self.limit + 1, now + GROWTH_PAUSE_S
@@ -8968,13 +8967,12 @@ class Dispatcher(Loop):
             if lane.keeps(idle := lane.idle.pop(), self.clock.monotonic()):
                 return idle
             self._part_with(lane, idle)
-        generation, goes_first = lane.generation, not (lane.sessions or lane.first_is_in)
-        if goes_first:
-            lane.first_is_in = asyncio.Event()
+        generation, goes_first = lane.generation, False
 
         def connected() -> None:
-            if goes_first:
-                lane.first_connected = True
+            nonlocal goes_first
+            if not (goes_first or lane.sessions or lane.first_is_in):
+                goes_first, lane.first_is_in = True, asyncio.Event()
                 self._mark(lane)
 
         async def may_log_in() -> None:
@@ -8983,7 +8981,7 @@ class Dispatcher(Loop):
                 if lane.first_is_in:
                     await lane.first_is_in.wait()
                 else:
-                    goes_first, lane.first_is_in, lane.first_connected = True, asyncio.Event(), True
+                    goes_first, lane.first_is_in = True, asyncio.Event()
             if generation != lane.generation:  # called back, which wait_for of Python 3.11 may have swallowed
                 raise asyncio.CancelledError
 
@@ -9003,7 +9001,7 @@ class Dispatcher(Loop):
         finally:
             if goes_first and lane.first_is_in:
                 lane.first_is_in.set()
-                lane.first_is_in, lane.first_connected = None, False
+                lane.first_is_in = None
         if session is not None:
             outcome = "ok"
             if isinstance(session, Reply):

@@ -11588,7 +11588,7 @@ def test_a_lane_has_one_connection_until_that_is_there_and_after_cooling_until_i
     rig = LaneRig(max_connections=3)
 
     assert (rig.free, rig.wanted) == (1, 1)
-    rig.lane.busy, rig.lane.first_connected = 1, True
+    rig.lane.busy, rig.lane.first_is_in = 1, asyncio.Event()
     assert (rig.free, rig.wanted, rig.lane.connections_free(rig.now, 2)) == (2, 2, 1)
     rig.pause_after("cool")
     assert (rig.lane.state, rig.lane.status()["until"], rig.free) == ("probing", None, 0)
