@@ -5863,7 +5863,7 @@ def test_the_lanes_of_a_node_that_ended_are_taken_over_also_while_they_have_no_m
         accounts = ("default", "limited")
         daemons[0].submit(letter("m"), *letters("n", 3, account_id="limited"))
         wait_until(lambda: daemons[0].status()["deferred"], "the limit", 10)
-        wait_sent(daemons[0], "m")
+        wait_sent(daemons[0], "m", "n-0", "n-1")
         had = {id_: owner(daemons[0], id_) for id_ in accounts}
         has, (other,) = owner_of(daemons)
         getattr(has, end)()
