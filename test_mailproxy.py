@@ -5640,16 +5640,20 @@ def test_an_account_added_through_one_node_is_known_to_the_next_request_at_anoth
 
 
 def test_a_failed_message_of_a_lane_that_another_node_has_is_retried_there_at_once(pair: Pair) -> None:
-    with MoodySmtpServer(RCPT=["550 no"]) as server:
-        lane = pair.lane(host=server.host, port=server.port)
-        pair.a.submit(letter(lane, account_id=lane))
-        pair.a.wait_status(lane, "error")
+    with MoodySmtpServer(RCPT=["550 no"] * 3) as server:
+        lane, took = pair.lane(host=server.host, port=server.port), []
+        failed = [letter(f"{lane}-{n}", account_id=lane) for n in range(3)]
+        pair.a.submit(*failed)
+        for message in failed:
+            pair.a.wait_status(message["id"], "error")
         _, (other,) = owner_of([pair.a, pair.b], lane)
 
-        began = time.monotonic()
-        assert ask(other, "/commands/retry-messages", {"ids": [lane]})["queued"] == 1
-        other.wait_status(lane, "sent")
-        assert time.monotonic() - began < 1
+        for message in failed:  # the median of three, since the machine may be busy
+            began = time.monotonic()
+            assert ask(other, "/commands/retry-messages", {"ids": [message["id"]]})["queued"] == 1
+            other.wait_status(message["id"], "sent")
+            took.append(time.monotonic() - began)
+        assert sorted(took)[1] < 1
 
 
 def test_an_account_added_through_one_node_is_known_to_a_retry_at_another(pair: Pair) -> None:
