@@ -5640,7 +5640,7 @@ def test_an_account_added_through_one_node_is_known_to_the_next_request_at_anoth
 
 
 def test_a_failed_message_of_a_lane_that_another_node_has_is_retried_there_at_once(pair: Pair) -> None:
-    with MoodySmtpServer(RCPT=["550 no"] * 3) as server:
+    with MoodySmtpServer(RCPT=["550 no", "550 not this one", "550 nor this"]) as server:
         lane, took = pair.lane(host=server.host, port=server.port), []
         failed = [letter(f"{lane}-{n}", account_id=lane) for n in range(3)]
         pair.a.submit(*failed)
