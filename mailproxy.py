@@ -3851,15 +3851,14 @@ class Queue:
         """The verdicts on submissions that were compared with a row (None: there was none), from what is there now;
         those that replace others are stored in one go."""
         new: list[Submission] = []
-        look_up = (
-            "SELECT seq, sent_ts IS NOT NULL, error_ts IS NOT NULL, recipients FROM messages WHERE id = :id "
-            "UNION ALL SELECT NULL, 1 = 1, 1 = 0, NULL FROM sent_ids WHERE id = :id"
-        )
-        asked = [[(db.execute(look_up, {"id": one[0].id}), *one) for one in batch] for batch in batches]
+        ids = [one.id for batch in batches for one, _, _ in batch]
+        sent = db.execute("SELECT id FROM sent_ids WHERE id IN (SELECT value FROM json_each(:ids))", {"ids": ids})
+        found, gone = _rows_of(db, ids), {row[0] for row in sent}
         on_wire = self._on_the_wire(db, [seq for batch in batches for _, seq, _ in batch if seq is not None])
 
-        def verdict(rows: Any, submission: Submission, seq: int | None, is_same: bool) -> str | None:
-            seq_now, is_sent, has_failed, recipients = rows.fetchone() or (None, False, False, None)
+        def verdict(submission: Submission, seq: int | None, is_same: bool) -> str | None:
+            none = None, submission.id in gone, False, "", None
+            seq_now, is_sent, has_failed, _, recipients = found.get(submission.id, none)
             if seq_now != seq:
                 return UNDECIDED
             if (is_same and not has_failed) or (is_sent and seq is None):
@@ -3877,7 +3876,7 @@ class Queue:
             new.append(submission)
             return STORE
 
-        decided = [[verdict(*one) for one in batch] for batch in asked]
+        decided = [[verdict(*one) for one in batch] for batch in batches]
         (stored,) = map(iter, self._insert(db, [new]))
         return [[next(stored) if one == STORE else one for one in batch] for batch in decided]
 
@@ -4178,7 +4177,7 @@ class Queue:
 
         def work(db: Database) -> tuple[int, list[str], list[str], list[str]]:
             found, not_failed, of_no_account = _rows_of(db, ids), [], []
-            for id_, (seq, is_failed, account_id, recipients) in found.items():
+            for id_, (seq, _, is_failed, account_id, recipients) in found.items():
                 if not is_failed:
                     not_failed.append(id_)
                     continue
@@ -4419,10 +4418,14 @@ def _compared(submissions: Sequence[Submission], db: Database) -> list[Compared]
 
 
 def _rows_of(db: Database, ids: Sequence[str]) -> dict[str, Sequence[Any]]:
-    """The seq of each id that is there, whether it has failed, its account and recipients."""
-    look_up = "SELECT id, seq, error_ts IS NOT NULL, account_id, recipients FROM messages WHERE id = :id"
-    found = [db.execute(look_up, {"id": id_}) for id_ in ids]  # of all, before the first is read
-    return {row[0]: row[1:] for rows in found for row in rows}
+    """The seq of each id that is there, whether it was sent and has failed, its account and recipients."""
+    rows = db.execute(
+        "SELECT id, seq, sent_ts IS NOT NULL, error_ts IS NOT NULL, account_id, recipients FROM messages "
+        "WHERE id IN (SELECT value FROM json_each(:ids))",
+        {"ids": list(ids)},
+    )
+    found = {row[0]: row[1:] for row in rows}
+    return {id_: found[id_] for id_ in ids if id_ in found}  # in this order; SQLite ends what was asked at a NUL
 
 
 def sought(recipients: Iterable[str], subject: str) -> str:

@@ -4704,6 +4704,27 @@ def test_the_mail_of_a_deleted_account_fails_also_what_was_just_deferred_and_no_
     assert rig.sql("SELECT id FROM messages WHERE error = 'account deleted' ORDER BY seq") == [("a",), ("b",)]
 
 
+@only_sqlite
+def test_many_messages_that_are_named_are_looked_up_by_few_statements(rig: QueueRig) -> None:
+    """One for each, open until it was read, took minutes for ten thousand, and nobody could submit meanwhile."""
+    many, statements = [submission(f"m{n}") for n in range(100)], list[str]()
+    rig.accepted(*many)
+    rig.run(rig.file.write(lambda db: db.set_trace_callback(statements.append)))
+
+    assert rig.accept(many) == ["known"] * 100
+    assert rig.retry([one.id for one in many], {"main"}) == (0, [], [one.id for one in many], [])
+    assert rig.delete([one.id for one in many]) == (100, [], [])
+
+    assert sum(sql.startswith("SELECT") for sql in statements) < 10
+
+
+def test_an_id_with_a_nul_is_nobodys(rig: QueueRig) -> None:
+    rig.accepted(submission("a"))
+
+    assert rig.delete(["a\0b"]) == (0, ["a\0b"], [])
+    assert rig.retry(["a\0b", "a"], {"main"}) == (0, ["a\0b"], ["a"], [])
+
+
 def test_a_timeline_is_bounded(rig: QueueRig) -> None:
     rig.accepted(submission("a"))
     for _ in range(100 + 5):
