@@ -11833,12 +11833,14 @@ def _start_problems(settings: Settings, environ: Mapping[str, str]) -> Iterator[
     except (ConfigurationError, StorageUnavailable) as error:
         yield str(error)
     for row in SETTINGS_TABLE:
-        path = row.of(settings) if row.kind in (SOCKET_PATH, QUEUE_PLACE) else None
+        path = str(row.of(settings) or "") if row.kind in (SOCKET_PATH, QUEUE_PLACE) else ""
         folder = os.path.dirname(os.path.abspath(path)) if path and not is_database(path) else ""
         if folder and not os.path.isdir(folder):
             yield f"[{row.section}] {row.key}: the folder {folder} does not exist; create it"
         elif folder and not os.access(folder, os.W_OK | os.X_OK):
             yield f"[{row.section}] {row.key}: the folder {folder} cannot be written by this user"
+        elif folder and row.kind is QUEUE_PLACE and os.path.exists(path) and not os.path.isfile(path):
+            yield f"[{row.section}] {row.key}: {path} is not a regular file"
     for section in (settings.server, settings.submission):
         try:
             server_tls_context(section)

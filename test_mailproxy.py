@@ -15455,6 +15455,7 @@ def test_check_and_the_start_say_what_the_configuration_leaves_open(tmp_path: Pa
     assert nowhere.returncode == 2
     assert "[storage] db_path: the folder /nowhere does not exist" in nowhere.stderr
     assert "[server] submit_socket: the folder /none does not exist" in nowhere.stderr
+    assert f"[storage] db_path: {tmp_path} is not a regular file" in here("check", "--db", tmp_path).stderr
     with_port = here("check", "--config", tmp_path / "port.ini")
     assert with_port.returncode == 2
     assert '"mx.test:587" is not the name or the address of a server, without a port' in with_port.sentence
