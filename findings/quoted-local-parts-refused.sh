@@ -40,7 +40,8 @@ debian opensmtpd=6.8.0p2-4+b4 libevent-2.1-7=2.1.12-stable-8+deb12u1
 obtain npm install --no-audit --no-fund --prefix . smtp-server@3.21.6
 cat >server.js <<'EOF'
 const {SMTPServer} = require('smtp-server');
-new SMTPServer({authOptional: true, hideSTARTTLS: true}).listen(Number(process.argv[2]), '127.0.0.1');
+const server = new SMTPServer({authOptional: true, hideSTARTTLS: true});
+server.listen(Number(process.argv[2]), '127.0.0.1', () => console.log('ready'));
 EOF
 port=$(free_port) node_port=$(free_port)
 cat >smtpd.conf <<EOF
@@ -49,9 +50,14 @@ table all { "@" = nobody }
 action "discard" mda "cat >/dev/null" virtual <all>
 match from any for any action "discard"
 EOF
-node server.js "$node_port" >node.log 2>&1 &
+echo >node.log
+node server.js "$node_port" >>node.log 2>&1 &
 trap 'kill "$node"; cleaned_up' EXIT
 node=$!
+until grep -q ready node.log; do
+    kill -0 "$node" || cannot "$(cat node.log)"
+    sleep 0.1
+done
 start_as_installed "
 user opensmtpd 64001
 user opensmtpq 64002

@@ -47,6 +47,7 @@ async function upload(way, s3, Body) {
             await usual.send(new CreateBucketCommand({Bucket: 'files'}));
             break;
         } catch (error) {
+            if (error.name.startsWith('BucketAlready')) break;
             if (seconds === 60) throw error;
             await new Promise(resolve => setTimeout(resolve, 1000));
         }
