@@ -8276,7 +8276,6 @@ class Turn:
     refused: frozenset[str] = frozenset()  # those refused for now: asked again while others are accepted
     most: float = math.inf  # recipients that the server takes in one transaction
     careful: bool = False  # it hangs up after too many errors
-    chunking: bool = True  # at the first attempt
 
     def served(self, left: Sequence[str], account: Account, offers: Offers) -> tuple[str, ...]:
         """The recipients of the next transaction."""
@@ -8897,7 +8896,7 @@ class Dispatcher(Loop):
     async def _deliver(self, lane: Lane, claim: Claim, composed: Composed | None) -> None:
         """Bring one message to its disposition, or put it back; it may take several transactions, of which none begins
         in a lane that was called back."""
-        turn, generation, transacting = Turn(chunking=not claim.attempts), lane.generation, False
+        turn, generation, transacting = Turn(), lane.generation, False
         try:  # a message without parts has nothing that cannot be fetched
             composed = composed or cast(Composed, self.compose(claim, claim.payload or ""))
             if claim.recipients:  # redirect_to may have come or gone: nothing waits for those it has no more
@@ -8946,7 +8945,7 @@ class Dispatcher(Loop):
                 if not session.offers.eight_bit_mime and not composed.content.isascii():
                     what = "8-bit content goes as it is to a server without 8BITMIME"
                     event(self.log, logging.WARNING, what, account=lane.account.id, message=claim.id)
-                replies = await self._converse(lane, session, envelope, composed, turn, claim.expires_ts)
+                replies = await self._converse(lane, claim, session, envelope, composed, turn)
             if not replies:  # it has not had its turn, or is to have it by DATA
                 await self._release(lane, claim)
                 return None
@@ -9014,17 +9013,17 @@ class Dispatcher(Loop):
         return session
 
     async def _converse(
-        self, lane: Lane, session: Session, envelope: Envelope, composed: Composed, turn: Turn, expires_ts: int | None
+        self, lane: Lane, claim: Claim, session: Session, envelope: Envelope, composed: Composed, turn: Turn
     ) -> dict[str, Reply]:
         """One SMTP transaction in its slot: a reply for each recipient, or none when the lane was called back or the
         message has expired before, or the server does not know BDAT. The session is idle then, or gone."""
         has_slot = not self._slots.waiting and self._slots.fits(lane, 1)
-        has_slot = has_slot or bool(await self._unless_recalled(lane, expires_ts, self._slots.take(lane, 1)))
+        has_slot = has_slot or bool(await self._unless_recalled(lane, claim.expires_ts, self._slots.take(lane, 1)))
         begun = self.clock.monotonic()
         try:
             if not has_slot or lane.sessions[session] != lane.generation or not self.leases.lasts():
                 return {}
-            chunking = turn.chunking and self.settings.chunking and lane.bdat is not False
+            chunking = not claim.attempts and self.settings.chunking and lane.bdat is not False
             session.bdat, content, utf8 = session.bdat or lane.bdat, composed.content, composed.smtputf8
             return await session.transact(envelope, content, smtputf8=utf8, careful=turn.careful, chunking=chunking)
         finally:
