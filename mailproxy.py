@@ -314,7 +314,7 @@ class Attempt(NamedTuple):
 
     @property
     def first_failure(self) -> Reply | None:
-        return next((reply for reply in self.replies.values() if not reply.accepted), None)
+        return next((reply for reply in self.replies.values() if not 200 <= reply.code < 300), None)
 
 
 class Claim(NamedTuple):
