@@ -5146,9 +5146,9 @@ class Leases:
         """Let others have these lanes, of which nothing is on the wire."""
         if held := self._held.intersection(lanes):
             self._held -= held
-            given_up = "UPDATE leases SET instance = ''" if self._last.accounts else "DELETE FROM leases"
+            given_up = "UPDATE leases SET instance = '' WHERE account_id = ANY(:ids) AND instance = :mine"
             with contextlib.suppress(StorageUnavailable):
-                await self._write(f"{given_up} WHERE account_id = ANY(:ids) AND instance = :mine", ids=list(held))
+                await self._write(given_up, ids=list(held))
             self.ring(tell=True)
 
     async def leave(self) -> None:
