@@ -57,6 +57,7 @@ if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):  # Ctrl
 import asyncio
 import base64
 import binascii
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -7500,11 +7501,13 @@ def without_long_strings(body: bytes, cut: dict[str, str]) -> bytes:
         near = body.rfind(b'"', quote + 1, quote + LONG_STRING_BYTES)
         end = near if near >= 0 else body.find(b'"', quote + 1)
         if end - quote > LONG_STRING_BYTES and body[quote - 1 : quote] != b"\\" and body.find(b"\\", quote, end) < 0:
-            text = body[quote + 1 : end].decode()
-            for start in range(0, len(text), STEP_BYTES):  # refuses control characters
-                STRICT_JSON.decode(f'"{text[start : start + STEP_BYTES]}"')
+            pieces, decoder = list[str](), codecs.getincrementaldecoder("utf-8")()
+            for start in range(quote + 1, end, STEP_BYTES):
+                stop = min(start + STEP_BYTES, end)
+                pieces.append(decoder.decode(body[start:stop], stop == end))
+                STRICT_JSON.decode(f'"{pieces[-1]}"')  # refuses control characters
             mark = f"{nonce}{len(cut)}"
-            cut[mark] = text
+            cut[mark] = "".join(pieces)
             kept += body[done : quote + 1], mark.encode()
             done = end
         quote = end
