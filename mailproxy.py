@@ -5035,6 +5035,13 @@ BURY = (
     "free AS (UPDATE leases SET instance = '' WHERE instance IN (SELECT instance FROM dead)), "
     "wire AS (DELETE FROM claims WHERE instance IN (SELECT instance FROM dead)) SELECT node FROM dead"
 )
+# Leave lanes to the other nodes. Where there are none, whoever starts first would take them all: then they are nobody's.
+GIVE_UP = (
+    "WITH others AS (SELECT 1 FROM nodes WHERE instance <> :mine), "
+    "free AS (UPDATE leases SET instance = '' WHERE account_id = ANY(:ids) AND instance = :mine "
+    "AND EXISTS (SELECT 1 FROM others)) "
+    "DELETE FROM leases WHERE account_id = ANY(:ids) AND instance = :mine AND NOT EXISTS (SELECT 1 FROM others)"
+)
 # A lane that nobody has, and that has mail (the reporter is always wanted) or was left by its node; or that is ours by a
 # commit whose answer was lost.
 TAKE = (
@@ -5147,9 +5154,8 @@ class Leases:
         """Let others have these lanes, of which nothing is on the wire."""
         if held := self._held.intersection(lanes):
             self._held -= held
-            given_up = "UPDATE leases SET instance = '' WHERE account_id = ANY(:ids) AND instance = :mine"
             with contextlib.suppress(StorageUnavailable):
-                await self._write(given_up, ids=list(held))
+                await self._write(GIVE_UP, ids=list(held))
             self.ring(tell=True)
 
     async def leave(self) -> None:
