@@ -9226,7 +9226,7 @@ class Dispatcher(Loop):
 # nothing is locked, so the upstream may submit from inside it.
 
 GATHER_S = 0.1  # so long the first new state waits, for a burst to share a call
-REST_S = 0.3  # so long after a call, for a steady stream of results to share calls
+REST_S = 0.3  # so long after a call that took all there was, for a steady stream of results to share calls
 REPORT_PAUSES_S = (1, 5, 30, 60, 300)  # after calls that failed
 EAGER_PAUSES_S = (0, 0, 1, 2, 5, 15, 60)  # before calls the upstream asks for, while they bring nothing
 ANSWER_BYTES = 1_048_576  # of an acknowledgement; a larger one is not looked into
@@ -9281,6 +9281,7 @@ class Reporter(Loop):
         self._pass_is_open = False  # test_mode: from run-now until all that came of it is reported
         self._next_at: float | None = -math.inf  # the next call; monotonic. None: when the interval is over
         self._called_at = self._not_before = -math.inf  # the latter: next_sync_after
+        self._rests_until = -math.inf
         self._failures = 0
         self._eager_calls = 0  # calls the upstream asked for, in a row, that brought nothing
         self._ids_seen = 0
@@ -9344,7 +9345,7 @@ class Reporter(Loop):
         again = {place: entry for place, entry in states.items() if place <= self._tried_up_to}
         if again or not 0 < len(states) < most:
             return again or states
-        await asyncio.sleep(max(GATHER_S, self._called_at + REST_S - self.clock.monotonic()))
+        await asyncio.sleep(max(GATHER_S, self._rests_until - self.clock.monotonic()))
         return await self.queue.unreported(most)
 
     async def _answer_to(self, states: States) -> Acknowledgement:
@@ -9395,6 +9396,7 @@ class Reporter(Loop):
         if self._failures:
             event(self.log, logging.INFO, "the upstream takes reports again")
         self._acknowledged = states.keys()
+        self._rests_until = now + REST_S if 0 < len(states) < self.client.report_batch_size else -math.inf
         self._failures, self._tried_up_to, self._empty_id = 0, 0, ""
         if answer.next_sync_after is not None:
             self._not_before = now + answer.next_sync_after - self.clock.wall()
