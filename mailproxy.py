@@ -2718,7 +2718,8 @@ def _file_name(name: str) -> tuple[str, str]:
 # Whatever blocks crosses into a thread here and nowhere else. A daemon has two pools: one for
 # what waits for others (the network, files that may lie on a server), large, because a call that
 # hangs keeps its thread; one for computing. Beside them there are only the threads of QUEUE FILE.
-# A call may be done before it is awaited: then awaiting it does not let others run.
+# A call may be done before it is awaited: then awaiting it does not let others run. Threads that
+# fetch, slots and memory are given out among the lanes by Shares.
 
 
 USUAL_SWITCH_S = 0.005  # after so long a thread hands the interpreter over: often is dear

@@ -94,6 +94,22 @@ start_chasquid() {
     start root/usr/bin/chasquid -config_dir etc -alsologtostderr
 }
 
+# start_opensmtpd: on $port, as installed; it takes mail to everybody, and throws it away
+start_opensmtpd() {
+    port=$(free_port)
+    cat >smtpd.conf <<EOF
+listen on 127.0.0.1 port $port hostname opensmtpd.example
+table all { "@" = nobody }
+action "discard" mda "cat >/dev/null" virtual <all>
+match from any for any action "discard"
+EOF
+    start_as_installed "
+user opensmtpd 64001
+user opensmtpq 64002
+mkdir -p /var/lib/opensmtpd/empty; mkdir -m 711 /var/spool/smtpd
+exec /usr/sbin/smtpd -d -f $dir/smtpd.conf"
+}
+
 # exim_conf PORT: a configuration of Exim that hands all mail to that port
 exim_conf() {
     printf '%s\n' 'primary_hostname = origin.example' 'spool_directory = /run/exim' 'log_file_path = /run/exim/%slog' \

@@ -14,18 +14,7 @@
 . "$(dirname "$0")/lib.sh"
 
 debian opensmtpd=6.8.0p2-4+b4 libevent-2.1-7=2.1.12-stable-8+deb12u1
-port=$(free_port)
-cat >smtpd.conf <<EOF
-listen on 127.0.0.1 port $port hostname opensmtpd.example
-table all { "@" = nobody }
-action "discard" mda "cat >/dev/null" virtual <all>
-match from any for any action "discard"
-EOF
-start_as_installed "
-user opensmtpd 64001
-user opensmtpq 64002
-mkdir -p /var/lib/opensmtpd/empty; mkdir -m 711 /var/spool/smtpd
-exec /usr/sbin/smtpd -d -f $dir/smtpd.conf"
+start_opensmtpd
 
 client "$port" <<'EOF'
 for _ in range(100):

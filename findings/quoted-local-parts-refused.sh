@@ -43,13 +43,7 @@ const {SMTPServer} = require('smtp-server');
 const server = new SMTPServer({authOptional: true, hideSTARTTLS: true});
 server.listen(Number(process.argv[2]), '127.0.0.1', () => console.log('ready'));
 EOF
-port=$(free_port) node_port=$(free_port)
-cat >smtpd.conf <<EOF
-listen on 127.0.0.1 port $port hostname opensmtpd.example
-table all { "@" = nobody }
-action "discard" mda "cat >/dev/null" virtual <all>
-match from any for any action "discard"
-EOF
+node_port=$(free_port)
 echo >node.log
 node server.js "$node_port" >>node.log 2>&1 &
 trap 'kill "$node"; cleaned_up' EXIT
@@ -58,11 +52,7 @@ until grep -q ready node.log; do
     kill -0 "$node" || cannot "$(cat node.log)"
     sleep 0.1
 done
-start_as_installed "
-user opensmtpd 64001
-user opensmtpq 64002
-mkdir -p /var/lib/opensmtpd/empty; mkdir -m 711 /var/spool/smtpd
-exec /usr/sbin/smtpd -d -f $dir/smtpd.conf"
+start_opensmtpd
 
 client "$port" <<EOF
 for name, port in {"OpenSMTPD": int(sys.argv[1]), "smtp-server": $node_port}.items():
